@@ -1,0 +1,1 @@
+"""Everything that runs on or for a device. Needs neither torch nor onnx."""

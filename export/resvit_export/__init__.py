@@ -1,0 +1,1 @@
+"""The spine: commands, recipe, pipeline, loading a model, torch → ONNX, the report."""
