@@ -1,0 +1,50 @@
+# make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an L4
+# make test   the whole test suite
+# Both set up everything that they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v) 2>/dev/null)))
+BIN := .venv/bin
+DEMO := runs/demo
+CHECKPOINT := $(DEMO)/embed-nano.pt
+BUILD := $(BIN)/resvit-export build --precision int8
+
+.PHONY: help setup data demo test lint clean
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+setup: .venv/.ready
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10 to 3.12. Give one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || \
+	  { echo "error: Python cannot make virtual environments. Install them: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	@# torch first and by itself: what comes after it must not choose another build of it.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[host,modelopt,dev]'
+	@touch $@
+
+data:
+	@examples/fashion_mnist/get_data.sh
+
+demo: setup data
+	$(BIN)/python examples/fashion_mnist/train.py --model resvit:embed-nano --out $(CHECKPOINT)
+	$(BUILD) --target jetson-orin --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/jetson-orin
+	$(BUILD) --target l4 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/l4
+	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
+
+test: setup data lint
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs data .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,67 @@
+"""Print one table of several finished runs: what each holds, what it cost in accuracy, where its report is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("run", "target", "verdict", "float top-1", "INT8 top-1", "drop, points", "quantised", "float ONNX", "result")
+
+
+def result_of(run: Path) -> dict[str, object]:
+    """Ask the run itself: a finished build only says again what it made."""
+    command = [str(Path(sys.executable).with_name("resvit-export")), "build", "--run", str(run), "--json"]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    document: dict[str, object] = json.loads(answer.stdout)
+    return document
+
+
+def row(run: Path) -> tuple[list[str], str]:
+    document = result_of(run)
+    stages = {stage["stage"]: stage for stage in document["stages"]}  # type: ignore[attr-defined]
+    verdict = stages["validate"]["results"]["verdict.json"]
+    first, last = verdict["stages"][0], verdict["stages"][-1]
+    compiled = stages["compile"]["results"]
+    if "engine.json" in compiled:
+        engine = compiled["engine.json"]
+        target, made = engine["target"], f"engine, {engine['bytes'] / 1e6:.2f} MB"
+    else:
+        target, made = compiled["plan.json"]["target"], "bundle to build on the device"
+    low, high = last["interval"]
+    cells = [
+        str(run),
+        target,
+        str(document["verdict"]),
+        f"{first['top1']:.2%}",
+        f"{last['top1']:.2%}",
+        f"{last['drop']:+.2f} ({low:+.2f} … {high:+.2f})",
+        f"{stages['quantize']['results']['quantize.json']['macs_share']:.1%}",
+        f"{stages['export']['results']['export.json']['bytes'] / 1e6:.2f} MB",
+        made,
+    ]
+    return cells, str(document["report"])
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+def main(runs: tuple[Path, ...]) -> None:
+    """Summarise finished RUNS."""
+    table = Table(*COLUMNS, title="Fashion-MNIST, 10,000 test images", title_justify="left", box=box.SIMPLE_HEAD)
+    rows = [row(run) for run in runs]
+    for cells, _ in rows:
+        table.add_row(*cells)
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console.print(table)
+    for _, report in rows:
+        console.print(f"report: {report}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The bundle stage: which files of a run go to the device, and what the manifest says about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_export.runfolder import package_version
+
+if TYPE_CHECKING:
+    from resvit_export.pipeline import Pipeline
+
+_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data")
+
+
+def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
+    """Pack the finished stages of a run into one ``.resvit`` file at ``path``.
+
+    The manifest holds no time, host name or path of this machine, so that the same inputs give the same bytes.
+    """
+    from resvit_engines.bundle import write_bundle
+
+    validated, compiled = pipeline.validated, pipeline.compiled
+    files: dict[str, Path | bytes] = {
+        "model.onnx": pipeline.quantized.path("model.onnx"),
+        "ranges.json": pipeline.calibrated.path("ranges.json"),
+        "quantize.json": pipeline.quantized.path("quantize.json"),
+        "verdict.json": validated.path("verdict.json"),
+        "golden_input.npy": validated.path("golden_input.npy"),
+        "golden_output.npy": validated.path("golden_output.npy"),
+    }
+    for name in sorted(compiled.record["outputs"]):
+        files[name] = compiled.path(name)
+    if compiled.path("plan.json").exists():
+        files["README.txt"] = _device_readme(pipeline).encode()
+    write_bundle(path, _manifest(pipeline), files)
+
+
+def _manifest(pipeline: Pipeline) -> dict[str, Any]:
+    recipe, verdict = pipeline.recipe, pipeline.verdict
+    export = pipeline.exported.json("export.json")
+    target = pipeline.require_target()
+    settings = {
+        item.name: list(value) if isinstance(value := getattr(recipe, item.name), tuple) else value
+        for item in dataclasses.fields(recipe)
+        if item.name not in _PATH_SETTINGS and item.name not in ("model_args", "preprocess")
+    }
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "name": pipeline.bundle_name,
+        "versions": {"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
+        "model": pipeline.identity,
+        "precision": recipe.precision,
+        "quantizer": recipe.quantizer,
+        "target": target.to_json(),
+        "settings": settings,
+        "preprocess": pipeline.preprocess.to_json(),
+        "class_names": verdict["class_names"],
+        "input": export["input"],
+        "outputs": export["outputs"],
+        "calibration": {
+            "images": pipeline.calibrated.json("images.json")["images"],
+            "digest": pipeline.calibrated.json("images.json")["digest"],
+        },
+        "validation": {"images": verdict["images"], "digest": verdict["data_digest"]},
+        "verdict": verdict["verdict"],
+        "verdict_reason": verdict["reason"],
+        "golden": {"input": "golden_input.npy", "output": "golden_output.npy"},
+        "stages": {
+            artifact.stage: artifact.record["key"]
+            for artifact in (pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated)
+        },
+    }
+    if verdict["verdict"] != "accepted":
+        manifest["warning"] = f"Validation did not accept this model ({verdict['verdict']}): {verdict['reason']}"
+    for kind, file in (("engine", "engine.json"), ("plan", "plan.json")):
+        if pipeline.compiled.path(file).exists():
+            manifest[kind] = pipeline.compiled.json(file)
+    return manifest
+
+
+def _device_readme(pipeline: Pipeline) -> str:
+    plan = pipeline.compiled.json("plan.json")
+    target = pipeline.require_target()
+    commands = "\n".join(f"    {command}" for command in plan["commands"])
+    return f"""{pipeline.bundle_name}
+
+{plan["why"]}
+
+On the {target.title} ({target.software}):
+
+{commands}
+
+The engine reads FP32 images prepared as manifest.json says under "preprocess". golden_input.npy and
+golden_output.npy hold images and the outputs that were validated: compare the engine's with them.
+
+Verdict of the validation: {pipeline.verdict["verdict"]}. {pipeline.verdict["reason"]}
+"""

@@ -1,0 +1,206 @@
+"""The options that commands share, and how flags, a recipe file and a run folder become one recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from resvit_engines.errors import ResvitError
+from resvit_export.recipe import (
+    CALIBRATORS,
+    PRECISIONS,
+    QUANTIZERS,
+    Recipe,
+    absolute_reference,
+    recipe_from_toml,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LOCAL_RECIPE = Path("resvit.toml")
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks: for people, quietly, or as JSON."""
+
+    quiet: bool
+    json: bool
+
+
+def output_options(function: F) -> F:
+    """Add ``--quiet`` and ``--json``."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: only results and warnings.")(
+        function
+    )
+
+
+_RUN = [
+    click.option(
+        "--run",
+        "run_folder",
+        type=click.Path(path_type=Path),
+        help="Folder of the run; what is finished in it is not done again.  [default: runs/MODEL]",
+    ),
+    click.option(
+        "--recipe",
+        "recipe_file",
+        type=click.Path(path_type=Path),
+        help="TOML file with any of these settings; flags win over it.  [default: ./resvit.toml if there is one]",
+    ),
+]
+_MODEL = [
+    click.option(
+        "--model",
+        help="resvit:NAME, timm:NAME, package.module:factory, file.py:factory, a .pt2 program or an .onnx file.",
+    ),
+    click.option("--checkpoint", help="Trained weights: .pt, .pth or .safetensors."),
+    click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the model."),
+    click.option("--input-shape", metavar="CxHxW", help="Shape of one image, where the model does not say it."),
+]
+_TARGET = [
+    click.option("--target", help="Device to build for; 'resvit-export targets' lists them."),
+    click.option("--jetpack", help="JetPack on the Jetson, where it is not the usual one."),
+    click.option("--batch", help="Fixed batch N, or MIN:OPT:MAX for a dynamic one.  [default: 1]"),
+]
+_DATA = [
+    click.option("--data", help="Images: a folder, an .npz, fashion-mnist, or package.module:factory."),
+    click.option("--validation-data", help="Other images to validate on; without it, part of --data."),
+    click.option("--calibration-images", type=int, help="Images to calibrate with.  [default: 512]"),
+    click.option("--validation-images", type=int, help="Images to validate with.  [default: all there are]"),
+    click.option("--seed", type=int, help="Seed of the choice of images.  [default: 0]"),
+    click.option(
+        "--preprocess",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="How an image becomes input, where the model does not say: size, resize, interpolation, mean, std …",
+    ),
+]
+_CALIBRATE = [
+    click.option("--calibrator", type=click.Choice(CALIBRATORS), help="Range estimator.  [default: mse]"),
+]
+_QUANTIZE = [
+    click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engine.  [default: int8]"),
+    click.option("--quantizer", type=click.Choice(QUANTIZERS), help="Ours, or ModelOpt's.  [default: resvit]"),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Quantise only nodes that match."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep nodes that match in FP16."),
+]
+_VALIDATE = [
+    click.option("--max-drop", type=float, help="Accepted drop of top-1, percentage points.  [default: 1.0]"),
+    click.option("--confidence", type=float, help="Of the interval around the drop.  [default: 0.95]"),
+]
+_COMPILE = [
+    click.option("--workspace-mib", type=int, help="Memory that the builder's kernels may use as scratch."),
+    click.option("--optimization-level", type=int, help="0 builds fast, 5 searches longest.  [default: 3]"),
+    click.option(
+        "--allow-rejected",
+        is_flag=True,
+        default=None,
+        help="Go on although validation rejected the model; the bundle says so.",
+    ),
+]
+
+_LAYERS = {
+    "fold": [_MODEL],
+    "export": [_TARGET],
+    "calibrate": [_DATA, _CALIBRATE],
+    "quantize": [_QUANTIZE],
+    "validate": [_VALIDATE],
+    "compile": [_COMPILE],
+    "bundle": [],
+}
+
+
+def recipe_options(stage: str) -> Callable[[F], F]:
+    """Add every option that the stages up to ``stage`` understand."""
+
+    def decorate(function: F) -> F:
+        groups = [_RUN]
+        for name, layer in _LAYERS.items():
+            groups += layer
+            if name == stage:
+                break
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
+    """Merge flags with a recipe and choose the run folder.
+
+    Flags win. Below them stands ``--recipe``; without it, and without ``--model``, the recipe that the run folder
+    keeps, else ``./resvit.toml``.
+    """
+    flags = dict(flags)
+    run_folder: Path | None = flags.pop("run_folder")
+    recipe_file: Path | None = flags.pop("recipe_file")
+    flags["model_args"] = _key_values("--model-arg", flags.get("model_args", ()), plain_values)
+    flags["preprocess"] = _key_values("--preprocess", flags.get("preprocess", ()), preprocess_values)
+    for name in ("model", "checkpoint", "data", "validation_data"):
+        if flags.get(name):
+            flags[name] = absolute_reference(flags[name], Path.cwd())
+    if recipe_file is None and flags.get("model") is None:
+        saved = run_folder / "recipe.toml" if run_folder else None
+        recipe_file = next((file for file in (saved, LOCAL_RECIPE) if file and file.exists()), None)
+    recipe = recipe_from_toml(recipe_file.resolve()) if recipe_file else Recipe()
+    recipe = recipe.with_settings({key: value for key, value in flags.items() if value not in (None, (), {})})
+    if recipe.model is None:
+        raise ResvitError(
+            "No model was given.",
+            "Say --model (for example --model timm:vit_small_r26_s32_224 --checkpoint weights.pth), or write it "
+            f"into {LOCAL_RECIPE} as name under [model].",
+        )
+    return recipe, run_folder or Path("runs") / _slug(recipe.model)
+
+
+def _slug(model: str) -> str:
+    name = Path(model.partition(":")[2] or model).name if model.startswith(("resvit:", "timm:")) else Path(model).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def _key_values(flag: str, pairs: tuple[str, ...], parse: Callable[[str, str], Any]) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ResvitError(f"{flag} {pair} is not KEY=VALUE.", f"Write it as {flag} name=value.")
+        values[key.strip()] = parse(key.strip(), text.strip())
+    return values
+
+
+def plain_values(key: str, text: str) -> bool | int | float | str:
+    """Read a value as bool, integer, number or text, whichever fits first."""
+    del key
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def preprocess_values(key: str, text: str) -> Any:
+    """Read a value of ``--preprocess``: numbers for mean and std, height and width for size, else plain."""
+    if key in ("mean", "std"):
+        try:
+            return [float(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ResvitError(
+                f"--preprocess {key}={text} is not a list of numbers.", f"Write it as {key}=0.5,0.5,0.5."
+            ) from error
+    if key == "size":
+        match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", text)
+        if not match:
+            raise ResvitError(f"--preprocess size={text} is not HEIGHTxWIDTH.", "Write it as size=224x224.")
+        return [int(match[1]), int(match[2] or match[1])]
+    return plain_values(key, text)

@@ -1,0 +1,253 @@
+"""How results look: tables for people, one JSON document for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from resvit_export.cli.options import Output
+
+if TYPE_CHECKING:
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.runfolder import Artifact
+
+_VERDICT_STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
+
+
+def console() -> Console:
+    """Standard output for people. Off a terminal it is wide, so that paths and tables do not break."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def emit_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """Build a plain table; the first ``left`` columns are text, the others numbers."""
+    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        built.add_row(*row)
+    return built
+
+
+def summarize(artifact: Artifact) -> dict[str, Any]:
+    """A stage for JSON output: where it lies, what it cost and what it found."""
+    results = {
+        file: artifact.json(file)
+        for file in artifact.record["outputs"]
+        if file.endswith(".json") and file != "ranges.json"
+    }
+    return {
+        "stage": artifact.stage,
+        "folder": str(artifact.folder.resolve()),
+        "reused": artifact.reused,
+        "seconds": artifact.seconds,
+        "peak_mib": artifact.record["peak_mib"],
+        "results": results,
+    }
+
+
+def show_stage(artifact: Artifact, output: Output) -> None:
+    """Print what one stage found."""
+    if output.json:
+        emit_json(summarize(artifact))
+        return
+    if not output.quiet:
+        for item in _tables(artifact):
+            console().print(item)
+    console().print(f"{artifact.stage}: {artifact.folder}", markup=False)
+
+
+def _tables(artifact: Artifact) -> list[Table | str]:
+    makers = {
+        "fold": _fold,
+        "export": _export,
+        "calibrate": _ranges,
+        "quantize": _quantize,
+        "validate": _validate,
+        "compile": _compile,
+    }
+    maker = makers.get(artifact.stage)
+    return maker(artifact) if maker else []
+
+
+def _fold(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("fold.json")
+    counts: dict[str, list[str]] = {}
+    for item in report["items"]:
+        counts.setdefault(item["kind"], []).append(item["where"])
+    rows = [(kind, str(len(where)), _shorten(where)) for kind, where in counts.items()]
+    return [
+        table("Folded", ("what", "count", "where"), rows, left=3),
+        f"largest error {report['max_abs_error']:.2g} absolute, {report['max_rel_error']:.2g} relative",
+    ]
+
+
+def _export(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("export.json")
+    rows = [
+        ("opset", str(report["opset"])),
+        ("nodes", str(report["nodes"])),
+        ("input", f"{report['input']['name']} {report['input']['shape']}"),
+        ("outputs", ", ".join(f"{item['name']} {item['shape']}" for item in report["outputs"])),
+        ("parity with PyTorch", _parity(report)),
+        ("size", mib(report["bytes"])),
+    ]
+    return [table("Float ONNX", ("what", "value"), rows, left=2)]
+
+
+def _parity(report: Mapping[str, Any]) -> str:
+    if report.get("parity_max_abs") is None:
+        return "not applicable: the model came as ONNX"
+    return f"{report['parity_max_abs']:.2g} absolute, {report['parity_max_rel']:.2g} relative"
+
+
+def _ranges(artifact: Artifact) -> list[Table | str]:
+    ranges = artifact.json("ranges.json")
+    rows = []
+    for name, item in ranges["tensors"].items():
+        amax = item["amax"].get("int8")
+        if amax:
+            cells = [f"{amax[kind]:.4g}" for kind in ("max", "percentile", "mse", "entropy")]
+            rows.append((name, f"{item['minimum']:.4g}", f"{item['maximum']:.4g}", *cells))
+    title = f"Ranges of {len(rows)} tensors from {ranges['images']} images (amax for INT8 by estimator)"
+    columns = ("tensor", "min", "max", "max", "percentile", "mse", "entropy")
+    return [table(title, columns, rows)]
+
+
+def _quantize(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("quantize.json")
+    shown: list[Table | str] = [quantize_table(report)]
+    shown += [f"FP32: {item['name']} — {item['reason']}" for item in report["fp32"]]
+    return shown
+
+
+def quantize_table(report: Mapping[str, Any]) -> Table:
+    """Nodes and multiply-accumulates quantised, by group."""
+    rows = []
+    for group, item in report["groups"].items():
+        share = item["quantized_macs"] / item["macs"] if item["macs"] else 0.0
+        rows.append(
+            (group, f"{item['quantized_nodes']}/{item['nodes']}", f"{item['macs'] / 1e6:.2f} M", f"{share:.1%}")
+        )
+    groups = report["groups"].values()
+    nodes, done = sum(i["nodes"] for i in groups), sum(i["quantized_nodes"] for i in groups)
+    total = sum(item["macs"] for item in groups)
+    rows.append(("all", f"{done}/{nodes}", f"{total / 1e6:.2f} M", f"{report['macs_share']:.1%}"))
+    return table(
+        f"Quantised to {report['precision'].upper()} by {report['quantizer']}",
+        ("group", "nodes", "multiply-accumulates", "share quantised"),
+        rows,
+    )
+
+
+def accuracy_table(verdict: Mapping[str, Any]) -> Table:
+    """Accuracy stage by stage, each against the original network."""
+    rows = [
+        (
+            item["stage"],
+            f"{item['top1']:.2%}",
+            f"{item['drop']:+.2f}",
+            f"[{item['interval'][0]:+.2f}, {item['interval'][1]:+.2f}]",
+            f"{item['agreement']:.2%}",
+            "∞" if item["sqnr_db"] is None else f"{item['sqnr_db']:.1f} dB",
+        )
+        for item in verdict["stages"]
+    ]
+    title = f"Accuracy on {verdict['images']} images ({verdict['data']})"
+    interval = f"{verdict['confidence']:.0%} interval"
+    return table(title, ("stage", "top-1", "drop, points", interval, "agreement", "SQNR"), rows)
+
+
+def verdict_line(verdict: Mapping[str, Any]) -> str:
+    """The verdict as rich markup."""
+    from rich.markup import escape
+
+    return f"[{_VERDICT_STYLE[verdict['verdict']]}]{verdict['verdict'].upper()}[/]: {escape(verdict['reason'])}"
+
+
+def _validate(artifact: Artifact) -> list[Table | str]:
+    verdict = artifact.json("verdict.json")
+    note = [verdict["runtime_note"]] if verdict["runtime_note"] else []
+    return [accuracy_table(verdict), verdict_line(verdict), *note]
+
+
+def _compile(artifact: Artifact) -> list[Table | str]:
+    if artifact.path("engine.json").exists():
+        report = artifact.json("engine.json")
+        rows = [
+            ("target", f"{report['target']} (SM {report['sm']})"),
+            ("builder", f"{report['builder']} {report['builder_version']}"),
+            ("engine", mib(report["bytes"])),
+            ("kernels", str(len(report["kernels"]))),
+            ("built in", f"{report['seconds']:.1f} s, peak {report['peak_mib']} MiB"),
+        ]
+        return [table("Engine", ("what", "value"), rows, left=2)]
+    plan = artifact.json("plan.json")
+    return [plan["why"], *[f"  {command}" for command in plan["commands"]]]
+
+
+def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, output: Output) -> None:
+    """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
+    verdict = pipeline.verdict
+    bundle = next((pipeline.bundle_path for stage in stages if stage.stage == "bundle"), None)
+    if output.json:
+        emit_json(
+            {
+                "verdict": verdict["verdict"],
+                "reason": verdict["reason"],
+                "bundle": str(bundle.resolve()) if bundle else None,
+                "report": str(report.resolve()),
+                "recipe": str((pipeline.run.path / "recipe.toml").resolve()),
+                "stages": [summarize(stage) for stage in stages],
+            }
+        )
+        return
+    screen = console()
+    if not output.quiet:
+        screen.print(accuracy_table(verdict))
+        screen.print(quantize_table(pipeline.quantized.json("quantize.json")))
+        screen.print(_sizes(pipeline, stages, bundle))
+        for stage in stages:
+            if stage.stage == "compile":
+                for item in _compile(stage):
+                    screen.print(item, markup=False, soft_wrap=True)
+    screen.print(verdict_line(verdict), soft_wrap=True)
+    if bundle:
+        screen.print(f"bundle: {bundle}", markup=False, soft_wrap=True)
+    screen.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _sizes(pipeline: Pipeline, stages: Sequence[Artifact], bundle: Path | None) -> Table:
+    files = [("float ONNX", pipeline.exported.path("model.onnx"))]
+    files.append((f"{pipeline.recipe.precision.upper()} ONNX", pipeline.quantized.path("model.onnx")))
+    for stage in stages:
+        if stage.stage == "compile" and stage.path("engine.plan").exists():
+            files.append(("engine", stage.path("engine.plan")))
+    if bundle:
+        files.append(("bundle", bundle))
+    costs = " · ".join(f"{stage.stage} {'reused' if stage.reused else f'{stage.seconds:.0f} s'}" for stage in stages)
+    built = table("Sizes", ("file", "size"), [(name, mib(path.stat().st_size)) for name, path in files])
+    built.caption, built.caption_justify = costs, "left"
+    return built
+
+
+def mib(size: int) -> str:
+    """A number of bytes, in MiB."""
+    return f"{size / (1 << 20):.2f} MiB"
+
+
+def _shorten(names: Sequence[str], limit: int = 3) -> str:
+    more = f" … (+{len(names) - limit})" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,203 @@
+"""The commands that work on a run folder: build, and each stage by itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import reporter
+from resvit_export.cli.options import Output, output_options, recipe_options, resolve_recipe
+
+if TYPE_CHECKING:
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.runfolder import Artifact
+
+_MODEL = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt"
+_DATA = "--data fashion-mnist"
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  resvit-export {line}" for line in lines)
+
+
+@contextlib.contextmanager
+def _pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
+    """The pipeline on its locked run folder, with the recipe written down."""
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.runfolder import RunFolder
+
+    recipe, folder = resolve_recipe(flags)
+    report = reporter(output.quiet or output.json)
+    run = RunFolder(folder, report)
+    pipeline = Pipeline(recipe, run, report)
+    with run.locked():
+        pipeline.save_recipe()
+        yield pipeline
+
+
+def _stage_command(
+    name: str, last: str, take: Callable[[Pipeline], Artifact], help_text: str, *examples: str
+) -> click.Command:
+    @output_options
+    @recipe_options(last)
+    def command(quiet: bool, as_json: bool, **flags: Any) -> int:
+        from resvit_export.cli.output import show_stage
+
+        output = Output(quiet, as_json)
+        with _pipeline(flags, output) as pipeline:
+            artifact = take(pipeline)
+            show_stage(artifact, output)
+            return _exit_code(pipeline) if name == "validate" else 0
+
+    return click.command(name=name, help=help_text, epilog=_examples(*examples))(command)
+
+
+def _exit_code(pipeline: Pipeline) -> int:
+    return {
+        "accepted": ExitCode.OK,
+        "rejected": ExitCode.OK if pipeline.recipe.allow_rejected else ExitCode.REJECTED,
+        "undecided": ExitCode.UNDECIDED,
+    }[pipeline.verdict["verdict"]]
+
+
+fold_command = _stage_command(
+    "fold",
+    "fold",
+    lambda pipeline: pipeline.folded,
+    """Fold BatchNorm, weight standardisation and LayerScale into the weights.
+
+    Also removes dropout and identities. All of it is exact; the numerical error is measured and printed.""",
+    f"fold {_MODEL} --run runs/by-stage",
+    "fold --model timm:vit_tiny_r_s16_p8_224 --run runs/timm --json",
+)
+export_command = _stage_command(
+    "export",
+    "export",
+    lambda pipeline: pipeline.exported,
+    """Export the folded network to float ONNX and check its parity with PyTorch.
+
+    The opset follows the target; the batch is fixed unless --batch says MIN:OPT:MAX.""",
+    f"export {_MODEL} --target jetson-orin --run runs/by-stage",
+    "export --run runs/by-stage --batch 1:8:32",
+)
+calibrate_command = _stage_command(
+    "calibrate",
+    "calibrate",
+    lambda pipeline: pipeline.calibrated,
+    """Measure the ranges of all activations in one pass over real images.
+
+    Memory does not grow with the number of images. Without images it refuses: it never invents any.""",
+    f"calibrate {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
+    "calibrate --run runs/by-stage --calibration-images 256 --seed 1",
+)
+quantize_command = _stage_command(
+    "quantize",
+    "quantize",
+    lambda pipeline: pipeline.quantized,
+    """Put Q/DQ and FP16 into the ONNX graph.
+
+    Patterns of --include and --exclude match node names, module paths or operator types; each must match
+    something.""",
+    f"quantize {_MODEL} {_DATA} --target jetson-orin --precision int8 --run runs/by-stage",
+    "quantize --run runs/by-stage --calibrator percentile --exclude 'trunk.stem*'",
+)
+validate_command = _stage_command(
+    "validate",
+    "validate",
+    lambda pipeline: pipeline.validated,
+    """Compare PyTorch, float ONNX and quantised ONNX on the same images, and judge the drop.
+
+    The verdict is accepted (exit code 0), rejected (4) or undecided (5: too few images, or a baseline at chance
+    level), from the confidence interval of the paired predictions.""",
+    f"validate {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
+    "validate --run runs/by-stage --max-drop 0.5 --confidence 0.99",
+)
+compile_command = _stage_command(
+    "compile",
+    "compile",
+    lambda pipeline: pipeline.compiled,
+    """Build the engine, or the plan to build it where only the device can.
+
+    A rejected model is not compiled, unless --allow-rejected.""",
+    f"compile {_MODEL} {_DATA} --target l4 --run runs/by-stage",
+    "compile --run runs/by-stage --target jetson-orin",
+)
+bundle_command = _stage_command(
+    "bundle",
+    "bundle",
+    lambda pipeline: pipeline.bundled,
+    """Pack model, engine or build plan, preprocessing, ranges, verdict and golden outputs into one file.
+
+    The same inputs give the same bytes.""",
+    f"bundle {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
+    "bundle --run runs/by-stage --target l4 --json",
+)
+
+
+@click.command(
+    name="build",
+    epilog=_examples(
+        f"build --precision int8 --target jetson-orin {_MODEL} {_DATA}",
+        f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
+        "build --run runs/l4-fp8 --json",
+        "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --run runs/l4-fp16",
+    ),
+)
+@output_options
+@recipe_options("bundle")
+def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
+    """Do everything: fold, export, calibrate, quantize, validate, compile, bundle, report.
+
+    What is finished in the run folder and unchanged is not done again; a killed build continues where it stopped.
+    """
+    from resvit_export.cli.output import show_build
+
+    output = Output(quiet, as_json)
+    with _pipeline(flags, output) as pipeline:
+        pipeline.require_target()
+        pipeline.require_images()
+        stages = [] if pipeline.from_onnx else [pipeline.folded]
+        stages += [pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated]
+        rejection: ResvitError | None = None
+        try:
+            stages += [pipeline.compiled, pipeline.bundled]
+        except ResvitError as error:
+            if error.code != ExitCode.REJECTED:
+                raise
+            rejection = error
+        report = _write_report(pipeline)
+        show_build(pipeline, stages, report, output)
+        if rejection is not None:
+            click.echo(f"error: {rejection}", err=True)
+        return _exit_code(pipeline)
+
+
+@click.command(
+    name="report",
+    epilog=_examples(f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage", "report --run runs/by-stage"),
+)
+@output_options
+@recipe_options("bundle")
+def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
+    """Write the HTML report of a run: one self-contained page."""
+    output = Output(quiet, as_json)
+    with _pipeline(flags, output) as pipeline:
+        path = _write_report(pipeline)
+        if as_json:
+            from resvit_export.cli.output import emit_json
+
+            emit_json({"report": str(path.resolve())})
+        else:
+            click.echo(f"report: {path}")
+    return 0
+
+
+def _write_report(pipeline: Pipeline) -> Path:
+    from resvit_export.reporting import write_run_report
+
+    return write_run_report(pipeline)

@@ -1,0 +1,89 @@
+"""The commands that need no run folder: targets, inspect, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from resvit_engines.errors import ExitCode
+from resvit_export.cli.options import Output, output_options
+
+
+@click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
+@output_options
+def targets_command(quiet: bool, as_json: bool) -> None:
+    """List the devices that can be built for, and what each can do."""
+    from resvit_engines.targets import TARGETS
+    from resvit_export.cli.output import console, emit_json, table
+
+    if as_json:
+        emit_json({"targets": [target.to_json() for target in TARGETS]})
+        return
+    if quiet:
+        click.echo("\n".join(target.name for target in TARGETS))
+        return
+    rows = [
+        (
+            target.name,
+            target.title,
+            target.jetpack or "",
+            str(target.sm),
+            target.tensorrt,
+            " ".join(sorted(precision.value for precision in target.precisions)),
+            str(target.opset),
+            _where(target.builder.value),
+        )
+        for target in TARGETS
+    ]
+    columns = ("target", "device", "JetPack", "SM", "TensorRT", "precisions", "opset", "engine is built")
+    console().print(table("Targets", columns, rows, left=8))
+
+
+def _where(builder: str) -> str:
+    return {
+        "tensorrt-rtx": "here, by TensorRT for RTX",
+        "tensorrt": "where that GPU is",
+        "device": "on the device",
+    }[builder]
+
+
+@click.command(
+    name="inspect",
+    epilog="\b\nExamples:\n  resvit-export inspect runs/demo/embed-nano.pt\n"
+    "  resvit-export inspect runs/demo/embed-nano.pt --json",
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@output_options
+def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
+    """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers."""
+    from resvit_export.cli.output import console, emit_json
+    from resvit_export.inspect import describe_file, render
+
+    description = describe_file(file)
+    if as_json:
+        emit_json(description)
+    else:
+        for item in render(description, brief=quiet):
+            console().print(item)
+
+
+@click.command(name="doctor", epilog="\b\nExamples:\n  resvit-export doctor\n  resvit-export doctor --json")
+@output_options
+def doctor_command(quiet: bool, as_json: bool) -> int:
+    """Check what is installed, what is missing, and say what to do about it."""
+    from resvit_export.cli.output import console, emit_json, table
+    from resvit_export.doctor import examine
+
+    output = Output(quiet, as_json)
+    checks = examine()
+    failed = [check for check in checks if check.state == "fail"]
+    if output.json:
+        emit_json({"ok": not failed, "checks": [check.to_json() for check in checks]})
+    else:
+        shown = [check for check in checks if check.state != "ok"] if output.quiet else checks
+        marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+        rows = [(marks[check.state], check.name, check.found, check.fix) for check in shown]
+        if rows:
+            console().print(table("Doctor", ("", "what", "found", "what to do"), rows, left=4))
+    return ExitCode.MISSING if failed else ExitCode.OK

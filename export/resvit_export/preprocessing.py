@@ -1,0 +1,67 @@
+"""Which preprocessing a run uses: what the model says, with the recipe's settings on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.errors import ResvitError
+from resvit_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from resvit_calibrate.data import Preprocess
+
+
+def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
+    """Merge the model's own preprocessing with the recipe's.
+
+    Mean and standard deviation are never guessed: a wrong pair costs accuracy without a sign. Data that a user's
+    factory yields is preprocessed already, and needs neither.
+
+    Raises ``ResvitError`` where they are missing, or a setting does not exist or does not fit.
+    """
+    from resvit_calibrate.data import Preprocess
+
+    channels, height, width = facts["input_shape"]
+    known = facts.get("preprocess")
+    names = [item.name for item in dataclasses.fields(Preprocess)]
+    for key in recipe.preprocess:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise ResvitError(
+                f"There is no preprocessing setting '{key}'.",
+                f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}.",
+            )
+    settings: dict[str, Any] = {
+        "size": [height, width],
+        "channels": channels,
+        "resize": "stretch",
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
+        "channel_order": "rgb",
+        **(known or {}),
+        **recipe.preprocess,
+    }
+    if "mean" not in settings or "std" not in settings:
+        if _is_factory(recipe.data):
+            settings.update(mean=[0.0] * channels, std=[1.0] * channels, resize="none")
+        else:
+            raise ResvitError(
+                "The model does not say how its images are normalised, and guessing would cost accuracy silently.",
+                "Say what it was trained with, for example --preprocess mean=0.485,0.456,0.406 "
+                "--preprocess std=0.229,0.224,0.225.",
+            )
+    preprocess = Preprocess.from_json(settings)
+    if tuple(preprocess.size) != (height, width) or preprocess.channels != channels:
+        raise ResvitError(
+            f"Preprocessing makes images of {preprocess.channels}x{preprocess.size[0]}x{preprocess.size[1]}, "
+            f"but the model takes {channels}x{height}x{width}.",
+            f"Leave size and channels out of the preprocessing, or say size={height}x{width}.",
+        )
+    return preprocess
+
+
+def _is_factory(data: str | None) -> bool:
+    return data is not None and ":" in data and not data.endswith(".npz")

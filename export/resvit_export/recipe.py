@@ -1,0 +1,236 @@
+"""The recipe: every setting of a run, as one value that can be written to a TOML file and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Scalar = bool | int | float | str
+
+QUANTIZERS = ("resvit", "modelopt")
+CALIBRATORS = ("mse", "percentile", "entropy", "max")
+PRECISIONS = ("int8", "fp8", "fp16")
+
+
+def _setting(toml: str, default: Any = None) -> Any:
+    """Define a field that lives at ``table.key`` of the recipe file."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"toml": toml})
+    return field(default=default, metadata={"toml": toml})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run. ``None`` means: not said, so the model or the target decides."""
+
+    model: str | None = _setting("model.name")
+    checkpoint: str | None = _setting("model.checkpoint")
+    model_args: Mapping[str, Scalar] = _setting("model.args", {})
+    input_shape: str | None = _setting("model.input_shape")
+    """``CxHxW``, for models that do not say it."""
+
+    data: str | None = _setting("data.images")
+    validation_data: str | None = _setting("data.validation")
+    calibration_images: int = _setting("data.calibration_images", 512)
+    validation_images: int | None = _setting("data.validation_images")
+    seed: int = _setting("data.seed", 0)
+    preprocess: Mapping[str, Any] = _setting("preprocess", {})
+
+    precision: str = _setting("quantize.precision", "int8")
+    quantizer: str = _setting("quantize.quantizer", "resvit")
+    calibrator: str = _setting("quantize.calibrator", "mse")
+    include: tuple[str, ...] = _setting("quantize.include", ())
+    exclude: tuple[str, ...] = _setting("quantize.exclude", ())
+
+    max_drop: float = _setting("validate.max_drop", 1.0)
+    """Percentage points of top-1."""
+    confidence: float = _setting("validate.confidence", 0.95)
+    allow_rejected: bool = _setting("validate.allow_rejected", False)
+
+    target: str | None = _setting("target.name")
+    jetpack: str | None = _setting("target.jetpack")
+    batch: str = _setting("target.batch", "1")
+    """``N`` for a fixed batch, ``MIN:OPT:MAX`` for a dynamic one."""
+    workspace_mib: int | None = _setting("target.workspace_mib")
+    optimization_level: int = _setting("target.optimization_level", 3)
+
+    def __post_init__(self) -> None:
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("quantizer", self.quantizer, QUANTIZERS)
+        _choice("calibrator", self.calibrator, CALIBRATORS)
+        _between("calibration_images", self.calibration_images, 1, 10_000_000)
+        if self.validation_images is not None:
+            _between("validation_images", self.validation_images, 1, 100_000_000)
+        _between("max_drop", self.max_drop, 0.0, 100.0)
+        _between("confidence", self.confidence, 0.5, 0.9999)
+        _between("optimization_level", self.optimization_level, 0, 5)
+        if self.workspace_mib is not None:
+            _between("workspace_mib", self.workspace_mib, 16, 1 << 20)
+        self.batch_range  # noqa: B018  (validates the text)
+        self.shape  # noqa: B018
+
+    @property
+    def batch_range(self) -> tuple[int, int, int]:
+        """Smallest, best and largest batch; all equal for a fixed one."""
+        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", self.batch)
+        if match:
+            low = int(match[1])
+            best, high = int(match[2] or low), int(match[3] or low)
+            if 1 <= low <= best <= high:
+                return low, best, high
+        raise ResvitError(
+            f"The batch '{self.batch}' is neither a number nor MIN:OPT:MAX in rising order.",
+            "Write --batch 1 for a fixed batch, or for example --batch 1:8:32.",
+        )
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the batch may vary at run time."""
+        low, _, high = self.batch_range
+        return low != high
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of one image, where the recipe says them."""
+        if self.input_shape is None:
+            return None
+        match = re.fullmatch(r"(\d+)[x,](\d+)[x,](\d+)", self.input_shape)
+        if not match or "0" in match.groups():
+            raise ResvitError(
+                f"The input shape '{self.input_shape}' is not CHANNELSxHEIGHTxWIDTH.",
+                "Write it as in --input-shape 3x224x224.",
+            )
+        return int(match[1]), int(match[2]), int(match[3])
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
+        """Replace the settings given that are not ``None``; mappings are merged key by key."""
+        changes = {key: value for key, value in settings.items() if value is not None and value != ()}
+        for key in ("model_args", "preprocess"):
+            if key in changes:
+                changes[key] = {**getattr(self, key), **changes[key]}
+        return dataclasses.replace(self, **changes)
+
+
+def recipe_from_toml(path: Path) -> Recipe:
+    """Read a recipe file. Relative paths in it are relative to the folder that it lies in.
+
+    Raises ``ResvitError`` for a missing or malformed file, an unknown key or a value of the wrong type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResvitError(f"There is no recipe at {path}.", "Check the path given to --recipe.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResvitError(f"The recipe {path} cannot be read: {error}.", "Give a UTF-8 TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ResvitError(f"The recipe {path} is not valid TOML: {error}.", "Mend that line.") from error
+    return Recipe(**_settings_from_document(document, path))
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """Write the complete recipe: every setting that has a value, in the order of the class."""
+    document: dict[str, Any] = {}
+    for item in dataclasses.fields(recipe):
+        value = getattr(recipe, item.name)
+        if value is None:
+            continue
+        *tables, key = item.metadata["toml"].split(".")
+        table = document
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = list(value) if isinstance(value, tuple) else _plain(value)
+    import tomli_w
+
+    return tomli_w.dumps(document)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+    return value
+
+
+def _settings_from_document(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    fields = {item.metadata["toml"]: item for item in dataclasses.fields(Recipe)}
+    whole_tables = {"model.args", "preprocess"}
+    flat: dict[str, Any] = {}
+    for table, content in document.items():
+        if table in whole_tables:
+            flat[table] = content
+        elif isinstance(content, dict):
+            flat.update({f"{table}.{key}": value for key, value in content.items()})
+        else:
+            flat[table] = content
+    settings = {}
+    for key, value in flat.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.4)
+            raise ResvitError(
+                f"The recipe {path} has a setting that does not exist: {key}.",
+                f"Did you mean {', '.join(near)}?" if near else f"It can have: {', '.join(sorted(fields))}.",
+            )
+        item = fields[key]
+        settings[item.name] = _typed(key, value, str(item.type), path)
+    for name in ("checkpoint", "validation_data", "data", "model"):
+        if isinstance(settings.get(name), str):
+            settings[name] = absolute_reference(settings[name], path.parent)
+    return settings
+
+
+def _typed(key: str, value: Any, annotation: str, path: Path) -> Any:
+    if annotation.startswith("tuple"):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif annotation.startswith("Mapping"):
+        if isinstance(value, dict):
+            return value
+    else:
+        accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ", maxsplit=1)[0]]
+        if key == "target.batch" and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, accepted) and (isinstance(value, bool) == (accepted is bool)):
+            return value
+    raise ResvitError(f"In the recipe {path}, {key} = {value!r} is of the wrong type.", f"It must be {annotation}.")
+
+
+def absolute_reference(text: str, folder: Path) -> str:
+    """Make the path part of a model or data reference absolute; names such as ``timm:NAME`` stay.
+
+    A reference is a path when it names something that exists below ``folder`` or ends like a file; in
+    ``file.py:factory`` only the file is a path.
+    """
+    head, colon, tail = text.rpartition(":")
+    if colon and head.endswith(".py"):
+        return f"{(folder / Path(head).expanduser()).resolve()}:{tail}"
+    path = folder / Path(text).expanduser()
+    looks_like_path = text.startswith(("/", "./", "../", "~")) or "/" in text
+    if path.exists() or (looks_like_path and ":" not in text) or text.endswith((".pt", ".pth", ".npz", ".onnx")):
+        return str(path.resolve())
+    return text
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.3)
+        raise ResvitError(
+            f"{name} = '{value}' does not exist.",
+            f"Choose from {', '.join(choices)}." + (f" Did you mean {near[0]}?" if near else ""),
+        )
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ResvitError(f"{name} = {value} is out of range.", f"Give a value from {low} to {high}.", ExitCode.INPUT)

@@ -1,0 +1,124 @@
+"""The validate stage: three runners on the same images, compared, judged and written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_export.recipe import Recipe
+
+if TYPE_CHECKING:
+    from resvit_calibrate.data import ImageSet
+    from resvit_calibrate.metrics import Comparison, Predictions
+
+CHANGED_SHOWN = 24
+GOLDEN_IMAGES = 4
+"""Images that travel with the bundle, with the outputs that were validated."""
+_PICTURE_SIDE = 224
+
+
+def save_predictions(predictions: Predictions, path: Path) -> None:
+    """Write logits ``[N, K]`` and labels ``[N]`` as an ``.npz``."""
+    np.savez(path, logits=predictions.logits, labels=predictions.labels)
+
+
+def load_predictions(path: Path) -> Predictions:
+    """Read what ``save_predictions`` wrote."""
+    from resvit_calibrate.metrics import Predictions
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return Predictions(arrays["logits"], arrays["labels"])
+
+
+def validate(
+    folder: Path,
+    *,
+    quantized: Path,
+    baseline: Path,
+    images: ImageSet,
+    batch_size: int,
+    recipe: Recipe,
+    reporter: Reporter,
+) -> None:
+    """Score the quantised ONNX against the original network; write ``verdict.json`` and the changed images.
+
+    The original is PyTorch where the model came as PyTorch, else the float ONNX. Before anything is scored, the
+    runtime proves on known numbers that it quantises rightly.
+    """
+    from resvit_calibrate.gate import judge
+    from resvit_calibrate.metrics import compare, predict
+    from resvit_calibrate.runtime import onnx_runner, runtime_note, self_test
+
+    self_test()
+    onnx_float = load_predictions(baseline / "onnx.npz")
+    has_torch = (baseline / "pytorch.npz").exists()
+    original = load_predictions(baseline / "pytorch.npz") if has_torch else onnx_float
+    what = f"onnx {recipe.precision}"
+    candidate = predict(onnx_runner(quantized), images, batch_size, reporter, f"validate ({what})")
+    save_predictions(candidate, folder / "predictions.npz")
+    golden = next(images.batches(GOLDEN_IMAGES)).images
+    np.save(folder / "golden_input.npy", golden)
+    np.save(folder / "golden_output.npy", candidate.logits[: len(golden)])
+
+    comparison = compare(original, candidate, recipe.confidence)
+    verdict = judge(comparison, recipe.max_drop, original.logits.shape[1], recipe.confidence)
+    stages = [_row("pytorch" if has_torch else "onnx float", compare(original, original, recipe.confidence))]
+    if has_torch:
+        stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
+    stages.append(_row(what, comparison))
+
+    before, after = original.logits.argmax(1), candidate.logits.argmax(1)
+    changed = np.flatnonzero(before != after)
+    document = {
+        **verdict.to_json(),
+        "max_drop": recipe.max_drop,
+        "confidence": recipe.confidence,
+        "images": len(images),
+        "data": images.description,
+        "data_digest": images.digest,
+        "runtime_note": runtime_note(),
+        "class_names": list(images.class_names or ()),
+        "stages": stages,
+        "changed_total": len(changed),
+        "changed": [
+            {
+                "index": int(index),
+                "label": int(original.labels[index]),
+                "float": int(before[index]),
+                "quantized": int(after[index]),
+            }
+            for index in changed[:CHANGED_SHOWN]
+        ],
+    }
+    (folder / "verdict.json").write_bytes(pretty_json(document))
+    pictures = {
+        f"image_{index}": picture
+        for index in changed[:CHANGED_SHOWN]
+        if (picture := _picture(images, int(index))) is not None
+    }
+    np.savez_compressed(folder / "changed.npz", **pictures)
+
+
+def _row(stage: str, comparison: Comparison) -> dict[str, Any]:
+    sqnr = comparison.sqnr_db
+    return {
+        "stage": stage,
+        "top1": comparison.candidate_top1,
+        "agreement": comparison.agreement,
+        "sqnr_db": sqnr if np.isfinite(sqnr) else None,
+        "drop": comparison.drop,
+        "interval": list(comparison.interval),
+    }
+
+
+def _picture(images: ImageSet, index: int) -> np.ndarray[Any, Any] | None:
+    """The image as people see it, at most 224 pixels a side: it goes into the report."""
+    picture = images.image(index)
+    if picture is None:
+        return None
+    step = max(1, -(-max(picture.shape[:2]) // _PICTURE_SIDE))
+    return np.ascontiguousarray(picture[::step, ::step])
