@@ -30,8 +30,9 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         "golden_input.npy": validated.path("golden_input.npy"),
         "golden_output.npy": validated.path("golden_output.npy"),
     }
-    for name in sorted(compiled.record["outputs"]):
-        files[name] = compiled.path(name)
+    for name in ("engine.plan", "engine.json", "plan.json"):
+        if name in compiled.record["outputs"]:
+            files[name] = compiled.path(name)
     if compiled.path("plan.json").exists():
         files["README.txt"] = _device_readme(pipeline).encode()
     write_bundle(path, _manifest(pipeline), files)
@@ -47,7 +48,6 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         if item.name not in _PATH_SETTINGS and item.name not in ("model_args", "preprocess")
     }
     manifest: dict[str, Any] = {
-        "format": 1,
         "name": pipeline.bundle_name,
         "versions": {"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
         "model": pipeline.identity,
@@ -84,6 +84,7 @@ def _device_readme(pipeline: Pipeline) -> str:
     plan = pipeline.compiled.json("plan.json")
     target = pipeline.require_target()
     commands = "\n".join(f"    {command}" for command in plan["commands"])
+    notes = "\n".join(plan["notes"])
     return f"""{pipeline.bundle_name}
 
 {plan["why"]}
@@ -91,6 +92,8 @@ def _device_readme(pipeline: Pipeline) -> str:
 On the {target.title} ({target.software}):
 
 {commands}
+
+{notes}
 
 The engine reads FP32 images prepared as manifest.json says under "preprocess". golden_input.npy and
 golden_output.npy hold images and the outputs that were validated: compare the engine's with them.

@@ -17,6 +17,7 @@ from resvit_engines.targets import Precision, Target, find_target, require_preci
 from resvit_export.identity import model_identity
 from resvit_export.recipe import Recipe, recipe_to_toml
 from resvit_export.runfolder import Artifact, RunFolder
+from resvit_export.validation import Scoring, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess
@@ -170,13 +171,11 @@ class Pipeline:
         return open_image_sets(spec, self.preprocess, self.reporter)
 
     @property
-    def _batch_size(self) -> int:
-        """Images per call of the ONNX runner: the fixed batch, or enough of a dynamic one to keep cores busy."""
-        shape = self.exported.json("export.json")["input"]["shape"]
-        if isinstance(shape[0], int):
-            return shape[0]
-        low, _, high = self.recipe.batch_range
-        return max(low, min(16, high)) if self.recipe.dynamic_batch else 16
+    def scoring(self) -> Scoring:
+        """How the exported ONNX is run on this machine."""
+        image = self.exported.json("export.json")["input"]
+        batch = image["shape"][0]
+        return Scoring(image["name"], batch if isinstance(batch, int) else None)
 
     @functools.cached_property
     def calibrated(self) -> Artifact:
@@ -189,7 +188,7 @@ class Pipeline:
             from resvit_calibrate.statistics import collect_statistics
 
             statistics = collect_statistics(
-                exported.path("model.onnx"), images.batches(self._batch_size), self.reporter, len(images)
+                exported.path("model.onnx"), images.batches(self.scoring.batch_size), self.reporter, len(images)
             )
             statistics.save(folder / "statistics.npz")
             save_ranges(ranges_from(statistics, images.digest), folder / "ranges.json")
@@ -197,7 +196,7 @@ class Pipeline:
 
         return self.run.stage(
             "calibrate",
-            {"preprocess": self.preprocess.to_json(), "batch": self._batch_size},
+            {"preprocess": self.preprocess.to_json(), "batch": self.scoring.batch_size},
             {"model": exported.digest, "images": images.digest},
             ("onnxruntime", "numpy"),
             work,
@@ -218,8 +217,8 @@ class Pipeline:
         }
 
         def work(folder: Path) -> None:
-            from resvit_calibrate.estimators import Estimator
             from resvit_calibrate.ranges import load_ranges
+            from resvit_calibrate.statistics import Estimator
             from resvit_quantize.settings import QuantizeSettings
 
             model, out = exported.path("model.onnx"), folder / "model.onnx"
@@ -233,7 +232,7 @@ class Pipeline:
                 from resvit_quantize.modelopt import quantize_with_modelopt
 
                 images, _ = self.image_sets
-                report = quantize_with_modelopt(model, images.batches(self._batch_size), chosen, out, self.reporter)
+                report = quantize_with_modelopt(model, images.batches(self.scoring.batch_size), chosen, out, self.reporter)
             else:
                 from resvit_quantize.quantize import quantize_model
 
@@ -259,13 +258,12 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             from resvit_calibrate.metrics import predict
-            from resvit_calibrate.runtime import onnx_runner
 
             if not self.from_onnx:
                 runner = self.network.runner()
                 predict(runner, images, 32, self.reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
-            onnx = onnx_runner(exported.path("model.onnx"))
-            predict(onnx, images, self._batch_size, self.reporter, "validate (ONNX float)").save(folder / "onnx.npz")
+            scores = self.scoring.predict(exported.path("model.onnx"), images, self.reporter, "validate (ONNX float)")
+            scores.save(folder / "onnx.npz")
 
         return self.run.stage(
             "baseline",
@@ -282,14 +280,12 @@ class Pipeline:
         _, images = self.image_sets
 
         def work(folder: Path) -> None:
-            from resvit_export.validation import validate
-
             validate(
                 folder,
                 quantized=quantized.path("model.onnx"),
                 baseline=baseline.folder,
                 images=images,
-                batch_size=self._batch_size,
+                scoring=self.scoring,
                 recipe=self.recipe,
                 reporter=self.reporter,
             )
@@ -332,28 +328,54 @@ class Pipeline:
     @functools.cached_property
     def compiled(self) -> Artifact:
         """Stage ``compile``: an engine where one can be built here, else the plan to build it where it can."""
-        from resvit_engines.build import BuildSettings, builder_versions, compile_for
+        from resvit_engines.build import BuildSettings, build_engine, builder_here
+        from resvit_engines.device import plan_for_device
 
         target = self.require_target()
         self.require_accepted()
         quantized = self.quantized
-        export = self.exported.json("export.json")
         settings = BuildSettings(
-            input_name=export["input"]["name"],
-            input_shape=tuple(export["input"]["shape"][1:]),
             batch=self.recipe.batch_range,
             workspace_mib=self.recipe.workspace_mib or target.workspace_mib,
             optimization_level=self.recipe.optimization_level,
         )
+        builder = builder_here(target)
 
         def work(folder: Path) -> None:
-            compile_for(target, quantized.path("model.onnx"), folder, settings, self.reporter)
+            if builder is None:
+                image = self.exported.json("export.json")["input"]
+                plan = plan_for_device(
+                    target,
+                    settings,
+                    tuple(image["shape"][1:]),
+                    dynamic_batch=not isinstance(image["shape"][0], int),
+                    bundle=f"{self.bundle_name}.resvit",
+                    onnx_sha256=quantized.record["outputs"]["model.onnx"]["sha256"],
+                    input_name=image["name"],
+                )
+                (folder / "plan.json").write_bytes(pretty_json(plan.to_json()))
+                return
+            report = build_engine(
+                quantized.path("model.onnx"),
+                folder / "engine.plan",
+                target,
+                settings,
+                self.reporter,
+                folder / "build.log",
+            )
+            (folder / "engine.json").write_bytes(pretty_json(report.to_json()))
 
         return self.run.stage(
             "compile",
-            {"target": target.to_json(), **settings.to_json()},
+            {
+                "target": target.to_json(),
+                "builder": builder.value if builder else None,
+                # The plan's commands name the bundle.
+                "bundle": None if builder else self.bundle_name,
+                **settings.to_json(),
+            },
             {"model": quantized.digest},
-            builder_versions(),
+            ("tensorrt-rtx-cu13-libs", "tensorrt"),
             work,
         )
 

@@ -45,10 +45,10 @@ _TARGET = re.compile(
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=!&|~]*")
 _FUNCTIONS = frozenset(
-    "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural "
-    "FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt ToFloat Identity Max Min Eq Ne Ge Gt Le Lt "
-    "And Or Not True False".split()
+    ["FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat", "Identity", "Max", "Min", "Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not", "Add", "Mul", "Pow", "Integer", "Rational", "Float", "true", "false"]
 )
+# Sizes are written as sympy's srepr writes them: Symbol('s77', positive=True, integer=True).
+_SREPR_SYMBOL = re.compile(r"Symbol\('([a-z]+\d+)'(?:, \w+=(?:True|False))*\)")
 _SYMBOL = re.compile(r"[su]f?\d+|zuf\d+|zf\d+|u\d+")
 
 
@@ -132,3 +132,10 @@ def _objections_in_graph(value: Any, key: str = "") -> Iterator[str]:
             yield f"it calls {value[:80]!r}"
         if key == "expr_str" and not _is_arithmetic(value):
             yield f"a size is given as {value[:80]!r}"
+
+
+def _is_arithmetic(expression: str) -> bool:
+    expression = _SREPR_SYMBOL.sub(r"\1", expression)
+    if not _EXPRESSION.fullmatch(expression):
+        return False
+    return all(word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in _WORD.findall(expression))

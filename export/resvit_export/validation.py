@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,33 @@ GOLDEN_IMAGES = 4
 _PICTURE_SIDE = 224
 
 
-def save_predictions(predictions: Predictions, path: Path) -> None:
-    """Write logits ``[N, K]`` and labels ``[N]`` as an ``.npz``."""
-    np.savez(path, logits=predictions.logits, labels=predictions.labels)
+@dataclass(frozen=True)
+class Scoring:
+    """How an ONNX file is run over images: its input's name, and the batch it is fixed to (``None``: any)."""
 
+    input_name: str
+    fixed_batch: int | None
 
-def load_predictions(path: Path) -> Predictions:
-    """Read what ``save_predictions`` wrote."""
-    from resvit_calibrate.metrics import Predictions
+    @property
+    def batch_size(self) -> int:
+        """Images per call: the fixed batch, or enough to keep the cores busy."""
+        return self.fixed_batch or 16
 
-    with np.load(path, allow_pickle=False) as arrays:
-        return Predictions(arrays["logits"], arrays["labels"])
+    def predict(self, model: Path, images: ImageSet, reporter: Reporter, what: str) -> Predictions:
+        """Run ``model`` on every image; a last batch that is too small is filled up and the filling dropped."""
+        from resvit_calibrate.metrics import INPUT, predict
+        from resvit_calibrate.runtime import onnx_runner
+
+        session = onnx_runner(model)
+
+        def runner(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+            batch = arrays[INPUT]
+            count = len(batch)
+            if self.fixed_batch and count < self.fixed_batch:
+                batch = np.concatenate([batch, np.repeat(batch[-1:], self.fixed_batch - count, axis=0)])
+            return {name: output[:count] for name, output in session({self.input_name: batch}).items()}
+
+        return predict(runner, images, self.batch_size, reporter, what)
 
 
 def validate(
@@ -40,7 +57,7 @@ def validate(
     quantized: Path,
     baseline: Path,
     images: ImageSet,
-    batch_size: int,
+    scoring: Scoring,
     recipe: Recipe,
     reporter: Reporter,
 ) -> None:
@@ -50,16 +67,16 @@ def validate(
     runtime proves on known numbers that it quantises rightly.
     """
     from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import compare, predict
-    from resvit_calibrate.runtime import onnx_runner, runtime_note, self_test
+    from resvit_calibrate.metrics import Predictions, changed_answers, compare
+    from resvit_calibrate.runtime import runtime_note, self_test
 
     self_test()
-    onnx_float = load_predictions(baseline / "onnx.npz")
+    onnx_float = Predictions.load(baseline / "onnx.npz")
     has_torch = (baseline / "pytorch.npz").exists()
-    original = load_predictions(baseline / "pytorch.npz") if has_torch else onnx_float
+    original = Predictions.load(baseline / "pytorch.npz") if has_torch else onnx_float
     what = f"onnx {recipe.precision}"
-    candidate = predict(onnx_runner(quantized), images, batch_size, reporter, f"validate ({what})")
-    save_predictions(candidate, folder / "predictions.npz")
+    candidate = scoring.predict(quantized, images, reporter, f"validate ({what})")
+    candidate.save(folder / "predictions.npz")
     golden = next(images.batches(GOLDEN_IMAGES)).images
     np.save(folder / "golden_input.npy", golden)
     np.save(folder / "golden_output.npy", candidate.logits[: len(golden)])
@@ -71,8 +88,8 @@ def validate(
         stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
     stages.append(_row(what, comparison))
 
-    before, after = original.logits.argmax(1), candidate.logits.argmax(1)
-    changed = np.flatnonzero(before != after)
+    changed = changed_answers(original, candidate)
+    shown = changed[:CHANGED_SHOWN]
     document = {
         **verdict.to_json(),
         "max_drop": recipe.max_drop,
@@ -84,35 +101,20 @@ def validate(
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
-        "changed": [
-            {
-                "index": int(index),
-                "label": int(original.labels[index]),
-                "float": int(before[index]),
-                "quantized": int(after[index]),
-            }
-            for index in changed[:CHANGED_SHOWN]
-        ],
+        "changed": shown,
     }
     (folder / "verdict.json").write_bytes(pretty_json(document))
     pictures = {
-        f"image_{index}": picture
-        for index in changed[:CHANGED_SHOWN]
-        if (picture := _picture(images, int(index))) is not None
+        f"image_{item['index']}": picture
+        for item in shown
+        if (picture := _picture(images, item["index"])) is not None
     }
     np.savez_compressed(folder / "changed.npz", **pictures)
 
 
 def _row(stage: str, comparison: Comparison) -> dict[str, Any]:
-    sqnr = comparison.sqnr_db
-    return {
-        "stage": stage,
-        "top1": comparison.candidate_top1,
-        "agreement": comparison.agreement,
-        "sqnr_db": sqnr if np.isfinite(sqnr) else None,
-        "drop": comparison.drop,
-        "interval": list(comparison.interval),
-    }
+    plain = comparison.to_json()
+    return {"stage": stage, **{key: plain[key] for key in ("top1", "agreement", "sqnr_db", "drop", "interval")}}
 
 
 def _picture(images: ImageSet, index: int) -> np.ndarray[Any, Any] | None:

@@ -1,0 +1,202 @@
+"""From the name that the user gave to the ``nn.Module`` behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+Scalar = bool | int | float | str
+"""What a factory's argument may be."""
+
+
+def parse_argument(text: str) -> Scalar:
+    """``key=value``'s value: true/false, a whole number, a number, else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
+    """Make the module that ``resvit:NAME``, ``timm:NAME``, ``package.module:factory`` or ``file.py:factory`` names.
+
+    Weights are random (seed 0) unless a factory loads its own. The current folder is importable, and so are the
+    neighbours of ``file.py``. Raises ``ResvitError`` for a name that leads nowhere, and with the user's own
+    message and line where the factory raises or returns something else.
+    """
+    place, colon, name = model.rpartition(":")
+    if not colon or not name:
+        raise ResvitError(
+            f"'{model}' does not say where the model is.",
+            "Write resvit:NAME, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 or an .onnx file.",
+        )
+    torch.manual_seed(0)
+    if place == "resvit":
+        from resvit_export.models import resvit_model
+
+        return _call(resvit_model, (name,), arguments, model)
+    if place == "timm":
+        return _timm_model(name, arguments)
+    factory = _find_factory(place, name)
+    return _call(factory, (), arguments, model)
+
+
+def import_timm() -> ModuleType:
+    """Import timm, also where torchvision refuses to be imported.
+
+    timm imports torchvision, which on import registers kernels for ``torchvision::nms``; beside a CPU-only
+    torch its own library that declares the operator cannot be loaded, and the import fails. Declaring the two
+    operator schemas first is enough: timm's classifiers call neither.
+
+    Raises ``ResvitError`` (``MISSING``) where timm is not installed or still fails.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise ResvitError(f"torchvision does not import: {error}", "Reinstall it.", ExitCode.MISSING) from error
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+    except ImportError:
+        pass  # timm will say what it needs
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:
+        raise ResvitError(
+            f"timm does not import: {error}", "pip install 'resvit-export[host]'.", ExitCode.MISSING
+        ) from error
+
+
+_declared: list[torch.library.Library] = []
+"""The schemas live as long as these objects."""
+
+
+def user_error(error: BaseException, what: str, fix: str) -> ResvitError:
+    """An error raised in the user's code, with its own message and the line of theirs that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not _is_library(f.filename)]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    message = lines[0].strip()[:300] if lines else ""
+    return ResvitError(f"{what}{place}: {type(error).__name__}: {message}", fix)
+
+
+def _timm_model(name: str, arguments: Mapping[str, Scalar]) -> nn.Module:
+    timm = import_timm()
+    if not timm.is_model(name.partition(".")[0]):
+        near = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
+        raise ResvitError(
+            f"timm has no model '{name}'.",
+            f"Some that it has: {', '.join(near)}." if near else "timm.list_models() names those that it has.",
+        )
+    return _call(timm.create_model, (name,), {"pretrained": False, **arguments}, f"timm:{name}")
+
+
+def _call(
+    factory: Callable[..., object], positional: tuple[object, ...], arguments: Mapping[str, Scalar], model: str
+) -> nn.Module:
+    try:
+        # Arguments that do not fit the signature are the recipe's fault, not the factory's.
+        inspect.signature(factory).bind(*positional, **arguments)
+    except TypeError as error:
+        raise ResvitError(
+            f"{model} does not take these arguments: {error}.",
+            f"Its signature is {inspect.signature(factory)}.",
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+    try:
+        made = factory(*positional, **arguments)
+    except ResvitError:
+        raise
+    except Exception as error:
+        raise user_error(error, f"{model} failed", "Mend the factory or its arguments (--model-arg).") from error
+    if not isinstance(made, nn.Module):
+        raise ResvitError(
+            f"{model} returned a {type(made).__name__}, not a torch.nn.Module.",
+            "The factory must return the network itself.",
+        )
+    return made
+
+
+def _find_factory(place: str, name: str) -> Callable[..., object]:
+    if place.endswith(".py"):
+        module = _module_from_file(Path(place))
+    else:
+        with _importable(Path.cwd()):
+            try:
+                module = importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                raise ResvitError(
+                    f"There is no module '{error.name}'.",
+                    f"Check the spelling of '{place}', or run from the folder that holds it.",
+                ) from error
+            except Exception as error:
+                raise user_error(error, f"Importing {place} failed", "Mend the module.") from error
+    factory: object = module
+    for part in name.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        near = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8]
+        raise ResvitError(
+            f"{place} has no function or class '{name}'.",
+            f"It has: {', '.join(near)}." if near else "It defines none at all.",
+        )
+    return factory
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ResvitError(f"The file {path} does not exist.", "Check the path given to --model.")
+    spec = importlib.util.spec_from_file_location(f"_resvit_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    with _importable(path.resolve().parent):
+        try:
+            spec.loader.exec_module(module)
+        except ResvitError:
+            raise
+        except Exception as error:
+            raise user_error(error, f"Importing {path} failed", "Mend the file.") from error
+    return module
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def _is_library(filename: str) -> bool:
+    path = Path(filename)
+    return filename.startswith("<") or path.is_relative_to(_HERE) or path.is_relative_to(_TORCH) or (
+        "importlib" in path.parts or "contextlib.py" in path.parts
+    )
+
+
+_HERE = Path(__file__).parent
+_TORCH = Path(torch.__file__).parent

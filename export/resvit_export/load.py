@@ -1,0 +1,215 @@
+"""The user's network with its weights, from whatever names it, as one exported program."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from resvit_calibrate.data import Preprocess
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+from resvit_export.checkpoint import load_checkpoint, require_finite
+from resvit_export.factories import Scalar, module_from_name
+from resvit_export.torch_program import (
+    has_dynamic_batch,
+    input_shape_of,
+    output_shapes,
+    program_from_module,
+    runner_from_program,
+)
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime import Runner
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the user says about the model: where it is, its weights, its arguments, (C, H, W) of its input."""
+
+    model: str
+    checkpoint: Path | None = None
+    model_args: Mapping[str, Scalar] = field(default_factory=dict)
+    input_shape: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network in eval mode. ``module`` is None for a ``.pt2``; ``num_classes`` for no classifier."""
+
+    program: ExportedProgram
+    module: nn.Module | None
+    preprocess: Preprocess | None
+    input_shape: tuple[int, int, int]
+    num_classes: int | None
+    digest: str
+    """SHA-256 over the graph and all its tensors."""
+    notes: tuple[str, ...] = ()
+
+    def runner(self) -> Runner:
+        """The network in PyTorch as a function from arrays to arrays."""
+        return runner_from_program(self.program)
+
+    def facts(self) -> dict[str, Any]:
+        """What later stages need to know, as plain JSON values."""
+        return {
+            "input_shape": list(self.input_shape),
+            "num_classes": self.num_classes,
+            "preprocess": self.preprocess.to_json() if self.preprocess else None,
+            "dynamic_batch": has_dynamic_batch(self.program),
+            "digest": self.digest,
+            "notes": list(self.notes),
+        }
+
+
+def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
+    """Load, check and export the network that ``spec`` names.
+
+    Raises ``ResvitError`` for everything that can be wrong with it: no such model, a factory that fails, a
+    checkpoint that does not fit, NaN in the weights, an unknown input size, a forward that cannot be exported.
+    An ``.onnx`` file has no PyTorch program; ``resvit_export.onnx_import.import_onnx`` takes it.
+    """
+    if spec.model.endswith(".onnx"):
+        raise ResvitError("An ONNX model has no PyTorch program.", "It goes through import_onnx.")
+    if spec.model.endswith(".pt2"):
+        return _network_from_pt2(spec, reporter)
+    module = module_from_name(spec.model, spec.model_args)
+    notes: list[str] = []
+    if spec.checkpoint is not None:
+        notes += load_checkpoint(module, spec.checkpoint)
+    elif spec.model.startswith(("timm:", "resvit:")):
+        reporter.warn(
+            f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
+        )
+        notes.append("random weights: no checkpoint was given")
+    module, cast = _as_float32(module)
+    notes += cast
+    require_finite(module, str(spec.checkpoint or spec.model))
+    shape = spec.input_shape or _own_input_shape(module)
+    if shape is None:
+        raise ResvitError(
+            f"{spec.model} does not say which images it takes.",
+            "Give --input-shape C,H,W, for example --input-shape 3,224,224.",
+        )
+    program, remarks = program_from_module(module, shape)
+    for note in (*notes, *remarks):
+        reporter.say(note)
+    return Network(
+        program,
+        module,
+        preprocess_of(module, shape),
+        shape,
+        _classes(program),
+        program_digest(program),
+        (*notes, *remarks),
+    )
+
+
+def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Preprocess | None:
+    """How the network wants its images, from ``.config`` (resvit) or ``.pretrained_cfg`` (timm); else None."""
+    channels, size = input_shape[0], (input_shape[1], input_shape[2])
+    if channels not in (1, 3):
+        return None
+    config = getattr(module, "config", None)
+    if isinstance(getattr(config, "mean", None), tuple) and isinstance(getattr(config, "std", None), tuple):
+        assert config is not None
+        return Preprocess(size=size, channels=channels, mean=_channels(config.mean, channels),
+                          std=_channels(config.std, channels))  # fmt: skip
+    known = getattr(module, "pretrained_cfg", None)
+    if not isinstance(known, Mapping) or "mean" not in known:
+        return None
+    interpolation = str(known.get("interpolation", "bicubic"))
+    mode = str(known.get("crop_mode", "center"))
+    return Preprocess(
+        size=size,
+        channels=channels,
+        resize="stretch" if mode == "squash" else "crop",
+        crop_fraction=1.0 if mode == "squash" else float(known.get("crop_pct") or 0.875),
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+        mean=_channels(tuple(known["mean"]), channels),
+        std=_channels(tuple(known["std"]), channels),
+    )
+
+
+def program_digest(program: ExportedProgram) -> str:
+    """SHA-256 over the graph and every tensor of it: the same network gives the same digits anywhere."""
+    digest = hashlib.sha256(str(program.graph).encode())
+    tensors = {**program.constants, **program.state_dict}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
+    from resvit_export.pt2 import program_from_pt2
+
+    if spec.checkpoint is not None or spec.model_args:
+        raise ResvitError(
+            "A .pt2 program brings its own weights and takes no arguments.",
+            "Leave out --checkpoint and --model-arg.",
+        )
+    program = program_from_pt2(Path(spec.model))
+    require_finite({**program.constants, **program.state_dict}, spec.model)
+    shape = input_shape_of(program)
+    if spec.input_shape not in (None, shape):
+        raise ResvitError(
+            f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape."
+        )
+    notes = () if has_dynamic_batch(program) else ("the program was exported for one batch size",)
+    for note in notes:
+        reporter.say(note)
+    return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
+
+
+def _as_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    module = module.to("cpu")
+    kinds = {t.dtype for t in module.state_dict().values() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    if kinds <= {torch.float32}:
+        return module, ()
+    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return module.float(), (f"the network is in {names}; it is computed in float32",)
+
+
+def _own_input_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "image_size") and hasattr(config, "in_channels"):
+        height, width = _pair(config.image_size)
+        return int(config.in_channels), height, width
+    known = getattr(module, "pretrained_cfg", None)
+    if isinstance(known, Mapping) and "input_size" in known:
+        channels, height, width = (int(size) for size in known["input_size"])
+        # Arguments override what the pretrained weights were trained with.
+        embed = getattr(module, "patch_embed", None)
+        height, width = _pair(getattr(embed, "img_size", None) or (height, width))
+        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+        return (first.in_channels if first is not None else channels), height, width
+    own = getattr(module, "input_shape", None)
+    return tuple(int(size) for size in own) if isinstance(own, (tuple, list)) and len(own) == 3 else None  # type: ignore[return-value]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """As many values as channels: timm's grey models use the mean of the three colours."""
+    if len(values) in (1, channels):
+        return tuple(float(value) for value in values)
+    return (math.fsum(values) / len(values),)
+
+
+def _classes(program: ExportedProgram) -> int | None:
+    shapes = output_shapes(program)
+    if len(shapes) == 1 and len(shapes[0]) == 2 and isinstance(shapes[0][1], int):
+        return shapes[0][1]
+    return None
