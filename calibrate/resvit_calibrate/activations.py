@@ -1,0 +1,136 @@
+"""Which tensors of an ONNX graph are activations, and what there is to measure of each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+_SAME_VALUES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+# Minus infinity in front of these is a mask or a padding, and no fault.
+_TAKES_MASKS = {"LogSoftmax", "MaxPool", "Softmax"}
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+# What certainly turns a NaN anywhere in its input into one in its output. Kernels of Relu, Clip, Softmax, Gelu and
+# the like clamp, and clamping drops NaN; so do slicing and pooling.
+_KEEPS_NAN = _SAME_VALUES | {
+    *("Add", "BatchNormalization", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Gemm"),
+    *("GlobalAveragePool", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "MatMul", "Mul"),
+    *("ReduceMean", "ReduceSum", "Sub"),
+}
+
+
+class ActivationPlan:
+    """Which tensors to measure, sum and sample."""
+
+    def __init__(self, graph: onnx.GraphProto, image: str, types: dict[str, int], ranks: dict[str, int]) -> None:
+        floats = float_types()
+        self.types, self.ranks = types, ranks
+        self.derived: dict[str, tuple[str, bool]] = {}
+        self.producer = {image: "the graph input"}
+        measured = [image]
+        alive = {image}  # computed from the values of the image, not from its shape
+        made_by: dict[str, str] = {}
+        for node in graph.node:
+            if node.op_type in ("Shape", "Size") or alive.isdisjoint(_reads(node)):
+                continue
+            for position, name in enumerate(node.output):
+                if not name:
+                    continue
+                alive.add(name)
+                made_by[name] = node.op_type
+                if types.get(name) not in floats:
+                    continue
+                source = node.input[0] if node.input else ""
+                relu = node.op_type == "Relu"
+                if position == 0 and (relu or node.op_type in _SAME_VALUES) and source in self.producer:
+                    self.derived[name] = (source, relu)
+                elif position == 0 and (relu or node.op_type in _SAME_VALUES) and source in self.derived:
+                    root, through_relu = self.derived[source]
+                    self.derived[name] = (root, through_relu or relu)
+                else:
+                    measured.append(name)
+                    self.producer[name] = f"node {node.name or '(unnamed)'} ({node.op_type})"
+        self.measured = tuple(measured)
+        known = {*measured, *self.derived}
+        self.aliases = {
+            node.output[0]: node.input[0]
+            for node in graph.node
+            if node.op_type in _SAME_VALUES and node.input[0] in known and node.output[0] in known
+        }
+        wanted: dict[str, None] = {}
+        for node in graph.node:
+            for name in _quantizable_inputs(node, made_by):
+                if name in known:
+                    wanted[self.root(name)] = None
+        self.sampled = tuple(wanted)
+        self.masked = _masked_tensors(graph, self.measured)
+        self.summed = _nan_checkpoints(graph, self)
+
+    def root(self, name: str) -> str:
+        """The first tensor in the chain of reshapes and transposes that holds the values of ``name``."""
+        while name in self.aliases:
+            name = self.aliases[name]
+        return name
+
+
+def _quantizable_inputs(node: onnx.NodeProto, made_by: dict[str, str]) -> list[str]:
+    """The activations that Q/DQ may go on: inputs of weighted nodes, and of an Add that a convolution feeds."""
+    if node.op_type in _WEIGHTED:
+        return list(node.input[:2])
+    if node.op_type == "Add" and any(made_by.get(name, "").startswith("Conv") for name in node.input):
+        return list(node.input)
+    return []
+
+
+def _nan_checkpoints(graph: onnx.GraphProto, plan: ActivationPlan) -> tuple[str, ...]:
+    """Measured tensors whose sums together catch every NaN: those read by what may drop one, or by nothing."""
+    kept = dict.fromkeys((*plan.measured, *plan.derived), True)
+    read: set[str] = set()
+    for node in graph.node:
+        strided = any(step > 1 for a in node.attribute if a.name == "strides" for step in a.ints)
+        safe = node.op_type in _KEEPS_NAN and not strided
+        for name in _reads(node):
+            read.add(name)
+            if not safe:
+                kept[name] = False
+    leaky = {name for name in kept if not kept[name] or name not in read}
+    # A reshaped tensor is checked at its source; what comes after a Relu has been checked in front of it.
+    leaky = {plan.derived[name][0] if name in plan.derived else name for name in leaky}
+    return tuple(name for name in plan.measured if name in leaky)
+
+
+def _masked_tensors(graph: onnx.GraphProto, measured: tuple[str, ...]) -> frozenset[str]:
+    """Measured tensors that nothing reads but operators for which minus infinity means "not here"."""
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in _reads(node):
+            readers.setdefault(name, set()).add(node.op_type)
+    return frozenset(name for name in measured if readers.get(name) and readers[name] <= _TAKES_MASKS)
+
+
+def types_and_ranks(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, int]]:
+    """Element type and rank of the values, from the model's own records or else by ONNX's shape inference."""
+    import onnx
+
+    def recorded(graph: onnx.GraphProto) -> tuple[dict[str, int], dict[str, int]]:
+        values = [(v.name, v.type.tensor_type) for v in (*graph.input, *graph.value_info, *graph.output)]
+        types = {name: kind.elem_type for name, kind in values if kind.elem_type}
+        return types, {name: len(kind.shape.dim) for name, kind in values if kind.HasField("shape")}
+
+    types, ranks = recorded(model.graph)
+    written = {name for node in model.graph.node for name in node.output if name}
+    if written <= types.keys():
+        return types, ranks
+    return recorded(onnx.shape_inference.infer_shapes(model).graph)
+
+
+def float_types() -> tuple[int, ...]:
+    """ONNX's codes of the element types that are measured: FP32 and FP16."""
+    from onnx import TensorProto
+
+    return TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    return [name for name in node.input if name]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resvit_calibrate.data import Preprocess
+from resvit_engines.errors import ResvitError
+
+
+def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def test_normalises_each_channel():
+    image = np.full((2, 2, 3), (0, 51, 255), np.uint8)
+    got = Preprocess((2, 2), mean=(0.5, 0.2, 0.0), std=(0.5, 1.0, 2.0)).apply(image)
+    assert got.dtype == np.float32
+    assert got.shape == (3, 2, 2)
+    assert got.flags.c_contiguous
+    np.testing.assert_allclose(got[:, 0, 0], [-1.0, 0.0, 0.5], atol=1e-7)
+
+
+def test_bgr_swaps_before_the_mean():
+    image = np.full((2, 2, 3), (255, 0, 51), np.uint8)
+    got = Preprocess((2, 2), mean=(0.2, 0.0, 1.0), channel_order="bgr").apply(image)
+    np.testing.assert_allclose(got[:, 0, 0], [0.0, 0.0, 0.0], atol=1e-7)
+
+
+@pytest.mark.parametrize("resize", ["stretch", "none"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_native_size_is_exact(resize, channels):
+    image = picture(28, 28, channels)
+    got = Preprocess((28, 28), channels, resize).apply(image)
+    np.testing.assert_array_equal(np.rint(got * 255), image.transpose(2, 0, 1))
+
+
+def test_crop_covers_then_cuts_the_middle():
+    image = picture(100, 300)
+    whole = Preprocess((100, 100), resize="crop").fit(image)
+    np.testing.assert_array_equal(whole, image[:, 100:200])
+    part = Preprocess((50, 50), resize="crop", crop_fraction=0.5).fit(image)
+    np.testing.assert_array_equal(part, image[25:75, 125:175])
+    tall = Preprocess((20, 40), resize="crop").fit(picture(80, 40))
+    np.testing.assert_array_equal(tall, picture(80, 40)[30:50])
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolation_is_pillows(interpolation):
+    image = picture(40, 30)
+    got = Preprocess((16, 24), resize="stretch", interpolation=interpolation).fit(image)
+    wanted = Image.fromarray(image).resize((24, 16), getattr(Image.Resampling, interpolation.upper()))
+    np.testing.assert_array_equal(got, np.asarray(wanted))
+
+
+def test_grey_and_colour_become_what_the_network_reads():
+    grey = picture(8, 8, 1)
+    got = Preprocess((8, 8), 3).fit(grey)
+    assert (got == grey).all()
+    luma = Preprocess((1, 1), 1).fit(np.array([[[255, 0, 0]]], np.uint8))
+    assert luma.tolist() == [[[76]]]
+    assert Preprocess((8, 8), 1).apply(grey[:, :, 0]).shape == (1, 8, 8)
+
+
+def test_none_refuses_another_size():
+    with pytest.raises(ResvitError, match="8x9 pixels"):
+        Preprocess((8, 8), resize="none").apply(picture(8, 9))
+
+
+def test_json_round_trip():
+    first = Preprocess((224, 192), 3, "crop", 0.875, "lanczos", (0.485, 0.456, 0.406), (0.2, 0.2, 0.3), "bgr")
+    assert Preprocess.from_json(json.loads(json.dumps(first.to_json()))) == first
+    assert Preprocess((2, 2), 3, mean=(0.5,)) == Preprocess((2, 2), 3, mean=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"size": [0, 4]},
+        {"size": [4]},
+        {"size": 4},
+        {"size": [4.5, 4]},
+        {"size": [4, 4], "channels": 2},
+        {"size": [4, 4], "resize": "squash"},
+        {"size": [4, 4], "interpolation": "cubic"},
+        {"size": [4, 4], "crop_fraction": 0},
+        {"size": [4, 4], "crop_fraction": float("nan")},
+        {"size": [4, 4], "crop_fraction": "all"},
+        {"size": [4, 4], "std": [0.0]},
+        {"size": [4, 4], "std": 1.0},
+        {"size": [4, 4], "mean": [0.1, 0.2]},
+        {"size": [4, 4], "mean": [float("inf")]},
+        {"size": [4, 4], "mean": ["a"]},
+        {"size": [4, 4], "resize": []},
+        {"size": [4, 4], "colour": "rgb"},
+    ],
+)
+def test_unusable_entries_are_refused_with_a_fix(entries):
+    with pytest.raises(ResvitError) as caught:
+        Preprocess.from_json(entries)
+    assert caught.value.fix
