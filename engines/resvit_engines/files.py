@@ -23,9 +23,7 @@ def canonical_json(value: Any) -> bytes:
 
     Raises ``ValueError`` for NaN or infinity, which JSON cannot hold.
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
 
 
 def pretty_json(value: Any) -> bytes:

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
+from resvit_engines.errors import ExitCode, ResvitError
+
+FILES: dict[str, Path | bytes] = {"model.onnx": bytes(range(256)) * 40, "data/golden.npy": b"\x93NUMPY", "empty": b""}
+MANIFEST = {"name": "net", "target": {"name": "jetson-orin", "sm": 87}, "note": "Größe"}
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    path = tmp_path / "net.resvit"
+    write_bundle(path, MANIFEST, FILES)
+    return path
+
+
+def refused(function, *arguments) -> str:
+    with pytest.raises(ResvitError) as caught:
+        function(*arguments)
+    assert caught.value.code is ExitCode.INPUT
+    return str(caught.value)
+
+
+def rewritten(source: Path, target: Path, change) -> Path:
+    """Copy a bundle member by member; ``change(info, data)`` returns the members to write in its place."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            for changed, data in change(info, old.read(info)):
+                new.writestr(changed, data)
+    return target
+
+
+def foreign_bundle(path: Path, members: dict[str, bytes], mode: int = stat.S_IFREG | 0o644, method: int = 0) -> Path:
+    """A bundle whose manifest is right about members that no honest writer would put there."""
+    entries = [
+        {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in members.items()
+    ]
+    manifest = {"format": "resvit-bundle", "format_version": 1, "files": entries}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", json.dumps(manifest))
+        for name, data in members.items():
+            info = zipfile.ZipInfo(name)
+            info.filename = name  # ZipInfo cleans some names that a forger would not
+            info.external_attr = mode << 16
+            info.compress_type = method
+            archive.writestr(info, data)
+    return path
+
+
+def test_what_goes_in_comes_out(bundle, tmp_path) -> None:
+    manifest = extract_bundle(bundle, tmp_path / "out")
+    assert manifest == read_manifest(bundle) == verify_bundle(bundle)
+    assert {key: manifest[key] for key in MANIFEST} == MANIFEST
+    assert [entry["path"] for entry in manifest["files"]] == ["data/golden.npy", "empty", "model.onnx"]
+    entry = manifest["files"][2]
+    assert entry == {"path": "model.onnx", "bytes": 10240, "sha256": hashlib.sha256(FILES["model.onnx"]).hexdigest()}
+    for name, data in FILES.items():
+        assert (tmp_path / "out" / name).read_bytes() == data
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.resvit", "out"]
+
+
+def test_the_bytes_depend_on_the_content_alone(bundle, tmp_path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(FILES["model.onnx"])
+    os.utime(source, (1, 1))
+    source.chmod(0o600)
+    write_bundle(
+        tmp_path / "again", dict(reversed(MANIFEST.items())), {**dict(reversed(FILES.items())), "model.onnx": source}
+    )
+    assert (tmp_path / "again").read_bytes() == bundle.read_bytes()
+    # The same on every Python that is supported, so a changed digest means a changed format.
+    assert hashlib.sha256(bundle.read_bytes()).hexdigest() == DIGEST
+
+
+DIGEST = "1b2047692bf282c535c172b689ea85604ea89191f48d1967de2267320fd672b2"
+
+
+def test_the_manifest_is_the_first_member_and_nothing_is_compressed(bundle) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        infos = archive.infolist()
+        assert [info.filename for info in infos] == ["manifest.json", "data/golden.npy", "empty", "model.onnx"]
+        assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+        assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)}
+        assert archive.testzip() is None
+
+
+def test_a_jetson_can_unpack_it_with_the_standard_library(bundle, tmp_path) -> None:
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(bundle), str(tmp_path / "out")], check=True)
+    assert (tmp_path / "out/data/golden.npy").read_bytes() == FILES["data/golden.npy"]
+
+
+def test_every_changed_byte_of_a_file_is_noticed(bundle, tmp_path) -> None:
+    data = bytearray(bundle.read_bytes())
+    for name in ("model.onnx", "data/golden.npy"):
+        with zipfile.ZipFile(bundle) as archive:
+            start = archive.getinfo(name).header_offset + 30 + len(name)
+        for offset in (start, start + 5):
+            changed = bytearray(data)
+            changed[offset] ^= 1
+            (tmp_path / "bad.resvit").write_bytes(changed)
+            refused(verify_bundle, tmp_path / "bad.resvit")
+            refused(extract_bundle, tmp_path / "bad.resvit", tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+
+
+def test_a_file_swapped_for_one_with_a_valid_checksum_is_noticed(bundle, tmp_path) -> None:
+    def swap(info, data):
+        yield info, data[::-1] if info.filename == "model.onnx" else data
+
+    forged = rewritten(bundle, tmp_path / "forged.resvit", swap)
+    assert "model.onnx in" in refused(verify_bundle, forged)
+    assert "damaged" in refused(extract_bundle, forged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncation_at_any_length_is_noticed(bundle, tmp_path) -> None:
+    data = bundle.read_bytes()
+    cut = tmp_path / "cut.resvit"
+    for length in [0, 1, 100, len(data) // 2, len(data) - 22, len(data) - 1]:
+        cut.write_bytes(data[:length])
+        assert "is not a whole bundle" in refused(read_manifest, cut)
+
+
+def test_random_damage_never_ends_in_another_error(bundle, tmp_path) -> None:
+    data, random = bundle.read_bytes(), Random(0)
+    for _ in range(150):
+        changed = bytearray(data)
+        for _ in range(random.choice((1, 2, 20))):
+            # The headers at both ends are where a reader can be led astray.
+            place = random.choice((random.randrange(900), len(data) - 1 - random.randrange(300)))
+            changed[place] = random.randrange(256)
+        (tmp_path / "bad").write_bytes(changed)
+        with contextlib.suppress(ResvitError):
+            verify_bundle(tmp_path / "bad")
+
+
+def test_missing_and_uninvited_files_are_named(bundle, tmp_path) -> None:
+    def drop(info, data):
+        if info.filename != "empty":
+            yield info, data
+
+    def add(info, data):
+        yield info, data
+        if info.filename == "empty":
+            yield zipfile.ZipInfo("extra.so"), b"x"
+
+    assert "'empty'" in refused(verify_bundle, rewritten(bundle, tmp_path / "less", drop))
+    assert "'extra.so'" in refused(verify_bundle, rewritten(bundle, tmp_path / "more", add))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_comes_twice_is_refused(bundle, tmp_path) -> None:
+    def double(info, data):
+        yield info, data
+        if info.filename == "empty":
+            yield zipfile.ZipInfo("empty"), data
+
+    assert "twice" in refused(verify_bundle, rewritten(bundle, tmp_path / "double", double))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "/etc/evil", "a/../../evil", "a//b", "./a", "a/", "..\\evil", "C:evil", "a\nb", "a\x00b", ".."],
+)
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name) -> None:
+    assert "plain relative path" in refused(write_bundle, tmp_path / "new.resvit", {}, {name: b"x"})
+    forged = foreign_bundle(tmp_path / "forged.resvit", {name: b"x"})
+    for function, rest in ((verify_bundle, ()), (extract_bundle, (tmp_path / "deep/out",))):
+        refused(function, forged, *rest)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forged.resvit"]
+
+
+@pytest.mark.parametrize("members", [{"a": b"", "A": b""}, {"a": b"", "a/b": b""}, {"A/b/c": b"", "a/B": b""}])
+def test_names_that_collide_on_some_system_are_refused(tmp_path, members) -> None:
+    refused(write_bundle, tmp_path / "new.resvit", {}, members)
+    refused(extract_bundle, foreign_bundle(tmp_path / "forged", members), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_and_compressed_members_are_refused(tmp_path) -> None:
+    link = foreign_bundle(tmp_path / "link", {"model.onnx": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777)
+    assert "link" in refused(extract_bundle, link, tmp_path / "out")
+    bomb = foreign_bundle(tmp_path / "bomb", {"model.onnx": bytes(1 << 20)}, method=zipfile.ZIP_DEFLATED)
+    assert "claim more bytes" in refused(verify_bundle, bomb)
+    small = foreign_bundle(tmp_path / "small", {"model.onnx": bytes(range(256))}, method=zipfile.ZIP_DEFLATED)
+    assert "compressed" in refused(verify_bundle, small)
+
+
+def test_foreign_files_are_told_from_damaged_ones(tmp_path) -> None:
+    text = tmp_path / "text.resvit"
+    text.write_text("hello" * 100)
+    assert "not a whole bundle" in refused(read_manifest, text)
+    assert "There is no bundle" in refused(read_manifest, tmp_path / "absent.resvit")
+    assert "There is no bundle" in refused(read_manifest, tmp_path)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "no bundle" in refused(verify_bundle, tmp_path / "other.zip")
+    zipfile.ZipFile(tmp_path / "none.zip", "w").close()
+    assert "no bundle" in refused(verify_bundle, tmp_path / "none.zip")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [
+        (b"{", "does not read"),
+        (b"[" * 100_000, "does not read"),
+        (b"\xff\xfe", "does not read"),
+        (b"[]", "no bundle of resvit-export"),
+        (b'{"format": "other"}', "no bundle of resvit-export"),
+        (b'{"format": "resvit-bundle", "format_version": 2, "files": []}', "bundle format 2"),
+        (b'{"format": "resvit-bundle", "format_version": 1}', "lists its files wrongly"),
+        (b'{"format": "resvit-bundle", "format_version": 1, "files": [{"path": 1}]}', "lists its files wrongly"),
+    ],
+)
+def test_odd_manifests_are_refused(tmp_path, manifest, says) -> None:
+    with zipfile.ZipFile(tmp_path / "odd", "w") as archive:
+        archive.writestr("manifest.json", manifest)
+    assert says in refused(read_manifest, tmp_path / "odd")
+
+
+def test_only_an_empty_or_new_folder_is_filled(bundle, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter").write_text("dear")
+    assert "not an empty folder" in refused(extract_bundle, bundle, tmp_path / "mine")
+    assert (tmp_path / "mine/letter").read_text() == "dear"
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    refused(extract_bundle, bundle, tmp_path / "link")
+    (tmp_path / "new").mkdir()
+    extract_bundle(bundle, tmp_path / "new")
+    assert (tmp_path / "new/empty").exists()
+
+
+def test_a_missing_source_leaves_no_bundle_and_keeps_the_old(bundle, tmp_path) -> None:
+    before = bundle.read_bytes()
+    assert "is not there" in refused(write_bundle, bundle, {}, {"model.onnx": tmp_path / "absent"})
+    assert "may not set files" in refused(write_bundle, bundle, {"files": []}, {})
+    assert "twice" in refused(write_bundle, bundle, {}, {"manifest.json": b""})
+    assert bundle.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["net.resvit"]

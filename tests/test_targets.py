@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets import (
+    JETPACKS,
+    RTX_SMS,
+    TARGETS,
+    Builder,
+    Kind,
+    Precision,
+    find_target,
+    require_precision,
+    version_of,
+)
+
+# (name, SM, FP8, builder) as in NVIDIA's list of compute capabilities.
+KNOWN = [
+    ("jetson-orin", 87, False, Builder.DEVICE),
+    ("jetson-orin-nx", 87, False, Builder.DEVICE),
+    ("jetson-orin-nano", 87, False, Builder.DEVICE),
+    ("jetson-thor", 110, True, Builder.DEVICE),
+    ("a100", 80, False, Builder.RTX),
+    ("a10", 86, False, Builder.RTX),
+    ("l4", 89, True, Builder.RTX),
+    ("l40s", 89, True, Builder.RTX),
+    ("h100", 90, True, Builder.TENSORRT),
+    ("h200", 90, True, Builder.TENSORRT),
+    ("b200", 100, True, Builder.TENSORRT),
+    ("rtx-4090", 89, True, Builder.RTX),
+    ("rtx-5090", 120, True, Builder.RTX),
+    ("dgx-spark", 121, True, Builder.RTX),
+]
+
+
+def test_the_table_holds_exactly_the_known_targets() -> None:
+    rows = [(t.name, t.sm, Precision.FP8 in t.precisions, t.builder) for t in TARGETS]
+    assert rows == KNOWN
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_each_target_is_whole(target) -> None:
+    assert find_target(target.name) == target
+    assert {Precision.FP16, Precision.INT8} <= target.precisions
+    assert target.sparsity
+    assert (target.builder is Builder.RTX) == (target.sm in RTX_SMS)
+    assert (target.builder is Builder.DEVICE) == (target.kind is Kind.JETSON) == (target.jetpack is not None)
+    assert 0 < target.workspace_mib < target.memory_mib
+    assert target.title in target.describe
+    json.dumps(target.to_json(), allow_nan=False)
+
+
+def test_json_holds_plain_values() -> None:
+    plain = find_target("jetson-orin").to_json()
+    assert plain["sm"] == 87
+    assert plain["jetpack"] == "6.2"
+    assert plain["tensorrt"] == "10.3"
+    assert plain["builder"] == "device"
+    assert plain["precisions"] == ["fp16", "int8"]
+    assert plain["opset"] == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "jetpack", "tensorrt", "cuda", "opset"),
+    [
+        ("jetson-orin", None, "10.3", "12.6", 20),
+        ("jetson-orin", "6.1", "10.3", "12.6", 20),
+        ("jetson-orin", "6.2.1", "10.3", "12.6", 20),
+        ("jetson-orin", "7.2", "10.16", "13.2", 23),
+        ("jetson-orin-nano", "7.2", "10.16", "13.2", 23),
+        ("jetson-thor", None, "10.13", "13.0", 20),
+        ("jetson-thor", "7.2.1", "10.16", "13.2", 23),
+        ("h100", None, "11.4", "13", 23),
+        ("l4", None, "1.7", "13", 23),
+    ],
+)
+def test_software_on_the_target(name, jetpack, tensorrt, cuda, opset) -> None:
+    target = find_target(name, jetpack)
+    assert (target.tensorrt, target.cuda, target.opset) == (tensorrt, cuda, opset)
+
+
+@pytest.mark.parametrize(
+    ("name", "jetpack", "says"),
+    [
+        ("jetson-orin", "5.1.2", ["TensorRT 8.5", "6.1, 6.2, 7.2"]),
+        ("jetson-orin", "5.0", ["6.1, 6.2, 7.2"]),
+        ("jetson-orin", "4.6", ["6.1, 6.2, 7.2"]),
+        ("jetson-orin", "6.0", ["TensorRT 8.6", "6.1, 6.2, 7.2"]),
+        ("jetson-orin", "6.9", ["not in the table", "6.1, 6.2, 7.2"]),
+        ("jetson-orin", "newest", ["not in the table"]),
+        ("jetson-orin", "", ["not in the table"]),
+        ("jetson-orin", "7.1", ["does not run on Jetson AGX Orin", "6.1, 6.2, 7.2"]),
+        ("jetson-thor", "6.2", ["does not run on Jetson Thor", "7.1, 7.2"]),
+        ("l4", "6.2", ["L4 is not a Jetson"]),
+    ],
+)
+def test_impossible_jetpacks_are_refused_with_what_to_use(name, jetpack, says) -> None:
+    with pytest.raises(ResvitError) as caught:
+        find_target(name, jetpack)
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert all(words in str(caught.value) for words in says)
+
+
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [("orin", "jetson-orin"), ("jetson-orinn", "jetson-orin"), ("rtx4090", "rtx-4090"), ("thor", "jetson-thor")],
+)
+def test_an_unknown_name_gets_the_nearest(asked, near) -> None:
+    with pytest.raises(ResvitError) as caught:
+        find_target(asked)
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert near in caught.value.fix.partition("?")[0]
+
+
+@pytest.mark.parametrize("asked", ["", "tpu", "xavier"])
+def test_a_foreign_name_gets_the_whole_list(asked) -> None:
+    with pytest.raises(ResvitError) as caught:
+        find_target(asked)
+    assert all(target.name in caught.value.fix for target in TARGETS)
+
+
+def test_names_forgive_case_and_underscores() -> None:
+    assert find_target(" Jetson_Orin ").name == "jetson-orin"
+
+
+@pytest.mark.parametrize("name", ["jetson-orin", "a100", "a10"])
+def test_fp8_below_compute_capability_8_9_is_refused_and_int8_named(name) -> None:
+    with pytest.raises(ResvitError) as caught:
+        require_precision(find_target(name), Precision.FP8)
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert "8.9" in caught.value.problem
+    assert "int8" in caught.value.fix
+
+
+def test_possible_precisions_pass() -> None:
+    for target in TARGETS:
+        for precision in target.precisions:
+            require_precision(target, precision)
+
+
+def test_jetpack_versions_are_unique_and_versions_compare_as_numbers() -> None:
+    assert len({row.version for row in JETPACKS}) == len(JETPACKS)
+    assert version_of("10.14") > version_of("10.3")
+    assert version_of("1.7.1.116")[:2] == (1, 7)
+    assert version_of("r36") == ()
