@@ -1,0 +1,83 @@
+"""Lay out the report: one template, its style inside, nothing fetched and nothing run by the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import write_atomic
+from resvit_export.report import accuracy, device, network, pictures, ranges
+from resvit_export.report.data import ReportData
+
+_STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "bundle")
+
+
+def html_from_run(data: ReportData) -> str:
+    """Render the page; the same data gives the same text. Stages that have not run are left out and named.
+
+    Raises ``ResvitError`` if Jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ResvitError(
+            "The report needs Jinja2, which is not installed.",
+            "pip install 'resvit-export[host]'",
+            ExitCode.MISSING,
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = ranges.pictures_from_ranges(data.ranges, data.quantize) if data.ranges else []
+    return environment.get_template("page.html.j2").render(
+        name=data.name,
+        hero=accuracy.hero_from_run(data),
+        stages=_stages(data),
+        precision=str((data.quantize or {}).get("precision", "quantised")).upper(),
+        accuracy=accuracy.accuracy_from_verdict(data.verdict) if data.verdict else None,
+        groups=network.groups_from_quantize(data.quantize) if data.quantize else [],
+        kept=network.kept_from_quantize(data.quantize) if data.quantize else [],
+        sizes=network.sizes_from_run(data),
+        facts=network.facts_from_run(data),
+        folds=network.folds_from_run(data),
+        ranges=drawn[: ranges.SHOWN],
+        more_ranges=drawn[ranges.SHOWN :],
+        clips_known=any(picture.clip_at is not None for picture in drawn),
+        range_box=(pictures.WIDTH, pictures.HEIGHT),
+        range_images=(data.ranges or {}).get("images"),
+        changed=accuracy.changed_from_run(data),
+        changed_total=(data.verdict or {}).get("changed_total") or 0,
+        engine_warnings=(data.engine or {}).get("warnings") or [],
+        engine=device.engine_facts(data.engine) if data.engine else [],
+        kernel_counts=device.kernel_counts(data.engine) if data.engine else [],
+        kernels=device.kernels_from_engine(data.engine) if data.engine else [],
+        plan=data.plan,
+        commands=device.commands_from_plan(data.plan) if data.plan else [],
+        plan_settings=device.plan_settings(data.plan) if data.plan else [],
+        targets=device.target_rows(data),
+        recipe=data.recipe,
+        versions=list((data.versions or {}).items()),
+        digests=device.digests_from_run(data),
+    )
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Write the page as UTF-8, whole or not at all."""
+    write_atomic(path, html_from_run(data).encode())
+
+
+def _stages(data: ReportData) -> list[tuple[str, bool]]:
+    done = {
+        "fold": data.fold,
+        "export": data.export,
+        "calibrate": data.ranges,
+        "quantize": data.quantize,
+        "validate": data.verdict,
+        "compile": data.engine or data.plan,
+        "bundle": data.bundle,
+    }
+    return [(stage, done[stage] is not None) for stage in _STAGES]
