@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_export.runfolder import package_version
+from resvit_engines.files import pretty_json
+from resvit_export.runfolder import Artifact, package_version
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -30,9 +31,11 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         "golden_input.npy": validated.path("golden_input.npy"),
         "golden_output.npy": validated.path("golden_output.npy"),
     }
-    for name in ("engine.plan", "engine.json", "plan.json"):
+    for name in ("engine.plan", "plan.json"):
         if name in compiled.record["outputs"]:
             files[name] = compiled.path(name)
+    if "engine.json" in compiled.record["outputs"]:
+        files["engine.json"] = pretty_json(_engine_facts(compiled))
     if compiled.path("plan.json").exists():
         files["README.txt"] = _device_readme(pipeline).encode()
     write_bundle(path, _manifest(pipeline), files)
@@ -76,8 +79,13 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         manifest["warning"] = f"Validation did not accept this model ({verdict['verdict']}): {verdict['reason']}"
     for kind, file in (("engine", "engine.json"), ("plan", "plan.json")):
         if pipeline.compiled.path(file).exists():
-            manifest[kind] = pipeline.compiled.json(file)
+            manifest[kind] = _engine_facts(pipeline.compiled) if kind == "engine" else pipeline.compiled.json(file)
     return manifest
+
+
+def _engine_facts(compiled: Artifact) -> dict[str, Any]:
+    """What is true of the engine whenever it is built: without the time and memory that this build took."""
+    return {key: value for key, value in compiled.json("engine.json").items() if key not in ("seconds", "peak_mib")}
 
 
 def _device_readme(pipeline: Pipeline) -> str:

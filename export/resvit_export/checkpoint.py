@@ -56,8 +56,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
     ]
     if findings:
         raise ResvitError(
-            f"The weights in {path} do not fit the model, which has {len(expected)} tensors: "
-            f"{'; '.join(findings)}.",
+            f"The weights in {path} do not fit the model, which has {len(expected)} tensors: {'; '.join(findings)}.",
             "Give the model and the arguments that this checkpoint was trained with "
             "(num_classes, image size, variant).",
         )
@@ -87,14 +86,13 @@ def read_checkpoint(path: Path) -> Any:
         )
     _refuse_torchscript(path)
     try:
-        allowed = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+        allowed: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise ResvitError(
-                f"{path} holds more than weights, and loading that would run code from the file: "
-                f"{_refused(error)}.",
+                f"{path} holds more than weights, and loading that would run code from the file: {_refused(error)}.",
                 "Where it was trained, save the weights alone: torch.save(model.state_dict(), path), "
                 "or use safetensors.",
             ) from error
@@ -119,9 +117,7 @@ def find_weights(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], str
         where.append(inside[0])
         content = content[inside[0]]
     keys = [str(key) for key in content] if isinstance(content, Mapping) else []
-    weights = (
-        {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)} if keys else {}
-    )
+    weights = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)} if keys else {}
     if not weights:
         found = f"the keys {', '.join(keys[:8])}" if keys else f"a {type(content).__name__}"
         raise ResvitError(
@@ -165,9 +161,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _without_prefix(
-    weights: dict[str, torch.Tensor], expected: set[str]
-) -> tuple[dict[str, torch.Tensor], str]:
+def _without_prefix(weights: dict[str, torch.Tensor], expected: set[str]) -> tuple[dict[str, torch.Tensor], str]:
     """Strip prefixes that all keys share, as far as that makes more keys fit the model."""
     weights = {key: value for key, value in weights.items() if key not in _COUNTERS or key in expected}
     best, best_prefix, prefix = weights, "", ""

@@ -71,9 +71,9 @@ def import_timm() -> ModuleType:
             raise ResvitError(f"torchvision does not import: {error}", "Reinstall it.", ExitCode.MISSING) from error
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         _declared.append(library)
     except ImportError:
         pass  # timm will say what it needs
@@ -193,8 +193,11 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _is_library(filename: str) -> bool:
     path = Path(filename)
-    return filename.startswith("<") or path.is_relative_to(_HERE) or path.is_relative_to(_TORCH) or (
-        "importlib" in path.parts or "contextlib.py" in path.parts
+    return (
+        filename.startswith("<")
+        or path.is_relative_to(_HERE)
+        or path.is_relative_to(_TORCH)
+        or ("importlib" in path.parts or "contextlib.py" in path.parts)
     )
 
 

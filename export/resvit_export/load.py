@@ -162,9 +162,7 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
     require_finite({**program.constants, **program.state_dict}, spec.model)
     shape = input_shape_of(program)
     if spec.input_shape not in (None, shape):
-        raise ResvitError(
-            f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape."
-        )
+        raise ResvitError(f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape.")
     notes = () if has_dynamic_batch(program) else ("the program was exported for one batch size",)
     for note in notes:
         reporter.say(note)

@@ -17,10 +17,12 @@ from resvit_engines.targets import Precision, Target, find_target, require_preci
 from resvit_export.identity import model_identity
 from resvit_export.recipe import Recipe, recipe_to_toml
 from resvit_export.runfolder import Artifact, RunFolder
-from resvit_export.validation import Scoring, validate
+from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess
+    from resvit_calibrate.metrics import Predictions
+    from resvit_calibrate.runtime import Runner
     from resvit_export.load import Network
 
 _DEFAULT_OPSET = 20
@@ -104,7 +106,7 @@ class Pipeline:
         if self.from_onnx:
 
             def imported(folder: Path) -> None:
-                from resvit_export.onnx_export import import_onnx
+                from resvit_export.onnx_import import import_onnx
 
                 facts, report = import_onnx(Path(str(self.recipe.model)), folder / "model.onnx")
                 (folder / "network.json").write_bytes(pretty_json(facts))
@@ -171,11 +173,8 @@ class Pipeline:
         return open_image_sets(spec, self.preprocess, self.reporter)
 
     @property
-    def scoring(self) -> Scoring:
-        """How the exported ONNX is run on this machine."""
-        image = self.exported.json("export.json")["input"]
-        batch = image["shape"][0]
-        return Scoring(image["name"], batch if isinstance(batch, int) else None)
+    def _batch_size(self) -> int:
+        return images_per_call(self.facts["input_shape"])
 
     @functools.cached_property
     def calibrated(self) -> Artifact:
@@ -185,18 +184,18 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             from resvit_calibrate.ranges import ranges_from, save_ranges
-            from resvit_calibrate.statistics import collect_statistics
+            from resvit_calibrate.statistics import collect_statistics, save_statistics
 
             statistics = collect_statistics(
-                exported.path("model.onnx"), images.batches(self.scoring.batch_size), self.reporter, len(images)
+                exported.path("model.onnx"), images.batches(self._batch_size), self.reporter, len(images)
             )
-            statistics.save(folder / "statistics.npz")
+            save_statistics(statistics, folder / "statistics.npz")
             save_ranges(ranges_from(statistics, images.digest), folder / "ranges.json")
             (folder / "images.json").write_bytes(pretty_json(_describe(images)))
 
         return self.run.stage(
             "calibrate",
-            {"preprocess": self.preprocess.to_json(), "batch": self.scoring.batch_size},
+            {"preprocess": self.preprocess.to_json(), "batch": self._batch_size},
             {"model": exported.digest, "images": images.digest},
             ("onnxruntime", "numpy"),
             work,
@@ -217,13 +216,14 @@ class Pipeline:
         }
 
         def work(folder: Path) -> None:
+            from resvit_calibrate.estimators import Estimator
             from resvit_calibrate.ranges import load_ranges
-            from resvit_calibrate.statistics import Estimator
+            from resvit_quantize.settings import Precision as QuantizedTo
             from resvit_quantize.settings import QuantizeSettings
 
             model, out = exported.path("model.onnx"), folder / "model.onnx"
             chosen = QuantizeSettings(
-                precision=recipe.precision,
+                precision=QuantizedTo(recipe.precision),
                 estimator=Estimator(recipe.calibrator),
                 include=recipe.include,
                 exclude=recipe.exclude,
@@ -232,7 +232,7 @@ class Pipeline:
                 from resvit_quantize.modelopt import quantize_with_modelopt
 
                 images, _ = self.image_sets
-                report = quantize_with_modelopt(model, images.batches(self.scoring.batch_size), chosen, out, self.reporter)
+                report = quantize_with_modelopt(model, images.batches(self._batch_size), chosen, out, self.reporter)
             else:
                 from resvit_quantize.quantize import quantize_model
 
@@ -258,12 +258,15 @@ class Pipeline:
 
         def work(folder: Path) -> None:
             from resvit_calibrate.metrics import predict
+            from resvit_calibrate.runtime import onnx_runner
 
             if not self.from_onnx:
                 runner = self.network.runner()
-                predict(runner, images, 32, self.reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
-            scores = self.scoring.predict(exported.path("model.onnx"), images, self.reporter, "validate (ONNX float)")
-            scores.save(folder / "onnx.npz")
+                predict(runner, images, self._batch_size, self.reporter, "validate (PyTorch)").save(
+                    folder / "pytorch.npz"
+                )
+            onnx = onnx_runner(exported.path("model.onnx"))
+            predict(onnx, images, self._batch_size, self.reporter, "validate (ONNX float)").save(folder / "onnx.npz")
 
         return self.run.stage(
             "baseline",
@@ -285,7 +288,7 @@ class Pipeline:
                 quantized=quantized.path("model.onnx"),
                 baseline=baseline.folder,
                 images=images,
-                scoring=self.scoring,
+                batch_size=self._batch_size,
                 recipe=self.recipe,
                 reporter=self.reporter,
             )

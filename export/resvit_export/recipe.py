@@ -198,10 +198,11 @@ def _typed(key: str, value: Any, annotation: str, path: Path) -> Any:
         if isinstance(value, dict):
             return value
     else:
-        accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[annotation.split(" ", maxsplit=1)[0]]
+        kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+        accepted = kinds[annotation.split(" ", maxsplit=1)[0]]
         if key == "target.batch" and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        if isinstance(value, accepted) and (isinstance(value, bool) == (accepted is bool)):
+        if isinstance(value, accepted) and isinstance(value, bool) == (bool in accepted):
             return value
     raise ResvitError(f"In the recipe {path}, {key} = {value!r} is of the wrong type.", f"It must be {annotation}.")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,7 @@ def write_run_report(pipeline: Pipeline) -> Path:
 
     Raises ``ResvitError`` where not even one stage is.
     """
-    with pipeline.run.looking_only():
-        found = {
-            "fold": None if pipeline.from_onnx else _finished(lambda: pipeline.folded),
-            "export": _finished(lambda: pipeline.exported),
-        }
-        found["calibrate"] = found["export"] and _finished(lambda: pipeline.calibrated)
-        found["quantize"] = found["calibrate"] and _finished(lambda: pipeline.quantized)
-        found["validate"] = found["quantize"] and _finished(lambda: pipeline.validated)
-        found["compile"] = found["validate"] and pipeline.target and _finished_unless_rejected(pipeline)
-        found["bundle"] = found["compile"] and _finished(lambda: pipeline.bundled)
-    stages = {name: artifact for name, artifact in found.items() if artifact}
+    stages = {artifact.stage: artifact for artifact in _finished_stages(pipeline)}
     if not stages:
         raise ResvitError(
             f"There is nothing to report in {pipeline.run.path}: no stage of this recipe is finished.",
@@ -41,17 +32,19 @@ def write_run_report(pipeline: Pipeline) -> Path:
     return path
 
 
-def _finished(stage: Callable[[], Artifact]) -> Artifact | None:
-    try:
-        return stage()
-    except NotFinishedError:
-        return None
-
-
-def _finished_unless_rejected(pipeline: Pipeline) -> Artifact | None:
-    if pipeline.verdict["verdict"] == "rejected" and not pipeline.recipe.allow_rejected:
-        return None
-    return _finished(lambda: pipeline.compiled)
+def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
+    """Look up the stages in order, as far as they are finished."""
+    with pipeline.run.looking_only(), contextlib.suppress(NotFinishedError):
+        if not pipeline.from_onnx:
+            yield pipeline.folded
+        yield pipeline.exported
+        yield pipeline.calibrated
+        yield pipeline.quantized
+        yield pipeline.validated
+        rejected = pipeline.verdict["verdict"] == "rejected" and not pipeline.recipe.allow_rejected
+        if pipeline.target and not rejected:
+            yield pipeline.compiled
+            yield pipeline.bundled
 
 
 def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:

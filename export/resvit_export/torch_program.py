@@ -53,7 +53,13 @@ def program_from_module(
 
 def has_dynamic_batch(program: ExportedProgram) -> bool:
     """Whether the first dimension of the input is free."""
-    return not isinstance(_input_value(program).shape[0], int)
+    return fixed_batch_of(program) is None
+
+
+def fixed_batch_of(program: ExportedProgram) -> int | None:
+    """The one batch size that the program takes; None for a dynamic one."""
+    size = _input_value(program).shape[0]
+    return size if isinstance(size, int) else None
 
 
 def input_shape_of(program: ExportedProgram) -> tuple[int, int, int]:
@@ -71,9 +77,7 @@ def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
     """Shapes of the outputs, symbolic sizes as text."""
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, (tuple, list))
-    return [
-        tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape) for node in outputs
-    ]
+    return [tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape) for node in outputs]
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -89,8 +93,7 @@ def runner_from_program(program: ExportedProgram) -> Runner:
 
     A program of fixed batch size takes any number of images: it runs in pieces, the last one padded.
     """
-    batch = None if has_dynamic_batch(program) else int(_input_value(program).shape[0])
-    return _runner(program.module(), output_names(program), batch)
+    return _runner(program.module(), output_names(program), fixed_batch_of(program))
 
 
 def runner_from_module(module: nn.Module, names: list[str]) -> Runner:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from resvit_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
-    from resvit_calibrate.metrics import Comparison, Predictions
+    from resvit_calibrate.metrics import Comparison
 
 CHANGED_SHOWN = 24
 GOLDEN_IMAGES = 4
@@ -22,33 +23,12 @@ GOLDEN_IMAGES = 4
 _PICTURE_SIDE = 224
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How an ONNX file is run over images: its input's name, and the batch it is fixed to (``None``: any)."""
+def images_per_call(shape: Sequence[int]) -> int:
+    """How many images [C, H, W] go through a runner at once: 16 of 224 x 224, more of smaller ones, at most 128.
 
-    input_name: str
-    fixed_batch: int | None
-
-    @property
-    def batch_size(self) -> int:
-        """Images per call: the fixed batch, or enough to keep the cores busy."""
-        return self.fixed_batch or 16
-
-    def predict(self, model: Path, images: ImageSet, reporter: Reporter, what: str) -> Predictions:
-        """Run ``model`` on every image; a last batch that is too small is filled up and the filling dropped."""
-        from resvit_calibrate.metrics import INPUT, predict
-        from resvit_calibrate.runtime import onnx_runner
-
-        session = onnx_runner(model)
-
-        def runner(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-            batch = arrays[INPUT]
-            count = len(batch)
-            if self.fixed_batch and count < self.fixed_batch:
-                batch = np.concatenate([batch, np.repeat(batch[-1:], self.fixed_batch - count, axis=0)])
-            return {name: output[:count] for name, output in session({self.input_name: batch}).items()}
-
-        return predict(runner, images, self.batch_size, reporter, what)
+    Enough to keep the cores busy and calls rare; memory stays far below what one engine build takes.
+    """
+    return max(1, min(128, 2_500_000 // math.prod(shape)))
 
 
 def validate(
@@ -57,7 +37,7 @@ def validate(
     quantized: Path,
     baseline: Path,
     images: ImageSet,
-    scoring: Scoring,
+    batch_size: int,
     recipe: Recipe,
     reporter: Reporter,
 ) -> None:
@@ -67,15 +47,15 @@ def validate(
     runtime proves on known numbers that it quantises rightly.
     """
     from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import Predictions, changed_answers, compare
-    from resvit_calibrate.runtime import runtime_note, self_test
+    from resvit_calibrate.metrics import Predictions, changed_answers, compare, predict
+    from resvit_calibrate.runtime import onnx_runner, runtime_note, self_test
 
     self_test()
     onnx_float = Predictions.load(baseline / "onnx.npz")
     has_torch = (baseline / "pytorch.npz").exists()
     original = Predictions.load(baseline / "pytorch.npz") if has_torch else onnx_float
     what = f"onnx {recipe.precision}"
-    candidate = scoring.predict(quantized, images, reporter, f"validate ({what})")
+    candidate = predict(onnx_runner(quantized), images, batch_size, reporter, f"validate ({what})")
     candidate.save(folder / "predictions.npz")
     golden = next(images.batches(GOLDEN_IMAGES)).images
     np.save(folder / "golden_input.npy", golden)
@@ -104,10 +84,8 @@ def validate(
         "changed": shown,
     }
     (folder / "verdict.json").write_bytes(pretty_json(document))
-    pictures = {
-        f"image_{item['index']}": picture
-        for item in shown
-        if (picture := _picture(images, item["index"])) is not None
+    pictures: dict[str, Any] = {
+        f"image_{item['index']}": picture for item in shown if (picture := _picture(images, item["index"])) is not None
     }
     np.savez_compressed(folder / "changed.npz", **pictures)
 

@@ -88,7 +88,7 @@ _CALIBRATE = [
 _QUANTIZE = [
     click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engine.  [default: int8]"),
     click.option("--quantizer", type=click.Choice(QUANTIZERS), help="Ours, or ModelOpt's.  [default: resvit]"),
-    click.option("--include", multiple=True, metavar="PATTERN", help="Quantise only nodes that match."),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Quantise nodes that the rules leave in FP16."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep nodes that match in FP16."),
 ]
 _VALIDATE = [

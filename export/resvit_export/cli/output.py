@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from resvit_export.cli.options import Output
 
@@ -31,13 +33,13 @@ def emit_json(document: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
     """Build a plain table; the first ``left`` columns are text, the others numbers."""
     built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        built.add_row(*row)
+        built.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     return built
 
 
@@ -120,7 +122,7 @@ def _ranges(artifact: Artifact) -> list[Table | str]:
         amax = item["amax"].get("int8")
         if amax:
             cells = [f"{amax[kind]:.4g}" for kind in ("max", "percentile", "mse", "entropy")]
-            rows.append((name, f"{item['minimum']:.4g}", f"{item['maximum']:.4g}", *cells))
+            rows.append((name, f"{item['min']:.4g}", f"{item['max']:.4g}", *cells))
     title = f"Ranges of {len(rows)} tensors from {ranges['images']} images (amax for INT8 by estimator)"
     columns = ("tensor", "min", "max", "max", "percentile", "mse", "entropy")
     return [table(title, columns, rows)]
@@ -154,16 +156,18 @@ def quantize_table(report: Mapping[str, Any]) -> Table:
 
 def accuracy_table(verdict: Mapping[str, Any]) -> Table:
     """Accuracy stage by stage, each against the original network."""
-    rows = [
+    original, *others = verdict["stages"]
+    rows = [(original["stage"], f"{original['top1']:.2%}", "", "", "", "")]
+    rows += [
         (
             item["stage"],
             f"{item['top1']:.2%}",
             f"{item['drop']:+.2f}",
-            f"[{item['interval'][0]:+.2f}, {item['interval'][1]:+.2f}]",
+            f"{item['interval'][0]:+.2f} … {item['interval'][1]:+.2f}",
             f"{item['agreement']:.2%}",
             "∞" if item["sqnr_db"] is None else f"{item['sqnr_db']:.1f} dB",
         )
-        for item in verdict["stages"]
+        for item in others
     ]
     title = f"Accuracy on {verdict['images']} images ({verdict['data']})"
     interval = f"{verdict['confidence']:.0%} interval"
@@ -172,8 +176,6 @@ def accuracy_table(verdict: Mapping[str, Any]) -> Table:
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:
     """The verdict as rich markup."""
-    from rich.markup import escape
-
     return f"[{_VERDICT_STYLE[verdict['verdict']]}]{verdict['verdict'].upper()}[/]: {escape(verdict['reason'])}"
 
 
@@ -219,6 +221,7 @@ def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, out
         screen.print(accuracy_table(verdict))
         screen.print(quantize_table(pipeline.quantized.json("quantize.json")))
         screen.print(_sizes(pipeline, stages, bundle))
+        screen.print(_costs(stages), soft_wrap=True)
         for stage in stages:
             if stage.stage == "compile":
                 for item in _compile(stage):
@@ -237,10 +240,13 @@ def _sizes(pipeline: Pipeline, stages: Sequence[Artifact], bundle: Path | None) 
             files.append(("engine", stage.path("engine.plan")))
     if bundle:
         files.append(("bundle", bundle))
-    costs = " · ".join(f"{stage.stage} {'reused' if stage.reused else f'{stage.seconds:.0f} s'}" for stage in stages)
-    built = table("Sizes", ("file", "size"), [(name, mib(path.stat().st_size)) for name, path in files])
-    built.caption, built.caption_justify = costs, "left"
-    return built
+    return table("Sizes", ("file", "size"), [(name, mib(path.stat().st_size)) for name, path in files])
+
+
+def _costs(stages: Sequence[Artifact]) -> str:
+    return "stages: " + " · ".join(
+        f"{stage.stage} {'reused' if stage.reused else f'{stage.seconds:.1f} s'}" for stage in stages
+    )
 
 
 def mib(size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from rich.text import Text
 
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.options import Output, output_options
@@ -82,8 +83,8 @@ def doctor_command(quiet: bool, as_json: bool) -> int:
         emit_json({"ok": not failed, "checks": [check.to_json() for check in checks]})
     else:
         shown = [check for check in checks if check.state != "ok"] if output.quiet else checks
-        marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-        rows = [(marks[check.state], check.name, check.found, check.fix) for check in shown]
+        styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        rows = [(Text(check.state, styles[check.state]), check.name, check.found, check.fix) for check in shown]
         if rows:
             console().print(table("Doctor", ("", "what", "found", "what to do"), rows, left=4))
     return ExitCode.MISSING if failed else ExitCode.OK
