@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
+_SHAPES = {"Shape", "Size"}
 _SAME_VALUES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 # Minus infinity in front of these is a mask or a padding, and no fault.
 _TAKES_MASKS = {"LogSoftmax", "MaxPool", "Softmax"}
@@ -32,7 +33,7 @@ class ActivationPlan:
         alive = {image}  # computed from the values of the image, not from its shape
         made_by: dict[str, str] = {}
         for node in graph.node:
-            if node.op_type in ("Shape", "Size") or alive.isdisjoint(_reads(node)):
+            if node.op_type in _SHAPES or alive.isdisjoint(_reads(node)):
                 continue
             for position, name in enumerate(node.output):
                 if not name:
@@ -88,6 +89,8 @@ def _nan_checkpoints(graph: onnx.GraphProto, plan: ActivationPlan) -> tuple[str,
     kept = dict.fromkeys((*plan.measured, *plan.derived), True)
     read: set[str] = set()
     for node in graph.node:
+        if node.op_type in _SHAPES:
+            continue
         strided = any(step > 1 for a in node.attribute if a.name == "strides" for step in a.ints)
         safe = node.op_type in _KEEPS_NAN and not strided
         for name in _reads(node):
@@ -133,4 +136,6 @@ def float_types() -> tuple[int, ...]:
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:
-    return [name for name in node.input if name]
+    """What a node reads, and what its branches may capture."""
+    inner = (name for a in node.attribute if a.HasField("g") for child in a.g.node for name in _reads(child))
+    return [name for name in (*node.input, *inner) if name]

@@ -14,6 +14,9 @@ Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 """Arrays by the name of the graph input or output that they belong to."""
 
+INTERNAL = "resvit."
+"""How the names of what this project adds to a graph begin; no message shows them."""
+
 
 def cpu_count() -> int:
     """CPU cores that this process may run on."""
@@ -62,14 +65,18 @@ def run_session(session: Any, outputs: list[str], feeds: Arrays) -> list[Array]:
     try:
         values: list[Array] = session.run(outputs, feeds)
     except Exception as error:
-        shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
+        shapes = ", ".join(
+            f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items() if not name.startswith(INTERNAL)
+        )
         if "allocate" in str(error) or "bad_alloc" in str(error) or isinstance(error, MemoryError):
             raise ResvitError(
                 f"Memory ran out while the model ran on {shapes}.",
                 "Use a smaller batch size.",
                 ExitCode.SYSTEM,
             ) from error
-        wanted = ", ".join(f"{i.name} {i.type}{i.shape}" for i in session.get_inputs())
+        wanted = ", ".join(
+            f"{i.name} {i.type}{i.shape}" for i in session.get_inputs() if not i.name.startswith(INTERNAL)
+        )
         raise ResvitError(
             f"ONNX Runtime could not run the model on {shapes}: {first_line(error)}",
             f"The model declares {wanted}; check the image size, the channels and the batch size.",
