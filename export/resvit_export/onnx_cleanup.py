@@ -18,13 +18,21 @@ _SAME_SIZE = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
 def fix_batch(model: ir.Model, batch: int) -> None:
-    """Set the first size of every input, and forget inner shapes that depended on it, to be inferred anew."""
-    for value in model.graph.inputs:
-        assert value.shape is not None
-        value.shape = ir.Shape([batch, *list(value.shape)[1:]])
+    """Set the first size of every input, and all inner sizes that are equal to it; others are inferred anew."""
+    free = _free_batch(model.graph)
     for value in _values(model.graph):
-        if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
-            value.shape = None
+        if value.shape is None:
+            continue
+        sizes = [batch if not isinstance(size, int) and size.value in free else size for size in value.shape]
+        value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+    infer_shapes(model)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in the shapes of inner values that nobody has stated."""
+    import onnx_ir.passes.common
+
+    onnx_ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def optimize(model: ir.Model) -> None:
@@ -38,6 +46,7 @@ def optimize(model: ir.Model) -> None:
         should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
     )
     pad_in_max_pool(model)
+    infer_shapes(model)
 
 
 def pad_in_max_pool(model: ir.Model) -> int:
@@ -190,13 +199,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _rename_batch(graph: ir.Graph) -> None:
     """Call the free first size ``batch`` wherever it occurs, alone or inside an expression."""
-    free = {
-        str(size.value)
-        for value in graph.inputs
-        if value.shape is not None
-        for size in list(value.shape)[:1]
-        if isinstance(size, ir.SymbolicDim) and size.value
-    }
+    free = _free_batch(graph)
     for value in _values(graph):
         if value.shape is None:
             continue
@@ -208,6 +211,17 @@ def _rename_batch(graph: ir.Graph) -> None:
                     text = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, text)
             sizes.append(text)
         value.shape = ir.Shape(sizes)
+
+
+def _free_batch(graph: ir.Graph) -> set[str]:
+    """What the exporter calls the free first size."""
+    return {
+        str(size.value)
+        for value in graph.inputs
+        if value.shape is not None
+        for size in list(value.shape)[:1]
+        if isinstance(size, ir.SymbolicDim) and size.value
+    }
 
 
 def _reads_constants(node: ir.Node) -> bool:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
-from resvit_export.onnx_cleanup import canonicalise, optimize
+from resvit_export.onnx_cleanup import canonicalise, infer_shapes, optimize
 from resvit_export.onnx_report import ExportReport, measure_parity, report_of, shape_of, write_model
 
 OLDEST_OPSET = 20
@@ -42,7 +42,9 @@ def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
     proto = _converted(proto, path, notes)
     model = ir.serde.deserialize_model(proto)
     _take_image_input(model, path)
+    image = str(model.graph.inputs[0].name)
     _require_finite(model, path)
+    infer_shapes(model)
     optimize(model)
     refuse_branches(model)
     outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
@@ -53,8 +55,13 @@ def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
     write_model(model, out)
     batch, *shape = shape_of(model.graph.inputs[0])
     batches = (batch,) if isinstance(batch, int) else (1, 2)
+    original = onnx_runner(path)
     parity = measure_parity(
-        onnx_runner(path), onnx_runner(out), tuple(map(int, shape)), batches, what=f"{path.name} in canonical form"
+        lambda arrays: original({image: arrays["input"]}),
+        onnx_runner(out),
+        tuple(map(int, shape)),
+        batches,
+        what=f"{path.name} in canonical form",
     )
     report = report_of(model, out, parity, batches, notes)
     classes = report.outputs[0][1][1] if single == "logits" else None
@@ -92,6 +99,8 @@ def _load(path: Path) -> onnx.ModelProto:
     _check_external_data(proto, path)
     try:
         onnx.load_external_data_for_model(proto, str(path.resolve().parent))
+        for tensor in _tensors(proto.graph):
+            tensor.ClearField("data_location")  # so that the same weights give the same bytes, wherever they lay
         if proto.ByteSize() < 2**31 - 1:
             onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:

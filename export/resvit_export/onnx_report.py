@@ -101,18 +101,27 @@ def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOV
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if weights > external_above:
         data = path.with_name(f"{path.name}.data")
+        # Shapes and other small constants stay in the model, where shape inference can read them.
+        large = [
+            v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 256
+        ]
         with atomic_file(data) as partial:
-            # The model refers to the final name; the bytes go into the partial file first.
-            copy = ir.external_data.convert_tensors_to_external(
-                [v.const_value for v in model.graph.initializers.values() if v.const_value is not None],
+            # The bytes go into the partial file, and the model refers to the final name.
+            written = ir.external_data.convert_tensors_to_external(
+                [value.const_value for value in large if value.const_value is not None],
                 base_dir=partial.parent,
                 relative_path=partial.name,
             )
-        for value, tensor in zip(model.graph.initializers.values(), copy, strict=True):
+        for value, tensor in zip(large, written, strict=True):
             value.const_value = ir.ExternalTensor(
-                data.name, tensor.offset, tensor.length, tensor.dtype,
-                shape=tensor.shape, name=str(value.name), base_dir=path.parent,
-            )  # fmt: skip
+                data.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=path.parent,
+            )
     proto = ir.serde.serialize_model(model)
     with atomic_file(path) as partial:
         partial.write_bytes(proto.SerializeToString(deterministic=True))

@@ -58,26 +58,27 @@ def has_dynamic_batch(program: ExportedProgram) -> bool:
 
 def fixed_batch_of(program: ExportedProgram) -> int | None:
     """The one batch size that the program takes; None for a dynamic one."""
-    size = _input_value(program).shape[0]
+    size = _known(_input_value(program).shape[0])
     return size if isinstance(size, int) else None
 
 
 def input_shape_of(program: ExportedProgram) -> tuple[int, int, int]:
     """(C, H, W) of the program's one image input; raises ``ResvitError`` where it has another signature."""
-    shape = tuple(_input_value(program).shape)
-    if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+    shape = tuple(_known(size) for size in _input_value(program).shape)
+    fixed = [size for size in shape[1:] if isinstance(size, int)]
+    if len(shape) != 4 or len(fixed) != 3:
         raise ResvitError(
             f"The program's input has the shape {[str(size) for size in shape]}, not [B, C, H, W] with fixed C, H, W.",
             "Export the network for one image size, with one image tensor as input.",
         )
-    return shape[1], shape[2], shape[3]
+    return fixed[0], fixed[1], fixed[2]
 
 
 def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
     """Shapes of the outputs, symbolic sizes as text."""
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, (tuple, list))
-    return [tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape) for node in outputs]
+    return [tuple(_known(size) for size in node.meta["val"].shape) for node in outputs]
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -117,6 +118,14 @@ def _runner(call: Callable[..., object], names: list[str], batch: int | None) ->
         return {name: np.concatenate([piece[i] for piece in pieces]) for i, name in enumerate(names)}
 
     return run
+
+
+def _known(size: int | torch.SymInt) -> int | str:
+    """A size as a number, also where tracing has pinned its symbol to one; a free size as text."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
 
 
 def _input_value(program: ExportedProgram) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Fold what is exact to fold: the same function with fewer operations, and weights as they will be quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_quantize.fold_graph import GraphEditor
+from resvit_quantize.fold_rules import RULES
+
+_TOLERANCE = 1e-4
+"""Largest difference allowed, relative to the largest output: float32 rounding through a deep network stays
+an order of magnitude below, a wrong fold is orders above."""
+
+
+@dataclass(frozen=True)
+class FoldItem:
+    """One thing folded: ``kind`` is constant, batch_norm, layer_scale or no_op; ``where`` is the module's path."""
+
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What was folded, and by how much outputs on random images moved (float32 rounding)."""
+
+    items: tuple[FoldItem, ...]
+    max_abs_error: float
+    max_rel_error: float
+    """Relative to the largest absolute output."""
+
+    def counts(self) -> dict[str, int]:
+        """Number of folds by kind."""
+        return dict(sorted(Counter(item.kind for item in self.items).items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "items": [{"kind": item.kind, "where": item.where} for item in self.items],
+            "counts": self.counts(),
+            "max_abs_error": self.max_abs_error,
+            "max_rel_error": self.max_rel_error,
+        }
+
+
+def fold_program(program: ExportedProgram, *, seed: int = 0) -> tuple[ExportedProgram, FoldReport]:
+    """Fold constants, BatchNorm and LayerScale into weights, and drop operations that do nothing.
+
+    The folds are exact, computed in float64 and rounded once to the weights' own type; both programs are then
+    run on the same random input [B, C, H, W] (B from the example input) and compared. Node metadata that leads
+    back to the user's modules is kept. Raises ``ResvitError`` where the module writes its own state while it
+    runs, where a BatchNorm holds no finite factor, or where the outputs differ by more than rounding.
+    """
+    mutated = [
+        spec.target
+        for spec in program.graph_signature.output_specs
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.TOKEN)
+    ]
+    functional = program.run_decompositions({})
+    mutated += [
+        spec.target
+        for spec in functional.graph_signature.output_specs
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.TOKEN)
+    ]
+    if mutated:
+        raise ResvitError(
+            f"The network changes its own state while it runs: {mutated[0] or 'its input'}.",
+            "Call .eval() on every part before exporting, and write no buffers in forward.",
+        )
+    editor = GraphEditor(functional)
+    items: list[FoldItem] = []
+    before = -1
+    while before != len(items):
+        before = len(items)
+        for rule in RULES:
+            items += [FoldItem(kind, where) for kind, where in rule(editor)]
+    folded = editor.finish()
+    absolute, relative = _difference(program, folded, seed)
+    return folded, FoldReport(tuple(items), absolute, relative)
+
+
+def _difference(before: ExportedProgram, after: ExportedProgram, seed: int) -> tuple[float, float]:
+    """Largest absolute difference of the outputs, and that over the largest absolute output."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, keywords = torch.utils._pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t,
+        before.example_inputs or _example_inputs(before),
+    )
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(before.module()(*inputs, **keywords))
+        actual = torch.utils._pytree.tree_leaves(after.module()(*inputs, **keywords))
+    absolute = relative = 0.0
+    for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
+        largest = float(one.abs().max())
+        error = float((one.double() - other.double()).abs().max())
+        if not error <= _TOLERANCE * max(largest, 1e-6):
+            raise ResvitError(
+                f"Folding changed output {index} by {error:.3g} (its largest value is {largest:.3g}).",
+                "This is a fault of the fold, or the network overflows on random images; please report it.",
+                ExitCode.BUG,
+            )
+        absolute, relative = max(absolute, error), max(relative, error / max(largest, 1e-6))
+    return absolute, relative
+
+
+def _example_inputs(program: ExportedProgram) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Inputs for a program that was saved without any: free sizes are 2."""
+    names = program.graph_signature.user_inputs
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    shapes = [[size if isinstance(size, int) else 2 for size in value.shape] for value in values]
+    return tuple(torch.zeros(shape, dtype=v.dtype) for shape, v in zip(shapes, values, strict=True)), {}

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+
+import resvit_export.onnx_report as onnx_report
+from resvit_calibrate.runtime import onnx_runner
+from resvit_engines.errors import ResvitError
+from resvit_export.models import resvit_model
+from resvit_export.onnx_cleanup import MODULE, pad_in_max_pool
+from resvit_export.onnx_export import ExportReport, import_onnx, onnx_from_program
+from resvit_export.torch_program import program_from_module
+from resvit_quantize.fold import fold_program
+
+
+@pytest.fixture(scope="module")
+def program() -> ExportedProgram:
+    torch.manual_seed(3)
+    module = resvit_model("embed-nano")
+    config = module.config
+    return fold_program(program_from_module(module, (config.in_channels, *config.image_size))[0])[0]
+
+
+@pytest.fixture(scope="module")
+def dynamic(program: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportReport]:
+    path = tmp_path_factory.mktemp("dynamic") / "model.onnx"
+    return path, onnx_from_program(program, path, opset=20)
+
+
+def test_dynamic_model_agrees_and_is_readable(dynamic: tuple[Path, ExportReport]) -> None:
+    path, report = dynamic
+    model = onnx.load(path)
+    assert report.parity_max_rel < 1e-5
+    assert report.parity_batches == (1, 2)
+    assert report.input[0] == "input"
+    assert report.input[1][0] == "batch"
+    assert report.outputs == (("logits", ("batch", report.outputs[0][1][1])),)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names) == report.nodes
+    modules = {node.name: entry.value for node in model.graph.node for entry in node.metadata_props}
+    weighted = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert weighted
+    assert all(node.name.startswith(f"{modules[node.name]}/{node.op_type}") for node in weighted)
+    assert {entry.key for node in model.graph.node for entry in node.metadata_props} == {MODULE}
+    assert "BatchNormalization" not in report.operators
+    assert report.operators.get("Shape", 0) <= 1  # the class token's batch
+    assert "If" not in report.operators
+
+
+def shapes_known(path: Path) -> bool:
+    values = [value for node in ir.load(path).graph for value in node.outputs]
+    sizes = [list(value.shape) if value.shape is not None else [None] for value in values]
+    return all(isinstance(size, int) or "batch" in str(size) for shape in sizes for size in shape)
+
+
+def test_every_inner_value_has_a_shape(dynamic: tuple[Path, ExportReport]) -> None:
+    assert shapes_known(dynamic[0])
+
+
+def test_same_program_same_bytes_and_no_traces(
+    program: ExportedProgram, dynamic: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    again = tmp_path / "elsewhere.onnx"
+    onnx_from_program(program, again, opset=20)
+    content = again.read_bytes()
+    assert content == dynamic[0].read_bytes()
+    for trace in (b".py", b"site-packages", str(Path.home()).encode() + b"/", b"torch"):
+        assert trace not in content
+
+
+def test_fixed_batch_leaves_no_arithmetic_on_shapes(program: ExportedProgram, tmp_path: Path) -> None:
+    report = onnx_from_program(program, tmp_path / "model.onnx", opset=20, batch=3)
+    assert report.input[1][0] == 3
+    assert report.parity_batches == (3,)
+    assert shapes_known(tmp_path / "model.onnx")
+    assert not {"Shape", "Expand", "Gather", "If", "Cast"} & set(report.operators) - {"Gather"}
+
+
+def test_opset_23_keeps_attention_whole(program: ExportedProgram, tmp_path: Path) -> None:
+    report = onnx_from_program(program, tmp_path / "model.onnx", opset=23)
+    assert report.operators["Attention"] > 0
+    assert "Softmax" not in report.operators
+    with pytest.raises(ResvitError, match="Opset 19 is not written"):
+        onnx_from_program(program, tmp_path / "model.onnx", opset=19)
+
+
+def test_large_weights_go_beside_the_model(
+    program: ExportedProgram, dynamic: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    report = onnx_from_program(program, path, opset=20, external_above=1000)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert path.stat().st_size < dynamic[0].stat().st_size
+    images = {"input": np.ones((2, *map(int, report.input[1][1:])), np.float32)}
+    assert np.array_equal(onnx_runner(path)(images)["logits"], onnx_runner(dynamic[0])(images)["logits"])
+    imported = tmp_path / "imported.onnx"
+    import_onnx(path, imported)
+    assert imported.read_bytes() == dynamic[0].read_bytes()
+
+
+def test_group_norm_and_masked_attention(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.qkv = nn.Conv2d(3, 8, 4, 4), nn.GroupNorm(2, 8), nn.Linear(8, 24)
+            self.register_buffer("mask", torch.tril(torch.ones(4, 4, dtype=torch.bool)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)  # [B, 4, 8]
+            q, k, v = self.qkv(x).reshape(x.shape[0], 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=0.3)
+            w = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.float())
+            return (y + z + w).sum((1, 3))
+
+    program, _ = fold_program(program_from_module(Block(), (3, 8, 8))[0])
+    for opset in (20, 23):
+        report = onnx_from_program(program, tmp_path / f"{opset}.onnx", opset=opset)
+        assert report.parity_max_rel < 1e-5
+        assert "Shape" not in report.operators or opset == 23
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_zero_padding_goes_into_the_convolution(batch: int | None, tmp_path: Path) -> None:
+    class Same(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+    program, _ = fold_program(program_from_module(Same(nn.Conv2d(2, 3, 3, 2), nn.GroupNorm(1, 3)), (2, 8, 8))[0])
+    report = onnx_from_program(program, tmp_path / "model.onnx", batch=batch)
+    assert "Pad" not in report.operators
+    assert shapes_known(tmp_path / "model.onnx")
+
+
+def test_one_batch_only(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+    program = export(module, (torch.zeros(2, 1, 4, 4),))
+    report = onnx_from_program(program, tmp_path / "model.onnx")
+    assert report.input[1] == (2, 1, 4, 4)
+    assert "fixed to 2" in report.notes[0]
+    with pytest.raises(ResvitError, match="batch 2 only, and batch 5"):
+        onnx_from_program(program, tmp_path / "model.onnx", batch=5)
+
+
+def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+    program = export(module, (torch.zeros(2, 1, 4, 4),), dynamic_shapes=({0: Dim.AUTO},))
+    monkeypatch.setattr(onnx_report, "PARITY_TOLERANCE", -1.0)
+    with pytest.raises(ResvitError, match="ONNX against PyTorch: output logits differs by"):
+        onnx_from_program(program, tmp_path / "model.onnx")
+
+
+def toy(opset: int = 20, **changes: object) -> onnx.ModelProto:
+    """Conv, Relu, Flatten, Gemm on [N, 3, 6, 6], as another exporter may have written it."""
+    random = np.random.default_rng(0)
+    weights = {
+        "conv.weight": random.standard_normal((4, 3, 3, 3), dtype=np.float32),
+        "fc.weight": random.standard_normal((5, 64), dtype=np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "conv.weight"], ["a"], name="/conv/Conv", kernel_shape=[3, 3]),
+        helper.make_node("Relu", ["a"], ["b"], name="/blocks/blocks.0/act/Relu"),
+        helper.make_node("Identity", ["b"], ["b2"], name="/drop/Identity"),
+        helper.make_node("Flatten", ["b2"], ["c"], name="/Flatten"),
+        helper.make_node("Gemm", ["c", "fc.weight"], ["y"], name="/fc/Gemm", transB=1),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, changes.get("input", ["N", 3, 6, 6]))]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 5])]
+    nodes += changes.get("nodes", [])  # type: ignore[operator]
+    inputs += changes.get("inputs", [])  # type: ignore[operator]
+    weights |= changes.get("weights", {})  # type: ignore[operator]
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def test_import_brings_a_foreign_model_into_our_form(tmp_path: Path) -> None:
+    source, out = tmp_path / "theirs.onnx", tmp_path / "model.onnx"
+    onnx.save(toy(11), source)
+    facts, report = import_onnx(source, out)
+    assert facts["input_shape"] == [3, 6, 6]
+    assert (facts["num_classes"], facts["dynamic_batch"], facts["preprocess"]) == (5, True, None)
+    assert facts["notes"] == ["converted from opset 11 to 20"]
+    assert report.opset == 20
+    assert report.parity_max_abs == 0
+    assert shapes_known(out)
+    model = onnx.load(out)
+    assert [node.name for node in model.graph.node] == ["conv/Conv", "blocks.0.act/Relu", "Reshape", "fc/Gemm"]
+    assert {"conv.weight", "fc.weight"} <= {tensor.name for tensor in model.graph.initializer}
+    assert report.input == ("input", ("batch", 3, 6, 6))
+    again = tmp_path / "again.onnx"
+    import_onnx(out, again)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def quantised() -> list[onnx.NodeProto]:
+    return [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q")]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (toy(nodes=quantised(), weights={"s": np.float32(1), "z": np.int8(0)}), "is quantised already.*QuantizeLinear"),
+        (toy(inputs=[helper.make_tensor_value_info("m", TensorProto.FLOAT, [1])]), r"takes 2 inputs \(x, m\)"),
+        (toy(input=["N", 3, "H", "W"]), "fixed C, H, W is expected"),
+        (toy(weights={"conv.weight": np.full((4, 3, 3, 3), np.nan, np.float32)}), "conv.weight holds NaN"),
+        (toy(weights={"half": np.zeros((2, 2), np.float16)}), "half precision already"),
+        (toy(nodes=[helper.make_node("Gelu", ["a"], ["g"], domain="com.microsoft", name="g")]), "com.microsoft.Gelu"),
+        (toy(nodes=[helper.make_node("NoSuchOp", ["a"], ["g"], name="g")]), "is not valid ONNX"),
+        (toy(25), "uses ONNX opset 25; up to 23"),
+    ],
+)
+def test_models_that_cannot_be_imported(model: onnx.ModelProto, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ResvitError, match=message):
+        import_onnx(path, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    content = toy().SerializeToString()
+    for name, data in {"half": content[: len(content) // 2], "empty": b"", "text": b"hello, model"}.items():
+        (tmp_path / f"{name}.onnx").write_bytes(data)
+        with pytest.raises(ResvitError, match="not a readable ONNX model"):
+            import_onnx(tmp_path / f"{name}.onnx", tmp_path / "model.onnx")
+    with pytest.raises(ResvitError, match="does not exist"):
+        import_onnx(tmp_path / "missing.onnx", tmp_path / "model.onnx")
+
+
+def test_external_data_stays_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "theirs.onnx"
+    onnx.save(toy(), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    import_onnx(path, tmp_path / "fine.onnx")
+    (tmp_path / "w.bin").write_bytes((folder / "w.bin").read_bytes())
+    original = path.read_bytes()
+    for location in ("../w.bin", str(tmp_path / "w.bin"), "link"):
+        proto = onnx.load(path, load_external_data=False)
+        if location == "link":
+            (folder / "link").symlink_to(tmp_path / "w.bin")
+        for tensor in proto.graph.initializer:
+            tensor.external_data[0].value = location
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(ResvitError, match="lie outside the model's folder"):
+            import_onnx(path, tmp_path / "model.onnx")
+        path.write_bytes(original)
+    (folder / "w.bin").write_bytes(b"short")
+    with pytest.raises(ResvitError, match="missing or too short"):
+        import_onnx(path, tmp_path / "model.onnx")
+
+
+def test_control_flow_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info("r", TensorProto.FLOAT, ["N", 4, 4, 4])
+    branches = [helper.make_graph([helper.make_node(op, ["b"], ["r"])], op, [], [value]) for op in ("Neg", "Abs")]
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["flag"], to=TensorProto.BOOL),
+        helper.make_node("If", ["flag"], ["branch"], name="choice", then_branch=branches[0], else_branch=branches[1]),
+    ]
+    model = toy()
+    for node in nodes:
+        model.graph.node.append(node)
+    model.graph.output.append(helper.make_tensor_value_info("branch", TensorProto.FLOAT, ["N", 4, 4, 4]))
+    path = tmp_path / "theirs.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ResvitError, match="control flow that depends on values: If 'choice'"):
+        import_onnx(path, tmp_path / "model.onnx")
+
+
+def test_pad_with_infinity_goes_into_the_pool() -> None:
+    nodes = [
+        helper.make_node("Pad", ["x", "pads", "low"], ["p"]),
+        helper.make_node("MaxPool", ["p"], ["y"], kernel_shape=[3, 3], strides=[2, 2]),
+    ]
+    weights = [
+        numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 1, 1]), "pads"),
+        numpy_helper.from_array(np.float32(-np.inf), "low"),
+    ]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 8, 8])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 4, 4])
+    graph = helper.make_graph(nodes, "g", [image], [result], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=8)
+    model = ir.serde.deserialize_model(proto)
+    assert pad_in_max_pool(model) == 1
+    assert [node.op_type for node in model.graph] == ["MaxPool"]
+    assert list(model.graph[0].attributes.get_ints("pads")) == [0, 0, 1, 1]
+    images = {"x": -np.random.default_rng(0).random((1, 2, 8, 8), dtype=np.float32)}
+    before = onnx_runner(proto.SerializeToString())(images)["y"]
+    after = onnx_runner(ir.serde.serialize_model(model).SerializeToString())(images)["y"]
+    assert np.array_equal(before, after)
