@@ -126,12 +126,17 @@ def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> N
     assert artifact.path("out.bin").read_bytes() == b"whole"
 
 
+def _write_half_and_stop(path: Path) -> None:
+    with atomic_file(path) as partial:
+        partial.write_bytes(b"half of the new")
+        raise KeyboardInterrupt
+
+
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a b" / "file"
     write_atomic(path, b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
-        partial.write_bytes(b"half of the new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _write_half_and_stop(path)
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
 

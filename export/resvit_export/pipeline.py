@@ -21,8 +21,6 @@ from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess
-    from resvit_calibrate.metrics import Predictions
-    from resvit_calibrate.runtime import Runner
     from resvit_export.load import Network
 
 _DEFAULT_OPSET = 20

@@ -1,0 +1,164 @@
+"""Which edges get a Q/DQ pair, and why the others do not: TensorRT's rules for a ResNet+ViT hybrid.
+
+The rules follow NVIDIA's "Best practices for explicit quantization": Q/DQ on the inputs of weighted layers, on a
+convolutional residual only where it lets conv+add+relu become one kernel, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from resvit_quantize.graph import Analysis, Group, Product
+from resvit_quantize.network import constant
+from resvit_quantize.patterns import nodes_matching
+from resvit_quantize.settings import Precision
+
+_SMALL = 16
+_FP8_FILTER = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """Input ``index`` of ``node``, to be read through the Q/DQ pair of its tensor."""
+
+    node: ir.Node
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The constant input of ``node``, to be stored in 8 bits with one scale per slice along ``axis``."""
+
+    node: ir.Node
+    index: int
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where Q/DQ goes: activation edges, weights, and a sentence for every product, quantised or not."""
+
+    edges: tuple[Edge, ...]
+    weights: tuple[Weight, ...]
+    reasons: dict[str, str]
+
+
+def place(
+    analysis: Analysis,
+    precision: Precision,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    unfit: dict[str, str] | None = None,
+) -> Placement:
+    """Choose the edges to quantise.
+
+    ``unfit`` names tensors whose range no FP16 scale can carry, with the reason. Raises :class:`ResvitError` for
+    patterns that match nothing and for weights that hold NaN or infinity.
+    """
+    adds = _residual_adds(analysis)
+    nodes = [p.node for p in analysis.products] + list(adds)
+    wanted = nodes_matching(include, nodes, "--include")
+    refused = nodes_matching(exclude, nodes, "--exclude")
+    edges: list[Edge] = []
+    weights: list[Weight] = []
+    reasons: dict[str, str] = {}
+    for product in analysis.products:
+        node = product.node
+        why_not = _impossible(product, unfit or {})
+        if why_not is None and node in refused:
+            why_not = "excluded by the recipe"
+        if why_not is None and node not in wanted:
+            why_not = _unwise(product, precision)
+        if precision is Precision.FP16:
+            why_not = "FP16 was asked for"
+        if why_not is not None:
+            reasons[product.name] = why_not
+            continue
+        reason = "included by the recipe" if node in wanted else f"weighted {node.op_type} of the {product.group.value}"
+        reasons[product.name] = reason
+        edges.append(Edge(node, 0, reason))
+        weights.append(Weight(node, 1, _channel_axis(node)))
+    quantised = {edge.node for edge in edges}
+    for add, (shortcut, convolution) in adds.items():
+        tensor = add.inputs[shortcut]
+        if add not in refused and convolution in quantised and str(tensor and tensor.name) not in (unfit or {}):
+            edges.append(Edge(add, shortcut, "shortcut of a residual that a convolution feeds"))
+    return Placement(tuple(edges), tuple(weights), reasons)
+
+
+def _impossible(product: Product, unfit: dict[str, str]) -> str | None:
+    """Why a product cannot be quantised at all."""
+    node = product.node
+    if product.weight is None:
+        return "attention matrix products stay in FP16"
+    weight = constant(product.weight)
+    if weight is None or weight.dtype != np.float32:
+        return "the weight is not an FP32 constant"
+    if node.op_type in ("MatMul", "Gemm") and weight.ndim != 2:
+        return f"the weight has {weight.ndim} dimensions"
+    if node.op_type == "Gemm" and _flag(node, "transA"):
+        return "the activation is transposed"
+    if node.op_type == "ConvTranspose" and _flag(node, "group", 1) != 1:
+        return "grouped transposed convolution"
+    return unfit.get(str(node.inputs[0].name)) if node.inputs[0] is not None else "no input"
+
+
+def _unwise(product: Product, precision: Precision) -> str | None:
+    """Why a product is better left in FP16."""
+    weight = constant(product.weight)
+    assert weight is not None
+    node = product.node
+    if product.group is Group.HEAD:
+        return "the head costs nothing in FP16 and often hurts in 8 bits"
+    if node.op_type in ("MatMul", "Gemm"):
+        if product.rows == 1:
+            return "matrix-vector product: bound by memory, not by arithmetic"
+        small = min([*weight.shape, *([product.rows] if product.rows else [])])
+        return f"a dimension of {small} is under {_SMALL}" if small < _SMALL else None
+    if precision is not Precision.FP8:
+        return None
+    groups = _flag(node, "group", 1)
+    outputs, inputs = weight.shape[:2] if node.op_type == "Conv" else weight.shape[1::-1]
+    channels = min(inputs, outputs // groups if node.op_type == "Conv" else outputs)
+    if channels <= _SMALL:
+        return f"FP8 convolution of {channels} channels, which has no fast kernel"
+    taps = math.prod(weight.shape[2:])
+    return f"FP8 convolution with a filter of {taps} taps has no kernel" if taps > _FP8_FILTER else None
+
+
+def _channel_axis(node: ir.Node) -> int:
+    """The axis of the weight that runs over output channels."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if _flag(node, "transB") else 1
+    return 1
+
+
+def _residual_adds(analysis: Analysis) -> dict[ir.Node, tuple[int, ir.Node]]:
+    """Adds of two image tensors that a trunk convolution feeds directly: shortcut's index, and the convolution."""
+    found: dict[ir.Node, tuple[int, ir.Node]] = {}
+    trunk = {p.node for p in analysis.products if p.node.op_type == "Conv" and p.group is not Group.TRANSFORMER}
+    for conv in trunk:
+        for use in conv.outputs[0].uses():
+            add, (first, second) = use.node, (*use.node.inputs, None, None)[:2]
+            if add.op_type != "Add" or first not in analysis.data or second not in analysis.data:
+                continue
+            direct = [v for v in (first, second) if v.producer() in trunk and len(v.uses()) == 1]
+            if not direct or first is second:
+                continue
+            # Where both sides are convolutions, the shallower one is the shortcut's projection.
+            main = max(direct, key=lambda value: analysis.depth[value])
+            found[add] = (1 if main is first else 0, conv if main is conv.outputs[0] else main.producer() or conv)
+    return found
+
+
+def _flag(node: ir.Node, name: str, default: int = 0) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()

@@ -1,0 +1,168 @@
+"""The whole way, on the trained reference hybrid and part of the real Fashion-MNIST."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from resvit_calibrate.runtime import onnx_runner
+from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle
+from resvit_engines.errors import ExitCode
+from resvit_export.cli import run
+
+MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, object]:
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == code
+    document: dict[str, object] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def stage(document: dict[str, object], name: str) -> dict[str, object]:
+    stages: list[dict[str, object]] = document["stages"]  # type: ignore[assignment]
+    return next(item for item in stages if item["stage"] == name)
+
+
+def test_int8_for_a_jetson_is_validated_and_bundled(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = result(capsys, "build", "--precision", "int8", "--target", "jetson-orin", *MODEL)
+    assert made["verdict"] == "accepted"
+    verdict = stage(made, "validate")["results"]["verdict.json"]  # type: ignore[index]
+    original, onnx_float, quantized = verdict["stages"]
+    assert original["top1"] > 0.85
+    assert onnx_float["agreement"] == 1.0
+    assert onnx_float["sqnr_db"] > 80
+    assert quantized["agreement"] > 0.985
+    assert quantized["sqnr_db"] > 25
+    coverage = stage(made, "quantize")["results"]["quantize.json"]  # type: ignore[index]
+    assert coverage["macs_share"] > 0.98
+    assert coverage["groups"]["head"]["quantized_nodes"] == 0
+
+    bundle = Path(str(made["bundle"]))
+    manifest = verify_bundle(bundle)
+    assert manifest["verdict"] == "accepted"
+    assert manifest["target"]["sm"] == 87
+    assert any("trtexec" in command for command in manifest["plan"]["commands"])
+    assert zipfile.is_zipfile(bundle)
+    extract_bundle(bundle, workspace / "unpacked")
+    golden = np.load(workspace / "unpacked" / "golden_input.npy")
+    expected = np.load(workspace / "unpacked" / "golden_output.npy")
+    model = workspace / "unpacked" / "model.onnx"
+    np.testing.assert_allclose(onnx_runner(model)({"input": golden})["logits"], expected, atol=1e-3)
+    operators = {node.op_type for node in onnx.load(model).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert str(workspace) not in json.dumps(manifest)
+
+
+def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", "runs/x")
+    second = result(capsys, "build", "--target", "l4", *MODEL, "--run", "runs/x")
+    assert stage(second, "fold")["reused"]
+    assert stage(second, "fold")["folder"] == stage(first, "fold")["folder"]
+    engine = stage(second, "compile")["results"]["engine.json"]  # type: ignore[index]
+    assert engine["sm"] == 89
+    assert engine["bytes"] > 100_000
+    assert any("Int8" in str(kernel["inputs"]) for kernel in engine["kernels"])
+    manifest = read_manifest(Path(str(second["bundle"])))
+    assert "engine.plan" in {entry["path"] for entry in manifest["files"]}
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16"])
+def test_other_precisions(workspace: Path, capsys: pytest.CaptureFixture[str], precision: str) -> None:
+    made = result(capsys, "build", "--target", "l4", "--precision", precision, *MODEL)
+    assert made["verdict"] == "accepted"
+    quantized = stage(made, "validate")["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]
+    assert quantized["sqnr_db"] > {"fp8": 20, "fp16": 45}[precision]
+
+
+def test_the_same_inputs_give_the_same_bundle_and_a_second_build_does_nothing(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles = [
+        Path(str(result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", f"{place}/same")["bundle"]))
+        for place in ("one", "two")
+    ]
+    assert bundles[0].read_bytes() == bundles[1].read_bytes()
+    again = result(capsys, "build", "--run", "one/same")
+    assert all(item["reused"] for item in again["stages"])  # type: ignore[attr-defined]
+
+
+def test_the_recipe_of_a_run_reproduces_it(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = result(capsys, "quantize", "--target", "l4", "--exclude", "blocks.1*", *MODEL, "--run", "runs/a")
+    second = result(capsys, "quantize", "--recipe", "runs/a/recipe.toml", "--run", "runs/b")
+    assert Path(str(first["folder"])).name == Path(str(second["folder"])).name
+    for file in ("model.onnx", "quantize.json"):
+        one, two = (Path(str(item["folder"])) / file for item in (first, second))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_onnx_model_skips_the_torch_stages(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = result(capsys, "export", "--target", "l4", *MODEL[:4], "--run", "runs/torch")
+    model = Path(str(exported["folder"])) / "model.onnx"
+    normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
+    made = result(capsys, "build", "--model", str(model), "--target", "l4", "--data", "fashion-mnist", *normal)
+    assert [item["stage"] for item in made["stages"]][:2] == ["export", "calibrate"]  # type: ignore[attr-defined]
+    verdict = stage(made, "validate")["results"]["verdict.json"]  # type: ignore[index]
+    assert [item["stage"] for item in verdict["stages"]] == ["onnx float", "onnx int8"]
+    assert made["verdict"] == "accepted"
+
+
+def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A quantiser that clips all activations to a hundredth: what a bad calibration does, made certain.
+    from resvit_calibrate.ranges import Ranges
+
+    honest = Ranges.amax
+    monkeypatch.setattr(Ranges, "amax", lambda self, *arguments: honest(self, *arguments) / 100)
+    made = result(capsys, "build", "--target", "l4", *MODEL, code=ExitCode.REJECTED)
+    assert made["verdict"] == "rejected"
+    assert made["bundle"] is None
+    assert Path(str(made["report"])).exists()
+    assert not list(Path("runs/embed-nano").glob("compile-*"))
+    allowed = result(capsys, "build", "--target", "l4", *MODEL, "--allow-rejected")
+    manifest = read_manifest(Path(str(allowed["bundle"])))
+    assert manifest["verdict"] == "rejected"
+    assert "did not accept" in manifest["warning"]
+
+
+def test_too_few_images_are_undecided_and_the_number_needed_is_said(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--validation-images", "40"]
+    found = result(capsys, "validate", "--target", "l4", *MODEL, *few, code=ExitCode.UNDECIDED)
+    verdict = found["results"]["verdict.json"]  # type: ignore[index]
+    assert verdict["verdict"] == "undecided"
+    assert verdict["images_needed"] > 40
+    assert str(verdict["images_needed"]) in verdict["reason"].replace(",", "")
+
+
+def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = ["--model", "resvit:embed-nano", "--data", "fashion-mnist"]
+    found = result(capsys, "validate", "--target", "l4", *random, code=ExitCode.UNDECIDED)
+    verdict = found["results"]["verdict.json"]  # type: ignore[index]
+    assert verdict["chance_level"]
+
+
+def test_the_modelopt_quantizer_goes_through_the_same_gate(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("modelopt")
+    made = result(capsys, "build", "--target", "l4", "--quantizer", "modelopt", *MODEL)
+    assert made["verdict"] == "accepted"
+    report = stage(made, "quantize")["results"]["quantize.json"]  # type: ignore[index]
+    assert report["quantizer"] == "modelopt"
+    assert report["macs_share"] > 0.5
+
+
+def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = result(capsys, "build", "--target", "l4", "--batch", "1:4:8", *MODEL)
+    assert made["verdict"] == "accepted"
+    engine = stage(made, "compile")["results"]["engine.json"]  # type: ignore[index]
+    assert engine["inputs"][0]["shape"][0] == -1

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from quantize_graphs import Graph, basic_block, hybrid, outputs_of, ranges_from_extremes, ranges_of, sqnr
+from resvit_calibrate.estimators import Estimator
+from resvit_engines.errors import ResvitError
+from resvit_quantize.qdq import quantise_weight, scale_from_amax
+from resvit_quantize.quantize import quantize_model
+from resvit_quantize.settings import Precision, QuantizeSettings
+
+INT8 = QuantizeSettings(Precision.INT8, Estimator.MAX)
+FP8 = QuantizeSettings(Precision.FP8, Estimator.MAX)
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def node(path: Path, name: str) -> ir.Node:
+    return ir.load(path).graph.node(name)
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
+def test_scales_are_exact_in_fp16_and_never_too_small(precision: Precision) -> None:
+    amax = np.concatenate([10.0 ** np.random.default_rng(0).uniform(-3, 5, 2000), [0.0, 1e-30, 1e30]])
+    scale = scale_from_amax(amax, precision)
+    largest = 127 if precision is Precision.INT8 else 448
+    assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
+    assert np.isfinite(scale).all()
+    assert (scale > 0).all()
+    plain = (amax > 1e-3) & (amax < 1e6)
+    assert (scale[plain] * np.float64(largest) >= amax[plain]).all()
+    assert (scale[plain] * np.float64(largest) <= amax[plain] * 1.07 + 1e-9).all()
+
+
+def test_int8_weights_by_hand() -> None:
+    weight = np.array([[127.0, -63.5, 1.0], [0.0, 0.0, 0.0], [-0.5, 0.25, 0.1]], np.float32)
+    stored, scale = quantise_weight(weight, 0, Precision.INT8)
+    # 0.5/127 is 1032.06 of FP16's steps there (2^-18); 1033 are taken.
+    assert scale[0] == 1.0
+    assert scale[2] == 1033 * 2.0**-18
+    assert stored.tolist() == [[127, -64, 1], [0, 0, 0], [-127, 63, 25]]
+    columns, scale = quantise_weight(weight.T, 1, Precision.INT8)
+    assert columns.T.tolist() == stored.tolist()
+    assert scale.shape == (3,)
+
+
+def test_fp8_weights_by_hand() -> None:
+    stored, scale = quantise_weight(np.array([[448.0, -17.0, 0.3]], np.float32), 0, Precision.FP8)
+    assert scale.tolist() == [1.0]
+    # E4M3 has steps of 2 above 16 (ties go to even) and of 1/32 above 1/4.
+    assert stored.astype(np.float32).tolist() == [[448.0, -16.0, 0.3125]]
+    assert stored.dtype == ml_dtypes.float8_e4m3fn
+
+
+def test_one_convolution_by_hand(tmp_path: Path) -> None:
+    g = Graph(1, 1, 1, 2)
+    weight = g.constant("w", np.array([2.0, -0.5], np.float32).reshape(2, 1, 1, 1))
+    bias = g.constant("b", np.array([0.5, 0.0], np.float32))
+    path = g.save(tmp_path / "float.onnx", g.op("Conv", "input", weight, bias, name="conv"))
+    out = tmp_path / "int8.onnx"
+    report = quantize_model(path, ranges_from_extremes({"input": (-1.0, 12.7)}), INT8, out)
+    kept = initializers(out)
+    assert kept["w/int8"].ravel().tolist() == [127, -127]
+    assert kept["w/int8"].dtype == np.int8
+    # 12.7/127 is 1638.4 FP16 steps of 2^-14, 2/127 is 1032.06 of 2^-16: each rounds up.
+    assert float(kept["input/scale"]) == 0.10003662109375
+    assert kept["w/int8/scale"].tolist() == [0.0157623291015625, 0.003940582275390625]
+    assert kept["w/int8/scale"].dtype == np.float16
+    dequantise = node(out, "conv/weight/DequantizeLinear")
+    assert dequantise.attributes["axis"].as_int() == 0
+    assert set(dequantise.attributes) == {"axis"}
+    image = np.array([1.26, 20.0], np.float32).reshape(1, 1, 1, 2)
+    result = outputs_of(out, image)["logits"].ravel()
+    # 1.26 is step 13; 20 is clipped at step 127. The products are rounded to FP16.
+    x = np.array([13, 127]) * 0.10003662109375
+    w = np.array([127, -127]) * kept["w/int8/scale"].astype(np.float64)
+    assert result == pytest.approx([*(x * w[0] + 0.5), *(x * w[1])], rel=1e-3)
+    assert report.macs_share == 1.0
+    assert report.nodes[0].precision == "int8"
+
+
+def test_a_tensor_has_one_pair_for_all_of_its_quantised_readers(tmp_path: Path) -> None:
+    g = Graph(1, 32, 8, 8)
+    value = g.op("Relu", "input")
+    path = g.save(tmp_path / "float.onnx", basic_block(g, value, 32, "block"), g.op("Sigmoid", value, name="sigmoid"))
+    images = np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
+    quantize_model(path, ranges_of(path, images), INT8, tmp_path / "int8.onnx")
+    model = ir.load(tmp_path / "int8.onnx")
+    pairs = [n for n in model.graph if n.op_type == "QuantizeLinear"]
+    assert sorted(str(n.inputs[0].name) for n in pairs) == ["Relu_0:0", "block/Relu1:0"]
+    dequantised = model.graph.node("Relu_0:0/DequantizeLinear").outputs[0]
+    assert {use.node.name for use in dequantised.uses()} == {"block.conv1/Conv", "block/Add"}
+    assert model.graph.node("sigmoid").inputs[0].name == "Relu_0:0"
+
+
+def test_a_shared_weight_is_stored_once(tmp_path: Path) -> None:
+    g = Graph(1, 32, 8, 8)
+    weight = g.weight("shared", 32, 32, 3, 3)
+    value = g.op("Conv", g.op("Relu", g.op("Conv", "input", weight, name="a")), weight, name="b")
+    path = g.save(tmp_path / "float.onnx", g.op("Relu", value))
+    images = np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
+    quantize_model(path, ranges_of(path, images), INT8, tmp_path / "int8.onnx")
+    kept = initializers(tmp_path / "int8.onnx")
+    assert [n for n, a in kept.items() if a.shape == (32, 32, 3, 3)] == ["shared/int8"]
+
+
+def test_a_transposed_weight_is_folded_first(tmp_path: Path) -> None:
+    g = Graph(1, 32, 64)
+    turned = g.op("Transpose", g.weight("w", 48, 64), name="turn", perm=[1, 0])
+    path = g.save(tmp_path / "float.onnx", g.op("Relu", g.op("MatMul", "input", turned, name="fc")))
+    images = np.random.default_rng(0).standard_normal((1, 32, 64)).astype(np.float32)
+    report = quantize_model(path, ranges_of(path, images), INT8, tmp_path / "int8.onnx")
+    assert [n.precision for n in report.nodes] == ["int8"]
+    assert initializers(tmp_path / "int8.onnx")["turn:0/int8"].shape == (64, 48)
+    assert node(tmp_path / "int8.onnx", "fc/weight/DequantizeLinear").attributes["axis"].as_int() == 1
+    float_logits, logits = (outputs_of(p, images)["logits"] for p in (path, tmp_path / "int8.onnx"))
+    assert sqnr(float_logits, logits) > 35
+
+
+def test_gemm_axis_follows_its_transpose(tmp_path: Path) -> None:
+    g = Graph(32, 64)
+    value = g.op("Gemm", "input", g.weight("w1", 48, 64), name="turned", transB=1)
+    value = g.op("Gemm", g.op("Relu", value), g.weight("w2", 48, 64), name="straight")
+    path = g.save(tmp_path / "float.onnx", g.op("Add", value, "input"))
+    images = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    quantize_model(path, ranges_of(path, images), INT8, tmp_path / "int8.onnx")
+    assert node(tmp_path / "int8.onnx", "turned/weight/DequantizeLinear").attributes["axis"].as_int() == 0
+    assert node(tmp_path / "int8.onnx", "straight/weight/DequantizeLinear").attributes["axis"].as_int() == 1
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(("settings", "least"), [(INT8, 28.0), (FP8, 22.0)])
+def test_the_quantised_hybrid_agrees_with_the_float_one(
+    tmp_path: Path, opset: int, settings: QuantizeSettings, least: float
+) -> None:
+    path = hybrid(tmp_path / "float.onnx", opset)
+    images = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    out = tmp_path / "quantised.onnx"
+    report = quantize_model(path, ranges_of(path, images), settings, out)
+    logits = outputs_of(out, images)["logits"]
+    assert logits.dtype == np.float32
+    assert sqnr(outputs_of(path, images)["logits"], logits) > least
+    macs = {n.name: n.macs for n in report.nodes if n.weighted}
+    left = {"head/Gemm"} | ({"stem/Conv"} if settings is FP8 else set())
+    attention = {"blocks.0.attn/Scores", "blocks.0.attn/Mix"}
+    assert {n.name for n in report.nodes if n.precision == "fp16"} == left | attention
+    assert {n.name for n in report.nodes if not n.weighted} == attention
+    assert {n.precision for n in report.nodes} == {"fp16", settings.precision.value}
+    assert report.macs_share == pytest.approx(1 - sum(macs[n] for n in left) / sum(macs.values()))
+    assert report.fp32 == ()
+    assert report.bytes_after < 0.4 * report.bytes_before
+    assert json.loads(json.dumps(report.to_json()))["groups"]["trunk"] == {
+        "nodes": 2,
+        "quantized_nodes": 2,
+        "macs": 2 * 589824,
+        "quantized_macs": 2 * 589824,
+    }
+
+
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    path = hybrid(tmp_path / "float.onnx")
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    ranges = ranges_of(path, images)
+    for name in ("a.onnx", "b.onnx"):
+        quantize_model(path, ranges, INT8, tmp_path / name)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_dead_tensor_is_left_in_fp16(tmp_path: Path) -> None:
+    g = Graph(1, 32, 8, 8)
+    path = g.save(tmp_path / "float.onnx", g.op("Relu", g.conv("input", 32, 32, name="conv")))
+    report = quantize_model(path, ranges_from_extremes({"input": (0.0, 1e-7)}), INT8, tmp_path / "int8.onnx")
+    assert report.nodes[0].precision != "int8"
+    assert "scale" in report.nodes[0].reason
+
+
+def test_a_missing_range_and_a_broken_weight_are_named(tmp_path: Path) -> None:
+    g = Graph(1, 32, 8, 8)
+    path = g.save(tmp_path / "float.onnx", g.op("Relu", g.conv("input", 32, 32, name="conv")))
+    with pytest.raises(ResvitError, match="input"):
+        quantize_model(path, ranges_from_extremes({"other": (0.0, 1.0)}), INT8, tmp_path / "int8.onnx")
+    g.constants[0].CopyFrom(numpy_helper.from_array(np.full((32, 32, 3, 3), np.nan, np.float32), "conv.weight"))
+    path = g.save(tmp_path / "nan.onnx", g.nodes[-1].output[0])
+    with pytest.raises(ResvitError, match=r"conv\.weight"):
+        quantize_model(path, ranges_from_extremes({"input": (0.0, 1.0)}), INT8, tmp_path / "int8.onnx")
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_file_that_is_no_model_is_an_error_with_a_fix(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"not a model")
+    with pytest.raises(ResvitError):
+        quantize_model(tmp_path / "x.onnx", ranges_from_extremes({}), INT8, tmp_path / "out.onnx")
+    with pytest.raises(ResvitError):
+        quantize_model(tmp_path / "absent.onnx", ranges_from_extremes({}), INT8, tmp_path / "out.onnx")
