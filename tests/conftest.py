@@ -15,6 +15,11 @@ CHECKPOINT = Path(__file__).parent / "assets" / "embed-nano.pt"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Each parallel worker keeps to a core of its own: thread pools that share cores spend their time waiting.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
+
 
 def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
     """Write images uint8 [N, 28, 28] and labels [N] in the format that Fashion-MNIST comes in."""

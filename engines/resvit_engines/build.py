@@ -116,7 +116,7 @@ def builder_here(target: Target) -> Builder | None:
     return Builder.RTX if target.kind is not Kind.JETSON and target.sm in RTX_SMS else None
 
 
-def build_engine(  # noqa: PLR0917 - each of them is one thing, and the last three are seldom given
+def build_engine(
     onnx: Path,
     engine: Path,
     target: Target,

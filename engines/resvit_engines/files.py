@@ -64,7 +64,19 @@ def explain_os_errors(path: Path) -> Iterator[None]:
                 "Choose a folder that you may write to, or change its permissions.",
                 ExitCode.SYSTEM,
             ) from error
+        if _on_the_way(error, path):
+            raise ResvitError(
+                f"{path} cannot be written: {os.strerror(error.errno or 0)}.",
+                "Check that the path leads to a folder that exists, or can be made.",
+                ExitCode.SYSTEM,
+            ) from error
         raise
+
+
+def _on_the_way(error: OSError, path: Path) -> bool:
+    """Whether the error is about a folder that leads to ``path``, and not about some other file read meanwhile."""
+    named = error.filename if isinstance(error.filename, str) else ""
+    return bool(named) and (Path(named) in (path, *path.parents) or Path(named).parent == path.parent)
 
 
 @contextlib.contextmanager

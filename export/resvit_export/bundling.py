@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.files import pretty_json
 from resvit_export.runfolder import Artifact, package_version
+from resvit_export.tensorrt_copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -31,7 +32,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         "golden_input.npy": validated.path("golden_input.npy"),
         "golden_output.npy": validated.path("golden_output.npy"),
     }
-    for name in ("engine.plan", "plan.json"):
+    for name in ("engine.plan", "plan.json", TENSORRT_COPY):
         if name in compiled.record["outputs"]:
             files[name] = compiled.path(name)
     if "engine.json" in compiled.record["outputs"]:

@@ -32,7 +32,7 @@ def translations(program: ExportedProgram, opset: int) -> dict[Callable[..., Any
     return table
 
 
-def _attention(  # noqa: PLR0917 - the operator's own signature
+def _attention(
     query: Any,
     key: Any,
     value: Any,
@@ -62,7 +62,7 @@ def _attention(  # noqa: PLR0917 - the operator's own signature
     return op.MatMul(op.Softmax(logits, axis=-1), value)
 
 
-def _group_norm(  # noqa: PLR0917 - the operator's own signature
+def _group_norm(
     input: Any,  # noqa: A002 - the operator's own name for it
     num_groups: int,
     weight: Any = None,

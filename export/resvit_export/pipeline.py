@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import pretty_json, write_atomic
+from resvit_engines.files import pretty_json, sha256_file, write_atomic
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Precision, Target, find_target, require_precision
 from resvit_export.identity import model_identity
 from resvit_export.recipe import Recipe, recipe_to_toml
 from resvit_export.runfolder import Artifact, RunFolder
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
 from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
@@ -90,7 +92,10 @@ class Pipeline:
             network = self.network
             with _quiet_libraries():
                 program, report = fold_program(network.program)
-                torch.export.save(program, folder / "folded.pt2")
+                # By way of memory: PyTorch's own writer aborts the process on a full disk.
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer)
+            (folder / "folded.pt2").write_bytes(buffer.getbuffer())
             (folder / "fold.json").write_bytes(pretty_json(report.to_json()))
             (folder / "network.json").write_bytes(pretty_json(network.facts()))
 
@@ -107,10 +112,18 @@ class Pipeline:
                 from resvit_export.onnx_import import import_onnx
 
                 facts, report = import_onnx(Path(str(self.recipe.model)), folder / "model.onnx")
+                if self.target and report.opset > opset:
+                    raise ResvitError(
+                        f"The model is of opset {report.opset}, and {self.target.software} reads up to opset {opset}.",
+                        f"Export it with opset {opset}, or choose a target with a newer TensorRT.",
+                        ExitCode.IMPOSSIBLE,
+                    )
                 (folder / "network.json").write_bytes(pretty_json(facts))
                 (folder / "export.json").write_bytes(pretty_json(report.to_json()))
 
-            return self.run.stage("export", {"model": self.identity}, {}, ("onnx", "onnx-ir"), imported)
+            return self.run.stage(
+                "export", {"model": self.identity, "opset": opset}, {}, ("onnx", "onnx-ir", "onnxruntime"), imported
+            )
 
         folded = self.folded
 
@@ -343,6 +356,9 @@ class Pipeline:
         builder = builder_here(target)
 
         def work(folder: Path) -> None:
+            model = quantized.path("model.onnx")
+            if onnx_for_tensorrt(model, folder / TENSORRT_COPY):
+                model = folder / TENSORRT_COPY
             if builder is None:
                 image = self.exported.json("export.json")["input"]
                 plan = plan_for_device(
@@ -351,13 +367,14 @@ class Pipeline:
                     tuple(image["shape"][1:]),
                     dynamic_batch=not isinstance(image["shape"][0], int),
                     bundle=f"{self.bundle_name}.resvit",
-                    onnx_sha256=quantized.record["outputs"]["model.onnx"]["sha256"],
+                    onnx=model.name,
+                    onnx_sha256=sha256_file(model),
                     input_name=image["name"],
                 )
                 (folder / "plan.json").write_bytes(pretty_json(plan.to_json()))
                 return
             report = build_engine(
-                quantized.path("model.onnx"),
+                model,
                 folder / "engine.plan",
                 target,
                 settings,

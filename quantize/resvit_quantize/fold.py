@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +101,16 @@ def _difference(before: ExportedProgram, after: ExportedProgram, seed: int) -> t
     absolute = relative = 0.0
     for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
         largest = float(one.abs().max())
+        if not math.isfinite(largest):
+            raise ResvitError(
+                f"The network itself, before any folding, gives NaN or infinity in output {index} on random images.",
+                "Look for a division by zero, a logarithm or root of negative numbers, or weights that overflow.",
+            )
         error = float((one.double() - other.double()).abs().max())
         if not error <= _TOLERANCE * max(largest, 1e-6):
             raise ResvitError(
                 f"Folding changed output {index} by {error:.3g} (its largest value is {largest:.3g}).",
-                "This is a fault of the fold, or the network overflows on random images; please report it.",
+                "This is a fault of the fold; please report it.",
                 ExitCode.BUG,
             )
         absolute, relative = max(absolute, error), max(relative, error / max(largest, 1e-6))
