@@ -6,7 +6,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.10 python3,$(shell command -v $(v) 2>/dev/null)))
+# The first interpreter that is there, runs, and is Python 3.10 to 3.12.
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.10; do \
+  $$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 DEMO := runs/demo
 CHECKPOINT := $(DEMO)/embed-nano.pt
@@ -18,10 +20,10 @@ help:
 
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "error: $(PYTHON) is not Python 3.10 to 3.12. Give one that is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "error: Python 3.10, 3.11 or 3.12 is needed and was not found. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || \
 	  { echo "error: Python cannot make virtual environments. Install them: sudo apt-get install python3-venv"; exit 1; }
+	@echo "Installing into .venv: PyTorch, ONNX Runtime, TensorRT for RTX and more; this takes a few minutes once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and by itself: what comes after it must not choose another build of it.
