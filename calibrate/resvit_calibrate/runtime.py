@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +30,7 @@ __all__ = [
     "onnx_runner",
     "pieces",
     "runtime_note",
+    "scorable_opset",
     "self_test",
 ]
 
@@ -40,6 +42,15 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(double)": np.dtype(np.float64),
 }
+
+
+def scorable_opset() -> int:
+    """The newest opset whose quantised graphs the installed ONNX Runtime runs on the CPU: 23, or 22 before 1.24.
+
+    Release 1.23, the last for Python 3.10, has no QuantizeLinear of opset 23. Does not load the runtime.
+    """
+    version = importlib.metadata.version("onnxruntime").split(".")
+    return 23 if (int(version[0]), int(version[1])) >= (1, 24) else 22
 
 
 @dataclasses.dataclass(frozen=True)

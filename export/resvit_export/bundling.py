@@ -52,7 +52,7 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         if item.name not in _PATH_SETTINGS and item.name not in ("model_args", "preprocess")
     }
     manifest: dict[str, Any] = {
-        "name": pipeline.bundle_name,
+        "name": pipeline.bundle_name.removesuffix(".resvit"),
         "versions": {"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
         "model": pipeline.identity,
         "precision": recipe.precision,

@@ -115,6 +115,13 @@ class Recipe:
             )
         return int(match[1]), int(match[2]), int(match[3])
 
+    @property
+    def label(self) -> str:
+        """The model's name as a part of file names."""
+        named = str(self.model)
+        name = named.partition(":")[2] if named.startswith(("resvit:", "timm:")) else Path(named).name
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """Replace the settings given that are not ``None``; mappings are merged key by key."""
         changes = {key: value for key, value in settings.items() if value is not None and value != ()}

@@ -61,7 +61,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
 
         bundle = read_manifest(pipeline.bundle_path)
     return ReportData(
-        name=pipeline.run.path.resolve().name,
+        name=_title(pipeline),
         fold=document("fold", "fold.json"),
         export=document("export", "export.json"),
         ranges=document("calibrate", "ranges.json"),
@@ -77,6 +77,11 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         digests={name: artifact.digest for name, artifact in stages.items()},
         images=_changed_images(stages["validate"]) if "validate" in stages else (),
     )
+
+
+def _title(pipeline: Pipeline) -> str:
+    where = f" for {pipeline.target.title}" if pipeline.target else ""
+    return f"{pipeline.recipe.label}{where}, {pipeline.recipe.precision.upper()}"
 
 
 def _sizes(pipeline: Pipeline, stages: dict[str, Artifact]) -> dict[str, int]:

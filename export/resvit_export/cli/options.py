@@ -158,12 +158,7 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
             "Say --model (for example --model timm:vit_small_r26_s32_224 --checkpoint weights.pth), or write it "
             f"into {LOCAL_RECIPE} as name under [model].",
         )
-    return recipe, run_folder or Path("runs") / _slug(recipe.model)
-
-
-def _slug(model: str) -> str:
-    name = Path(model.partition(":")[2] or model).name if model.startswith(("resvit:", "timm:")) else Path(model).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    return recipe, run_folder or Path("runs") / recipe.label
 
 
 def _key_values(flag: str, pairs: tuple[str, ...], parse: Callable[[str, str], Any]) -> dict[str, Any]:

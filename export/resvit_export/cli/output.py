@@ -169,7 +169,7 @@ def accuracy_table(verdict: Mapping[str, Any]) -> Table:
         )
         for item in others
     ]
-    title = f"Accuracy on {verdict['images']} images ({verdict['data']})"
+    title = f"Accuracy on {verdict['data']}"
     interval = f"{verdict['confidence']:.0%} interval"
     return table(title, ("stage", "top-1", "drop, points", interval, "agreement", "SQNR"), rows)
 

@@ -1,0 +1,180 @@
+"""What each stage does: from the artefacts before it to the files in its own folder. The pipeline decides when."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.build import BuildSettings, build_engine
+from resvit_engines.device import plan_for_device
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json, sha256_file
+from resvit_engines.progress import Reporter
+from resvit_engines.targets import Builder, Target
+from resvit_export.recipe import Recipe
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
+
+if TYPE_CHECKING:
+    from resvit_calibrate.data import ImageSet
+    from resvit_export.load import Network
+
+
+def network_from_recipe(recipe: Recipe, reporter: Reporter) -> Network:
+    """Load the user's network with its weights, as one exported program."""
+    from resvit_export.load import ModelSpec, load_network
+
+    spec = ModelSpec(
+        model=str(recipe.model),
+        checkpoint=Path(recipe.checkpoint) if recipe.checkpoint else None,
+        model_args=dict(recipe.model_args),
+        input_shape=recipe.shape,
+    )
+    with quiet_libraries():
+        return load_network(spec, reporter)
+
+
+def fold_into(folder: Path, network: Network) -> None:
+    """Write ``folded.pt2``, ``fold.json`` and ``network.json``."""
+    import torch
+
+    from resvit_quantize.fold import fold_program
+
+    with quiet_libraries():
+        program, report = fold_program(network.program)
+        # By way of memory: PyTorch's own writer aborts the process on a full disk.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+    (folder / "folded.pt2").write_bytes(buffer.getbuffer())
+    _write_json(folder / "fold.json", report.to_json())
+    _write_json(folder / "network.json", network.facts())
+
+
+def export_into(folder: Path, folded: Path, opset: int, batch: int | None) -> None:
+    """Write ``model.onnx``, ``export.json`` and ``network.json`` from the fold stage's folder."""
+    from resvit_export.onnx_export import onnx_from_program
+    from resvit_export.pt2 import program_from_pt2
+
+    with quiet_libraries():
+        program = program_from_pt2(folded / "folded.pt2")
+        report = onnx_from_program(program, folder / "model.onnx", opset=opset, batch=batch)
+    (folder / "network.json").write_bytes((folded / "network.json").read_bytes())
+    _write_json(folder / "export.json", report.to_json())
+
+
+def import_into(folder: Path, model: Path, target: Target | None) -> None:
+    """Write the same files from a user's ONNX; refuse an opset that the target's TensorRT does not read."""
+    from resvit_export.onnx_import import import_onnx
+
+    facts, report = import_onnx(model, folder / "model.onnx")
+    if target and report.opset > target.opset:
+        raise ResvitError(
+            f"The model is of opset {report.opset}, and {target.software} reads up to opset {target.opset}.",
+            f"Export it with opset {target.opset}, or choose a target with a newer TensorRT.",
+            ExitCode.IMPOSSIBLE,
+        )
+    _write_json(folder / "network.json", facts)
+    _write_json(folder / "export.json", report.to_json())
+
+
+def calibrate_into(folder: Path, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
+    """Write ``ranges.json``, ``statistics.npz`` and ``images.json`` from one pass over the images."""
+    from resvit_calibrate.ranges import ranges_from, save_ranges
+    from resvit_calibrate.statistics import collect_statistics, save_statistics
+
+    statistics = collect_statistics(model, images.batches(batch_size), reporter, len(images))
+    save_statistics(statistics, folder / "statistics.npz")
+    save_ranges(ranges_from(statistics, images.digest), folder / "ranges.json")
+    facts = {"description": images.description, "images": statistics.images, "digest": images.digest}
+    _write_json(folder / "images.json", {**facts, "skipped": list(images.skipped)})
+
+
+def quantize_into(
+    folder: Path, model: Path, ranges: Path, images: ImageSet, batch_size: int, recipe: Recipe, reporter: Reporter
+) -> None:
+    """Write the quantised ``model.onnx`` and ``quantize.json``, by our quantiser or ModelOpt's."""
+    from resvit_calibrate.estimators import Estimator
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_quantize.settings import Precision, QuantizeSettings
+
+    settings = QuantizeSettings(
+        precision=Precision(recipe.precision),
+        estimator=Estimator(recipe.calibrator),
+        include=recipe.include,
+        exclude=recipe.exclude,
+    )
+    out = folder / "model.onnx"
+    if recipe.quantizer == "modelopt":
+        from resvit_quantize.modelopt import quantize_with_modelopt
+
+        report = quantize_with_modelopt(model, images.batches(batch_size), settings, out, reporter)
+    else:
+        from resvit_quantize.quantize import quantize_model
+
+        report = quantize_model(model, load_ranges(ranges), settings, out, reporter)
+    _write_json(folder / "quantize.json", report.to_json())
+
+
+def baseline_into(
+    folder: Path, network: Network | None, model: Path, images: ImageSet, batch_size: int, reporter: Reporter
+) -> None:
+    """Write the predictions of PyTorch (where there is a network) and of the float ONNX."""
+    from resvit_calibrate.metrics import predict
+    from resvit_calibrate.runtime import onnx_runner
+
+    if network is not None:
+        predictions = predict(network.runner(), images, batch_size, reporter, "validate (PyTorch)")
+        predictions.save(folder / "pytorch.npz")
+    predictions = predict(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)")
+    predictions.save(folder / "onnx.npz")
+
+
+def compile_into(
+    folder: Path,
+    model: Path,
+    image: dict[str, Any],
+    target: Target,
+    builder: Builder | None,
+    settings: BuildSettings,
+    bundle: str,
+    reporter: Reporter,
+) -> None:
+    """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``."""
+    if onnx_for_tensorrt(model, folder / TENSORRT_COPY):
+        model = folder / TENSORRT_COPY
+    if builder is not None:
+        report = build_engine(model, folder / "engine.plan", target, settings, reporter, folder / "build.log")
+        _write_json(folder / "engine.json", report.to_json())
+        return
+    plan = plan_for_device(
+        target,
+        settings,
+        tuple(image["shape"][1:]),
+        dynamic_batch=not isinstance(image["shape"][0], int),
+        bundle=bundle,
+        onnx=model.name,
+        onnx_sha256=sha256_file(model),
+        input_name=image["name"],
+    )
+    _write_json(folder / "plan.json", plan.to_json())
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_bytes(pretty_json(document))
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the exporter's own warnings and log lines off the terminal: ours say what matters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)
