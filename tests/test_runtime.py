@@ -142,6 +142,31 @@ def test_external_data_is_found_beside_the_file(tmp_path, monkeypatch):
     assert onnx_runner(Path("deep/model.onnx"))({"x": np.ones((1, 2))})["y"].tolist() == [[3.0, 3.0]]
 
 
+@pytest.mark.parametrize(("error", "words"), [(0.1, ""), (0.6, "without optimisation"), (np.nan, "without")])
+def test_an_optimiser_that_breaks_the_graph_is_not_used(tmp_path, monkeypatch, error, words):
+    path = tmp_path / "model.onnx"
+    onnx.save(scaled_model(), path)
+    arrays = {"x": np.ones((1, 2), np.float32)}
+    honest = runtime.OnnxRunner.__call__
+    made = []
+    open_runner = runtime.onnx_runner
+
+    def opened(model, *, optimize=True):
+        made.append((open_runner(model, optimize=optimize), optimize))
+        return made[-1][0]
+
+    def call(self, arrays):
+        optimized = next(flag for runner, flag in made if runner is self)
+        return {name: value * (1 + error * optimized) for name, value in honest(self, arrays).items()}
+
+    monkeypatch.setattr(runtime, "onnx_runner", opened)
+    monkeypatch.setattr(runtime.OnnxRunner, "__call__", call)
+    runner, remark = runtime.checked_runner(path, arrays)
+    assert words in remark
+    assert bool(remark) == bool(words)
+    assert next(flag for made_runner, flag in made if made_runner is runner) == (not words)
+
+
 def test_failures_say_what_to_do(tmp_path):
     with pytest.raises(ResvitError, match="no model file"):
         onnx_runner(tmp_path / "absent.onnx")

@@ -27,6 +27,7 @@ __all__ = [
     "OnnxRunner",
     "Runner",
     "RuntimeHealth",
+    "checked_runner",
     "onnx_runner",
     "pieces",
     "runtime_note",
@@ -36,6 +37,8 @@ __all__ = [
 
 Runner: TypeAlias = Callable[[Arrays], Arrays]
 """A batch turned into outputs."""
+
+_TOLERATED_DB = 10.0
 
 _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -114,10 +117,31 @@ def pieces(feeds: Arrays, batch: int) -> Iterator[tuple[Arrays, int]]:
         yield part, size
 
 
-def onnx_runner(model: Path | bytes, *, float_math: bool = True) -> OnnxRunner:
+def checked_runner(model: Path, arrays: Arrays) -> tuple[OnnxRunner, str]:
+    """Turn an ONNX model into a ``Runner`` whose optimised graph computes what the graph as written computes.
+
+    Both run once on ``arrays``. Optimisers have been seen to break quantised graphs wholly, while rounding moves
+    their outputs a little: where the two differ by more than a third of the signal (10 dB), the graph is run as
+    written, slower. Returns the runner and a sentence about it, empty where all is well.
+    """
+    optimized, written = onnx_runner(model), onnx_runner(model, optimize=False)
+    fast, slow = optimized(arrays), written(arrays)
+    for name, expected in slow.items():
+        signal = np.linalg.norm(expected.astype(np.float64))
+        noise = np.linalg.norm(fast[name].astype(np.float64) - expected.astype(np.float64))
+        if not noise <= signal * 10 ** (-_TOLERATED_DB / 20) and np.isfinite(signal):
+            return written, (
+                "ONNX Runtime's optimised graph gives other outputs than the graph as written, so it was scored "
+                "without optimisation."
+            )
+    return optimized, ""
+
+
+def onnx_runner(model: Path | bytes, *, float_math: bool = True, optimize: bool = True) -> OnnxRunner:
     """Turn an ONNX model, given as a file or as its bytes, into a ``Runner`` on the CPU.
 
-    ``float_math`` keeps Q/DQ unfused, so that the result is what the graph means. Raises ResvitError for a
+    ``float_math`` keeps Q/DQ unfused, so that the result is what the graph means; without ``optimize`` the graph
+    runs as it is written. Raises ResvitError for a
     model that cannot be loaded, and with code MISSING for a quantised one that this runtime gets wrong.
     """
     health = self_test()
@@ -134,7 +158,7 @@ def onnx_runner(model: Path | bytes, *, float_math: bool = True) -> OnnxRunner:
                 )
             source = repaired
             folder = model.parent if isinstance(model, Path) else None
-    session = open_session(source, session_options(float_math=float_math), folder=folder)
+    session = open_session(source, session_options(float_math=float_math, optimize=optimize), folder=folder)
     return OnnxRunner(
         session=session,
         dtypes={i.name: _FLOATS.get(i.type) for i in session.get_inputs()},

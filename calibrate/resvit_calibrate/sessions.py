@@ -23,16 +23,19 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def session_options(*, float_math: bool = True) -> Any:
+def session_options(*, float_math: bool = True, optimize: bool = True) -> Any:
     """ONNX Runtime's options as this project sets them: one thread per usable core, errors only in the log.
 
     ``float_math`` keeps Q/DQ unfused: each pair does what ONNX says, not what an integer kernel makes of it.
+    Without ``optimize`` the graph runs node by node as it is written.
     """
     ort = onnxruntime_module()
     options = ort.SessionOptions()
     options.intra_op_num_threads = cpu_count()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures come back as exceptions
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if float_math:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

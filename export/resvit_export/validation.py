@@ -47,17 +47,20 @@ def validate(
     runtime proves on known numbers that it quantises rightly.
     """
     from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import Predictions, changed_answers, compare, predict
-    from resvit_calibrate.runtime import onnx_runner, runtime_note, self_test
+    from resvit_calibrate.metrics import INPUT, Predictions, changed_answers, compare, predict
+    from resvit_calibrate.runtime import checked_runner, runtime_note, self_test
 
     self_test()
     onnx_float = Predictions.load(baseline / "onnx.npz")
     has_torch = (baseline / "pytorch.npz").exists()
     original = Predictions.load(baseline / "pytorch.npz") if has_torch else onnx_float
     what = f"onnx {recipe.precision}"
-    candidate = predict(onnx_runner(quantized), images, batch_size, reporter, f"validate ({what})")
-    candidate.save(folder / "predictions.npz")
     golden = next(images.batches(GOLDEN_IMAGES)).images
+    runner, remark = checked_runner(quantized, {INPUT: golden})
+    if remark:
+        reporter.warn(remark)
+    candidate = predict(runner, images, batch_size, reporter, f"validate ({what})")
+    candidate.save(folder / "predictions.npz")
     np.save(folder / "golden_input.npy", golden)
     np.save(folder / "golden_output.npy", candidate.logits[: len(golden)])
 
@@ -77,7 +80,7 @@ def validate(
         "images": len(images),
         "data": images.description,
         "data_digest": images.digest,
-        "runtime_note": runtime_note(),
+        "runtime_note": f"{runtime_note()} {remark}".strip(),
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
