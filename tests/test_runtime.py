@@ -157,7 +157,7 @@ def test_an_optimiser_that_breaks_the_graph_is_not_used(tmp_path, monkeypatch, e
 
     def call(self, arrays):
         optimized = next(flag for runner, flag in made if runner is self)
-        return {name: value * (1 + error * optimized) for name, value in honest(self, arrays).items()}
+        return {name: value * (1 + error if optimized else 1) for name, value in honest(self, arrays).items()}
 
     monkeypatch.setattr(runtime, "onnx_runner", opened)
     monkeypatch.setattr(runtime.OnnxRunner, "__call__", call)
@@ -172,7 +172,7 @@ def test_failures_say_what_to_do(tmp_path):
         onnx_runner(tmp_path / "absent.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(scaled_model().SerializeToString()[:60])
-    with pytest.raises(ResvitError, match="cannot load"):
+    with pytest.raises(ResvitError, match="cannot (load|be read)"):
         onnx_runner(broken)
     runner = onnx_runner(scaled_model().SerializeToString())
     with pytest.raises(ResvitError, match="needs the input 'x'"):

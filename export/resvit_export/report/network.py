@@ -89,7 +89,9 @@ def kept_from_quantize(quantize: Json) -> list[Kept]:
         if node["name"] not in named:
             reason = str(node.get("reason") or "no reason given")
             by_reason.setdefault(reason, []).append((str(node["name"]), "", "FP32", 0))
-    total = sum(node.get("macs") or 0 for node in quantize.get("nodes") or ())
+    total = sum(group.get("macs") or 0 for group in (quantize.get("groups") or {}).values())
+    # The groups count weighted products only; the products inside attention come on top.
+    total += sum(node.get("macs") or 0 for node in quantize.get("nodes") or () if not node.get("weighted", True))
     ordered = sorted(by_reason.items(), key=lambda item: (-sum(n[3] for n in item[1]), -len(item[1]), item[0]))
     kept = []
     for reason, nodes in ordered:
