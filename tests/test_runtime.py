@@ -172,7 +172,7 @@ def test_failures_say_what_to_do(tmp_path):
         onnx_runner(tmp_path / "absent.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(scaled_model().SerializeToString()[:60])
-    with pytest.raises(ResvitError, match="cannot (load|be read)"):
+    with pytest.raises(ResvitError, match=r"cannot (load|be read)"):
         onnx_runner(broken)
     runner = onnx_runner(scaled_model().SerializeToString())
     with pytest.raises(ResvitError, match="needs the input 'x'"):
