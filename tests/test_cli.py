@@ -139,3 +139,15 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert targets["jetson-orin"]["sm"] == 87
     assert "fp8" not in targets["jetson-orin"]["precisions"]
     assert "fp8" in targets["l4"]["precisions"]
+
+
+def test_a_plain_install_says_which_extra_is_missing(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'PIL', 'tomli_w'):\n    sys.modules[name] = None\n"
+        "from resvit_export.cli import run\n"
+        "sys.exit(run(['fold', '--model', 'resvit:embed-nano']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.MISSING, done.stderr
+    assert "resvit-export[host]" in done.stderr

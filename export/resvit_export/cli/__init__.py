@@ -105,6 +105,13 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        return _fail(
+            f"The Python package '{error.name}' is not installed.",
+            "Building needs the extra: pip install 'resvit-export[host]'. 'resvit-export doctor' checks the rest.",
+            ExitCode.MISSING,
+            as_json,
+        )
     except MemoryError:
         return _fail(
             "This machine ran out of memory.",
