@@ -93,6 +93,8 @@ def test_every_exit_code_is_in_the_readme() -> None:
         ("build --model a --target jetson-orin --precision fp8 --data b", ExitCode.IMPOSSIBLE, "int8"),
         ("build --model a --target jetson-orin --jetpack 5.1 --data b", ExitCode.IMPOSSIBLE, "6.2"),
         ("build --model a --target jetson-orin --jetpack 6.0 --data b", ExitCode.IMPOSSIBLE, "6.2"),
+        ("build --model resvit:embed-nano --target l4 --data fashionmnist", ExitCode.INPUT, "'fashionmnist' does not"),
+        ("fold --model timm:vit_small_r26_s32_24", ExitCode.INPUT, "vit_small_r26_s32_224"),
         ("fold --model resvit:embed-nanno", ExitCode.INPUT, "embed-nano"),
         ("fold --model nowhere.onnx", ExitCode.INPUT, "export"),
         ("export --model nowhere.onnx", ExitCode.INPUT, "nowhere.onnx"),

@@ -166,3 +166,18 @@ def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
     assert made["verdict"] == "accepted"
     engine = stage(made, "compile")["results"]["engine.json"]  # type: ignore[index]
     assert engine["inputs"][0]["shape"][0] == -1
+
+
+def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every way of naming data and model, looked for in all of the bundle's bytes."""
+    from resvit_calibrate.fashion_mnist import read_split
+
+    images, labels = read_split("test")
+    np.savez("set.npz", images=images, labels=labels)
+    Path("net.py").write_text(
+        "from resvit_export.models import resvit_model\nmake = lambda: resvit_model('embed-nano')\n"
+    )
+    own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
+    made = result(capsys, "build", "--target", "l4", *own)
+    assert made["verdict"] == "accepted"
+    assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()

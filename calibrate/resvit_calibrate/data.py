@@ -19,7 +19,7 @@ from resvit_calibrate.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
-__all__ = ["Batch", "DataSpec", "ImageSet", "Preprocess", "open_image_sets"]
+__all__ = ["Batch", "DataSpec", "ImageSet", "Preprocess", "open_image_sets", "require_source"]
 
 _KINDS = "Give `fashion-mnist`, a folder of class folders, an .npz file, or file.py:factory."
 
@@ -83,6 +83,15 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
         pool = second.validation or second.calibration
         validation = _drawn(pool, spec.validation_images, spec, preprocess, reporter)
     return calibration, validation
+
+
+def require_source(data: str) -> None:
+    """Refuse at once, without reading any image, what names no data: so that no long work is done for nothing.
+
+    Raises ``ResvitError`` for a path that does not exist and is no factory's name.
+    """
+    if data != "fashion-mnist" and _existing(data) is None and ":" not in data:
+        raise ResvitError(f"The data {data!r} does not exist.", _KINDS)
 
 
 def _source(data: str) -> _Pools | Factory:

@@ -140,7 +140,7 @@ class StreamImageSet(ImageSet):
     def _describe(self) -> None:
         self.contents = tuple(content for content, _ in self._kept.values())
         self.digest = digest_of(self.contents, self.labels)
-        self.description = f"{len(self)} images of {self._factory.text} ({self._split})"
+        self.description = f"{len(self)} images of {self._factory.text.rpartition('/')[2]} ({self._split})"
 
     def _only(self, kept: dict[int, tuple[bytes, int | None]], split: Split) -> StreamImageSet:
         other = StreamImageSet.__new__(StreamImageSet)

@@ -47,7 +47,7 @@ def pixels_from_folder(root: Path, names: tuple[str, ...] | None = None) -> File
     if not own:
         if not loose:
             raise ResvitError(f"The folder {root} holds no images.", _LAYOUT)
-        return FilePixels(str(root), root, loose, None)
+        return FilePixels(root.name, root, loose, None)
     files: list[str] = []
     labels: list[int] = []
     empty = []
@@ -66,7 +66,7 @@ def pixels_from_folder(root: Path, names: tuple[str, ...] | None = None) -> File
         notes.append(f"{root} has {len(loose)} images outside of its class folders, which are left out")
     if all(name.isdecimal() for name in own) and list(own) != sorted(own, key=int):
         notes.append(f"{root} numbers its classes in the order of names, so that class {own[1]!r} is number 1")
-    return FilePixels(str(root), root, files, np.array(labels, np.int64), class_names=names, notes=tuple(notes))
+    return FilePixels(root.name, root, files, np.array(labels, np.int64), class_names=names, notes=tuple(notes))
 
 
 def shared_class_names(calibration: Path, validation: Path) -> tuple[str, ...] | None:

@@ -53,7 +53,7 @@ def _pair(archive: zipfile.ZipFile, path: Path, entries: set[str], prefix: str) 
     labels = None
     if f"{prefix}labels" in entries:
         labels = _labels(_mapped(archive, f"{prefix}labels", path), len(images), f"{prefix}labels of {path}")
-    return ArrayPixels(f"{path} ({prefix}images)", images, labels)
+    return ArrayPixels(f"{path.name} ({prefix}images)", images, labels)
 
 
 def _labels(values: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[np.int64]:

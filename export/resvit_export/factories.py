@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -102,7 +103,7 @@ def user_error(error: BaseException, what: str, fix: str) -> ResvitError:
 def _timm_model(name: str, arguments: Mapping[str, Scalar]) -> nn.Module:
     timm = import_timm()
     if not timm.is_model(name.partition(".")[0]):
-        near = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
         raise ResvitError(
             f"timm has no model '{name}'.",
             f"Some that it has: {', '.join(near)}." if near else "timm.list_models() names those that it has.",

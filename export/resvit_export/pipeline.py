@@ -61,12 +61,17 @@ class Pipeline:
         return self.target
 
     def require_images(self) -> str:
-        """The data set, or an error that says to name one."""
+        """The data set, or an error that says to name one, or one that exists."""
         if self.recipe.data is None:
             raise ResvitError(
                 "No images were given, and calibration never invents any.",
                 "Say --data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
             )
+        from resvit_calibrate.data import require_source
+
+        for data in (self.recipe.data, self.recipe.validation_data):
+            if data is not None:
+                require_source(data)
         return self.recipe.data
 
     def require_accepted(self) -> None:
