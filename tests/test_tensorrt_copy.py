@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from resvit_engines.build import build_engine
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets import find_target
+from resvit_export.tensorrt_copy import onnx_for_tensorrt
+
+
+def attention_model(path: Path, opset: int) -> Path:
+    """Attention over [1, 2 heads, 5 tokens, 16] in FP32, which no fused kernel of TensorRT serves; or an Add."""
+    shape = [1, 2, 5, 16]
+    op, inputs = ("Attention", ["x", "x", "x"]) if opset >= 23 else ("Add", ["x", "x"])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, inputs, ["y"], name="attention")],
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10), path)
+    return path
+
+
+def test_attention_that_no_kernel_serves_builds_from_the_copy_only(tmp_path: Path) -> None:
+    model = attention_model(tmp_path / "model.onnx", 23)
+    with pytest.raises(ResvitError) as caught:
+        build_engine(model, tmp_path / "plain.plan", find_target("l4"))
+    assert caught.value.code == ExitCode.BUILD
+    assert onnx_for_tensorrt(model, tmp_path / "copy.onnx")
+    build_engine(tmp_path / "copy.onnx", tmp_path / "copy.plan", find_target("l4"))
+    assert (tmp_path / "copy.plan").stat().st_size > 1000
+
+
+def test_the_copy_differs_in_that_attribute_only(tmp_path: Path) -> None:
+    model = attention_model(tmp_path / "model.onnx", 23)
+    onnx_for_tensorrt(model, tmp_path / "copy.onnx")
+    copied = ir.load(tmp_path / "copy.onnx")
+    (node,) = copied.graph
+    assert node.attributes.pop("TRT_decomposable").as_int() == 1
+    ir.save(copied, tmp_path / "back.onnx")
+    assert onnx.load(tmp_path / "back.onnx").graph.node == onnx.load(model).graph.node
+
+
+def test_without_attention_there_is_no_copy(tmp_path: Path) -> None:
+    model = attention_model(tmp_path / "model.onnx", 20)
+    assert not onnx_for_tensorrt(model, tmp_path / "copy.onnx")
+    assert not (tmp_path / "copy.onnx").exists()
