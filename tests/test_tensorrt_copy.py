@@ -15,11 +15,12 @@ from resvit_export.tensorrt_copy import onnx_for_tensorrt
 def attention_model(path: Path, opset: int) -> Path:
     """Attention over [1, 2 heads, 5 tokens, 16] in FP32, which no fused kernel of TensorRT serves; or an Add."""
     shape = [1, 2, 5, 16]
-    op, inputs = ("Attention", ["x", "x", "x"]) if opset >= 23 else ("Add", ["x", "x"])
+    # Three tensors: TensorRT for RTX 1.7 crashes on an Attention that gets one tensor thrice.
+    op, inputs = ("Attention", ["q", "k", "v"]) if opset >= 23 else ("Add", ["q", "k"])
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(op, inputs, ["y"], name="attention")],
         "graph",
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in inputs],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
     )
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10), path)
