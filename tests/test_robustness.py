@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from resvit_calibrate.runtime import scorable_opset
 from resvit_engines.errors import ExitCode
 from resvit_export.cli import run
 
@@ -189,6 +190,7 @@ def test_an_onnx_that_is_quantised_already(workspace: Path, capfd: pytest.Captur
     assert "quantised" in message
 
 
+@pytest.mark.skipif(scorable_opset() < 23, reason="this ONNX Runtime scores no opset 23, so none is exported")
 def test_an_onnx_too_new_for_the_target(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["export", *MODEL, "--target", "l4", "--run", "runs/new"]) == 0
     model = next(Path("runs/new").glob("export-*/model.onnx"))
