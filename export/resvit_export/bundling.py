@@ -107,5 +107,5 @@ On the {target.title} ({target.software}):
 The engine reads FP32 images prepared as manifest.json says under "preprocess". golden_input.npy and
 golden_output.npy hold images and the outputs that were validated: compare the engine's with them.
 
-Verdict of the validation: {pipeline.verdict["verdict"]}. {pipeline.verdict["reason"]}
+Verdict of the validation: {pipeline.verdict["verdict"]}; {pipeline.verdict["reason"]}.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,7 +85,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     # Threads of PyTorch that wait by spinning cost five times the processor time as soon as the machine is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Everything is written and closed by now. PyTorch has been seen to crash while the interpreter shuts down after
+    # an error, which would replace our exit code by the signal's.
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
