@@ -16,7 +16,7 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
-from resvit_export.factories import parse_argument
+from resvit_export.cli.options import plain_values
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.models import resvit_model
 from resvit_export.pt2 import program_from_pt2
@@ -84,7 +84,7 @@ class Warnings(Silent):
 
 
 def test_arguments_are_parsed_to_plain_values() -> None:
-    assert [parse_argument(text) for text in ("true", "False", "12", "0.5", "1e-3", "gelu")] == [
+    assert [plain_values("key", text) for text in ("true", "False", "12", "0.5", "1e-3", "gelu")] == [
         True, False, 12, 0.5, 1e-3, "gelu",
     ]  # fmt: skip
 

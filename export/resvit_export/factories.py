@@ -22,16 +22,6 @@ Scalar = bool | int | float | str
 """What a factory's argument may be."""
 
 
-def parse_argument(text: str) -> Scalar:
-    """``key=value``'s value: true/false, a whole number, a number, else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
     """Make the module that ``resvit:NAME``, ``timm:NAME``, ``package.module:factory`` or ``file.py:factory`` names.
 

@@ -97,12 +97,6 @@ def runner_from_program(program: ExportedProgram) -> Runner:
     return _runner(program.module(), output_names(program), fixed_batch_of(program))
 
 
-def runner_from_module(module: nn.Module, names: list[str]) -> Runner:
-    """Run a module in eval mode as ``runner_from_program`` runs a program."""
-    module.eval()
-    return _runner(module, names, None)
-
-
 def _runner(call: Callable[..., object], names: list[str], batch: int | None) -> Runner:
     def run(arrays: Arrays) -> Arrays:
         (images,) = arrays.values()
