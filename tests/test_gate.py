@@ -103,6 +103,30 @@ def test_a_drop_at_the_limit_is_accepted_with_half_of_the_error_probability(coun
     assert total <= 0.0275
 
 
+def acceptance(count: int, limit: float, gain: float, drop: float, confidence: float, draws: int) -> float:
+    """How often a network of this true drop (share) is accepted, over drawn experiments."""
+    shares = [gain + drop, gain, 1 - 2 * gain - drop]
+    pairs, times = np.unique(
+        np.random.default_rng(11).multinomial(count, shares, size=draws)[:, :2], axis=0, return_counts=True
+    )
+    accepted = [
+        judged(outcome(int(0.9 * count), int(lost), int(gained), count), 100 * limit, 10, confidence).kind
+        is VerdictKind.ACCEPTED
+        for lost, gained in pairs
+    ]
+    return float(times @ np.array(accepted) / draws)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("limit", [0.003, 0.01, 0.02])
+@pytest.mark.parametrize(("count", "gain"), [(200, 0.0), (200, 0.02), (1000, 0.0), (1000, 0.01), (5000, 0.002)])
+def test_a_drop_just_above_the_limit_is_accepted_no_oftener_than_the_confidence_allows(count, gain, limit, confidence):
+    draws, allowed = 3000, (1 - confidence) / 2
+    share = acceptance(count, limit, gain, 1.02 * limit, confidence, draws)
+    # Three standard deviations of what is drawn, and a tenth for the score interval, which is exact in the limit only.
+    assert share <= 1.1 * allowed + 3 * math.sqrt(allowed * (1 - allowed) / draws)
+
+
 def test_a_drop_within_the_limit_is_rarely_rejected_and_mostly_accepted_with_enough_images():
     random = np.random.default_rng(8)
     verdicts = [judged(simulated(random, 10_000, 0.9, 0.015, 0.011)).kind for _ in range(200)]

@@ -22,7 +22,11 @@ _KEEPS_NAN = _SAME_VALUES | {
 
 
 class ActivationPlan:
-    """Which tensors to measure, sum and sample."""
+    """Which tensors to measure, sum and sample.
+
+    ``channel_axes`` names the tensors that products and residuals read, with the axis of their channels, or None
+    where the rank decides; ``perms`` the permutations of transposed tensors (empty: all axes reversed).
+    """
 
     def __init__(self, graph: onnx.GraphProto, image: str, types: dict[str, int], ranks: dict[str, int]) -> None:
         floats = float_types()
@@ -59,11 +63,22 @@ class ActivationPlan:
             for node in graph.node
             if node.op_type in _SAME_VALUES and node.input[0] in known and node.output[0] in known
         }
+        self.perms = {
+            node.output[0]: next((tuple(a.ints) for a in node.attribute if a.name == "perm"), ())
+            for node in graph.node
+            if node.op_type == "Transpose" and node.output[0] in self.aliases
+        }
         wanted: dict[str, None] = {}
+        axes: dict[str, set[int | None]] = {}
         for node in graph.node:
-            for name in _quantizable_inputs(node, made_by):
-                if name in known:
-                    wanted[self.root(name)] = None
+            read = [name for name in _quantizable_inputs(node, made_by) if name in known]
+            wanted.update(dict.fromkeys(map(self.root, read)))
+            for name in read:
+                axis = _channel_axis(node, name)
+                # A product of two activations has no weights: what its channels hold helps nobody.
+                if node.op_type == "Add" or sum(other in alive for other in node.input[:2]) == 1:
+                    axes.setdefault(name, set()).add(axis)
+        self.channel_axes = {name: next(iter(found)) if len(found) == 1 else None for name, found in axes.items()}
         self.sampled = tuple(wanted)
         self.masked = _masked_tensors(graph, self.measured)
         self.summed = _nan_checkpoints(graph, self)
@@ -82,6 +97,18 @@ def _quantizable_inputs(node: onnx.NodeProto, made_by: dict[str, str]) -> list[s
     if node.op_type == "Add" and any(made_by.get(name, "").startswith("Conv") for name in node.input):
         return list(node.input)
     return []
+
+
+def _channel_axis(node: onnx.NodeProto, name: str) -> int | None:
+    """The axis of ``name`` that the node sums over; None for an Add, where the rank decides."""
+    if node.op_type == "Add":
+        return None
+    if node.op_type not in ("Gemm", "MatMul"):
+        return 1
+    turned = {a.name for a in node.attribute if a.name in ("transA", "transB") and a.i}
+    if name == node.input[0]:
+        return -2 if "transA" in turned else -1
+    return -1 if "transB" in turned else -2
 
 
 def _nan_checkpoints(graph: onnx.GraphProto, plan: ActivationPlan) -> tuple[str, ...]:

@@ -16,10 +16,20 @@ from resvit_calibrate.indexed import IndexedImageSet
 from resvit_calibrate.npz import pixels_from_npz
 from resvit_calibrate.pixels import ArrayPixels, Pixels
 from resvit_calibrate.preprocess import Preprocess
+from resvit_calibrate.training import TrainingImages
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
-__all__ = ["Batch", "DataSpec", "ImageSet", "Preprocess", "open_image_sets", "require_source"]
+__all__ = [
+    "Batch",
+    "DataSpec",
+    "ImageSet",
+    "Preprocess",
+    "TrainingImages",
+    "open_image_sets",
+    "open_training_images",
+    "require_source",
+]
 
 _KINDS = "Give `fashion-mnist`, a folder of class folders, an .npz file, or file.py:factory."
 
@@ -83,6 +93,40 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
         pool = second.validation or second.calibration
         validation = _drawn(pool, spec.validation_images, spec, preprocess, reporter)
     return calibration, validation
+
+
+def open_training_images(
+    data: str, avoid: ImageSet, limit: int, seed: int, preprocess: Preprocess, reporter: Reporter = SILENT
+) -> TrainingImages:
+    """Open at most ``limit`` images to train on: none of them is also in ``avoid``, the validation images.
+
+    ``data`` is of the kinds that ``DataSpec`` has; of one with two parts, the first is taken. Labels may be
+    missing. Raises ``ResvitError`` where the data is missing or unusable, or is all in ``avoid``.
+    """
+    source = _source(data)
+    images: IndexedImageSet | StreamImageSet
+    if isinstance(source, Factory):
+        images = StreamImageSet(source, "calibration", preprocess, limit)
+    else:
+        pool = source.calibration
+        _tell(pool, reporter)
+        chosen = stratified(pool.labels, np.arange(len(pool), dtype=np.int64), limit, seed)
+        images = IndexedImageSet(pool, chosen, preprocess, reporter)
+    found = len(images)
+    _require(images, "training")
+    images = images.without(frozenset(avoid.contents))
+    if not len(images):
+        raise ResvitError(
+            "Every training image is also a validation image.",
+            "Give other images for training, or other ones with --validation-data.",
+        )
+    if len(images) < found:
+        reporter.warn(
+            f"{found - len(images)} of {found} training images are also among the validation images and were left out"
+        )
+    for name in images.skipped:
+        reporter.warn(f"skipped a broken training image: {name}")
+    return TrainingImages(images)
 
 
 def require_source(data: str) -> None:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 PRECISIONS = ("int8", "fp8")
 DEAD_AMAX = 2.0**-7
 """Amax of a tensor that was zero throughout: its INT8 scale, amax/127, is a normal number even in FP16."""
-_SMALLEST = 2.0**-100
+SMALLEST_AMAX = 2.0**-100
 """Magnitudes below this cannot be told from zero: their scale would leave FP32."""
 _PERCENTILE = 99.99
 _ENTROPY_START = 128
@@ -37,11 +37,12 @@ class Estimator(str, enum.Enum):
     """The least Kullback-Leibler divergence: S. Migacz, 8-bit inference with TensorRT, GTC 2017."""
 
 
-def amax_from(statistics: TensorStatistics, estimator: Estimator, precision: str) -> float:
+def amax_from(statistics: TensorStatistics, estimator: Estimator, precision: str, bits: int = 8) -> float:
     """Choose amax for ``precision`` ("int8" or "fp8", E4M3): finite, positive, at most the exact maximum.
 
-    A tensor that was zero throughout gets DEAD_AMAX. Raises ResvitError for an unknown precision and, except
-    for MAX, for a tensor of which no histogram was kept.
+    ``bits`` other than 8 simulate a smaller integer grid, of 2^(bits-1) - 1 positive levels. A tensor that was
+    zero throughout gets DEAD_AMAX. Raises ResvitError for an unknown precision and, except for MAX, for a tensor
+    of which no histogram was kept.
     """
     if precision not in PRECISIONS:
         raise ResvitError(f"There is no grid for precision {precision!r}.", f"Use one of {', '.join(PRECISIONS)}.")
@@ -51,7 +52,7 @@ def amax_from(statistics: TensorStatistics, estimator: Estimator, precision: str
             "A tensor's largest magnitude is not finite, so it has no range.",
             "Calibrate with a model and images that compute finite numbers.",
         )
-    if largest < _SMALLEST:
+    if largest < SMALLEST_AMAX:
         return DEAD_AMAX
     if estimator is Estimator.MAX:
         return largest
@@ -65,14 +66,14 @@ def amax_from(statistics: TensorStatistics, estimator: Estimator, precision: str
     if estimator is Estimator.PERCENTILE:
         estimate = _percentile(statistics)
     elif estimator is Estimator.MSE:
-        estimate = _least_squares(statistics, precision)
+        estimate = _least_squares(statistics, precision, bits)
     else:
-        estimate = _least_divergence(statistics, precision)
-    return float(min(max(estimate, _SMALLEST), largest))
+        estimate = _least_divergence(statistics, precision, bits)
+    return float(min(max(estimate, SMALLEST_AMAX), largest))
 
 
 def quantization_error(
-    statistics: TensorStatistics, amax: Floats | float, precision: str, *, merged: int = 1
+    statistics: TensorStatistics, amax: Floats | float, precision: str, *, merged: int = 1, bits: int = 8
 ) -> Floats:
     """Mean squared error of quantising the sampled values with each of ``amax`` [N] → [N].
 
@@ -88,30 +89,53 @@ def quantization_error(
     edges = np.minimum(np.arange(used + 1) * (statistics.bin_width * merged), statistics.absmax)
     widths = np.diff(edges)
     density = np.divide(counts, widths, out=np.zeros_like(counts), where=widths > 0)
-    levels, midpoints, integrals = _grid(precision)
-    scale = clips[:, None] / levels[-1]  # [N, 1]
-    scaled = edges / scale  # [N, E]
-    # Integral of (t - Q(t))² from 0 to each edge: whole cells from the table, then the part of a cell.
-    if precision == "int8":
-        nearest = np.minimum(np.rint(scaled), levels[-1])
-        integral = nearest / 12.0
-    else:
-        index = np.searchsorted(midpoints, scaled)
-        nearest, integral = levels[index], integrals[index]
-    rest = scaled - nearest
-    integral = integral + rest * rest * rest / 3.0
+    scale = clips[:, None] / grid_levels(precision, bits)[-1]  # [N, 1]
+    integral = squared_error_integral(edges / scale, precision, bits)  # [N, E]
     total: Floats = (np.diff(integral, axis=1) @ density) * scale[:, 0] ** 3
     return total / max(statistics.count, 1)
 
 
+def squared_error_integral(steps: Floats, precision: str, bits: int = 8) -> Floats:
+    """The integral of (t - Q(t))² from 0 to each of ``steps`` ≥ 0, of any shape: whole cells, then part of one.
+
+    ``Q`` rounds to the grid of ``grid_levels`` and clips at its end.
+    """
+    levels, midpoints, integrals = _grid(precision, bits)
+    if precision == "int8":
+        nearest: Floats = np.minimum(np.rint(steps), levels[-1])
+        whole: Floats = nearest / 12.0
+    else:
+        index = np.searchsorted(midpoints, steps)
+        nearest, whole = levels[index], integrals[index]
+    rest = steps - nearest
+    integral: Floats = whole + rest * rest * rest / 3.0
+    return integral
+
+
+def rounded(steps: Floats, precision: str, bits: int = 8) -> Floats:
+    """The level nearest to each of ``steps`` ≥ 0, of any shape."""
+    levels, midpoints, _ = _grid(precision, bits)
+    nearest: Floats = levels[np.searchsorted(midpoints, steps)]
+    return nearest
+
+
+def grid_levels(precision: str, bits: int = 8) -> Floats:
+    """The levels ≥ 0 of a grid: 0 … 2^(bits-1) - 1 for "int8", those of E4M3 for "fp8"."""
+    return _grid(precision, bits)[0]
+
+
 @functools.cache
-def _grid(precision: str) -> tuple[Floats, Floats, Floats]:
+def _grid(precision: str, bits: int) -> tuple[Floats, Floats, Floats]:
     """Levels [L] ≥ 0 of the grid, midpoints [L-1], and the integral of the squared error from 0 to each level."""
     if precision == "int8":
-        levels: Floats = np.arange(128, dtype=np.float64)
+        if not 2 <= bits <= 16:
+            raise ValueError(f"{bits} bits")
+        levels: Floats = np.arange(2 ** (bits - 1), dtype=np.float64)
     else:
         import ml_dtypes
 
+        if bits != 8:
+            raise ValueError(f"E4M3 has 8 bits, not {bits}")
         e4m3: Any = ml_dtypes.float8_e4m3fn
         levels = np.arange(127, dtype=np.uint8).view(e4m3).astype(np.float64)  # 0 … 448; code 127 is NaN
     gaps = np.diff(levels)
@@ -134,16 +158,16 @@ def _percentile(statistics: TensorStatistics) -> float:
     return statistics.bin_width * (last + 1 - (float(cumulative[last]) - wanted) / inside)
 
 
-def _least_squares(statistics: TensorStatistics, precision: str) -> float:
+def _least_squares(statistics: TensorStatistics, precision: str, bits: int) -> float:
     largest = statistics.absmax
     coarse = np.geomspace(largest / 128.0, largest, 48)
-    best = int(quantization_error(statistics, coarse, precision, merged=4).argmin())
+    best = int(quantization_error(statistics, coarse, precision, merged=4, bits=bits).argmin())
     fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, 47)], 17)
     candidates = np.append(fine, largest)
-    return float(candidates[quantization_error(statistics, candidates, precision).argmin()])
+    return float(candidates[quantization_error(statistics, candidates, precision, bits=bits).argmin()])
 
 
-def _least_divergence(statistics: TensorStatistics, precision: str) -> float:
+def _least_divergence(statistics: TensorStatistics, precision: str, bits: int) -> float:
     """Migacz's search, over cells of the precision's own grid and in closed form.
 
     For each candidate, the first i bins: P is the histogram with everything beyond added to bin i; Q is the
@@ -163,7 +187,7 @@ def _least_divergence(statistics: TensorStatistics, precision: str) -> float:
     ends = np.unique(np.linspace(_ENTROPY_START, used, _CANDIDATES).astype(np.intp))
     # An empty last bin with something beyond it is an infinite divergence: P has mass where Q has none.
     ends = ends[(counts[ends - 1] > 0) | (sums[ends] == total)]
-    levels, midpoints, _ = _grid(precision)
+    levels, midpoints, _ = _grid(precision, bits)
     bounds = np.rint(midpoints * (ends[:, None] / levels[-1])).astype(np.intp)  # [C, L-1]
     bounds = np.concatenate([np.zeros_like(ends)[:, None], bounds, ends[:, None]], axis=1)
     mass, bins = np.diff(sums[bounds], axis=1), np.diff(filled[bounds], axis=1)

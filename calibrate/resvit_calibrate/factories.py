@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +152,11 @@ class StreamImageSet(ImageSet):
         """Leave out the images whose digest is in ``contents``."""
         kept = {position: found for position, found in self._kept.items() if found[0] not in contents}
         return self._only(kept, self._split)
+
+    def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> StreamImageSet:
+        """The images at these positions, in the order in which the factory gives them."""
+        items = list(self._kept.items())
+        return self._only(dict(items[position] for position in sorted(positions)), self._split)
 
     def divided(self, first: int, second: int) -> tuple[StreamImageSet, StreamImageSet]:
         """The first ``first`` images for calibration, the next ``second`` for validation."""

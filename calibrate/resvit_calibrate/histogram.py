@@ -1,4 +1,4 @@
-"""What is remembered of a tensor: exact extremes, and a histogram of magnitudes that grows with them."""
+"""What is remembered of a tensor: exact extremes, and histograms of magnitudes that grow with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 2048
+LOG_BINS = 48
+_SMALLEST_ANCHOR = -100
+_HALF_OCTAVE = 22
+"""Shifting a float32 by this many bits leaves exponent and first bit of the mantissa: 2·exponent, +1 from 1.5 on."""
+_BIAS = 127
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelStatistics:
+    """The sampled values of a tensor by channel; arrays are over channels [C].
+
+    Channels run along the axis that the reader sums over: axis 1 in front of a convolution, the last axis in front
+    of a matrix product (the last but one for its second operand).
+    """
+
+    count: NDArray[np.int64]
+    """[C] sampled values, exact zeros among them."""
+    mean: NDArray[np.float64]
+    """[C] E[x]."""
+    mean_square: NDArray[np.float64]
+    """[C] E[x²]."""
+    absmax: NDArray[np.float32]
+    """[C] the largest magnitude in the sample; the tensor's exact maximum may lie above all of them."""
+    log_histogram: NDArray[np.int32]
+    """[C, 48] counts of the magnitudes that are not zero, by the half octaves of ``edges``."""
+    anchor: int
+    """All values of the tensor, sampled or not, are of magnitude below 2^anchor."""
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """Edges [49] of the bins: bin i holds edges[i] ≤ |x| < edges[i + 1].
+
+        Downwards from 2^anchor each octave is cut once, at 1.5 times its lower end: 2^a, 1.5·2^(a-1), 2^(a-1), …
+        The first bin begins at zero, so that the bins cover everything and resolve 2^-23 to 1 of the range.
+        """
+        index = np.arange(LOG_BINS + 1)
+        edges: NDArray[np.float64] = np.ldexp(np.where(index % 2, 1.5, 1.0), self.anchor - LOG_BINS // 2 + index // 2)
+        edges[0] = 0.0
+        return edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +63,10 @@ class TensorStatistics:
     """Counts [2048] of magnitudes: bin i has i·width < |x| ≤ (i+1)·width. None where none was kept."""
     bin_width: float
     """A power of two; 0 without a histogram."""
+    channels: ChannelStatistics | None = None
+    """By channel, for tensors that a weighted operator or a residual reads and whose layout is known."""
+    image_absmax: NDArray[np.float32] | None = None
+    """[images] the exact largest magnitude in each image, in the order in which they came."""
 
     @property
     def absmax(self) -> float:
@@ -62,3 +105,53 @@ class GrowingHistogram:
             sums = self.counts.reshape(-1, merged).sum(axis=1)
             self.counts = np.pad(sums, (0, BINS - sums.size))
         self.bin_width = width
+
+
+class GrowingChannels:
+    """Adds up ``ChannelStatistics``; its anchor rises with the tensor's maximum, bins moving down with it."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self.anchor: int | None = None
+        # Column 0 takes exact zeros.
+        self.counts = np.zeros((channels, LOG_BINS + 1), np.int32)
+        self.sums, self.squares = np.zeros(channels), np.zeros(channels)
+        self.absmax = np.zeros(channels, np.float32)
+
+    def add(self, sample: NDArray[np.float32], channel: NDArray[np.int32], absmax: float) -> None:
+        """Count a sample [N] of finite values, none of a magnitude above ``absmax``, and the channel of each [N]."""
+        anchor = max(math.frexp(absmax)[1], _SMALLEST_ANCHOR)
+        if self.anchor is None or anchor > self.anchor:
+            self._raise_anchor(anchor)
+        assert self.anchor is not None
+        magnitude = np.abs(sample)
+        bits = magnitude.view(np.int32)
+        lowest = 2 * (self.anchor + _BIAS) - LOG_BINS - 1
+        bins = np.maximum((bits >> _HALF_OCTAVE) - lowest, 1) * (bits != 0)
+        width = LOG_BINS + 1
+        counted = np.bincount(channel * width + bins, minlength=self.channels * width)
+        self.counts += counted.reshape(self.channels, width).astype(np.int32)
+        self.sums += np.bincount(channel, sample, self.channels)
+        self.squares += np.bincount(channel, np.square(sample, dtype=np.float64), self.channels)
+        larger = np.flatnonzero(magnitude > self.absmax[channel])
+        np.maximum.at(self.absmax, channel[larger], magnitude[larger])
+
+    def _raise_anchor(self, anchor: int) -> None:
+        if self.anchor is not None:
+            moved = min(2 * (anchor - self.anchor), LOG_BINS - 1)
+            bins = self.counts[:, 1:]
+            lowest = bins[:, : moved + 1].sum(axis=1, dtype=np.int32)
+            bins[:, : LOG_BINS - moved] = bins[:, moved:].copy()
+            bins[:, LOG_BINS - moved :] = 0
+            bins[:, 0] = lowest
+        self.anchor = anchor
+
+    def statistics(self) -> ChannelStatistics:
+        """Everything added up."""
+        count = self.counts.sum(axis=1, dtype=np.int64)
+        divisor = np.maximum(count, 1)
+        anchor = self.anchor if self.anchor is not None else _SMALLEST_ANCHOR
+        histogram = np.ascontiguousarray(self.counts[:, 1:])
+        return ChannelStatistics(
+            count, self.sums / divisor, self.squares / divisor, self.absmax.copy(), histogram, anchor
+        )

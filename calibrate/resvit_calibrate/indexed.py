@@ -83,6 +83,15 @@ class IndexedImageSet(ImageSet):
         kept._describe()
         return kept
 
+    def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> IndexedImageSet:
+        """The images at these positions, in this order."""
+        alive = self._alive()
+        chosen = IndexedImageSet(self._pixels, (), self.preprocess)
+        chosen._asked = self._asked
+        chosen._looks = {index: self._looks[index] for index in (alive[position] for position in positions)}
+        chosen._describe()
+        return chosen
+
     def image(self, index: int) -> npt.NDArray[np.uint8] | None:
         """Read one image: uint8 [H, W, 1 or 3]."""
         return self._pixels.read(self._alive()[index])

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 STARTS, STEPS = "resvit.starts", "resvit.steps"
 """Extra graph inputs: int64 [S], where the sample of each sampled tensor starts and its stride."""
-VALUES, SIZES = "resvit.values", "resvit.sizes"
-"""Graph outputs: float32 [S samples, then minima, maxima, sums] and int64 [S], the sizes of sampled tensors."""
+VALUES, SHAPES, RANKS, ROWS = "resvit.values", "resvit.shapes", "resvit.ranks", "resvit.row_extremes"
+"""Graph outputs: float32 [S samples, then minima, maxima, sums]; int64, the shapes of the tensors in ``shaped`` one
+behind the other, and how many dimensions each has; float32, the largest and then the smallest value of every row of
+the tensors in ``by_row`` (a row is what lies under one index of the first axis)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,14 @@ class ObservedModel:
     """The name and operator of the node that writes each measured tensor."""
     aliases: dict[str, str]
     """Reshaped and transposed tensors: the one that each was made from."""
+    perms: dict[str, tuple[int, ...]]
+    """The permutations of the transposed ones; empty: all axes reversed."""
+    channel_axes: dict[str, int | None]
+    """Tensors that products and residuals read, and their channel axis; None where the rank decides."""
+    shaped: tuple[str, ...]
+    """Tensors whose shapes are put out."""
+    by_row: tuple[str, ...]
+    """Measured tensors whose extremes are put out by row."""
 
     def extremes(self, values: Array) -> tuple[Array, Array, Array]:
         """Take minima [M], maxima [M] and sums [≤ M] out of the output VALUES, masks left out."""
@@ -59,9 +69,14 @@ class ObservedModel:
 
     def root(self, name: str) -> str:
         """The first tensor in the chain of reshapes and transposes that holds the values of ``name``."""
-        while name in self.aliases:
-            name = self.aliases[name]
-        return name
+        return self.chain(name)[0]
+
+    def chain(self, name: str) -> list[str]:
+        """The root, and every reshaped or transposed tensor from there to ``name``."""
+        names = [name]
+        while names[0] in self.aliases:
+            names.insert(0, self.aliases[names[0]])
+        return names
 
 
 def observed_model(path: Path, *, sum_all: bool = False) -> ObservedModel:
@@ -92,7 +107,8 @@ def observed_model(path: Path, *, sum_all: bool = False) -> ObservedModel:
         )
     plan = ActivationPlan(graph, image.name, types, ranks)
     summed = plan.measured if sum_all else plan.summed
-    _Writer(model, plan, summed).write()
+    writer = _Writer(model, plan, summed)
+    writer.write()
     return ObservedModel(
         model=model.SerializeToString(),
         folder=path.parent,
@@ -104,6 +120,10 @@ def observed_model(path: Path, *, sum_all: bool = False) -> ObservedModel:
         derived=plan.derived,
         producer=plan.producer,
         aliases=plan.aliases,
+        perms=plan.perms,
+        channel_axes=plan.channel_axes,
+        shaped=writer.shaped,
+        by_row=writer.by_row,
     )
 
 
@@ -125,6 +145,18 @@ class _Writer:
         self.axes = self.constant("axis0", [0]), self.constant("axis1", [1])
         self.end = self.constant("end", [np.iinfo(np.int64).max])
         self.measured: dict[str, list[str]] = {kind: [] for kind in self.reductions}
+        self.by_row = tuple(dict.fromkeys(plan.derived.get(name, (name, False))[0] for name in plan.sampled))
+        self.shaped = self._shaped()
+
+    def _shaped(self) -> tuple[str, ...]:
+        """What is sampled, what shows an extreme by row, and all between a sampled tensor and its readers."""
+        shaped = dict.fromkeys((*self.plan.sampled, *self.by_row))
+        for name in self.plan.channel_axes:
+            end = name
+            while end in self.plan.aliases:
+                shaped[end] = None
+                end = self.plan.aliases[end]
+        return tuple(shaped)
 
     def constant(self, name: str, values: list[int]) -> str:
         from onnx import numpy_helper
@@ -137,7 +169,7 @@ class _Writer:
         import onnx
         from onnx import TensorProto, helper
 
-        watched = {*self.plan.measured, *self.plan.sampled}
+        watched = {*self.plan.measured, *self.shaped}
         nodes = self.observers(self.plan.measured[0])
         for node in self.graph.node:
             nodes.append(node)
@@ -149,9 +181,14 @@ class _Writer:
         nodes.append(helper.make_node("Concat", everything, [VALUES], axis=0))
         outputs = [helper.make_tensor_value_info(VALUES, TensorProto.FLOAT, [None])]
         if samples:
-            sizes = [f"resvit.{name}.size" for name in self.plan.sampled]
-            nodes.append(helper.make_node("Concat", sizes, [SIZES], axis=0))
-            outputs.append(helper.make_tensor_value_info(SIZES, TensorProto.INT64, [None]))
+            rows = [f"resvit.{name}.{kind}.rows" for kind in ("ReduceMax", "ReduceMin") for name in self.by_row]
+            for table, parts, kind in (
+                (SHAPES, [f"resvit.{name}.shape" for name in self.shaped], TensorProto.INT64),
+                (RANKS, [f"resvit.{name}.rank" for name in self.shaped], TensorProto.INT64),
+                (ROWS, rows, TensorProto.FLOAT),
+            ):
+                nodes.append(helper.make_node("Concat", parts, [table], axis=0))
+                outputs.append(helper.make_tensor_value_info(table, kind, [None]))
             for table in (STARTS, STEPS):
                 value = helper.make_tensor_value_info(table, TensorProto.INT64, [len(samples)])
                 self.graph.input.append(value)
@@ -165,7 +202,7 @@ class _Writer:
 
         tag, source = f"resvit.{name}", name
         nodes: list[onnx.NodeProto] = []
-        if self.plan.types[name] != TensorProto.FLOAT:
+        if self.plan.types[name] != TensorProto.FLOAT and (name in self.reductions["ReduceMin"] or name in self.order):
             source = f"{tag}.float32"
             nodes.append(helper.make_node("Cast", [name], [source], to=TensorProto.FLOAT))
         if name in self.reductions["ReduceMin"]:
@@ -185,8 +222,9 @@ class _Writer:
             nodes.append(helper.make_node("Reshape", [source, self.flat], [f"{tag}.flat"]))
             inputs = [f"{tag}.flat", f"{tag}.{STARTS}", self.end, self.axes[0], f"{tag}.{STEPS}"]
             nodes.append(helper.make_node("Slice", inputs, [f"{tag}.sample"]))
-            nodes.append(helper.make_node("Size", [source], [f"{tag}.scalar_size"]))
-            nodes.append(helper.make_node("Reshape", [f"{tag}.scalar_size", self.flat], [f"{tag}.size"]))
+        if name in self.shaped:
+            nodes.append(helper.make_node("Shape", [name], [f"{tag}.shape"]))
+            nodes.append(helper.make_node("Shape", [f"{tag}.shape"], [f"{tag}.rank"]))
         return nodes
 
     def reduce(self, kind: str, source: str, target: str, *, axis: int, keepdims: int) -> onnx.NodeProto:

@@ -117,7 +117,7 @@ def pieces(feeds: Arrays, batch: int) -> Iterator[tuple[Arrays, int]]:
         yield part, size
 
 
-def checked_runner(model: Path, arrays: Arrays) -> tuple[OnnxRunner, str]:
+def checked_runner(model: Path | bytes, arrays: Arrays) -> tuple[OnnxRunner, str]:
     """Turn an ONNX model into a ``Runner`` whose optimised graph computes what the graph as written computes.
 
     Both run once on ``arrays``. Optimisers have been seen to break quantised graphs wholly, while rounding moves
