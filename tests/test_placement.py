@@ -8,7 +8,7 @@ from quantize_graphs import Graph, basic_block, hybrid
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph import Analysis, analyse
 from resvit_quantize.network import network_from_onnx
-from resvit_quantize.placement import Placement, place
+from resvit_quantize.placement import Placement, Shortcuts, place
 from resvit_quantize.settings import Precision
 
 
@@ -77,12 +77,25 @@ def test_of_two_convolutions_the_projection_is_the_shortcut(tmp_path: Path) -> N
     assert ("block/Add", "block.conv2/Conv:0") not in edges(placement)
 
 
-def test_a_norm_between_convolution_and_add_leaves_the_shortcut_alone(tmp_path: Path) -> None:
+def test_a_norm_between_convolution_and_add_shares_what_is_quantised_anyway(tmp_path: Path) -> None:
     g = Graph(1, 32, 8, 8)
     value = g.op("Relu", "input")
     scale, bias = g.weight("norm.weight", 32), g.weight("norm.bias", 32)
     main = g.op("InstanceNormalization", g.conv(value, 32, 32, name="conv/Conv"), scale, bias)
-    path = g.save(tmp_path / "model.onnx", g.op("Relu", g.op("Add", main, value, name="add")))
+    analysis = analysed(g.save(tmp_path / "model.onnx", g.op("Relu", g.op("Add", main, value, name="add"))))
+    weighted = {("conv/Conv", "Relu_0:0")}
+    assert edges(place(analysis, Precision.INT8)) == {*weighted, ("add", "Relu_0:0")}
+    assert edges(place(analysis, Precision.INT8, shortcuts=Shortcuts.CONV)) == weighted
+    assert edges(place(analysis, Precision.INT8, exclude=["conv/Conv"])) == set()
+
+
+def test_no_tensor_is_quantised_for_a_norms_shortcut_alone(tmp_path: Path) -> None:
+    g = Graph(1, 32, 8, 8)
+    scale, bias = g.weight("norm.weight", 32), g.weight("norm.bias", 32)
+    value = g.op("Relu", "input")
+    main = g.op("InstanceNormalization", g.conv(value, 32, 32, name="conv/Conv"), scale, bias)
+    other = g.op("Sigmoid", value)
+    path = g.save(tmp_path / "model.onnx", g.op("Relu", g.op("Add", main, other, name="add")))
     assert edges(place(analysed(path), Precision.INT8)) == {("conv/Conv", "Relu_0:0")}
 
 

@@ -107,7 +107,7 @@ class _Flow:
         inputs = self.operands(node)
         if node.op_type in ("Shape", "Size"):
             return
-        if inputs or any(True for _ in _captured(node) if _ in self.data):
+        if inputs or any(True for _ in captured_values(node) if _ in self.data):
             self.data.update(node.outputs)
         kind = _product_kind(node, self.data)
         above = nearest = depth = 0
@@ -230,7 +230,7 @@ def _stem(flow: _Flow) -> set[ir.Node]:
     return stem
 
 
-def _captured(node: ir.Node) -> list[ir.Value]:
+def captured_values(node: ir.Node) -> list[ir.Value]:
     """Outer values that a node's subgraphs read."""
     found = []
     for attribute in node.attributes.values():

@@ -19,13 +19,18 @@ def nodes_matching(patterns: Iterable[str], nodes: Sequence[ir.Node], option: st
     """
     found: set[ir.Node] = set()
     for pattern in patterns:
-        matching = [node for node in nodes if any(fnmatch.fnmatchcase(n, pattern) for n in _names(node))]
+        matching = [node for node in nodes if node_matches(node, pattern)]
         if not matching:
             raise ResvitError(
                 f"{option} '{pattern}' matches no node that could be quantised.", _suggestion(pattern, nodes)
             )
         found.update(matching)
     return found
+
+
+def node_matches(node: ir.Node, pattern: str) -> bool:
+    """Whether a pattern means this node."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in _names(node))
 
 
 def _names(node: ir.Node) -> list[str]:

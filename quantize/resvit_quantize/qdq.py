@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import onnx_ir as ir
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.placement import Placement
+from resvit_quantize.placement import Placement, Weight, WeightKey, weight_key
 from resvit_quantize.settings import Precision
 
 LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}
@@ -22,12 +23,25 @@ SMALLEST_SCALE = 2.0**-20
 LARGEST_SCALE = 65504.0
 
 
-def scale_from_amax(amax: np.ndarray | float, precision: Precision) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight in 8 bits and its FP32 scales along the channel axis."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+
+def largest_level(precision: Precision, bits: int = 8) -> float:
+    """What the largest magnitude maps to; integers of fewer ``bits`` use fewer of INT8's levels."""
+    return LARGEST[precision] if bits == 8 or precision is Precision.FP8 else float(2 ** (bits - 1) - 1)
+
+
+def scale_from_amax(amax: np.ndarray | float, precision: Precision, bits: int = 8) -> np.ndarray:
     """The scale for a largest magnitude, FP32 but exact in FP16 and never too small for ``amax``.
 
     Rounding up keeps ``amax`` on the grid. Zeros (a channel without weights) get the smallest scale.
     """
-    wanted = np.asarray(amax, np.float64) / LARGEST[precision]
+    wanted = np.asarray(amax, np.float64) / largest_level(precision, bits)
     wanted = np.clip(wanted, SMALLEST_SCALE, LARGEST_SCALE)
     scale = wanted.astype(np.float16)
     low = scale.astype(np.float64) < wanted
@@ -35,79 +49,141 @@ def scale_from_amax(amax: np.ndarray | float, precision: Precision) -> np.ndarra
     return scale.astype(np.float32)
 
 
-def quantise_weight(weight: np.ndarray, axis: int, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
-    """Per-channel symmetric quantisation: (8-bit weights of ``weight``'s shape, FP32 scales along ``axis``)."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = scale_from_amax(np.abs(weight).max(axis=others, initial=0.0), precision)
-    steps = weight / scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+def weight_shape(weight: np.ndarray, axis: int) -> tuple[list[int], tuple[int, ...]]:
+    """How scales [C] broadcast against ``weight``, and the axes that run inside a channel."""
+    return [-1 if i == axis else 1 for i in range(weight.ndim)], tuple(i for i in range(weight.ndim) if i != axis)
+
+
+def quantise_weight(
+    weight: np.ndarray, axis: int, precision: Precision, bits: int = 8, amax: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel symmetric quantisation: (8-bit weights of ``weight``'s shape, FP32 scales along ``axis``).
+
+    ``amax`` [C] clips each channel; without it, each channel's largest magnitude is kept.
+    """
+    shape, others = weight_shape(weight, axis)
+    if amax is None:
+        amax = np.abs(weight).max(axis=others, initial=0.0)
+    scale = scale_from_amax(amax, precision, bits)
+    steps = weight / scale.reshape(shape)
+    largest = largest_level(precision, bits)
     if precision is Precision.INT8:
-        return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
-    return np.clip(steps, -448.0, 448.0).astype(ml_dtypes.float8_e4m3fn), scale
+        return np.clip(np.rint(steps), -largest, largest).astype(np.int8), scale
+    return np.clip(steps, -largest, largest).astype(ml_dtypes.float8_e4m3fn), scale
 
 
-def insert_qdq(model: ir.Model, placement: Placement, amax: Mapping[str, float], precision: Precision) -> None:
-    """Put the placement into the graph, in place and in FP32; ``amax`` gives each tensor's clip by name.
+def insert_qdq(
+    model: ir.Model,
+    placement: Placement,
+    amax: Mapping[tuple[str, Precision], float],
+    stored: Mapping[WeightKey, StoredWeight],
+    bits: int = 8,
+) -> None:
+    """Put the placement into the graph, in place and in FP32.
 
-    A tensor's pair is shared by all of its quantised consumers, who alone read through it. A weight's 8-bit
-    copy is shared, its DequantizeLinear is not: TensorRT folds each into its consumer.
+    ``amax`` gives the clip of each tensor at each precision, ``stored`` the 8-bit form of weights (see
+    ``weight_key``); a weight that it leaves out is rounded to nearest. A tensor's pair is shared by all of its
+    consumers of one precision, who alone read through it. A weight's 8-bit copy is shared, its DequantizeLinear
+    is not: TensorRT folds each into its consumer.
     """
     names = {str(v.name) for v in model.graph.initializers.values()}
-    zero = None
-    pairs: dict[ir.Value, ir.Value] = {}
+    zeros: dict[Precision, ir.Value] = {}
+    pairs: dict[tuple[ir.Value, Precision], ir.Value] = {}
     for edge in placement.edges:
         value = edge.node.inputs[edge.index]
         assert value is not None
-        if value not in pairs:
-            zero = zero or add_initializer(model, _new("qdq/zero", names), np.zeros((), _STORED[precision]))
-            pairs[value] = _pair(model, value, amax[str(value.name)], precision, zero)
-        edge.node.replace_input_with(edge.index, pairs[value])
-    stored: dict[tuple[ir.Value, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        key = value, edge.precision
+        if key not in pairs:
+            if edge.precision not in zeros:
+                zero = np.zeros((), _STORED[edge.precision])
+                zeros[edge.precision] = add_initializer(model, _new("qdq/zero", names), zero)
+            alone = not any(known is value for known, _ in pairs)
+            base = str(value.name) if alone else f"{value.name}/{edge.precision.value}"
+            clip = amax[str(value.name), edge.precision]
+            pairs[key] = _pair(model, value, base, clip, edge.precision, zeros[edge.precision], bits)
+        edge.node.replace_input_with(edge.index, pairs[key])
+    kept: dict[WeightKey, tuple[ir.Value, ir.Value, ir.Value]] = {}
     for place in placement.weights:
         weight = place.node.inputs[place.index]
         assert weight is not None
-        if (weight, place.axis) not in stored:
-            array = constant(weight)
-            assert array is not None
-            if not np.isfinite(array).all():
-                raise ResvitError(
-                    f"The weight '{weight.name}' of {place.node.name} holds NaN or infinity.",
-                    "Check the checkpoint; this layer was not trained.",
-                )
-            whole, scale = quantise_weight(array, place.axis, precision)
-            name = _new(f"{weight.name}/{precision.value}", names)
-            stored[weight, place.axis] = (
-                add_initializer(model, name, whole),
-                add_initializer(model, f"{name}/scale", scale),
-                add_initializer(model, f"{name}/zero", np.zeros(scale.shape, _STORED[precision])),
-            )
+        identity = weight_key(place)
+        if identity not in kept:
+            kept[identity] = _store(model, place, weight, stored.get(identity), names, bits)
         node = ir.node(
             "DequantizeLinear",
-            stored[weight, place.axis],
+            kept[identity],
             {"axis": place.axis},
             name=f"{place.node.name}/weight/DequantizeLinear",
         )
         _describe(node.outputs[0], f"{place.node.name}/weight/dq", weight)
         model.graph.insert_before(place.node, node)
         place.node.replace_input_with(place.index, node.outputs[0])
-    for weight, _ in stored:
-        if not weight.uses() and not weight.is_graph_output():
-            model.graph.initializers.pop(str(weight.name), None)
+    for name, _, _ in kept:
+        value = model.graph.initializers[name]
+        if not value.uses() and not value.is_graph_output():
+            model.graph.initializers.pop(name, None)
 
 
-def _pair(model: ir.Model, value: ir.Value, amax: float, precision: Precision, zero: ir.Value) -> ir.Value:
-    """Q and DQ right behind ``value``'s producer; returns the dequantised value."""
-    scale = add_initializer(model, f"{value.name}/scale", scale_from_amax(amax, precision))
-    quantise = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}/QuantizeLinear")
-    quantise.outputs[0].name = f"{value.name}/q"
+def require_finite(place: Weight) -> np.ndarray:
+    """The float weight of a place. Raises :class:`ResvitError` where it holds NaN or infinity."""
+    weight = place.node.inputs[place.index]
+    array = constant(weight)
+    assert array is not None
+    if not np.isfinite(array).all():
+        raise ResvitError(
+            f"The weight '{weight and weight.name}' of {place.node.name} holds NaN or infinity.",
+            "Check the checkpoint; this layer was not trained.",
+        )
+    return array
+
+
+def _store(
+    model: ir.Model, place: Weight, weight: ir.Value, stored: StoredWeight | None, names: set[str], bits: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The initialisers of a weight's 8-bit values, its scales and their zero points."""
+    array = require_finite(place)
+    if stored is None:
+        stored = StoredWeight(*quantise_weight(array, place.axis, place.precision, bits))
+    name = _new(f"{weight.name}/{place.precision.value}", names)
+    return (
+        add_initializer(model, name, stored.values),
+        add_initializer(model, f"{name}/scale", stored.scale),
+        add_initializer(model, f"{name}/zero", np.zeros(stored.scale.shape, _STORED[place.precision])),
+    )
+
+
+def _pair(
+    model: ir.Model,
+    value: ir.Value,
+    base: str,
+    amax: float,
+    precision: Precision,
+    zero: ir.Value,
+    bits: int,
+) -> ir.Value:
+    """Q and DQ right behind ``value``'s producer, named after ``base``; returns the dequantised value."""
+    scale_array = scale_from_amax(amax, precision, bits)
+    scale = add_initializer(model, f"{base}/scale", scale_array)
+    nodes: list[ir.Node] = []
+    source = value
+    if bits < 8 and precision is Precision.INT8:
+        end = scale_array * np.float32(largest_level(precision, bits))
+        ends = [add_initializer(model, f"{base}/{side}", sign * end) for side, sign in (("low", -1), ("high", 1))]
+        nodes.append(ir.node("Clip", [value, *ends], name=f"{base}/Clip"))
+        source = nodes[0].outputs[0]
+        _describe(source, f"{base}/clipped", value)
+    quantise = ir.node("QuantizeLinear", [source, scale, zero], name=f"{base}/QuantizeLinear")
+    quantise.outputs[0].name = f"{base}/q"
     quantise.outputs[0].shape = value.shape
     quantise.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(np.dtype(_STORED[precision])))
-    back = ir.node("DequantizeLinear", [quantise.outputs[0], scale, zero], name=f"{value.name}/DequantizeLinear")
-    _describe(back.outputs[0], f"{value.name}/dq", value)
+    back = ir.node("DequantizeLinear", [quantise.outputs[0], scale, zero], name=f"{base}/DequantizeLinear")
+    _describe(back.outputs[0], f"{base}/dq", value)
+    nodes += [quantise, back]
     producer = value.producer()
     if producer is None:
-        model.graph.insert_before(model.graph[0], [quantise, back])
+        model.graph.insert_before(model.graph[0], nodes)
     else:
-        model.graph.insert_after(producer, [quantise, back])
+        model.graph.insert_after(producer, nodes)
     return back.outputs[0]
 
 

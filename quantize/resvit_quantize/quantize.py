@@ -2,45 +2,202 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.ranges import Ranges
+from resvit_calibrate.channels import amax_for_output
+from resvit_calibrate.estimators import Estimator
+from resvit_calibrate.histogram import ChannelStatistics
+from resvit_calibrate.ranges import Ranges, TensorRange
+from resvit_calibrate.statistics import Statistics
+from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.biases import add_biases
 from resvit_quantize.graph import Analysis, analyse
 from resvit_quantize.half import half_from_network
-from resvit_quantize.network import network_from_onnx, onnx_from_network
-from resvit_quantize.placement import place
-from resvit_quantize.qdq import LARGEST, LARGEST_SCALE, SMALLEST_SCALE, insert_qdq
-from resvit_quantize.report import QuantizeReport, report_from_graph
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.network import constant, network_from_onnx, onnx_from_network, static_shapes
+from resvit_quantize.patterns import node_matches
+from resvit_quantize.placement import Edge, Placement, place
+from resvit_quantize.qdq import (
+    LARGEST,
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    insert_qdq,
+    quantise_weight,
+    require_finite,
+    weight_shape,
+)
+from resvit_quantize.report import QuantizeReport, SmoothedTensor, report_from_graph
+from resvit_quantize.settings import Effort, Precision, QuantizeSettings
+from resvit_quantize.smoothing import Moved, Reader, smooth
+
+_SPARED = 0.02
+"""The share of the multiply-accumulates that may stay in FP16 for accuracy's sake."""
+_FEW_CHANNELS = 4
 
 
-def quantize_model(
-    model: Path, ranges: Ranges, settings: QuantizeSettings, out: Path, reporter: Reporter = SILENT
-) -> QuantizeReport:
-    """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All decisions that need no images: a float network, where it is quantised, and to which ranges."""
 
-    Raises :class:`ResvitError` for a model that does not read or check, a pattern that matches nothing, a tensor
-    without a range, and weights that are not finite.
+    network: ir.Model
+    """In FP32; equal in its outputs to the model that the plan was made from."""
+    analysis: Analysis
+    placement: Placement
+    amax: dict[tuple[str, Precision], float]
+    """The clip of each quantised tensor at each precision that it is quantised to."""
+    moved: tuple[Moved, ...] = ()
+    means: dict[str, np.ndarray] = field(default_factory=dict)
+    """E[x] by channel [C] of the network's quantised tensors, where calibration knows it."""
+
+
+def plan_quantization(
+    model: Path, ranges: Ranges, settings: QuantizeSettings, statistics: Statistics | None = None
+) -> Plan:
+    """Decide what is quantised and how far each range reaches.
+
+    Smoothing and ranges for the least error at the output need the calibration's ``statistics`` by channel;
+    without them ranges are the estimator's own. Raises :class:`ResvitError` for a model that does not read or
+    check, a pattern that matches nothing, and a tensor without a range.
     """
     network = network_from_onnx(model)
     analysis = analyse(network)
-    precision = settings.precision
+    precision, methods = settings.precision, settings.methods
     unfit = {} if precision is Precision.FP16 else _unfit_tensors(analysis, ranges, settings)
-    placement = place(analysis, precision, settings.include, settings.exclude, unfit)
-    if placement.edges:
-        tensors = {str(v.name) for edge in placement.edges if (v := edge.node.inputs[edge.index]) is not None}
-        amax = {name: ranges.amax(name, precision.value, settings.estimator) for name in sorted(tensors)}
-        insert_qdq(network, placement, amax, precision)
-    elif precision is not Precision.FP16:
+    spared = _spared(analysis, settings) if methods.sparing and precision is not Precision.FP16 else {}
+    own = dict.fromkeys(spared, Precision.FP16) | dict(settings.precisions)
+    placement = place(analysis, precision, settings.include, settings.exclude, unfit, own)
+    placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
+    channels = _widened_channels(network, statistics) if statistics else {}
+    moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
+    smoothed = {item.tensor: item for item in moved}
+    amax: dict[tuple[str, Precision], float] = {}
+    for edge in placement.edges:
+        value = edge.node.inputs[edge.index]
+        key = str(value and value.name), edge.precision
+        if key in amax:
+            continue
+        if key[0] in smoothed:
+            amax[key] = smoothed[key[0]].amax[edge.precision]
+        elif methods.output_ranges and settings.estimator is Estimator.MSE and key[0] in channels:
+            amax[key] = _output_amax(placement, value, channels[key[0]], ranges.tensors[key[0]], edge, settings)
+        else:
+            amax[key] = ranges.amax(key[0], edge.precision.value, settings.estimator)
+    means = {name: entry.mean for name, entry in channels.items()}
+    means |= {name: channels[name].mean / item.scale for name, item in smoothed.items()}
+    return Plan(network, analysis, placement, amax, moved, means)
+
+
+def _widened_channels(network: ir.Model, statistics: Statistics) -> dict[str, ChannelStatistics]:
+    """Statistics by channel, with each channel's maximum over all values estimated from that of its sample.
+
+    A sample of n of N values misses the largest: for Gaussian tails the expected maximum grows with the root of the
+    logarithm, from n to N. No channel can exceed the tensor's exact maximum.
+    """
+    shapes = static_shapes(network)
+    found: dict[str, ChannelStatistics] = {}
+    for name, entry in statistics.tensors.items():
+        if (seen := entry.channels) is None:
+            continue
+        values = math.prod(shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
+        sampled = np.maximum(seen.count, 2)
+        factor = np.sqrt(np.maximum(math.log(max(values, 2.0)) / np.log(sampled), 1.0))
+        widest = np.minimum(seen.absmax * factor, entry.absmax).astype(np.float32)
+        found[name] = replace(seen, absmax=np.maximum(widest, seen.absmax))
+    return found
+
+
+def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
+    """Convolutions that read the image and are cheap enough to stay in FP16, with the reason.
+
+    What they lose, everything behind them loses; and with few input channels 8-bit kernels win nothing.
+    """
+    weighted = [product for product in analysis.products if product.weight is not None]
+    total = sum(product.macs for product in weighted)
+    found: dict[str, str] = {}
+    left = 0
+    for product in weighted:
+        value = product.node.inputs[0]
+        channels = product.weight.shape[1] if product.weight is not None and product.weight.shape is not None else 0
+        reads_image = product.node.op_type == "Conv" and value is not None and analysis.depth.get(value, 0) == 0
+        asked = any(node_matches(product.node, pattern) for pattern in settings.include)
+        if reads_image and not asked and isinstance(channels, int) and channels <= _FEW_CHANNELS:
+            left += product.macs
+            found[product.name] = "reads the image: costs little in FP16, and all that follows depends on it"
+    return found if total and left <= _SPARED * total else {}
+
+
+def _output_amax(
+    placement: Placement,
+    value: ir.Value | None,
+    channels: ChannelStatistics,
+    seen: TensorRange,
+    edge: Edge,
+    settings: QuantizeSettings,
+) -> float:
+    """The clip with the least error at the outputs of all weighted readers of one precision."""
+    energy = np.zeros(len(channels.absmax))
+    for weight in placement.weights:
+        array = constant(weight.node.inputs[weight.index])
+        if weight.node.inputs[0] is not value or weight.precision is not edge.precision or array is None:
+            continue
+        by_input = Reader(weight.node, array).by_input()
+        if len(by_input) == len(energy):
+            energy += np.square(by_input, dtype=np.float64).sum(axis=1)
+    if not energy.any():
+        energy += 1.0
+    absmax = max(abs(seen.minimum), abs(seen.maximum))
+    return amax_for_output(channels, energy, edge.precision.value, absmax, settings.bits)
+
+
+def quantize_model(
+    model: Path,
+    ranges: Ranges,
+    settings: QuantizeSettings,
+    out: Path,
+    reporter: Reporter = SILENT,
+    *,
+    statistics: Statistics | None = None,
+    images: Callable[[int], Iterable[np.ndarray]] | None = None,
+) -> QuantizeReport:
+    """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
+
+    ``statistics`` are the calibration's by channel; ``images(n)`` gives the first n calibration images or all,
+    float32 [B, C, H, W] in batches, for ``Effort.BEST``. Raises :class:`ResvitError` as :func:`plan_quantization`
+    does, for weights that are not finite, and for ``Effort.BEST`` without images.
+    """
+    compensation = None
+    if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
+        if images is None:
+            raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
+        from resvit_quantize.best import learned_plan
+
+        plan, compensation = learned_plan(model, ranges, settings, statistics, images, reporter)
+    else:
+        plan = plan_quantization(model, ranges, settings, statistics)
+    network, placement, precision = plan.network, plan.placement, settings.precision
+    if not placement.edges and precision is not Precision.FP16:
         reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
+    if compensation is not None:
+        insert_qdq(network, placement, compensation.amax, compensation.stored, settings.bits)
+        add_biases(network, compensation.bias)
+    else:
+        biases = mean_errors(plan, settings.bits) if settings.methods.bias_correction else {}
+        insert_qdq(network, placement, plan.amax, {}, settings.bits)
+        add_biases(network, biases)
+    amax = plan.amax if compensation is None else compensation.amax
+    moved = {item.tensor for item in plan.moved}
+    clips = {name: float(clip) for (name, _), clip in sorted(amax.items()) if name not in moved}
     largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
     kept = half_from_network(network, largest)
     size = onnx_from_network(network, out)
     return report_from_graph(
-        analysis,
+        plan.analysis,
         network,
         placement.reasons,
         kept,
@@ -48,7 +205,33 @@ def quantize_model(
         quantizer="resvit",
         estimator=settings.estimator.value,
         sizes=(model.stat().st_size, size),
+        effort=settings.effort.value,
+        clips=clips,
+        smoothed=[SmoothedTensor(item.tensor, item.strength, round(item.gain_db, 2)) for item in plan.moved],
     )
+
+
+def mean_errors(plan: Plan, bits: int = 8) -> dict[str, np.ndarray]:
+    """What rounding the weights takes from the mean of each layer's outputs, [O] by node name.
+
+    Bias correction in closed form (Nagel et al. 2019): (W - Ŵ) E[x], the padding of convolutions left out of
+    account.
+    """
+    found: dict[str, np.ndarray] = {}
+    for place_ in plan.placement.weights:
+        node = place_.node
+        value = node.inputs[0]
+        mean = plan.means.get(str(value and value.name))
+        weight = require_finite(place_)
+        if mean is None or node.op_type == "ConvTranspose":
+            continue
+        rounded, scale = quantise_weight(weight, place_.axis, place_.precision, bits)
+        shape, _ = weight_shape(weight, place_.axis)
+        error = weight - rounded.astype(np.float32) * scale.reshape(shape)
+        reader = Reader(node, error)
+        if len(reader.by_input()) == len(mean):
+            found[str(node.name)] = reader.mean_output(mean).astype(np.float32)
+    return found
 
 
 def _unfit_tensors(analysis: Analysis, ranges: Ranges, settings: QuantizeSettings) -> dict[str, str]:

@@ -47,6 +47,15 @@ class NodeReport:
 
 
 @dataclass(frozen=True)
+class SmoothedTensor:
+    """A tensor whose channels were scaled against its readers' weights, and the predicted gain in dB."""
+
+    tensor: str
+    strength: float
+    gain_db: float
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """What became of each matrix product; ``fp32`` lists all nodes that FP16 could not hold."""
 
@@ -58,12 +67,21 @@ class QuantizeReport:
     """Share of the multiply-accumulates of convolutions and weighted products that run in 8 bits, 0 to 1."""
     nodes: tuple[NodeReport, ...]
     fp32: tuple[KeptFloat, ...]
+    effort: str
+    clips: dict[str, float]
+    """The clip of each quantised tensor that was not smoothed: beyond it, values are cut."""
+    smoothed: tuple[SmoothedTensor, ...]
     bytes_before: int
     bytes_after: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**asdict(self), "nodes": [asdict(n) for n in self.nodes], "fp32": [asdict(n) for n in self.fp32]}
+        return {
+            **asdict(self),
+            "nodes": [asdict(n) for n in self.nodes],
+            "fp32": [asdict(n) for n in self.fp32],
+            "smoothed": [asdict(n) for n in self.smoothed],
+        }
 
 
 def report_from_graph(
@@ -76,6 +94,9 @@ def report_from_graph(
     quantizer: str,
     estimator: str,
     sizes: tuple[int, int],
+    effort: str = "fast",
+    clips: Mapping[str, float] | None = None,
+    smoothed: Sequence[SmoothedTensor] = (),
 ) -> QuantizeReport:
     """Compare the float graph's products with the nodes of the same name (or output) in ``model``.
 
@@ -109,6 +130,9 @@ def report_from_graph(
         macs_share=quantized / macs if macs else 0.0,
         nodes=tuple(nodes),
         fp32=tuple(fp32),
+        effort=effort,
+        clips=dict(clips or {}),
+        smoothed=tuple(smoothed),
         bytes_before=sizes[0],
         bytes_after=sizes[1],
     )

@@ -1,11 +1,13 @@
-"""What to quantise to, as values."""
+"""What to quantise to, and how hard to try, as values."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from resvit_calibrate.estimators import Estimator
+from resvit_engines.errors import ResvitError
 
 
 class Precision(str, enum.Enum):
@@ -17,20 +19,55 @@ class Precision(str, enum.Enum):
     """E4M3: four exponent and three mantissa bits, largest value 448."""
 
 
+class Effort(str, enum.Enum):
+    """How much time the quantiser takes for accuracy."""
+
+    FAST = "fast"
+    """Closed forms on the calibration statistics alone."""
+    BEST = "best"
+    """Also learns rounding, ranges and biases on the calibration images, by gradient descent."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Which accuracy methods are used; ``docs/accuracy.md`` shows what each earns."""
+
+    smoothing: bool = True
+    """Scales move between channels and weights where that costs nothing at run time."""
+    output_ranges: bool = True
+    """Ranges are chosen for the least error at the layer's output, not of the tensor itself."""
+    bias_correction: bool = True
+    """Biases take back the mean error that quantised weights cause."""
+    sparing: bool = True
+    """Up to 2% of the multiply-accumulates stay in FP16: the convolution that reads the image, or, under
+    ``Effort.BEST``, the layers that were measured to hurt the most."""
+
+
 @dataclass(frozen=True)
 class QuantizeSettings:
     """How to quantise.
 
     ``include`` and ``exclude`` are glob patterns on node names, module paths and op types (``Conv``); a module
     path matches with everything below it. ``include`` quantises nodes that the placement rules would leave in
-    FP16 (the head, small products); ``exclude`` leaves nodes in FP16 and wins over ``include``.
+    FP16 (the head, small products); ``exclude`` leaves nodes in FP16 and wins over ``include``. ``precisions``
+    gives single nodes, by name, a precision of their own; ``exclude`` and what is impossible win over it.
+
+    ``bits`` below 8 simulates a coarser integer grid inside INT8 (activations and weights), to tell methods
+    apart; no device is faster with it. Raises ``ResvitError`` for bits outside 2 to 8, or with FP8.
     """
 
     precision: Precision
     estimator: Estimator = Estimator.MSE
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    effort: Effort = Effort.FAST
+    methods: Methods = Methods()
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
+    bits: int = 8
 
     def __post_init__(self) -> None:
         # Other wings have their own enumeration with the same values.
         object.__setattr__(self, "precision", Precision(str(getattr(self.precision, "value", self.precision))))
+        object.__setattr__(self, "effort", Effort(str(getattr(self.effort, "value", self.effort))))
+        if not 2 <= self.bits <= 8 or (self.bits < 8 and self.precision is not Precision.INT8):
+            raise ResvitError(f"bits = {self.bits} cannot be simulated.", "Use 2 to 8, below 8 with int8 only.")
