@@ -1,0 +1,147 @@
+"""The command ``sensitivity``: a table, a chart, and what to paste into the recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resvit_export.cli.options import Output, output_options, recipe_options
+from resvit_export.cli.stages import examples_text, open_pipeline
+
+if TYPE_CHECKING:
+    from resvit_export.recipe import Recipe
+    from resvit_quantize.sensitivity import LayerDamage, Sensitivity
+
+_SHOWN = 15
+_BLOCKS = 8
+_METHODS = ("one-pass", "brute-force")
+
+
+@click.command(
+    name="sensitivity",
+    epilog=examples_text(
+        "sensitivity --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist "
+        "--precision int8 --images 32 --run runs/by-stage",
+        "sensitivity --run runs/by-stage --target jetson-orin --images 16 --method brute-force --json",
+    ),
+)
+@output_options
+@click.option(
+    "--method",
+    type=click.Choice(_METHODS),
+    default=_METHODS[0],
+    show_default=True,
+    help="Gradients, or quantising one layer at a time, which is slow and takes every operator.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Calibration images to measure with.",
+)
+@recipe_options("quantize")
+def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **flags: Any) -> int:
+    """Rank layers by the damage that quantising each one alone does.
+
+    Damage is noise at the network's outputs, as SQNR in dB; a layer's share of the sum is what leaving it in FP16
+    would save. Layers that the rules leave in FP16 are measured too. Ends with an exclude list for the recipe, and
+    writes sensitivity.html into the run folder.
+    """
+    from resvit_export.cli.output import console, emit_json
+    from resvit_export.report.damage import write_sensitivity_page
+    from resvit_export.sensitivity_stage import exclude_snippet, measured_sensitivity, sensitivity_of
+
+    output = Output(quiet, as_json)
+    with open_pipeline(flags, output) as pipeline:
+        artifact = measured_sensitivity(pipeline, images, method)
+        found, recipe = sensitivity_of(artifact), pipeline.recipe
+        lists = _exclude_lists(found)
+        page = pipeline.run.path / "sensitivity.html"
+        snippets = [(title, exclude_snippet(recipe, layers)) for title, layers in lists]
+        write_sensitivity_page(page, recipe.label, found, snippets)
+    if as_json:
+        emit_json(_document(found, lists, recipe) | {"page": str(page.resolve()), "folder": str(artifact.folder)})
+        return 0
+    screen = console()
+    if not quiet:
+        _show_tables(found)
+    for title, snippet in snippets:
+        screen.print(f"{title}:\n\n{snippet}\n", markup=False, soft_wrap=True)
+    screen.print(f"sensitivity: {page}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _exclude_lists(found: Sensitivity) -> list[tuple[str, tuple[LayerDamage, ...]]]:
+    """The shortest list that halves the damage; where that costs too much coverage, also one that does not."""
+    from resvit_quantize.sensitivity import COVERAGE, layers_to_exclude
+
+    precision = found.precision
+    halving = layers_to_exclude(found, precision)
+    lists = [(f"To halve the damage ({_effect(found, halving)})", halving)]
+    if found.coverage(precision, halving) < COVERAGE:
+        cheap = layers_to_exclude(found, precision, coverage=COVERAGE)
+        if cheap:
+            lists.append((f"To keep {COVERAGE:.0%} of the arithmetic quantised ({_effect(found, cheap)})", cheap))
+    return [(title, layers) for title, layers in lists if layers]
+
+
+def _effect(found: Sensitivity, layers: tuple[LayerDamage, ...]) -> str:
+    saved = sum(found.share(layer, found.precision) for layer in layers)
+    left = found.coverage(found.precision, layers)
+    return f"saves {saved:.0%}, leaves {left:.1%} of the multiply-accumulates in {found.precision.upper()}"
+
+
+def _document(found: Sensitivity, lists: list[tuple[str, tuple[LayerDamage, ...]]], recipe: Recipe) -> dict[str, Any]:
+    return {
+        **found.to_json(),
+        "total": {precision: found.total(precision) for precision in found.together},
+        "groups": found.shares_by("group", found.precision),
+        "blocks": found.shares_by("block", found.precision),
+        "exclude": [
+            {
+                "purpose": title,
+                "layers": [layer.node for layer in layers],
+                "coverage": found.coverage(found.precision, layers),
+                "saves": sum(found.share(layer, found.precision) for layer in layers),
+            }
+            for title, layers in lists
+        ],
+        "excluded_already": list(recipe.exclude),
+    }
+
+
+def _show_tables(found: Sensitivity) -> None:
+    from resvit_export.cli.output import console, table
+    from resvit_export.report.wording import decibels
+
+    precision, screen = found.precision, console()
+    kinds = [precision, *(kind for kind in found.together if kind != precision)]
+    ranked = found.ranked(precision)
+    rows = [
+        (
+            layer.node,
+            layer.group,
+            f"{layer.macs / 1e6:.2f} M",
+            *(decibels(layer.damage.get(kind)) for kind in kinds),
+            f"{found.share(layer, precision):.1%}" if precision in layer.quantized else "in FP16 already",
+        )
+        for layer in ranked[:_SHOWN]
+    ]
+    columns = ("layer", "group", "macs", *(f"{kind.upper()}, dB" for kind in kinds), "share of the damage")
+    title = f"SQNR with one layer quantised ({found.method.value}, {found.images} images), the worst first"
+    screen.print(table(title, columns, rows, left=2))
+    if len(ranked) > _SHOWN:
+        rest = sum(found.share(layer, precision) for layer in ranked[_SHOWN:])
+        screen.print(f"and {len(ranked) - _SHOWN} more with {rest:.1%} together\n")
+    for key, shown in (("group", None), ("block", _BLOCKS)):
+        shares = list(found.shares_by(key, precision).items())[:shown]
+        screen.print(table(f"By {key}", (key, "share of the damage"), [(name, f"{part:.1%}") for name, part in shares]))
+    for kind in kinds:
+        screen.print(
+            f"{kind.upper()}, all together: {decibels(found.together[kind])} dB measured, "
+            f"{decibels(found.total(kind))} dB from the sum of the layers",
+            markup=False,
+        )
+    screen.print()

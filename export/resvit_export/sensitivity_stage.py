@@ -1,0 +1,136 @@
+"""Stage ``sensitivity``: which layers the accuracy loss comes from, beside the others on the same run folder."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_export.recipe import Recipe
+from resvit_export.runfolder import Artifact
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from resvit_calibrate.data import ImageSet
+    from resvit_export.pipeline import Pipeline
+    from resvit_quantize.sensitivity import LayerDamage, Sensitivity
+
+RESULT = "sensitivity.json"
+METHODS = ("one-pass", "brute-force")
+
+
+def measured_sensitivity(pipeline: Pipeline, images: int, method: str = METHODS[0]) -> Artifact:
+    """The finished stage, after export and calibrate; ``sensitivity_from_json`` reads its ``sensitivity.json``.
+
+    The first ``images`` of the calibration images are used. Raises ``ResvitError`` for FP16 and for ModelOpt's
+    quantiser, and for a graph without gradients unless the method is brute-force.
+    """
+    recipe = pipeline.recipe
+    if recipe.precision == "fp16":
+        raise ResvitError("FP16 has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
+    if recipe.quantizer != "resvit":
+        raise ResvitError(
+            "Sensitivity follows this tool's own placement and ranges, not ModelOpt's.",
+            "Say --quantizer resvit.",
+            ExitCode.IMPOSSIBLE,
+        )
+    pipeline.require_images()
+    model, ranges, data = pipeline.exported, pipeline.calibrated, pipeline.image_sets[0]
+    precisions = _precisions(pipeline)
+    return pipeline.run.stage(
+        "sensitivity",
+        {
+            "precision": recipe.precision,
+            "precisions": list(precisions),
+            "calibrator": recipe.calibrator,
+            "include": sorted(recipe.include),
+            "exclude": sorted(recipe.exclude),
+            "images": min(images, len(data)),
+            "method": method,
+            "seed": recipe.seed,
+        },
+        {"model": model.digest, "ranges": ranges.digest, "images": data.digest},
+        ("torch", "onnx", "onnx-ir", "onnxruntime"),
+        lambda folder: _sensitivity_into(
+            folder,
+            model.path("model.onnx"),
+            ranges.path("ranges.json"),
+            data,
+            min(images, len(data)),
+            recipe,
+            precisions,
+            method,
+            pipeline.reporter,
+        ),
+    )
+
+
+def sensitivity_of(artifact: Artifact) -> Sensitivity:
+    """What a finished stage found."""
+    from resvit_quantize.sensitivity import sensitivity_from_json
+
+    return sensitivity_from_json(artifact.json(RESULT))
+
+
+def exclude_snippet(recipe: Recipe, layers: Sequence[LayerDamage]) -> str:
+    """Lines for the recipe file that leave out these layers, and what it leaves out already."""
+    patterns = dict.fromkeys([*recipe.exclude, *(glob.escape(layer.node) for layer in layers)])
+    return "[quantize]\nexclude = [\n" + "".join(f"    {json.dumps(pattern)},\n" for pattern in patterns) + "]"
+
+
+def _precisions(pipeline: Pipeline) -> tuple[str, ...]:
+    """The recipe's precision first, then the other one if the target (where there is one) has it."""
+    known = [p.value for p in pipeline.target.precisions] if pipeline.target else ["int8", "fp8"]
+    return tuple(dict.fromkeys([pipeline.recipe.precision, *(p for p in ("int8", "fp8") if p in known)]))
+
+
+def _sensitivity_into(
+    folder: Path,
+    model: Path,
+    ranges: Path,
+    data: ImageSet,
+    images: int,
+    recipe: Recipe,
+    precisions: tuple[str, ...],
+    method: str,
+    reporter: Reporter,
+) -> None:
+    """Write ``sensitivity.json``."""
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_export.work import quantize_settings
+    from resvit_quantize.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
+
+    settings = quantize_settings(recipe)
+    if Method(method) is Method.BRUTE_FORCE:
+        found = brute_force_sensitivity(
+            model, load_ranges(ranges), settings, _first(data, images), reporter, precisions=precisions
+        )
+    else:
+        found = measure_sensitivity(
+            model,
+            load_ranges(ranges),
+            settings,
+            _first(data, images),
+            reporter,
+            images,
+            precisions=precisions,
+            seed=recipe.seed,
+        )
+    (folder / RESULT).write_bytes(pretty_json(found.to_json()))
+
+
+def _first(data: ImageSet, count: int) -> Iterator[npt.NDArray[np.float32]]:
+    """The first ``count`` images, a few at a time."""
+    left = count
+    for batch in data.batches(min(16, count)):
+        yield batch.images[:left]
+        left -= len(batch.images)
+        if left <= 0:
+            return
