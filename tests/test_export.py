@@ -17,6 +17,7 @@ from resvit_engines.errors import ResvitError
 from resvit_export.models import resvit_model
 from resvit_export.onnx_cleanup import MODULE, pad_in_max_pool
 from resvit_export.onnx_export import ExportReport, import_onnx, onnx_from_program
+from resvit_export.onnx_heads import split_along_heads
 from resvit_export.torch_program import program_from_module
 from resvit_quantize.fold import fold_program
 
@@ -300,3 +301,57 @@ def test_pad_with_infinity_goes_into_the_pool() -> None:
     before = onnx_runner(proto.SerializeToString())(images)["y"]
     after = onnx_runner(ir.serde.serialize_model(model).SerializeToString())(images)["y"]
     assert np.array_equal(before, after)
+
+
+def packed_attention(path: Path, select: str, order: tuple[int, int, int] = (0, 1, 2), shared: bool = False) -> Path:
+    """[batch, 5, 36] as packed queries, keys and values of 2 heads of 6, selected in three ways and multiplied."""
+    ints = {"shape": [-1, 5, 3, 2, 6], "zero": [0], **{f"at{i}": [i] for i in range(4)}}
+    constants = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in ints.items()]
+    constants += [numpy_helper.from_array(np.array(i, np.int64), f"index{i}") for i in range(3)]
+    nodes = [
+        helper.make_node("Reshape", ["input", "shape"], ["packed"], name="attn/Reshape"),
+        helper.make_node("Transpose", ["packed"], ["moved"], name="attn/Transpose", perm=[2, 0, 3, 1, 4]),
+    ]
+    if select == "Split":
+        nodes.append(helper.make_node("Split", ["moved"], ["s0", "s1", "s2"], name="split", axis=0, num_outputs=3))
+    for i in order:
+        if select == "Gather":
+            nodes.append(helper.make_node("Gather", ["moved", f"index{i}"], [f"p{i}"], name=f"gather{i}", axis=0))
+            continue
+        if select == "Slice":
+            bounds = ["moved", f"at{i}", f"at{i + 1}", "zero"]
+            nodes.append(helper.make_node("Slice", bounds, [f"s{i}"], name=f"slice{i}"))
+        nodes.append(helper.make_node("Squeeze", [f"s{i}", "zero"], [f"p{i}"], name=f"squeeze{i}"))
+    nodes += [
+        helper.make_node("Transpose", ["p1"], ["keys"], name="keys", perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["p0", "keys"], ["scores"], name="scores"),
+        helper.make_node("MatMul", ["scores", "p2"], ["logits"], name="mix"),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2, 5, 6])]
+    if shared:
+        nodes.append(helper.make_node("Relu", ["moved"], ["also"], name="also"))
+        outputs.append(helper.make_tensor_value_info("also", TensorProto.FLOAT, None))
+    entry = [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 5, 36])]
+    graph = helper.make_graph(nodes, "attention", entry, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True), path)
+    return path
+
+
+@pytest.mark.parametrize("select", ["Slice", "Split", "Gather"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_packed_attention_is_split_along_the_heads(tmp_path: Path, select: str, order: tuple[int, int, int]) -> None:
+    source = packed_attention(tmp_path / "model.onnx", select, order)
+    model = ir.load(source)
+    assert split_along_heads(model) == 1
+    ir.save(model, tmp_path / "out.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"), full_check=True)
+    assert [n.op_type for n in model.graph] == ["Reshape", "Transpose", "Split", "Transpose", "MatMul", "MatMul"]
+    images = np.random.default_rng(0).standard_normal((2, 5, 36)).astype(np.float32)
+    before, after = (onnx_runner(p)({"input": images})["logits"] for p in (source, tmp_path / "out.onnx"))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_packed_tensor_that_is_read_whole_stays(tmp_path: Path) -> None:
+    model = ir.load(packed_attention(tmp_path / "model.onnx", "Slice", shared=True))
+    assert split_along_heads(model) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ _BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "FP8": 1, "Int32": 4,
 # TensorRT for RTX, and TensorRT where it prints the inspector's lines.
 _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]+), ")
 _INPUTS = re.compile(r", Inputs: \[(.*?)\], (?:Constants|Outputs): \[")
+_CONSTANTS = re.compile(r", Constants: \[(.*?)\], Outputs: \[")
 _OUTPUTS = re.compile(r", Outputs: \[(.*?)\], (?:ParameterType|TacticName|TacticValue|StreamId|Metadata)\b")
 _TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
 _METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|\s*$)")
@@ -20,13 +22,32 @@ _METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|\s*$)
 _SHORT = re.compile(r"^Layer\((?P<type>[^)]*)\): (?P<name>.*), Tactic: 0x[0-9a-f]+(?: \([^)]*\))?, (.*?)-> ?(.*)$")
 _SHORT_TENSOR = re.compile(r"\((\w+)\[([-\d,]*)[^\]]*\]\)")
 
+_NO_KERNEL = frozenset({"signal", "wait"})
+"""How streams wait for each other: listed among the kernels, but nothing runs."""
+# TensorRT for RTX names generated kernels after their operations, four letters each: __myl_MulAddReshTran_myl0_7.
+_GENERATED = re.compile(r"^__myl_((?:[A-Z][a-z]+)+)_")
+_MOVES = frozenset({"Move", "Resh", "Tran", "Cast", "Conc", "Slic", "Repl", "Sque", "Expa", "Pad"})
+_QUANTISES = frozenset({"Mul", "Div", "Min", "Max", "Roun"})
+
+
+class Work(str, enum.Enum):
+    """What a kernel does, as far as its type and name tell."""
+
+    CONV = "conv"
+    GEMM = "gemm"
+    ATTENTION = "attention"
+    REFORMAT = "reformat"
+    """Moves, casts, quantises or dequantises, and computes nothing."""
+    OTHER = "other"
+
 
 @dataclass(frozen=True)
 class Kernel:
     """One kernel: its name and type, and of every activation it reads and writes the data type and shape.
 
     Data types are the builder's words (``Float``, ``Half``, ``Int8``, ``FP8``); a dynamic dimension is -1.
-    ``layers`` are the names of the ONNX nodes that it computes.
+    ``layers`` are the names of the ONNX nodes that it computes, ``constants`` the data types of its weights, scales
+    and biases, where the log tells.
     """
 
     name: str
@@ -36,6 +57,41 @@ class Kernel:
     input_shapes: tuple[tuple[int, ...], ...]
     output_shapes: tuple[tuple[int, ...], ...]
     layers: tuple[str, ...]
+    constants: tuple[str, ...] = ()
+    constant_shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def work(self) -> Work:
+        """What it does."""
+        if "mha" in self.name:
+            return Work.ATTENTION
+        if self.type == "correlation" or "convolution" in self.type.lower():
+            return Work.CONV
+        if self.type == "Reformat":
+            return Work.REFORMAT
+        generated = _GENERATED.match(self.name)
+        operations = re.findall("[A-Z][a-z]+", generated.group(1)) if generated else []
+        if self.type in ("gemm", "Gemm", "MatrixMultiply") or "Fc" in operations:
+            return Work.GEMM
+        quantises = {"Int8", "FP8"} & {*self.inputs, *self.outputs}
+        idle = _MOVES | _QUANTISES if quantises else _MOVES
+        return Work.REFORMAT if operations and idle.issuperset(operations) else Work.OTHER
+
+    @property
+    def precision(self) -> str:
+        """What a convolution, matrix product or attention multiplies in: the type of its weights, else its inputs."""
+        weights = [t for t, s in zip(self.constants, self.constant_shapes, strict=True) if len(s) > 1]
+        low = [t for t in weights if t in ("Int8", "FP8")]
+        if low and low[0] in self.inputs:
+            return low[0]
+        # Where the weights are not constants of the kernel, it reads them: all must be of 8 bits.
+        read = {*self.inputs}
+        return read.pop() if len(read) == 1 else max(read, key=lambda t: _BYTES.get(t, 0), default="")
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of weights, scales and biases that it reads."""
+        return sum(_BYTES.get(t, 0) * math.prod(s) for t, s in zip(self.constants, self.constant_shapes, strict=True))
 
     @property
     def bytes_moved(self) -> int | None:
@@ -58,6 +114,8 @@ class Kernel:
             "input_shapes": [list(shape) for shape in self.input_shapes],
             "output_shapes": [list(shape) for shape in self.output_shapes],
             "layers": list(self.layers),
+            "constants": list(self.constants),
+            "constant_shapes": [list(shape) for shape in self.constant_shapes],
             "bytes": self.bytes_moved,
         }
 
@@ -72,6 +130,8 @@ def kernel_from_json(plain: dict[str, Any]) -> Kernel:
         tuple(tuple(shape) for shape in plain["input_shapes"]),
         tuple(tuple(shape) for shape in plain["output_shapes"]),
         tuple(plain["layers"]),
+        tuple(plain.get("constants", ())),
+        tuple(tuple(shape) for shape in plain.get("constant_shapes", ())),
     )
 
 
@@ -79,18 +139,21 @@ def kernels_from_log(messages: Iterable[str]) -> tuple[Kernel, ...]:
     """Read the kernels from the messages of a build at verbose severity and detailed profiling verbosity.
 
     Both forms are read: ``Layers:`` of TensorRT for RTX and ``Engine Layer Information:`` of TensorRT 10. The last
-    listing counts. A log without one gives no kernels, since its form is not part of TensorRT's interface.
+    listing counts, without what only synchronises streams. A log without one gives no kernels, since its form is not
+    part of TensorRT's interface.
     """
     kernels: tuple[Kernel, ...] = ()
     for message in messages:
         if message.startswith(("Layers:", "Engine Layer Information:")):
             found = (_kernel(line) for line in message.splitlines()[1:])
-            kernels = tuple(kernel for kernel in found if kernel is not None)
+            kernels = tuple(kernel for kernel in found if kernel is not None and kernel.type not in _NO_KERNEL)
     return kernels
 
 
 def _kernel(line: str) -> Kernel | None:
+    constants: list[tuple[str, str]] = []
     if head := _LINE.match(line):
+        constants = _tensors(_CONSTANTS.search(line))
         inputs, outputs = _tensors(_INPUTS.search(line)), _tensors(_OUTPUTS.search(line))
         layers = tuple(dict.fromkeys(_METADATA.findall(line.partition("Metadata: ")[2])))
     elif head := _SHORT.match(line):
@@ -106,6 +169,8 @@ def _kernel(line: str) -> Kernel | None:
         tuple(_shape(shape) for _, shape in inputs),
         tuple(_shape(shape) for _, shape in outputs),
         layers,
+        tuple(dtype for dtype, _ in constants),
+        tuple(_shape(shape) for _, shape in constants),
     )
 
 

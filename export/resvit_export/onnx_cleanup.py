@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from resvit_export.onnx_heads import split_along_heads
+
 MODULE = "module"
 """Key of a node's metadata that holds the dotted path of the module it came from."""
 
@@ -46,6 +48,8 @@ def optimize(model: ir.Model) -> None:
         should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
     )
     pad_in_max_pool(model)
+    split_along_heads(model)
+    _drop_unused_initializers(model.graph)
     infer_shapes(model)
 
 
