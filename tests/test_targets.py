@@ -146,3 +146,22 @@ def test_jetpack_versions_are_unique_and_versions_compare_as_numbers() -> None:
     assert version_of("10.14") > version_of("10.3")
     assert version_of("1.7.1.116")[:2] == (1, 7)
     assert version_of("r36") == ()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_peaks_match_the_precisions(target) -> None:
+    for precision in Precision:
+        assert (target.peak(precision) is not None) == (precision in target.precisions)
+    speed = target.speed
+    assert speed.source
+    # 8-bit tensor cores run at twice the rate of FP16 on every one of these GPUs (data sheets round).
+    assert speed.int8 / speed.fp16 == pytest.approx(2.0, rel=0.02)
+    assert speed.fp8 is None or speed.fp8 == speed.int8
+    assert 10 < speed.bandwidth < 10_000
+    assert speed.kernel_us > 0
+
+
+def test_known_peaks_are_dense() -> None:
+    assert find_target("a100").peak(Precision.INT8) == 624
+    assert find_target("l4").peak(Precision.FP16) == 121
+    assert find_target("h100").speed.bandwidth == 3350

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.speeds import SPEEDS, Speed
 
 
 class Precision(str, enum.Enum):
@@ -112,6 +113,16 @@ class Target:
         """The precisions that its tensor cores and TensorRT have kernels for."""
         fp8 = {Precision.FP8} if self.sm in FP8_SMS else set()
         return frozenset({Precision.FP16, Precision.INT8} | fp8)
+
+    @property
+    def speed(self) -> Speed:
+        """Its peak rates, bandwidth and cost per kernel."""
+        return SPEEDS[self.name]
+
+    def peak(self, precision: Precision) -> float | None:
+        """Dense tensor-core rate in TFLOPS or TOPS; ``None`` where the GPU has no such tensor cores."""
+        speed = self.speed
+        return {Precision.FP16: speed.fp16, Precision.INT8: speed.int8, Precision.FP8: speed.fp8}[precision]
 
     @property
     def sparsity(self) -> bool:

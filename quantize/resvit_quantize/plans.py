@@ -1,0 +1,220 @@
+"""Assignments of a precision to every product: the fastest, and from it step by step to the most accurate.
+
+Damage is the noise-to-signal power that quantising one layer alone causes at the network's output; it adds up over
+layers, as independent small errors do (Dong et al., "HAWQ-V2", NeurIPS 2020, rest their search on the same sum).
+Raising the layers that save most damage per microsecond first gives a family of nested assignments, the greedy
+solution of the knapsack problem (Dantzig, "Discrete-variable extremum problems", Operations Research 5(2), 1957).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from resvit_engines.costs import Assignment, CostModel
+from resvit_engines.files import canonical_json, sha256_bytes
+from resvit_engines.targets import Precision
+
+_PASSES = 8
+_TIE_US = 1e-9
+DISTINCT = 0.8
+"""Plans whose damages are nearer than this ratio (1 dB) are not looked at both: the gate could not tell them apart."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search decides on.
+
+    ``allowed`` gives the precisions of each product, by node name, that the placement rules and the target permit
+    (FP16 always). ``damage`` is by node and precision; none in FP16. ``plain`` is what the recipe does without a
+    search.
+    """
+
+    costs: CostModel
+    allowed: Mapping[str, frozenset[Precision]]
+    damage: Mapping[str, Mapping[Precision, float]]
+    plain: Assignment
+
+    def plan(self, assignment: Assignment, paid: Mapping[str, float] | None = None) -> Plan:
+        """An assignment with its predicted latency and damage; ``paid`` as :class:`Plan` has it."""
+        complete = {node: assignment.get(node, Precision.FP16) for node in self.allowed}
+        damage = math.fsum(self.damage_of(node, precision) for node, precision in complete.items())
+        return Plan(complete, self.costs.total_us(complete), damage, dict(paid or {}))
+
+    def damage_of(self, node: str, precision: Precision) -> float:
+        """Noise-to-signal power that ``node`` causes in this precision."""
+        return 0.0 if precision is Precision.FP16 else self.damage.get(node, {}).get(precision, 0.0)
+
+    def plain_plan(self) -> Plan:
+        """What the recipe does without a search."""
+        return self.plan(self.plain)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One assignment, with its predicted microseconds per call and damage.
+
+    ``paid`` gives the microseconds that raising each node added when it was raised, after those before it; they sum
+    up to what the plan takes longer than the fastest one.
+    """
+
+    assignment: Mapping[str, Precision]
+    latency_us: float
+    damage: float
+    paid: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the assignment: 12 hexadecimal digits."""
+        return sha256_bytes(canonical_json(self.plain_assignment))[:12]
+
+    @property
+    def plain_assignment(self) -> dict[str, str]:
+        """Plain JSON values: precision by node."""
+        return {node: precision.value for node, precision in self.assignment.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, without the assignment."""
+        counts = {p.value: sum(q is p for q in self.assignment.values()) for p in Precision}
+        return {"digest": self.digest, "ms": self.latency_us / 1e3, "damage": self.damage, "products": counts}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A product left in a higher precision than the fastest one: what that costs, and what it saves."""
+
+    node: str
+    precision: Precision
+    instead_of: Precision
+    costs_us: float
+    saves: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "node": self.node,
+            "precision": self.precision.value,
+            "instead_of": self.instead_of.value,
+            "costs_us": self.costs_us,
+            "saves": self.saves,
+        }
+
+
+def fastest_assignment(problem: Problem) -> dict[str, Precision]:
+    """For each product the precision with the least predicted time, the others given; on a tie 8 bits.
+
+    A tensor's format depends on both of its ends, so products are gone through until nothing changes, from the
+    plain recipe's choice on: the result is never slower than that.
+    """
+    current = {node: problem.plain.get(node, Precision.FP16) for node in problem.allowed}
+    for _ in range(_PASSES):
+        before = dict(current)
+        for node, allowed in problem.allowed.items():
+            changes = {p: problem.costs.change_us(current, node, p) for p in Precision if p in allowed}
+            least = min(changes.values())
+            if least > -_TIE_US and current[node] is not Precision.FP16:
+                continue
+            fast = [p for p, change in changes.items() if change <= least + _TIE_US]
+            current[node] = min(fast, key=lambda p: _preference(p, problem.plain.get(node)))
+        if current == before:
+            break
+    return current
+
+
+def nested_plans(problem: Problem) -> tuple[Plan, ...]:
+    """From the fastest assignment to all FP16, raising what saves most damage per microsecond first.
+
+    No plan is both slower and more damaging than another. Deterministic: ties go by name.
+    """
+    plans = [problem.plan(fastest_assignment(problem))]
+    while (step := _best_step(problem, plans[-1].assignment)) is not None:
+        plans.append(_raise(problem, plans[-1], *step))
+    kept = [plans[-1]]
+    for plan in reversed(plans[:-1]):
+        if plan.latency_us < kept[-1].latency_us:
+            kept.append(plan)
+    return tuple(reversed(kept))
+
+
+def distinct_plans(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
+    """Every plan that does clearly less damage than the one kept before it; always the first and the last."""
+    kept = [plans[0]]
+    for plan in plans[1:]:
+        if plan.damage <= DISTINCT * kept[-1].damage:
+            kept.append(plan)
+    if kept[-1] is not plans[-1]:
+        kept.append(plans[-1])
+    return tuple(kept)
+
+
+def best_within(problem: Problem, fastest: Plan, budget_us: float) -> Plan | None:
+    """The least damaging plan found with a predicted latency of at most ``budget_us``; ``None`` if even the fastest
+    is slower.
+
+    Greedy from the fastest: raises, of the layers that still fit, the one that saves most per microsecond.
+    """
+    if fastest.latency_us > budget_us:
+        return None
+    plan = fastest
+    while (step := _best_step(problem, plan.assignment, budget_us - plan.latency_us)) is not None:
+        plan = _raise(problem, plan, *step)
+    plain = problem.plain_plan()
+    fits = plain.latency_us <= budget_us and plain.damage < plan.damage
+    return plain if fits else plan
+
+
+def raised_products(problem: Problem, chosen: Plan, fastest: Plan) -> tuple[Raised, ...]:
+    """What is left above the fastest precision, the dearest first.
+
+    ``costs_us`` is what raising the product added after those raised before it: negative where its neighbours were
+    raised already, so that formats need no change any more.
+    """
+    found = []
+    for node, precision in chosen.assignment.items():
+        low = fastest.assignment[node]
+        if problem.damage_of(node, precision) < problem.damage_of(node, low) and precision is not low:
+            costs = chosen.paid.get(node, -problem.costs.change_us(chosen.assignment, node, low))
+            saves = problem.damage_of(node, low) - problem.damage_of(node, precision)
+            found.append(Raised(node, precision, low, costs, saves))
+    return tuple(sorted(found, key=lambda item: (-item.costs_us, item.node)))
+
+
+def _raise(problem: Problem, plan: Plan, node: str, precision: Precision) -> Plan:
+    added = plan.paid.get(node, 0.0) + problem.costs.change_us(plan.assignment, node, precision)
+    return problem.plan({**plan.assignment, node: precision}, {**plan.paid, node: added})
+
+
+def _preference(precision: Precision, plain: Precision | None) -> int:
+    """8 bits before FP16, and of those what the recipe asks for."""
+    if precision is Precision.FP16:
+        return 3
+    return 0 if precision is plain else 1 if precision is Precision.INT8 else 2
+
+
+def _best_step(problem: Problem, current: Assignment, spare_us: float = math.inf) -> tuple[str, Precision] | None:
+    """The raise that saves most damage per microsecond; what costs no time comes first, most saved before less."""
+    best: tuple[tuple[float, float, float, str], str, Precision] | None = None
+    for node, precision in _steps(problem, current):
+        saves = problem.damage_of(node, current[node]) - problem.damage_of(node, precision)
+        costs = problem.costs.change_us(current, node, precision)
+        if costs > spare_us:
+            continue
+        rate = math.inf if costs <= _TIE_US else saves / costs
+        key = (-rate, -saves, costs, f"{node} {precision.value}")
+        if best is None or key < best[0]:
+            best = key, node, precision
+    return None if best is None else (best[1], best[2])
+
+
+def _steps(problem: Problem, current: Assignment) -> Iterator[tuple[str, Precision]]:
+    """All raises: to another 8-bit format that does less damage, and to FP16."""
+    for node, precision in current.items():
+        if precision is Precision.FP16:
+            continue
+        yield node, Precision.FP16
+        known = problem.damage.get(node, {})
+        for other in (Precision.INT8, Precision.FP8):
+            if other in problem.allowed[node] and other in known and known[other] < known.get(precision, 0.0):
+                yield node, other
