@@ -22,6 +22,12 @@ class Graph:
         self.constants: list[onnx.TensorProto] = []
         self.input = helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)
         self.opset = opset
+        self.stated: list[onnx.ValueInfoProto] = []
+
+    def state(self, value: str, *shape: int | str) -> str:
+        """Give the shape of a value that ONNX does not infer, such as GroupNormalization's."""
+        self.stated.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, shape))
+        return value
 
     def weight(self, name: str, *shape: int) -> str:
         scale = np.sqrt(2.0 / max(np.prod(shape[1:]), 1))
@@ -59,7 +65,9 @@ class Graph:
     def save(self, path: Path, *outputs: str) -> Path:
         named = [helper.make_node("Identity", [o], [f"logits{i or ''}"], name=f"out{i}") for i, o in enumerate(outputs)]
         infos = [helper.make_tensor_value_info(n.output[0], TensorProto.FLOAT, None) for n in named]
-        graph = helper.make_graph([*self.nodes, *named], "toy", [self.input], infos, self.constants)
+        graph = helper.make_graph(
+            [*self.nodes, *named], "toy", [self.input], infos, self.constants, value_info=self.stated
+        )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
         onnx.save(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True), path)
         return path

@@ -119,16 +119,18 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A quantiser that clips all activations to a hundredth: what a bad calibration does, made certain.
-    from resvit_calibrate.ranges import Ranges
+    from resvit_quantize import qdq
 
-    honest = Ranges.amax
-    monkeypatch.setattr(Ranges, "amax", lambda self, *arguments: honest(self, *arguments) / 100)
-    made = result(capsys, "build", "--target", "l4", *MODEL, code=ExitCode.REJECTED)
+    honest = qdq.scale_from_amax
+    monkeypatch.setattr(
+        qdq, "scale_from_amax", lambda amax, *rest: honest(amax / (100 if np.ndim(amax) == 0 else 1), *rest)
+    )
+    made = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, code=ExitCode.REJECTED)
     assert made["verdict"] == "rejected"
     assert made["bundle"] is None
     assert Path(str(made["report"])).exists()
     assert not list(Path("runs/embed-nano").glob("compile-*"))
-    allowed = result(capsys, "build", "--target", "l4", *MODEL, "--allow-rejected")
+    allowed = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, "--allow-rejected")
     manifest = read_manifest(Path(str(allowed["bundle"])))
     assert manifest["verdict"] == "rejected"
     assert "did not accept" in manifest["warning"]

@@ -13,7 +13,7 @@ from resvit_export.tensorrt_copy import TENSORRT_COPY
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
 
-_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data")
+_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", "measured_times")
 
 
 def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
@@ -76,12 +76,20 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
             for artifact in (pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated)
         },
     }
+    if pipeline.recovers:
+        manifest["stages"]["recover"] = pipeline.recovered.record["key"]
+        manifest["recovery"] = {"images": pipeline.training_images.digest, **recovery_facts(pipeline.recovered)}
     if verdict["verdict"] != "accepted":
         manifest["warning"] = f"Validation did not accept this model ({verdict['verdict']}): {verdict['reason']}"
     for kind, file in (("engine", "engine.json"), ("plan", "plan.json")):
         if pipeline.compiled.path(file).exists():
             manifest[kind] = _engine_facts(pipeline.compiled) if kind == "engine" else pipeline.compiled.json(file)
     return manifest
+
+
+def recovery_facts(recovered: Artifact) -> dict[str, Any]:
+    """How much recovery trained, without what differs from run to run."""
+    return {key: recovered.json("recover.json")[key] for key in ("images", "steps", "kept_step", "before", "after")}
 
 
 def _engine_facts(compiled: Artifact) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,19 @@ from resvit_export import work
 from resvit_export.identity import model_identity
 from resvit_export.recipe import Recipe, recipe_to_toml
 from resvit_export.runfolder import Artifact, RunFolder
+from resvit_export.searching import predicted, require_searchable, searched
 from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet, Preprocess
+    from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
     from resvit_export.load import Network
 
 OLDEST_OPSET = 20
 """What every TensorRT from 10.3 on reads."""
+_BEFORE_RECOVERY = ("network", "identity", "facts", "preprocess", "image_sets", "folded", "exported", "baseline")
+"""What is the same with and without recovery."""
+_BEFORE_PRECISIONS = (*_BEFORE_RECOVERY, "training_images", "before_recovery", "recovered", "calibrated")
+"""What is the same whatever precision each layer gets."""
 
 
 class Pipeline:
@@ -41,6 +48,24 @@ class Pipeline:
         if recipe.target is not None:
             self.target = find_target(recipe.target, recipe.jetpack)
             require_precision(self.target, Precision(recipe.precision))
+        self.precisions: Mapping[str, str] = {}
+        """Precision by node, where the search chose it; nodes not named follow the rules."""
+        self.confidence = recipe.confidence
+        """Of the gate; higher for what the search looks at after the plain recipe."""
+        self.search: Artifact | None = None
+        """The stage that chose ``precisions``."""
+        require_searchable(recipe, self.target)
+        if recipe.recover == "always" and not self._recoverable:
+            raise ResvitError(
+                f"Recovery trains for our own INT8 and FP8, not for {recipe.precision} by {recipe.quantizer}.",
+                "Leave --recover out, or ask for --precision int8 or fp8 and --quantizer resvit.",
+                ExitCode.IMPOSSIBLE,
+            )
+        if self.recovers and recipe.train_data is None:
+            raise ResvitError(
+                "Recovery was asked for, and there are no images to train on.",
+                "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
+            )
 
     def save_recipe(self) -> None:
         """Write the complete recipe into the run folder."""
@@ -69,7 +94,7 @@ class Pipeline:
             )
         from resvit_calibrate.data import require_source
 
-        for data in (self.recipe.data, self.recipe.validation_data):
+        for data in (self.recipe.data, self.recipe.validation_data, self.recipe.train_data):
             if data is not None:
                 require_source(data)
         return self.recipe.data
@@ -79,10 +104,57 @@ class Pipeline:
         if self.verdict["verdict"] == "rejected" and not self.recipe.allow_rejected:
             raise ResvitError(
                 f"Validation rejected the model: {self.verdict['reason']}",
-                "Try --calibrator percentile or entropy, more --calibration-images, --exclude for the layers that "
-                "hurt, or --precision fp16; --allow-rejected goes on all the same.",
+                f"Try {self._recovery_advice}--effort best, more --calibration-images, --exclude for the layers "
+                "that 'resvit-export sensitivity' names, or --precision fp16; --allow-rejected goes on all the same.",
                 ExitCode.REJECTED,
             )
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the weights are trained before they are quantised; ``auto`` does so only once :meth:`settled`."""
+        return self.recipe.recover == "always"
+
+    def settled(self) -> Pipeline:
+        """This pipeline, or the one that recovers or was searched, where the gate or the recipe asks for it.
+
+        Does the stages up to ``validate`` where that question is open.
+        """
+        return searched(self._recovered_if_rejected())
+
+    def with_precisions(self, precisions: Mapping[str, str], confidence: float) -> Pipeline:
+        """The same pipeline with precisions by node, judged at ``confidence``."""
+        other = Pipeline(self.recipe, self.run, self.reporter)
+        other.__dict__.update({name: self.__dict__[name] for name in _BEFORE_PRECISIONS if name in self.__dict__})
+        other.precisions, other.confidence = dict(precisions), confidence
+        return other
+
+    def _recovered_if_rejected(self) -> Pipeline:
+        """The pipeline that recovers, where ``auto`` finds that calibration alone is rejected."""
+        if self.recipe.recover != "auto" or self.recipe.train_data is None or not self._recoverable:
+            return self
+        if self.verdict["verdict"] != "rejected":
+            return self
+        self.reporter.say(f"calibration alone is rejected ({self.verdict['reason']}): recovery follows")
+        other = self._with_recover("always")
+        other.__dict__["before_recovery"] = self
+        return other
+
+    def _with_recover(self, when: str) -> Pipeline:
+        other = Pipeline(dataclasses.replace(self.recipe, recover=when), self.run, self.reporter)
+        other.__dict__.update({name: self.__dict__[name] for name in _BEFORE_RECOVERY if name in self.__dict__})
+        return other
+
+    @property
+    def _recoverable(self) -> bool:
+        return self.recipe.quantizer == "resvit" and self.recipe.precision != "fp16"
+
+    @property
+    def _recovery_advice(self) -> str:
+        if self.recovers:
+            return "more --recover-epochs or --train-images, "
+        if self._recoverable and self.recipe.train_data is None:
+            return "--train-data with training images, labels not needed (recovery then trains the weights), "
+        return "--recover, " if self._recoverable else ""
 
     # --- what stages are made from ------------------------------------------------------------------------------
 
@@ -121,6 +193,46 @@ class Pipeline:
             seed=self.recipe.seed,
         )
         return open_image_sets(spec, self.preprocess, self.reporter)
+
+    @functools.cached_property
+    def training_images(self) -> TrainingImages:
+        """Images to recover with; none of them is a validation image."""
+        from resvit_calibrate.data import open_training_images
+
+        recipe, validation = self.recipe, self.image_sets[1]
+        return open_training_images(
+            str(recipe.train_data), validation, recipe.train_images, recipe.seed, self.preprocess, self.reporter
+        )
+
+    @functools.cached_property
+    def before_recovery(self) -> Pipeline:
+        """The same run without recovery: its ranges are those that the weights are trained with."""
+        self.exported, self.image_sets  # noqa: B018  (shared with the other)
+        return self._with_recover("never")
+
+    @property
+    def float_model(self) -> tuple[Path, str]:
+        """The float ONNX that is calibrated and quantised, and its digest."""
+        if not self.recovers:
+            return self.exported.path("model.onnx"), self.exported.digest
+        # Of the stage's third file, the seconds that it took change the digest.
+        outputs = self.recovered.record["outputs"]
+        digests = [outputs[name]["sha256"] for name in ("recovered.onnx", "clips.json")]
+        return self.recovered.path("recovered.onnx"), "+".join(digests)
+
+    @property
+    def quantize_facts(self) -> dict[str, Any]:
+        """What of the recipe changes the quantised network."""
+        recipe = self.recipe
+        return {
+            "precision": recipe.precision,
+            "quantizer": recipe.quantizer,
+            "calibrator": recipe.calibrator,
+            "effort": recipe.effort,
+            "include": sorted(recipe.include),
+            "exclude": sorted(recipe.exclude),
+            **({"recovered": True} if self.recovers else {}),
+        }
 
     @property
     def batch_size(self) -> int:
@@ -186,13 +298,34 @@ class Pipeline:
         )
 
     @functools.cached_property
+    def recovered(self) -> Artifact:
+        """Stage ``recover``: the float ONNX with its weights trained, the quantisers in the loop."""
+        recipe, images, ranges = self.recipe, self.training_images, self.before_recovery.calibrated
+        model = self.exported.path("model.onnx")
+        return self.run.stage(
+            "recover",
+            {**self.quantize_facts, "epochs": recipe.recover_epochs, "seed": recipe.seed},
+            {"model": self.exported.digest, "ranges": ranges.digest, "images": images.digest},
+            ("torch", "onnx-ir"),
+            lambda folder: work.recover_into(
+                folder,
+                model,
+                ranges.path("ranges.json"),
+                images,
+                self.run.path / "recover.resume",
+                recipe,
+                self.reporter,
+            ),
+        )
+
+    @functools.cached_property
     def calibrated(self) -> Artifact:
         """Stage ``calibrate``: the ranges of all activations, from one pass over the calibration images."""
-        model, images = self.exported.path("model.onnx"), self.image_sets[0]
+        (model, digest), images = self.float_model, self.image_sets[0]
         return self.run.stage(
             "calibrate",
             {"preprocess": self.preprocess.to_json(), "batch": self.batch_size},
-            {"model": self.exported.digest, "images": images.digest},
+            {"model": digest, "images": images.digest},
             ("onnxruntime", "numpy"),
             lambda folder: work.calibrate_into(folder, model, images, self.batch_size, self.reporter),
         )
@@ -201,20 +334,14 @@ class Pipeline:
     def quantized(self) -> Artifact:
         """Stage ``quantize``: the ONNX with Q/DQ and FP16 in the graph."""
         recipe = self.recipe
-        model, ranges = self.exported.path("model.onnx"), self.calibrated.path("ranges.json")
+        (model, digest), ranges = self.float_model, self.calibrated.path("ranges.json")
         return self.run.stage(
             "quantize",
-            {
-                "precision": recipe.precision,
-                "quantizer": recipe.quantizer,
-                "calibrator": recipe.calibrator,
-                "include": sorted(recipe.include),
-                "exclude": sorted(recipe.exclude),
-            },
-            {"model": self.exported.digest, "ranges": self.calibrated.digest},
+            {**self.quantize_facts, **({"precisions": dict(self.precisions)} if self.precisions else {})},
+            {"model": digest, "ranges": self.calibrated.digest},
             ("onnx", "onnx-ir") + (("nvidia-modelopt",) if recipe.quantizer == "modelopt" else ()),
             lambda folder: work.quantize_into(
-                folder, model, ranges, self.image_sets[0], self.batch_size, recipe, self.reporter
+                folder, model, ranges, self.image_sets[0], self.batch_size, recipe, self.reporter, self.precisions
             ),
         )
 
@@ -238,19 +365,26 @@ class Pipeline:
         quantized, baseline, images = self.quantized, self.baseline, self.image_sets[1]
         return self.run.stage(
             "validate",
-            {"max_drop": self.recipe.max_drop, "confidence": self.recipe.confidence},
+            {"max_drop": self.recipe.max_drop, "confidence": self.confidence},
             {"model": quantized.digest, "baseline": baseline.digest, "images": images.digest},
             ("onnxruntime",),
             lambda folder: validate(
                 folder,
                 quantized=quantized.path("model.onnx"),
+                floating=self.float_model[0],
+                statistics=self.calibrated.path("statistics.npz"),
                 baseline=baseline.folder,
                 images=images,
                 batch_size=self.batch_size,
-                recipe=self.recipe,
+                recipe=dataclasses.replace(self.recipe, confidence=self.confidence),
                 reporter=self.reporter,
             ),
         )
+
+    @functools.cached_property
+    def predicted(self) -> Artifact:
+        """Stage ``predict``: the time of every layer on the target, against all FP16."""
+        return predicted(self)
 
     @functools.cached_property
     def compiled(self) -> Artifact:

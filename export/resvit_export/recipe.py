@@ -21,8 +21,10 @@ else:
 Scalar = bool | int | float | str
 
 QUANTIZERS = ("resvit", "modelopt")
-CALIBRATORS = ("mse", "percentile", "entropy", "max")
+CALIBRATORS = ("output", "mse", "percentile", "entropy", "max")
+EFFORTS = ("fast", "best")
 PRECISIONS = ("int8", "fp8", "fp16")
+RECOVERIES = ("auto", "always", "never")
 
 
 def _setting(toml: str, default: Any = None) -> Any:
@@ -46,14 +48,31 @@ class Recipe:
     validation_data: str | None = _setting("data.validation")
     calibration_images: int = _setting("data.calibration_images", 512)
     validation_images: int | None = _setting("data.validation_images")
+    train_data: str | None = _setting("data.train")
+    train_images: int = _setting("data.train_images", 20_000)
+    """At most so many are trained on, held-out ones included."""
     seed: int = _setting("data.seed", 0)
     preprocess: Mapping[str, Any] = _setting("preprocess", {})
 
     precision: str = _setting("quantize.precision", "int8")
     quantizer: str = _setting("quantize.quantizer", "resvit")
-    calibrator: str = _setting("quantize.calibrator", "mse")
+    calibrator: str = _setting("quantize.calibrator", "output")
+    """``output``: the least error at the layer's output; the others look at the tensor alone."""
+    effort: str = _setting("quantize.effort", "fast")
+    """``best``: learn from the calibration images as well."""
     include: tuple[str, ...] = _setting("quantize.include", ())
     exclude: tuple[str, ...] = _setting("quantize.exclude", ())
+
+    recover: str = _setting("recover.when", "auto")
+    """``auto``: where calibration alone is rejected and there are training images."""
+    recover_epochs: int = _setting("recover.epochs", 3)
+
+    search: bool = _setting("search.enabled", True)
+    """Whether layers are raised to a higher precision where the gate does not accept the plain recipe."""
+    latency_budget: str | None = _setting("search.latency_budget")
+    """``3.5ms``, or ``0.7x`` of the latency predicted for FP16."""
+    measured_times: str | None = _setting("search.measured_times")
+    """JSON file of layer times measured on the device."""
 
     max_drop: float = _setting("validate.max_drop", 1.0)
     """Percentage points of top-1."""
@@ -71,11 +90,15 @@ class Recipe:
         _choice("precision", self.precision, PRECISIONS)
         _choice("quantizer", self.quantizer, QUANTIZERS)
         _choice("calibrator", self.calibrator, CALIBRATORS)
+        _choice("effort", self.effort, EFFORTS)
+        _choice("recover", self.recover, RECOVERIES)
+        _between("train_images", self.train_images, 128, 100_000_000)
+        _between("recover_epochs", self.recover_epochs, 1, 10_000)
         _between("calibration_images", self.calibration_images, 1, 10_000_000)
         if self.validation_images is not None:
             _between("validation_images", self.validation_images, 1, 100_000_000)
         _between("max_drop", self.max_drop, 0.0, 100.0)
-        _between("confidence", self.confidence, 0.5, 0.9999)
+        _between("confidence", self.confidence, 0.5, 1.0 - 1e-7)
         _between("optimization_level", self.optimization_level, 0, 5)
         if self.workspace_mib is not None:
             _between("workspace_mib", self.workspace_mib, 16, 1 << 20)
@@ -144,7 +167,10 @@ def recipe_from_toml(path: Path) -> Recipe:
         raise ResvitError(f"The recipe {path} cannot be read: {error}.", "Give a UTF-8 TOML file.") from error
     except tomllib.TOMLDecodeError as error:
         raise ResvitError(f"The recipe {path} is not valid TOML: {error}.", "Mend that line.") from error
-    return Recipe(**_settings_from_document(document, path))
+    settings = _settings_from_document(document, path)
+    if isinstance(settings.get("measured_times"), str):
+        settings["measured_times"] = str((path.parent / Path(settings["measured_times"]).expanduser()).resolve())
+    return Recipe(**settings)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -191,7 +217,7 @@ def _settings_from_document(document: Mapping[str, Any], path: Path) -> dict[str
             )
         item = fields[key]
         settings[item.name] = _typed(key, value, str(item.type), path)
-    for name in ("checkpoint", "validation_data", "data", "model"):
+    for name in ("checkpoint", "validation_data", "train_data", "data", "model"):
         if isinstance(settings.get(name), str):
             settings[name] = absolute_reference(settings[name], path.parent)
     return settings

@@ -38,9 +38,15 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
         if not pipeline.from_onnx:
             yield pipeline.folded
         yield pipeline.exported
+        if pipeline.recovers:
+            yield pipeline.recovered
         yield pipeline.calibrated
+        if pipeline.search:
+            yield pipeline.search
         yield pipeline.quantized
         yield pipeline.validated
+        if pipeline.target:
+            yield pipeline.predicted
         rejected = pipeline.verdict["verdict"] == "rejected" and not pipeline.recipe.allow_rejected
         if pipeline.target and not rejected:
             yield pipeline.compiled
@@ -67,6 +73,8 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         ranges=document("calibrate", "ranges.json"),
         quantize=document("quantize", "quantize.json"),
         verdict=document("validate", "verdict.json"),
+        costs=document("predict", "costs.json"),
+        search=document("search", "search.json"),
         engine=document("compile", "engine.json"),
         plan=document("compile", "plan.json"),
         bundle=bundle,

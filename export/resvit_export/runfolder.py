@@ -81,11 +81,11 @@ class RunFolder:
     @contextlib.contextmanager
     def looking_only(self) -> Iterator[None]:
         """Within the block stages are looked up and never computed: one that is missing raises."""
-        self._look_only = True
+        before, self._look_only = self._look_only, True
         try:
             yield
         finally:
-            self._look_only = False
+            self._look_only = before
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:

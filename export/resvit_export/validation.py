@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +18,14 @@ from resvit_export.recipe import Recipe
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
     from resvit_calibrate.metrics import Comparison
+    from resvit_calibrate.remarks import Remark
 
 CHANGED_SHOWN = 24
 GOLDEN_IMAGES = 4
 """Images that travel with the bundle, with the outputs that were validated."""
 _PICTURE_SIDE = 224
+CLIPPING_IMAGES = 64
+"""Images that tell whether validation looks like calibration."""
 
 
 def images_per_call(shape: Sequence[int]) -> int:
@@ -35,6 +40,8 @@ def validate(
     folder: Path,
     *,
     quantized: Path,
+    floating: Path,
+    statistics: Path,
     baseline: Path,
     images: ImageSet,
     batch_size: int,
@@ -48,6 +55,7 @@ def validate(
     """
     from resvit_calibrate.gate import judge
     from resvit_calibrate.metrics import INPUT, Predictions, changed_answers, compare, predict
+    from resvit_calibrate.remarks import tell
     from resvit_calibrate.runtime import checked_runner, runtime_note, self_test
 
     self_test()
@@ -71,6 +79,8 @@ def validate(
         stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
     stages.append(_row(what, comparison))
 
+    remarks = _clipping(quantized, floating, statistics, images, batch_size)
+    tell(remarks, reporter)
     changed = changed_answers(original, candidate)
     shown = changed[:CHANGED_SHOWN]
     document = {
@@ -81,6 +91,7 @@ def validate(
         "data": images.description,
         "data_digest": images.digest,
         "runtime_note": f"{runtime_note()} {remark}".strip(),
+        "remarks": [item.to_json() for item in remarks],
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
@@ -91,6 +102,23 @@ def validate(
         f"image_{item['index']}": picture for item in shown if (picture := _picture(images, item["index"])) is not None
     }
     np.savez_compressed(folder / "changed.npz", **pictures)
+
+
+def _clipping(
+    quantized: Path, floating: Path, statistics: Path, images: ImageSet, batch_size: int
+) -> tuple[Remark, ...]:
+    """Whether the ranges, known from ``quantize.json``, cut much of what the first validation images hold."""
+    from resvit_calibrate.clipping import clipped_shares, shares_from_statistics
+    from resvit_calibrate.remarks import clipping_remarks
+    from resvit_calibrate.statistics import load_statistics
+
+    clips = json.loads(quantized.with_name("quantize.json").read_bytes()).get("clips") or {}
+    if not clips:
+        return ()
+    batches = images.batches(min(batch_size, CLIPPING_IMAGES))
+    few = itertools.islice(batches, max(CLIPPING_IMAGES // batch_size, 1))
+    seen = load_statistics(statistics)
+    return clipping_remarks(clipped_shares(floating, clips, few), shares_from_statistics(seen, clips))
 
 
 def _row(stage: str, comparison: Comparison) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,12 @@ from resvit_export.recipe import Recipe
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet
+    import numpy as np
+
+    from resvit_calibrate.data import ImageSet, TrainingImages
+    from resvit_calibrate.statistics import Statistics
     from resvit_export.load import Network
+    from resvit_quantize.settings import QuantizeSettings
 
 
 def network_from_recipe(recipe: Recipe, reporter: Reporter) -> Network:
@@ -82,31 +87,90 @@ def import_into(folder: Path, model: Path, target: Target | None) -> None:
 
 
 def calibrate_into(folder: Path, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
-    """Write ``ranges.json``, ``statistics.npz`` and ``images.json`` from one pass over the images."""
+    """Write ``ranges.json``, ``statistics.npz`` and ``images.json`` from one pass over the images.
+
+    What is doubtful about the images is said, and kept in ``images.json``.
+    """
     from resvit_calibrate.ranges import ranges_from, save_ranges
+    from resvit_calibrate.remarks import remarks_from_statistics, tell
     from resvit_calibrate.statistics import collect_statistics, save_statistics
 
     statistics = collect_statistics(model, images.batches(batch_size), reporter, len(images))
     save_statistics(statistics, folder / "statistics.npz")
     save_ranges(ranges_from(statistics, images.digest), folder / "ranges.json")
+    remarks = remarks_from_statistics(statistics)
+    tell(remarks, reporter)
     facts = {"description": images.description, "images": statistics.images, "digest": images.digest}
-    _write_json(folder / "images.json", {**facts, "skipped": list(images.skipped)})
+    doubts = [remark.to_json() for remark in remarks]
+    _write_json(folder / "images.json", {**facts, "skipped": list(images.skipped), "remarks": doubts})
+
+
+def recover_into(
+    folder: Path,
+    model: Path,
+    ranges: Path,
+    images: TrainingImages,
+    state: Path,
+    recipe: Recipe,
+    reporter: Reporter,
+) -> None:
+    """Write ``recovered.onnx``, its ``clips.json`` and ``recover.json``.
+
+    What a killed run needs to go on stays in ``state``.
+    """
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_quantize.recover import RecoverOptions, recover_model
+
+    options = RecoverOptions(epochs=recipe.recover_epochs, seed=recipe.seed)
+    settings, out = quantize_settings(recipe), folder / "recovered.onnx"
+    statistics = load_statistics(ranges.with_name("statistics.npz"))
+    report = recover_model(
+        model, load_ranges(ranges), settings, images, out, state, options, reporter, statistics=statistics
+    )
+    document = report.to_json()
+    _write_json(folder / "clips.json", document.pop("clips"))
+    _write_json(folder / "recover.json", document)
+
+
+def quantize_settings(recipe: Recipe, precisions: Mapping[str, str] | None = None) -> QuantizeSettings:
+    """The recipe's part on quantising, for our own quantiser; ``precisions`` by node are what the search chose."""
+    from resvit_calibrate.estimators import Estimator
+    from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
+
+    at_output = recipe.calibrator == "output"
+    return QuantizeSettings(
+        precision=Precision(recipe.precision),
+        estimator=Estimator.MSE if at_output else Estimator(recipe.calibrator),
+        effort=Effort(recipe.effort),
+        methods=Methods(output_ranges=at_output),
+        include=recipe.include,
+        exclude=recipe.exclude,
+        precisions={node: Precision(name) for node, name in (precisions or {}).items()},
+    )
 
 
 def quantize_into(
-    folder: Path, model: Path, ranges: Path, images: ImageSet, batch_size: int, recipe: Recipe, reporter: Reporter
+    folder: Path,
+    model: Path,
+    ranges: Path,
+    images: ImageSet,
+    batch_size: int,
+    recipe: Recipe,
+    reporter: Reporter,
+    precisions: Mapping[str, str],
 ) -> None:
     """Write the quantised ``model.onnx`` and ``quantize.json``, by our quantiser or ModelOpt's."""
-    from resvit_calibrate.estimators import Estimator
     from resvit_calibrate.ranges import load_ranges
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_quantize.recover import pinned_ranges, settings_behind_recovery
 
-    settings = QuantizeSettings(
-        precision=Precision(recipe.precision),
-        estimator=Estimator(recipe.calibrator),
-        include=recipe.include,
-        exclude=recipe.exclude,
-    )
+    settings, known = quantize_settings(recipe, precisions), load_ranges(ranges)
+    statistics: Statistics | None = load_statistics(ranges.with_name("statistics.npz"))
+    if recipe.recover == "always":
+        settings = settings_behind_recovery(settings)
+        statistics = None
+        known = pinned_ranges(known, json.loads(model.with_name("clips.json").read_bytes()))
     out = folder / "model.onnx"
     if recipe.quantizer == "modelopt":
         from resvit_quantize.modelopt import quantize_with_modelopt
@@ -115,7 +179,14 @@ def quantize_into(
     else:
         from resvit_quantize.quantize import quantize_model
 
-        report = quantize_model(model, load_ranges(ranges), settings, out, reporter)
+        def first_images(count: int) -> Iterator[np.ndarray[Any, Any]]:
+            for batch in images.batches(batch_size):
+                if count <= 0:
+                    return
+                yield batch.images[:count]
+                count -= len(batch.images)
+
+        report = quantize_model(model, known, settings, out, reporter, statistics=statistics, images=first_images)
     _write_json(folder / "quantize.json", report.to_json())
 
 
@@ -144,7 +215,7 @@ def compile_into(
     reporter: Reporter,
 ) -> None:
     """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``."""
-    if onnx_for_tensorrt(model, folder / TENSORRT_COPY):
+    if onnx_for_tensorrt(model, folder / TENSORRT_COPY, builder):
         model = folder / TENSORRT_COPY
     if builder is not None:
         report = build_engine(model, folder / "engine.plan", target, settings, reporter, folder / "build.log")

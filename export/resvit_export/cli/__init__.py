@@ -19,6 +19,7 @@ _COMMANDS = {
     "export": "resvit_export.cli.stages",
     "calibrate": "resvit_export.cli.stages",
     "quantize": "resvit_export.cli.stages",
+    "sensitivity": "resvit_export.cli.sensitivity",
     "validate": "resvit_export.cli.stages",
     "compile": "resvit_export.cli.stages",
     "bundle": "resvit_export.cli.stages",

@@ -13,8 +13,10 @@ import click
 from resvit_engines.errors import ResvitError
 from resvit_export.recipe import (
     CALIBRATORS,
+    EFFORTS,
     PRECISIONS,
     QUANTIZERS,
+    RECOVERIES,
     Recipe,
     absolute_reference,
     recipe_from_toml,
@@ -83,17 +85,39 @@ _DATA = [
     ),
 ]
 _CALIBRATE = [
-    click.option("--calibrator", type=click.Choice(CALIBRATORS), help="Range estimator.  [default: mse]"),
+    click.option("--calibrator", type=click.Choice(CALIBRATORS), help="How ranges are chosen.  [default: output]"),
 ]
 _QUANTIZE = [
     click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engine.  [default: int8]"),
     click.option("--quantizer", type=click.Choice(QUANTIZERS), help="Ours, or ModelOpt's.  [default: resvit]"),
+    click.option("--effort", type=click.Choice(EFFORTS), help="best: also learn from the images.  [default: fast]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Quantise nodes that the rules leave in FP16."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep nodes that match in FP16."),
 ]
 _VALIDATE = [
     click.option("--max-drop", type=float, help="Accepted drop of top-1, percentage points.  [default: 1.0]"),
     click.option("--confidence", type=float, help="Of the interval around the drop.  [default: 0.95]"),
+]
+_RECOVER = [
+    click.option("--train-data", help="Images to recover with, labels not needed; of the kinds that --data takes."),
+    click.option("--train-images", type=int, help="At most so many of them.  [default: 20000]"),
+    click.option(
+        "--recover",
+        type=click.Choice(RECOVERIES),
+        is_flag=False,
+        flag_value="always",
+        help="Train the weights against the float model; auto: where calibration alone is rejected.  [default: auto]",
+    ),
+    click.option("--recover-epochs", type=int, help="Passes over the training images.  [default: 3]"),
+]
+_SEARCH = [
+    click.option(
+        "--search/--no-search",
+        default=None,
+        help="Raise layers to FP8 or FP16 where the plain recipe is not accepted.  [default: search]",
+    ),
+    click.option("--latency-budget", metavar="BUDGET", help="Least loss within 3.5ms, or 0.7x of FP16, predicted."),
+    click.option("--measured-times", metavar="FILE", help="JSON of layer times measured on the device."),
 ]
 _COMPILE = [
     click.option("--workspace-mib", type=int, help="Memory that the builder's kernels may use as scratch."),
@@ -111,7 +135,7 @@ _LAYERS = {
     "export": [_TARGET],
     "calibrate": [_DATA, _CALIBRATE],
     "quantize": [_QUANTIZE],
-    "validate": [_VALIDATE],
+    "validate": [_VALIDATE, _RECOVER, _SEARCH],
     "compile": [_COMPILE],
     "bundle": [],
 }
@@ -144,9 +168,11 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
     recipe_file: Path | None = flags.pop("recipe_file")
     flags["model_args"] = _key_values("--model-arg", flags.get("model_args", ()), plain_values)
     flags["preprocess"] = _key_values("--preprocess", flags.get("preprocess", ()), preprocess_values)
-    for name in ("model", "checkpoint", "data", "validation_data"):
+    for name in ("model", "checkpoint", "data", "validation_data", "train_data"):
         if flags.get(name):
             flags[name] = absolute_reference(flags[name], Path.cwd())
+    if flags.get("measured_times"):
+        flags["measured_times"] = str(Path(flags["measured_times"]).expanduser().resolve())
     if recipe_file is None and flags.get("model") is None:
         saved = run_folder / "recipe.toml" if run_folder else None
         recipe_file = next((file for file in (saved, LOCAL_RECIPE) if file and file.exists()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     results = {
         file: artifact.json(file)
         for file in artifact.record["outputs"]
-        if file.endswith(".json") and file != "ranges.json"
+        if file.endswith(".json") and file not in ("ranges.json", "clips.json")
     }
     return {
         "stage": artifact.stage,
@@ -75,6 +76,7 @@ def _tables(artifact: Artifact) -> list[Table | str]:
     makers = {
         "fold": _fold,
         "export": _export,
+        "recover": _recover,
         "calibrate": _ranges,
         "quantize": _quantize,
         "validate": _validate,
@@ -113,6 +115,19 @@ def _parity(report: Mapping[str, Any]) -> str:
     if report.get("parity_max_abs") is None:
         return "not applicable: the model came as ONNX"
     return f"{report['parity_max_abs']:.2g} absolute, {report['parity_max_rel']:.2g} relative"
+
+
+def _recover(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("recover.json")
+    rows = []
+    for when, score in (("before", report["before"]), ("after", report["after"])):
+        agreement = "" if score["agreement"] is None else f"{score['agreement']:.2%}"
+        rows.append((when, str(score["step"]), agreement, f"{-10 * math.log10(max(score['nsr'], 1e-30)):.1f} dB"))
+    title = f"Recovery on {report['images']:,} images, against the float model on {report['held_out']:,} others"
+    return [
+        table(title, ("weights", "step", "agreement", "SQNR"), rows),
+        f"{report['stop']}, after {report['steps']} steps in {report['seconds']:.0f} s",
+    ]
 
 
 def _ranges(artifact: Artifact) -> list[Table | str]:
@@ -203,6 +218,7 @@ def _compile(artifact: Artifact) -> list[Table | str]:
 def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, output: Output) -> None:
     """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
     verdict = pipeline.verdict
+    worth = pipeline.predicted.json("costs.json")
     bundle = next((pipeline.bundle_path for stage in stages if stage.stage == "bundle"), None)
     if output.json:
         emit_json(
@@ -212,6 +228,7 @@ def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, out
                 "bundle": str(bundle.resolve()) if bundle else None,
                 "report": str(report.resolve()),
                 "recipe": str((pipeline.run.path / "recipe.toml").resolve()),
+                "predicted": {key: worth[key] for key in ("gain", "faster", "sentence")},
                 "stages": [summarize(stage) for stage in stages],
             }
         )
@@ -220,12 +237,20 @@ def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, out
     if not output.quiet:
         screen.print(accuracy_table(verdict))
         screen.print(quantize_table(pipeline.quantized.json("quantize.json")))
+        if pipeline.recovers:
+            for item in _recover(pipeline.recovered):
+                screen.print(item, soft_wrap=True)
         screen.print(_sizes(pipeline, stages, bundle))
         screen.print(_costs(stages), soft_wrap=True)
         for stage in stages:
             if stage.stage == "compile":
                 for item in _compile(stage):
                     screen.print(item, markup=False, soft_wrap=True)
+    if pipeline.search:
+        found = pipeline.search.json("search.json")
+        for line in (*found["sentences"], *found["prices"]):
+            screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    screen.print(worth["sentence"], markup=False, highlight=False, soft_wrap=True)
     screen.print(verdict_line(verdict), soft_wrap=True)
     if bundle:
         screen.print(f"bundle: {bundle}", markup=False, soft_wrap=True)

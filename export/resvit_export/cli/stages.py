@@ -21,12 +21,13 @@ _MODEL = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt"
 _DATA = "--data fashion-mnist"
 
 
-def _examples(*lines: str) -> str:
+def examples_text(*lines: str) -> str:
+    """The end of a command's help: command lines that run as they stand."""
     return "\b\nExamples:\n" + "\n".join(f"  resvit-export {line}" for line in lines)
 
 
 @contextlib.contextmanager
-def _pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
+def open_pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
     """The pipeline on its locked run folder, with the recipe written down."""
     from resvit_export.pipeline import Pipeline
     from resvit_export.runfolder import RunFolder
@@ -49,12 +50,14 @@ def _stage_command(
         from resvit_export.cli.output import show_stage
 
         output = Output(quiet, as_json)
-        with _pipeline(flags, output) as pipeline:
+        with open_pipeline(flags, output) as pipeline:
+            if name in ("validate", "compile", "bundle"):
+                pipeline = pipeline.settled()  # noqa: PLW2901
             artifact = take(pipeline)
             show_stage(artifact, output)
             return _exit_code(pipeline) if name == "validate" else 0
 
-    return click.command(name=name, help=help_text, epilog=_examples(*examples))(command)
+    return click.command(name=name, help=help_text, epilog=examples_text(*examples))(command)
 
 
 def _exit_code(pipeline: Pipeline) -> int:
@@ -141,10 +144,12 @@ bundle_command = _stage_command(
 
 @click.command(
     name="build",
-    epilog=_examples(
+    epilog=examples_text(
         f"build --precision int8 --target jetson-orin {_MODEL} {_DATA}",
         f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
         "build --run runs/l4-fp8 --json",
+        f"build --target jetson-orin {_MODEL} {_DATA} --max-drop 0.3 --run runs/searched",
+        "build --run runs/searched --latency-budget 1x",
         "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --run runs/l4-fp16",
     ),
 )
@@ -153,16 +158,21 @@ bundle_command = _stage_command(
 def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
     """Do everything: fold, export, calibrate, quantize, validate, compile, bundle, report.
 
-    What is finished in the run folder and unchanged is not done again; a killed build continues where it stopped.
+    Where the accuracy of the plain recipe is not accepted, layers are raised to FP8 or FP16 until it is, those first
+    that cost the least time on the target. What is finished in the run folder and unchanged is not done again; a
+    killed build continues where it stopped.
     """
     from resvit_export.cli.output import show_build
 
     output = Output(quiet, as_json)
-    with _pipeline(flags, output) as pipeline:
+    with open_pipeline(flags, output) as pipeline:
         pipeline.require_target()
         pipeline.require_images()
+        pipeline = pipeline.settled()  # noqa: PLW2901
         stages = [] if pipeline.from_onnx else [pipeline.folded]
-        stages += [pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated]
+        stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
+        stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
+        stages += [pipeline.quantized, pipeline.validated, pipeline.predicted]
         rejection: ResvitError | None = None
         try:
             stages += [pipeline.compiled, pipeline.bundled]
@@ -179,14 +189,18 @@ def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
 
 @click.command(
     name="report",
-    epilog=_examples(f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage", "report --run runs/by-stage"),
+    epilog=examples_text(
+        f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage", "report --run runs/by-stage"
+    ),
 )
 @output_options
 @recipe_options("bundle")
 def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
     """Write the HTML report of a run: one self-contained page."""
     output = Output(quiet, as_json)
-    with _pipeline(flags, output) as pipeline:
+    with open_pipeline(flags, output) as pipeline:
+        with pipeline.run.looking_only(), contextlib.suppress(ResvitError):
+            pipeline = pipeline.settled()  # noqa: PLW2901
         path = _write_report(pipeline)
         if as_json:
             from resvit_export.cli.output import emit_json

@@ -30,8 +30,8 @@ class ReportData:
     """The JSON of every stage of a run; ``None`` where a stage has not run.
 
     The keys are those that the stages write (fold.json, export.json, ranges.json, quantize.json, verdict.json,
-    engine.json, plan.json and the bundle's manifest). Shares (top1, agreement, macs_share) are 0..1; drops and
-    intervals are percentage points; sizes are bytes.
+    costs.json, search.json, engine.json, plan.json and the bundle's manifest). Shares (top1, agreement, macs_share)
+    are 0..1; drops and intervals are percentage points; sizes are bytes.
     """
 
     name: str
@@ -41,6 +41,8 @@ class ReportData:
     ranges: Json | None = None
     quantize: Json | None = None
     verdict: Json | None = None
+    costs: Json | None = None
+    search: Json | None = None
     engine: Json | None = None
     plan: Json | None = None
     bundle: Json | None = None

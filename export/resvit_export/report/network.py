@@ -170,3 +170,24 @@ def _share(part: int, whole: int, total: int, operations: bool) -> Share:
     inside = wording.percent(part / whole, 0) if whole else wording.NOTHING
     detail = f"{count(part)} of {count(whole)}"
     return Share(round(100 * whole / total, 2), round(100 * part / total, 2), inside, detail)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is said about predicted speed: sentences, and rows (layer, precision, microseconds, noise to signal)."""
+
+    sentences: list[str]
+    raised: list[tuple[str, str, str, str]]
+
+
+def costs_from_run(data: ReportData) -> Costs | None:
+    """The predicted gain over FP16, and what the search left in a higher precision."""
+    if data.costs is None:
+        return None
+    found = data.search or {}
+    sentences = [str(data.costs["sentence"]), *found.get("sentences", ())]
+    rows = [
+        (item["node"], item["precision"].upper(), wording.number(item["costs_us"], 2), f"{item['saves']:.1e}")
+        for item in found.get("raised", ())
+    ]
+    return Costs(sentences, rows)

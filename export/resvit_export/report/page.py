@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.report import accuracy, device, network, pictures, ranges
 from resvit_export.report.data import ReportData
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "bundle")
 
@@ -17,23 +21,9 @@ def html_from_run(data: ReportData) -> str:
 
     Raises ``ResvitError`` if Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ResvitError(
-            "The report needs Jinja2, which is not installed.",
-            "pip install 'resvit-export[host]'",
-            ExitCode.MISSING,
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page = environment().get_template("page.html.j2")
     drawn = ranges.pictures_from_ranges(data.ranges, data.quantize) if data.ranges else []
-    return environment.get_template("page.html.j2").render(
+    return page.render(
         name=data.name,
         hero=accuracy.hero_from_run(data),
         stages=_stages(data),
@@ -49,6 +39,7 @@ def html_from_run(data: ReportData) -> str:
         clips_known=any(picture.clip_at is not None for picture in drawn),
         range_box=(pictures.WIDTH, pictures.HEIGHT),
         range_images=(data.ranges or {}).get("images"),
+        costs=network.costs_from_run(data),
         changed=accuracy.changed_from_run(data),
         changed_total=(data.verdict or {}).get("changed_total") or 0,
         engine_warnings=(data.engine or {}).get("warnings") or [],
@@ -62,6 +53,25 @@ def html_from_run(data: ReportData) -> str:
         recipe=data.recipe,
         versions=list((data.versions or {}).items()),
         digests=device.digests_from_run(data),
+    )
+
+
+def environment() -> Environment:
+    """The templates of this package. Raises ``ResvitError`` if Jinja2 is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ResvitError(
+            "The report needs Jinja2, which is not installed.",
+            "pip install 'resvit-export[host]'",
+            ExitCode.MISSING,
+        ) from error
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -38,7 +38,7 @@ def pictures_from_ranges(ranges: Json, quantize: Json | None) -> list[RangePictu
         counts, bin_width = tuple(tensor.get("histogram") or ()), float(tensor.get("bin_width") or 0.0)
         if counts and bin_width > 0:
             largest = max(abs(float(tensor.get("min") or 0.0)), abs(float(tensor.get("max") or 0.0)))
-            drawn = _Range(name, counts, bin_width, largest, _chosen_clip(tensor, quantize))
+            drawn = _Range(name, counts, bin_width, largest, _chosen_clip(name, tensor, quantize))
             together.setdefault((counts, bin_width, largest), []).append(drawn)
     shown = []
     for views in together.values():
@@ -79,8 +79,12 @@ def _in_counting_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _chosen_clip(tensor: Json, quantize: Json | None) -> float | None:
+def _chosen_clip(name: str, tensor: Json, quantize: Json | None) -> float | None:
     if quantize is None or quantize.get("quantizer") == "modelopt":  # which clips by ranges of its own
+        return None
+    if name in (quantize.get("clips") or {}):
+        return float(quantize["clips"][name])
+    if any(item["tensor"] == name for item in quantize.get("smoothed") or ()):  # in other units than the histogram
         return None
     amax = (tensor.get("amax") or {}).get(str(quantize.get("precision"))) or {}
     clip = amax.get(str(quantize.get("estimator")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,3 +85,10 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
+
+
+def decibels(noise_to_signal: float | None) -> str:
+    """Write a noise-to-signal power ratio as SQNR in dB."""
+    if noise_to_signal is None:
+        return NOTHING
+    return number(-10.0 * math.log10(noise_to_signal), 1) if noise_to_signal > 0 else "∞"

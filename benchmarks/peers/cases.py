@@ -1,0 +1,182 @@
+"""What is quantised: a float ONNX, the network that it came from, and stored images to calibrate and to test with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import elpv
+
+from peers.images import StoredImages, store_images
+from resvit_calibrate.data import DataSpec, ImageSet, Preprocess, open_image_sets
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import atomic_file, sha256_file
+from resvit_engines.progress import Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+ASSETS = Path(__file__).parents[2] / "tests" / "assets"
+ELPV = "elpv"
+RANDOM, PERTURBED = "random", "perturbed"
+
+
+@dataclass(frozen=True)
+class Case:
+    """``accurate`` says whether the network was trained for the images: else only fidelity means something."""
+
+    name: str
+    source: str
+    checkpoint: Path | None
+    model: Path
+    digest: str
+    """SHA-256 of ``model``."""
+    calibration: StoredImages
+    test: StoredImages
+    accurate: bool
+    weights: str
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for the result's record."""
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "accuracy_means_something": self.accurate,
+            "float_onnx_sha256": self.digest,
+            "calibration": {"images": len(self.calibration), "what": self.calibration.description,
+                            "digest": self.calibration.digest},
+            "test": {"images": len(self.test), "what": self.test.description, "digest": self.test.digest},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for. ``weights`` is for networks without a checkpoint: random or perturbed."""
+
+    model: str
+    checkpoint: Path | None
+    data: str | None
+    weights: str
+    calibration_images: int
+    images: int | None
+
+    @property
+    def label(self) -> str:
+        """The name of the result's file."""
+        name = Path(self.model.rpartition(":")[2]).stem
+        return f"{name}-{self.weights}" if self._untrained else name
+
+    @property
+    def _untrained(self) -> bool:
+        return self.checkpoint is None and self.model.startswith("timm:")
+
+
+def case_from(wish: Wish, folder: Path, report: Reporter) -> Case:
+    """Export the network and store the images in ``folder``, or take what is there from last time."""
+    source, checkpoint, weights = _network(wish, folder, report)
+    exported = _export(source, checkpoint, folder / "run")
+    facts = json.loads((exported / "network.json").read_bytes())
+    preprocess = Preprocess.from_json(facts["preprocess"])
+    calibration, test, accurate = _image_sets(wish, preprocess, report)
+    return Case(
+        wish.model,
+        source,
+        checkpoint,
+        exported / "model.onnx",
+        sha256_file(exported / "model.onnx"),
+        store_images(calibration, folder / "calibration"),
+        store_images(test, folder / "test"),
+        accurate and checkpoint is not None and weights not in (RANDOM, PERTURBED),
+        weights,
+    )
+
+
+def _network(wish: Wish, folder: Path, report: Reporter) -> tuple[str, Path | None, str]:
+    """(what ``--model`` takes, checkpoint, what the weights are)."""
+    if wish.model == ELPV:
+        path = wish.checkpoint or folder / "elpv.pt"
+        if not path.is_file():
+            report.say("training the hybrid for solar cells, once")
+            elpv.train(path, epochs=40, seed=0, report=report)
+        return f"{Path(elpv.__file__).resolve()}:hybrid", path, "trained"
+    if wish.checkpoint is not None:
+        return wish.model, wish.checkpoint, "trained"
+    if wish.model.startswith("resvit:"):
+        path = ASSETS / f"{wish.model.removeprefix('resvit:')}.pt"
+        if not path.is_file():
+            raise ResvitError(f"There is no {path}.", "Train one (examples/fashion_mnist), and give --checkpoint.")
+        return wish.model, path, "trained"
+    if wish.weights == RANDOM:
+        return wish.model, None, RANDOM
+    path = folder / "perturbed.pt"
+    if not path.is_file():
+        _write_perturbed(wish.model, path)
+    return wish.model, path, PERTURBED
+
+
+def _write_perturbed(source: str, path: Path) -> None:
+    import torch
+
+    from resvit_export.factories import module_from_name
+
+    module = module_from_name(source, {})
+    perturb(module, torch.Generator().manual_seed(0))
+    with atomic_file(path) as partial:
+        torch.save({"state_dict": module.state_dict()}, partial)
+
+
+def perturb(module: torch.nn.Module, random: torch.Generator) -> None:
+    """Give random weights some of what training does to them, in place.
+
+    Normalisations get uneven gains, a few of them large (the outlier channels of trained transformers), and biases;
+    matrices and filters uneven output channels; fresh weights are all alike, and any quantiser does well on them.
+    """
+    import torch
+    from torch import nn
+
+    def drawn(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=random)
+
+    with torch.no_grad():
+        for layer in module.modules():
+            weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+            if not isinstance(weight, nn.Parameter):
+                continue
+            if weight.ndim == 1:
+                outlier = torch.rand(weight.shape, generator=random) < 0.01
+                weight.mul_(torch.exp(0.4 * drawn(weight)) * torch.where(outlier, 8.0, 1.0))
+            elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+                channel = drawn(weight.flatten(1)[:, 0]).reshape([-1] + [1] * (weight.ndim - 1))
+                weight.mul_(torch.exp(0.3 * channel) * (1.0 + 0.5 * drawn(weight)))
+            if isinstance(bias, nn.Parameter):
+                bias.add_(0.1 * drawn(bias))
+
+
+def _export(source: str, checkpoint: Path | None, run: Path) -> Path:
+    """The folder of the float ONNX: opset 20, free batch."""
+    command = [str(Path(sys.executable).with_name("resvit-export")), "export", "--model", source, "--json"]
+    if not Path(command[0]).is_file():
+        command[:1] = [sys.executable, "-m", "resvit_export"]
+    command += ["--target", "jetson-orin", "--batch", "1:8:64", "--run", str(run)]
+    command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise ResvitError(f"The export of {source} failed.", "See above.", ExitCode(done.returncode))
+    return Path(json.loads(done.stdout)["folder"])
+
+
+def _image_sets(wish: Wish, preprocess: Preprocess, report: Reporter) -> tuple[ImageSet, ImageSet, bool]:
+    """(to calibrate with, to test with, whether the network may know the classes)."""
+    if wish.data is None and (wish.model == ELPV or wish.model.startswith("timm:")):
+        cells = elpv.read_cells()
+        sets = (
+            elpv.image_set(cells.train, preprocess, wish.calibration_images),
+            elpv.image_set(cells.test, preprocess, wish.images),
+        )
+        return (*sets, wish.model == ELPV)
+    spec = DataSpec(wish.data or "fashion-mnist", None, wish.calibration_images, wish.images)
+    return (*open_image_sets(spec, preprocess, report), True)
