@@ -53,15 +53,16 @@ def plain(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
 
 
 def ours(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
-    """Statistics, ranges by all estimators, Q/DQ and FP16."""
+    """Statistics, ranges, smoothing, bias correction, Q/DQ and FP16: what ``--effort fast`` does."""
     from resvit_calibrate.ranges import ranges_from
     from resvit_calibrate.statistics import collect_statistics
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import Precision, QuantizeSettings
 
     def work() -> None:
-        ranges = ranges_from(collect_statistics(model, feed), "random images")
-        quantize_model(model, ranges, QuantizeSettings(Precision.INT8), out)
+        seen = collect_statistics(model, feed)
+        ranges = ranges_from(seen, "random images")
+        quantize_model(model, ranges, QuantizeSettings(Precision.INT8), out, statistics=seen)
 
     return work
 

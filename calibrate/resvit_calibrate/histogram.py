@@ -107,6 +107,10 @@ class GrowingHistogram:
         self.bin_width = width
 
 
+_ENOUGH = 1 << 17
+"""Values of a tensor after which its channels are looked at less often: counting them takes time."""
+
+
 class GrowingChannels:
     """Adds up ``ChannelStatistics``; its anchor rises with the tensor's maximum, bins moving down with it."""
 
@@ -117,6 +121,10 @@ class GrowingChannels:
         self.counts = np.zeros((channels, LOG_BINS + 1), np.int32)
         self.sums, self.squares = np.zeros(channels), np.zeros(channels)
         self.absmax = np.zeros(channels, np.float32)
+
+    def wants_more(self, batch: int) -> bool:
+        """Whether this batch is to be counted: all at first, every fourth when there are enough values."""
+        return batch % 4 == 0 or int(self.counts.sum(dtype=np.int64)) < _ENOUGH
 
     def add(self, sample: NDArray[np.float32], channel: NDArray[np.int32], absmax: float) -> None:
         """Count a sample [N] of finite values, none of a magnitude above ``absmax``, and the channel of each [N]."""

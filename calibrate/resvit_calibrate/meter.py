@@ -44,6 +44,7 @@ class Meter:
         self.maps: dict[str, list[tuple[GrowingChannels, ChannelMap]]] = {}
         # By reader; None where they cannot be told.
         self.channels: dict[str, GrowingChannels | None] = {}
+        self.batches = 0
         self.images: dict[str, list[Array] | None] = {name: [] if channels else None for name in observed.sampled}
 
     def probe(self, session: Any, piece: Arrays, fixed: int | None) -> None:
@@ -92,6 +93,7 @@ class Meter:
         if shapes is None or ranks is None or rows is None:
             return True
         self._take_shapes(shapes, ranks)
+        self.batches += 1
         sizes = np.array([math.prod(self.shapes[name]) for name in self.observed.sampled], np.int64)
         lengths = np.maximum(-((self.starts - sizes) // self.steps), 0)
         # Padding comes last in the batch, so what is sampled of it comes last in the sample.
@@ -104,7 +106,8 @@ class Meter:
             if self.maps.get(name):
                 flat = self.starts[index] + self.steps[index] * np.arange(sample.size)
                 for counter, mapping in self.maps[name]:
-                    counter.add(sample, mapping.of(flat), absmax)
+                    if counter.wants_more(self.batches):
+                        counter.add(sample, mapping.of(flat), absmax)
         if self.by_channel:
             self._take_rows(rows, real)
         return True

@@ -79,7 +79,7 @@ def collect_statistics(
 
     A batch is an object with ``images`` float32 [B, C, H, W], or arrays under the names of the model's inputs.
     ``total`` is the number of images, for the progress display. Minimum and maximum are exact; histograms of
-    what may be quantised hold at most 16,384 values per batch or 1,024 per image, at a stride coprime to the tensor's dimensions
+    what may be quantised hold at most 16,384 values per batch or 1,024 per image, at a stride coprime to the dimensions
     (one that divides the channels would see the same few for ever). Memory grows with the images by one number
     for each sampled tensor and image.
 

@@ -233,8 +233,10 @@ class _Follower:
             return one
         side = sides[0]
         value, array = node.inputs[1 - side], constant(node.inputs[side])
-        if value is None or value not in self.labels or array is None:
+        if value is None or array is None:
             return None
+        if value not in self.labels:
+            return self.gain(node, side, array, shape)
         labels = self.labels[value]
         if labels.shape != shape:
             return None
@@ -247,6 +249,15 @@ class _Follower:
             return None
         self.written.append(Written(node, side, axis - len(shape) + array.ndim, variables))
         return labels
+
+    def gain(self, node: ir.Node, side: int, array: np.ndarray, shape: tuple[int, ...]) -> Labels | None:
+        """A product with a constant for each channel, as norms end with: its outputs are variables of their own."""
+        axis = _channel_axis(array, shape)
+        if node.op_type != "Mul" or axis is None or not _own(node.inputs[side]):
+            return None
+        fresh = self.new(shape[axis])
+        self.written.append(Written(node, side, axis - len(shape) + array.ndim, fresh))
+        return _along(fresh, shape, axis)
 
     def view(self, node: ir.Node) -> Labels | list[Labels | None] | None:
         value = node.inputs[0] if node.inputs else None

@@ -143,8 +143,10 @@ def _output_amax(
     """The clip with the least error at the outputs of all weighted readers of one precision."""
     energy = np.zeros(len(channels.absmax))
     for weight in placement.weights:
+        if weight.node.inputs[0] is not value or weight.precision is not edge.precision:
+            continue
         array = constant(weight.node.inputs[weight.index])
-        if weight.node.inputs[0] is not value or weight.precision is not edge.precision or array is None:
+        if array is None:
             continue
         by_input = Reader(weight.node, array).by_input()
         if len(by_input) == len(energy):

@@ -22,7 +22,7 @@ from resvit_quantize.placement import Placement
 from resvit_quantize.qdq import largest_level
 from resvit_quantize.settings import Precision
 
-_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+_STRENGTHS = (0.5, 0.75, 1.0)
 _FURTHEST = 64.0
 """Largest factor between two channels, so that FP16 holds what is scaled."""
 _WORTH = 0.95
@@ -225,14 +225,20 @@ class _Group:
 
 
 def _least_error(
-    seen: ChannelStatistics, energy: np.ndarray, scale: np.ndarray, precision: Precision, bits: int
+    seen: ChannelStatistics,
+    energy: np.ndarray,
+    scale: np.ndarray,
+    precision: Precision,
+    bits: int,
+    candidates: int = 6,
 ) -> tuple[float, float]:
     """The least error that quantised activations cause, each channel's weighed by ``energy``, and its clip."""
     largest = float((seen.absmax / scale).max())
-    candidates = np.geomspace(largest / 16.0, largest, 24)
-    errors = channel_error(seen, candidates, precision.value, scale, bits) @ energy
+    # Fewer levels want more clipping; a factor of four is enough at 8 bits.
+    clips = np.geomspace(largest / (4.0 if bits == 8 else 16.0), largest, candidates)
+    errors = channel_error(seen, clips, precision.value, scale, bits) @ energy
     best = int(errors.argmin())
-    return float(errors[best]), float(candidates[best])
+    return float(errors[best]), float(clips[best])
 
 
 def _weight_error(seen: ChannelStatistics, reader: Reader, scale: np.ndarray, precision: Precision, bits: int) -> float:
@@ -258,12 +264,12 @@ def _clips(
             continue
         energy = np.zeros(len(scale))
         for weight in placement.weights:
-            array = constant(weight.node.inputs[1])
-            if str(_name(weight.node, 0)) == name and array is not None:
+            array = constant(weight.node.inputs[1]) if _name(weight.node, 0) == name else None
+            if array is not None:
                 by_input = Reader(weight.node, array).by_input()
                 energy += np.square(by_input, dtype=np.float64).sum(axis=1) if len(by_input) == len(scale) else 0.0
         energy = energy if energy.any() else np.ones(len(scale))
-        found[edge.precision] = _least_error(seen, energy, scale, edge.precision, bits)[1]
+        found[edge.precision] = _least_error(seen, energy, scale, edge.precision, bits, candidates=24)[1]
     return found
 
 
