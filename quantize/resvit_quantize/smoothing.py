@@ -236,7 +236,7 @@ def _least_error(
     largest = float((seen.absmax / scale).max())
     # Fewer levels want more clipping; a factor of four is enough at 8 bits.
     clips = np.geomspace(largest / (4.0 if bits == 8 else 16.0), largest, candidates)
-    errors = channel_error(seen, clips, precision.value, scale, bits) @ energy
+    errors = channel_error(seen, clips, precision.value, scale, bits, parts=2) @ energy
     best = int(errors.argmin())
     return float(errors[best]), float(clips[best])
 
