@@ -79,14 +79,14 @@ def placed(path: Path, settings: QuantizeSettings) -> set[str]:
 
 
 def test_best_is_closer_to_float_than_fast_and_says_what_it_does(tmp_path: Path) -> None:
-    path = network(tmp_path / "float.onnx")
-    exact = outputs_of(path, IMAGES[:4])["logits"]
+    path = network(tmp_path / "float.onnx", "batch")
+    exact = outputs_of(path, IMAGES)["logits"]
     noise = {}
     for effort in Effort:
         report = quantized(path, replace(INT8, effort=effort, bits=5), tmp_path / "int8.onnx")
-        noise[effort] = sqnr(exact, outputs_of(tmp_path / "int8.onnx", IMAGES[:4])["logits"])
+        noise[effort] = sqnr(exact, outputs_of(tmp_path / "int8.onnx", IMAGES)["logits"])
         assert report.effort == effort.value
-    assert noise[Effort.BEST] > noise[Effort.FAST] + 0.5
+    assert noise[Effort.BEST] > noise[Effort.FAST] + 2.0
 
 
 @pytest.mark.parametrize("batch", [1, 4, "batch"])
