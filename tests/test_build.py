@@ -260,11 +260,14 @@ def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
     )
     builder += "time.sleep(60)"
     parent = textwrap.dedent(f"""
+        import signal
         import sys
         from pathlib import Path
         from resvit_engines import build
         from resvit_engines.errors import ResvitError
         from resvit_engines.targets import find_target
+        # Whoever runs the tests in the background makes them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         build._worker_command = lambda request: [sys.executable, "-c", {builder!r}, str(request)]
         build._installed = lambda module: module == "tensorrt_rtx_bindings"
         try:
