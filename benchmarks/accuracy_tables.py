@@ -69,33 +69,16 @@ def cost() -> str:
     return "\n".join(lines)
 
 
-def fidelity() -> str:
-    """Agreement and SQNR on timm's networks without trained weights."""
-    lines = ["| network | quantiser | precision | agreement | SQNR | MACs |", "|---|---|---|---|---|---|"]
-    for path in sorted(RESULTS.glob("quantizers-vit_*.json")):
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
-            if row["status"] == "ok" and row["bits"] == 8:
-                lines.append(
-                    f"| {result['model'].removeprefix('timm:')}, {result['weights']} | {row['label']} | "
-                    f"{row['precision'].upper()} | {100 * row['agreement']:.1f}% | {row['sqnr_db']:.1f} dB | "
-                    f"{100 * row['macs_share']:.1f}% |"
-                )
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Fill in the page."""
     tables = {
         "int8": comparison("int8", 8, ablation=False),
-        "int6": comparison("int8", 6, ablation=False),
         "int5": comparison("int8", 5, ablation=False),
         "fp8": comparison("fp8", 8, ablation=False),
         "ablation-int8": comparison("int8", 8, ablation=True),
         "ablation-int5": comparison("int8", 5, ablation=True),
         "ablation-fp8": comparison("fp8", 8, ablation=True),
         "cost": cost(),
-        "fidelity": fidelity(),
     }
     text = PAGE.read_text()
     for name, table in tables.items():
