@@ -15,6 +15,7 @@ from resvit_calibrate.estimators import Estimator
 from resvit_calibrate.ranges import Ranges, ranges_from
 from resvit_calibrate.statistics import Statistics, collect_statistics
 from resvit_engines.errors import ResvitError
+from resvit_quantize.graph import analyse
 from resvit_quantize.network import constant, network_from_onnx
 from resvit_quantize.quantize import _widened_channels, plan_quantization, quantize_model
 from resvit_quantize.report import QuantizeReport
@@ -232,7 +233,7 @@ def test_ranges_weigh_each_channel_by_what_its_readers_make_of_it(tmp_path: Path
     assert clip < 8
     assert ranges.amax("input", "int8", Estimator.MSE) > 50
     energy = np.square(weight, dtype=np.float64).sum(1)
-    channels = _widened_channels(network_from_onnx(path), statistics)["input"]
+    channels = _widened_channels(analyse(network_from_onnx(path)), statistics)["input"]
     absmax = statistics.tensors["input"].absmax
     assert clip == pytest.approx(amax_for_output(channels, energy, "int8", absmax), rel=1e-6)
 
@@ -241,7 +242,7 @@ def test_widened_channels_stay_within_the_tensor(tmp_path: Path) -> None:
     """A sample never reached further than all values; what is estimated does not either, nor falls behind it."""
     path = network(tmp_path / "float.onnx")
     _, statistics = calibrated(path)
-    wide = _widened_channels(network_from_onnx(path), statistics)
+    wide = _widened_channels(analyse(network_from_onnx(path)), statistics)
     assert wide
     grown = 0
     for name, channels in wide.items():

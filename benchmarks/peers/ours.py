@@ -22,17 +22,13 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
     without = tuple(settings.get("without", ()))
     chosen = quantize_settings(job.precision, str(settings["effort"]), job.bits, without)
 
-    def first_images(count: int) -> Iterator[npt.NDArray[np.float32]]:
-        for batch in job.calibration.batches(job.batch):
-            if count <= 0:
-                return
-            yield batch.images[:count]
-            count -= len(batch.images)
+    def first(count: int) -> Iterator[npt.NDArray[np.float32]]:
+        return job.calibration.first(count, job.batch)
 
     def run() -> None:
         statistics = collect_statistics(job.model, job.calibration.batches(job.batch))
         ranges = ranges_from(statistics, job.calibration.digest)
-        quantize_model(job.model, ranges, chosen, job.out, statistics=statistics, images=first_images)
+        quantize_model(job.model, ranges, chosen, job.out, statistics=statistics, images=first)
 
     return Work(run)
 

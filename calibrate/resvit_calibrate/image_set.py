@@ -76,6 +76,14 @@ class ImageSet(abc.ABC):
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream all images in order, ``batch_size`` at a time; the last batch may be smaller."""
 
+    def first(self, count: int, batch_size: int) -> Iterator[npt.NDArray[np.float32]]:
+        """Stream the first ``count`` images, or all if there are fewer, without their labels."""
+        for batch in self.batches(min(batch_size, max(count, 1))):
+            if count <= 0:
+                return
+            yield batch.images[:count]
+            count -= len(batch.images)
+
     @property
     @abc.abstractmethod
     def labels(self) -> npt.NDArray[np.int64] | None:

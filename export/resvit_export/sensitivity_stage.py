@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,6 @@ from resvit_export.recipe import Recipe
 from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from resvit_calibrate.data import ImageSet
     from resvit_export.pipeline import Pipeline
     from resvit_quantize.sensitivity import LayerDamage, Sensitivity
@@ -110,27 +107,17 @@ def _sensitivity_into(
     settings = quantize_settings(recipe)
     if Method(method) is Method.BRUTE_FORCE:
         found = brute_force_sensitivity(
-            model, load_ranges(ranges), settings, _first(data, images), reporter, precisions=precisions
+            model, load_ranges(ranges), settings, data.first(images, 16), reporter, precisions=precisions
         )
     else:
         found = measure_sensitivity(
             model,
             load_ranges(ranges),
             settings,
-            _first(data, images),
+            data.first(images, 16),
             reporter,
             images,
             precisions=precisions,
             seed=recipe.seed,
         )
     (folder / RESULT).write_bytes(pretty_json(found.to_json()))
-
-
-def _first(data: ImageSet, count: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The first ``count`` images, a few at a time."""
-    left = count
-    for batch in data.batches(min(16, count)):
-        yield batch.images[:left]
-        left -= len(batch.images)
-        if left <= 0:
-            return

@@ -21,10 +21,7 @@ from resvit_export.recipe import Recipe
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from resvit_calibrate.data import ImageSet, TrainingImages
-    from resvit_calibrate.statistics import Statistics
     from resvit_export.load import Network
     from resvit_quantize.settings import QuantizeSettings
 
@@ -166,10 +163,9 @@ def quantize_into(
     from resvit_quantize.recover import pinned_ranges, settings_behind_recovery
 
     settings, known = quantize_settings(recipe, precisions), load_ranges(ranges)
-    statistics: Statistics | None = load_statistics(ranges.with_name("statistics.npz"))
-    if recipe.recover == "always":
+    recovered = recipe.recover == "always"
+    if recovered:
         settings = settings_behind_recovery(settings)
-        statistics = None
         known = pinned_ranges(known, json.loads(model.with_name("clips.json").read_bytes()))
     out = folder / "model.onnx"
     if recipe.quantizer == "modelopt":
@@ -179,14 +175,16 @@ def quantize_into(
     else:
         from resvit_quantize.quantize import quantize_model
 
-        def first_images(count: int) -> Iterator[np.ndarray[Any, Any]]:
-            for batch in images.batches(batch_size):
-                if count <= 0:
-                    return
-                yield batch.images[:count]
-                count -= len(batch.images)
-
-        report = quantize_model(model, known, settings, out, reporter, statistics=statistics, images=first_images)
+        statistics = None if recovered else load_statistics(ranges.with_name("statistics.npz"))
+        report = quantize_model(
+            model,
+            known,
+            settings,
+            out,
+            reporter,
+            statistics=statistics,
+            images=lambda count: images.first(count, batch_size),
+        )
     _write_json(folder / "quantize.json", report.to_json())
 
 

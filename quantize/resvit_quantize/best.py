@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from resvit_calibrate.ranges import Ranges
@@ -17,7 +16,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_quantize.compensate import Compensation, compensate
 from resvit_quantize.graph import Analysis
-from resvit_quantize.network import static_shapes
+from resvit_quantize.layer_rows import columns_of, rows_for
 from resvit_quantize.patterns import node_matches
 from resvit_quantize.quantize import Plan, plan_quantization
 from resvit_quantize.sensitivity import COVERAGE, layers_to_exclude, measure_sensitivity
@@ -48,7 +47,7 @@ def learned_plan(
     """
     precision = settings.precision.value
     plan = plan_quantization(model, ranges, settings, statistics)
-    chunks = list(_chunks(images, plan.network))
+    chunks = list(_chunks(images, plan))
     if not chunks:
         raise ResvitError(
             "There are fewer calibration images than the model's batch.", "Give more --calibration-images."
@@ -80,12 +79,12 @@ def _asked_for(plan: Plan, settings: QuantizeSettings) -> set[str]:
     return included | set(settings.precisions)
 
 
-def _chunks(images: ImageSource, network: ir.Model) -> Iterable[np.ndarray]:
+def _chunks(images: ImageSource, plan: Plan) -> Iterable[np.ndarray]:
     """Calibration images in whole chunks of the graph's batch, as many as the memory holds."""
-    shape = network.graph.inputs[0].shape
+    shape = plan.network.graph.inputs[0].shape
     fixed = shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
     size = fixed or _DYNAMIC_CHUNK
-    wanted = max(min(_MOST, _MEMORY // max(2 * _live_bytes(network), 1)), size)
+    wanted = max(min(_MOST, _MEMORY // max(2 * _live_bytes(plan), 1)), size)
     waiting: list[np.ndarray] = []
     count = taken = 0
     for batch in images(wanted):
@@ -99,9 +98,9 @@ def _chunks(images: ImageSource, network: ir.Model) -> Iterable[np.ndarray]:
         yield np.concatenate(waiting)[: wanted - taken]
 
 
-def _live_bytes(network: ir.Model) -> int:
+def _live_bytes(plan: Plan) -> int:
     """The most bytes of FP32 activations that one image keeps alive at once."""
-    shapes = static_shapes(network)
+    network, shapes = plan.network, plan.analysis.shapes
     last: dict[str, int] = {}
     nodes = list(network.graph)
     for position, node in enumerate(nodes):
@@ -143,7 +142,6 @@ def _fitting(analysis: Analysis) -> float:
         shape = product.weight.shape if product.weight is not None else None
         if shape is None or not shape.is_static():
             continue
-        sizes = [int(size) for size in shape.numpy()]
-        columns = float(np.prod(sizes[1:])) if product.node.op_type == "Conv" else float(sizes[0])
-        total += min(max(4 * columns, 4096), 16_384) * columns**2 + 3.0 * columns**3
+        columns = columns_of(product.node, shape.numpy())
+        total += rows_for(columns) * columns**2 + 3.0 * columns**3
     return total

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_quantize.graph import captured_values
-from resvit_quantize.network import constant, static_shapes
+from resvit_quantize.network import constant, int_attribute, static_shapes
+from resvit_quantize.placement import channel_axis
 
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _PRODUCTS = frozenset({"Conv", *_LINEAR})
@@ -163,7 +164,7 @@ class _Follower:
         value, weight = node.inputs[0], constant(node.inputs[1])
         assert weight is not None
         # A stack of matrices has no one axis of channels, a transposed activation not at its end.
-        if node.op_type in _LINEAR and (weight.ndim != 2 or _flag(node, "transA")):
+        if node.op_type in _LINEAR and (weight.ndim != 2 or int_attribute(node, "transA")):
             return None
         axis = 1 if node.op_type == "Conv" else len(shape) - 1
         if value is not None and value in self.labels:
@@ -172,7 +173,7 @@ class _Follower:
                 self.fix(value)
             else:
                 self.read.append(Read(node, variables))
-        along = 0 if node.op_type == "Conv" or _flag(node, "transB") else 1
+        along = channel_axis(node)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         offset = constant(bias)
         fits = bias is None or (_own(bias) and offset is not None and _ends_in(offset, shape[axis]))
@@ -265,7 +266,7 @@ class _Follower:
             parts = [self.labels.get(v) if v is not None else None for v in node.inputs]
             if any(part is None for part in parts):
                 return None
-            return np.asarray(np.concatenate([p for p in parts if p is not None], axis=_flag(node, "axis")))
+            return np.asarray(np.concatenate([p for p in parts if p is not None], axis=int_attribute(node, "axis")))
         if value is None or value not in self.labels:
             return None
         labels, shapes = self.labels[value], [self.shape(output) for output in node.outputs]
@@ -276,7 +277,7 @@ class _Follower:
             perm = node.attributes.get("perm")
             return np.asarray(np.transpose(labels, None if perm is None else list(perm.as_ints())))
         if node.op_type == "Split":
-            axis = _flag(node, "axis")
+            axis = int_attribute(node, "axis")
             sizes = [shape[axis] for shape in shapes if shape is not None]
             whole = len(sizes) == len(shapes) and sum(sizes) == labels.shape[axis]
             return list(np.split(labels, np.cumsum(sizes)[:-1], axis)) if whole else None
@@ -284,7 +285,7 @@ class _Follower:
             return _sliced(node, labels)
         if node.op_type == "Gather":
             index = constant(node.inputs[1])
-            return None if index is None else np.asarray(np.take(labels, index, axis=_flag(node, "axis")))
+            return None if index is None else np.asarray(np.take(labels, index, axis=int_attribute(node, "axis")))
         return None
 
 
@@ -329,8 +330,3 @@ def _ends_in(array: np.ndarray, size: int) -> bool:
 def _own(value: ir.Value | None) -> bool:
     """Whether a constant has one reader."""
     return value is not None and constant(value) is not None and len(list(value.uses())) == 1
-
-
-def _flag(node: ir.Node, name: str, default: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()

@@ -24,17 +24,16 @@ from resvit_calibrate.sessions import cpu_count
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.fake_quant import fake_quantize
 from resvit_quantize.layer_rows import LayerRows, can_fit, grouped_weight, ungrouped_weight
-from resvit_quantize.placement import Edge, Weight, WeightKey, weight_key
+from resvit_quantize.placement import Edge, EdgeKey, Weight, WeightKey, edge_key, weight_key
 from resvit_quantize.qdq import (
     StoredWeight,
     largest_level,
     quantise_weight,
     require_finite,
     scale_from_amax,
-    weight_shape,
 )
 from resvit_quantize.quantize import Plan
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.torch_graph import TorchGraph
 
 _DAMPING = 0.01
@@ -57,7 +56,7 @@ class Compensation:
     """What the pass decided: weights in 8 bits, clips of activations, and biases to add to layers' outputs [O]."""
 
     stored: dict[WeightKey, StoredWeight] = field(default_factory=dict)
-    amax: dict[tuple[str, Precision], float] = field(default_factory=dict)
+    amax: dict[EdgeKey, float] = field(default_factory=dict)
     bias: dict[str, np.ndarray] = field(default_factory=dict)
     """By node name: what is added to the output, per channel."""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class _Run:
         self.found = Compensation(amax=dict(plan.amax))
         self.edges = {(edge.node, edge.index): edge for edge in plan.placement.edges}
         self.weights = {weight.node: weight for weight in plan.placement.weights}
-        self.readers = Counter(_edge_key(edge) for edge in plan.placement.edges)
+        self.readers = Counter(edge_key(edge) for edge in plan.placement.edges)
         self.shared = Counter(weight_key(weight)[0] for weight in plan.placement.weights)
         self.count = len(images)
         self.exact: dict[str, Chunks] = {graph.image: [torch.from_numpy(chunk) for chunk in images]}
@@ -148,7 +147,7 @@ class _Run:
         values.update({str(v.name): chunks for v, chunks in zip(node.outputs, outputs, strict=False)})
 
     def _quantized(self, edge: Edge, value: Tensor) -> Tensor:
-        clip, bits = self.found.amax[_edge_key(edge)], self.settings.bits
+        clip, bits = self.found.amax[edge_key(edge)], self.settings.bits
         scale = torch.tensor(scale_from_amax(clip, edge.precision, bits))
         return fake_quantize(value, scale, edge.precision, bits)
 
@@ -166,19 +165,21 @@ class _Run:
             target, reaching = rows.of(read) @ weight, rows.of(reached)  # [G, R, O/G], without the bias
             fits = target.shape[1] >= _FEWEST_ROWS
         if fits:
-            if self.settings.methods.output_ranges and self.readers[_edge_key(edge)] == 1:
-                self.found.amax[_edge_key(edge)] = self._clip(reaching, weight, target, edge)
-            self._fit(place, self._quantized(edge, reaching), target, array)
+            if self.settings.methods.output_ranges and self.readers[edge_key(edge)] == 1:
+                self.found.amax[edge_key(edge)] = self._clip(reaching, weight, target, edge)
+            self._fit(place, self._quantized(edge, reaching), target, weight)
         elif identity not in self.found.stored:
-            plain = quantise_weight(array, place.axis, place.precision, self.settings.bits)
-            self.found.stored[identity] = StoredWeight(*plain)
-        restored = _restored(self.found.stored[identity], place)
+            self.found.stored[identity] = self._nearest(place)
+        restored = torch.from_numpy(self.found.stored[identity].restored(place.axis))
         quantized = [self._quantized(edge, chunk) for chunk in reached]
         return [quantized, [restored] * self.count, *noisy[2:]]
 
+    def _nearest(self, place: Weight) -> StoredWeight:
+        return StoredWeight(*quantise_weight(require_finite(place), place.axis, place.precision, self.settings.bits))
+
     def _clip(self, noisy: Tensor, weight: Tensor, target: Tensor, edge: Edge) -> float:
         """The range with the least error at the layer's output."""
-        calibrated = chosen = self.found.amax[_edge_key(edge)]
+        calibrated = chosen = self.found.amax[edge_key(edge)]
         best = np.inf
         part = slice(None, None, max(noisy.shape[1] // 2048, 1))
         for share in _CLIPS:
@@ -193,11 +194,13 @@ class _Run:
                 best, chosen = error, calibrated * share
         return chosen
 
-    def _fit(self, place: Weight, rows: Tensor, target: Tensor, array: np.ndarray) -> None:
-        """Fit, round, and correct the bias, from quantised inputs [G, R, K] and float outputs [G, R, O/G]."""
+    def _fit(self, place: Weight, rows: Tensor, target: Tensor, trained: Tensor) -> None:
+        """Fit, round, and correct the bias of a layer of ``trained`` weights [G, K, O/G].
+
+        From quantised inputs [G, R, K] and float outputs [G, R, O/G].
+        """
         node, settings = place.node, self.settings
         held = torch.arange(rows.shape[1]) % _HELD_OUT == 0
-        trained = grouped_weight(node, torch.from_numpy(np.array(array)))  # [G, K, O/G]
         corrects = float(settings.methods.bias_correction)
         mean, wanted = (corrects * part[:, ~held].mean(1, keepdim=True) for part in (rows, target))
         inputs, outputs = rows - mean, target - wanted
@@ -214,20 +217,20 @@ class _Run:
         def rounded(weight: Tensor) -> StoredWeight:
             return round_weight(weight, hessian + _DAMPING * diagonal * identity, place, settings.bits)
 
-        plain = StoredWeight(*quantise_weight(array, place.axis, place.precision, settings.bits))
+        plain = self._nearest(place)
         fits = [trained]
         for ridge in _RIDGES:
             regular = hessian + ridge * diagonal * identity
             fits.append(trained + torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
         best = rounded(min(fits, key=error))
         power = float(outputs[:, held].square().sum()) + 1e-30
-        before = error(grouped_weight(node, _restored(plain, place))) / power
-        after = error(grouped_weight(node, _restored(best, place))) / power
+        before = error(grouped_weight(node, torch.from_numpy(plain.restored(place.axis)))) / power
+        after = error(grouped_weight(node, torch.from_numpy(best.restored(place.axis)))) / power
         if not after < before:
             best, after = plain, before
         self.found.stored[weight_key(place)] = best
         self.found.errors[str(node.name)] = before, after
-        restored = grouped_weight(node, _restored(best, place))
+        restored = grouped_weight(node, torch.from_numpy(best.restored(place.axis)))
         if settings.methods.bias_correction:
             alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
             self.found.bias[str(node.name)] = (alpha * (wanted - mean @ restored)).reshape(-1).numpy()
@@ -268,16 +271,6 @@ def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) 
     values = ungrouped_weight(node, found, shape).numpy()
     stored, _ = quantise_weight(values, place.axis, precision, bits, amax=scale.astype(np.float64) * largest)
     return StoredWeight(stored, scale)
-
-
-def _edge_key(edge: Edge) -> tuple[str, Precision]:
-    value = edge.node.inputs[edge.index]
-    return str(value and value.name), edge.precision
-
-
-def _restored(stored: StoredWeight, place: Weight) -> Tensor:
-    shape = weight_shape(stored.values, place.axis)[0]
-    return torch.from_numpy(stored.values.astype(np.float32) * stored.scale.reshape(shape))
 
 
 def _per_channel(node: ir.Node, bias: Tensor, output: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class Analysis:
     of: dict[ir.Node, Product]
     depth: dict[ir.Value, int]
     """Most weighted nodes on any way from a graph input to the value."""
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    """Shapes for one image by value name, where they can be told."""
     data: frozenset[ir.Value] = field(repr=False)
     """Values that depend on a graph input's content."""
 
@@ -77,7 +79,7 @@ def analyse(model: ir.Model) -> Analysis:
         Product(n, groups[n], _macs(n, shapes), _rows(n, shapes), n.inputs[1] if n in flow.weighted else None)
         for n in flow.products
     )
-    return Analysis(products, {p.node: p for p in products}, flow.depth, frozenset(flow.data))
+    return Analysis(products, {p.node: p for p in products}, flow.depth, shapes, frozenset(flow.data))
 
 
 class _Flow:

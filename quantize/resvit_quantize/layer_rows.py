@@ -30,9 +30,7 @@ class LayerRows:
         self.node, self.weight = node, tuple(weight)
         self.attributes = attributes_of(node)
         self.groups = int(self.attributes.get("group", 1)) if node.op_type == "Conv" else 1
-        columns = _columns(node, weight)
-        wanted = min(max(4 * columns, _LEAST_ROWS), _MOST_ROWS, max(_ROW_VALUES // (columns * self.groups), 256))
-        self.each = max(-(-wanted // chunks), 1)
+        self.each = max(-(-rows_for(columns_of(node, weight), self.groups) // chunks), 1)
         self.random = torch.Generator().manual_seed(0)
         self.positions: list[Tensor] = []
 
@@ -80,7 +78,13 @@ def ungrouped_weight(node: ir.Node, matrices: Tensor, shape: Sequence[int]) -> T
     return matrices.mT.reshape(tuple(shape))
 
 
-def _columns(node: ir.Node, weight: Sequence[int]) -> int:
+def rows_for(columns: int, groups: int = 1) -> int:
+    """How many rows are enough to fit ``columns`` weights of each output."""
+    return min(max(4 * columns, _LEAST_ROWS), _MOST_ROWS, max(_ROW_VALUES // (columns * groups), 256))
+
+
+def columns_of(node: ir.Node, weight: Sequence[int]) -> int:
+    """The inputs that each output of a layer sums over."""
     if node.op_type == "Conv":
         return math.prod(weight[1:])
     transposed: Any = node.op_type == "Gemm" and attributes_of(node).get("transB")

@@ -84,6 +84,11 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
+    """An integer attribute, or what it is where the node does not say."""
+    return node.attributes.get_int(name, default)
+
+
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """All nodes in order, those of subgraphs after the node that holds them."""
     return iter(ir.traversal.RecursiveGraphIterator(model.graph))

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_quantize.graph import Analysis, Group, Product
-from resvit_quantize.network import constant
+from resvit_quantize.network import constant, int_attribute
 from resvit_quantize.patterns import nodes_matching
 from resvit_quantize.settings import Precision
 
@@ -55,8 +55,16 @@ class Weight:
     precision: Precision
 
 
+EdgeKey: TypeAlias = tuple[str, Precision]
+"""What makes two Q/DQ pairs one: the tensor's name and the precision."""
 WeightKey: TypeAlias = tuple[str, int, Precision]
 """What makes two stored weights one: the constant's name, the channel axis and the precision."""
+
+
+def edge_key(edge: Edge) -> EdgeKey:
+    """The identity of the Q/DQ pair that an edge reads through."""
+    value = edge.node.inputs[edge.index]
+    return str(value and value.name), edge.precision
 
 
 def weight_key(weight: Weight) -> WeightKey:
@@ -117,7 +125,7 @@ def place(
         reasons[product.name] = reason
         chosen[node] = used
         edges.append(Edge(node, 0, reason, used))
-        weights.append(Weight(node, 1, _channel_axis(node), used))
+        weights.append(Weight(node, 1, channel_axis(node), used))
     shared = {(edge.node.inputs[edge.index], edge.precision) for edge in edges}
     for add, (shortcut, convolution) in adds.items():
         tensor = add.inputs[shortcut]
@@ -139,9 +147,9 @@ def _impossible(product: Product, unfit: dict[str, str]) -> str | None:
         return "the weight is not an FP32 constant"
     if node.op_type in ("MatMul", "Gemm") and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions"
-    if node.op_type == "Gemm" and _flag(node, "transA"):
+    if node.op_type == "Gemm" and int_attribute(node, "transA"):
         return "the activation is transposed"
-    if node.op_type == "ConvTranspose" and _flag(node, "group", 1) != 1:
+    if node.op_type == "ConvTranspose" and int_attribute(node, "group", 1) != 1:
         return "grouped transposed convolution"
     return unfit.get(str(node.inputs[0].name)) if node.inputs[0] is not None else "no input"
 
@@ -160,7 +168,7 @@ def _unwise(product: Product, precision: Precision) -> str | None:
         return f"a dimension of {small} is under {_SMALL}" if small < _SMALL else None
     if precision is not Precision.FP8:
         return None
-    groups = _flag(node, "group", 1)
+    groups = int_attribute(node, "group", 1)
     outputs, inputs = weight.shape[:2] if node.op_type == "Conv" else weight.shape[1::-1]
     channels = min(inputs, outputs // groups if node.op_type == "Conv" else outputs)
     if channels <= _SMALL:
@@ -169,12 +177,12 @@ def _unwise(product: Product, precision: Precision) -> str | None:
     return f"FP8 convolution with a filter of {taps} taps has no kernel" if taps > _FP8_FILTER else None
 
 
-def _channel_axis(node: ir.Node) -> int:
+def channel_axis(node: ir.Node) -> int:
     """The axis of the weight that runs over output channels."""
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
-        return 0 if _flag(node, "transB") else 1
+        return 0 if int_attribute(node, "transB") else 1
     return 1
 
 
@@ -224,8 +232,3 @@ def _is_normalising(node: ir.Node) -> bool:
     """Whether a node is a norm over image maps, or a part of one: it has one computed operand."""
     computed = [v for v in node.inputs if v is not None and constant(v) is None]
     return node.op_type in _NORM_PARTS and len(computed) == 1
-
-
-def _flag(node: ir.Node, name: str, default: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()

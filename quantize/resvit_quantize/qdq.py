@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.placement import Placement, Weight, WeightKey, weight_key
+from resvit_quantize.placement import EdgeKey, Placement, Weight, WeightKey, edge_key, weight_key
 from resvit_quantize.settings import Precision
 
 LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}
@@ -29,6 +29,11 @@ class StoredWeight:
 
     values: np.ndarray
     scale: np.ndarray
+
+    def restored(self, axis: int) -> np.ndarray:
+        """What DequantizeLinear gives: float32, of the weight's shape, with the scales along ``axis``."""
+        shape, _ = weight_shape(self.values, axis)
+        return np.asarray(self.values.astype(np.float32) * self.scale.reshape(shape))
 
 
 def largest_level(precision: Precision, bits: int = 8) -> float:
@@ -75,7 +80,7 @@ def quantise_weight(
 def insert_qdq(
     model: ir.Model,
     placement: Placement,
-    amax: Mapping[tuple[str, Precision], float],
+    amax: Mapping[EdgeKey, float],
     stored: Mapping[WeightKey, StoredWeight],
     bits: int = 8,
 ) -> None:
@@ -99,7 +104,7 @@ def insert_qdq(
                 zeros[edge.precision] = add_initializer(model, _new("qdq/zero", names), zero)
             alone = not any(known is value for known, _ in pairs)
             base = str(value.name) if alone else f"{value.name}/{edge.precision.value}"
-            clip = amax[str(value.name), edge.precision]
+            clip = amax[edge_key(edge)]
             pairs[key] = _pair(model, value, base, clip, edge.precision, zeros[edge.precision], bits)
         edge.node.replace_input_with(edge.index, pairs[key])
     kept: dict[WeightKey, tuple[ir.Value, ir.Value, ir.Value]] = {}

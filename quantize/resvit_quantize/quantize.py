@@ -20,17 +20,17 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.biases import add_biases
 from resvit_quantize.graph import Analysis, analyse
 from resvit_quantize.half import half_from_network
-from resvit_quantize.network import constant, network_from_onnx, onnx_from_network, static_shapes
+from resvit_quantize.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.patterns import node_matches
-from resvit_quantize.placement import Edge, Placement, place
+from resvit_quantize.placement import Edge, EdgeKey, Placement, edge_key, place
 from resvit_quantize.qdq import (
     LARGEST,
     LARGEST_SCALE,
     SMALLEST_SCALE,
+    StoredWeight,
     insert_qdq,
     quantise_weight,
     require_finite,
-    weight_shape,
 )
 from resvit_quantize.report import QuantizeReport, SmoothedTensor, report_from_graph
 from resvit_quantize.settings import Effort, Precision, QuantizeSettings
@@ -49,7 +49,7 @@ class Plan:
     """In FP32; equal in its outputs to the model that the plan was made from."""
     analysis: Analysis
     placement: Placement
-    amax: dict[tuple[str, Precision], float]
+    amax: dict[EdgeKey, float]
     """The clip of each quantised tensor at each precision that it is quantised to."""
     moved: tuple[Moved, ...] = ()
     means: dict[str, np.ndarray] = field(default_factory=dict)
@@ -73,13 +73,13 @@ def plan_quantization(
     own = dict.fromkeys(spared, Precision.FP16) | dict(settings.precisions)
     placement = place(analysis, precision, settings.include, settings.exclude, unfit, own)
     placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
-    channels = _widened_channels(network, statistics) if statistics else {}
+    channels = _widened_channels(analysis, statistics) if statistics else {}
     moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
     smoothed = {item.tensor: item for item in moved}
-    amax: dict[tuple[str, Precision], float] = {}
+    amax: dict[EdgeKey, float] = {}
     for edge in placement.edges:
         value = edge.node.inputs[edge.index]
-        key = str(value and value.name), edge.precision
+        key = edge_key(edge)
         if key in amax:
             continue
         if key[0] in smoothed:
@@ -93,18 +93,17 @@ def plan_quantization(
     return Plan(network, analysis, placement, amax, moved, means)
 
 
-def _widened_channels(network: ir.Model, statistics: Statistics) -> dict[str, ChannelStatistics]:
+def _widened_channels(analysis: Analysis, statistics: Statistics) -> dict[str, ChannelStatistics]:
     """Statistics by channel, with each channel's maximum over all values estimated from that of its sample.
 
     A sample of n of N values misses the largest: for Gaussian tails the expected maximum grows with the root of the
     logarithm, from n to N. No channel can exceed the tensor's exact maximum.
     """
-    shapes = static_shapes(network)
     found: dict[str, ChannelStatistics] = {}
     for name, entry in statistics.tensors.items():
         if (seen := entry.channels) is None:
             continue
-        values = math.prod(shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
+        values = math.prod(analysis.shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
         sampled = np.maximum(seen.count, 2)
         factor = np.sqrt(np.maximum(math.log(max(values, 2.0)) / np.log(sampled), 1.0))
         widest = np.minimum(seen.absmax * factor, entry.absmax).astype(np.float32)
@@ -148,9 +147,9 @@ def _output_amax(
         array = constant(weight.node.inputs[weight.index])
         if array is None:
             continue
-        by_input = Reader(weight.node, array).by_input()
-        if len(by_input) == len(energy):
-            energy += np.square(by_input, dtype=np.float64).sum(axis=1)
+        read = Reader(weight.node, array).energy()
+        if len(read) == len(energy):
+            energy += read
     if not energy.any():
         energy += 1.0
     absmax = max(abs(seen.minimum), abs(seen.maximum))
@@ -227,10 +226,8 @@ def mean_errors(plan: Plan, bits: int = 8) -> dict[str, np.ndarray]:
         weight = require_finite(place_)
         if mean is None or node.op_type == "ConvTranspose":
             continue
-        rounded, scale = quantise_weight(weight, place_.axis, place_.precision, bits)
-        shape, _ = weight_shape(weight, place_.axis)
-        error = weight - rounded.astype(np.float32) * scale.reshape(shape)
-        reader = Reader(node, error)
+        rounded = StoredWeight(*quantise_weight(weight, place_.axis, place_.precision, bits))
+        reader = Reader(node, weight - rounded.restored(place_.axis))
         if len(reader.by_input()) == len(mean):
             found[str(node.name)] = reader.mean_output(mean).astype(np.float32)
     return found

@@ -35,7 +35,7 @@ from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.placement import WeightKey, weight_key
-from resvit_quantize.qdq import quantise_weight
+from resvit_quantize.qdq import StoredWeight, quantise_weight
 from resvit_quantize.quantize import Plan, plan_quantization
 from resvit_quantize.settings import Effort, QuantizeSettings
 
@@ -184,7 +184,7 @@ def recover_model(
     :class:`ResvitError` where nothing is quantised, where the graph has an operator without gradients, for fewer
     than 128 images, and for images that the graph cannot read.
     """
-    from resvit_quantize.torch_recover import train
+    from resvit_quantize.torch_recover import Training
 
     # What --effort best would learn, the training learns better.
     settings = dataclasses.replace(settings, effort=Effort.FAST)
@@ -211,14 +211,13 @@ def recover_model(
     }
     key = sha256_bytes(canonical_json(facts))
     teacher = network_from_onnx(model)
-    trained, report = train(plan, teacher, settings.bits, images, wanted, options, state, key, reporter)
+    trained, report = Training(plan, teacher, settings.bits, images, wanted, options, state, key, reporter).run()
     grids = on_grid(plan)
     for name, array in trained.items():
         if name in grids:
             _, axis, precision = grids[name]
-            values, scale = quantise_weight(array, axis, precision, settings.bits)
-            shape = [-1 if i == axis else 1 for i in range(array.ndim)]
-            array = values.astype(np.float32) * scale.reshape(shape)  # noqa: PLW2901
+            stored = StoredWeight(*quantise_weight(array, axis, precision, settings.bits))
+            array = stored.restored(axis)  # noqa: PLW2901
         plan.network.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(array), name=name)
     onnx_from_network(plan.network, out)
     state.unlink(missing_ok=True)

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from resvit_calibrate.channels import channel_error
 from resvit_calibrate.histogram import ChannelStatistics
 from resvit_quantize.channel_flow import Flow, channel_flow
-from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.placement import Placement
+from resvit_quantize.network import add_initializer, constant, int_attribute
+from resvit_quantize.placement import Placement, channel_axis, edge_key
 from resvit_quantize.qdq import largest_level
 from resvit_quantize.settings import Precision
 
@@ -54,20 +54,24 @@ class Reader:
         """The weight as [C, G-outputs·taps]: all that each input channel is multiplied by."""
         node, weight = self.node, self.weight
         if node.op_type in _LINEAR:
-            transposed = node.op_type == "Gemm" and _flag(node, "transB")
+            transposed = node.op_type == "Gemm" and int_attribute(node, "transB")
             return np.asarray(weight.T if transposed else weight)
-        groups = _flag(node, "group", 1)
+        groups = int_attribute(node, "group", 1)
         parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # [G, O/G, C/G, taps]
         return np.asarray(parts.transpose(0, 2, 1, 3).reshape(groups * weight.shape[1], -1))
+
+    def energy(self) -> np.ndarray:
+        """The sum of squares [C] of all that each input channel is multiplied by."""
+        return np.asarray(np.square(self.by_input(), dtype=np.float64).sum(axis=1))
 
     def mean_output(self, mean: np.ndarray) -> np.ndarray:
         """What inputs of the constant values ``mean`` [C] give at the outputs [O]."""
         node, weight = self.node, self.weight
         if node.op_type in _LINEAR:
-            transposed = node.op_type == "Gemm" and _flag(node, "transB")
+            transposed = node.op_type == "Gemm" and int_attribute(node, "transB")
             alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
             return np.asarray(alpha * (weight @ mean if transposed else mean @ weight))
-        groups = _flag(node, "group", 1)
+        groups = int_attribute(node, "group", 1)
         parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).sum(axis=3)
         return np.asarray(np.einsum("goc,gc->go", parts, mean.reshape(groups, -1)).reshape(-1))
 
@@ -75,9 +79,9 @@ class Reader:
         """The weight with each input channel multiplied by ``scale`` [C]."""
         node, weight = self.node, self.weight
         if node.op_type in _LINEAR:
-            transposed = node.op_type == "Gemm" and _flag(node, "transB")
+            transposed = node.op_type == "Gemm" and int_attribute(node, "transB")
             return np.asarray(weight * (scale if transposed else scale[:, None]))
-        groups = _flag(node, "group", 1)
+        groups = int_attribute(node, "group", 1)
         factor = np.repeat(scale.reshape(groups, 1, weight.shape[1]), weight.shape[0] // groups, axis=1)
         return np.asarray(weight * factor.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2)))
 
@@ -166,9 +170,7 @@ class _Group:
                 self.readers.append((Reader(read.node, weight), read.variables, precisions.get(read.node), seen))
         self.tensors = {n: v for n, v in flow.tensors.items() if np.isin(v, variables).any()}
         self.seen = {name: channels[name] for name in self.tensors}
-        self.kinds = {
-            name: {e.precision for e in placement.edges if str(_name(e.node, e.index)) == name} for name in self.tensors
-        }
+        self.kinds = {name: {e.precision for e in placement.edges if edge_key(e)[0] == name} for name in self.tensors}
         self.energy = {name: self._energy(name) for name in self.tensors}
 
     def _energy(self, name: str) -> np.ndarray:
@@ -177,7 +179,7 @@ class _Group:
         power = self.seen[name].mean_square.astype(np.float64)
         for reader, _, precision, _ in self.readers:
             if str(_name(reader.node, 0)) == name and precision is not None:
-                energy = np.square(reader.by_input(), dtype=np.float64).sum(axis=1)
+                energy = reader.energy()
                 total += energy / max(float(energy @ power), 1e-30)
         return total if total.any() else np.full(len(power), 1.0 / max(float(power.sum()), 1e-30))
 
@@ -244,13 +246,13 @@ def _least_error(
 def _weight_error(seen: ChannelStatistics, reader: Reader, scale: np.ndarray, precision: Precision, bits: int) -> float:
     """The share of noise at the outputs from weights in INT8: uniform within the steps of each output channel."""
     weight = reader.scaled(scale).astype(np.float64)
-    axis = output_axis(reader.node)
+    axis = channel_axis(reader.node)
     others = tuple(index for index in range(weight.ndim) if index != axis)
     steps = np.abs(weight).max(axis=others) / largest_level(precision, bits)
     power = seen.mean_square.astype(np.float64)
     inputs = weight.size / weight.shape[axis]
     noise = np.square(steps).sum() / 12.0 * inputs * float((power / np.square(scale)).mean())
-    signal = float(np.square(reader.by_input(), dtype=np.float64).sum(axis=1) @ power)
+    signal = float(reader.energy() @ power)
     return float(noise) / max(signal, 1e-30)
 
 
@@ -260,14 +262,14 @@ def _clips(
     """The clip of a scaled tensor at each precision that it is quantised to."""
     found: dict[Precision, float] = {}
     for edge in placement.edges:
-        if str(_name(edge.node, edge.index)) != name or edge.precision in found:
+        if edge_key(edge)[0] != name or edge.precision in found:
             continue
         energy = np.zeros(len(scale))
         for weight in placement.weights:
             array = constant(weight.node.inputs[1]) if _name(weight.node, 0) == name else None
             if array is not None:
-                by_input = Reader(weight.node, array).by_input()
-                energy += np.square(by_input, dtype=np.float64).sum(axis=1) if len(by_input) == len(scale) else 0.0
+                read = Reader(weight.node, array).energy()
+                energy += read if len(read) == len(scale) else 0.0
         energy = energy if energy.any() else np.ones(len(scale))
         found[edge.precision] = _least_error(seen, energy, scale, edge.precision, bits, candidates=24)[1]
     return found
@@ -298,15 +300,3 @@ def _replace(model: ir.Model, node: ir.Node, index: int, array: np.ndarray) -> N
 def _name(node: ir.Node, index: int) -> str | None:
     value = node.inputs[index]
     return None if value is None else value.name
-
-
-def output_axis(node: ir.Node) -> int:
-    """The axis of a product's weight that runs over output channels."""
-    if node.op_type == "Conv":
-        return 0
-    return 0 if node.op_type == "Gemm" and _flag(node, "transB") else 1
-
-
-def _flag(node: ir.Node, name: str, default: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()

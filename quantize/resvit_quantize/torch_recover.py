@@ -86,22 +86,9 @@ class _State:
         return tuple(Score(**item) for item in self.history)  # type: ignore[arg-type]
 
 
-def train(
-    plan: Plan,
-    teacher: ir.Model,
-    bits: int,
-    images: TrainingImages,
-    count: int,
-    options: RecoverOptions,
-    state_file: Path,
-    key: str,
-    reporter: Reporter,
-) -> tuple[dict[str, npt.NDArray[np.float32]], RecoverReport]:
-    """Train on ``count`` of the images against ``teacher``; return the best constants, not on grids, and the report."""
-    return _Training(plan, teacher, bits, images, count, options, state_file, key, reporter).run()
+class Training:
+    """Training on ``count`` of the images against ``teacher``."""
 
-
-class _Training:
     def __init__(
         self,
         plan: Plan,
@@ -129,6 +116,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0.0)
 
     def run(self) -> tuple[dict[str, npt.NDArray[np.float32]], RecoverReport]:
+        """Train, and return the best constants, not on grids, and the report."""
         state = self._resumed()
         began = time.monotonic() - (state.seconds if state else 0.0)
         if state is None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.fake_quant import fake_quantize
-from resvit_quantize.placement import WeightKey, weight_key
-from resvit_quantize.qdq import quantise_weight, require_finite, scale_from_amax, weight_shape
+from resvit_quantize.placement import WeightKey, edge_key, weight_key
+from resvit_quantize.qdq import StoredWeight, quantise_weight, require_finite, scale_from_amax
 from resvit_quantize.settings import Precision
 from resvit_quantize.torch_graph import Reading, TorchGraph
 from resvit_quantize.units import UnitPlan
@@ -186,16 +186,14 @@ def _sites(plans: Sequence[UnitPlan], bits: int) -> dict[ir.Node, list[_Site]]:
                 node = nodes[str(owner.name)]
                 here.setdefault(node, _Site((plan.precision.value, name), plan.precision, {}, {}))
             for edge in unit.edges:
-                value = edge.node.inputs[edge.index]
-                scale = scale_from_amax(plan.plan.amax[str(value and value.name), edge.precision], edge.precision, bits)
+                scale = scale_from_amax(plan.plan.amax[edge_key(edge)], edge.precision, bits)
                 here[nodes[str(edge.node.name)]].scales[edge.index] = torch.from_numpy(np.asarray(scale))
             for weight in unit.weights:
                 identity = weight_key(weight)
                 if identity not in kept:
                     array = require_finite(weight)
-                    stored, scales = quantise_weight(array, weight.axis, weight.precision, bits)
-                    shape, _ = weight_shape(array, weight.axis)
-                    kept[identity] = torch.from_numpy(stored.astype(np.float32) * scales.reshape(shape))
+                    stored = StoredWeight(*quantise_weight(array, weight.axis, weight.precision, bits))
+                    kept[identity] = torch.from_numpy(stored.restored(weight.axis))
                 here[nodes[str(weight.node.name)]].weights[weight.index] = kept[identity]
         for node, site in here.items():
             found.setdefault(node, []).append(site)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.fake_quant import fake_quantize
-from resvit_quantize.placement import Weight
+from resvit_quantize.placement import EdgeKey, Weight, edge_key
 from resvit_quantize.qdq import LARGEST_SCALE, SMALLEST_SCALE, largest_level, scale_from_amax, weight_shape
 from resvit_quantize.quantize import Plan
 from resvit_quantize.recover import trainable_constants
-from resvit_quantize.settings import Precision
 from resvit_quantize.torch_graph import TorchGraph
 
 Outputs = dict[str, Tensor]
@@ -33,13 +32,12 @@ class Student:
             parameter.requires_grad_(False)
         self.trained = {name: self.graph.tensor(name).requires_grad_() for name in names}
         self._weights = {(place.node, place.index): place for place in plan.placement.weights}
-        self._edges: dict[tuple[ir.Node, int], tuple[str, Precision]] = {}
-        self._scales: dict[tuple[str, Precision], Tensor] = {}
-        self.stretches: dict[tuple[str, Precision], Tensor] = {}
+        self._edges: dict[tuple[ir.Node, int], EdgeKey] = {}
+        self._scales: dict[EdgeKey, Tensor] = {}
+        self.stretches: dict[EdgeKey, Tensor] = {}
         """Natural logarithm of each learned scale over the calibrated one."""
         for edge in plan.placement.edges:
-            value = edge.node.inputs[edge.index]
-            key = str(value and value.name), edge.precision
+            key = edge_key(edge)
             self._edges[edge.node, edge.index] = key
             if key not in self._scales:
                 scale = scale_from_amax(plan.amax[key], edge.precision, bits)
