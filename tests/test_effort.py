@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSetting
 pytest.importorskip("torch")
 
 INT8 = QuantizeSettings(Precision.INT8)
+METHODS = [field.name for field in fields(Methods)]
 BEST = replace(INT8, effort=Effort.BEST)
 IMAGES = np.random.default_rng(0).standard_normal((48, 3, 16, 16)).astype(np.float32)
 
@@ -109,7 +110,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, effort: Effort) -> None:
 
 
 @pytest.mark.parametrize("effort", Effort)
-@pytest.mark.parametrize("method", ["smoothing", "output_ranges", "bias_correction", "sparing"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_switch(tmp_path: Path, effort: Effort, method: str) -> None:
     path = network(tmp_path / "float.onnx", blocks=1, stem=8)
     settings = replace(INT8, effort=effort)
@@ -125,7 +126,7 @@ def test_every_method_has_a_switch(tmp_path: Path, effort: Effort, method: str) 
 def test_all_methods_off_are_the_estimators_ranges_alone(tmp_path: Path) -> None:
     path = network(tmp_path / "float.onnx", blocks=1)
     ranges, statistics = calibrated(path)
-    off = replace(INT8, methods=Methods(False, False, False, False))
+    off = replace(INT8, methods=Methods(**dict.fromkeys(METHODS, False)))
     quantize_model(path, ranges, off, tmp_path / "with.onnx", statistics=statistics)
     quantize_model(path, ranges, off, tmp_path / "without.onnx")
     assert (tmp_path / "with.onnx").read_bytes() == (tmp_path / "without.onnx").read_bytes()

@@ -137,8 +137,8 @@ ABLATIONS: tuple[Method, ...] = tuple(
         ablation=True,
     )
     for effort, names in (
-        ("fast", ("smoothing", "output_ranges", "bias_correction", "sparing")),
-        ("best", ("smoothing", "output_ranges", "sparing")),
+        ("fast", ("smoothing", "shifting", "output_ranges", "bias_correction", "sparing")),
+        ("best", ("smoothing", "shifting", "output_ranges", "sparing")),
     )
     for name in names
 )

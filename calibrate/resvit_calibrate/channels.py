@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from resvit_calibrate.estimators import DEAD_AMAX, SMALLEST_AMAX, grid_levels, rounded, squared_error_integral
 from resvit_calibrate.histogram import LOG_BINS, ChannelStatistics
 
-__all__ = ["ChannelStatistics", "amax_for_output", "channel_error"]
+__all__ = ["ChannelStatistics", "amax_for_output", "channel_error", "shifted"]
 
 Floats = NDArray[np.float64]
 
@@ -99,6 +99,38 @@ def amax_for_output(
     fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, _COARSE - 1)], _FINE)
     candidates = np.append(fine, largest)
     return float(np.clip(candidates[damage(candidates).argmin()], SMALLEST_AMAX, largest))
+
+
+def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: float = 1.0) -> ChannelStatistics:
+    """The statistics of a tensor after ``centre`` [C] has been taken from its channels.
+
+    Of values of magnitude up to ``small`` either sign is as likely; all others have the sign of ``sign``.
+    """
+    spread = _spread(channels)
+    count = channels.count.size
+    middles = np.broadcast_to((spread.edges[:-1] + spread.edges[1:]) / 2.0, spread.masses.shape)
+    middles = np.minimum(middles, channels.absmax[:, None])
+    both = middles <= small
+    zeros = np.maximum(channels.count - channels.log_histogram.sum(axis=1), 0.0)
+    # [C, 2·384 + 2]: towards ``sign``, against it, exact zeros, and the largest value of each channel.
+    largest = sign * channels.absmax.astype(np.float64)[:, None]
+    values = np.concatenate([sign * middles, -sign * middles, np.zeros((count, 1)), largest], axis=1)
+    half = np.where(both, 0.5, 0.0) * spread.masses
+    masses = np.concatenate([spread.masses - half, half, zeros[:, None], np.ones((count, 1))], axis=1)
+    moved = np.abs(values - centre[:, None])
+    reach = np.where(masses > 0, moved, 0.0).max(axis=1)
+    anchor = max(int(np.frexp(reach.max())[1]), channels.anchor - LOG_BINS // 2)
+    emptied = dataclasses.replace(channels, anchor=anchor)
+    bins = np.clip(np.searchsorted(emptied.edges, moved, "right") - 1, 0, LOG_BINS - 1)
+    flat = np.arange(count)[:, None] * LOG_BINS + bins
+    counted = np.bincount(flat.ravel(), masses.ravel(), count * LOG_BINS).reshape(count, LOG_BINS)
+    return dataclasses.replace(
+        emptied,
+        mean=channels.mean - centre,
+        mean_square=np.maximum(channels.mean_square - 2.0 * centre * channels.mean + centre**2, 0.0),
+        absmax=reach.astype(np.float32),
+        log_histogram=np.rint(counted).astype(np.int32),
+    )
 
 
 def _mean_errors(edges: Floats, amax: Floats, precision: str, bits: int) -> Floats:

@@ -71,6 +71,8 @@ def _behind(model: ir.Model, node: ir.Node, correction: np.ndarray) -> None:
 
 
 def _named(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    while name in model.graph.initializers:  # corrected for another reason before
+        name += "/again"
     return add_initializer(model, name, np.ascontiguousarray(array, np.float32))
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from resvit_calibrate.channels import amax_for_output
 from resvit_calibrate.estimators import Estimator
 from resvit_calibrate.histogram import ChannelStatistics
-from resvit_calibrate.ranges import Ranges, TensorRange
+from resvit_calibrate.ranges import Ranges
 from resvit_calibrate.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
@@ -34,6 +34,7 @@ from resvit_quantize.qdq import (
 )
 from resvit_quantize.report import QuantizeReport, SmoothedTensor, report_from_graph
 from resvit_quantize.settings import Effort, Precision, QuantizeSettings
+from resvit_quantize.shifting import Opened, close_activations, open_activations
 from resvit_quantize.smoothing import Moved, Reader, smooth
 
 _SPARED = 0.02
@@ -74,8 +75,14 @@ def plan_quantization(
     placement = place(analysis, precision, settings.include, settings.exclude, unfit, own)
     placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
     channels = _widened_channels(analysis, statistics) if statistics else {}
+    opened: tuple[Opened, ...] = ()
+    if methods.shifting:
+        opened = open_activations(network, placement, channels, ranges.tensors, settings.bits)
+        channels |= {item.tensor: item.channels for item in opened}
     moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
+    close_activations(network, opened)
     smoothed = {item.tensor: item for item in moved}
+    shifted = {item.tensor for item in opened}
     amax: dict[EdgeKey, float] = {}
     for edge in placement.edges:
         value = edge.node.inputs[edge.index]
@@ -84,8 +91,14 @@ def plan_quantization(
             continue
         if key[0] in smoothed:
             amax[key] = smoothed[key[0]].amax[edge.precision]
+        elif key[0] in shifted:
+            amax[key] = _output_amax(
+                placement, value, channels[key[0]], float(channels[key[0]].absmax.max()), edge, settings
+            )
         elif methods.output_ranges and settings.estimator is Estimator.MSE and key[0] in channels:
-            amax[key] = _output_amax(placement, value, channels[key[0]], ranges.tensors[key[0]], edge, settings)
+            seen = ranges.tensors[key[0]]
+            absmax = max(abs(seen.minimum), abs(seen.maximum))
+            amax[key] = _output_amax(placement, value, channels[key[0]], absmax, edge, settings)
         else:
             amax[key] = ranges.amax(key[0], edge.precision.value, settings.estimator)
     means = {name: entry.mean for name, entry in channels.items()}
@@ -135,11 +148,11 @@ def _output_amax(
     placement: Placement,
     value: ir.Value | None,
     channels: ChannelStatistics,
-    seen: TensorRange,
+    absmax: float,
     edge: Edge,
     settings: QuantizeSettings,
 ) -> float:
-    """The clip with the least error at the outputs of all weighted readers of one precision."""
+    """The clip up to ``absmax`` with the least error at the outputs of all weighted readers of one precision."""
     energy = np.zeros(len(channels.absmax))
     for weight in placement.weights:
         if weight.node.inputs[0] is not value or weight.precision is not edge.precision:
@@ -152,7 +165,6 @@ def _output_amax(
             energy += read
     if not energy.any():
         energy += 1.0
-    absmax = max(abs(seen.minimum), abs(seen.maximum))
     return amax_for_output(channels, energy, edge.precision.value, absmax, settings.bits)
 
 
@@ -193,7 +205,7 @@ def quantize_model(
         add_biases(network, biases)
     amax = plan.amax if compensation is None else compensation.amax
     moved = {item.tensor for item in plan.moved}
-    clips = {name: float(clip) for (name, _), clip in sorted(amax.items()) if name not in moved}
+    clips = {n: float(clip) for (n, _), clip in sorted(amax.items()) if n in ranges.tensors and n not in moved}
     largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
     kept = half_from_network(network, largest)
     size = onnx_from_network(network, out)

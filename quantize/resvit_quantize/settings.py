@@ -25,7 +25,7 @@ class Effort(str, enum.Enum):
     FAST = "fast"
     """Closed forms on the calibration statistics alone."""
     BEST = "best"
-    """Also learns rounding, ranges and biases on the calibration images, by gradient descent."""
+    """Also fits rounding, ranges and biases to the calibration images, layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Methods:
 
     smoothing: bool = True
     """Scales move between channels and weights where that costs nothing at run time."""
+    shifting: bool = True
+    """Activations of one sign, such as GELU's, are moved to the middle of the grid in the kernel that computes them."""
     output_ranges: bool = True
     """Ranges are chosen for the least error at the layer's output, not of the tensor itself."""
     bias_correction: bool = True
