@@ -14,7 +14,6 @@ from quantize_graphs import Graph, outputs_of, sqnr
 from resvit_calibrate.estimators import Estimator
 from resvit_calibrate.ranges import ranges_from
 from resvit_calibrate.statistics import collect_statistics
-from resvit_quantize.biases import add_biases
 from resvit_quantize.network import onnx_from_network
 from resvit_quantize.placement import Weight, weight_key
 from resvit_quantize.qdq import insert_qdq, largest_level, quantise_weight
@@ -61,8 +60,7 @@ def written(plan: Plan, found: Compensation | None, bits: int, out: Path) -> Pat
     if found is None:
         insert_qdq(plan.network, plan.placement, plan.amax, {}, bits)
     else:
-        insert_qdq(plan.network, plan.placement, found.amax, found.stored, bits)
-        add_biases(plan.network, found.bias)
+        found.insert_into(plan.network, plan.placement, bits)
     onnx_from_network(plan.network, out)
     return out
 
@@ -193,7 +191,8 @@ FITTED = [depthwise, grouped, strided, dilated, same_lower, gemm, scaled_gemm, t
 def test_every_kind_of_layer_gains(tmp_path: Path, build: Callable[[Graph], str]) -> None:
     g = Graph("batch", 16, 8, 8)
     path = g.save(tmp_path / "float.onnx", build(g))
-    chunks = chunks_of(correlated(64, 16, 8, 8), 16)
+    # A matrix product has one row an image.
+    chunks = chunks_of(correlated(512 if build in (gemm, scaled_gemm) else 64, 16, 8, 8), 16)
     settings = everything(Precision.INT8, 4)
     plan = plan_of(path, chunks, settings)
     found = compensate(plan, chunks, settings)
@@ -363,7 +362,7 @@ def test_sampled_rows_times_the_weight_are_the_layers_outputs(tmp_path: Path, bu
     found = rows.of(seen["inputs"]) @ grouped_weight(node, torch.from_numpy(np.array(array)))  # [G, R, O/G]
     found = found.transpose(0, 1).flatten(1)  # [R, O]
     picked = []
-    for chunk, positions in zip(seen["outputs"], rows.positions, strict=True):
+    for chunk, positions in zip(seen["outputs"], [positions for positions, _ in rows.drawn], strict=True):
         lined = chunk.flatten(2).mT.flatten(0, 1) if node.op_type == "Conv" else chunk.flatten(0, -2)
         picked.append(lined[positions])
     torch.testing.assert_close(found, torch.cat(picked), rtol=1e-4, atol=1e-4)
@@ -398,3 +397,22 @@ def test_gradients_pass_the_grid_and_stop_at_its_end() -> None:
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
     # Learned step size: round(x/s) - x/s inside, the end of the grid outside.
     assert scale.grad.item() == pytest.approx((1 - 0.52) + (-2 + 1.8) + 127, abs=1e-4)
+
+
+def test_a_layer_left_in_fp16_makes_up_for_what_reaches_it(tmp_path: Path) -> None:
+    g = Graph("batch", 24, 8, 8)
+    path = g.save(tmp_path / "float.onnx", three_layers(g))
+    chunks = chunks_of(correlated(64, 24, 8, 8), 16)
+    own = {"third": Precision.FP16}
+    settings = replace(everything(Precision.INT8, 3), precisions=own)
+    plan = plan_of(path, chunks, settings)
+    found = compensate(plan, chunks, settings)
+    (name,) = found.fitted
+    assert name == next(str(node.inputs[1].name) for node in plan.network.graph if node.name == "third")
+    images = np.concatenate(chunks)
+    exact = run(path, images, 16)
+    with_fit = sqnr(exact, run(written(plan, found, 3, tmp_path / "a.onnx"), images, 16))
+    found.fitted.clear()
+    found.bias.pop("third")
+    plan = plan_of(path, chunks, settings)
+    assert with_fit > sqnr(exact, run(written(plan, found, 3, tmp_path / "b.onnx"), images, 16)) + 0.1

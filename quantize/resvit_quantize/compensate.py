@@ -4,14 +4,16 @@ The float and the quantised network run side by side over the calibration images
 layer the float output is known, and the input that the quantised layers in front really deliver. From these come,
 in closed form, the weights that fit best (a ridge regression, kept near the trained ones), their rounding in the
 order of GPTQ, where the error of each rounded input is taken up by those not yet rounded (Frantar et al. 2023,
-after Hassibi and Stork's optimal brain surgeon), and the bias. Fitting to the float output from the quantised input
-is GPTAQ's asymmetric calibration (Li et al. 2025). No gradients, labels or random choices but the sampled rows.
+after Hassibi and Stork's optimal brain surgeon), and the bias. Layers left in FP16 are fitted alike, without rounding.
+Fitting to the float output from the quantised input is GPTAQ's asymmetric calibration (Li et al. 2025). Positions
+count as much as they matter to the network's outputs (:mod:`resvit_quantize.importance`). No labels, and no random
+choices but the sampled rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,11 +24,15 @@ from torch import Tensor
 
 from resvit_calibrate.sessions import cpu_count
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.biases import add_biases
 from resvit_quantize.fake_quant import fake_quantize
+from resvit_quantize.importance import position_importance
 from resvit_quantize.layer_rows import LayerRows, can_fit, grouped_weight, ungrouped_weight
-from resvit_quantize.placement import Edge, EdgeKey, Weight, WeightKey, edge_key, weight_key
+from resvit_quantize.network import constant
+from resvit_quantize.placement import Edge, EdgeKey, Placement, Weight, WeightKey, edge_key, weight_key
 from resvit_quantize.qdq import (
     StoredWeight,
+    insert_qdq,
     largest_level,
     quantise_weight,
     require_finite,
@@ -57,10 +63,19 @@ class Compensation:
 
     stored: dict[WeightKey, StoredWeight] = field(default_factory=dict)
     amax: dict[EdgeKey, float] = field(default_factory=dict)
+    fitted: dict[str, np.ndarray] = field(default_factory=dict)
+    """By the constant's name: weights of layers that are not quantised, fitted to what reaches them."""
     bias: dict[str, np.ndarray] = field(default_factory=dict)
     """By node name: what is added to the output, per channel."""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By node name: the output's noise-to-signal power ratio with plain rounding, and after compensation."""
+
+    def insert_into(self, network: ir.Model, placement: Placement, bits: int) -> None:
+        """Put Q/DQ pairs, weights and biases into the network that the pass ran on."""
+        for name, array in self.fitted.items():
+            network.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        insert_qdq(network, placement, self.amax, self.stored, bits)
+        add_biases(network, self.bias)
 
 
 def compensate(
@@ -71,12 +86,17 @@ def compensate(
     Every chunk's live activations stay in memory. Raises :class:`ResvitError` for weights that are not finite and
     graphs that torch cannot run.
     """
-    torch.set_num_threads(cpu_count())
     graph = TorchGraph(plan.network)
-    run = _Run(graph, plan, images, settings)
-    with torch.inference_mode():
-        for node in reporter.track(graph.nodes, "round weights", len(graph.nodes)):
-            run.step(node)
+    products = [product.node for product in plan.analysis.products if product.weight is not None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpu_count())
+    try:
+        run = _Run(graph, plan, images, settings, position_importance(graph, products, images))
+        with torch.inference_mode():
+            for node in reporter.track(graph.nodes, "round weights", len(graph.nodes)):
+                run.step(node)
+    finally:
+        torch.set_num_threads(threads)
     return run.found
 
 
@@ -86,11 +106,19 @@ Chunks: TypeAlias = "list[Tensor]"
 class _Run:
     """Both networks' values, chunk by chunk, and what has been decided so far."""
 
-    def __init__(self, graph: TorchGraph, plan: Plan, images: Sequence[np.ndarray], settings: QuantizeSettings) -> None:
-        self.graph, self.settings = graph, settings
+    def __init__(
+        self,
+        graph: TorchGraph,
+        plan: Plan,
+        images: Sequence[np.ndarray],
+        settings: QuantizeSettings,
+        importance: Mapping[ir.Node, Tensor],
+    ) -> None:
+        self.graph, self.settings, self.importance = graph, settings, importance
         self.found = Compensation(amax=dict(plan.amax))
         self.edges = {(edge.node, edge.index): edge for edge in plan.placement.edges}
         self.weights = {weight.node: weight for weight in plan.placement.weights}
+        self.products = {p.node for p in plan.analysis.products if p.weight is not None}
         self.readers = Counter(edge_key(edge) for edge in plan.placement.edges)
         self.shared = Counter(weight_key(weight)[0] for weight in plan.placement.weights)
         self.count = len(images)
@@ -106,6 +134,8 @@ class _Run:
         self._keep(self.exact, node, outcome)
         if node in self.weights:
             noisy, same = self._decide(self.weights[node], exact, noisy), False
+        elif node in self.products and not same:
+            noisy = self._refit(node, exact, noisy)
         else:
             for index, chunks in enumerate(noisy):
                 edge = self.edges.get((node, index))
@@ -160,25 +190,55 @@ class _Run:
         assert reached is not None
         fits = can_fit(node, array.shape) and self.shared[identity[0]] == 1
         if fits:
-            rows = LayerRows(node, array.shape, self.count)
+            rows = LayerRows(node, array.shape, self.count, self.importance.get(node))
             weight = grouped_weight(node, torch.from_numpy(np.array(array)))
             target, reaching = rows.of(read) @ weight, rows.of(reached)  # [G, R, O/G], without the bias
             fits = target.shape[1] >= _FEWEST_ROWS
         if fits:
             if self.settings.methods.output_ranges and self.readers[edge_key(edge)] == 1:
-                self.found.amax[edge_key(edge)] = self._clip(reaching, weight, target, edge)
-            self._fit(place, self._quantized(edge, reaching), target, weight)
+                self.found.amax[edge_key(edge)] = self._clip(reaching, weight, target, rows.weights(), edge)
+            self._fit(place, self._quantized(edge, reaching), target, weight, rows.weights())
         elif identity not in self.found.stored:
             self.found.stored[identity] = self._nearest(place)
         restored = torch.from_numpy(self.found.stored[identity].restored(place.axis))
         quantized = [self._quantized(edge, chunk) for chunk in reached]
         return [quantized, [restored] * self.count, *noisy[2:]]
 
+    def _refit(self, node: ir.Node, exact: list[Chunks | None], noisy: list[Chunks | None]) -> list[Chunks | None]:
+        """Fit a layer that keeps its precision to its float output, from what reaches it."""
+        value, array = node.inputs[1], constant(node.inputs[1])
+        read, reached = exact[0], noisy[0]
+        if value is None or array is None or read is None or reached is None:
+            return noisy
+        if len(list(value.uses())) > 1 or not can_fit(node, array.shape):
+            return noisy
+        if array.ndim != 2 and node.op_type != "Conv":
+            return noisy
+        rows = LayerRows(node, array.shape, self.count, self.importance.get(node))
+        trained = grouped_weight(node, torch.from_numpy(np.array(array)))
+        inputs, target = rows.of(reached), rows.of(read) @ trained
+        if target.shape[1] < _FEWEST_ROWS:
+            return noisy
+        fit = _Fit(inputs, target, trained, rows.weights(), self.settings.methods.bias_correction)
+        best = fit.best()
+        if best is trained:
+            return noisy
+        weight = ungrouped_weight(node, best, array.shape).contiguous()
+        self.found.fitted[str(value.name)] = weight.numpy()
+        self._correct(node, fit, best)
+        return [noisy[0], [weight] * self.count, *noisy[2:]]
+
+    def _correct(self, node: ir.Node, fit: _Fit, weight: Tensor) -> None:
+        """Keep the bias that goes with a weight [G, K, O/G]."""
+        if self.settings.methods.bias_correction:
+            alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
+            self.found.bias[str(node.name)] = (alpha * fit.bias(weight)).reshape(-1).numpy()
+
     def _nearest(self, place: Weight) -> StoredWeight:
         return StoredWeight(*quantise_weight(require_finite(place), place.axis, place.precision, self.settings.bits))
 
-    def _clip(self, noisy: Tensor, weight: Tensor, target: Tensor, edge: Edge) -> float:
-        """The range with the least error at the layer's output."""
+    def _clip(self, noisy: Tensor, weight: Tensor, target: Tensor, counts: Tensor, edge: Edge) -> float:
+        """The range with the least error at the layer's output, each row of which counts ``counts`` [R, 1]."""
         calibrated = chosen = self.found.amax[edge_key(edge)]
         best = np.inf
         part = slice(None, None, max(noisy.shape[1] // 2048, 1))
@@ -188,52 +248,73 @@ class _Run:
             difference = quantized @ weight - target[:, part]
             if self.settings.methods.bias_correction:
                 # The bias takes up what is constant.
-                difference = difference - difference.mean(1, keepdim=True)
-            error = float(difference.square().sum())
+                difference = difference - _mean(difference, counts[part])
+            error = float((difference.square() * counts[part]).sum())
             if error < best:
                 best, chosen = error, calibrated * share
         return chosen
 
-    def _fit(self, place: Weight, rows: Tensor, target: Tensor, trained: Tensor) -> None:
+    def _fit(self, place: Weight, rows: Tensor, target: Tensor, trained: Tensor, counts: Tensor) -> None:
         """Fit, round, and correct the bias of a layer of ``trained`` weights [G, K, O/G].
 
         From quantised inputs [G, R, K] and float outputs [G, R, O/G].
         """
-        node, settings = place.node, self.settings
-        held = torch.arange(rows.shape[1]) % _HELD_OUT == 0
-        corrects = float(settings.methods.bias_correction)
-        mean, wanted = (corrects * part[:, ~held].mean(1, keepdim=True) for part in (rows, target))
-        inputs, outputs = rows - mean, target - wanted
-        hessian = inputs[:, ~held].mT @ inputs[:, ~held]
-        missing = inputs[:, ~held].mT @ (outputs[:, ~held] - inputs[:, ~held] @ trained)
-        diagonal = hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        # Where all inputs of a group are dead, any number keeps the matrix regular.
-        diagonal = torch.where(diagonal > _DEAD, diagonal, 1.0)
-        identity = torch.eye(hessian.shape[1])
+        node, bits = place.node, self.settings.bits
+        fit = _Fit(rows, target, trained, counts, self.settings.methods.bias_correction)
 
-        def error(weight: Tensor) -> float:
-            return float((inputs[:, held] @ weight - outputs[:, held]).square().sum())
-
-        def rounded(weight: Tensor) -> StoredWeight:
-            return round_weight(weight, hessian + _DAMPING * diagonal * identity, place, settings.bits)
+        def matrices(stored: StoredWeight) -> Tensor:
+            return grouped_weight(node, torch.from_numpy(stored.restored(place.axis)))
 
         plain = self._nearest(place)
-        fits = [trained]
-        for ridge in _RIDGES:
-            regular = hessian + ridge * diagonal * identity
-            fits.append(trained + torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
-        best = rounded(min(fits, key=error))
-        power = float(outputs[:, held].square().sum()) + 1e-30
-        before = error(grouped_weight(node, torch.from_numpy(plain.restored(place.axis)))) / power
-        after = error(grouped_weight(node, torch.from_numpy(best.restored(place.axis)))) / power
+        best = round_weight(fit.best(), fit.regular(_DAMPING), place, bits)
+        before, after = fit.error(matrices(plain)) / fit.power, fit.error(matrices(best)) / fit.power
         if not after < before:
             best, after = plain, before
         self.found.stored[weight_key(place)] = best
         self.found.errors[str(node.name)] = before, after
-        restored = grouped_weight(node, torch.from_numpy(best.restored(place.axis)))
-        if settings.methods.bias_correction:
-            alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
-            self.found.bias[str(node.name)] = (alpha * (wanted - mean @ restored)).reshape(-1).numpy()
+        self._correct(node, fit, matrices(best))
+
+
+class _Fit:
+    """The ridge regression of a layer of ``trained`` weights [G, K, O/G].
+
+    From inputs [G, R, K] as they reach it to float outputs [G, R, O/G] without their bias; each row counts
+    ``counts`` [R, 1].
+    """
+
+    def __init__(self, rows: Tensor, target: Tensor, trained: Tensor, counts: Tensor, corrects: bool) -> None:
+        held = torch.arange(rows.shape[1]) % _HELD_OUT == 0
+        used = counts[~held]
+        self.mean, self.wanted = (float(corrects) * _mean(part[:, ~held], used) for part in (rows, target))
+        inputs, outputs = ((part - mean) * counts.sqrt() for part, mean in ((rows, self.mean), (target, self.wanted)))
+        self.trained = trained
+        self.hessian = inputs[:, ~held].mT @ inputs[:, ~held]
+        self.missing = inputs[:, ~held].mT @ (outputs[:, ~held] - inputs[:, ~held] @ trained)
+        diagonal = self.hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        # Where all inputs of a group are dead, any number keeps the matrix regular.
+        self.diagonal = torch.where(diagonal > _DEAD, diagonal, 1.0)
+        self.held = inputs[:, held], outputs[:, held]
+        self.power = float(self.held[1].square().sum()) + 1e-30
+
+    def regular(self, ridge: float) -> Tensor:
+        """The Hessian [G, K, K] with ``ridge`` of its mean diagonal added."""
+        return self.hessian + ridge * self.diagonal * torch.eye(self.hessian.shape[1])
+
+    def error(self, weight: Tensor) -> float:
+        """The squared error on the rows that took no part."""
+        inputs, outputs = self.held
+        return float((inputs @ weight - outputs).square().sum())
+
+    def best(self) -> Tensor:
+        """The weights with the least error: the trained ones or one of the fits."""
+        fits = [self.trained]
+        for ridge in _RIDGES:
+            fits.append(self.trained + torch.cholesky_solve(self.missing, torch.linalg.cholesky(self.regular(ridge))))
+        return min(fits, key=self.error)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """What a weight leaves missing of the mean output [G, 1, O/G]."""
+        return self.wanted - self.mean @ weight
 
 
 def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) -> StoredWeight:
@@ -271,6 +352,11 @@ def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) 
     values = ungrouped_weight(node, found, shape).numpy()
     stored, _ = quantise_weight(values, place.axis, precision, bits, amax=scale.astype(np.float64) * largest)
     return StoredWeight(stored, scale)
+
+
+def _mean(rows: Tensor, counts: Tensor) -> Tensor:
+    """The mean [G, 1, N] of rows [G, R, N] that count ``counts`` [R, 1]."""
+    return (rows * counts).sum(1, keepdim=True) / counts.sum().clamp_min(1e-30)
 
 
 def _per_channel(node: ir.Node, bias: Tensor, output: Tensor) -> Tensor:

@@ -23,16 +23,19 @@ _ROW_VALUES = 1 << 26
 class LayerRows:
     """Which positions of a layer's output are sampled: the same for the float and the quantised input.
 
-    Rows come chunk by chunk, about the same number from each, at positions drawn with a fixed seed.
+    Rows come chunk by chunk, about the same number from each, at positions drawn with a fixed seed: the more likely,
+    the more ``importance`` [P, by position within an image] they have.
     """
 
-    def __init__(self, node: ir.Node, weight: Sequence[int], chunks: int) -> None:
+    def __init__(self, node: ir.Node, weight: Sequence[int], chunks: int, importance: Tensor | None = None) -> None:
         self.node, self.weight = node, tuple(weight)
         self.attributes = attributes_of(node)
         self.groups = int(self.attributes.get("group", 1)) if node.op_type == "Conv" else 1
         self.each = max(-(-rows_for(columns_of(node, weight), self.groups) // chunks), 1)
         self.random = torch.Generator().manual_seed(0)
-        self.positions: list[Tensor] = []
+        self.importance = importance
+        self.drawn: list[tuple[Tensor, Tensor]] = []
+        """For each chunk, positions and what each row there stands for."""
 
     def of(self, chunks: Sequence[Tensor]) -> Tensor:
         """The rows [G, R, K] of an input tensor, given in chunks of images."""
@@ -47,10 +50,32 @@ class LayerRows:
         stride, dilation = (tuple(self.attributes.get(name) or (1, 1)) for name in ("strides", "dilations"))
         return F.unfold(F.pad(chunk, pads), self.weight[2:], dilation, stride=stride).mT.flatten(0, 1)
 
+    def weights(self) -> Tensor:
+        """What each row counts [R, 1], once rows have been drawn; the mean is one."""
+        found = torch.cat([weights for _, weights in self.drawn])
+        return (found / found.mean().clamp_min(1e-30))[:, None]
+
     def _pick(self, rows: Tensor, chunk: int) -> Tensor:
-        if len(self.positions) == chunk:
-            self.positions.append(torch.randint(0, len(rows), (min(self.each, len(rows)),), generator=self.random))
-        return rows[self.positions[chunk]]
+        if len(self.drawn) == chunk:
+            self.drawn.append(self._draw(len(rows)))
+        return rows[self.drawn[chunk][0]]
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """About ``each`` of ``count`` rows without repetition, and the weights that make their sums unbiased."""
+        importance = torch.ones(count)
+        if self.importance is not None and count % len(self.importance) == 0:
+            importance = self.importance.repeat(count // len(self.importance))
+        likely = importance * self.each / importance.sum()
+        for _ in range(4):  # What is certain leaves more for the others.
+            certain = likely >= 1.0
+            rest = likely[~certain].sum()
+            if not rest > 0:
+                break
+            likely = torch.where(certain, 1.0, likely * (self.each - certain.sum()).clamp_min(0) / rest)
+        likely = likely.clamp(max=1.0)
+        drawn = torch.rand(count, generator=self.random) < likely
+        positions = drawn.nonzero()[:, 0]
+        return positions, importance[positions] / likely[positions]
 
 
 def can_fit(node: ir.Node, weight: Sequence[int]) -> bool:

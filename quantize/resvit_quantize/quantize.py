@@ -197,8 +197,7 @@ def quantize_model(
     if not placement.edges and precision is not Precision.FP16:
         reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
     if compensation is not None:
-        insert_qdq(network, placement, compensation.amax, compensation.stored, settings.bits)
-        add_biases(network, compensation.bias)
+        compensation.insert_into(network, placement, settings.bits)
     else:
         biases = mean_errors(plan, settings.bits) if settings.methods.bias_correction else {}
         insert_qdq(network, placement, plan.amax, {}, settings.bits)
