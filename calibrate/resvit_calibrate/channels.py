@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,13 +107,13 @@ def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: flo
 
     Of values of magnitude up to ``small`` either sign is as likely; all others have the sign of ``sign``.
     """
-    spread = _spread(channels)
+    spread = _spread(channels, 2)
     count = channels.count.size
     middles = np.broadcast_to((spread.edges[:-1] + spread.edges[1:]) / 2.0, spread.masses.shape)
     middles = np.minimum(middles, channels.absmax[:, None])
     both = middles <= small
     zeros = np.maximum(channels.count - channels.log_histogram.sum(axis=1), 0.0)
-    # [C, 2·384 + 2]: towards ``sign``, against it, exact zeros, and the largest value of each channel.
+    # [C, 2·96 + 2]: towards ``sign``, against it, exact zeros, and the largest value of each channel.
     largest = sign * channels.absmax.astype(np.float64)[:, None]
     values = np.concatenate([sign * middles, -sign * middles, np.zeros((count, 1)), largest], axis=1)
     half = np.where(both, 0.5, 0.0) * spread.masses
@@ -159,6 +160,7 @@ class _Spread:
     """[C, 384] how many values lie in each."""
 
 
+@functools.lru_cache(maxsize=8)
 def _spread(channels: ChannelStatistics, parts: int = _PARTS) -> _Spread:
     edges = channels.edges
     ratio = (edges[2:] / edges[1:-1])[:, None] ** (np.arange(parts) / parts)

@@ -31,7 +31,7 @@ _POINTWISE = frozenset(
 """Activations that TensorRT computes in kernels of their own."""
 _LOPSIDED = 1.2
 """A symmetric grid that reaches this much further than half of the range is worth a shift."""
-_REACHES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_REACHES = (1.0, 0.85, 0.7, 0.5)
 """Tried as the upper end of the range, as shares of the largest value."""
 
 
