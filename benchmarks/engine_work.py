@@ -82,7 +82,8 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
     from resvit_calibrate.estimators import Estimator
     from resvit_calibrate.ranges import load_ranges, ranges_from, save_ranges
     from resvit_calibrate.statistics import collect_statistics
-    from resvit_export.tensorrt_copy import onnx_for_tensorrt
+    from resvit_calibrate.statistics_file import load_statistics, save_statistics
+    from resvit_export.tensorrt_copy import onnx_for_tensorrt, suit_builder
     from resvit_quantize.modelopt import quantize_with_modelopt
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import Precision, QuantizeSettings
@@ -92,12 +93,16 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
         settings = QuantizeSettings(Precision(variant.precision), Estimator.MAX)
         quantize_with_modelopt(model, images(model, count), settings, out)
         return out
-    kept = folder / "ranges.json"
+    kept, seen = folder / "ranges.json", folder / "statistics.npz"
     if not kept.exists():
-        save_ranges(ranges_from(collect_statistics(model, images(model, count)), "random images"), kept)
-    quantize_model(model, load_ranges(kept), QuantizeSettings(Precision(variant.precision)), out)
+        statistics = collect_statistics(model, images(model, count))
+        save_statistics(statistics, seen)
+        save_ranges(ranges_from(statistics, "random images"), kept)
+    settings = QuantizeSettings(Precision(variant.precision))
+    quantize_model(model, load_ranges(kept), settings, out, statistics=load_statistics(seen))
+    suit_builder(out, None if variant.plain else Builder.RTX)
     copy = out.with_suffix(".tensorrt.onnx")
-    return copy if onnx_for_tensorrt(out, copy, None if variant.plain else Builder.RTX) else out
+    return copy if onnx_for_tensorrt(out, copy) else out
 
 
 def facts(kernels: tuple[Kernel, ...]) -> dict[str, Any]:

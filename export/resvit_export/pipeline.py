@@ -13,7 +13,7 @@ from resvit_engines.build import BuildSettings, builder_here
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Precision, Target, find_target, require_precision
+from resvit_engines.targets import Builder, Precision, Target, find_target, require_precision
 from resvit_export import work
 from resvit_export.identity import model_identity
 from resvit_export.recipe import Recipe, recipe_to_toml
@@ -335,13 +335,25 @@ class Pipeline:
         """Stage ``quantize``: the ONNX with Q/DQ and FP16 in the graph."""
         recipe = self.recipe
         (model, digest), ranges = self.float_model, self.calibrated.path("ranges.json")
+        builder = builder_here(self.target) if self.target else None
+        own: dict[str, Any] = {"precisions": dict(self.precisions)} if self.precisions else {}
+        if builder is Builder.RTX:
+            own["builder"] = builder.value
         return self.run.stage(
             "quantize",
-            {**self.quantize_facts, **({"precisions": dict(self.precisions)} if self.precisions else {})},
+            {**self.quantize_facts, **own},
             {"model": digest, "ranges": self.calibrated.digest},
             ("onnx", "onnx-ir") + (("nvidia-modelopt",) if recipe.quantizer == "modelopt" else ()),
             lambda folder: work.quantize_into(
-                folder, model, ranges, self.image_sets[0], self.batch_size, recipe, self.reporter, self.precisions
+                folder,
+                model,
+                ranges,
+                self.image_sets[0],
+                self.batch_size,
+                recipe,
+                self.reporter,
+                self.precisions,
+                builder,
             ),
         )
 

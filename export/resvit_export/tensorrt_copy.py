@@ -1,10 +1,11 @@
-"""The copy of a validated ONNX that TensorRT reads: the same computation, in the form that its compiler does best."""
+"""What a builder wants of an ONNX: rewritten before it is validated, and the one thing that only a copy can hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resvit_engines.files import atomic_file
 from resvit_engines.targets import Builder
 
 if TYPE_CHECKING:
@@ -14,26 +15,37 @@ TENSORRT_COPY = "model.tensorrt.onnx"
 """In the compile stage and the bundle: what TensorRT reads, where that is not the validated file itself."""
 
 
-def onnx_for_tensorrt(model: Path, out: Path, builder: Builder | None = None) -> bool:
-    """Write what ``builder`` reads in place of ``model`` to ``out``; ``False`` where that is ``model`` itself.
+def suit_builder(model: Path, builder: Builder | None) -> None:
+    """Rewrite a quantised ONNX, in place, into the form that ``builder`` does best.
 
-    For every TensorRT: ``TRT_decomposable`` on every ``Attention``. Without it TensorRT refuses an ``Attention`` that
-    no fused kernel serves (in FP32, or with an odd head size) instead of computing it from smaller kernels. It cannot
-    stand in the validated file: ONNX's checker and ONNX Runtime refuse attributes that the operator does not define.
-
-    For TensorRT for RTX also: channel scales of 8-bit convolutions behind the convolution, and GroupNorm written out.
-    Both are measured there, by the kernels that it lists; TensorRT itself gets them as they are in the model.
+    TensorRT for RTX gets the channel scales of 8-bit convolutions behind the convolution, and GroupNorm written out:
+    both are measured there, by the kernels that it lists. The computation is the same but for the rounding of FP16,
+    which can move a value to the next 8-bit step: so it comes before validation.
     """
     import onnx_ir
 
     from resvit_quantize.norms import write_out_group_norms
     from resvit_quantize.scales import move_channel_scales
 
+    if builder is not Builder.RTX:
+        return
+    network = onnx_ir.load(model)
+    if move_channel_scales(network) + write_out_group_norms(network):
+        with atomic_file(model) as partial:
+            onnx_ir.save(network, partial)
+
+
+def onnx_for_tensorrt(model: Path, out: Path) -> bool:
+    """Write the copy that TensorRT reads in place of ``model`` to ``out``; ``False`` where that is ``model`` itself.
+
+    It has ``TRT_decomposable`` on every ``Attention``. Without it TensorRT refuses an ``Attention`` that no fused
+    kernel serves (in FP32, or with an odd head size) instead of computing it from smaller kernels. It cannot stand in
+    the validated file: ONNX's checker and ONNX Runtime refuse attributes that the operator does not define.
+    """
+    import onnx_ir
+
     network = onnx_ir.load(model)
     changed = _let_attention_decompose(network)
-    if builder is Builder.RTX:
-        changed += move_channel_scales(network)
-        changed += write_out_group_norms(network)
     if changed:
         onnx_ir.save(network, out)
     return bool(changed)

@@ -18,7 +18,7 @@ from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Target
 from resvit_export.recipe import Recipe
-from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, TrainingImages
@@ -156,8 +156,9 @@ def quantize_into(
     recipe: Recipe,
     reporter: Reporter,
     precisions: Mapping[str, str],
+    builder: Builder | None,
 ) -> None:
-    """Write the quantised ``model.onnx`` and ``quantize.json``, by our quantiser or ModelOpt's."""
+    """Write the quantised ``model.onnx``, in the form for ``builder``, and ``quantize.json``; by ours or ModelOpt."""
     from resvit_calibrate.ranges import load_ranges
     from resvit_calibrate.statistics_file import load_statistics
     from resvit_quantize.recover import pinned_ranges, settings_behind_recovery
@@ -185,6 +186,7 @@ def quantize_into(
             statistics=statistics,
             images=lambda count: images.first(count, batch_size),
         )
+    suit_builder(out, builder)
     _write_json(folder / "quantize.json", report.to_json())
 
 
@@ -213,7 +215,7 @@ def compile_into(
     reporter: Reporter,
 ) -> None:
     """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``."""
-    if onnx_for_tensorrt(model, folder / TENSORRT_COPY, builder):
+    if onnx_for_tensorrt(model, folder / TENSORRT_COPY):
         model = folder / TENSORRT_COPY
     if builder is not None:
         report = build_engine(model, folder / "engine.plan", target, settings, reporter, folder / "build.log")
