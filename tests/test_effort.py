@@ -116,7 +116,8 @@ def test_every_method_has_a_switch(tmp_path: Path, effort: Effort, method: str) 
     settings = replace(INT8, effort=effort)
     quantized(path, settings, tmp_path / "on.onnx")
     report = quantized(path, replace(settings, methods=Methods(**{method: False})), tmp_path / "off.onnx")
-    assert (tmp_path / "on.onnx").read_bytes() != (tmp_path / "off.onnx").read_bytes()
+    same = (tmp_path / "on.onnx").read_bytes() == (tmp_path / "off.onnx").read_bytes()
+    assert same == (method == "importance" and effort is Effort.FAST)
     if method == "smoothing":
         assert not report.smoothed
     if method == "sparing":

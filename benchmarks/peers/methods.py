@@ -138,7 +138,7 @@ ABLATIONS: tuple[Method, ...] = tuple(
     )
     for effort, names in (
         ("fast", ("smoothing", "shifting", "output_ranges", "bias_correction", "sparing")),
-        ("best", ("smoothing", "shifting", "output_ranges", "sparing")),
+        ("best", ("smoothing", "shifting", "output_ranges", "importance", "sparing")),
     )
     for name in names
 )

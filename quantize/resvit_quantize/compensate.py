@@ -91,7 +91,8 @@ def compensate(
     threads = torch.get_num_threads()
     torch.set_num_threads(cpu_count())
     try:
-        run = _Run(graph, plan, images, settings, position_importance(graph, products, images))
+        importance = position_importance(graph, products, images) if settings.methods.importance else {}
+        run = _Run(graph, plan, images, settings, importance)
         with torch.inference_mode():
             for node in reporter.track(graph.nodes, "round weights", len(graph.nodes)):
                 run.step(node)

@@ -38,6 +38,8 @@ class Methods:
     """Activations of one sign, such as GELU's, are moved to the middle of the grid in the kernel that computes them."""
     output_ranges: bool = True
     """Ranges are chosen for the least error at the layer's output, not of the tensor itself."""
+    importance: bool = True
+    """Under ``Effort.BEST``, tokens and positions of maps count as much as they matter to the network's outputs."""
     bias_correction: bool = True
     """Biases take back the mean error that quantised weights cause."""
     sparing: bool = True
