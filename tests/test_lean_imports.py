@@ -25,7 +25,11 @@ ALLOWED = {
 }
 SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "progress", "costs", "targets")}
 NOT_ON_A_JETSON = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "PIL"}
-TORCH_MODULES = {"best", "compensate", "fake_quant", "layer_rows"}
+TORCH_MODULES = {
+    *("best", "compensate", "fake_quant", "layer_rows"),
+    # Of the pruning of modules:
+    *("apply", "attention_heads", "dependencies", "discover", "exactness", "residual_blocks", "slices", "structure"),
+}
 FILES = [
     pytest.param(wing, file, id=str(file.relative_to(folder)))
     for wing, folder in WINGS.items()

@@ -8,15 +8,21 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from resvit_engines.errors import ExitCode, ResvitError
 
+if TYPE_CHECKING:
+    from resvit_quantize.pruning.structure import Structure
+
 WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "model_ema", "state_dict_ema", "net")
 """Keys under which training scripts keep the weights, in the order in which they are tried."""
+
+STRUCTURE = "resvit_structure"
+"""Key under which a pruned checkpoint records its shapes."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, torch.compile and Lightning put in front of every key."""
@@ -34,6 +40,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
     shaped keys are named).
     """
     content = read_checkpoint(path)
+    _take_structure(module, content, path)
     weights, where, others = find_weights(content, path)
     notes = [f"weights taken from '{where}' in {path.name}"] if where else []
     if others:
@@ -65,6 +72,28 @@ def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
         notes.append(f"{path.name} holds {', '.join(sorted(narrow))} weights; they are computed in float32")
     module.load_state_dict(weights)
     return tuple(notes)
+
+
+def structure_in(path: Path) -> Structure | None:
+    """The structure that a pruned checkpoint records; ``None`` for any other. Raises as ``load_checkpoint`` does."""
+    return _structure_of(read_checkpoint(path))
+
+
+def _structure_of(content: Any) -> Structure | None:
+    from resvit_quantize.pruning.structure import structure_from_json
+
+    return structure_from_json(content[STRUCTURE]) if isinstance(content, Mapping) and STRUCTURE in content else None
+
+
+def _take_structure(module: nn.Module, content: Any, path: Path) -> None:
+    """Give the module the shapes that a pruned checkpoint records; nothing for any other."""
+    from resvit_quantize.pruning.structure import apply_structure
+
+    try:
+        if (structure := _structure_of(content)) is not None:
+            apply_structure(module, structure)
+    except ResvitError as error:
+        raise ResvitError(f"{path} was pruned from another model: {error.problem}", error.fix) from error
 
 
 def read_checkpoint(path: Path) -> Any:

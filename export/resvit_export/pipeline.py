@@ -16,6 +16,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Precision, Target, find_target, require_precision
 from resvit_export import work
 from resvit_export.identity import model_identity
+from resvit_export.pruning import prune_into, require_prunable, retrain_into
 from resvit_export.recipe import Recipe, recipe_to_toml
 from resvit_export.runfolder import Artifact, RunFolder
 from resvit_export.searching import predicted, require_searchable, searched
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
     from resvit_export.load import Network
 
+RECOVERY_IMAGES = 20_000
+MOST_IMAGES = 100_000_000
 OLDEST_OPSET = 20
 """What every TensorRT from 10.3 on reads."""
-_BEFORE_RECOVERY = ("network", "identity", "facts", "preprocess", "image_sets", "folded", "exported", "baseline")
+_BEFORE_RECOVERY = (
+    *("network", "identity", "loaded", "facts", "preprocess", "image_sets", "pruned", "retrained", "slim_network"),
+    *("folded", "exported", "baseline"),
+)
 """What is the same with and without recovery."""
 _BEFORE_PRECISIONS = (*_BEFORE_RECOVERY, "training_images", "before_recovery", "recovered", "calibrated")
 """What is the same whatever precision each layer gets."""
@@ -55,6 +61,7 @@ class Pipeline:
         self.search: Artifact | None = None
         """The stage that chose ``precisions``."""
         require_searchable(recipe, self.target)
+        require_prunable(recipe, self.target)
         if recipe.recover == "always" and not self._recoverable:
             raise ResvitError(
                 f"Recovery trains for our own INT8 and FP8, not for {recipe.precision} by {recipe.quantizer}.",
@@ -98,6 +105,16 @@ class Pipeline:
             if data is not None:
                 require_source(data)
         return self.recipe.data
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a stage ``prune``."""
+        return self.recipe.prunes
+
+    @property
+    def retrains(self) -> bool:
+        """Whether there is a stage ``retrain`` behind it."""
+        return self.prunes and self.recipe.train_data is not None
 
     def require_accepted(self) -> None:
         """Refuse to go on with a rejected model, unless the recipe allows it."""
@@ -171,7 +188,8 @@ class Pipeline:
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What the loader knows of the network: input shape, classes, preprocessing."""
-        return self.exported.json("network.json")
+        # Pruning needs images before there is an ONNX.
+        return (self.loaded if self.prunes else self.exported).json("network.json")
 
     @functools.cached_property
     def preprocess(self) -> Preprocess:
@@ -197,11 +215,20 @@ class Pipeline:
     @functools.cached_property
     def training_images(self) -> TrainingImages:
         """Images to recover with; none of them is a validation image."""
+        return self._training_images(RECOVERY_IMAGES)
+
+    @functools.cached_property
+    def retraining_images(self) -> TrainingImages:
+        """Images to train on behind pruning; none of them is a validation image."""
+        return self._training_images(MOST_IMAGES)
+
+    def _training_images(self, most: int) -> TrainingImages:
         from resvit_calibrate.data import open_training_images
 
         recipe, validation = self.recipe, self.image_sets[1]
+        count = recipe.train_images or most
         return open_training_images(
-            str(recipe.train_data), validation, recipe.train_images, recipe.seed, self.preprocess, self.reporter
+            str(recipe.train_data), validation, count, recipe.seed, self.preprocess, self.reporter
         )
 
     @functools.cached_property
@@ -254,7 +281,78 @@ class Pipeline:
         """Where the bundle lies."""
         return self.bundled.path(self.bundle_name)
 
+    @functools.cached_property
+    def slim_network(self) -> Network:
+        """The network as it was pruned and trained again, or the user's own."""
+        if not self.prunes:
+            return self.network
+        weights = self.retrained.path("retrained.pt") if self.retrains else self.pruned.path("pruned.pt")
+        return work.network_from_recipe(dataclasses.replace(self.recipe, checkpoint=str(weights)), self.reporter)
+
     # --- stages, in order ---------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def loaded(self) -> Artifact:
+        """Stage ``load``: what the loader knows of the network; only where it is pruned."""
+        return self.run.stage(
+            "load", {"model": self.identity}, {}, ("torch", "timm"), lambda folder: work.load_into(folder, self.network)
+        )
+
+    @functools.cached_property
+    def pruned(self) -> Artifact:
+        """Stage ``prune``: the network without what matters least, and the widths that it has now."""
+        recipe, target = self.recipe, self.target
+        if not self.prunes:
+            raise ResvitError(
+                "Nothing says how far to prune.",
+                "Say --prune-macs, --prune-latency or --prune-params with the share that may remain, such as 0.5, "
+                "or --sparsity 2:4.",
+            )
+        images = None if recipe.data is None else self.image_sets[0]
+        return self.run.stage(
+            "prune",
+            {
+                **{name: share for name, share in recipe.prune_budgets.items() if share is not None},
+                "what": sorted(recipe.prune_what),
+                "importance": recipe.prune_importance,
+                "sparsity": recipe.sparsity,
+                "precision": recipe.precision,
+                "target": target.to_json() if target and recipe.prune_latency is not None else None,
+                "trained": self.retrains,
+                "seed": recipe.seed,
+                "model": self.identity,
+            },
+            {"images": images.digest} if images else {},
+            ("torch", "timm", "torch-pruning", *(("nvidia-modelopt",) if recipe.sparsity else ())),
+            lambda folder: prune_into(folder, self.network, images, recipe, target, self.reporter),
+        )
+
+    @functools.cached_property
+    def retrained(self) -> Artifact:
+        """Stage ``retrain``: the pruned network, taught by the one that it was."""
+        recipe, pruned, images = self.recipe, self.pruned, self.retraining_images
+        state = self.run.path / "retrain.resume"
+        artifact = self.run.stage(
+            "retrain",
+            {"epochs": recipe.prune_epochs, "seed": recipe.seed, "model": self.identity},
+            {"pruned": _weights_digest(pruned, "pruned"), "images": images.digest},
+            ("torch",),
+            lambda folder: retrain_into(
+                folder,
+                self.network,
+                work.network_from_recipe(
+                    dataclasses.replace(recipe, checkpoint=str(pruned.path("pruned.pt"))), self.reporter
+                ),
+                pruned.path("pruned.pt"),
+                images,
+                state,
+                recipe,
+                self.reporter,
+            ),
+        )
+        if not artifact.reused:
+            state.unlink(missing_ok=True)
+        return artifact
 
     @functools.cached_property
     def folded(self) -> Artifact:
@@ -267,10 +365,16 @@ class Pipeline:
         return self.run.stage(
             "fold",
             {"model": self.identity},
-            {},
+            self._slim_digests,
             ("torch", "timm"),
-            lambda folder: work.fold_into(folder, self.network),
+            lambda folder: work.fold_into(folder, self.slim_network),
         )
+
+    @property
+    def _slim_digests(self) -> dict[str, str]:
+        """What tells the pruned network from the user's own."""
+        found = {"pruned": _weights_digest(self.pruned, "pruned")} if self.prunes else {}
+        return found | ({"retrained": _weights_digest(self.retrained, "retrained")} if self.retrains else {})
 
     @functools.cached_property
     def exported(self) -> Artifact:
@@ -367,7 +471,13 @@ class Pipeline:
             {"model": self.exported.digest, "images": images.digest},
             ("torch", "onnxruntime"),
             lambda folder: work.baseline_into(
-                folder, None if self.from_onnx else self.network, model, images, self.batch_size, self.reporter
+                folder,
+                None if self.from_onnx else self.network,
+                self.pruned.path("pruned.pt2") if self.prunes else None,
+                model,
+                images,
+                self.batch_size,
+                self.reporter,
             ),
         )
 
@@ -443,3 +553,8 @@ class Pipeline:
             (),
             lambda folder: write_run_bundle(self, folder / self.bundle_name),
         )
+
+
+def _weights_digest(artifact: Artifact, name: str) -> str:
+    """Of the weights and structure alone: reports beside them hold seconds."""
+    return str(artifact.record["outputs"][f"{name}.pt"]["sha256"])

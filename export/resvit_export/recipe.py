@@ -25,6 +25,9 @@ CALIBRATORS = ("output", "mse", "percentile", "entropy", "max")
 EFFORTS = ("fast", "best")
 PRECISIONS = ("int8", "fp8", "fp16")
 RECOVERIES = ("auto", "always", "never")
+PRUNABLE = ("channels", "heads", "mlp", "embed", "blocks")
+IMPORTANCES = ("hessian", "taylor", "magnitude")
+SPARSITIES = ("2:4",)
 
 
 def _setting(toml: str, default: Any = None) -> Any:
@@ -49,10 +52,21 @@ class Recipe:
     calibration_images: int = _setting("data.calibration_images", 512)
     validation_images: int | None = _setting("data.validation_images")
     train_data: str | None = _setting("data.train")
-    train_images: int = _setting("data.train_images", 20_000)
-    """At most so many are trained on, held-out ones included."""
+    train_images: int | None = _setting("data.train_images")
+    """At most so many are trained on, held-out ones included. Not said: 20,000 in recovery, all behind pruning."""
     seed: int = _setting("data.seed", 0)
     preprocess: Mapping[str, Any] = _setting("preprocess", {})
+
+    prune_macs: float | None = _setting("prune.macs")
+    """The share of the multiply-accumulates that may remain; or of the predicted latency, or of the weights:"""
+    prune_latency: float | None = _setting("prune.latency")
+    prune_params: float | None = _setting("prune.params")
+    prune_what: tuple[str, ...] = _setting("prune.what", ("channels", "heads", "mlp"))
+    prune_importance: str = _setting("prune.importance", "hessian")
+    prune_epochs: int = _setting("prune.epochs", 3)
+    """Passes over the training images that win the accuracy back."""
+    sparsity: str | None = _setting("prune.sparsity")
+    """``2:4``: two of four weights are zero, which sparse tensor cores skip."""
 
     precision: str = _setting("quantize.precision", "int8")
     quantizer: str = _setting("quantize.quantizer", "resvit")
@@ -91,8 +105,23 @@ class Recipe:
         _choice("quantizer", self.quantizer, QUANTIZERS)
         _choice("calibrator", self.calibrator, CALIBRATORS)
         _choice("effort", self.effort, EFFORTS)
+        _choice("prune_importance", self.prune_importance, IMPORTANCES)
+        for kind in self.prune_what:
+            _choice("prune_what", kind, PRUNABLE)
+        if self.sparsity is not None:
+            _choice("sparsity", self.sparsity, SPARSITIES)
+        _between("prune_epochs", self.prune_epochs, 1, 10_000)
+        budgets = {name: share for name, share in self.prune_budgets.items() if share is not None}
+        for name, share in budgets.items():
+            _between(f"prune_{name}", share, 0.01, 1.0)
+        if len(budgets) > 1:
+            raise ResvitError(
+                f"Pruning was given {len(budgets)} budgets: {', '.join(f'--prune-{name}' for name in budgets)}.",
+                "Choose one of them.",
+            )
         _choice("recover", self.recover, RECOVERIES)
-        _between("train_images", self.train_images, 128, 100_000_000)
+        if self.train_images is not None:
+            _between("train_images", self.train_images, 128, 100_000_000)
         _between("recover_epochs", self.recover_epochs, 1, 10_000)
         _between("calibration_images", self.calibration_images, 1, 10_000_000)
         if self.validation_images is not None:
@@ -118,6 +147,16 @@ class Recipe:
             f"The batch '{self.batch}' is neither a number nor MIN:OPT:MAX in rising order.",
             "Write --batch 1 for a fixed batch, or for example --batch 1:8:32.",
         )
+
+    @property
+    def prune_budgets(self) -> dict[str, float | None]:
+        """The share that may remain, by what it is a share of; at most one is set."""
+        return {"macs": self.prune_macs, "latency": self.prune_latency, "params": self.prune_params}
+
+    @property
+    def prunes(self) -> bool:
+        """Whether weights are taken out before anything else is done."""
+        return self.sparsity is not None or any(share is not None for share in self.prune_budgets.values())
 
     @property
     def dynamic_batch(self) -> bool:

@@ -35,6 +35,10 @@ def write_run_report(pipeline: Pipeline) -> Path:
 def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
     """Look up the stages in order, as far as they are finished."""
     with pipeline.run.looking_only(), contextlib.suppress(NotFinishedError):
+        if pipeline.prunes:
+            yield pipeline.pruned
+        if pipeline.retrains:
+            yield pipeline.retrained
         if not pipeline.from_onnx:
             yield pipeline.folded
         yield pipeline.exported
@@ -68,6 +72,8 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         bundle = read_manifest(pipeline.bundle_path)
     return ReportData(
         name=_title(pipeline),
+        prune=document("prune", "prune.json"),
+        retrain=document("retrain", "retrain.json"),
         fold=document("fold", "fold.json"),
         export=document("export", "export.json"),
         ranges=document("calibrate", "ranges.json"),

@@ -75,6 +75,9 @@ def validate(
     comparison = compare(original, candidate, recipe.confidence)
     verdict = judge(comparison, recipe.max_drop, original.logits.shape[1], recipe.confidence)
     stages = [_row("pytorch" if has_torch else "onnx float", compare(original, original, recipe.confidence))]
+    if (baseline / "pruned.npz").exists():
+        before = Predictions.load(baseline / "pruned.npz")
+        stages.append(_row("pruned", compare(original, before, recipe.confidence)))
     if has_torch:
         stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
     stages.append(_row(what, comparison))

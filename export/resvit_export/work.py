@@ -40,6 +40,11 @@ def network_from_recipe(recipe: Recipe, reporter: Reporter) -> Network:
         return load_network(spec, reporter)
 
 
+def load_into(folder: Path, network: Network) -> None:
+    """Write ``network.json``."""
+    _write_json(folder / "network.json", network.facts())
+
+
 def fold_into(folder: Path, network: Network) -> None:
     """Write ``folded.pt2``, ``fold.json`` and ``network.json``."""
     import torch
@@ -191,15 +196,27 @@ def quantize_into(
 
 
 def baseline_into(
-    folder: Path, network: Network | None, model: Path, images: ImageSet, batch_size: int, reporter: Reporter
+    folder: Path,
+    network: Network | None,
+    pruned: Path | None,
+    model: Path,
+    images: ImageSet,
+    batch_size: int,
+    reporter: Reporter,
 ) -> None:
-    """Write the predictions of PyTorch (where there is a network) and of the float ONNX."""
+    """Write the predictions of PyTorch (where there is a network), of the pruned program and of the float ONNX."""
     from resvit_calibrate.metrics import predict
     from resvit_calibrate.runtime import onnx_runner
 
     if network is not None:
         predictions = predict(network.runner(), images, batch_size, reporter, "validate (PyTorch)")
         predictions.save(folder / "pytorch.npz")
+    if pruned is not None:
+        from resvit_export.pt2 import program_from_pt2
+        from resvit_export.torch_program import runner_from_program
+
+        runner = runner_from_program(program_from_pt2(pruned))
+        predict(runner, images, batch_size, reporter, "validate (pruned)").save(folder / "pruned.npz")
     predictions = predict(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)")
     predictions.save(folder / "onnx.npz")
 

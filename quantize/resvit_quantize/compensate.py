@@ -6,8 +6,8 @@ in closed form, the weights that fit best (a ridge regression, kept near the tra
 order of GPTQ, where the error of each rounded input is taken up by those not yet rounded (Frantar et al. 2023,
 after Hassibi and Stork's optimal brain surgeon), and the bias. Layers left in FP16 are fitted alike, without rounding.
 Fitting to the float output from the quantised input is GPTAQ's asymmetric calibration (Li et al. 2025). Positions
-count as much as they matter to the network's outputs (:mod:`resvit_quantize.importance`). No labels, and no random
-choices but the sampled rows.
+count as much as they matter to the network's outputs (:mod:`resvit_quantize.torch_importance`). No labels, and no
+random choices but the sampled rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from resvit_calibrate.sessions import cpu_count
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.biases import add_biases
 from resvit_quantize.fake_quant import fake_quantize
-from resvit_quantize.importance import position_importance
 from resvit_quantize.layer_rows import LayerRows, can_fit, grouped_weight, ungrouped_weight
 from resvit_quantize.network import constant
 from resvit_quantize.placement import Edge, EdgeKey, Placement, Weight, WeightKey, edge_key, weight_key
@@ -41,6 +40,7 @@ from resvit_quantize.qdq import (
 from resvit_quantize.quantize import Plan
 from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.torch_graph import TorchGraph
+from resvit_quantize.torch_importance import position_importance
 
 _DAMPING = 0.01
 """Of the mean diagonal, added to the Hessian: what GPTQ's authors use."""

@@ -15,6 +15,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 
 _COMMANDS = {
     "build": "resvit_export.cli.stages",
+    "prune": "resvit_export.cli.stages",
     "fold": "resvit_export.cli.stages",
     "export": "resvit_export.cli.stages",
     "calibrate": "resvit_export.cli.stages",

@@ -14,9 +14,12 @@ from resvit_engines.errors import ResvitError
 from resvit_export.recipe import (
     CALIBRATORS,
     EFFORTS,
+    IMPORTANCES,
     PRECISIONS,
+    PRUNABLE,
     QUANTIZERS,
     RECOVERIES,
+    SPARSITIES,
     Recipe,
     absolute_reference,
     recipe_from_toml,
@@ -87,8 +90,10 @@ _DATA = [
 _CALIBRATE = [
     click.option("--calibrator", type=click.Choice(CALIBRATORS), help="How ranges are chosen.  [default: output]"),
 ]
-_QUANTIZE = [
+_PRECISION = [
     click.option("--precision", type=click.Choice(PRECISIONS), help="Of the engine.  [default: int8]"),
+]
+_QUANTIZE = [
     click.option("--quantizer", type=click.Choice(QUANTIZERS), help="Ours, or ModelOpt's.  [default: resvit]"),
     click.option("--effort", type=click.Choice(EFFORTS), help="best: also learn from the images.  [default: fast]"),
     click.option("--include", multiple=True, metavar="PATTERN", help="Quantise nodes that the rules leave in FP16."),
@@ -98,9 +103,25 @@ _VALIDATE = [
     click.option("--max-drop", type=float, help="Accepted drop of top-1, percentage points.  [default: 1.0]"),
     click.option("--confidence", type=float, help="Of the interval around the drop.  [default: 0.95]"),
 ]
+_PRUNE = [
+    click.option("--prune-macs", type=float, metavar="SHARE", help="Prune to this share of the multiply-accumulates."),
+    click.option("--prune-latency", type=float, metavar="SHARE", help="Or to this share of the predicted latency."),
+    click.option("--prune-params", type=float, metavar="SHARE", help="Or to this share of the weights."),
+    click.option(
+        "--prune-what",
+        multiple=True,
+        type=click.Choice(PRUNABLE),
+        help="What may go; repeat it.  [default: channels, heads, mlp]",
+    ),
+    click.option("--prune-importance", type=click.Choice(IMPORTANCES), help="By what it goes.  [default: hessian]"),
+    click.option("--sparsity", type=click.Choice(SPARSITIES), help="Zero two of four weights for sparse tensor cores."),
+    click.option("--prune-epochs", type=int, help="Passes over --train-data behind it.  [default: 3]"),
+    click.option(
+        "--train-data", help="Images to train on behind pruning and in recovery, labels not needed; as for --data."
+    ),
+    click.option("--train-images", type=int, help="At most so many of them.  [default: all; 20000 in recovery]"),
+]
 _RECOVER = [
-    click.option("--train-data", help="Images to recover with, labels not needed; of the kinds that --data takes."),
-    click.option("--train-images", type=int, help="At most so many of them.  [default: 20000]"),
     click.option(
         "--recover",
         type=click.Choice(RECOVERIES),
@@ -131,9 +152,10 @@ _COMPILE = [
 ]
 
 _LAYERS = {
-    "fold": [_MODEL],
-    "export": [_TARGET],
-    "calibrate": [_DATA, _CALIBRATE],
+    "prune": [_MODEL, _TARGET, _DATA, _PRUNE, _PRECISION],
+    "fold": [],
+    "export": [],
+    "calibrate": [_CALIBRATE],
     "quantize": [_QUANTIZE],
     "validate": [_VALIDATE, _RECOVER, _SEARCH],
     "compile": [_COMPILE],

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resvit_export.cli.options import Output
+from resvit_export.pruning import prune_summary
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -74,6 +75,8 @@ def show_stage(artifact: Artifact, output: Output) -> None:
 
 def _tables(artifact: Artifact) -> list[Table | str]:
     makers = {
+        "prune": _prune,
+        "retrain": _retrain,
         "fold": _fold,
         "export": _export,
         "recover": _recover,
@@ -84,6 +87,45 @@ def _tables(artifact: Artifact) -> list[Table | str]:
     }
     maker = makers.get(artifact.stage)
     return maker(artifact) if maker else []
+
+
+def _prune(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("prune.json")
+    shown: list[Table | str] = []
+    if "widths" in report:
+        rows = [
+            (item["group"], item["kind"], str(item["before"]), str(item["after"]), f"{item['importance_lost']:.1%}")
+            for item in report["widths"]
+            if item["before"] != item["after"]
+        ]
+        columns = ("group", "of", "before", "after", "importance lost")
+        shown.append(table(f"Pruned by {report['importance']}", columns, rows, left=2))
+        shown.append(f"{len(report['widths']) - len(rows)} groups stay as they are")
+        shown.append(prune_summary(report))
+        shown += [f"left alone: {path}: {reason}" for path, reason in report["left_alone"].items()]
+    if "sparsity" in report:
+        sparse = report["sparsity"]
+        shown.append(
+            f"2:4 sparsity by {sparse['method']}: {len(sparse['sparse'])} layers, {sparse['share']:.1%} of weights"
+        )
+    return [*shown, *report["notes"]]
+
+
+def _retrain(artifact: Artifact) -> list[Table | str]:
+    report = artifact.json("retrain.json")
+    rows = [
+        (when, str(score["step"]), _share(score["agreement"]), _share(score["top1"]), f"{score['loss']:.4f}")
+        for when, score in (("pruned", report["before"]), ("retrained", report["after"]))
+    ]
+    title = f"Trained on {report['images']:,} images, against the unpruned model on {report['held_out']:,} others"
+    return [
+        table(title, ("weights", "step", "agreement", "top-1", "loss"), rows),
+        f"{report['stop']}, after {report['steps']} steps in {report['seconds']:.0f} s",
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
 
 
 def _fold(artifact: Artifact) -> list[Table | str]:

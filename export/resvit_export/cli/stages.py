@@ -68,6 +68,18 @@ def _exit_code(pipeline: Pipeline) -> int:
     }[pipeline.verdict["verdict"]]
 
 
+prune_command = _stage_command(
+    "prune",
+    "prune",
+    lambda pipeline: pipeline.retrained if pipeline.retrains else pipeline.pruned,
+    """Take out of the network what matters least, and with --train-data win the accuracy back.
+
+    The share given is what remains: --prune-macs 0.5 halves the multiply-accumulates. Channels of the trunk,
+    attention heads and MLP widths go where that saves most for the least loss; widths stay at what tensor cores
+    like. Writes pruned.pt (or retrained.pt), which loads as any --checkpoint of the same model, and a .pt2 program.""",
+    f"prune {_MODEL} {_DATA} --prune-macs 0.7 --run runs/pruned",
+    "prune --run runs/pruned --train-data fashion-mnist --prune-epochs 1 --train-images 2000",
+)
 fold_command = _stage_command(
     "fold",
     "fold",
@@ -156,7 +168,7 @@ bundle_command = _stage_command(
 @output_options
 @recipe_options("bundle")
 def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
-    """Do everything: fold, export, calibrate, quantize, validate, compile, bundle, report.
+    """Do everything: prune where asked, fold, export, calibrate, quantize, validate, compile, bundle, report.
 
     Where the accuracy of the plain recipe is not accepted, layers are raised to FP8 or FP16 until it is, those first
     that cost the least time on the target. What is finished in the run folder and unchanged is not done again; a
@@ -169,7 +181,9 @@ def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
         pipeline.require_target()
         pipeline.require_images()
         pipeline = pipeline.settled()  # noqa: PLW2901
-        stages = [] if pipeline.from_onnx else [pipeline.folded]
+        stages = [pipeline.pruned] if pipeline.prunes else []
+        stages += [pipeline.retrained] if pipeline.retrains else []
+        stages += [] if pipeline.from_onnx else [pipeline.folded]
         stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
         stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
         stages += [pipeline.quantized, pipeline.validated, pipeline.predicted]

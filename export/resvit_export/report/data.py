@@ -29,13 +29,15 @@ class ChangedImage:
 class ReportData:
     """The JSON of every stage of a run; ``None`` where a stage has not run.
 
-    The keys are those that the stages write (fold.json, export.json, ranges.json, quantize.json, verdict.json,
-    costs.json, search.json, engine.json, plan.json and the bundle's manifest). Shares (top1, agreement, macs_share)
-    are 0..1; drops and intervals are percentage points; sizes are bytes.
+    The keys are those that the stages write (prune.json, retrain.json, fold.json, export.json, ranges.json,
+    quantize.json, verdict.json, costs.json, search.json, engine.json, plan.json and the bundle's manifest).
+    Shares (top1, agreement, macs_share) are 0..1; drops and intervals are percentage points; sizes are bytes.
     """
 
     name: str
     """What the page is called: the model's name, or the run folder's."""
+    prune: Json | None = None
+    retrain: Json | None = None
     fold: Json | None = None
     export: Json | None = None
     ranges: Json | None = None

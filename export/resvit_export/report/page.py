@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
-from resvit_export.report import accuracy, device, network, pictures, ranges
+from resvit_export.report import accuracy, device, network, pictures, pruning, ranges
 from resvit_export.report.data import ReportData
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def html_from_run(data: ReportData) -> str:
         stages=_stages(data),
         precision=str((data.quantize or {}).get("precision", "quantised")).upper(),
         accuracy=accuracy.accuracy_from_verdict(data.verdict) if data.verdict else None,
+        pruning=pruning.pruning_from_run(data.prune, data.retrain) if data.prune else None,
+        curve_box=(pruning.WIDTH, pruning.HEIGHT),
         groups=network.groups_from_quantize(data.quantize) if data.quantize else [],
         kept=network.kept_from_quantize(data.quantize) if data.quantize else [],
         sizes=network.sizes_from_run(data),
@@ -90,4 +92,6 @@ def _stages(data: ReportData) -> list[tuple[str, bool]]:
         "compile": data.engine or data.plan,
         "bundle": data.bundle,
     }
-    return [(stage, done[stage] is not None) for stage in _STAGES]
+    first = [("prune", True)] if data.prune is not None else []
+    first += [("retrain", True)] if data.retrain is not None else []
+    return first + [(stage, done[stage] is not None) for stage in _STAGES]
