@@ -60,6 +60,7 @@ from resvit_quantize.settings import Precision as Format
 BATCH = 128
 KINDS = frozenset({Kind.CHANNELS, Kind.HEADS, Kind.MLP})
 IMPORTANCE_IMAGES = 1024
+SHARES = (0.7, 0.5, 0.3)
 Masks = dict[str, torch.Tensor]
 
 
@@ -312,7 +313,7 @@ def markdown(model: str, float_top1: float, rows: list[dict[str, Any]]) -> str:
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
 @click.option("--model", default="resvit:embed-nano", show_default=True)
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="[tests/assets/NAME.pt]")
-@click.option("--share", "shares", type=float, multiple=True, default=(0.7, 0.5, 0.3), show_default=True)
+@click.option("--share", "shares", type=float, multiple=True, default=SHARES, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([*METHODS, "2:4"]), help="Only these rows.")
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--images", default=60_000, show_default=True, help="Training images, held-out ones included.")
@@ -336,13 +337,14 @@ def main(
     float_top1 = float((case.reference.answers == case.reference.labels).mean())
     path = RESULTS / f"pruning-{name}.json"
     kept = {row["key"]: row for row in json.loads(path.read_bytes())["rows"]} if path.exists() else {}
-    plan = [(method, share) for share in shares for method in METHODS] + [("2:4", 1.0)]
+    every = sorted({*SHARES, *shares}, reverse=True)
+    plan = [(method, share) for share in every for method in METHODS] + [("2:4", 1.0)]
     rows = []
     for method, share in plan:
         facts = [method, share, case.digest, str(options), images, int8]
         key = sha256_bytes(canonical_json([str(fact) for fact in facts]))
         row = None if again else kept.get(key)
-        if row is None and (not only or method in only):
+        if row is None and (not only or method in only) and (method == "2:4" or share in shares):
             quantise = int8 and (method in ("ours", "2:4"))
             made = (
                 sparse_row(case, options, quantise, report)
