@@ -36,7 +36,8 @@ data:
 
 demo: setup data
 	$(BIN)/python examples/fashion_mnist/train.py --model resvit:embed-nano --out $(CHECKPOINT)
-	$(BUILD) --target jetson-orin --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/jetson-orin
+	$(BUILD) --target jetson-orin --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/jetson-orin \
+	  --prune-macs 0.7 --train-data fashion-mnist --prune-epochs 1
 	$(BUILD) --target l4 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/l4
 	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
 

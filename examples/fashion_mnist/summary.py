@@ -12,7 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("run", "target", "verdict", "float top-1", "INT8 top-1", "drop, points", "quantised", "float ONNX", "result")
+COLUMNS = (
+    *("run", "target", "verdict", "float top-1", "INT8 top-1", "drop, points", "arithmetic left", "quantised"),
+    *("float ONNX", "result"),
+)
 
 
 def result_of(run: Path) -> dict[str, object]:
@@ -35,6 +38,8 @@ def row(run: Path) -> tuple[list[str], str]:
     else:
         target, made = compiled["plan.json"]["target"], "bundle to build on the device"
     low, high = last["interval"]
+    pruned = stages["prune"]["results"]["prune.json"] if "prune" in stages else None
+    left = pruned["after"]["macs"] / pruned["before"]["macs"] if pruned else 1.0
     cells = [
         str(run),
         target,
@@ -42,6 +47,7 @@ def row(run: Path) -> tuple[list[str], str]:
         f"{first['top1']:.2%}",
         f"{last['top1']:.2%}",
         f"{last['drop']:+.2f} ({low:+.2f} … {high:+.2f})",
+        f"{left:.1%}",
         f"{stages['quantize']['results']['quantize.json']['macs_share']:.1%}",
         f"{stages['export']['results']['export.json']['bytes'] / 1e6:.2f} MB",
         made,
