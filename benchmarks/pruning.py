@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,11 @@ def ours(importance: Importance, pick: Callable[..., Choice] = choose) -> Callab
     return make
 
 
-def torch_pruning(case: Case, share: float) -> nn.Module:
-    """Torch-Pruning's own pruner: group magnitude, one ratio for all, widths in steps of 8, heads kept in number.
+def torch_pruning(case: Case, share: float, attention: bool = True) -> nn.Module:
+    """Torch-Pruning's own pruner: group magnitude, one ratio for all, widths in steps of 8.
 
-    The ratio is found by bisection; its hook for attention (``num_heads``) narrows every head.
+    The ratio is found by bisection. As it comes, its hook for attention (``num_heads``) narrows every head; else
+    attention is among its ``ignored_layers``.
     """
     import torch_pruning as tp
 
@@ -142,13 +144,14 @@ def torch_pruning(case: Case, share: float) -> nn.Module:
     def narrowed(ratio: float) -> nn.Module:
         module = copy.deepcopy(case.module)
         attentions = [m for m in module.modules() if hasattr(m, "qkv")]
+        ignored = [] if attention else [layer for m in attentions for layer in (m.qkv, m.proj)]
         pruner = tp.pruner.BasePruner(
             module,
             example,
             importance=tp.importance.GroupMagnitudeImportance(),
             pruning_ratio=ratio,
-            ignored_layers=[module.head.fc],
-            num_heads={m.qkv: m.heads for m in attentions},
+            ignored_layers=[module.head.fc, *ignored],
+            num_heads={m.qkv: m.heads for m in attentions} if attention else None,
             round_to=8,
         )
         pruner.step()
@@ -192,7 +195,8 @@ METHODS: dict[str, tuple[str, Callable[[Case, float], nn.Module]]] = {
     "ours-taylor": ("resvit, Taylor, chosen widths", ours(Importance.TAYLOR)),
     "ours-magnitude": ("resvit, magnitude, chosen widths", ours(Importance.MAGNITUDE)),
     "uniform": ("magnitude, one ratio for all", ours(Importance.MAGNITUDE, uniform)),
-    "torch-pruning": ("Torch-Pruning, group magnitude", torch_pruning),
+    "torch-pruning": ("Torch-Pruning as it comes", torch_pruning),
+    "torch-pruning-trunk": ("Torch-Pruning, attention left alone", partial(torch_pruning, attention=False)),
     "modelopt": ("ModelOpt, FastNAS", modelopt),
 }
 

@@ -37,7 +37,7 @@ def test_widths_are_drawn_beside_the_widest_and_curves_by_sensitivity() -> None:
     assert (row.whole, row.part) == (50.0, 12.5)
     assert found.unchanged == 1
     assert [curve.group for curve in found.curves] == ["trunk.0", "attn"]
-    assert found.curves[0].points == ((0.25 * WIDTH, 0.6 * HEIGHT), (WIDTH, 0.0))
+    assert found.curves[0].points == ((0.25 * WIDTH, round(0.6 * HEIGHT, 1)), (WIDTH, 0.0))
     assert "49.0% of the multiply-accumulates" in found.sentences[0]
     assert any("50.00% to 97.50%" in sentence for sentence in found.sentences)
 
