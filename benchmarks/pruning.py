@@ -151,7 +151,7 @@ def torch_pruning(case: Case, share: float, attention: bool = True) -> nn.Module
             importance=tp.importance.GroupMagnitudeImportance(),
             pruning_ratio=ratio,
             ignored_layers=[module.head.fc, *ignored],
-            num_heads={m.qkv: m.heads for m in attentions} if attention else None,
+            num_heads={m.qkv: m.heads for m in attentions} if attention else {},
             round_to=8,
         )
         pruner.step()
@@ -340,15 +340,20 @@ def main(
     report = reporter(quiet=True)
     float_top1 = float((case.reference.answers == case.reference.labels).mean())
     path = RESULTS / f"pruning-{name}.json"
-    kept = {row["key"]: row for row in json.loads(path.read_bytes())["rows"]} if path.exists() else {}
+    known = json.loads(path.read_bytes())["rows"] if path.exists() else []
+    kept = {row["key"]: row for row in known}
     every = sorted({*SHARES, *shares}, reverse=True)
     plan = [(method, share) for share in every for method in METHODS] + [("2:4", 1.0)]
     rows = []
     for method, share in plan:
         facts = [method, share, case.digest, str(options), images, int8]
         key = sha256_bytes(canonical_json([str(fact) for fact in facts]))
-        row = None if again else kept.get(key)
-        if row is None and (not only or method in only) and (method == "2:4" or share in shares):
+        row = kept.get(key)
+        if (
+            (again or row is None or row["status"] != "ok")
+            and (not only or method in only)
+            and (method == "2:4" or share in shares)
+        ):
             quantise = int8 and (method in ("ours", "2:4"))
             made = (
                 sparse_row(case, options, quantise, report)

@@ -66,7 +66,7 @@ def digests(case: Case, method: Method, task: Task) -> tuple[str, str]:
     sources = [HERE / "peers" / f"{method.module}.py"]
     if method.module == "ours":
         wings = [HERE.parent / wing for wing in ("quantize/resvit_quantize", "calibrate/resvit_calibrate")]
-        sources += sorted(path for wing in wings for path in wing.rglob("*.py"))
+        sources += sorted(path for wing in wings for path in wing.glob("*.py"))
     made = {
         "method": method.name,
         "settings": dict(method.settings),

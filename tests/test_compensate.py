@@ -416,3 +416,23 @@ def test_a_layer_left_in_fp16_makes_up_for_what_reaches_it(tmp_path: Path) -> No
     found.bias.pop("third")
     plan = plan_of(path, chunks, settings)
     assert with_fit > sqnr(exact, run(written(plan, found, 3, tmp_path / "b.onnx"), images, 16)) + 0.1
+
+
+def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
+    g = Graph("batch", 24, 8, 8)
+    path = g.save(tmp_path / "float.onnx", three_layers(g))
+    model = ir.load(path)
+    for name, value in model.graph.initializers.items():
+        array = np.array(value.const_value.numpy())
+        if array.ndim == 4:
+            array[:, 1::2] = 0.0
+            value.const_value = ir.tensor(array, name=name)
+    ir.save(model, path)
+    chunks = chunks_of(correlated(64, 24, 8, 8), 16)
+    plan = plan_of(path, chunks, everything(Precision.INT8, 4))
+    found = compensate(plan, chunks, everything(Precision.INT8, 4))
+    assert found.stored
+    for stored in found.stored.values():
+        assert not stored.values[:, 1::2].any()
+        assert stored.values[:, ::2].any()
+    assert all(after < before for before, after in found.errors.values())

@@ -96,7 +96,7 @@ def test_two_to_four_stays_in_the_quantised_weights(workspace: Path, capsys: pyt
     made = result(capsys, "prune", *MODEL, *DATA, "--sparsity", "2:4", "--run", "runs/p")
     document = made["results"]["prune.json"]  # type: ignore[index]
     assert document["sparsity"]["share"] > 0.5
-    result(capsys, "quantize", *MODEL, *DATA, "--sparsity", "2:4", "--run", "runs/p")
+    result(capsys, "quantize", *MODEL, *DATA, "--sparsity", "2:4", "--effort", "best", "--run", "runs/p")
     (path,) = workspace.glob("runs/p/quantize-*/model.onnx")
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
     weights = [array for array in stored if array.dtype == np.int8 and array.ndim == 4 and array.shape[1] % 4 == 0]

@@ -104,6 +104,7 @@ def _trtexec(
         "--profilingVerbosity=detailed",
         "--timingCacheFile=timing.cache",
         "--skipInference",
+        *(["--sparsity=enable"] if settings.sparse else []),
     ]
     if shape is not None:
         for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):

@@ -47,6 +47,8 @@ def _engine_from_request(request: dict[str, Any], log: trt_api.Log) -> dict[str,
     builder = trt_api.builder_from(trt, logger, log)
     network = trt_api.network_from_onnx(trt, builder, logger, Path(request["onnx"]))
     config = trt_api.configure(trt, builder, request["workspace_mib"], request["optimization_level"], request["sm"])
+    if request["sparse"]:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     trt_api.set_batch(builder, config, network, tuple(request["batch"]))
     inputs, outputs = trt_api.tensor_facts(network)
     engine = trt_api.engine_from_network(builder, network, config, log)

@@ -519,6 +519,7 @@ class Pipeline:
             batch=self.recipe.batch_range,
             workspace_mib=self.recipe.workspace_mib or target.workspace_mib,
             optimization_level=self.recipe.optimization_level,
+            sparse=self.recipe.sparsity is not None,
         )
         return self.run.stage(
             "compile",

@@ -289,6 +289,8 @@ class _Fit:
         self.mean, self.wanted = (float(corrects) * _mean(part[:, ~held], used) for part in (rows, target))
         inputs, outputs = ((part - mean) * counts.sqrt() for part, mean in ((rows, self.mean), (target, self.wanted)))
         self.trained = trained
+        # Zeros stay: they may be those of 2:4 sparsity, and others are as good.
+        self.kept = trained != 0
         self.hessian = inputs[:, ~held].mT @ inputs[:, ~held]
         self.missing = inputs[:, ~held].mT @ (outputs[:, ~held] - inputs[:, ~held] @ trained)
         diagonal = self.hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
@@ -310,7 +312,8 @@ class _Fit:
         """The weights with the least error: the trained ones or one of the fits."""
         fits = [self.trained]
         for ridge in _RIDGES:
-            fits.append(self.trained + torch.cholesky_solve(self.missing, torch.linalg.cholesky(self.regular(ridge))))
+            change = torch.cholesky_solve(self.missing, torch.linalg.cholesky(self.regular(ridge)))
+            fits.append(self.trained + change * self.kept)
         return min(fits, key=self.error)
 
     def bias(self, weight: Tensor) -> Tensor:
@@ -321,6 +324,7 @@ class _Fit:
 def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) -> StoredWeight:
     """Round ``weight`` float32 [G, K, O/G] one input at a time, the error of each taken up by those to come.
 
+    What is zero stays zero (as in SparseGPT, Frantar and Alistarh 2023), so that sparse weights stay sparse.
     ``hessian`` [G, K, K] is that of the inputs and must be positive definite. Inputs of much power come first.
     """
     node, precision, largest = place.node, place.precision, largest_level(place.precision, bits)
@@ -329,6 +333,7 @@ def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) 
     whole = ungrouped_weight(node, weight, shape)
     _, scale = quantise_weight(whole.numpy(), place.axis, precision, bits)
     groups = weight.shape[0]
+    kept = (weight != 0)[:, order]
     steps = torch.from_numpy(scale).reshape(groups, -1)  # [G, O/G]
     ordered = hessian[:, order][:, :, order].double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
@@ -343,6 +348,7 @@ def round_weight(weight: Tensor, hessian: Tensor, place: Weight, bits: int = 8) 
             column = start + index
             value = block[:, index]
             near = torch.maximum(fake_quantize(value, steps, precision, bits), -steps * largest)
+            near = near * kept[:, column]
             grid[:, column] = near
             error = (value - near) / factor[:, column, column, None]
             block[:, index:] -= factor[:, column, column:end, None] * error[:, None]

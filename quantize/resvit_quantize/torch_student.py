@@ -17,6 +17,9 @@ from resvit_quantize.quantize import Plan
 from resvit_quantize.recover import trainable_constants
 from resvit_quantize.torch_graph import TorchGraph
 
+SPARSE = 0.45
+"""The share of zeros from which on a weight was made sparse on purpose: 2:4 has a half."""
+
 Outputs = dict[str, Tensor]
 """Of a graph, by name."""
 
@@ -31,6 +34,9 @@ class Student:
         for parameter in self.graph.parameters():
             parameter.requires_grad_(False)
         self.trained = {name: self.graph.tensor(name).requires_grad_() for name in names}
+        for parameter in self.trained.values():
+            if parameter.ndim > 1 and float((parameter == 0).float().mean()) > SPARSE:
+                _keep_zeros(parameter)
         self._weights = {(place.node, place.index): place for place in plan.placement.weights}
         self._edges: dict[tuple[ir.Node, int], EdgeKey] = {}
         self._scales: dict[EdgeKey, Tensor] = {}
@@ -80,6 +86,12 @@ class Student:
         if place := self._weights.get((node, index)):
             return fake_quantize(value, weight_scale(value, place, self.bits), place.precision, self.bits)
         return value
+
+
+def _keep_zeros(parameter: Tensor) -> None:
+    """Let no gradient through to weights that are zero: sparsity is worth more than they are."""
+    kept = (parameter.detach() != 0).to(parameter.dtype)
+    parameter.register_hook(lambda gradient: gradient * kept)  # type: ignore[no-untyped-call]
 
 
 def weight_scale(weight: Tensor, place: Weight, bits: int) -> Tensor:
