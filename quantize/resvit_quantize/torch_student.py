@@ -34,9 +34,9 @@ class Student:
         for parameter in self.graph.parameters():
             parameter.requires_grad_(False)
         self.trained = {name: self.graph.tensor(name).requires_grad_() for name in names}
-        for parameter in self.trained.values():
-            if parameter.ndim > 1 and float((parameter == 0).float().mean()) > SPARSE:
-                _keep_zeros(parameter)
+        for constant in self.trained.values():
+            if constant.ndim > 1 and float((constant == 0).float().mean()) > SPARSE:
+                _keep_zeros(constant)
         self._weights = {(place.node, place.index): place for place in plan.placement.weights}
         self._edges: dict[tuple[ir.Node, int], EdgeKey] = {}
         self._scales: dict[EdgeKey, Tensor] = {}
