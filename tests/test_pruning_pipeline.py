@@ -112,6 +112,7 @@ def test_two_to_four_stays_in_the_quantised_weights(workspace: Path, capsys: pyt
         (["--prune-macs", "1.5"], ExitCode.INPUT, "out of range"),
         (["--prune-macs", "0.02"], ExitCode.INPUT, "can go"),
         (["--prune-latency", "0.5"], ExitCode.INPUT, "--target"),
+        (["--prune-macs", "0.5", "--train-data", "nowhere"], ExitCode.INPUT, "does not exist"),
         ([], ExitCode.INPUT, "how far to prune"),
     ],
 )

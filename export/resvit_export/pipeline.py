@@ -308,6 +308,9 @@ class Pipeline:
                 "Say --prune-macs, --prune-latency or --prune-params with the share that may remain, such as 0.5, "
                 "or --sparsity 2:4.",
             )
+        if self.retrains:
+            # Before any work: what is trained on is told apart from what is validated on.
+            self.require_images()
         images = None if recipe.data is None else self.image_sets[0]
         return self.run.stage(
             "prune",
