@@ -243,7 +243,8 @@ def row_of(
     except ResvitError as error:
         return {**row, "status": "failed", "reason": error.problem}
     except Exception as error:  # noqa: BLE001  (another library may raise anything)
-        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        said = " ".join(str(error).split())[:160]
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {said}"}
     row |= {"status": "ok", "seconds": round(time.perf_counter() - start, 1)}
     row |= {"macs": macs_of(case, module) / macs_of(case, case.module)}
     row |= {"params": sum(p.numel() for p in module.parameters()) / sum(p.numel() for p in case.module.parameters())}
