@@ -73,6 +73,7 @@ def main() -> None:
     """Fill in the page."""
     tables = {
         "int8": comparison("int8", 8, ablation=False),
+        "int6": comparison("int8", 6, ablation=False),
         "int5": comparison("int8", 5, ablation=False),
         "fp8": comparison("fp8", 8, ablation=False),
         "ablation-int8": comparison("int8", 8, ablation=True),
