@@ -243,10 +243,12 @@ def row_of(
     except ResvitError as error:
         return {**row, "status": "failed", "reason": error.problem}
     except Exception as error:  # noqa: BLE001  (another library may raise anything)
-        said = " ".join(str(error).split())[:160]
-        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {said}"}
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {said[-1][:160] if said else ''}"}
     row |= {"status": "ok", "seconds": round(time.perf_counter() - start, 1)}
     row |= {"macs": macs_of(case, module) / macs_of(case, case.module)}
+    if row["macs"] > share + 0.02:
+        return {**row, "status": "failed", "reason": f"stops at {row['macs']:.0%} of the multiply-accumulates"}
     row |= {"params": sum(p.numel() for p in module.parameters()) / sum(p.numel() for p in case.module.parameters())}
     row["pruned"] = case.score(case.predicted(module))
     return {**row, **trained(case, module, options, {}, quantise, report)}
