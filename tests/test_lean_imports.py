@@ -23,7 +23,7 @@ ALLOWED = {
     "resvit_quantize": {"resvit_calibrate"},
     "resvit_export": {"resvit_calibrate", "resvit_quantize", "resvit_engines"},
 }
-SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "progress", "costs", "targets")}
+SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "measured", "progress", "costs", "targets")}
 NOT_ON_A_JETSON = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "PIL"}
 TORCH_MODULES = {
     *("best", "compensate", "fake_quant", "layer_rows"),

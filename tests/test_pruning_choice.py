@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_groups import ConvNet, embed_groups, hidden
 from resvit_engines.errors import ResvitError
+from resvit_engines.measured import MeasuredTimes
 from resvit_engines.targets import Precision, find_target
 from resvit_export.models import resvit_model
 from resvit_quantize.pruning.budget import Budget, cost_of, legal_widths
 from resvit_quantize.pruning.choice import choose, uniform
 from resvit_quantize.pruning.groups import Group, Kind
-from resvit_quantize.pruning.work import Work, widths_of
+from resvit_quantize.pruning.work import Work, layer_us, widths_of
 
 
 def two_mlps(first: int = 32, second: int = 32) -> tuple[nn.Module, tuple[Group, Group], Work]:
@@ -257,6 +258,29 @@ def test_a_latency_budget_is_met_on_a_wide_network() -> None:
         assert choice.before.latency_us is not None
         assert choice.after.latency_us is not None
         assert 0.65 < choice.after.latency_us / choice.before.latency_us <= 0.7
+
+
+def test_measured_times_take_the_place_of_predicted_ones() -> None:
+    module = nn.Sequential(*(layer for _ in range(2) for layer in (nn.Linear(1024, 4096), nn.Linear(4096, 1024))))
+    groups = [hidden(f"{i}", f"{i}", f"{i + 1}", 4096) for i in (0, 2)]
+    work = Work.of(module, torch.zeros(1, 256, 1024), groups)
+    importance = {group.name: np.ones(4096) for group in groups}
+    target = find_target("l4")
+    plain = {layer.name: work.latency_us({}, target, Precision.INT8) / 4 for layer in work.layers}
+    # The second pair takes ten times as long on the device as was thought.
+    times = {f"{name}/MatMul": {Precision.INT8: us * (10 if name in "23" else 1)} for name, us in plain.items()}
+    measured = MeasuredTimes("here", times)
+    assert work.latency_us({}, target, Precision.INT8, measured) == pytest.approx(22 * plain["0"], rel=0.01)
+    budget = Budget(latency=0.7, precision=Precision.INT8, target=target, measured=measured)
+    kept = widths_of(choose(groups, importance, work, budget).kept)
+    assert kept["2"] < kept.get("0", 4096) == 4096
+    # What was not measured is off by as much as what was.
+    predicted = layer_us(work.layers[0], {}, target, Precision.INT8)
+    partly = MeasuredTimes("here", {"0/MatMul": {Precision.INT8: 3 * predicted}})
+    whole = work.latency_us({}, target, Precision.INT8)
+    assert work.latency_us({}, target, Precision.INT8, partly) == pytest.approx(3 * whole)
+    with pytest.raises(ResvitError, match="None of the 1 layers"):
+        work.latency_us({}, target, Precision.INT8, MeasuredTimes("", {"other/MatMul": {Precision.INT8: 1.0}}))
 
 
 def test_a_budget_out_of_reach_names_the_nearest() -> None:

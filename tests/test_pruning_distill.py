@@ -26,8 +26,9 @@ from resvit_engines.errors import ResvitError  # noqa: E402
 from resvit_export.models import resvit_model  # noqa: E402
 from resvit_quantize.pruning.distill import Answer, DistillOptions, DistillReport, Stop, distill  # noqa: E402
 from resvit_quantize.pruning.torch_distill_check import feature_paths  # noqa: E402
-from resvit_quantize.pruning.torch_distill_loss import distance, label_loss, learning_rate, shifted  # noqa: E402
+from resvit_quantize.pruning.torch_distill_loss import distance, label_loss, shifted  # noqa: E402
 from resvit_quantize.pruning.torch_distill_state import move_average, tensors_of  # noqa: E402
+from resvit_quantize.torch_training import warmed_cosine  # noqa: E402
 
 FAST = DistillOptions(epochs=2, batch=16, learning_rate=1e-2, ema=0.8)
 
@@ -309,7 +310,7 @@ def test_the_average_follows_its_rule() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     options = DistillOptions(learning_rate=0.1, warmup=0.2)
-    values = [learning_rate(options, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    values = [warmed_cosine(options.learning_rate, options.warmup, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)]
     assert values == pytest.approx([0.005, 0.0525, 0.1, 0.05, 0.0])
 
 

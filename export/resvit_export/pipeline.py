@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resvit_calibrate.runtime import scorable_opset
 from resvit_engines.build import BuildSettings, builder_here
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import write_atomic
+from resvit_engines.files import sha256_file, write_atomic
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Precision, Target, find_target, require_precision
 from resvit_export import work
@@ -321,7 +321,7 @@ class Pipeline:
                 "sparsity": recipe.sparsity,
                 "precision": recipe.precision,
                 "target": target.to_json() if target and recipe.prune_latency is not None else None,
-                "trained": self.retrains,
+                **({"measured": sha256_file(Path(recipe.measured_times))} if recipe.measured_times else {}),
                 "seed": recipe.seed,
                 "model": self.identity,
             },

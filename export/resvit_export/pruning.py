@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import canonical_json, pretty_json, sha256_bytes, write_atomic
+from resvit_engines.files import canonical_json, pretty_json, sha256_bytes
+from resvit_engines.measured import measured_times_from_json
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Precision, Target
 from resvit_export.recipe import Recipe
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 IMPORTANCE_IMAGES = 512
 """What importance is told by, at most."""
+SPARSE_BATCHES = 4
+"""Batches of 32 that tell which weights 2:4 sparsity leaves."""
 CURVE_MACS = 60e9
 """Multiply-accumulates that the picture of sensitivity may cost: half a minute on two cores."""
 CURVE_IMAGES = 128
@@ -79,6 +81,7 @@ def prune_into(
     import torch
 
     from resvit_export.checkpoint import structure_in
+    from resvit_export.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choice import choose
     from resvit_quantize.pruning.discover import groups_from_module
@@ -91,6 +94,7 @@ def prune_into(
     module, example = copy.deepcopy(network.module).eval(), torch.zeros(2, *network.input_shape)
     document: dict[str, Any] = {"importance": recipe.prune_importance, "notes": []}
     structure = (structure_in(Path(recipe.checkpoint)) if recipe.checkpoint else None) or Structure()
+    batches = [] if images is None else list(itertools.islice(_tensors(images), IMPORTANCE_IMAGES // 32))
     share = next((share for share in recipe.prune_budgets.values() if share is not None), None)
     if share is not None:
         found = groups_from_module(module, example, frozenset(Kind(kind) for kind in recipe.prune_what))
@@ -105,10 +109,9 @@ def prune_into(
             )
         work = Work.of(module, example[:1], found.groups)
         method = Importance(recipe.prune_importance)
-        if images is None and method is not Importance.MAGNITUDE:
+        if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")
-        batches = [] if images is None else list(itertools.islice(_tensors(images), IMPORTANCE_IMAGES // 32))
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=recipe.seed)
         choice = choose(found.groups, importance, work, _budget(recipe, target))
         curves = _curves(module, found.groups, importance, batches, work.macs({}), reporter)
@@ -121,10 +124,9 @@ def prune_into(
         }
         document["notes"] += choice.notes
         reporter.say(prune_summary(document))
-    masks: dict[str, torch.Tensor] = {}
     if recipe.sparsity is not None:
-        masks, document["sparsity"] = _sparsified(module, images, network, reporter)
-        torch.save(masks, folder / "masks.pt")
+        masks, document["sparsity"] = _sparsified(module, batches, example[:1], reporter)
+        write_by_memory(folder / "masks.pt", lambda out: torch.save(masks, out))
     if recipe.train_data is None:
         reporter.warn("Nothing is trained behind pruning: there is no --train-data, and the gate decides as it is.")
     write_network(folder, "pruned", module, structure, network.input_shape)
@@ -175,20 +177,14 @@ def write_network(
     import torch
 
     from resvit_export.checkpoint import STRUCTURE
-    from resvit_export.torch_program import program_from_module
+    from resvit_export.torch_program import program_from_module, write_by_memory
 
     module = module.cpu().eval()
     program, _ = program_from_module(module, shape)
     weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    _write(folder / f"{name}.pt", lambda out: torch.save({"state_dict": weights, STRUCTURE: structure.to_json()}, out))
-    _write(folder / f"{name}.pt2", lambda out: torch.export.save(program, out))
-
-
-def _write(path: Path, save: Callable[[io.BytesIO], None]) -> None:
-    """Write a file by way of memory: PyTorch's own writer aborts the process on a full disk."""
-    buffer = io.BytesIO()
-    save(buffer)
-    write_atomic(path, bytes(buffer.getbuffer()))
+    content = {"state_dict": weights, STRUCTURE: structure.to_json()}
+    write_by_memory(folder / f"{name}.pt", lambda out: torch.save(content, out))
+    write_by_memory(folder / f"{name}.pt2", lambda out: torch.export.save(program, out))
 
 
 def _budget(recipe: Recipe, target: Target | None) -> Budget:
@@ -200,6 +196,7 @@ def _budget(recipe: Recipe, target: Target | None) -> Budget:
         params=recipe.prune_params,
         precision=Precision(recipe.precision),
         target=target,
+        measured=measured_times_from_json(Path(recipe.measured_times)) if recipe.measured_times else None,
     )
 
 
@@ -212,18 +209,15 @@ def _tensors(images: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor | Non
 
 
 def _sparsified(
-    module: nn.Module, images: Batches | None, network: Network, reporter: Reporter
+    module: nn.Module,
+    batches: list[tuple[torch.Tensor, torch.Tensor | None]],
+    example: torch.Tensor,
+    reporter: Reporter,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    import torch
-
     from resvit_quantize.pruning.sparsity import SparseMethod, sparsify
 
-    method = SparseMethod.MAGNITUDE if images is None else SparseMethod.SPARSEGPT
-    pictures = (
-        [torch.zeros(1, *network.input_shape)]
-        if images is None
-        else [batch for batch, _ in itertools.islice(_tensors(images), 4)]
-    )
+    method = SparseMethod.SPARSEGPT if batches else SparseMethod.MAGNITUDE
+    pictures = [images for images, _ in batches[:SPARSE_BATCHES]] or [example]
     report = sparsify(module, method, pictures, reporter)
     reporter.say(f"2:4 sparsity: {report.share:.1%} of the weights of linear and convolutional layers")
     return report.masks, {"method": method.value, **report.to_json()}
@@ -296,13 +290,17 @@ def _curves(
 def _answers(module: nn.Module, pictures: torch.Tensor) -> list[torch.Tensor]:
     import torch
 
-    pieces = [torch.utils._pytree.tree_leaves(module(part)) for part in torch.split(pictures, 32)]
+    from resvit_quantize.pruning.torch_losses import answers
+
+    pieces = [answers(module, part) for part in torch.split(pictures, 32)]
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
 def _alike(exact: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """The share of equal answers for a classifier; else one less the relative squared error, at least zero."""
-    if len(exact) == 1 and exact[0].ndim == 2 and exact[0].shape[1] > 1:
+    from resvit_quantize.pruning.torch_losses import is_classifier
+
+    if is_classifier(exact):
         return float((exact[0].argmax(1) == other[0].argmax(1)).double().mean())
     error = sum(
         float((a - b).double().square().sum() / a.double().square().sum().clamp_min(1e-30))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from resvit_calibrate.runtime import Arrays, Runner
 from resvit_engines.errors import ResvitError
+from resvit_engines.files import write_atomic
 from resvit_export.factories import user_error
 
 INPUT = "input"
@@ -112,6 +115,13 @@ def _runner(call: Callable[..., object], names: list[str], batch: int | None) ->
         return {name: np.concatenate([piece[i] for piece in pieces]) for i, name in enumerate(names)}
 
     return run
+
+
+def write_by_memory(path: Path, save: Callable[[io.BytesIO], None]) -> None:
+    """Write a file that PyTorch makes by way of memory: its own writer aborts the process on a full disk."""
+    buffer = io.BytesIO()
+    save(buffer)
+    write_atomic(path, bytes(buffer.getbuffer()))
 
 
 def _known(size: int | torch.SymInt) -> int | str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import warnings
@@ -49,14 +48,12 @@ def fold_into(folder: Path, network: Network) -> None:
     """Write ``folded.pt2``, ``fold.json`` and ``network.json``."""
     import torch
 
+    from resvit_export.torch_program import write_by_memory
     from resvit_quantize.fold import fold_program
 
     with quiet_libraries():
         program, report = fold_program(network.program)
-        # By way of memory: PyTorch's own writer aborts the process on a full disk.
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-    (folder / "folded.pt2").write_bytes(buffer.getbuffer())
+        write_by_memory(folder / "folded.pt2", lambda out: torch.export.save(program, out))
     _write_json(folder / "fold.json", report.to_json())
     _write_json(folder / "network.json", network.facts())
 

@@ -209,11 +209,9 @@ class _Run:
         """Fit a layer that keeps its precision to its float output, from what reaches it."""
         value, array = node.inputs[1], constant(node.inputs[1])
         read, reached = exact[0], noisy[0]
-        if value is None or array is None or read is None or reached is None:
+        if value is None or array is None or read is None or reached is None or array.dtype != np.float32:
             return noisy
         if len(list(value.uses())) > 1 or not can_fit(node, array.shape):
-            return noisy
-        if array.ndim != 2 and node.op_type != "Conv":
             return noisy
         rows = LayerRows(node, array.shape, self.count, self.importance.get(node))
         trained = grouped_weight(node, torch.from_numpy(np.array(array)))

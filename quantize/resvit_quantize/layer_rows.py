@@ -79,8 +79,13 @@ class LayerRows:
 
 
 def can_fit(node: ir.Node, weight: Sequence[int]) -> bool:
-    """Whether a layer is a matrix product of rows: all but transposed convolutions and those of one or three axes."""
-    return node.op_type in ("MatMul", "Gemm") or (node.op_type == "Conv" and len(weight) == 4)
+    """Whether a layer is a matrix product of rows and one matrix for each group.
+
+    Not so transposed convolutions and those of one or three axes, stacks of matrices, and transposed activations.
+    """
+    if node.op_type == "Conv":
+        return len(weight) == 4
+    return node.op_type in ("MatMul", "Gemm") and len(weight) == 2 and not attributes_of(node).get("transA")
 
 
 def grouped_weight(node: ir.Node, weight: Tensor) -> Tensor:

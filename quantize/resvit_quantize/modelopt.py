@@ -6,12 +6,10 @@ The extra ``resvit-export[modelopt]`` installs it. It runs on the CPU and is imp
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from resvit_calibrate.estimators import Estimator
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.graph import Analysis, analyse
@@ -31,6 +29,7 @@ from resvit_quantize.patterns import nodes_matching
 from resvit_quantize.report import QuantizeReport, report_from_graph
 from resvit_quantize.schema import is_float
 from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.vendor import quiet_modelopt
 
 _AUTOCAST_BATCHES = 8
 _ESTIMATORS = {Estimator.MAX: "max", Estimator.ENTROPY: "entropy"}
@@ -169,17 +168,9 @@ def _contained() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     vendor = logging.getLogger("modelopt")
     vendor.propagate = False
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_modelopt("ONNX quantiser", "use --quantizer resvit"):
             yield
-    except ImportError as error:
-        raise ResvitError(
-            f"ModelOpt's ONNX quantiser does not import: {error}.",
-            "pip install 'resvit-export[modelopt]', or use --quantizer resvit.",
-            ExitCode.MISSING,
-        ) from error
     except ResvitError:
         raise
     except Exception as error:

@@ -109,22 +109,29 @@ class Stop(str, enum.Enum):
 
 
 @dataclass(frozen=True)
-class Score:
-    """The fake-quantised graph against the float one on the held-out images, behind ``step`` steps."""
+class TrainingScore:
+    """A student against its teacher on the held-out images, behind ``step`` steps."""
 
     step: int
     loss: float
+    """Distance of the answers alone; what the best weights are chosen by."""
     nsr: float
-    """Noise to signal: Σ (float - quantised)² / Σ float², over all outputs."""
+    """Noise to signal: Σ (teacher - student)² / Σ teacher², over all outputs."""
     agreement: float | None
-    """Share of images with the same answer; ``None`` where the output is not [B, K]."""
-    train_loss: float | None = None
-    """Mean over the training images since the last score."""
+    """Share of images with the teacher's class; ``None`` where the output is not [B, K]."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what JSON cannot hold becomes None."""
         plain = dataclasses.asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+@dataclass(frozen=True)
+class Score(TrainingScore):
+    """The fake-quantised graph against the float one."""
+
+    train_loss: float | None = None
+    """Mean over the training images since the last score."""
 
     def __str__(self) -> str:
         agreement = "" if self.agreement is None else f"agreement with float {self.agreement:.2%}, "
@@ -132,24 +139,21 @@ class Score:
 
 
 @dataclass(frozen=True)
-class RecoverReport:
-    """What recovery did, for ``recover.json``."""
+class TrainingReport:
+    """What a training did, for a record and the report."""
 
-    before: Score
-    after: Score
+    before: TrainingScore
+    after: TrainingScore
     """Of the weights that were kept: the best ones, which may be the first."""
-    history: tuple[Score, ...]
+    history: tuple[TrainingScore, ...]
     stop: Stop
     images: int
     held_out: int
     epochs: int
     steps: int
-    trained: int
-    """Constants that were trained."""
     seconds: float
+    """Of all calls together, where one went on from another."""
     device: str
-    clips: Mapping[str, Mapping[str, float]]
-    """Largest magnitude by precision and tensor, of every activation that is quantised."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -162,6 +166,16 @@ class RecoverReport:
             "stop": self.stop.value,
             "kept_step": self.after.step,
         }
+
+
+@dataclass(frozen=True)
+class RecoverReport(TrainingReport):
+    """What recovery did, for ``recover.json``."""
+
+    trained: int
+    """Constants that were trained."""
+    clips: Mapping[str, Mapping[str, float]]
+    """Largest magnitude by precision and tensor, of every activation that is quantised."""
 
 
 def recover_model(
@@ -229,7 +243,8 @@ def settings_behind_recovery(settings: QuantizeSettings) -> QuantizeSettings:
 
     What moves weights, biases or ranges to come nearer to the float graph would undo the training.
     """
-    where_only = dataclasses.replace(settings.methods, smoothing=False, output_ranges=False, bias_correction=False)
+    off = dict.fromkeys(("smoothing", "shifting", "output_ranges", "bias_correction"), False)
+    where_only = dataclasses.replace(settings.methods, **off)
     return dataclasses.replace(settings, methods=where_only, effort=Effort.FAST)
 
 

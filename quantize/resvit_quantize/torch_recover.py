@@ -8,7 +8,6 @@ import math
 import pickle
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from resvit_quantize.recover import (
     TrainingImages,
 )
 from resvit_quantize.torch_student import Outputs, Pieces, Student
+from resvit_quantize.torch_training import Standing, relative_error, softened_divergence, warmed_cosine
 
 _TEMPERATURE = 2.0
 """Softens the answers that are compared (Hinton et al. 2015)."""
@@ -44,19 +44,13 @@ _SAVE_EVERY = 120.0
 
 def distance(outputs: Outputs, targets: Outputs, labels: Tensor | None, options: RecoverOptions) -> Tensor:
     """The loss: error to signal of all outputs, and for one output [B, K] the divergence of softened answers."""
-    errors = [_nsr(outputs[name], target) for name, target in targets.items()]
+    errors = [relative_error(outputs[name], target) for name, target in targets.items()]
     loss = torch.stack(errors).mean()
     if (name := _classifier(targets)) is not None:
-        log_p = F.log_softmax(outputs[name] / _TEMPERATURE, dim=1)
-        log_q = F.log_softmax(targets[name] / _TEMPERATURE, dim=1)
-        loss = loss + _TEMPERATURE**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        loss = loss + softened_divergence(outputs[name], targets[name], _TEMPERATURE)
         if labels is not None and options.label_weight:
             loss = loss + options.label_weight * F.cross_entropy(outputs[name], labels)
     return loss
-
-
-def _nsr(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().sum() / target.square().sum().clamp_min(1e-12)
 
 
 def _classifier(outputs: Outputs) -> str | None:
@@ -65,21 +59,8 @@ def _classifier(outputs: Outputs) -> str | None:
     return name if len(outputs) == 1 and value.ndim == 2 and value.shape[1] > 1 else None
 
 
-@dataclass
-class _State:
-    """Where training stands; all that a killed one needs."""
-
-    best: dict[str, Tensor]
-    epoch: int = 0
-    batch: int = 0
-    """Batches of the epoch that are done."""
-    step: int = 0
-    stale: int = 0
-    best_index: int = 0
-    seconds: float = 0.0
-    train_loss: float = 0.0
-    train_steps: int = 0
-    history: list[dict[str, float | int | None]] = field(default_factory=list)
+class _State(Standing):
+    """Where recovery stands."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -120,7 +101,7 @@ class Training:
         state = self._resumed()
         began = time.monotonic() - (state.seconds if state else 0.0)
         if state is None:
-            state = _State(self.student.copies())
+            state = _State(best=self.student.copies())
             self._evaluate(state)
             self._save(state, began)
         self.reporter.say(f"recover: before training, {state.scores[0]}")
@@ -180,8 +161,9 @@ class Training:
             yield from _marked(self.images.batches_at(order, self.options.batch, state.batch))
 
     def _step(self, batch: Batch, step: int) -> float:
+        rate = warmed_cosine(self.options.learning_rate, self.options.warmup, step / self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, step / self.steps) * group["size"]
+            group["lr"] = rate * group["size"]
         loss = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -278,13 +260,6 @@ class Training:
             return None
         self.reporter.say(f"recover: going on behind step {state.step} of {self.steps}")
         return state
-
-
-def learning_rate(options: RecoverOptions, progress: float) -> float:
-    """Up in a line, down in a cosine; ``progress`` goes from 0 to 1."""
-    if progress < options.warmup:
-        return options.learning_rate * (0.05 + 0.95 * progress / options.warmup)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - options.warmup) / (1 - options.warmup)))
 
 
 def _rms(value: Tensor) -> float:

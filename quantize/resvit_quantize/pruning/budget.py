@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.measured import MeasuredTimes
 from resvit_engines.targets import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kind
 from resvit_quantize.pruning.work import TILES, Attending, Weighted, Weights, Widths, Work, layer_us
@@ -17,7 +18,8 @@ class Budget:
     """The share that may remain, above 0 and at most 1, of exactly one of the three measures.
 
     ``precision`` is the one that the network will run in: widths land on its tiles. ``latency`` is by the cost model
-    of ``target``. ``least`` is the share of its units that every group keeps, and of the blocks beside one another.
+    of ``target``, scaled by the times ``measured`` on it. ``least`` is the share of its units that every group keeps,
+    and of the blocks beside one another.
     Raises ``ResvitError`` for values that make no budget.
     """
 
@@ -26,6 +28,7 @@ class Budget:
     params: float | None = None
     precision: Precision = Precision.FP16
     target: Target | None = None
+    measured: MeasuredTimes | None = None
     least: float = 0.1
 
     def __post_init__(self) -> None:
@@ -86,7 +89,9 @@ class Cost:
 
 def cost_of(work: Work, widths: Widths, budget: Budget) -> Cost:
     """All measures at these widths."""
-    latency = None if budget.target is None else work.latency_us(widths, budget.target, budget.precision)
+    latency = (
+        None if budget.target is None else work.latency_us(widths, budget.target, budget.precision, budget.measured)
+    )
     return Cost(work.macs(widths), work.params(widths), latency)
 
 
@@ -116,6 +121,7 @@ class Meter:
         self._parts: tuple[Weighted | Attending | Weights, ...] = (
             work.parameters if budget.measure == "params" else work.layers
         )
+        self._scale = {} if budget.target is None else work.time_scale(budget.target, budget.precision, budget.measured)
         self._names = [tuple(sorted(part.groups & self.units.keys())) for part in self._parts]
         self._touched: dict[str, list[int]] = {name: [] for name in self.units}
         for i, names in enumerate(self._names):
@@ -149,5 +155,6 @@ class Meter:
         if isinstance(part, Weights):
             return part.elements(widths)
         if self.budget.measure == "latency" and self.budget.target is not None:
-            return layer_us(part, widths, self.budget.target, self.budget.precision)
+            scale = self._scale[part.name]
+            return scale * layer_us(part, widths, self.budget.target, self.budget.precision)
         return part.macs(widths)

@@ -7,7 +7,6 @@ are served by torchrun and PyTorch's own DistributedDataParallel.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import math
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
-from resvit_quantize.recover import Stop, TrainingImages
+from resvit_quantize.recover import Stop, TrainingImages, TrainingReport, TrainingScore
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,25 +102,13 @@ class DistillOptions:
 
 
 @dataclass(frozen=True)
-class DistillScore:
-    """The averaged student against the teacher on the held-out images, behind ``step`` steps."""
+class DistillScore(TrainingScore):
+    """The averaged student against the teacher."""
 
-    step: int
-    loss: float
-    """Distance of the answers alone, without features and labels; what the best weights are chosen by."""
-    nsr: float
-    """Noise to signal: Σ (teacher - student)² / Σ teacher², over all outputs."""
-    agreement: float | None
-    """Share of images with the teacher's class; ``None`` where the answer is not classes."""
     top1: float | None
     """Share of the labelled images with the right class; ``None`` without labels."""
     train_loss: float | None = None
     """Mean of the whole loss over the steps since the last score."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; what JSON cannot hold becomes None."""
-        plain = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
     def __str__(self) -> str:
         agreement = "" if self.agreement is None else f"agreement with the unpruned model {self.agreement:.2%}, "
@@ -130,36 +117,15 @@ class DistillScore:
 
 
 @dataclass(frozen=True)
-class DistillReport:
+class DistillReport(TrainingReport):
     """What distillation did, for a record and the report."""
 
-    before: DistillScore
-    after: DistillScore
-    """Of the weights that were kept: the best ones, which may be the first."""
-    history: tuple[DistillScore, ...]
-    stop: Stop
-    images: int
-    held_out: int
-    epochs: int
-    steps: int
     features: tuple[str, ...]
     """Modules whose outputs were compared."""
-    seconds: float
-    """Of all calls together, where one went on from another."""
-    device: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {
-            **plain,
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "history": [score.to_json() for score in self.history],
-            "features": list(self.features),
-            "stop": self.stop.value,
-            "kept_step": self.after.step,
-        }
+        return {**super().to_json(), "features": list(self.features)}
 
 
 def distill(

@@ -25,16 +25,7 @@ from resvit_quantize.pruning.distill import (
     DistillScore,
 )
 from resvit_quantize.pruning.torch_distill_check import compared_features
-from resvit_quantize.pruning.torch_distill_loss import (
-    answers,
-    distance,
-    is_class_score,
-    label_loss,
-    learning_rate,
-    outputs_of,
-    relative_error,
-    shifted,
-)
+from resvit_quantize.pruning.torch_distill_loss import distance, is_class_score, label_loss, outputs_of, shifted
 from resvit_quantize.pruning.torch_distill_state import (
     State,
     checked_masks,
@@ -46,8 +37,10 @@ from resvit_quantize.pruning.torch_distill_state import (
     tensors_of,
     write_state,
 )
+from resvit_quantize.pruning.torch_losses import answers
 from resvit_quantize.pruning.torch_worker import worker
 from resvit_quantize.recover import Stop, TrainingImages
+from resvit_quantize.torch_training import relative_error, warmed_cosine
 
 _SAVE_EVERY = 120.0
 """Seconds after which the state is kept although no epoch has ended."""
@@ -112,7 +105,8 @@ class Training:
         )
         state = read_state(self.state_file, self._key(), self.student, self.optimizer, self.reporter)
         if state is None:
-            state = State({name: value.clone() for name, value in tensors_of(self.student).items()}, {})
+            average = {name: value.clone() for name, value in tensors_of(self.student).items()}
+            state = State(average=average, best={})
             state.add(self._score(state))
             self._save(state)
         else:
@@ -203,7 +197,7 @@ class Training:
         # Seeded by the step, so that dropout in a resumed training is that of one in a piece.
         torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.worker.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.options, step / self.steps)
+            group["lr"] = warmed_cosine(self.options.learning_rate, self.options.warmup, step / self.steps)
         module.train()
         loss = self._loss(module, batch)
         self.optimizer.zero_grad(set_to_none=True)

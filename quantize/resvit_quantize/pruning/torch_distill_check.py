@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.distill import DistillOptions
-from resvit_quantize.pruning.torch_distill_loss import answers, outputs_of
+from resvit_quantize.pruning.torch_distill_loss import outputs_of
+from resvit_quantize.pruning.torch_losses import answers
 
 MOST_FEATURES = 4
 

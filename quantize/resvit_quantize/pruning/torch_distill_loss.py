@@ -1,11 +1,9 @@
-"""What a step of distillation is made of: how far the student is from its teacher, the rate, the shifted images."""
+"""What a step of distillation is made of: how far the student is from its teacher, and shifted images."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +11,8 @@ from torch import Tensor, nn
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.distill import Answer, DistillOptions
-
-Outputs: TypeAlias = "list[Tensor]"
-"""The floating tensors among all that a network returns, in order."""
-
-
-def answers(module: nn.Module, images: Tensor) -> Outputs:
-    """Run ``module`` on images [B, C, H, W]."""
-    leaves = torch.utils._pytree.tree_leaves(module(images))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+from resvit_quantize.pruning.torch_losses import Outputs
+from resvit_quantize.torch_training import relative_error, softened_divergence
 
 
 def is_class_score(target: Tensor, total: int, answer: Answer) -> bool:
@@ -31,26 +22,14 @@ def is_class_score(target: Tensor, total: int, answer: Answer) -> bool:
 
 
 def distance(outputs: Outputs, targets: Outputs, options: DistillOptions) -> Tensor:
-    """Mean over the outputs: the divergence of softened answers for classes, relative squared error for values.
-
-    The divergence is multiplied by the temperature squared, so that its gradient does not depend on it (Hinton et
-    al. 2015).
-    """
+    """Mean over the outputs: the divergence of softened answers for classes, relative squared error for values."""
     parts: list[Tensor] = []
     for output, target in zip(outputs, targets, strict=True):
         if is_class_score(target, len(targets), options.answer):
-            log_p = F.log_softmax(output.float() / options.temperature, dim=1)
-            log_q = F.log_softmax(target.float() / options.temperature, dim=1)
-            parts.append(options.temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
+            parts.append(softened_divergence(output, target, options.temperature))
         else:
             parts.append(relative_error(output, target))
     return torch.stack(parts).mean()
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Σ (output - target)² / Σ target²."""
-    output, target = output.float(), target.float()
-    return (output - target).square().sum() / target.square().sum().clamp_min(1e-12)
 
 
 def label_loss(outputs: Outputs, labels: Tensor, options: DistillOptions) -> Tensor:
@@ -84,13 +63,6 @@ def outputs_of(module: nn.Module, paths: tuple[str, ...]) -> Iterator[dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def learning_rate(options: DistillOptions, progress: float) -> float:
-    """Up in a line, down in a cosine; ``progress`` goes from 0 to 1."""
-    if progress < options.warmup:
-        return options.learning_rate * (0.05 + 0.95 * progress / options.warmup)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - options.warmup) / (1 - options.warmup)))
 
 
 def shifted(images: Tensor, pixels: int) -> Tensor:

@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,28 +19,16 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import Reporter
 from resvit_quantize.pruning.distill import DistillScore
+from resvit_quantize.torch_training import Standing
 
 
-@dataclass
-class State:
+@dataclass(kw_only=True)
+class State(Standing):
     """All that training is made of, beside the student itself and its optimiser."""
 
     average: dict[str, Tensor]
     """Of every parameter and buffer, where the student is."""
-    best: dict[str, Tensor]
-    """On the CPU."""
-    epoch: int = 0
-    batch: int = 0
-    """Batches of the epoch that are done."""
-    step: int = 0
-    stale: int = 0
-    """Epochs since the best one."""
-    best_index: int = 0
-    seconds: float = 0.0
-    train_loss: float = 0.0
-    train_steps: int = 0
     finite: bool = True
-    history: list[dict[str, float | int | None]] = field(default_factory=list)
 
     @property
     def scores(self) -> tuple[DistillScore, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,19 @@ from torch.utils import _pytree as pytree
 
 from resvit_engines.errors import ResvitError
 
+Outputs: TypeAlias = "list[Tensor]"
+"""The floating tensors among all that a network returns, in the order of its own tuple or dict."""
 
-def outputs_of(module: nn.Module, images: Tensor) -> list[Tensor]:
-    """All float outputs of a call, each [B, ...], in the order of the module's own tuple or dict."""
+
+def answers(module: nn.Module, images: Tensor) -> Outputs:
+    """Run ``module`` on images [B, C, H, W]."""
     leaves = pytree.tree_leaves(module(images))
-    found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def outputs_of(module: nn.Module, images: Tensor) -> Outputs:
+    """The same, of a network that has any, each [B, ...]; raises ``ResvitError`` for another."""
+    found = answers(module, images)
     if not found or any(len(output) != len(images) for output in found):
         raise ResvitError(
             "The network's outputs are not one row for each image, so no loss of an image can be told.",

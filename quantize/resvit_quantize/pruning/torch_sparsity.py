@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -23,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_quantize.pruning.sparsity import LeftAlone, SparseMethod, SparseReport
+from resvit_quantize.vendor import quiet_modelopt
 
 Layer: TypeAlias = "nn.Linear | _ConvNd"
 
@@ -208,7 +207,7 @@ def _rows(layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
 
 
 def _magnitude_mask(weight: Tensor) -> Tensor:
-    with _quiet():
+    with quiet_modelopt("sparsity", "leave 2:4 sparsity out"):
         from modelopt.torch.sparsity.weight_sparsity.magnitude import create_asp_mask
 
         mask: Tensor = create_asp_mask(weight, _PATTERN)
@@ -226,7 +225,7 @@ def _sparsegpt(name: str, layer: Layer, hessian: Tensor) -> Tensor:
     # Channels innermost, so that each four is of one tap.
     flat = own.detach().float().movedim(1, -1).flatten(1)  # [out, taps * in]
     config = {"pattern": _PATTERN, "col_block_size": _BLOCK, "row_block_size": -1, "hessian_damp": _DAMPING}
-    with _quiet():
+    with quiet_modelopt("sparsity", "leave 2:4 sparsity out"):
         from modelopt.torch.sparsity.weight_sparsity.sparsegpt import create_sgpt_mask, prepare
 
         mask: Tensor = create_sgpt_mask(flat, hessian.clone(), config)
@@ -253,19 +252,3 @@ def compensated(weight: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
             errors[:, column - start] = error
         weight[:, end:] -= errors @ factor[start:end, end:]
     return weight * mask
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ModelOpt without its prints, and with a sentence where it is missing."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except ImportError as error:
-        raise ResvitError(
-            f"ModelOpt's sparsity does not import: {error}.",
-            "pip install 'resvit-export[modelopt]', or leave 2:4 sparsity out.",
-            ExitCode.MISSING,
-        ) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from resvit_engines.costs import CostModel, LayerKind, LayerWork, Read
+from resvit_engines.measured import MeasuredTimes
 from resvit_engines.targets import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kept, Kind
 
@@ -184,12 +186,36 @@ class Work:
         """Parameters; one that two modules share counts once."""
         return sum(weights.elements(widths) for weights in self.parameters)
 
-    def latency_us(self, widths: Widths, target: Target, precision: Precision) -> float:
+    def latency_us(
+        self, widths: Widths, target: Target, precision: Precision, measured: MeasuredTimes | None = None
+    ) -> float:
         """Predicted microseconds for one image, every convolution and linear layer in ``precision``.
 
-        Never more for fewer units. Raises ``ValueError`` where the target has no such tensor cores.
+        Where times of the whole network were measured, every layer's prediction is scaled by its own. Never more for
+        fewer units. Raises ``ValueError`` where the target has no such tensor cores.
         """
-        return sum(layer_us(layer, widths, target, precision) for layer in self.layers)
+        scale = self.time_scale(target, precision, measured)
+        return sum(scale[layer.name] * layer_us(layer, widths, target, precision) for layer in self.layers)
+
+    def time_scale(self, target: Target, precision: Precision, measured: MeasuredTimes | None) -> dict[str, float]:
+        """Measured over predicted time of each layer at its whole width; the median of them for those not measured.
+
+        Measured names are those of ONNX nodes, ``module.path/Operator``. Raises ``ResvitError`` where none of them
+        is a layer of this network.
+        """
+        if measured is None:
+            return dict.fromkeys((layer.name for layer in self.layers), 1.0)
+        nodes: dict[str, list[str]] = {}
+        for node in measured.layers:
+            nodes.setdefault(node.partition("/")[0], []).append(node)
+        measured.require_known([next(iter(nodes.get(layer.name, [layer.name]))) for layer in self.layers])
+        found: dict[str, float] = {}
+        for layer in self.layers:
+            time = measured.of(nodes.get(layer.name, ()), precision)
+            if time is not None:
+                found[layer.name] = time / layer_us(layer, {}, target, precision)
+        middle = statistics.median(found.values()) if found else 1.0
+        return {layer.name: found.get(layer.name, middle) for layer in self.layers}
 
 
 def layer_us(layer: Weighted | Attending, widths: Widths, target: Target, precision: Precision) -> float:
