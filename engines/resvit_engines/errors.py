@@ -26,6 +26,10 @@ class ExitCode(enum.IntEnum):
     """The engine builder failed."""
     SYSTEM = 9
     """Disk full, no permission, read-only folder, out of memory."""
+    UNTRUSTED = 10
+    """A signature is missing, does not hold, or is by a key that is not trusted."""
+    MISMATCH = 11
+    """An engine computes something else than what was validated."""
     INTERRUPTED = 130
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import platform
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,9 @@ class Kind(str, enum.Enum):
 
 RTX_SMS = frozenset({75, 80, 86, 89, 120, 121})
 """What TensorRT for RTX 1.7 has code generators for."""
+
+PROXY_SMS = {87: 86, 90: 89, 100: 120, 103: 120, 110: 120}
+"""For GPUs that it does not serve, the nearest one that it does: the same tensor-core generation where there is one."""
 
 FP8_SMS = frozenset({89, 90, 100, 103, 110, 120, 121})
 """GPUs with FP8 tensor cores: compute capability 8.9 and up."""
@@ -232,6 +236,20 @@ def find_target(name: str, jetpack: str | None = None) -> Target:
         row.version,
         memory_mib=target.memory_mib,
         workspace_mib=target.workspace_mib,
+    )
+
+
+def proxy_target(target: Target) -> Target:
+    """The device as TensorRT for RTX can stand in for it: the same table row, with the nearest GPU that it serves.
+
+    What it compiles shows which kernels fuse; it does not run on the device. A target that TensorRT for RTX serves
+    stays as it is.
+    """
+    if target.builder is Builder.RTX:
+        return target
+    sm = target.sm if target.sm in RTX_SMS else PROXY_SMS[target.sm]
+    return dataclasses.replace(
+        target, sm=sm, kind=Kind.RTX, builder=Builder.RTX, tensorrt="1.7", jetpack=None, arch=platform.machine()
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,22 +27,6 @@ from resvit_export.recipe import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 LOCAL_RECIPE = Path("resvit.toml")
-
-
-@dataclass(frozen=True)
-class Output:
-    """How a command speaks: for people, quietly, or as JSON."""
-
-    quiet: bool
-    json: bool
-
-
-def output_options(function: F) -> F:
-    """Add ``--quiet`` and ``--json``."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
-    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: only results and warnings.")(
-        function
-    )
 
 
 _RUN = [
@@ -105,7 +88,10 @@ _VALIDATE = [
 ]
 _PRUNE = [
     click.option("--prune-macs", type=float, metavar="SHARE", help="Prune to this share of the multiply-accumulates."),
-    click.option("--prune-latency", type=float, metavar="SHARE", help="Or to this share of the predicted latency."),
+    click.option(
+        "--prune-latency", type=float, metavar="SHARE", help="Or to this share of the latency, predicted or measured."
+    ),
+    click.option("--measured-times", metavar="FILE", help="JSON of layer times measured on the device."),
     click.option("--prune-params", type=float, metavar="SHARE", help="Or to this share of the weights."),
     click.option(
         "--prune-what",
@@ -138,7 +124,6 @@ _SEARCH = [
         help="Raise layers to FP8 or FP16 where the plain recipe is not accepted.  [default: search]",
     ),
     click.option("--latency-budget", metavar="BUDGET", help="Least loss within 3.5ms, or 0.7x of FP16, predicted."),
-    click.option("--measured-times", metavar="FILE", help="JSON of layer times measured on the device."),
 ]
 _COMPILE = [
     click.option("--workspace-mib", type=int, help="Memory that the builder's kernels may use as scratch."),

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
-from resvit_export.cli.options import Output
+from resvit_engines.console import Output, console, emit_json, mib, table
 from resvit_export.pruning import prune_summary
 
 if TYPE_CHECKING:
@@ -23,26 +18,6 @@ if TYPE_CHECKING:
     from resvit_export.runfolder import Artifact
 
 _VERDICT_STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
-
-
-def console() -> Console:
-    """Standard output for people. Off a terminal it is wide, so that paths and tables do not break."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-
-
-def emit_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
-    """Build a plain table; the first ``left`` columns are text, the others numbers."""
-    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        built.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        built.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
-    return built
 
 
 def summarize(artifact: Artifact) -> dict[str, Any]:
@@ -314,11 +289,6 @@ def _costs(stages: Sequence[Artifact]) -> str:
     return "stages: " + " · ".join(
         f"{stage.stage} {'reused' if stage.reused else f'{stage.seconds:.1f} s'}" for stage in stages
     )
-
-
-def mib(size: int) -> str:
-    """A number of bytes, in MiB."""
-    return f"{size / (1 << 20):.2f} MiB"
 
 
 def _shorten(names: Sequence[str], limit: int = 3) -> str:

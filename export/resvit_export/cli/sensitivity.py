@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from resvit_export.cli.options import Output, output_options, recipe_options
+from resvit_engines.console import Output, output_options
+from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     would save. Layers that the rules leave in FP16 are measured too. Ends with an exclude list for the recipe, and
     writes sensitivity.html into the run folder.
     """
-    from resvit_export.cli.output import console, emit_json
+    from resvit_engines.console import console, emit_json
     from resvit_export.report.damage import write_sensitivity_page
     from resvit_export.sensitivity_stage import exclude_snippet, measured_sensitivity, sensitivity_of
 
@@ -113,7 +114,7 @@ def _document(found: Sensitivity, lists: list[tuple[str, tuple[LayerDamage, ...]
 
 
 def _show_tables(found: Sensitivity) -> None:
-    from resvit_export.cli.output import console, table
+    from resvit_engines.console import console, table
     from resvit_export.report.wording import decibels
 
     precision, screen = found.precision, console()

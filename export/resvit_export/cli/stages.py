@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import reporter
-from resvit_export.cli.options import Output, output_options, recipe_options, resolve_recipe
+from resvit_export.cli.options import recipe_options, resolve_recipe
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -217,7 +218,7 @@ def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
             pipeline = pipeline.settled()  # noqa: PLW2901
         path = _write_report(pipeline)
         if as_json:
-            from resvit_export.cli.output import emit_json
+            from resvit_engines.console import emit_json
 
             emit_json({"report": str(path.resolve())})
         else:

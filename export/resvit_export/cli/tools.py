@@ -7,16 +7,16 @@ from pathlib import Path
 import click
 from rich.text import Text
 
+from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ExitCode
-from resvit_export.cli.options import Output, output_options
 
 
 @click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
 @output_options
 def targets_command(quiet: bool, as_json: bool) -> None:
     """List the devices that can be built for, and what each can do."""
+    from resvit_engines.console import console, emit_json, table
     from resvit_engines.targets import TARGETS
-    from resvit_export.cli.output import console, emit_json, table
 
     if as_json:
         emit_json({"targets": [target.to_json() for target in TARGETS]})
@@ -58,7 +58,7 @@ def _where(builder: str) -> str:
 @output_options
 def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
     """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers."""
-    from resvit_export.cli.output import console, emit_json
+    from resvit_engines.console import console, emit_json
     from resvit_export.inspect import describe_file, render
 
     description = describe_file(file)
@@ -73,7 +73,7 @@ def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
 @output_options
 def doctor_command(quiet: bool, as_json: bool) -> int:
     """Check what is installed, what is missing, and say what to do about it."""
-    from resvit_export.cli.output import console, emit_json, table
+    from resvit_engines.console import console, emit_json, table
     from resvit_export.doctor import examine
 
     output = Output(quiet, as_json)

@@ -1,0 +1,164 @@
+"""What the command lines share: lazy commands, errors as sentences and exit codes, tables, and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks: for people, quietly, or as JSON."""
+
+    quiet: bool
+    json: bool
+
+
+def output_options(function: F) -> F:
+    """Add ``--quiet`` and ``--json``."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: only results and warnings.")(
+        function
+    )
+
+
+class LazyCommands(click.Group):
+    """A group whose subclasses name the module of each command; it is imported only when the command is used."""
+
+    modules: Mapping[str, str] = {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order in which they are listed."""
+        del ctx
+        return list(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The object ``NAME_command`` of the command's module."""
+        del ctx
+        if cmd_name not in self.modules:
+            return None
+        command: click.Command = getattr(importlib.import_module(self.modules[cmd_name]), f"{cmd_name}_command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest command for one that does not exist."""
+        if args and args[0] not in self.modules and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.modules, n=1)
+            ctx.fail(f"There is no command '{args[0]}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+def run_command(group: click.Command, program: str, arguments: list[str], *, missing: str) -> int:
+    """Run one command line; returns the exit code and never raises for what a user can cause.
+
+    ``missing`` says what to do where a Python package is not installed.
+    """
+    as_json = "--json" in arguments
+    try:
+        result = group.main(args=arguments, prog_name=program, standalone_mode=False)
+        return int(result) if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ResvitError as error:
+        return _fail(error.problem, error.fix, error.code, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(
+            "Interrupted.", "Finished stages are kept: the same command continues.", ExitCode.INTERRUPTED, as_json
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        return _fail(f"The Python package '{error.name}' is not installed.", missing, ExitCode.MISSING, as_json)
+    except MemoryError:
+        return _fail(
+            "This machine ran out of memory.",
+            "Use a smaller --batch or fewer --calibration-images, or a machine with more memory.",
+            ExitCode.SYSTEM,
+            as_json,
+        )
+    except OSError as error:
+        return _fail(
+            f"The operating system refused: {error}.", "Check the path, permissions and disk.", ExitCode.SYSTEM, as_json
+        )
+    except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence instead of a traceback)
+        if os.environ.get("RESVIT_DEBUG"):
+            traceback.print_exc()
+        return _fail(
+            f"Unexpected {type(error).__name__}: {error}",
+            f"This is a bug in {program}. Set RESVIT_DEBUG=1 for the traceback and report it.",
+            ExitCode.BUG,
+            as_json,
+        )
+
+
+def run_process(run: Callable[[list[str]], int]) -> None:
+    """The whole of a console script: SIGTERM interrupts like Ctrl-C, and the exit code is that of ``run``."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = run(sys.argv[1:])
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Everything is written and closed by now. PyTorch has been seen to crash while the interpreter shuts down after
+    # an error, which would replace our exit code by the signal's.
+    os._exit(code)
+
+
+def console() -> Console:
+    """Standard output for people. Off a terminal it is wide, so that paths and tables do not break."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def emit_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
+    """Build a plain table; the first ``left`` columns are text, the others numbers."""
+    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        built.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+    return built
+
+
+def mib(size: int) -> str:
+    """A number of bytes, in MiB."""
+    return f"{size / (1 << 20):.2f} MiB"
+
+
+def _fail(problem: str, fix: str, code: ExitCode, as_json: bool) -> int:
+    sys.stderr.write(f"error: {problem}\n  → {fix}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": {"problem": problem, "fix": fix, "exit_code": int(code)}}) + "\n")
+    return int(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt
