@@ -9,7 +9,7 @@ import pytest
 from resvit_engines.costs import CostModel, Efficiency, LayerKind, LayerWork, Read, layer_times
 from resvit_engines.errors import ResvitError
 from resvit_engines.measured import MeasuredTimes, measured_times_from_json
-from resvit_engines.speeds import SPEEDS, Speed
+from resvit_engines.speeds import Speed
 from resvit_engines.targets import TARGETS, Precision, Target, find_target
 
 FP16, INT8, FP8 = Precision.FP16, Precision.INT8, Precision.FP8
@@ -25,10 +25,9 @@ def pointwise(name: str, reads: str, elements: int) -> LayerWork:
 
 
 @pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Target:
+def target() -> Target:
     """10 TFLOPS in FP16, 20 in 8 bits, 100 GB/s, 3 us a kernel; TensorRT itself, with epilogues in the kernel."""
-    monkeypatch.setitem(SPEEDS, "h100", Speed(10.0, 20.0, 20.0, 100.0, 3.0, "made up"))
-    return find_target("h100")
+    return dataclasses.replace(find_target("h100"), speed=Speed(10.0, 20.0, 20.0, 100.0, 3.0, "made up"))
 
 
 IDEAL = Efficiency(compute=1.0, memory=1.0)

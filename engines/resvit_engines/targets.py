@@ -61,6 +61,12 @@ SPARSE_SMS = frozenset({80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
 ATTENTION_TENSORRT = (10, 14)
 """The first TensorRT whose ONNX parser reads opset 23 (``Attention``); older ones read up to opset 20."""
 
+AOT_TENSORRT = (10, 9)
+"""The first TensorRT whose plugins carry their kernel as PTX inside the engine."""
+
+PTX_OF_CUDA = {"12.6": "8.5", "13": "9.0", "13.0": "9.0", "13.2": "9.2"}
+"""The newest PTX version that a CUDA release's driver reads (the release notes of PTX ISA)."""
+
 
 @dataclass(frozen=True)
 class JetPack:
@@ -71,7 +77,6 @@ class JetPack:
     cuda: str
     python: str
     modules: tuple[str, ...]
-    custom_kernels: str = ""
     refusal: str = ""
 
 
@@ -81,10 +86,10 @@ _TOO_OLD = "that is older than TensorRT 10, the first with the strongly typed FP
 JETPACKS: tuple[JetPack, ...] = (
     JetPack("5.1", "8.5", "11.4", "3.8", _ORINS, refusal=_TOO_OLD),
     JetPack("6.0", "8.6", "12.2", "3.10", _ORINS, refusal=_TOO_OLD),
-    JetPack("6.1", "10.3", "12.6", "3.10", _ORINS, "C++ IPluginV3 library"),
-    JetPack("6.2", "10.3", "12.6", "3.10", _ORINS, "C++ IPluginV3 library"),
-    JetPack("7.1", "10.13", "13.0", "3.12", ("jetson-thor",), "ahead-of-time plugin or C++"),
-    JetPack("7.2", "10.16", "13.2", "3.12", (*_ORINS, "jetson-thor"), "ahead-of-time plugin or C++"),
+    JetPack("6.1", "10.3", "12.6", "3.10", _ORINS),
+    JetPack("6.2", "10.3", "12.6", "3.10", _ORINS),
+    JetPack("7.1", "10.13", "13.0", "3.12", ("jetson-thor",)),
+    JetPack("7.2", "10.16", "13.2", "3.12", (*_ORINS, "jetson-thor")),
 )
 
 
@@ -107,6 +112,8 @@ class Target:
     cuda: str
     memory_mib: int
     workspace_mib: int
+    speed: Speed
+    """Peak rates, bandwidth and cost per kernel."""
     jetpack: str | None = None
     python: str | None = None
     arch: str = "x86_64"
@@ -118,11 +125,6 @@ class Target:
         fp8 = {Precision.FP8} if self.sm in FP8_SMS else set()
         return frozenset({Precision.FP16, Precision.INT8} | fp8)
 
-    @property
-    def speed(self) -> Speed:
-        """Its peak rates, bandwidth and cost per kernel."""
-        return SPEEDS[self.name]
-
     def peak(self, precision: Precision) -> float | None:
         """Dense tensor-core rate in TFLOPS or TOPS; ``None`` where the GPU has no such tensor cores."""
         speed = self.speed
@@ -132,6 +134,23 @@ class Target:
     def sparsity(self) -> bool:
         """Whether it has 2:4 structured sparsity."""
         return self.sm in SPARSE_SMS
+
+    @property
+    def unified_memory(self) -> bool:
+        """Whether CPU and GPU share one memory, so that a build competes with everything else."""
+        return self.kind is Kind.JETSON or self.arch == "aarch64"
+
+    @property
+    def ptx(self) -> str:
+        """The newest PTX that its driver reads."""
+        return PTX_OF_CUDA[self.cuda]
+
+    @property
+    def custom_kernels(self) -> str:
+        """How kernels of our own reach an engine on it."""
+        if self.builder is Builder.RTX:
+            return "none by TensorRT for RTX, which takes no plugins; by TensorRT ahead of time"
+        return "ahead-of-time plugin or C++" if version_of(self.tensorrt) >= AOT_TENSORRT else "C++ IPluginV3 library"
 
     @property
     def opset(self) -> int:
@@ -160,6 +179,9 @@ class Target:
             precisions=[p.value for p in Precision if p in self.precisions],
             sparsity=self.sparsity,
             opset=self.opset,
+            ptx=self.ptx,
+            custom_kernels=self.custom_kernels,
+            unified_memory=self.unified_memory,
         )
         return plain
 
@@ -174,8 +196,7 @@ def _jetson(name: str, title: str, sm: int, jetpack: str, *, memory_mib: int, wo
     row = next(row for row in JETPACKS if row.version == jetpack)
     return Target(
         name, title, sm, Kind.JETSON, Builder.DEVICE, row.tensorrt, row.cuda, memory_mib, workspace_mib,
-        jetpack=row.version, python=row.python, arch="aarch64",
-        notes=(f"Custom kernels through: {row.custom_kernels}.",),
+        SPEEDS[name], jetpack=row.version, python=row.python, arch="aarch64",
     )  # fmt: skip
 
 
@@ -187,7 +208,7 @@ _SPARK = "NVIDIA promises engines that move between GPUs and systems, not from x
 def _gpu(name: str, title: str, sm: int, kind: Kind, memory_mib: int, *notes: str, **other: Any) -> Target:
     rtx = sm in RTX_SMS
     builder, tensorrt, cuda = (Builder.RTX, "1.7", "13") if rtx else (Builder.TENSORRT, "11.4", "13")
-    return Target(name, title, sm, kind, builder, tensorrt, cuda, memory_mib, 8192, notes=notes, **other)
+    return Target(name, title, sm, kind, builder, tensorrt, cuda, memory_mib, 8192, SPEEDS[name], notes=notes, **other)
 
 
 TARGETS: tuple[Target, ...] = (
@@ -212,11 +233,14 @@ TARGETS: tuple[Target, ...] = (
 def find_target(name: str, jetpack: str | None = None) -> Target:
     """Look up a target by name, a Jetson with the JetPack on it (``"6.2"``; patch releases such as 6.2.1 count as it).
 
+    ``jetson-thor@7.2`` says both at once, and wins over ``jetpack``.
+
     Raises:
         ResvitError: IMPOSSIBLE for an unknown name (with the nearest ones), a JetPack that is too old, unknown, or
             not made for this module, and a JetPack given for something that is no Jetson.
     """
-    wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
+    wanted, at, version = name.strip().lower().replace("_", "-").replace(" ", "-").partition("@")
+    jetpack = version if at else jetpack
     target = next((target for target in TARGETS if target.name == wanted), None)
     if target is None:
         raise ResvitError(f"There is no target called {name!r}.", _nearest(wanted), ExitCode.IMPOSSIBLE)
@@ -229,14 +253,7 @@ def find_target(name: str, jetpack: str | None = None) -> Target:
             ExitCode.IMPOSSIBLE,
         )
     row = _jetpack_row(target, jetpack)
-    return _jetson(
-        target.name,
-        target.title,
-        target.sm,
-        row.version,
-        memory_mib=target.memory_mib,
-        workspace_mib=target.workspace_mib,
-    )
+    return dataclasses.replace(target, jetpack=row.version, tensorrt=row.tensorrt, cuda=row.cuda, python=row.python)
 
 
 def proxy_target(target: Target) -> Target:
