@@ -14,7 +14,7 @@ DEMO := runs/demo
 CHECKPOINT := $(DEMO)/embed-nano.pt
 BUILD := $(BIN)/resvit-export build --precision int8
 
-.PHONY: help setup data demo test lint clean
+.PHONY: help setup data demo test lint clean bindings device-wheels sshd
 help:
 	@sed -n 's/^# //p' Makefile | head -3
 
@@ -28,7 +28,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and by itself: what comes after it must not choose another build of it.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[host,modelopt,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,modelopt,dev]'
 	@touch $@
 
 data:
@@ -41,8 +41,26 @@ demo: setup data
 	$(BUILD) --target l4 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/l4
 	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
 
-test: setup data lint
+test: setup data bindings device-wheels sshd lint
 	$(BIN)/python -m pytest -n 2
+
+# Python bindings of the TensorRT versions that are served: small, without TensorRT's libraries; their names are tested.
+BINDINGS := cu12-bindings==10.3.0 cu12-bindings==10.13.3.9 cu12-bindings==10.16.1.11 cu13-bindings==11.4.0.106
+bindings: data/tensorrt-bindings/.ready
+data/tensorrt-bindings/.ready: .venv/.ready
+	@mkdir -p $(@D)
+	@for wheel in $(BINDINGS); do $(BIN)/pip download --quiet --no-deps --only-binary=:all: --dest $(@D) tensorrt-$$wheel; done
+	@touch $@
+
+# What the test's device installs, without a network.
+device-wheels: data/device-wheels/.ready
+data/device-wheels/.ready: .venv/.ready tests/device_wheels.py
+	$(BIN)/python tests/device_wheels.py
+
+sshd:
+	@[ -x /usr/sbin/sshd ] && command -v ssh-agent >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends openssh-server openssh-client; } || \
+	  echo "Without an SSH server the tests that need one are skipped: sudo apt-get install openssh-server"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,10 @@ from machine import RESULTS, write_result
 from resvit_calibrate.data import Batch
 from resvit_engines.build import build_engine
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernels import Kernel, Work
+from resvit_engines.kernel_totals import kernel_totals
 from resvit_engines.targets import Builder, find_target
 
 TARGETS = {86: "a10", 89: "l4"}
-EIGHT_BITS = {"Int8", "FP8"}
 COLUMNS = ("engine", "kernels", "8-bit conv", "8-bit gemm", "8-bit attention", "reformats", "MB", "of FP16", "weights")
 
 
@@ -105,27 +103,6 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
     return copy if onnx_for_tensorrt(out, copy) else out
 
 
-def facts(kernels: tuple[Kernel, ...]) -> dict[str, Any]:
-    """Count the kernels by what they do, and their bytes by type and data types."""
-    by_work = {work: [kernel for kernel in kernels if kernel.work is work] for work in Work}
-    traffic: Counter[str] = Counter()
-    number: Counter[str] = Counter()
-    for kernel in kernels:
-        kind = f"{kernel.work.value}: {'+'.join(sorted({*kernel.inputs}))} -> {'+'.join(sorted({*kernel.outputs}))}"
-        traffic[kind] += kernel.bytes_moved or 0
-        number[kind] += 1
-    weighted = {work.value: by_work[work] for work in (Work.CONV, Work.GEMM, Work.ATTENTION)}
-    return {
-        "kernels": len(kernels),
-        "of": {name: len(found) for name, found in weighted.items()},
-        "in_8_bits": {name: sum(k.precision in EIGHT_BITS for k in found) for name, found in weighted.items()},
-        "reformats": len(by_work[Work.REFORMAT]),
-        "activation_bytes": sum(kernel.bytes_moved or 0 for kernel in kernels),
-        "constant_bytes": sum(kernel.constant_bytes for kernel in kernels),
-        "by_kind": {kind: {"kernels": number[kind], "bytes": size} for kind, size in traffic.most_common()},
-    }
-
-
 def table(sm: int, engines: dict[str, dict[str, Any]]) -> str:
     """The engines of one SM as a Markdown table."""
     lines = [f"SM {sm}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -164,7 +141,7 @@ def main(model: str, count: int, sms: tuple[str, ...]) -> None:
                 if variant.precision == "fp8" and sm < 89:
                     continue
                 report = build_engine(onnx, folder / "engine.plan", find_target(TARGETS[sm]))
-                found[variant.name] = {**facts(report.kernels), "engine_bytes": report.bytes}
+                found[variant.name] = {**kernel_totals(report.kernels).to_json(), "engine_bytes": report.bytes}
                 click.echo(f"SM {sm} {variant.name}: {found[variant.name]['kernels']} kernels", err=True)
     label = model.rpartition(":")[2]
     text = "\n\n".join(table(sm, found) for sm, found in engines.items())

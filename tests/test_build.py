@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_engines import build
+from resvit_engines import build, build_child
 from resvit_engines.build import BuildSettings, build_engine, builder_here
 from resvit_engines.device import device_commands, plan_for_device
 from resvit_engines.engine_file import describe_engine_file
@@ -216,7 +216,8 @@ def child(monkeypatch, tmp_path):
     """Let a given script stand in for the builder."""
 
     def use(script: str) -> None:
-        monkeypatch.setattr(build, "_worker_command", lambda request: [sys.executable, "-c", script, str(request)])
+        command = [sys.executable, "-c", script]
+        monkeypatch.setattr(build_child, "_worker_command", lambda request: [*command, str(request)])
         monkeypatch.setattr(build, "_installed", lambda module: module == "tensorrt_rtx_bindings")
 
     (tmp_path / "model.onnx").write_bytes(b"-")
@@ -227,7 +228,7 @@ def child(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("script", "code", "says"),
     [
-        ("import os; os.kill(os.getpid(), 9)", ExitCode.SYSTEM, "memory"),
+        ("import os; os.kill(os.getpid(), 9)", ExitCode.SYSTEM, "killed (signal 9)"),
         ("import os, sys; print('so be it', flush=True); os.kill(os.getpid(), 11)", ExitCode.BUILD, "SIGSEGV"),
         ("print('so be it'); raise SystemExit(3)", ExitCode.BUILD, "so be it"),
         ("pass", ExitCode.BUILD, "without a result"),
@@ -253,7 +254,7 @@ def test_an_old_engine_survives_a_failed_build(tmp_path, child) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
     (tmp_path / "model.onnx").write_bytes(b"-")
-    builder = "import json,os,sys,time; from resvit_engines.rtx_worker import _die_with; "
+    builder = "import json,os,sys,time; from resvit_engines.build_worker import _die_with; "
     builder += "r=json.load(open(sys.argv[1])); _die_with(r['parent']); "
     builder += (
         "open(r['onnx']+'.pid.tmp','w').write(str(os.getpid())); os.rename(r['onnx']+'.pid.tmp',r['onnx']+'.pid'); "
@@ -263,12 +264,12 @@ def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
         import signal
         import sys
         from pathlib import Path
-        from resvit_engines import build
+        from resvit_engines import build, build_child
         from resvit_engines.errors import ResvitError
         from resvit_engines.targets import find_target
         # Whoever runs the tests in the background makes them ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        build._worker_command = lambda request: [sys.executable, "-c", {builder!r}, str(request)]
+        build_child._worker_command = lambda request: [sys.executable, "-c", {builder!r}, str(request)]
         build._installed = lambda module: module == "tensorrt_rtx_bindings"
         try:
             build.build_engine(Path("model.onnx"), Path("engine.plan"), find_target("l4"))
@@ -382,6 +383,15 @@ def test_a_fixed_batch_names_no_shapes_and_precision_flags_never_appear() -> Non
         line = plan.commands[-1]
         assert "Shapes" not in line
         assert not {"--fp16", "--int8", "--fp8", "--best"} & set(shlex.split(line))
+
+
+def test_options_beyond_a_plain_engine_reach_trtexec() -> None:
+    settings = BuildSettings(hardware_compatible=True, version_compatible=True, strip_weights=True, sparse=True)
+    line = device_commands(find_target("h100"), settings, (3, 8, 8), dynamic_batch=False)[-1]
+    wanted = {"--hardwareCompatibilityLevel=ampere+", "--versionCompatible", "--stripWeights", "--sparsity=enable"}
+    assert wanted <= set(shlex.split(line))
+    plain = device_commands(find_target("h100"), BuildSettings(), (3, 8, 8), dynamic_batch=False)[-1]
+    assert not wanted & set(shlex.split(plain))
 
 
 def test_the_unpack_command_and_the_check_really_work(tmp_path) -> None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from random import Random
 
@@ -15,6 +16,7 @@ import pytest
 
 from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.zip_layout import Member, directory, local_header, read_local_header
 
 FILES: dict[str, Path | bytes] = {"model.onnx": bytes(range(256)) * 40, "data/golden.npy": b"\x93NUMPY", "empty": b""}
 MANIFEST = {"name": "net", "target": {"name": "jetson-orin", "sm": 87}, "note": "Größe"}
@@ -43,17 +45,34 @@ def rewritten(source: Path, target: Path, change) -> Path:
     return target
 
 
-def foreign_bundle(path: Path, members: dict[str, bytes], mode: int = stat.S_IFREG | 0o644, method: int = 0) -> Path:
-    """A bundle whose manifest is right about members that no honest writer would put there."""
-    entries = [
+def laid_out(path: Path, contents: dict[str, bytes]) -> Path:
+    """A zip in the very layout of bundles, with any names and contents."""
+    members = [Member(name, len(data), zlib.crc32(data)) for name, data in contents.items()]
+    parts = [local_header(member) + contents[member.name] for member in members]
+    path.write_bytes(b"".join([*parts, directory(members)]))
+    return path
+
+
+def entries_of(members: dict[str, bytes]) -> list[dict[str, object]]:
+    return [
         {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in members.items()
     ]
-    manifest = {"format": "resvit-bundle", "format_version": 1, "files": entries}
+
+
+def foreign_bundle(path: Path, members: dict[str, bytes]) -> Path:
+    """A bundle whose manifest is right about members that no honest writer would put there."""
+    members = dict(sorted(members.items()))
+    manifest = {"format": "resvit-bundle", "format_version": 2, "files": entries_of(members)}
+    return laid_out(path, {"manifest.json": json.dumps(manifest).encode(), **members})
+
+
+def rezipped(path: Path, members: dict[str, bytes], mode: int = stat.S_IFREG | 0o644, method: int = 0) -> Path:
+    """The same, written by another program: with links, or compressed."""
+    manifest = {"format": "resvit-bundle", "format_version": 2, "files": entries_of(members)}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("manifest.json", json.dumps(manifest))
+        archive.writestr(zipfile.ZipInfo("manifest.json"), json.dumps(manifest))
         for name, data in members.items():
             info = zipfile.ZipInfo(name)
-            info.filename = name  # ZipInfo cleans some names that a forger would not
             info.external_attr = mode << 16
             info.compress_type = method
             archive.writestr(info, data)
@@ -66,6 +85,7 @@ def test_what_goes_in_comes_out(bundle, tmp_path) -> None:
     assert {key: manifest[key] for key in MANIFEST} == MANIFEST
     assert [entry["path"] for entry in manifest["files"]] == ["data/golden.npy", "empty", "model.onnx"]
     entry = manifest["files"][2]
+    assert manifest["release"] == 1
     assert entry == {"path": "model.onnx", "bytes": 10240, "sha256": hashlib.sha256(FILES["model.onnx"]).hexdigest()}
     for name, data in FILES.items():
         assert (tmp_path / "out" / name).read_bytes() == data
@@ -86,7 +106,7 @@ def test_the_bytes_depend_on_the_content_alone(bundle, tmp_path) -> None:
     assert hashlib.sha256(bundle.read_bytes()).hexdigest() == DIGEST
 
 
-DIGEST = "1b2047692bf282c535c172b689ea85604ea89191f48d1967de2267320fd672b2"
+DIGEST = "d32bb1f2a47559c851241de69da1c55e8bf38f95304a90b251631230c31232c4"
 
 
 def test_the_manifest_is_the_first_member_and_nothing_is_compressed(bundle) -> None:
@@ -122,6 +142,10 @@ def test_a_file_swapped_for_one_with_a_valid_checksum_is_noticed(bundle, tmp_pat
         yield info, data[::-1] if info.filename == "model.onnx" else data
 
     forged = rewritten(bundle, tmp_path / "forged.resvit", swap)
+    refused(verify_bundle, forged)
+    with zipfile.ZipFile(forged) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    laid_out(forged, contents)
     assert "model.onnx in" in refused(verify_bundle, forged)
     assert "damaged" in refused(extract_bundle, forged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -148,7 +172,7 @@ def test_random_damage_never_ends_in_another_error(bundle, tmp_path) -> None:
             verify_bundle(tmp_path / "bad")
 
 
-def test_missing_and_uninvited_files_are_named(bundle, tmp_path) -> None:
+def test_missing_and_uninvited_files_are_noticed(bundle, tmp_path) -> None:
     def drop(info, data):
         if info.filename != "empty":
             yield info, data
@@ -158,18 +182,23 @@ def test_missing_and_uninvited_files_are_named(bundle, tmp_path) -> None:
         if info.filename == "empty":
             yield zipfile.ZipInfo("extra.so"), b"x"
 
-    assert "'empty'" in refused(verify_bundle, rewritten(bundle, tmp_path / "less", drop))
-    assert "'extra.so'" in refused(verify_bundle, rewritten(bundle, tmp_path / "more", add))
+    for change in (drop, add):
+        refused(verify_bundle, rewritten(bundle, tmp_path / "changed", change))
+        refused(extract_bundle, tmp_path / "changed", tmp_path / "out")
+    with zipfile.ZipFile(bundle) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    # As large as the manifest says, with another file in place of one that it lists.
+    swapped = {("extra" if name == "empty" else name): data for name, data in contents.items()}
+    assert "the header of empty" in refused(verify_bundle, laid_out(tmp_path / "swapped", swapped))
+    assert "whole" in refused(verify_bundle, laid_out(tmp_path / "more", {**contents, "zzz": b""}))
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_name_that_comes_twice_is_refused(bundle, tmp_path) -> None:
-    def double(info, data):
-        yield info, data
-        if info.filename == "empty":
-            yield zipfile.ZipInfo("empty"), data
-
-    assert "twice" in refused(verify_bundle, rewritten(bundle, tmp_path / "double", double))
+def test_a_bundle_that_another_program_rewrote_is_refused(bundle, tmp_path) -> None:
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(bundle), str(tmp_path / "out")], check=True)
+    with zipfile.ZipFile(tmp_path / "again", "w") as archive:
+        for name in ("manifest.json", "data/golden.npy", "empty", "model.onnx"):
+            archive.write(tmp_path / "out" / name, name)
+    refused(verify_bundle, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -192,12 +221,17 @@ def test_names_that_collide_on_some_system_are_refused(tmp_path, members) -> Non
 
 
 def test_links_and_compressed_members_are_refused(tmp_path) -> None:
-    link = foreign_bundle(tmp_path / "link", {"model.onnx": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777)
-    assert "link" in refused(extract_bundle, link, tmp_path / "out")
-    bomb = foreign_bundle(tmp_path / "bomb", {"model.onnx": bytes(1 << 20)}, method=zipfile.ZIP_DEFLATED)
-    assert "claim more bytes" in refused(verify_bundle, bomb)
-    small = foreign_bundle(tmp_path / "small", {"model.onnx": bytes(range(256))}, method=zipfile.ZIP_DEFLATED)
-    assert "compressed" in refused(verify_bundle, small)
+    link = rezipped(tmp_path / "link", {"model.onnx": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777)
+    refused(extract_bundle, link, tmp_path / "out")
+    bomb = rezipped(tmp_path / "bomb", {"model.onnx": bytes(1 << 20)}, method=zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 5000
+    assert "not a whole bundle" in refused(verify_bundle, bomb)
+    # The same bomb, with a size in its manifest that makes the sum right.
+    small = rezipped(tmp_path / "small", {"model.onnx": bytes(range(256))}, method=zipfile.ZIP_DEFLATED)
+    refused(verify_bundle, small)
+    for path in (link, bomb, small):
+        refused(extract_bundle, path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_foreign_files_are_told_from_damaged_ones(tmp_path) -> None:
@@ -210,7 +244,7 @@ def test_foreign_files_are_told_from_damaged_ones(tmp_path) -> None:
         archive.writestr("readme.txt", "hello")
     assert "no bundle" in refused(verify_bundle, tmp_path / "other.zip")
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()
-    assert "no bundle" in refused(verify_bundle, tmp_path / "none.zip")
+    assert "not a whole bundle" in refused(verify_bundle, tmp_path / "none.zip")
 
 
 @pytest.mark.parametrize(
@@ -221,14 +255,13 @@ def test_foreign_files_are_told_from_damaged_ones(tmp_path) -> None:
         (b"\xff\xfe", "does not read"),
         (b"[]", "no bundle of resvit-export"),
         (b'{"format": "other"}', "no bundle of resvit-export"),
-        (b'{"format": "resvit-bundle", "format_version": 2, "files": []}', "bundle format 2"),
-        (b'{"format": "resvit-bundle", "format_version": 1}', "lists its files wrongly"),
-        (b'{"format": "resvit-bundle", "format_version": 1, "files": [{"path": 1}]}', "lists its files wrongly"),
+        (b'{"format": "resvit-bundle", "format_version": 1, "files": []}', "bundle format 1"),
+        (b'{"format": "resvit-bundle", "format_version": 2}', "lists its files wrongly"),
+        (b'{"format": "resvit-bundle", "format_version": 2, "files": [{"path": 1}]}', "lists its files wrongly"),
     ],
 )
 def test_odd_manifests_are_refused(tmp_path, manifest, says) -> None:
-    with zipfile.ZipFile(tmp_path / "odd", "w") as archive:
-        archive.writestr("manifest.json", manifest)
+    laid_out(tmp_path / "odd", {"manifest.json": manifest})
     assert says in refused(read_manifest, tmp_path / "odd")
 
 
@@ -251,3 +284,43 @@ def test_a_missing_source_leaves_no_bundle_and_keeps_the_old(bundle, tmp_path) -
     assert "twice" in refused(write_bundle, bundle, {}, {"manifest.json": b""})
     assert bundle.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net.resvit"]
+
+
+def test_sizes_and_releases_that_are_no_whole_numbers_are_refused(bundle, tmp_path) -> None:
+    for release in (True, 1.0, "2", -1, 1 << 60):
+        assert "release" in refused(write_bundle, tmp_path / "new", {"release": release}, {})
+    for size in (True, -1, 1 << 60, 1e3):
+        manifest = {
+            "format": "resvit-bundle",
+            "format_version": 2,
+            "files": [{**entries_of({"a": b""})[0], "bytes": size}],
+        }
+        laid_out(tmp_path / "odd", {"manifest.json": json.dumps(manifest).encode(), "a": b""})
+        assert "lists its files wrongly" in refused(read_manifest, tmp_path / "odd")
+
+
+def test_large_members_have_headers_that_others_read(tmp_path) -> None:
+    # A hole of 5 GiB takes no space on the disk.
+    sparse = Member("sparse", 5 << 30, 0)
+    after = Member("after", 3, zlib.crc32(b"abc"))
+    with (tmp_path / "large.zip").open("wb") as stream:
+        stream.write(local_header(sparse))
+        stream.seek(sparse.size, os.SEEK_CUR)
+        stream.write(local_header(after) + b"abc" + directory([sparse, after]))
+    with zipfile.ZipFile(tmp_path / "large.zip") as archive:
+        assert [(info.filename, info.file_size) for info in archive.infolist()] == [("sparse", 5 << 30), ("after", 3)]
+        assert archive.read("after") == b"abc"
+        with archive.open("sparse") as part:
+            assert part.read(10) == bytes(10)
+    with (tmp_path / "large.zip").open("rb") as stream:
+        assert read_local_header(stream) == (sparse, local_header(sparse))
+
+
+def test_checksums_of_the_zip_count_too(bundle, tmp_path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    for wrong in contents:
+        members = [Member(name, len(data), zlib.crc32(data) ^ (name == wrong)) for name, data in contents.items()]
+        parts = [local_header(member) + contents[member.name] for member in members]
+        (tmp_path / "odd").write_bytes(b"".join([*parts, directory(members)]))
+        assert "damaged" in refused(verify_bundle, tmp_path / "odd")

@@ -12,6 +12,7 @@ import pytest
 
 from quantize_graphs import Graph, ranges_of
 from resvit_engines.build import build_engine
+from resvit_engines.kernel_totals import kernel_totals
 from resvit_engines.kernels import Kernel, Work, kernel_from_json, kernels_from_log
 from resvit_engines.targets import Builder, find_target
 from resvit_export.tensorrt_copy import suit_builder
@@ -72,7 +73,7 @@ def test_the_table_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     import engine_work
 
     kernels = (*kernels_from_log([LISTING]), kernel("a/MatMul_myl0_1", "gemm"))
-    found = engine_work.facts(kernels)
+    found = kernel_totals(kernels).to_json()
     assert (found["kernels"], found["reformats"]) == (3, 1)
     assert found["of"] == {"conv": 1, "gemm": 1, "attention": 0}
     assert found["in_8_bits"] == {"conv": 1, "gemm": 0, "attention": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -183,3 +184,31 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
     made = result(capsys, "build", "--target", "l4", *own)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
+
+
+def test_two_targets_share_what_does_not_differ(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "build --json --target l4 --target jetson-orin --precision int8 --model resvit:embed-nano "
+    line += "--checkpoint runs/demo/embed-nano.pt --data fashion-mnist --validation-images 400 --run both"
+    assert run([*shlex.split(line), "--max-drop", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)["targets"]
+    assert set(found) == {"l4", "jetson-orin"}
+    stages = {name: {stage["stage"]: stage for stage in item["stages"]} for name, item in found.items()}
+    assert stages["jetson-orin"]["fold"]["reused"]
+    assert stages["l4"]["fold"]["folder"] == stages["jetson-orin"]["fold"]["folder"]
+    assert len(list(Path("both").glob("reference-*"))) == 1
+    assert "engine.json" in stages["l4"]["compile"]["results"]
+    assert "plan.json" in stages["jetson-orin"]["compile"]["results"]
+    assert {Path(item["report"]).name for item in found.values()} == {"report-l4.html", "report-jetson-orin.html"}
+    # The recipe that the run keeps names both, and repeats it.
+    assert run(["report", "--run", "both"]) == 0
+    assert run(["sensitivity", "--run", "both"]) == ExitCode.INPUT
+    assert "Name one of them" in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_is_refused_before_any_work(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "build --target l4 --target jetson-orin --precision fp8 --model resvit:embed-nano --data fashion-mnist --run no"
+    )
+    assert run(shlex.split(line)) == ExitCode.IMPOSSIBLE
+    assert "FP8 needs compute capability 8.9" in capsys.readouterr().err
+    assert not Path("no").exists()

@@ -20,7 +20,7 @@ FULL = Recipe(
     include=("blocks.*",),
     exclude=("Conv", "head"),
     max_drop=0.25,
-    target="l4",
+    targets=("l4",),
     batch="1:8:32",
 )
 

@@ -327,7 +327,7 @@ def test_every_stage_has_its_section_and_a_missing_one_has_none() -> None:
     empty = _Outline(html_from_run(ReportData(name="run")))
     assert empty.headings() == []
     assert "Not validated" in empty.text
-    assert empty.text.count("not run") == 7
+    assert empty.text.count("not run") == 8
     half = dataclasses.replace(full(), verdict=None, engine=None, plan=None, images=(), quantize=None)
     assert _Outline(html_from_run(half)).headings() == [
         "sizes",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,9 @@ from resvit_engines.targets import (
     Builder,
     Kind,
     Precision,
+    Target,
     find_target,
+    proxy_target,
     require_precision,
     version_of,
 )
@@ -165,3 +168,26 @@ def test_known_peaks_are_dense() -> None:
     assert find_target("a100").peak(Precision.INT8) == 624
     assert find_target("l4").peak(Precision.FP16) == 121
     assert find_target("h100").speed.bandwidth == 3350
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "targets.md").read_text()
+    rows = text.partition("<!-- table -->")[2].partition("<!-- end -->")[0].split("\n")
+    assert [row for row in rows if row][2:] == [documented(target) for target in TARGETS]
+
+
+def documented(target: Target) -> str:
+    """The row of docs/targets.md."""
+    where = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is", Builder.DEVICE: "on the device"}
+    proxy = proxy_target(target)
+    cells = (
+        f"`{target.name}`",
+        f"{target.sm / 10:.1f}",
+        f"{target.memory_mib / 1024:g} GiB, {target.speed.bandwidth:g} GB/s",
+        target.software,
+        target.ptx,
+        "yes" if Precision.FP8 in target.precisions else "no",
+        where[target.builder],
+        "itself" if proxy.sm == target.sm else f"SM {proxy.sm / 10:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"

@@ -105,6 +105,9 @@ def _trtexec(
         "--timingCacheFile=timing.cache",
         "--skipInference",
         *(["--sparsity=enable"] if settings.sparse else []),
+        *(["--hardwareCompatibilityLevel=ampere+"] if settings.hardware_compatible else []),
+        *(["--versionCompatible"] if settings.version_compatible else []),
+        *(["--stripWeights"] if settings.strip_weights else []),
     ]
     if shape is not None:
         for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):

@@ -16,7 +16,8 @@ _LINE = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]+), ")
 _INPUTS = re.compile(r", Inputs: \[(.*?)\], (?:Constants|Outputs): \[")
 _CONSTANTS = re.compile(r", Constants: \[(.*?)\], Outputs: \[")
 _OUTPUTS = re.compile(r", Outputs: \[(.*?)\], (?:ParameterType|TacticName|TacticValue|StreamId|Metadata)\b")
-_TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_TACTIC = re.compile(r", TacticName: (.*?), (?:TacticValue|StreamId|Metadata)\b")
 _METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|\s*$)")
 # TensorRT 10's own short form.
 _SHORT = re.compile(r"^Layer\((?P<type>[^)]*)\): (?P<name>.*), Tactic: 0x[0-9a-f]+(?: \([^)]*\))?, (.*?)-> ?(.*)$")
@@ -24,6 +25,10 @@ _SHORT_TENSOR = re.compile(r"\((\w+)\[([-\d,]*)[^\]]*\]\)")
 
 _NO_KERNEL = frozenset({"signal", "wait"})
 """How streams wait for each other: listed among the kernels, but nothing runs."""
+EIGHT_BITS = frozenset({"Int8", "FP8"})
+# What a tactic multiplies in is part of its name, as in sm80_xmma_gemm_i8f16_i8i32_f32_tn.
+_INT8_TACTIC = re.compile(r"_i8(?:i8|f16|f32)?_i8i32|int8x4|_imma_|_int8_")
+_FP8_TACTIC = re.compile(r"e4m3")
 # TensorRT for RTX names generated kernels after their operations, four letters each: __myl_MulAddReshTran_myl0_7.
 _GENERATED = re.compile(r"^__myl_((?:[A-Z][a-z]+)+)_")
 _MOVES = frozenset({"Move", "Resh", "Tran", "Cast", "Conc", "Slic", "Repl", "Sque", "Expa", "Pad"})
@@ -38,6 +43,7 @@ class Work(str, enum.Enum):
     ATTENTION = "attention"
     REFORMAT = "reformat"
     """Moves, casts, quantises or dequantises, and computes nothing."""
+    PLUGIN = "plugin"
     OTHER = "other"
 
 
@@ -47,7 +53,8 @@ class Kernel:
 
     Data types are the builder's words (``Float``, ``Half``, ``Int8``, ``FP8``); a dynamic dimension is -1.
     ``layers`` are the names of the ONNX nodes that it computes, ``constants`` the data types of its weights, scales
-    and biases, where the log tells.
+    and biases, where the log tells. ``input_names`` and ``output_names`` are the tensors' names, empty where it does
+    not; ``tactic`` is the builder's name for the code that runs.
     """
 
     name: str
@@ -59,21 +66,27 @@ class Kernel:
     layers: tuple[str, ...]
     constants: tuple[str, ...] = ()
     constant_shapes: tuple[tuple[int, ...], ...] = ()
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    tactic: str = ""
 
     @property
     def work(self) -> Work:
         """What it does."""
-        if "mha" in self.name:
+        kind, tactic = self.type.lower(), self.tactic.lower()
+        if "plugin" in kind:
+            return Work.PLUGIN
+        if "mha" in self.name or "mha" in tactic:
             return Work.ATTENTION
-        if self.type == "correlation" or "convolution" in self.type.lower():
+        if kind == "correlation" or "conv" in kind or "_fprop_" in tactic:
             return Work.CONV
-        if self.type == "Reformat":
+        if kind == "reformat":
             return Work.REFORMAT
         generated = _GENERATED.match(self.name)
         operations = re.findall("[A-Z][a-z]+", generated.group(1)) if generated else []
-        if self.type in ("gemm", "Gemm", "MatrixMultiply") or "Fc" in operations:
+        if "gemm" in kind or "matrixmultiply" in kind or "Fc" in operations or "_gemm_" in tactic:
             return Work.GEMM
-        quantises = {"Int8", "FP8"} & {*self.inputs, *self.outputs}
+        quantises = EIGHT_BITS & {*self.inputs, *self.outputs}
         idle = _MOVES | _QUANTISES if quantises else _MOVES
         return Work.REFORMAT if operations and idle.issuperset(operations) else Work.OTHER
 
@@ -81,9 +94,16 @@ class Kernel:
     def precision(self) -> str:
         """What a convolution, matrix product or attention multiplies in: the type of its weights, else its inputs."""
         weights = [t for t, s in zip(self.constants, self.constant_shapes, strict=True) if len(s) > 1]
-        low = [t for t in weights if t in ("Int8", "FP8")]
+        low = [t for t in weights if t in EIGHT_BITS]
         if low and low[0] in self.inputs:
             return low[0]
+        for kind, named in (("Int8", _INT8_TACTIC), ("FP8", _FP8_TACTIC)):
+            if not weights and kind in self.inputs and named.search(self.tactic):
+                return kind
+        if self.work is Work.ATTENTION:
+            eight = [t for t in self.inputs if t in EIGHT_BITS]
+            if len(eight) >= 3:  # Q, K and V; a mask beside them may have any type.
+                return eight[0]
         # Where the weights are not constants of the kernel, it reads them: all must be of 8 bits.
         read = {*self.inputs}
         return read.pop() if len(read) == 1 else max(read, key=lambda t: _BYTES.get(t, 0), default="")
@@ -116,6 +136,9 @@ class Kernel:
             "layers": list(self.layers),
             "constants": list(self.constants),
             "constant_shapes": [list(shape) for shape in self.constant_shapes],
+            "input_names": list(self.input_names),
+            "output_names": list(self.output_names),
+            "tactic": self.tactic,
             "bytes": self.bytes_moved,
         }
 
@@ -132,6 +155,9 @@ def kernel_from_json(plain: dict[str, Any]) -> Kernel:
         tuple(plain["layers"]),
         tuple(plain.get("constants", ())),
         tuple(tuple(shape) for shape in plain.get("constant_shapes", ())),
+        tuple(plain.get("input_names", ())),
+        tuple(plain.get("output_names", ())),
+        plain.get("tactic", ""),
     )
 
 
@@ -150,32 +176,44 @@ def kernels_from_log(messages: Iterable[str]) -> tuple[Kernel, ...]:
     return kernels
 
 
+def onnx_layers(metadata: str) -> tuple[str, ...]:
+    """The names of ONNX nodes in a kernel's ``Metadata``: ``[ONNX Layer: a]``, apart by control characters or not."""
+    return tuple(dict.fromkeys(_METADATA.findall(metadata)))
+
+
 def _kernel(line: str) -> Kernel | None:
-    constants: list[tuple[str, str]] = []
+    constants: list[tuple[str, str, str]] = []
+    tactic = ""
     if head := _LINE.match(line):
         constants = _tensors(_CONSTANTS.search(line))
         inputs, outputs = _tensors(_INPUTS.search(line)), _tensors(_OUTPUTS.search(line))
-        layers = tuple(dict.fromkeys(_METADATA.findall(line.partition("Metadata: ")[2])))
+        layers = onnx_layers(line.partition("Metadata: ")[2])
+        found = _TACTIC.search(line)
+        tactic = found[1] if found else ""
     elif head := _SHORT.match(line):
-        inputs, outputs = ([(t, s) for t, s in _SHORT_TENSOR.findall(side)] for side in head.groups()[2:])
+        inputs, outputs = ([("", s, t) for t, s in _SHORT_TENSOR.findall(side)] for side in head.groups()[2:])
         layers = tuple(head["name"].split(" + "))
     else:
         return None
     return Kernel(
         head["name"],
         head["type"],
-        tuple(dtype for dtype, _ in inputs),
-        tuple(dtype for dtype, _ in outputs),
-        tuple(_shape(shape) for _, shape in inputs),
-        tuple(_shape(shape) for _, shape in outputs),
+        tuple(dtype for _, _, dtype in inputs),
+        tuple(dtype for _, _, dtype in outputs),
+        tuple(_shape(shape) for _, shape, _ in inputs),
+        tuple(_shape(shape) for _, shape, _ in outputs),
         layers,
-        tuple(dtype for dtype, _ in constants),
-        tuple(_shape(shape) for _, shape in constants),
+        tuple(dtype for _, _, dtype in constants),
+        tuple(_shape(shape) for _, shape, _ in constants),
+        tuple(name for name, _, _ in inputs if name),
+        tuple(name for name, _, _ in outputs if name),
+        tactic,
     )
 
 
-def _tensors(section: re.Match[str] | None) -> list[tuple[str, str]]:
-    return [(dtype, shape) for shape, dtype in _TENSOR.findall(section.group(1))] if section else []
+def _tensors(section: re.Match[str] | None) -> list[tuple[str, str, str]]:
+    """Name, dimensions and data type of each tensor of a section."""
+    return _TENSOR.findall(section.group(1)) if section else []
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,20 +1,25 @@
 """Every call into TensorRT that differs, or might differ, between TensorRT 10, TensorRT 11 and TensorRT for RTX.
 
 Imported by the builder's child process only. The module ``trt`` that the functions take is ``tensorrt`` or
-``tensorrt_rtx_bindings``: their Python interfaces are the same but for the compute capabilities.
+``tensorrt_rtx_bindings``: their Python interfaces are the same but for the compute capabilities. Every name that is
+used here stands in ``trt_names``; ``trt_config`` holds what watches and speeds up a build, ``trt_engine`` the calls
+that read an engine, ``trt_runtime`` those that run it.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from resvit_engines.build_memory import OutOfMemoryError
 from resvit_engines.errors import ExitCode, ResvitError
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8e4m3fn"}
 _FIX_GRAPH = "The ONNX file holds something that this builder cannot compile; the message names it."
 _FIX_MEMORY = "Give the builder a smaller workspace or batch, or close other programs on this machine."
+_FIX_STOPPED = "Run the same command again; finished stages are kept."
 _FIX_FP8 = "This GPU has no FP8: quantise with --precision int8."
 
 
@@ -77,7 +82,7 @@ def builder_from(trt: Any, logger: Any, log: Log) -> Any:
         return trt.Builder(logger)
     except (TypeError, RuntimeError) as error:
         raise ResvitError(
-            f"TensorRT {trt.__version__} does not start: {_said(log) or error}",
+            f"TensorRT {trt.__version__} does not start: {said_by(log) or error}",
             "Check that the NVIDIA driver works (nvidia-smi) and is new enough for this TensorRT.",
             ExitCode.BUILD,
         ) from error
@@ -93,7 +98,7 @@ def network_from_onnx(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        errors = [parser_message(parser.get_error(index)) for index in range(parser.num_errors)]
         raise ResvitError(
             f"The ONNX parser does not accept {onnx.name}: {'; '.join(errors) or 'no reason given'}.",
             "Leave the node out of the model or export it differently; `--opset` may also decide.",
@@ -102,10 +107,11 @@ def network_from_onnx(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
     return network
 
 
-def _parser_error(error: Any) -> str:
-    text = str(error.desc()).strip().rstrip(".")
-    where = error.node_name() if error.node() >= 0 else ""
-    return f"node {where!r} ({error.node_operator()}): {text}" if where else text
+def parser_message(trouble: Any) -> str:
+    """One error of the ONNX parser, with the node that it is about."""
+    text = str(trouble.desc()).strip().rstrip(".")
+    where = trouble.node_name() if trouble.node() >= 0 else ""
+    return f"node {where!r} ({trouble.node_operator()}): {text}" if where else text
 
 
 def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
@@ -145,17 +151,48 @@ def _batch(batch: tuple[int, int, int]) -> str:
     return f"a batch of {batch[0]}" if batch[0] == batch[2] else f"a batch of {batch[0]} to {batch[2]}"
 
 
-def configure(trt: Any, builder: Any, workspace_mib: int, optimization_level: int, sm: int | None) -> Any:
-    """The builder's settings; ``sm`` only for TensorRT for RTX, which can build for a GPU that is not there.
+def configure(
+    trt: Any,
+    builder: Any,
+    *,
+    workspace_mib: int,
+    optimization_level: int,
+    sms: Sequence[int] = (),
+    sparse: bool = False,
+    hardware_compatible: bool = False,
+    version_compatible: bool = False,
+    strip_weights: bool = False,
+) -> Any:
+    """The builder's settings.
+
+    ``sms`` is for TensorRT for RTX alone, which builds for GPUs that are not there; one engine may serve several of
+    them. ``strip_weights`` leaves the weights out of the engine: it then runs after a refit with the same ones.
 
     Raises:
-        ResvitError: IMPOSSIBLE where this TensorRT for RTX has no code generator for ``sm``.
+        ResvitError: IMPOSSIBLE where this TensorRT for RTX has no code generator for one of ``sms``.
     """
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     config.builder_optimization_level = optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if sm is not None:
+    if sms:
+        _set_capabilities(trt, config, sms)
+    elif hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        # The weights come back as they were, so the builder may use kernels that depend on their values.
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    return config
+
+
+def _set_capabilities(trt: Any, config: Any, sms: Sequence[int]) -> None:
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
         capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
         if capability is None:
             raise ResvitError(
@@ -163,33 +200,36 @@ def configure(trt: Any, builder: Any, workspace_mib: int, optimization_level: in
                 "Build with TensorRT on a machine that has this GPU.",
                 ExitCode.IMPOSSIBLE,
             )
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(capability, 0)
-    return config
+        config.set_compute_capability(capability, index)
 
 
 def engine_from_network(builder: Any, network: Any, config: Any, log: Log) -> Any:
     """Build, and return the serialised engine (a buffer).
 
     Raises:
-        ResvitError: BUILD with TensorRT's own words.
+        OutOfMemoryError: where its words say so.
+        ResvitError: BUILD with TensorRT's own words, INTERRUPTED where it was told to stop.
     """
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        said = _said(log)
-        raise ResvitError(f"The builder failed: {said or 'it gave no reason'}", _fix_for(said), ExitCode.BUILD)
+        said = said_by(log)
+        if any("BuildCanceled" in error for error in log.errors):
+            raise ResvitError("The build was stopped; no engine was written.", _FIX_STOPPED, ExitCode.INTERRUPTED)
+        problem = f"The builder failed: {said or 'it gave no reason'}"
+        if "memory" in said.lower():
+            raise OutOfMemoryError(problem, _FIX_MEMORY, ExitCode.BUILD)
+        raise ResvitError(problem, _fix_for(said), ExitCode.BUILD)
     return engine
 
 
-def _said(log: Log) -> str:
+def said_by(log: Log) -> str:
+    """The last errors, in TensorRT's own words."""
     return " | ".join(dict.fromkeys(log.errors[-3:]))
 
 
 def _fix_for(said: str) -> str:
     lower = said.lower()
-    if "fp8" in lower and "target" in lower:
-        return _FIX_FP8
-    return _FIX_MEMORY if "memory" in lower else _FIX_GRAPH
+    return _FIX_FP8 if "fp8" in lower and "target" in lower else _FIX_GRAPH
 
 
 def tensor_facts(network: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -200,5 +240,6 @@ def tensor_facts(network: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 
 def _facts(tensor: Any) -> dict[str, Any]:
-    name = tensor.dtype.name
+    dtype = tensor.dtype
+    name = dtype.name
     return {"name": tensor.name, "shape": list(tensor.shape), "dtype": _DTYPES.get(name, name.lower())}

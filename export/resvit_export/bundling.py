@@ -13,7 +13,7 @@ from resvit_export.tensorrt_copy import TENSORRT_COPY
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
 
-_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", "measured_times")
+_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", "measured_times", "timing_cache")
 
 
 def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
@@ -39,7 +39,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         files["engine.json"] = pretty_json(_engine_facts(compiled))
     if compiled.path("plan.json").exists():
         files["README.txt"] = _device_readme(pipeline).encode()
-    write_bundle(path, _manifest(pipeline), files)
+    write_bundle(path, _manifest(pipeline), files, key=pipeline.signing_key)
 
 
 def _manifest(pipeline: Pipeline) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
     }
     manifest: dict[str, Any] = {
         "name": pipeline.bundle_name.removesuffix(".resvit"),
+        "release": recipe.release,
         "versions": {"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
         "model": pipeline.identity,
         "precision": recipe.precision,

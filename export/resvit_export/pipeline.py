@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.runtime import scorable_opset
 from resvit_engines.build import BuildSettings, builder_here
+from resvit_engines.build_limits import require_buildable
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import sha256_file, write_atomic
+from resvit_engines.files import sha256_file
+from resvit_engines.own_targets import resolve_target
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Builder, Precision, Target, find_target, require_precision
+from resvit_engines.targets import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
 from resvit_export.identity import model_identity
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
-from resvit_export.recipe import Recipe, recipe_to_toml
+from resvit_export.recipe import Recipe
 from resvit_export.runfolder import Artifact, RunFolder
 from resvit_export.searching import predicted, require_searchable, searched
 from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
+    from resvit_engines.private_keys import SigningKey
     from resvit_export.load import Network
 
 RECOVERY_IMAGES = 20_000
@@ -32,7 +35,7 @@ OLDEST_OPSET = 20
 """What every TensorRT from 10.3 on reads."""
 _BEFORE_RECOVERY = (
     *("network", "identity", "loaded", "facts", "preprocess", "image_sets", "pruned", "retrained", "slim_network"),
-    *("folded", "exported", "baseline"),
+    *("folded", "exported", "reference", "baseline"),
 )
 """What is the same with and without recovery."""
 _BEFORE_PRECISIONS = (*_BEFORE_RECOVERY, "training_images", "before_recovery", "recovered", "calibrated")
@@ -52,8 +55,9 @@ class Pipeline:
         self.reporter = reporter
         self.target: Target | None = None
         if recipe.target is not None:
-            self.target = find_target(recipe.target, recipe.jetpack)
+            self.target = resolve_target(recipe.target, recipe.jetpack, recipe.own_targets)
             require_precision(self.target, Precision(recipe.precision))
+            require_buildable(self.target, self.build_settings, builder_here(self.target))
         self.precisions: Mapping[str, str] = {}
         """Precision by node, where the search chose it; nodes not named follow the rules."""
         self.confidence = recipe.confidence
@@ -74,9 +78,26 @@ class Pipeline:
                 "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
             )
 
-    def save_recipe(self) -> None:
-        """Write the complete recipe into the run folder."""
-        write_atomic(self.run.path / "recipe.toml", recipe_to_toml(self.recipe).encode())
+    def borrow(self, other: Pipeline) -> None:
+        """Take over what ``other``, of the same recipe for another target, has loaded already."""
+        for name in ("network", "identity", "image_sets"):
+            if name in other.__dict__:
+                self.__dict__[name] = other.__dict__[name]
+
+    @property
+    def build_settings(self) -> BuildSettings:
+        """What the recipe says of the build."""
+        recipe = self.recipe
+        return BuildSettings(
+            batch=recipe.batch_range,
+            workspace_mib=recipe.workspace_mib,
+            optimization_level=recipe.optimization_level,
+            sparse=recipe.sparsity is not None,
+            hardware_compatible=recipe.hardware_compatible,
+            version_compatible=recipe.version_compatible,
+            strip_weights=recipe.strip_weights,
+            timing_cache=Path(recipe.timing_cache) if recipe.timing_cache else None,
+        )
 
     @property
     def from_onnx(self) -> bool:
@@ -282,6 +303,13 @@ class Pipeline:
         return self.bundled.path(self.bundle_name)
 
     @functools.cached_property
+    def signing_key(self) -> SigningKey | None:
+        """What the bundle is signed with; ``None`` where neither recipe nor environment names a key."""
+        from resvit_engines.private_keys import load_signing_key
+
+        return load_signing_key(self.recipe.key)
+
+    @functools.cached_property
     def slim_network(self) -> Network:
         """The network as it was pruned and trained again, or the user's own."""
         if not self.prunes:
@@ -465,19 +493,19 @@ class Pipeline:
         )
 
     @functools.cached_property
-    def baseline(self) -> Artifact:
-        """Stage ``baseline``: what PyTorch and the float ONNX predict on the validation images."""
-        model, images = self.exported.path("model.onnx"), self.image_sets[1]
+    def reference(self) -> Artifact:
+        """Stage ``reference``: what PyTorch predicts on the validation images; the same for all targets."""
+        images = self.image_sets[1]
+        pruned = {"pruned": _weights_digest(self.pruned, "pruned")} if self.prunes else {}
         return self.run.stage(
-            "baseline",
+            "reference",
             {"preprocess": self.preprocess.to_json(), "model": self.identity},
-            {"model": self.exported.digest, "images": images.digest},
-            ("torch", "onnxruntime"),
-            lambda folder: work.baseline_into(
+            {"images": images.digest, **pruned},
+            ("torch",),
+            lambda folder: work.reference_into(
                 folder,
-                None if self.from_onnx else self.network,
+                self.network,
                 self.pruned.path("pruned.pt2") if self.prunes else None,
-                model,
                 images,
                 self.batch_size,
                 self.reporter,
@@ -485,20 +513,39 @@ class Pipeline:
         )
 
     @functools.cached_property
+    def baseline(self) -> Artifact:
+        """Stage ``baseline``: what the float ONNX predicts on the validation images."""
+        model, images = self.exported.path("model.onnx"), self.image_sets[1]
+        return self.run.stage(
+            "baseline",
+            {"preprocess": self.preprocess.to_json()},
+            {"model": self.exported.digest, "images": images.digest},
+            ("onnxruntime",),
+            lambda folder: work.baseline_into(folder, model, images, self.batch_size, self.reporter),
+        )
+
+    @functools.cached_property
     def validated(self) -> Artifact:
         """Stage ``validate``: the quantised ONNX on the same images, compared and judged."""
         quantized, baseline, images = self.quantized, self.baseline, self.image_sets[1]
+        reference = None if self.from_onnx else self.reference
         return self.run.stage(
             "validate",
             {"max_drop": self.recipe.max_drop, "confidence": self.confidence},
-            {"model": quantized.digest, "baseline": baseline.digest, "images": images.digest},
+            {
+                "model": quantized.digest,
+                "baseline": baseline.digest,
+                "images": images.digest,
+                **({"reference": reference.digest} if reference else {}),
+            },
             ("onnxruntime",),
             lambda folder: validate(
                 folder,
                 quantized=quantized.path("model.onnx"),
                 floating=self.float_model[0],
                 statistics=self.calibrated.path("statistics.npz"),
-                baseline=baseline.folder,
+                baseline=baseline.path("onnx.npz"),
+                reference=reference.folder if reference else None,
                 images=images,
                 batch_size=self.batch_size,
                 recipe=dataclasses.replace(self.recipe, confidence=self.confidence),
@@ -518,12 +565,7 @@ class Pipeline:
         self.require_accepted()
         model, image = self.quantized.path("model.onnx"), self.exported.json("export.json")["input"]
         builder = builder_here(target)
-        settings = BuildSettings(
-            batch=self.recipe.batch_range,
-            workspace_mib=self.recipe.workspace_mib or target.workspace_mib,
-            optimization_level=self.recipe.optimization_level,
-            sparse=self.recipe.sparsity is not None,
-        )
+        settings = self.build_settings
         return self.run.stage(
             "compile",
             {
@@ -541,13 +583,33 @@ class Pipeline:
         )
 
     @functools.cached_property
+    def audited(self) -> Artifact:
+        """Stage ``audit``: which Q/DQ and attention fused, beside the FP16 engine of the same network."""
+        from resvit_export.auditing import audited
+
+        return audited(self)
+
+    def require_fused(self) -> None:
+        """Refuse to go on where something did not fuse, if the recipe says so."""
+        if self.recipe.require_fused:
+            from resvit_export.auditing import refuse_if_unfused
+
+            refuse_if_unfused(self.audited.json("audit.json"))
+
+    @functools.cached_property
     def bundled(self) -> Artifact:
         """Stage ``bundle``: everything that the device needs, in one file."""
         from resvit_export.bundling import write_run_bundle
 
+        self.require_fused()
         return self.run.stage(
             "bundle",
-            {"name": self.bundle_name, "target": self.require_target().name},
+            {
+                "name": self.bundle_name,
+                "target": self.require_target().name,
+                "release": self.recipe.release,
+                "key": self.signing_key.public.keyid if self.signing_key else None,
+            },
             {
                 "engine": self.compiled.digest,
                 "model": self.quantized.digest,
@@ -557,6 +619,30 @@ class Pipeline:
             (),
             lambda folder: write_run_bundle(self, folder / self.bundle_name),
         )
+
+
+def pipelines_for(recipe: Recipe, run: RunFolder, reporter: Reporter) -> list[Pipeline]:
+    """One pipeline for each target of the recipe, all on one run folder: stages that do not differ are done once.
+
+    A JetPack goes to the Jetsons among several targets. Raises
+    ``ResvitError``, before anything is done, where one of the targets cannot do what is asked for.
+    """
+    names = list(dict.fromkeys(recipe.targets))
+    if len(names) < 2:
+        found = [Pipeline(recipe, run, reporter)]
+    else:
+        jetsons = {name for name in names if resolve_target(name, None, recipe.own_targets).kind is Kind.JETSON}
+        found = [
+            Pipeline(
+                dataclasses.replace(
+                    recipe, targets=(name,), jetpack=recipe.jetpack if name in jetsons or not jetsons else None
+                ),
+                run,
+                reporter,
+            )
+            for name in names
+        ]
+    return found
 
 
 def _weights_digest(artifact: Artifact, name: str) -> str:

@@ -28,6 +28,8 @@ RECOVERIES = ("auto", "always", "never")
 PRUNABLE = ("channels", "heads", "mlp", "embed", "blocks")
 IMPORTANCES = ("hessian", "taylor", "magnitude")
 SPARSITIES = ("2:4",)
+FILES = ("measured_times", "timing_cache", "key")
+"""Settings that are the path of a file or folder."""
 
 
 def _setting(toml: str, default: Any = None) -> Any:
@@ -93,12 +95,27 @@ class Recipe:
     confidence: float = _setting("validate.confidence", 0.95)
     allow_rejected: bool = _setting("validate.allow_rejected", False)
 
-    target: str | None = _setting("target.name")
+    targets: tuple[str, ...] = _setting("target.name", ())
+    """Names of devices; one as a text, several as a list."""
+    own_targets: Mapping[str, Any] = _setting("targets", {})
+    """The user's own devices: by name, ``like`` a row of the table, and what differs."""
     jetpack: str | None = _setting("target.jetpack")
     batch: str = _setting("target.batch", "1")
     """``N`` for a fixed batch, ``MIN:OPT:MAX`` for a dynamic one."""
     workspace_mib: int | None = _setting("target.workspace_mib")
     optimization_level: int = _setting("target.optimization_level", 3)
+    hardware_compatible: bool = _setting("target.hardware_compatible", False)
+    version_compatible: bool = _setting("target.version_compatible", False)
+    strip_weights: bool = _setting("target.strip_weights", False)
+    timing_cache: str | None = _setting("target.timing_cache")
+    """Folder of TensorRT's measurements, one file per device and version."""
+    require_fused: bool = _setting("target.require_fused", False)
+
+    key: str | None = _setting("bundle.key")
+    """Private key file, or ``agent``; not said: what the environment names."""
+    release: int = _setting("bundle.release", 1)
+    """Devices refuse to go back to a lower one."""
+    """Whether a build is refused whose quantised layers or attention blocks did not fuse."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS)
@@ -129,6 +146,7 @@ class Recipe:
         _between("max_drop", self.max_drop, 0.0, 100.0)
         _between("confidence", self.confidence, 0.5, 1.0 - 1e-7)
         _between("optimization_level", self.optimization_level, 0, 5)
+        _between("release", self.release, 1, 2**31 - 1)
         if self.workspace_mib is not None:
             _between("workspace_mib", self.workspace_mib, 16, 1 << 20)
         self.batch_range  # noqa: B018  (validates the text)
@@ -147,6 +165,11 @@ class Recipe:
             f"The batch '{self.batch}' is neither a number nor MIN:OPT:MAX in rising order.",
             "Write --batch 1 for a fixed batch, or for example --batch 1:8:32.",
         )
+
+    @property
+    def target(self) -> str | None:
+        """The only target, or the first of several."""
+        return self.targets[0] if self.targets else None
 
     @property
     def prune_budgets(self) -> dict[str, float | None]:
@@ -207,8 +230,9 @@ def recipe_from_toml(path: Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ResvitError(f"The recipe {path} is not valid TOML: {error}.", "Mend that line.") from error
     settings = _settings_from_document(document, path)
-    if isinstance(settings.get("measured_times"), str):
-        settings["measured_times"] = str((path.parent / Path(settings["measured_times"]).expanduser()).resolve())
+    for name in FILES:
+        if isinstance(settings.get(name), str):
+            settings[name] = absolute_file(settings[name], path.parent)
     return Recipe(**settings)
 
 
@@ -237,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 def _settings_from_document(document: Mapping[str, Any], path: Path) -> dict[str, Any]:
     fields = {item.metadata["toml"]: item for item in dataclasses.fields(Recipe)}
-    whole_tables = {"model.args", "preprocess"}
+    whole_tables = {"model.args", "preprocess", "targets"}
     flat: dict[str, Any] = {}
     for table, content in document.items():
         if table in whole_tables:
@@ -264,6 +288,8 @@ def _settings_from_document(document: Mapping[str, Any], path: Path) -> dict[str
 
 def _typed(key: str, value: Any, annotation: str, path: Path) -> Any:
     if annotation.startswith("tuple"):
+        if key == "target.name" and isinstance(value, str):
+            return (value,)
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
     elif annotation.startswith("Mapping"):
@@ -277,6 +303,13 @@ def _typed(key: str, value: Any, annotation: str, path: Path) -> Any:
         if isinstance(value, accepted) and isinstance(value, bool) == (bool in accepted):
             return value
     raise ResvitError(f"In the recipe {path}, {key} = {value!r} is of the wrong type.", f"It must be {annotation}.")
+
+
+def absolute_file(text: str, folder: Path) -> str:
+    """Make the path of a file absolute; ``agent`` and ``agent:COMMENT``, which name a key, stay."""
+    if re.fullmatch(r"agent(:.*)?", text):
+        return text
+    return str((folder / Path(text).expanduser()).resolve())
 
 
 def absolute_reference(text: str, folder: Path) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
 
 
-def write_run_report(pipeline: Pipeline) -> Path:
-    """Write ``report.html`` into the run folder from the stages that are finished; does no stage itself.
+def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
+    """Write the report ``name`` into the run folder from the stages that are finished; does no stage itself.
 
     Raises ``ResvitError`` where not even one stage is.
     """
@@ -27,7 +27,7 @@ def write_run_report(pipeline: Pipeline) -> Path:
             f"There is nothing to report in {pipeline.run.path}: no stage of this recipe is finished.",
             "Run 'resvit-export build' with the same settings first.",
         )
-    path = pipeline.run.path / "report.html"
+    path = pipeline.run.path / name
     write_report(path, _report_data(pipeline, stages))
     return path
 
@@ -54,7 +54,11 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
         rejected = pipeline.verdict["verdict"] == "rejected" and not pipeline.recipe.allow_rejected
         if pipeline.target and not rejected:
             yield pipeline.compiled
-            yield pipeline.bundled
+            # Either may be missing: without 'audit', or refused by --require-fused.
+            with contextlib.suppress(ResvitError):
+                yield pipeline.audited
+            with contextlib.suppress(ResvitError):
+                yield pipeline.bundled
 
 
 def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
@@ -83,6 +87,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         search=document("search", "search.json"),
         engine=document("compile", "engine.json"),
         plan=document("compile", "plan.json"),
+        audit=document("audit", "audit.json"),
         bundle=bundle,
         recipe=recipe_to_toml(pipeline.recipe),
         targets=[pipeline.target.to_json()] if pipeline.target else [],

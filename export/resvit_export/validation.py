@@ -43,6 +43,7 @@ def validate(
     floating: Path,
     statistics: Path,
     baseline: Path,
+    reference: Path | None,
     images: ImageSet,
     batch_size: int,
     recipe: Recipe,
@@ -59,9 +60,8 @@ def validate(
     from resvit_calibrate.runtime import checked_runner, runtime_note, self_test
 
     self_test()
-    onnx_float = Predictions.load(baseline / "onnx.npz")
-    has_torch = (baseline / "pytorch.npz").exists()
-    original = Predictions.load(baseline / "pytorch.npz") if has_torch else onnx_float
+    onnx_float = Predictions.load(baseline)
+    original = Predictions.load(reference / "pytorch.npz") if reference else onnx_float
     what = f"onnx {recipe.precision}"
     golden = next(images.batches(GOLDEN_IMAGES)).images
     runner, remark = checked_runner(quantized, {INPUT: golden})
@@ -74,11 +74,11 @@ def validate(
 
     comparison = compare(original, candidate, recipe.confidence)
     verdict = judge(comparison, recipe.max_drop, original.logits.shape[1], recipe.confidence)
-    stages = [_row("pytorch" if has_torch else "onnx float", compare(original, original, recipe.confidence))]
-    if (baseline / "pruned.npz").exists():
-        before = Predictions.load(baseline / "pruned.npz")
+    stages = [_row("pytorch" if reference else "onnx float", compare(original, original, recipe.confidence))]
+    if reference and (reference / "pruned.npz").exists():
+        before = Predictions.load(reference / "pruned.npz")
         stages.append(_row("pruned", compare(original, before, recipe.confidence)))
-    if has_torch:
+    if reference:
         stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
     stages.append(_row(what, comparison))
 

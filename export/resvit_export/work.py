@@ -192,30 +192,27 @@ def quantize_into(
     _write_json(folder / "quantize.json", report.to_json())
 
 
-def baseline_into(
-    folder: Path,
-    network: Network | None,
-    pruned: Path | None,
-    model: Path,
-    images: ImageSet,
-    batch_size: int,
-    reporter: Reporter,
+def reference_into(
+    folder: Path, network: Network, pruned: Path | None, images: ImageSet, batch_size: int, reporter: Reporter
 ) -> None:
-    """Write the predictions of PyTorch (where there is a network), of the pruned program and of the float ONNX."""
+    """Write what PyTorch predicts, and the pruned program where there is one."""
     from resvit_calibrate.metrics import predict
-    from resvit_calibrate.runtime import onnx_runner
 
-    if network is not None:
-        predictions = predict(network.runner(), images, batch_size, reporter, "validate (PyTorch)")
-        predictions.save(folder / "pytorch.npz")
+    predict(network.runner(), images, batch_size, reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
     if pruned is not None:
         from resvit_export.pt2 import program_from_pt2
         from resvit_export.torch_program import runner_from_program
 
         runner = runner_from_program(program_from_pt2(pruned))
         predict(runner, images, batch_size, reporter, "validate (pruned)").save(folder / "pruned.npz")
-    predictions = predict(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)")
-    predictions.save(folder / "onnx.npz")
+
+
+def baseline_into(folder: Path, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
+    """Write what the float ONNX predicts."""
+    from resvit_calibrate.metrics import predict
+    from resvit_calibrate.runtime import onnx_runner
+
+    predict(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)").save(folder / "onnx.npz")
 
 
 def compile_into(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from resvit_engines.console import LazyCommands, run_command, run_process
+from resvit_engines.version import own_version
 
 _COMMANDS = {
     "facts": "resvit_engines.cli.building",
@@ -30,7 +31,7 @@ Exit codes: 0 done, 2 misspelt command, 3 unusable bundle or input, 6 impossible
 missing, 8 engine build failed, 9 disk, memory or permissions, 10 signature or trust, 11 the outputs are not
 those that were validated, 130 interrupted, 1 a bug of ours.""",
 )
-@click.version_option(package_name="resvit-export")
+@click.version_option(own_version())
 def cli() -> None:
     """Build, verify, install, run and roll back engines on the device that they are for."""
 

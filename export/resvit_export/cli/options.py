@@ -13,6 +13,7 @@ from resvit_engines.errors import ResvitError
 from resvit_export.recipe import (
     CALIBRATORS,
     EFFORTS,
+    FILES,
     IMPORTANCES,
     PRECISIONS,
     PRUNABLE,
@@ -20,6 +21,7 @@ from resvit_export.recipe import (
     RECOVERIES,
     SPARSITIES,
     Recipe,
+    absolute_file,
     absolute_reference,
     recipe_from_toml,
 )
@@ -53,7 +55,13 @@ _MODEL = [
     click.option("--input-shape", metavar="CxHxW", help="Shape of one image, where the model does not say it."),
 ]
 _TARGET = [
-    click.option("--target", help="Device to build for; 'resvit-export targets' lists them."),
+    click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        metavar="NAME",
+        help="Device to build for ('resvit-export targets' lists them), or auto: this machine's. Repeat it for more.",
+    ),
     click.option("--jetpack", help="JetPack on the Jetson, where it is not the usual one."),
     click.option("--batch", help="Fixed batch N, or MIN:OPT:MAX for a dynamic one.  [default: 1]"),
 ]
@@ -129,11 +137,35 @@ _COMPILE = [
     click.option("--workspace-mib", type=int, help="Memory that the builder's kernels may use as scratch."),
     click.option("--optimization-level", type=int, help="0 builds fast, 5 searches longest.  [default: 3]"),
     click.option(
+        "--hardware-compatible", is_flag=True, default=None, help="An engine that newer GPUs run too; not on a Jetson."
+    ),
+    click.option(
+        "--version-compatible", is_flag=True, default=None, help="An engine that later TensorRT of its major run too."
+    ),
+    click.option(
+        "--strip-weights", is_flag=True, default=None, help="An engine without weights; refit puts them back."
+    ),
+    click.option("--timing-cache", metavar="FOLDER", help="Keep what TensorRT measures, for the next build."),
+    click.option(
+        "--require-fused",
+        is_flag=True,
+        default=None,
+        help="Refuse (exit code 4) what 'resvit-export audit' finds not fused: 8-bit products, attention, plugins.",
+    ),
+    click.option(
         "--allow-rejected",
         is_flag=True,
         default=None,
         help="Go on although validation rejected the model; the bundle says so.",
     ),
+]
+_BUNDLE = [
+    click.option(
+        "--key",
+        metavar="FILE|agent[:COMMENT]",
+        help="Private key to sign the bundle with.  [default: $RESVIT_SIGNING_KEY, or $RESVIT_SIGNING_KEY_FILE]",
+    ),
+    click.option("--release", type=int, help="Number of this release; devices refuse to go back.  [default: 1]"),
 ]
 
 _LAYERS = {
@@ -144,7 +176,7 @@ _LAYERS = {
     "quantize": [_QUANTIZE],
     "validate": [_VALIDATE, _RECOVER, _SEARCH],
     "compile": [_COMPILE],
-    "bundle": [],
+    "bundle": [_BUNDLE],
 }
 
 
@@ -164,6 +196,32 @@ def recipe_options(stage: str) -> Callable[[F], F]:
     return decorate
 
 
+def device_options(function: F) -> F:
+    """Add ``--device`` and ``--rehearse``: where to build is no part of the recipe."""
+    function = click.option(
+        "--rehearse", is_flag=True, help="On --device, TensorRT for RTX stands in for TensorRT; labelled everywhere."
+    )(function)
+    return click.option(
+        "--device",
+        metavar="ssh://USER@HOST",
+        help="Then build, validate and time there, over your own OpenSSH; never asks for a password.",
+    )(function)
+
+
+def require_one_device(device: str | None, rehearse: bool, several: bool) -> tuple[str, bool] | None:
+    """Address and rehearsal, None without a device; refuses what is no address, and one device for several targets."""
+    from resvit_engines.ssh import address_from
+
+    if device is None:
+        if rehearse:
+            raise ResvitError("--rehearse says how to build on a device.", "Say --device ssh://user@host too.")
+        return None
+    if several:
+        raise ResvitError("One device was given for several targets.", "Name the one --target that it is.")
+    address_from(device)
+    return device, rehearse
+
+
 def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
     """Merge flags with a recipe and choose the run folder.
 
@@ -178,8 +236,9 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
     for name in ("model", "checkpoint", "data", "validation_data", "train_data"):
         if flags.get(name):
             flags[name] = absolute_reference(flags[name], Path.cwd())
-    if flags.get("measured_times"):
-        flags["measured_times"] = str(Path(flags["measured_times"]).expanduser().resolve())
+    for name in FILES:
+        if flags.get(name):
+            flags[name] = absolute_file(flags[name], Path.cwd())
     if recipe_file is None and flags.get("model") is None:
         saved = run_folder / "recipe.toml" if run_folder else None
         recipe_file = next((file for file in (saved, LOCAL_RECIPE) if file and file.exists()), None)

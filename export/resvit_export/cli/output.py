@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from resvit_engines.console import Output, console, emit_json, mib, table
+from resvit_engines.console import Output, console, mib, table
+from resvit_export.cli.audit_tables import audit_lines, audit_tables
 from resvit_export.pruning import prune_summary
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     results = {
         file: artifact.json(file)
         for file in artifact.record["outputs"]
-        if file.endswith(".json") and file not in ("ranges.json", "clips.json")
+        if file.endswith(".json") and file not in ("ranges.json", "clips.json", "kernels.json")
     }
     return {
         "stage": artifact.stage,
@@ -38,9 +39,8 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
 
 
 def show_stage(artifact: Artifact, output: Output) -> None:
-    """Print what one stage found."""
+    """Print what one stage found, for people."""
     if output.json:
-        emit_json(summarize(artifact))
         return
     if not output.quiet:
         for item in _tables(artifact):
@@ -59,6 +59,7 @@ def _tables(artifact: Artifact) -> list[Table | str]:
         "quantize": _quantize,
         "validate": _validate,
         "compile": _compile,
+        "audit": _audit,
     }
     maker = makers.get(artifact.stage)
     return maker(artifact) if maker else []
@@ -232,24 +233,30 @@ def _compile(artifact: Artifact) -> list[Table | str]:
     return [plan["why"], *[f"  {command}" for command in plan["commands"]]]
 
 
+def _audit(artifact: Artifact) -> list[Table | str]:
+    return audit_tables(artifact.json("audit.json"))
+
+
+def build_document(pipeline: Pipeline, stages: Sequence[Artifact], report: Path) -> dict[str, Any]:
+    """The result of a build for JSON output."""
+    verdict, worth = pipeline.verdict, pipeline.predicted.json("costs.json")
+    bundled = any(stage.stage == "bundle" for stage in stages)
+    return {
+        "verdict": verdict["verdict"],
+        "reason": verdict["reason"],
+        "bundle": str(pipeline.bundle_path.resolve()) if bundled else None,
+        "report": str(report.resolve()),
+        "recipe": str((pipeline.run.path / "recipe.toml").resolve()),
+        "predicted": {key: worth[key] for key in ("gain", "faster", "sentence")},
+        "stages": [summarize(stage) for stage in stages],
+    }
+
+
 def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, output: Output) -> None:
     """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
     verdict = pipeline.verdict
     worth = pipeline.predicted.json("costs.json")
     bundle = next((pipeline.bundle_path for stage in stages if stage.stage == "bundle"), None)
-    if output.json:
-        emit_json(
-            {
-                "verdict": verdict["verdict"],
-                "reason": verdict["reason"],
-                "bundle": str(bundle.resolve()) if bundle else None,
-                "report": str(report.resolve()),
-                "recipe": str((pipeline.run.path / "recipe.toml").resolve()),
-                "predicted": {key: worth[key] for key in ("gain", "faster", "sentence")},
-                "stages": [summarize(stage) for stage in stages],
-            }
-        )
-        return
     screen = console()
     if not output.quiet:
         screen.print(accuracy_table(verdict))
@@ -263,6 +270,9 @@ def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, out
             if stage.stage == "compile":
                 for item in _compile(stage):
                     screen.print(item, markup=False, soft_wrap=True)
+            if stage.stage == "audit":
+                for item in audit_lines(stage.json("audit.json")):
+                    screen.print(item, soft_wrap=True)
     if pipeline.search:
         found = pipeline.search.json("search.json")
         for line in (*found["sentences"], *found["prices"]):

@@ -12,7 +12,7 @@ import click
 from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import reporter
-from resvit_export.cli.options import recipe_options, resolve_recipe
+from resvit_export.cli.options import device_options, recipe_options, require_one_device, resolve_recipe
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -28,18 +28,49 @@ def examples_text(*lines: str) -> str:
 
 
 @contextlib.contextmanager
-def open_pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
-    """The pipeline on its locked run folder, with the recipe written down."""
-    from resvit_export.pipeline import Pipeline
+def open_pipelines(flags: dict[str, Any], output: Output) -> Iterator[list[Pipeline]]:
+    """A pipeline for each target on the locked run folder, with the recipe written down."""
+    from resvit_engines.files import write_atomic
+    from resvit_export.pipeline import pipelines_for
+    from resvit_export.recipe import recipe_to_toml
     from resvit_export.runfolder import RunFolder
 
     recipe, folder = resolve_recipe(flags)
     report = reporter(output.quiet or output.json)
     run = RunFolder(folder, report)
-    pipeline = Pipeline(recipe, run, report)
+    pipelines = pipelines_for(recipe, run, report)
     with run.locked():
-        pipeline.save_recipe()
-        yield pipeline
+        write_atomic(folder / "recipe.toml", recipe_to_toml(recipe).encode())
+        yield pipelines
+
+
+@contextlib.contextmanager
+def open_pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
+    """The same where only one target makes sense; refuses several."""
+    with open_pipelines(flags, output) as pipelines:
+        if len(pipelines) > 1:
+            raise ResvitError(
+                "This command looks at one target, and several were given.", "Name one of them with --target."
+            )
+        yield pipelines[0]
+
+
+def each(pipelines: list[Pipeline], output: Output, do: Callable[[Pipeline], tuple[dict[str, Any], int]]) -> int:
+    """Let ``do`` work and print for every target. JSON of several is one document by target; the worst code counts."""
+    from resvit_engines.console import console, emit_json
+
+    documents, codes = {}, []
+    for index, pipeline in enumerate(pipelines):
+        if index:
+            pipeline.borrow(pipelines[index - 1])
+        if len(pipelines) > 1 and not output.quiet and not output.json:
+            console().rule(pipeline.require_target().title, align="left")
+        document, code = do(pipeline)
+        documents[str(pipeline.recipe.target)] = document
+        codes.append(code)
+    if output.json:
+        emit_json({"targets": documents} if len(documents) > 1 else next(iter(documents.values())))
+    return max(codes)
 
 
 def _stage_command(
@@ -48,15 +79,18 @@ def _stage_command(
     @output_options
     @recipe_options(last)
     def command(quiet: bool, as_json: bool, **flags: Any) -> int:
-        from resvit_export.cli.output import show_stage
+        from resvit_export.cli.output import show_stage, summarize
 
         output = Output(quiet, as_json)
-        with open_pipeline(flags, output) as pipeline:
-            if name in ("validate", "compile", "bundle"):
-                pipeline = pipeline.settled()  # noqa: PLW2901
-            artifact = take(pipeline)
+
+        def do(pipeline: Pipeline) -> tuple[dict[str, Any], int]:
+            settled = pipeline.settled() if name in ("validate", "compile", "bundle") else pipeline
+            artifact = take(settled)
             show_stage(artifact, output)
-            return _exit_code(pipeline) if name == "validate" else 0
+            return summarize(artifact), _exit_code(settled) if name == "validate" else 0
+
+        with open_pipelines(flags, output) as pipelines:
+            return each(pipelines, output, do)
 
     return click.command(name=name, help=help_text, epilog=examples_text(*examples))(command)
 
@@ -161,45 +195,71 @@ bundle_command = _stage_command(
         f"build --precision int8 --target jetson-orin {_MODEL} {_DATA}",
         f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
         "build --run runs/l4-fp8 --json",
+        f"build --target l4 --target jetson-orin {_MODEL} {_DATA} --run runs/both",
         f"build --target jetson-orin {_MODEL} {_DATA} --max-drop 0.3 --run runs/searched",
         "build --run runs/searched --latency-budget 1x",
         "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --run runs/l4-fp16",
     ),
 )
 @output_options
+@device_options
 @recipe_options("bundle")
-def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
+def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
     """Do everything: prune where asked, fold, export, calibrate, quantize, validate, compile, bundle, report.
 
     Where the accuracy of the plain recipe is not accepted, layers are raised to FP8 or FP16 until it is, those first
     that cost the least time on the target. What is finished in the run folder and unchanged is not done again; a
     killed build continues where it stopped.
     """
-    from resvit_export.cli.output import show_build
-
     output = Output(quiet, as_json)
-    with open_pipeline(flags, output) as pipeline:
-        pipeline.require_target()
-        pipeline.require_images()
-        pipeline = pipeline.settled()  # noqa: PLW2901
-        stages = [pipeline.pruned] if pipeline.prunes else []
-        stages += [pipeline.retrained] if pipeline.retrains else []
-        stages += [] if pipeline.from_onnx else [pipeline.folded]
-        stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
-        stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
-        stages += [pipeline.quantized, pipeline.validated, pipeline.predicted]
-        rejection: ResvitError | None = None
-        try:
-            stages += [pipeline.compiled, pipeline.bundled]
-        except ResvitError as error:
-            if error.code != ExitCode.REJECTED:
-                raise
-            rejection = error
-        report = _write_report(pipeline)
+    with open_pipelines(flags, output) as pipelines:
+        pipelines[0].require_target()
+        pipelines[0].require_images()
+        pipelines[0].signing_key  # noqa: B018  (a key that cannot be used is refused before any work)
+        several = len(pipelines) > 1
+        on = require_one_device(device, rehearse, several)
+        return each(pipelines, output, lambda pipeline: _built(pipeline, several, output, on))
+
+
+def _built(
+    pipeline: Pipeline, several: bool, output: Output, on: tuple[str, bool] | None = None
+) -> tuple[dict[str, Any], int]:
+    """Do all stages for one target, and show what came of them."""
+    from resvit_export.cli.output import build_document, show_build
+
+    pipeline = pipeline.settled()
+    stages = [pipeline.pruned] if pipeline.prunes else []
+    stages += [pipeline.retrained] if pipeline.retrains else []
+    stages += [] if pipeline.from_onnx else [pipeline.folded]
+    stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
+    stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
+    stages += [pipeline.quantized, pipeline.validated, pipeline.predicted]
+    rejection: ResvitError | None = None
+    try:
+        stages.append(pipeline.compiled)
+        stages.append(pipeline.audited)
+        stages.append(pipeline.bundled)
+        if on is not None:
+            from resvit_export.on_device import run_on_device
+
+            stages.append(run_on_device(pipeline, *on))
+    except ResvitError as error:
+        if error.code != ExitCode.REJECTED:
+            raise
+        rejection = error
+    report = _write_report(pipeline, several)
+    if not output.json:
         show_build(pipeline, stages, report, output)
-        if rejection is not None:
-            click.echo(f"error: {rejection}", err=True)
-        return _exit_code(pipeline)
+    if rejection is not None:
+        click.echo(f"error: {rejection}", err=True)
+    code = ExitCode.REJECTED if rejection else _exit_code(pipeline)
+    if on is not None and rejection is None:
+        from resvit_export.on_device import device_code, device_lines
+
+        if not output.json:
+            click.echo("\n".join(device_lines(stages[-1])))
+        code = max(code, device_code(stages[-1], pipeline.recipe.allow_rejected))
+    return build_document(pipeline, stages, report), code
 
 
 @click.command(
@@ -211,22 +271,23 @@ def build_command(quiet: bool, as_json: bool, **flags: Any) -> int:
 @output_options
 @recipe_options("bundle")
 def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
-    """Write the HTML report of a run: one self-contained page."""
+    """Write the HTML report of a run: one self-contained page for each target."""
     output = Output(quiet, as_json)
-    with open_pipeline(flags, output) as pipeline:
+
+    def do(pipeline: Pipeline, several: bool) -> tuple[dict[str, Any], int]:
         with pipeline.run.looking_only(), contextlib.suppress(ResvitError):
-            pipeline = pipeline.settled()  # noqa: PLW2901
-        path = _write_report(pipeline)
-        if as_json:
-            from resvit_engines.console import emit_json
-
-            emit_json({"report": str(path.resolve())})
-        else:
+            pipeline = pipeline.settled()
+        path = _write_report(pipeline, several)
+        if not output.json:
             click.echo(f"report: {path}")
-    return 0
+        return {"report": str(path.resolve())}, 0
+
+    with open_pipelines(flags, output) as pipelines:
+        return each(pipelines, output, lambda pipeline: do(pipeline, len(pipelines) > 1))
 
 
-def _write_report(pipeline: Pipeline) -> Path:
+def _write_report(pipeline: Pipeline, several: bool) -> Path:
     from resvit_export.reporting import write_run_report
 
-    return write_run_report(pipeline)
+    name = f"report-{pipeline.require_target().name}.html" if several else "report.html"
+    return write_run_report(pipeline, name)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
-from resvit_export.report import accuracy, device, network, pictures, pruning, ranges
+from resvit_export.report import accuracy, audit, device, network, pictures, pruning, ranges
 from resvit_export.report.data import ReportData
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "bundle")
+_STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "audit", "bundle")
 
 
 def html_from_run(data: ReportData) -> str:
@@ -48,6 +48,7 @@ def html_from_run(data: ReportData) -> str:
         engine=device.engine_facts(data.engine) if data.engine else [],
         kernel_counts=device.kernel_counts(data.engine) if data.engine else [],
         kernels=device.kernels_from_engine(data.engine) if data.engine else [],
+        fusion=audit.fusion_from_audit(data.audit) if data.audit else None,
         plan=data.plan,
         commands=device.commands_from_plan(data.plan) if data.plan else [],
         plan_settings=device.plan_settings(data.plan) if data.plan else [],
@@ -90,6 +91,7 @@ def _stages(data: ReportData) -> list[tuple[str, bool]]:
         "quantize": data.quantize,
         "validate": data.verdict,
         "compile": data.engine or data.plan,
+        "audit": data.audit,
         "bundle": data.bundle,
     }
     first = [("prune", True)] if data.prune is not None else []

@@ -1,0 +1,224 @@
+"""The commands for signed bundles on the device: verify, install, rollback, status."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resvit_engines.console import F, Output, console, emit_json, output_options, table
+
+if TYPE_CHECKING:
+    from resvit_engines.install import Check, Installed
+
+
+def trust_option(function: F) -> F:
+    """Add ``--trust``."""
+    return click.option(
+        "--trust",
+        type=click.Path(path_type=Path),
+        help="A .pub file, or a folder of them, that is trusted.  [default: $RESVIT_TRUST, else /etc/resvit/keys for "
+        "root and ~/.config/resvit/keys]",
+    )(function)
+
+
+def root_option(function: F) -> F:
+    """Add ``--root``."""
+    return click.option(
+        "--root",
+        type=click.Path(path_type=Path),
+        help="Where versions are installed.  [default: $RESVIT_ROOT, else /var/lib/resvit for root and "
+        "~/.local/share/resvit]",
+    )(function)
+
+
+def _runtime_option(function: F) -> F:
+    return click.option(
+        "--runtime",
+        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+        default="auto",
+        show_default=True,
+        help="What runs the golden inputs.",
+    )(function)
+
+
+@click.command(
+    name="verify",
+    epilog="\b\nExamples:\n  resvit-engine verify net.resvit\n"
+    "  resvit-engine verify net.resvit --trust release.pub --json",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@trust_option
+@output_options
+def verify_command(bundle: Path, trust: Path | None, quiet: bool, as_json: bool) -> None:
+    """Check a bundle's signature and every byte of it, and say whether it is for this device.
+
+    Nothing is unpacked or run. A bundle for another device is no failure here.
+    """
+    from resvit_engines.bundle import trusted_bundle
+    from resvit_engines.facts import device_facts
+    from resvit_engines.fit import misfits
+    from resvit_engines.keys import load_trust
+    from resvit_engines.manifest import release_of
+
+    with trusted_bundle(bundle, load_trust(trust)) as opened:
+        opened.check()
+        manifest, key = opened.manifest, opened.key
+    reasons = [problem for problem, _, _ in misfits(manifest, device_facts())]
+    document = {
+        "bundle": str(bundle),
+        "name": manifest.get("name"),
+        "release": release_of(manifest, bundle),
+        "digest": opened.digest,
+        "files": len(manifest["files"]),
+        "signed_by": {"name": key.name, "keyid": key.keyid, "expires": str(key.expires) if key.expires else None},
+        "fits": not reasons,
+        "why_not": reasons,
+    }
+    if as_json:
+        emit_json(document)
+    elif not quiet:
+        click.echo(f"{bundle} is whole and signed by {key.name} ({key.keyid[:16]}…).")
+        click.echo(f"{document['name']}, release {document['release']}, {document['files']} files.")
+        click.echo("It is for this device." if not reasons else f"It is not for this device: {' '.join(reasons)}")
+
+
+@click.command(
+    name="install",
+    epilog="\b\nExamples:\n  resvit-engine install net.resvit\n"
+    "  resvit-engine install net.resvit --trust release.pub --root engines --json",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@trust_option
+@root_option
+@click.option("--expect", metavar="NAME", help="Refuse a bundle of any other model.")
+@click.option("--allow-downgrade", is_flag=True, help="Take a lower release than one that was installed before.")
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="This machine stands in for the device: processor, GPU, JetPack and TensorRT are not compared.",
+)
+@_runtime_option
+@output_options
+def install_command(
+    bundle: Path, trust: Path | None, root: Path | None, expect: str | None, allow_downgrade: bool, rehearse: bool,
+    runtime: str, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Install a signed bundle and switch to it.
+
+    The signature comes first, then whether it fits this device, then its files, then its golden inputs; only then is
+    'current' switched, in one step. Whatever fails, and whenever power is lost, the version before keeps running.
+    """
+    from resvit_engines.install import install_bundle
+    from resvit_engines.install_state import default_root
+    from resvit_engines.keys import load_trust
+    from resvit_engines.progress import reporter
+
+    done = install_bundle(
+        bundle,
+        root or default_root(),
+        load_trust(trust),
+        check=_golden(runtime),
+        allow_downgrade=allow_downgrade,
+        expect=expect,
+        rehearse=rehearse,
+        reporter=reporter(quiet or as_json),
+    )
+    _show(done, "runs now", Output(quiet, as_json))
+
+
+@click.command(
+    name="rollback",
+    epilog="\b\nExamples:\n  resvit-engine rollback net-jetson-orin-int8\n"
+    "  resvit-engine rollback net-jetson-orin-int8 --root engines --json",
+)
+@click.argument("name")
+@trust_option
+@root_option
+@_runtime_option
+@output_options
+def rollback_command(
+    name: str, trust: Path | None, root: Path | None, runtime: str, quiet: bool, as_json: bool
+) -> None:
+    """Return to the version that ran before the current one, after checking it as 'install' does."""
+    from resvit_engines.install import rollback
+    from resvit_engines.install_state import default_root
+    from resvit_engines.keys import load_trust
+    from resvit_engines.progress import reporter
+
+    quietly = reporter(quiet or as_json)
+    done = rollback(root or default_root(), name, load_trust(trust), check=_golden(runtime), reporter=quietly)
+    _show(done, "runs again", Output(quiet, as_json))
+
+
+@click.command(
+    name="status", epilog="\b\nExamples:\n  resvit-engine status\n  resvit-engine status --root engines --json"
+)
+@root_option
+@output_options
+def status_command(root: Path | None, quiet: bool, as_json: bool) -> None:
+    """List what is installed: the current version of each model, its release, who signed it, what came before."""
+    from resvit_engines.install import status
+    from resvit_engines.install_state import default_root
+
+    folder = root or default_root()
+    states = status(folder)
+    if as_json:
+        emit_json({"root": str(folder), "installed": [_described(state) for state in states]})
+    elif quiet:
+        click.echo("\n".join(f"{state.name} {state.current}" for state in states))
+    elif not states:
+        click.echo(f"Nothing is installed under {folder}.")
+    else:
+        rows = []
+        for state in states:
+            running, previous = state.running, state.previous
+            rows.append(
+                (
+                    state.name,
+                    state.current or "",
+                    running.key + (" (rehearsal)" if running.rehearsal else "") if running else "",
+                    running.installed if running else "",
+                    previous.version if previous else "",
+                    state.problem,
+                    str(running.release) if running else "",
+                )
+            )
+        columns = ("model", "current", "signed by", "installed", "rollback to", "problem", "release")
+        console().print(table(f"Installed under {folder}", columns, rows, left=6))
+
+
+def _described(state: Any) -> dict[str, Any]:
+    document = dataclasses.asdict(state)
+    running, previous = state.running, state.previous
+    return {
+        **{key: document[key] for key in ("name", "current", "highest_release", "problem")},
+        "running": dataclasses.asdict(running) if running else None,
+        "previous": dataclasses.asdict(previous) if previous else None,
+    }
+
+
+def _golden(runtime: str) -> Check:
+    from resvit_engines.golden import golden_check
+
+    return lambda folder, manifest: golden_check(folder, manifest, runtime)
+
+
+def _show(done: Installed, what: str, output: Output) -> None:
+    if output.json:
+        emit_json(done.to_json())
+        return
+    if output.quiet:
+        click.echo(str(done.folder))
+        return
+    version, note = done.version, " (a rehearsal)" if done.version.rehearsal else ""
+    click.echo(f"{done.name} {version.version}, release {version.release}, signed by {version.key}, {what}{note}.")
+    if sentence := getattr(done.golden, "sentence", ""):
+        click.echo(sentence)
+    if done.before:
+        click.echo(
+            f"Before it ran {done.before.version}, release {done.before.release}: resvit-engine rollback {done.name}"
+        )
+    click.echo(f"{done.folder}")

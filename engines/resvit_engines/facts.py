@@ -1,0 +1,234 @@
+"""What this machine is: GPU, TensorRT, JetPack, memory, disk, power mode. Read from files, without importing TensorRT.
+
+Imports the standard library only and reads on Python 3.8 too, so that a device can be asked before anything is
+installed on it, and one that is too old can say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resvit_engines.gpu import local_sm
+
+# Jetson Linux (L4T) release to JetPack, from NVIDIA's JetPack archive: the first row that is of the same minor release
+# and not newer.
+_JETPACK_OF_L4T = (
+    ((39, 2, 1), "7.2.1"),
+    ((39, 2, 0), "7.2"),
+    ((38, 4, 0), "7.1"),
+    ((38, 2, 0), "7.0"),
+    ((36, 5, 0), "6.2.2"),
+    ((36, 4, 4), "6.2.1"),
+    ((36, 4, 2), "6.2"),
+    ((36, 4, 0), "6.1"),
+    ((36, 3, 0), "6.0"),
+    ((36, 2, 0), "6.0"),
+    *(((35, minor, 0), "5.1") for minor in range(1, 7)),
+)
+_TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
+# The Debian packages that hold the library, one per major version, and the Python bindings.
+_TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer11", "libnvinfer10", "libnvinfer8")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A device as it is now. Memory and disk are in MiB; what could not be found out is None.
+
+    ``memory_mib`` is all of it (shared with the GPU on a Jetson), ``memory_available_mib`` what is free for new
+    programs. ``oom_kills`` counts the processes that the kernel has killed for memory since the machine started.
+    """
+
+    sm: int | None
+    gpu: str | None
+    tensorrt: str | None
+    jetpack: str | None
+    arch: str
+    memory_mib: int
+    free_disk_mib: int
+    python: str
+    power_mode: str | None = None
+    clocks: str | None = None
+    rtx: str | None = None
+    l4t: str | None = None
+    memory_available_mib: int = 0
+    oom_kills: int | None = None
+    libc: str | None = None
+    host: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def facts_from_json(document: Mapping[str, Any]) -> DeviceFacts:
+    """What :meth:`DeviceFacts.to_json` wrote; fields that this version does not know are left out."""
+    names = {field.name for field in dataclasses.fields(DeviceFacts)}
+    return DeviceFacts(**{name: value for name, value in document.items() if name in names})
+
+
+def device_facts(
+    root: Path = Path("/"), run: Callable[[Sequence[str]], str] | None = None, disk: Path | None = None
+) -> DeviceFacts:
+    """Read this machine. ``root`` is where its file system begins, ``disk`` a folder on the disk that is asked about.
+
+    ``run`` runs a program and returns what it printed, an empty text where there is none or it fails; no program but
+    ``nvpmodel`` and ``nvidia-smi`` is run.
+    """
+    run = run or _printed
+    here = root == Path("/")
+    l4t = l4t_from_release(_text(root / "etc/nv_tegra_release"))
+    packages = versions_from_dpkg(_text(root / "var/lib/dpkg/status"))
+    memory, available = memory_from_meminfo(_text(root / "proc/meminfo"))
+    free = shutil.disk_usage(disk or (Path.home() if here else root)).free >> 20
+    libc = platform.libc_ver()[1] if here else ""
+    return DeviceFacts(
+        sm=local_sm() if here else None,
+        gpu=_gpu_name(root),
+        tensorrt=(_distribution(_TENSORRT_DISTRIBUTIONS) if here else None) or _first(packages, _TENSORRT_PACKAGES),
+        jetpack=_jetpack(packages, l4t),
+        arch=platform.machine(),
+        memory_mib=memory,
+        free_disk_mib=free,
+        python=platform.python_version(),
+        power_mode=power_mode_from_nvpmodel(run(("nvpmodel", "-q"))),
+        clocks=_clocks(root, run),
+        rtx=_distribution(_RTX_DISTRIBUTIONS) if here else None,
+        l4t=l4t,
+        memory_available_mib=available,
+        oom_kills=oom_kills_from_vmstat(_text(root / "proc/vmstat")),
+        libc=libc or None,
+        host=platform.node(),
+    )
+
+
+def l4t_from_release(text: str) -> str | None:
+    """``36.4.3`` from the first line of ``/etc/nv_tegra_release``: ``# R36 (release), REVISION: 4.3, …``."""
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def jetpack_from_l4t(l4t: str) -> str | None:
+    """The JetPack that a Jetson Linux release belongs to, or None for one that is not in the table."""
+    release = tuple(int(part) for part in re.findall(r"\d+", l4t))
+    return next((jetpack for row, jetpack in _JETPACK_OF_L4T if row[:2] == release[:2] and row <= release), None)
+
+
+def versions_from_dpkg(text: str) -> dict[str, str]:
+    """Installed packages and versions from dpkg's status file; half-removed ones are left out."""
+    found = {}
+    for paragraph in text.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Status|Version): (.*)$", paragraph, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed") and {"Package", "Version"} <= set(fields):
+            found[fields["Package"]] = fields["Version"]
+    return found
+
+
+def memory_from_meminfo(text: str) -> tuple[int, int]:
+    """All and available memory in MiB, from ``/proc/meminfo``."""
+    fields = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", text, re.MULTILINE))
+    return int(fields.get("MemTotal", 0)) >> 10, int(fields.get("MemAvailable", 0)) >> 10
+
+
+def power_mode_from_nvpmodel(text: str) -> str | None:
+    """``MAXN`` from what ``nvpmodel -q`` prints: ``NV Power Mode: MAXN`` and its number on the next line."""
+    found = re.search(r"NV Power Mode: *(\S.*)", text)
+    return found[1].strip() if found else None
+
+
+def clocks_from_devfreq(smallest: int, current: int, largest: int) -> str:
+    """The GPU clock in words, from devfreq's Hz: locked where the governor has no choice left."""
+    if smallest == largest:
+        return f"locked at {largest // 1_000_000} MHz"
+    return f"not locked: {smallest // 1_000_000} to {largest // 1_000_000} MHz, now {current // 1_000_000}"
+
+
+def oom_kills_from_vmstat(text: str) -> int | None:
+    """How often the kernel's out-of-memory killer has struck, from ``/proc/vmstat``."""
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _jetpack(packages: Mapping[str, str], l4t: str | None) -> str | None:
+    package = re.match(r"\d+(\.\d+)+", packages.get("nvidia-jetpack", ""))
+    if package:
+        return package[0]
+    return jetpack_from_l4t(l4t) if l4t else None
+
+
+def _first(packages: Mapping[str, str], names: Sequence[str]) -> str | None:
+    """The upstream part of the first version found: ``10.3.0.30`` of ``10.3.0.30-1+cuda12.5``."""
+    return next((packages[name].split("-")[0] for name in names if name in packages), None)
+
+
+def _distribution(names: Sequence[str]) -> str | None:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _gpu_name(root: Path) -> str | None:
+    """The Jetson's model, else the name that the driver gives the first GPU."""
+    model = _text(root / "proc/device-tree/model").strip("\x00\n ")
+    if model:
+        return model
+    for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        found = re.search(r"^Model:\s+(\S.*)$", _text(file), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return None
+
+
+def _clocks(root: Path, run: Callable[[Sequence[str]], str]) -> str | None:
+    for folder in sorted((root / "sys/class/devfreq").glob("*")):
+        if re.search(r"gpu|gv11b|ga10b|gb10b", folder.name):
+            numbers = [_text(folder / name).strip() for name in ("min_freq", "cur_freq", "max_freq")]
+            if all(number.isdigit() for number in numbers):
+                return clocks_from_devfreq(*(int(number) for number in numbers))
+    said = run(("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"))
+    found = re.match(r"(\d+), (\d+)", said)
+    return f"{found[1]} MHz now, {found[2]} MHz at most" if found else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _printed(command: Sequence[str]) -> str:
+    # nvpmodel lies in /usr/sbin, which a session that is no login often lacks.
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def main() -> None:
+    """Print the facts as JSON: what a host asks a device that has nothing installed yet."""
+    sys.stdout.write(json.dumps(device_facts().to_json()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Commands and files over the user's own OpenSSH: its configuration, keys, agent and known hosts, and never a password.
+
+Everything runs through the program ``ssh``; nothing about the connection is stored. One connection is
+shared by all commands (``ControlMaster``). Files are copied so that a lost connection costs nothing: what has
+arrived is kept, checked by digest and continued.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, TypeVar
+from urllib.parse import urlsplit
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+T = TypeVar("T")
+
+CONFIG_VARIABLE = "RESVIT_SSH_CONFIG"
+"""Names another OpenSSH configuration file than the user's."""
+PATIENCE_VARIABLE = "RESVIT_SSH_PATIENCE"
+"""Seconds that a lost connection may take to come back."""
+_PATIENCE = 120.0
+_SSH_FAILED = 255
+_OPTIONS = {
+    "BatchMode": "yes",  # fails instead of asking for a password or passphrase
+    "ConnectTimeout": "15",
+    "ServerAliveInterval": "10",
+    "ServerAliveCountMax": "3",
+    "LogLevel": "INFO",  # a quieter setting of the user's would hide why it failed
+    "ControlMaster": "auto",
+    "ControlPersist": "120",
+    "ClearAllForwardings": "yes",
+    "PermitLocalCommand": "no",
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+}
+_LOST = r"closed|reset|broken pipe|lost|mux_client|not responding|disconnect|software caused|eof"
+
+
+class UnreachableError(ResvitError):
+    """The device cannot be reached now; it may be later."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a device is: a host or an alias of the user's configuration, with user and port where they were given."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def login(self) -> str:
+        """``user@host``, as people type it."""
+        return f"{self.user}@{self.host}" if self.user else self.host
+
+    @property
+    def by_hand(self) -> str:
+        """The command that connects by hand."""
+        return f"ssh {f'-p {self.port} ' if self.port else ''}{self.login}"
+
+    def __str__(self) -> str:
+        return f"ssh://{self.login}{f':{self.port}' if self.port else ''}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a remote command ended, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def address_from(text: str) -> Address:
+    """Read ``ssh://user@host:port``, where user and port may be missing.
+
+    Raises ``ResvitError`` for anything else: a password, a path, and names that a program could take for an option.
+    """
+    fix = "Write it as ssh://user@host or ssh://user@host:port; the host may be an alias of your ~/.ssh/config."
+    if not text.startswith("ssh://"):
+        raise ResvitError(f"The device '{text}' is not an address that begins with ssh://.", fix)
+    try:
+        parts = urlsplit(text)
+        host, user, port, password = parts.hostname, parts.username, parts.port, parts.password
+    except ValueError as error:
+        raise ResvitError(f"The device '{text}' is not an address: {error}.", fix) from error
+    if password is not None:
+        raise ResvitError(
+            "The address holds a password, and passwords are never used or stored.",
+            f"Use a key: ssh-copy-id {user}@{host}, then leave the password out.",
+        )
+    if parts.path.strip("/") or parts.query or parts.fragment or not host:
+        raise ResvitError(f"The device '{text}' is not an address of a host.", fix)
+    # urlsplit lowers the host; aliases are case-sensitive.
+    host = parts.netloc.rpartition("@")[2]
+    host = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
+    for name in (host, user or "x"):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:%-]*", name):
+            raise ResvitError(f"'{name}' in '{text}' cannot be the name of a host or user.", fix)
+    return Address(host, user, port)
+
+
+class Connection:
+    """An SSH connection to one device, opened by ``with`` and shared by everything that is done through it.
+
+    ``patience`` is how many seconds a lost connection may take to come back before :meth:`patiently` gives up.
+
+    Raises on opening:
+        UnreachableError: the device does not answer.
+        ResvitError: MISSING without ssh, SYSTEM where host key or login are refused.
+    """
+
+    def __init__(self, address: Address, reporter: Reporter = SILENT, patience: float | None = None) -> None:
+        self.address = address
+        self.reporter = reporter
+        self.patience = float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE)) if patience is None else patience
+        self._last_contact = 0.0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Connection:
+        # A socket's path may have about 100 characters, and some systems have long temporary folders.
+        place = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  (mkdtemp makes it private)
+        self._folder = tempfile.TemporaryDirectory(prefix="resvit-ssh-", dir=place)
+        try:
+            self.run("true")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            subprocess.run([*self._ssh(), "-O", "exit", "--", self.address.login], capture_output=True, check=False)
+            self._folder.cleanup()
+            self._folder = None
+
+    def run(self, script: str, stdin: bytes | None = None) -> Answer:
+        """Run ``script`` by ``sh`` in the home folder of the device and wait for it; its exit status is in the answer.
+
+        Raises ``UnreachableError`` or ``ResvitError`` where ssh itself failed.
+        """
+        with self.start(script, subprocess.DEVNULL if stdin is None else subprocess.PIPE) as process:
+            stdout, stderr = process.communicate(stdin)
+        self.settle(process.returncode, stderr)
+        return Answer(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+
+    def start(self, script: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        """Start ``script`` on the device with pipes to it."""
+        command = [*self._ssh(), "--", self.address.login, f"sh -c {shlex.quote(script)}"]
+        try:
+            return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except FileNotFoundError as error:
+            raise ResvitError(
+                "The program ssh is not installed.", "Install OpenSSH's client.", ExitCode.MISSING
+            ) from error
+
+    def settle(self, code: int, stderr: bytes) -> None:
+        """Raise what ssh's own failure means; note that there was contact otherwise."""
+        if code == _SSH_FAILED or code < 0:
+            raise ssh_error(stderr.decode(errors="replace"), self.address)
+        self._last_contact = time.monotonic()
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Do ``action``, and again from its start where the connection was lost and comes back in time.
+
+        Raises ``UnreachableError`` when the device has been away for longer than ``patience``.
+        """
+        said = False
+        while True:
+            try:
+                return action()
+            except UnreachableError as error:
+                away = time.monotonic() - self._last_contact
+                if away > self.patience:
+                    raise UnreachableError(
+                        f"The connection to {self.address} was lost and did not come back within "
+                        f"{self.patience:.0f} s. The last that ssh said: {error.problem}",
+                        "When the device answers again, run the same command: what was copied and done there is kept.",
+                        ExitCode.SYSTEM,
+                    ) from error
+                if not said:
+                    self.reporter.warn(f"The connection to {self.address} was lost; trying for {self.patience:.0f} s.")
+                    said = True
+                time.sleep(min(2.0, self.patience / 10))
+
+    def _ssh(self) -> list[str]:
+        config = os.environ.get(CONFIG_VARIABLE)
+        assert self._folder is not None, "the connection is not open"
+        options = {**_OPTIONS, "ControlPath": f"{self._folder.name}/c"}
+        return [
+            "ssh",
+            *(("-F", config) if config else ()),
+            *(("-p", str(self.address.port)) if self.address.port else ()),
+            *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
+        ]
+
+
+def ssh_error(stderr: str, address: Address) -> ResvitError:
+    """What ssh's own words mean, as a problem and a fix."""
+    said = " ".join(line.strip() for line in stderr.strip().splitlines() if not line.startswith("@"))
+    last = stderr.strip().splitlines()[-1].strip() if stderr.strip() else "nothing"
+    hand = address.by_hand
+
+    def refused(problem: str, fix: str) -> ResvitError:
+        return ResvitError(problem, fix, ExitCode.SYSTEM)
+
+    def away(problem: str, fix: str) -> ResvitError:
+        return UnreachableError(problem, fix, ExitCode.SYSTEM)
+
+    if re.search(r"IDENTIFICATION HAS CHANGED|host key .* has changed", stderr, re.IGNORECASE):
+        return refused(
+            f"{address} shows another host key than before: it was set up anew, or something else answers.",
+            f"If you know why, forget the old key with ssh-keygen -R {address.host} and connect once by hand: {hand}",
+        )
+    if "Host key verification failed" in stderr or "host key is known" in stderr:
+        return refused(
+            f"The host key of {address} is not known yet.",
+            f"Connect once by hand, compare the fingerprint and answer yes: {hand}",
+        )
+    if "Permission denied" in stderr or "Too many authentication failures" in stderr:
+        port = f"-p {address.port} " if address.port else ""
+        return refused(
+            f"{address} did not accept a key of yours ({last}). Passwords are never asked for.",
+            f"Install your key there, ssh-copy-id {port}{address.login}; a key with a passphrase must be in ssh-agent.",
+        )
+    if re.search(r"Could not resolve hostname|Name or service not known", stderr):
+        return refused(
+            f"No host is called {address.host} ({last}).", "Check the name, or give its IP address: ssh://user@IP."
+        )
+    if "Connection refused" in stderr:
+        return away(
+            f"{address} refuses connections: no SSH server listens there.",
+            "Check the port, and on the device: sudo systemctl status ssh (sudo apt install openssh-server).",
+        )
+    if re.search(r"timed out|No route to host|unreachable|Host is down", stderr, re.IGNORECASE):
+        return away(f"{address} does not answer ({last}).", "Check that it is on, and on this network.")
+    if re.search(r"Bad owner or permissions|[Bb]ad configuration|Can't open user config", stderr):
+        return refused(f"Your SSH configuration cannot be used: {said}", "Mend it until this works: " + hand)
+    if not said or re.search(_LOST, stderr, re.IGNORECASE):
+        return away(f"The connection to {address} was lost ({last}).", f"Check that this works: {hand}")
+    return refused(f"ssh could not connect to {address}: {said}", f"Check that this works: {hand}")
+
+
+def pieces_of(stream: IO[bytes], size: int = 1 << 20) -> Iterator[bytes]:
+    """What ``stream`` still holds, in pieces."""
+    while piece := stream.read(size):
+        yield piece
+
+
+def quoted(*words: str) -> str:
+    """Words as one line of shell."""
+    return shlex.join(words)

@@ -1,0 +1,221 @@
+"""The stage ``audit``: what the compiler made of the quantised graph, beside the FP16 engine of the same network."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.audit import FusionAudit, Subject, audit_engine
+from resvit_engines.audit_text import refuse_unfused
+from resvit_engines.build import build_engine, builder_here
+from resvit_engines.build_settings import TITLES, BuildSettings
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
+from resvit_engines.inspector import layers_from_file
+from resvit_engines.kernels import Kernel, kernel_from_json
+from resvit_engines.progress import Reporter
+from resvit_engines.targets import Target, proxy_target
+from resvit_export.runfolder import Artifact
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
+
+if TYPE_CHECKING:
+    from resvit_export.pipeline import Pipeline
+
+RESULT = "audit.json"
+KERNELS = "kernels.json"
+"""All kernels of what was compiled for the audit alone: ``quantized`` where no engine is built here, and ``fp16``."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What is compiled: the quantised ONNX, and the float one with its ranges, from which the FP16 one is made.
+
+    ``ranges`` is None where the quantised one is FP16 itself, so that there is nothing to compare with.
+    """
+
+    quantized: Path
+    floating: Path
+    ranges: Path | None
+
+
+def audited(pipeline: Pipeline) -> Artifact:
+    """Stage ``audit``: ``audit.json`` and ``kernels.json``, after ``compile``."""
+    recipe, compiled, target = pipeline.recipe, pipeline.compiled, pipeline.require_target()
+    low, usual, high = recipe.batch_range
+    settings = BuildSettings(
+        batch=(usual, usual, usual),
+        workspace_mib=recipe.workspace_mib or target.workspace_mib,
+        optimization_level=recipe.optimization_level,
+        sparse=recipe.sparsity is not None,
+    )
+    floating, digest = pipeline.float_model
+    ranges = pipeline.calibrated.path("ranges.json") if recipe.precision != "fp16" else None
+    copy = compiled.path(TENSORRT_COPY)
+    graphs = Graphs(copy if copy.exists() else pipeline.quantized.path("model.onnx"), floating, ranges)
+    # A dynamic batch has no shapes in its kernels: the usual one is compiled for the audit.
+    engine = compiled.folder if compiled.path("engine.json").exists() and low == high else None
+    return pipeline.run.stage(
+        "audit",
+        {"target": target.to_json(), "stand_in": proxy_target(target).to_json(), **settings.to_json()},
+        {
+            "quantized": pipeline.quantized.digest,
+            "compiled": compiled.digest,
+            "model": digest,
+            "ranges": pipeline.calibrated.digest,
+        },
+        ("onnx-ir", "tensorrt-rtx-cu13-libs", "tensorrt"),
+        lambda folder: audit_into(
+            folder, graphs=graphs, target=target, settings=settings, engine=engine, reporter=pipeline.reporter
+        ),
+    )
+
+
+def audit_into(
+    folder: Path, *, graphs: Graphs, target: Target, settings: BuildSettings, engine: Path | None, reporter: Reporter
+) -> None:
+    """Write ``audit.json`` and ``kernels.json``.
+
+    ``engine`` is the folder of the target's own engine, built here or brought back from the device, with its
+    ``engine.json`` and, where that names one, the inspector's layer file. Without one, the graph is compiled for the
+    nearest GPU that TensorRT for RTX serves; where that cannot be, ``audit.json`` says why.
+    """
+    from resvit_export.audit_graph import expectation_from_onnx
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="resvit-audit-") as scratch:
+            document, kernels = _quantized(graphs.quantized, target, settings, engine, Path(scratch), reporter)
+            fp16, note = _fp16(graphs, target, settings, engine, Path(scratch), reporter)
+    except ResvitError as error:
+        if engine is not None or error.code not in (ExitCode.MISSING, ExitCode.BUILD, ExitCode.IMPOSSIBLE):
+            raise
+        reporter.warn(f"Nothing was audited for {target.title}: {error.problem}")
+        (folder / RESULT).write_bytes(pretty_json(_skipped(target, error)))
+        return
+    batch = settings.batch[1]
+    stands_in = "" if engine is not None else stand_in_sentence(target)
+    subject = Subject(
+        target.name,
+        document["sm"],
+        document["builder"],
+        document["builder_version"],
+        batch,
+        stands_in,
+    )
+    io_names = [tensor["name"] for side in ("inputs", "outputs") for tensor in document[side]]
+    audit = audit_engine(subject, expectation_from_onnx(graphs.quantized, batch), kernels, io_names, fp16)
+    result = audit.to_json()
+    result["sentences"] += [note] if note else []
+    (folder / RESULT).write_bytes(pretty_json(result))
+    compiled = {"quantized": kernels} if engine is None else {}
+    compiled |= {"fp16": fp16} if fp16 is not None else {}
+    listing = {name: [kernel.to_json() for kernel in found] for name, found in compiled.items()}
+    (folder / KERNELS).write_bytes(pretty_json(listing))
+
+
+def audit_of_layers(layers: Path, onnx: Path, fp16_layers: Path | None = None) -> FusionAudit:
+    """Audit an engine by the layer file that trtexec or the engine inspector wrote, and the ONNX behind it.
+
+    Raises:
+        ResvitError: INPUT where one of the files cannot be read, or the layers are names only.
+    """
+    from resvit_export.audit_graph import expectation_from_onnx
+
+    engine = layers_from_file(layers)
+    fp16 = layers_from_file(fp16_layers).kernels if fp16_layers else None
+    subject = Subject(layers.name, None, "TensorRT", engine.form, _batch_of(engine.kernels, engine.io_names))
+    return audit_engine(subject, expectation_from_onnx(onnx, subject.batch), engine.kernels, engine.io_names, fp16)
+
+
+def _batch_of(kernels: tuple[Kernel, ...], io_names: frozenset[str]) -> int:
+    """The batch of the first kernel that reads an input of the network; 1 where it is dynamic or not told."""
+    for kernel in kernels:
+        for name, shape in zip(kernel.input_names, kernel.input_shapes, strict=False):
+            if name in io_names and shape and shape[0] > 0:
+                return shape[0]
+    return 1
+
+
+def refuse_if_unfused(audit: Mapping[str, Any]) -> None:
+    """The gate of ``--require-fused`` on the content of ``audit.json``.
+
+    Raises:
+        ResvitError: REJECTED where something did not fuse, MISSING where nothing could be audited.
+    """
+    if "skipped" in audit:
+        raise ResvitError(
+            f"--require-fused cannot be answered: {audit['skipped']}",
+            "Install what is missing, or leave --require-fused out.",
+            ExitCode.MISSING,
+        )
+    refuse_unfused([(item["problem"], item["mend"]) for item in audit["failures"]], audit["stands_in"])
+
+
+def stand_in_sentence(target: Target) -> str:
+    """Say what is compiled in place of the target's own engine; empty where nothing stands in."""
+    proxy = proxy_target(target)
+    if proxy.sm == target.sm and proxy.builder is target.builder:
+        return ""
+    return (
+        f"SM {proxy.sm / 10:.1f} stands in for {target.title} (SM {target.sm / 10:.1f}) and {TITLES[proxy.builder]} "
+        f"for {target.software}: what is built on the device may fuse otherwise."
+    )
+
+
+def _quantized(
+    model: Path, target: Target, settings: BuildSettings, engine: Path | None, scratch: Path, reporter: Reporter
+) -> tuple[dict[str, Any], tuple[Kernel, ...]]:
+    """The engine's document and kernels: of the one built here, from TensorRT's own layer file where there is one."""
+    if engine is None:
+        report = build_engine(model, scratch / "engine.plan", proxy_target(target), settings, reporter)
+        return report.to_json(), report.kernels
+    document: dict[str, Any] = json.loads((engine / "engine.json").read_bytes())
+    if document.get("layers"):
+        return document, layers_from_file(engine / document["layers"]).kernels
+    return document, tuple(kernel_from_json(kernel) for kernel in document["kernels"])
+
+
+def _fp16(
+    graphs: Graphs, target: Target, settings: BuildSettings, engine: Path | None, scratch: Path, reporter: Reporter
+) -> tuple[tuple[Kernel, ...] | None, str]:
+    """The kernels of the FP16 engine, by the same builder; or None, and why where that is no choice."""
+    if graphs.ranges is None:
+        return None, ""
+    if engine is not None and builder_here(target) is None:
+        return None, "There is no FP16 engine to compare with: this one was built on the device."
+    builder = target if engine is not None else proxy_target(target)
+    model = _fp16_model(graphs, target, scratch)
+    try:
+        return build_engine(model, scratch / "fp16.plan", builder, settings, reporter).kernels, ""
+    except ResvitError as error:
+        if error.code is not ExitCode.BUILD:
+            raise
+        return None, f"There is no FP16 engine to compare with: {error.problem}"
+
+
+def _fp16_model(graphs: Graphs, target: Target, scratch: Path) -> Path:
+    """The float network in FP16, by the way that ``--precision fp16`` goes, in the form for the target's builder."""
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_quantize.quantize import quantize_model
+    from resvit_quantize.settings import Precision, QuantizeSettings
+
+    assert graphs.ranges is not None
+    model, copy = scratch / "fp16.onnx", scratch / "fp16.tensorrt.onnx"
+    quantize_model(
+        graphs.floating,
+        load_ranges(graphs.ranges),
+        QuantizeSettings(Precision.FP16),
+        model,
+        statistics=load_statistics(graphs.ranges.with_name("statistics.npz")),
+    )
+    suit_builder(model, builder_here(target))
+    return copy if onnx_for_tensorrt(model, copy) else model
+
+
+def _skipped(target: Target, error: ResvitError) -> dict[str, Any]:
+    why = f"{error.problem} {error.fix}"
+    return {"target": target.name, "skipped": why, "sentences": [f"Not audited: {why}"], "failures": []}

@@ -1,0 +1,85 @@
+"""The command ``audit``: what fused, for a run's targets or for a layer file of trtexec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from resvit_engines.console import Output, output_options
+from resvit_engines.errors import ResvitError
+from resvit_export.cli.options import recipe_options
+from resvit_export.cli.stages import each, examples_text, open_pipelines
+
+if TYPE_CHECKING:
+    from resvit_export.pipeline import Pipeline
+
+
+@click.command(
+    name="audit",
+    epilog=examples_text(
+        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target l4 "
+        "--run runs/by-stage",
+        "audit --run runs/by-stage --target jetson-orin --json",
+    ),
+)
+@output_options
+@click.option(
+    "--layers",
+    type=click.Path(path_type=Path),
+    help="Audit another engine: its layers, from trtexec --exportLayerInfo (with --profilingVerbosity=detailed).",
+)
+@click.option("--onnx", type=click.Path(path_type=Path), help="With --layers: the ONNX that the engine was built from.")
+@click.option("--fp16-layers", type=click.Path(path_type=Path), help="With --layers: those of the FP16 engine.")
+@recipe_options("compile")
+def audit_command(
+    quiet: bool, as_json: bool, layers: Path | None, onnx: Path | None, fp16_layers: Path | None, **flags: Any
+) -> int:
+    """Say what the compiler made of the graph: which Q/DQ and which attention fused, and what the rest would need.
+
+    Where no engine can be built here, the graph is compiled for the nearest GPU that TensorRT for RTX serves, which
+    needs no GPU, and the output says so. The FP16 engine of the same network is compiled beside it. --require-fused
+    makes it a gate: exit code 4 where something that should be one kernel, or run in 8 bits, is not. An engine that
+    somebody else built needs no run folder: --layers FILE --onnx FILE.
+    """
+    output = Output(quiet, as_json)
+    if layers is not None:
+        return _audit_layers(layers, onnx, fp16_layers, bool(flags["require_fused"]), output)
+    if onnx is not None or fp16_layers is not None:
+        raise ResvitError("--onnx and --fp16-layers belong to --layers.", "Say --layers with the layer file as well.")
+
+    def do(pipeline: Pipeline) -> tuple[dict[str, Any], int]:
+        from resvit_export.cli.output import show_stage, summarize
+
+        pipeline.require_target()
+        pipeline = pipeline.settled()
+        artifact = pipeline.audited
+        show_stage(artifact, output)
+        pipeline.require_fused()
+        return summarize(artifact), 0
+
+    with open_pipelines(flags, output) as pipelines:
+        return each(pipelines, output, do)
+
+
+def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gate: bool, output: Output) -> int:
+    from resvit_engines.audit_text import require_fused
+    from resvit_engines.console import console, emit_json
+    from resvit_export.auditing import audit_of_layers
+    from resvit_export.cli.audit_tables import audit_tables
+
+    if onnx is None:
+        raise ResvitError(
+            f"{layers} alone does not say what should have fused.", "Say --onnx with the file it was built from."
+        )
+    audit = audit_of_layers(layers, onnx, fp16_layers)
+    document = audit.to_json()
+    if output.json:
+        emit_json(document)
+    elif not output.quiet:
+        for item in audit_tables(document):
+            console().print(item, soft_wrap=True)
+    if gate:
+        require_fused(audit)
+    return 0

@@ -1,0 +1,128 @@
+"""The commands for keys and signatures: keygen, sign."""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+
+import click
+
+from resvit_engines.console import F, emit_json, output_options
+from resvit_engines.errors import ResvitError
+
+
+def key_option(function: F) -> F:
+    """Add ``--key``, the source of the private key."""
+    return click.option(
+        "--key",
+        metavar="FILE|agent[:COMMENT]",
+        help="Private key to sign with: a file of keygen or ssh-keygen, or the OpenSSH agent.  "
+        "[default: $RESVIT_SIGNING_KEY, the key itself, or $RESVIT_SIGNING_KEY_FILE]",
+    )(function)
+
+
+@click.command(
+    name="keygen",
+    epilog="\b\nExamples:\n  resvit-export keygen runs/release.key\n"
+    "  resvit-export keygen runs/robots.key --name robots --days 365 --json",
+)
+@click.argument("private", type=click.Path(path_type=Path))
+@click.option("--public", type=click.Path(path_type=Path), help="Public key file.  [default: PRIVATE with .pub]")
+@click.option("--name", help="What devices call this key.  [default: the file's name]")
+@click.option("--days", type=click.IntRange(1, 36500), help="Days that the key is good for.  [default: no end]")
+@click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), help="The last day that the key is good for.")
+@output_options
+def keygen_command(
+    private: Path,
+    public: Path | None,
+    name: str | None,
+    days: int | None,
+    expires: datetime | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make a key to sign bundles with: a private file for you alone, and a public one for the devices.
+
+    The private key is never shown and no file is overwritten. Devices trust what lies in their folder of public keys:
+    see 'resvit-engine verify --help'.
+    """
+    from resvit_engines.keys import PublicKey
+    from resvit_engines.private_keys import make_key_pair
+
+    today = datetime.now(timezone.utc).date()
+    named = name or private.stem
+    if not named.isprintable() or not named.strip():
+        raise ResvitError(f"{named!r} is no name for a key.", "Use letters, digits and spaces.")
+    public = public or private.with_suffix(".pub")
+    if public == private:
+        raise ResvitError("The private and the public key cannot be one file.", "Name the private one release.key.")
+    last = _last_day(today, days, expires)
+    key = make_key_pair(private, public, lambda raw: PublicKey(raw, named.strip(), today, last))
+    if as_json:
+        emit_json(
+            {
+                "private": str(private),
+                "public": str(public),
+                "name": key.name,
+                "keyid": key.keyid,
+                "expires": str(last) if last else None,
+            }
+        )
+    elif quiet:
+        click.echo(key.keyid)
+    else:
+        click.echo(f"private key: {private} (mode 0600; keep it, and keep it from others)")
+        click.echo(f"public key:  {public} (copy it into /etc/resvit/keys of each device)")
+        click.echo(f"key id:      {key.keyid}" + (f", good until {last}" if last else ""))
+
+
+@click.command(
+    name="sign",
+    epilog="\b\nExamples:\n  resvit-export sign runs/l4-fp16 --key runs/release.key --out runs/release.resvit\n"
+    "  resvit-export sign runs/release.resvit --key runs/robots.key --json",
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="File for the signed bundle.  [default: BUNDLE itself]")
+@key_option
+@output_options
+def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, as_json: bool) -> None:
+    """Sign a bundle that exists, after checking every byte of it; its signature takes the place of any before.
+
+    BUNDLE is a .resvit file, or a folder that holds one. 'build' and 'bundle' sign at once when they are given a key.
+    """
+    from resvit_engines.bundle import sign_bundle
+    from resvit_engines.private_keys import load_signing_key
+
+    signing = load_signing_key(key)
+    if signing is None:
+        raise ResvitError(
+            "There is no key to sign with.",
+            "Make one with: resvit-export keygen release.key, then add --key release.key",
+        )
+    bundle = _bundle_in(bundle)
+    manifest = sign_bundle(bundle, signing, out)
+    bundle = out or bundle
+    if as_json:
+        signed_by = {"name": signing.public.name, "keyid": signing.public.keyid}
+        emit_json({"bundle": str(bundle), "name": manifest.get("name"), "signed_by": signed_by})
+    elif not quiet:
+        click.echo(f"{bundle} is signed by {signing.public.name} ({signing.public.keyid[:16]}…).")
+
+
+def _bundle_in(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.rglob("*.resvit"))
+    if len(found) != 1:
+        names = ", ".join(str(file) for file in found[:5]) or "none"
+        raise ResvitError(f"{path} does not hold one bundle ({names}).", "Give the path of a .resvit file.")
+    return found[0]
+
+
+def _last_day(today: date, days: int | None, expires: datetime | None) -> date | None:
+    if days is not None and expires is not None:
+        raise ResvitError("Both --days and --expires say when the key ends.", "Give one of them.")
+    last = expires.date() if expires else today + timedelta(days=days) if days else None
+    if last is not None and last < today:
+        raise ResvitError(f"A key that ended on {last} would sign nothing.", "Give a day to come.")
+    return last

@@ -1,0 +1,215 @@
+"""The command ``audit``, the stage behind it, and the gate."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attention_graphs import ALL_PLACES, attention_graph
+from quantize_graphs import Graph
+from resvit_engines import build
+from resvit_engines.build_settings import BuildSettings
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.kernels import Kernel, kernel_from_json
+from resvit_engines.progress import SILENT
+from resvit_engines.targets import find_target
+from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
+from resvit_export.cli import run
+
+MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
+FAST = ["--calibration-images", "32", "--validation-images", "64", "--no-search", "--run", "runs/x"]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"
+)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run([*arguments, "--json"]) == code
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> Path:
+    """The kernels as TensorRT 11's inspector would write them."""
+
+    def tensors(kernel: Kernel, side: str) -> list[dict[str, Any]]:
+        sides = (getattr(kernel, f"{side}{part}") for part in ("_names", "s", "_shapes"))
+        return [{"Name": n, "Datatype": t, "Dimensions": list(s)} for n, t, s in zip(*sides, strict=True)]
+
+    layers = [
+        {
+            "Name": kernel.name,
+            "LayerType": kernel.type,
+            "Inputs": tensors(kernel, "input"),
+            "Outputs": tensors(kernel, "output"),
+            "TacticName": kernel.tactic,
+            "Metadata": "\x1e".join(f"[ONNX Layer: {layer}]" for layer in kernel.layers),
+        }
+        for kernel in kernels
+    ]
+    path.write_text(json.dumps({"Layers": layers, "I/O Tensors": [{"Name": name} for name in io]}))
+    return path
+
+
+def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = answer(capsys, "audit", "--target", "l4", *MODEL, *FAST)
+    audit = made["results"]["audit.json"]
+    assert (audit["sm"], audit["stands_in"], audit["fused"]) == (89, "", True)
+    fates = [pair["fate"] for pair in audit["pairs"] if not pair["weight"]]
+    assert fates.count("consumed") == 17
+    assert fates.count("inside") == 1
+    assert [block["fused"] for block in audit["attention"]] == [True] * 3
+    assert audit["totals"]["in_8_bits"] == {"conv": 6, "gemm": 12, "attention": 0}
+    assert audit["fp16"]["in_8_bits"] == {"conv": 0, "gemm": 0, "attention": 0}
+    assert audit["fp16"]["activation_bytes"] > 0
+    assert any("norm/LayerNormalization" in moved["layers"] for moved in audit["fp32"])
+    listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
+    assert list(listing) == ["fp16"]
+    assert len([kernel_from_json(kernel) for kernel in listing["fp16"]]) == audit["fp16"]["kernels"]
+    assert answer(capsys, "audit", "--run", "runs/x")["reused"]
+
+
+def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
+    stages = {stage["stage"]: stage for stage in made["stages"]}
+    audit = stages["audit"]["results"]["audit.json"]
+    assert audit["sm"] == 86
+    assert "SM 8.6 stands in for Jetson AGX Orin (SM 8.7)" in audit["sentences"][0]
+    assert "TensorRT 10.3" in audit["sentences"][0]
+    assert [block["fused"] for block in audit["attention"]] == [True] * 3
+    assert [block["head_size"] for block in audit["attention"]] == [32] * 3
+    listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
+    assert set(listing) == {"quantized", "fp16"}
+    page = Path(made["report"]).read_text()
+    assert "What fused" in page
+    assert "SM 8.6 stands in for Jetson AGX Orin" in page
+
+
+def test_what_is_its_own_target_has_no_stand_in() -> None:
+    assert stand_in_sentence(find_target("l4")) == ""
+    assert "SM 12.0 stands in for Jetson Thor (SM 11.0)" in stand_in_sentence(find_target("jetson-thor"))
+    assert "SM 8.9 stands in for H100 (SM 9.0)" in stand_in_sentence(find_target("h100"))
+
+
+def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
+
+    monkeypatch.setattr("resvit_export.auditing.build_engine", missing)
+    made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
+    audit = next(stage for stage in made["stages"] if stage["stage"] == "audit")["results"]["audit.json"]
+    assert "not installed" in audit["skipped"]
+    assert "Not audited" in Path(made["report"]).read_text()
+    assert run(["audit", "--run", "runs/x"]) == 0
+    assert "Not audited" in capsys.readouterr().out
+    failed = answer(capsys, "audit", "--run", "runs/x", "--require-fused", code=ExitCode.MISSING)
+    assert "cannot be answered" in failed["error"]["problem"]
+
+
+def unfusable(path: Path) -> Path:
+    """A classifier of 28x28 images whose attention has a head size of 8."""
+    g = Graph(1, 1, 28, 28)
+    tokens = g.op("Conv", "input", g.weight("patch.weight", 16, 1, 4, 4), name="patch/Conv", strides=[4, 4])
+    tokens = g.op("Transpose", g.op("Reshape", tokens, g.ints(1, 16, 49)), perm=[0, 2, 1])
+    mixed = [g.linear(tokens, 16, 16, f"attn.{name}") for name in "qkv"]
+    q, k, v = (g.op("Transpose", g.op("Reshape", one, g.ints(1, 49, 2, 8)), perm=[0, 2, 1, 3]) for one in mixed)
+    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]), name="attn/MatMul")
+    shares = g.op("Softmax", g.op("Mul", scores, g.constant("scale", np.float32(8**-0.5))), name="attn/Softmax")
+    out = g.op("MatMul", shares, v, name="attn/MatMul_1")
+    out = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), g.ints(1, 49, 16))
+    pooled = g.op("ReduceMean", g.op("Add", out, tokens), g.ints(1), keepdims=0)
+    return g.save(path, g.linear(pooled, 16, 10, "head"))
+
+
+def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = unfusable(workspace / "toy.onnx")
+    scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
+    build_it = ["build", "--model", str(model), "--data", "fashion-mnist", "--target", "l4", *scaling, *FAST]
+    capsys.readouterr()
+    assert run([*build_it, "--require-fused", "--json"]) == ExitCode.REJECTED
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    assert [stage["stage"] for stage in made["stages"]][-2:] == ["compile", "audit"]
+    assert made["bundle"] is None
+    assert "attention attn takes" in err
+    assert "a head size of 8, where FP16 needs a multiple of 8 from 16 to 256" in err
+    assert "What fused" in Path(made["report"]).read_text()
+    assert "require_fused = true" in (workspace / "runs/x/recipe.toml").read_text()
+    failed = answer(capsys, "audit", "--run", "runs/x", code=ExitCode.REJECTED)
+    assert "attention attn" in failed["error"]["problem"]
+    # Without the gate the same stages go on to the bundle.
+    through = answer(capsys, *build_it, code=ExitCode.UNDECIDED)
+    assert Path(through["bundle"]).exists()
+
+
+def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tmp_path: Path) -> None:
+    back = tmp_path / "device"
+    back.mkdir()
+    shutil.copy(engine / "int8.json", back / "layers.json")
+    ends = {"inputs": [{"name": "x"}], "outputs": [{"name": "y"}]}
+    document = {"sm": 87, "builder": "TensorRT", "builder_version": "10.3.0", "layers": "layers.json", **ends}
+    (back / "engine.json").write_text(json.dumps(document))
+    graphs = Graphs(engine / "int8.onnx", engine / "int8.onnx", tmp_path / "not-read.json")
+    audit_into(
+        tmp_path,
+        graphs=graphs,
+        target=find_target("jetson-orin"),
+        settings=BuildSettings(),
+        engine=back,
+        reporter=SILENT,
+    )
+    audit = json.loads((tmp_path / "audit.json").read_bytes())
+    assert (audit["builder_version"], audit["stands_in"], audit["fp16"]) == ("10.3.0", "", None)
+    assert audit["attention"][0]["breaches"][0]["rule"] == "length"
+    assert "built on the device" in audit["sentences"][-1]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX whose INT8 attention is too long, its layer file, and that of an FP16 engine."""
+    folder = tmp_path_factory.mktemp("layers")
+    for name, places in (("int8", ALL_PLACES), ("fp16", ())):
+        onnx = attention_graph(folder / f"{name}.onnx", tokens=577, head=64, places=places)
+        report = build.build_engine(onnx, folder / "engine.plan", find_target("l4"))
+        layer_file(folder / f"{name}.json", report.kernels, ("x", "y"))
+    return folder
+
+
+def test_a_users_own_layer_file(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = ["--layers", str(engine / "int8.json"), "--onnx", str(engine / "int8.onnx")]
+    audit = answer(capsys, "audit", *layers, "--fp16-layers", str(engine / "fp16.json"))
+    assert audit["fused"] is False
+    assert audit["fp16"]["kernels"] < audit["totals"]["kernels"]
+    assert audit["attention"][0]["breaches"][0]["rule"] == "length"
+    assert run(["audit", *layers]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a length of 577, where INT8 ends at 512 tokens" in shown
+    assert run(["audit", *layers, "--require-fused"]) == ExitCode.REJECTED
+    assert "577" in capsys.readouterr().err
+    half = ["--layers", str(engine / "fp16.json"), "--onnx", str(engine / "fp16.onnx")]
+    assert run(["audit", *half, "--require-fused"]) == 0
+
+
+def test_layer_files_need_their_onnx_and_belong_together(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["audit", "--layers", str(engine / "int8.json")]) == ExitCode.INPUT
+    assert "--onnx" in capsys.readouterr().err
+    assert run(["audit", "--onnx", str(engine / "int8.onnx")]) == ExitCode.INPUT
+    assert "--layers" in capsys.readouterr().err
+    names = engine / "names.json"
+    names.write_text('{"Layers": ["conv + relu"], "Bindings": []}')
+    assert run(["audit", "--layers", str(names), "--onnx", str(engine / "int8.onnx")]) == ExitCode.INPUT
+    assert "profilingVerbosity=detailed" in capsys.readouterr().err
+    shutil.copy(names, engine / "no.onnx")
+    assert run(["audit", "--layers", str(engine / "int8.json"), "--onnx", str(engine / "no.onnx")]) == ExitCode.INPUT
+    assert "cannot be read as an ONNX model" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The slim wheel for devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+from resvit_engines.device_wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
+from resvit_engines.facts import DeviceFacts
+from resvit_engines.wheelhouse import device_environment, missing_requirements, needed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write_device_wheel(tmp_path / "a"), write_device_wheel(tmp_path / "b")
+    assert first.read_bytes() == second.read_bytes()
+    assert first.stat().st_size < 2 << 20
+
+
+def test_it_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(write_device_wheel(tmp_path)) as wheel:
+        names = set(wheel.namelist())
+    sources = ROOT / "engines/resvit_engines"
+    modules = {f"resvit_engines/{file.relative_to(sources).as_posix()}" for file in sources.rglob("*.py")}
+    assert modules <= names
+    assert {name for name in names - modules if ".dist-info/" not in name} == {"resvit_engines/py.typed"}
+
+
+def test_it_requires_what_the_project_requires_of_a_device() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(REQUIREMENTS) == sorted(project["dependencies"])
+    assert list(GPU_REQUIREMENTS) == [text.partition(";")[0] for text in project["optional-dependencies"]["device"]]
+    assert not any(word in " ".join(REQUIREMENTS) for word in ("torch", "onnx"))
+
+
+def test_pip_installs_it_with_its_command(tmp_path: Path) -> None:
+    wheel = write_device_wheel(tmp_path)
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    target = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, capture_output=True, check=True)
+    assert (tmp_path / "venv/bin/resvit-engine").exists()
+    assert list(Path(target).glob("resvit_engines-*.dist-info"))
+    done = subprocess.run(
+        [python, "-m", "resvit_engines.facts"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert '"arch"' in done.stdout
+
+
+def test_facts_are_read_from_the_wheel_before_anything_is_installed(tmp_path: Path) -> None:
+    wheel = write_device_wheel(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(wheel)!r}); import resvit_engines.facts as f; print(f.__file__); f.main()"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(wheel))
+
+
+def test_platforms_that_a_jetson_takes() -> None:
+    tags = pip_platforms("aarch64", "2.35")
+    assert tags[0] == "manylinux_2_35_aarch64"
+    assert tags[-2:] == ("manylinux_2_17_aarch64", "manylinux2014_aarch64")
+    assert pip_platforms("aarch64", None) == ("manylinux_2_17_aarch64", "manylinux2014_aarch64")
+
+
+def test_conditions_are_those_of_the_device_and_not_of_this_python(tmp_path: Path) -> None:
+    orin = DeviceFacts(87, None, None, "6.2", "aarch64", 1, 1, "3.10.12")
+    thor = DeviceFacts(110, None, None, "7.1", "aarch64", 1, 1, "3.12.3")
+    assert "tomli>=2.0" in needed(REQUIREMENTS, device_environment(orin))
+    assert "tomli>=2.0" not in needed(REQUIREMENTS, device_environment(thor))
+    with zipfile.ZipFile(tmp_path / "Some_Thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            "Some_Thing-1.0.dist-info/METADATA",
+            "Name: Some_Thing\nRequires-Dist: some.thing; python_version < '4'\n"
+            "Requires-Dist: other>=2; python_full_version < '3.11'\nRequires-Dist: never; extra == 'x'\n\nbody\n",
+        )
+    assert missing_requirements(tmp_path, device_environment(orin)) == ["other>=2"]
+    assert missing_requirements(tmp_path, device_environment(thor)) == []

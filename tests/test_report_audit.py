@@ -1,0 +1,53 @@
+"""The report's section on what fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resvit_engines.audit import Subject, audit_engine
+from resvit_engines.expectation import Attention, Consumer, Expectation, QdqPair
+from resvit_engines.kernels import Kernel
+from resvit_export.report import ReportData
+from resvit_export.report.audit import fusion_from_audit
+from resvit_export.report.page import html_from_run
+
+CONV = Kernel("conv_1", "correlation", ("Int8",), ("Half",), ((1, 64),), ((1, 64),), ("conv", "x/DQ"))
+HALF = Kernel("gemm_2", "gemm", ("Half",), ("Half",), ((1, 64),), ((1, 64),), ("a/MatMul",))
+PAIRS = (
+    QdqPair("x<y>", "x/Q", "x/DQ", "int8", False, (Consumer("conv", "Conv", True),)),
+    QdqPair("z", "z/Q", "z/DQ", "int8", False, (Consumer("a/MatMul", "MatMul", True),)),
+    QdqPair("w", None, "w/DQ", "int8", True, (Consumer("conv", "Conv", True),)),
+)
+BLOCK = Attention("a", ("a/MatMul", "a/Softmax", "a/MatMul_1"), 12, 50, 60, "fp16", "constant", False)
+
+
+def audit(stands_in: str = "", fp16: tuple[Kernel, ...] | None = (HALF,)) -> dict[str, Any]:
+    subject = Subject("l4", 89, "TensorRT for RTX", "1.7", 1, stands_in)
+    return audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16).to_json()
+
+
+def test_figures_stand_beside_those_of_fp16_and_trouble_comes_first() -> None:
+    shown = fusion_from_audit(audit())
+    assert shown.engine == "TensorRT for RTX 1.7, SM 8.9"
+    assert ("Kernels", "2", "1") in shown.rows
+    assert ("Convolutions in 8 bits", "1 of 1", "0 of 0") in shown.rows
+    assert shown.pairs == [
+        ("z", "the product runs in a higher precision"),
+        ("x<y>", "consumed by an 8-bit kernel"),
+    ]
+    assert shown.attention == [("a", "12", "50, 60", "constant", "1 kernel")]
+
+
+def test_the_page_has_the_section_and_names_the_stand_in() -> None:
+    page = html_from_run(ReportData("x", audit=audit("SM 8.6 stands in for Jetson AGX Orin (SM 8.7).")))
+    assert "What fused" in page
+    assert "SM 8.6 stands in" in page
+    assert "x&lt;y&gt;" in page
+    assert "FP16 engine" in page
+    assert "FP16 engine</th>" not in html_from_run(ReportData("x", audit=audit(fp16=None)))
+
+
+def test_an_audit_that_was_skipped_says_why() -> None:
+    skipped = {"target": "jetson-orin", "skipped": "why", "sentences": ["Not audited: why"], "failures": []}
+    assert "Not audited: why" in html_from_run(ReportData("x", audit=skipped))
+    assert "What fused" not in html_from_run(ReportData("x"))
