@@ -44,18 +44,9 @@ class Graphs:
 
 def audited(pipeline: Pipeline) -> Artifact:
     """Stage ``audit``: ``audit.json`` and ``kernels.json``, after ``compile``."""
-    recipe, compiled, target = pipeline.recipe, pipeline.compiled, pipeline.require_target()
-    low, usual, high = recipe.batch_range
-    settings = BuildSettings(
-        batch=(usual, usual, usual),
-        workspace_mib=recipe.workspace_mib or target.workspace_mib,
-        optimization_level=recipe.optimization_level,
-        sparse=recipe.sparsity is not None,
-    )
-    floating, digest = pipeline.float_model
-    ranges = pipeline.calibrated.path("ranges.json") if recipe.precision != "fp16" else None
-    copy = compiled.path(TENSORRT_COPY)
-    graphs = Graphs(copy if copy.exists() else pipeline.quantized.path("model.onnx"), floating, ranges)
+    compiled, target, digest = pipeline.compiled, pipeline.require_target(), pipeline.float_model[1]
+    graphs, settings = _audited_build(pipeline)
+    low, _, high = pipeline.recipe.batch_range
     # A dynamic batch has no shapes in its kernels: the usual one is compiled for the audit.
     engine = compiled.folder if compiled.path("engine.json").exists() and low == high else None
     return pipeline.run.stage(
@@ -72,6 +63,29 @@ def audited(pipeline: Pipeline) -> Artifact:
             folder, graphs=graphs, target=target, settings=settings, engine=engine, reporter=pipeline.reporter
         ),
     )
+
+
+def audit_on_device(pipeline: Pipeline, folder: Path) -> None:
+    """The same for the engine that was brought back from the device into ``folder``, from its own layers."""
+    graphs, settings = _audited_build(pipeline)
+    target = pipeline.require_target()
+    audit_into(folder, graphs=graphs, target=target, settings=settings, engine=folder, reporter=pipeline.reporter)
+
+
+def _audited_build(pipeline: Pipeline) -> tuple[Graphs, BuildSettings]:
+    """What TensorRT reads, and how it is built for the audit: at the usual batch."""
+    recipe, target = pipeline.recipe, pipeline.require_target()
+    usual = recipe.batch_range[1]
+    settings = BuildSettings(
+        batch=(usual, usual, usual),
+        workspace_mib=recipe.workspace_mib or target.workspace_mib,
+        optimization_level=recipe.optimization_level,
+        sparse=recipe.sparsity is not None,
+    )
+    ranges = pipeline.calibrated.path("ranges.json") if recipe.precision != "fp16" else None
+    copy = pipeline.compiled.path(TENSORRT_COPY)
+    quantized = copy if copy.exists() else pipeline.quantized.path("model.onnx")
+    return Graphs(quantized, pipeline.float_model[0], ranges), settings
 
 
 def audit_into(

@@ -32,7 +32,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         "golden_input.npy": validated.path("golden_input.npy"),
         "golden_output.npy": validated.path("golden_output.npy"),
     }
-    for name in ("engine.plan", "plan.json", TENSORRT_COPY):
+    for name in ("engine.plan", "plan.json", "layers.json", TENSORRT_COPY):
         if name in compiled.record["outputs"]:
             files[name] = compiled.path(name)
     if "engine.json" in compiled.record["outputs"]:
@@ -60,6 +60,7 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         "quantizer": recipe.quantizer,
         "target": target.to_json(),
         "settings": settings,
+        "build": pipeline.build_settings.to_json(),
         "preprocess": pipeline.preprocess.to_json(),
         "class_names": verdict["class_names"],
         "input": export["input"],
@@ -107,7 +108,11 @@ def _device_readme(pipeline: Pipeline) -> str:
 
 {plan["why"]}
 
-On the {target.title} ({target.software}):
+On the {target.title} ({target.software}), with the wheel of resvit_engines and the public key of whoever signed this:
+
+    resvit-engine build {pipeline.bundle_name} --trust KEY.pub
+
+which also checks the engine and packs it for 'resvit-engine install'. Or with TensorRT's own program alone:
 
 {commands}
 

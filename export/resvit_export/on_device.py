@@ -17,10 +17,12 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.facts import DeviceFacts
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.targets import Target, version_of
+from resvit_export.auditing import audit_on_device
 from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
+    from resvit_engines.private_keys import SigningKey
     from resvit_engines.remote import RemoteJob
     from resvit_export.pipeline import Pipeline
 
@@ -36,7 +38,8 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
     """Stage ``device``: build the bundle's engine on ``device`` (``ssh://user@host``), validate and time it there.
 
     Its folder holds ``engine.plan``, ``engine.json``, ``build.log``, timing cache and layers where there are any,
-    ``predictions.npz`` and ``device.json`` with the facts, the verdict on the images that fitted and the times.
+    ``predictions.npz``, ``audit.json`` of its own layers, and ``device.json`` with the facts, the verdict on the
+    images that fitted and the times.
 
     Raises:
         ResvitError: IMPOSSIBLE where the device is not the target, and what ``Device.run`` raises.
@@ -60,10 +63,13 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
             wheels = os.environ.get(WHEELS_VARIABLE)
             there.prepare(facts, Path(wheels) if wheels else None)
             with tempfile.TemporaryDirectory(prefix="resvit-device-") as scratch:
-                job = _job(pipeline, *_signed_for(bundle, Path(scratch)), rehearse, count, Path(scratch))
+                signed = _signed_for(bundle, pipeline.signing_key, Path(scratch))
+                job = _job(pipeline, *signed, rehearse, count, Path(scratch))
                 result = there.run(job)
                 there.fetch(job, folder)
             _judge_into(folder, pipeline, result, count)
+            if not rehearse:
+                audit_on_device(pipeline, folder)
 
         return pipeline.run.stage(
             "device",
@@ -127,17 +133,16 @@ def images_that_fit(shape: list[int], most: int, facts: DeviceFacts) -> int:
     return max(0, min(most, (limit << 20) // (4 * math.prod(shape))))
 
 
-def _signed_for(bundle: Path, folder: Path) -> tuple[Path, str]:
+def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Path, str]:
     """A signed copy of the bundle in ``folder``, and the public key (the text of its file) that the job is to trust.
 
-    By the user's own key where the environment names one, else by this machine's: the same each time, so that a job
-    is found again.
+    By the user's own key where the recipe or the environment names one, else by this machine's: the same each time,
+    so that a job is found again.
     """
     from resvit_engines.bundle import sign_bundle
     from resvit_engines.own_key import own_key
-    from resvit_engines.private_keys import load_signing_key
 
-    key = load_signing_key() or own_key()
+    key = key or own_key()
     signed = Path(shutil.copy(bundle, folder / "bundle.resvit"))
     sign_bundle(signed, key)
     return signed, key.public.to_text()

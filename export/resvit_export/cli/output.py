@@ -230,7 +230,12 @@ def _compile(artifact: Artifact) -> list[Table | str]:
         ]
         return [table("Engine", ("what", "value"), rows, left=2)]
     plan = artifact.json("plan.json")
-    return [plan["why"], *[f"  {command}" for command in plan["commands"]]]
+    return [
+        plan["why"],
+        *[f"  {command}" for command in plan["commands"]],
+        "With the device on the network, --device ssh://USER@HOST does all of it from here. By hand, 'resvit-engine "
+        "build BUNDLE --trust KEY.pub' there also checks the engine and packs it for 'resvit-engine install'.",
+    ]
 
 
 def _audit(artifact: Artifact) -> list[Table | str]:
