@@ -272,7 +272,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = QuantizeSettings.__post_init__
 
     def with_bits(self: QuantizeSettings) -> None:
-        object.__setattr__(self, "bits", 3)
+        object.__setattr__(self, "bits", 3 if self.precision == Precision.INT8 else 8)
         honest(self)
 
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
@@ -285,7 +285,7 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     made = result(capsys, "build", *arguments, *TRAIN, "--run", "runs/x", "--allow-rejected")
     stages: list[dict[str, dict[str, dict[str, dict[str, float]]]]] = made["stages"]  # type: ignore[assignment]
     names = [str(item["stage"]) for item in stages]
-    assert names == ["fold", "export", "recover", "calibrate", "quantize", "validate", "predict", "compile", "bundle"]
+    assert names == ["fold", "export", "recover", "calibrate", "quantize", "validate", "predict", "compile", "audit", "bundle"]
     report = stages[2]["results"]["recover.json"]
     assert report["after"]["nsr"] < report["before"]["nsr"]
     plain = rejected["stages"][4]["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]

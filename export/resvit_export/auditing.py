@@ -20,7 +20,8 @@ from resvit_engines.kernels import Kernel, kernel_from_json
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Target, proxy_target
 from resvit_export.runfolder import Artifact
-from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
+from resvit_export.work import half_into
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -211,22 +212,10 @@ def _fp16(
 
 
 def _fp16_model(graphs: Graphs, target: Target, scratch: Path) -> Path:
-    """The float network in FP16, by the way that ``--precision fp16`` goes, in the form for the target's builder."""
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.statistics_file import load_statistics
-    from resvit_quantize.quantize import quantize_model
-    from resvit_quantize.settings import Precision, QuantizeSettings
-
+    """The float network in FP16, in the form that TensorRT reads."""
     assert graphs.ranges is not None
-    model, copy = scratch / "fp16.onnx", scratch / "fp16.tensorrt.onnx"
-    quantize_model(
-        graphs.floating,
-        load_ranges(graphs.ranges),
-        QuantizeSettings(Precision.FP16),
-        model,
-        statistics=load_statistics(graphs.ranges.with_name("statistics.npz")),
-    )
-    suit_builder(model, builder_here(target))
+    half_into(scratch, graphs.floating, graphs.ranges, target)
+    model, copy = scratch / "model.onnx", scratch / TENSORRT_COPY
     return copy if onnx_for_tensorrt(model, copy) else model
 
 

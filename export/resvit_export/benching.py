@@ -26,8 +26,9 @@ from resvit_engines.opened import BUNDLE_SUFFIX, opened
 from resvit_engines.progress import Reporter
 from resvit_engines.run import Runner, open_sound_onnx, runtime_of, why_not_here
 from resvit_engines.running import settings_from
+from resvit_export import work
 from resvit_export.runfolder import Artifact, NotFinishedError, RunFolder
-from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
+from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -177,24 +178,6 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
     return found
 
 
-def half_into(folder: Path, model: Path, ranges: Path, target: Any) -> None:
-    """Write a float network in FP16 to ``model.onnx``, by the way that ``--precision fp16`` goes."""
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.statistics_file import load_statistics
-    from resvit_quantize.quantize import quantize_model
-    from resvit_quantize.settings import Precision, QuantizeSettings
-
-    out = folder / "model.onnx"
-    quantize_model(
-        model,
-        load_ranges(ranges),
-        QuantizeSettings(Precision.FP16),
-        out,
-        statistics=load_statistics(ranges.with_name("statistics.npz")),
-    )
-    suit_builder(out, builder_here(target) if target else None)
-
-
 def _half(pipeline: Pipeline, name: str) -> Subject:
     (model, digest), calibrated, target = pipeline.float_model, pipeline.calibrated, pipeline.target
     builder = builder_here(target) if target else None
@@ -203,7 +186,7 @@ def _half(pipeline: Pipeline, name: str) -> Subject:
         {"builder": builder.value if builder else None},
         {"model": digest, "ranges": calibrated.digest},
         ("onnx", "onnx-ir"),
-        lambda folder: half_into(folder, model, calibrated.path("ranges.json"), target),
+        lambda folder: work.half_into(folder, model, calibrated.path("ranges.json"), target),
     )
     path = artifact.path("model.onnx")
     return Subject(name, path, artifact.digest, lambda: _engine(pipeline, path, artifact.digest))

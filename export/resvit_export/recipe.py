@@ -241,12 +241,14 @@ def recipe_to_toml(recipe: Recipe) -> str:
     document: dict[str, Any] = {}
     for item in dataclasses.fields(recipe):
         value = getattr(recipe, item.name)
-        if value is None:
+        if value is None or (item.name in ("targets", "own_targets") and not value):
             continue
         *tables, key = item.metadata["toml"].split(".")
         table = document
         for name in tables:
             table = table.setdefault(name, {})
+        if item.name == "targets" and len(value) == 1:
+            value = value[0]  # noqa: PLW2901
         table[key] = list(value) if isinstance(value, tuple) else _plain(value)
     import tomli_w
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.build import BuildSettings, build_engine
+from resvit_engines.build import BuildSettings, build_engine, builder_here
 from resvit_engines.device import plan_for_device
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
@@ -190,6 +190,24 @@ def quantize_into(
         )
     suit_builder(out, builder)
     _write_json(folder / "quantize.json", report.to_json())
+
+
+def half_into(folder: Path, model: Path, ranges: Path, target: Target | None) -> None:
+    """Write a float network in FP16 to ``model.onnx``, by the way that ``--precision fp16`` goes."""
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_quantize.quantize import quantize_model
+    from resvit_quantize.settings import Precision, QuantizeSettings
+
+    out = folder / "model.onnx"
+    quantize_model(
+        model,
+        load_ranges(ranges),
+        QuantizeSettings(Precision.FP16),
+        out,
+        statistics=load_statistics(ranges.with_name("statistics.npz")),
+    )
+    suit_builder(out, builder_here(target) if target else None)
 
 
 def reference_into(
