@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from resvit_engines.bundle import write_bundle
-from resvit_engines.device_wheel import write_device_wheel
+from resvit_engines.bundle.keys import PublicKey
+from resvit_engines.bundle.private_keys import load_signing_key, make_key_pair
 from resvit_engines.facts import facts_from_json
-from resvit_engines.keys import PublicKey
-from resvit_engines.private_keys import load_signing_key, make_key_pair
+from resvit_engines.remote.wheel import write_device_wheel
+from resvit_engines.remote.wheelhouse import download_wheels
 from resvit_engines.targets import find_target
-from resvit_engines.wheelhouse import download_wheels
 
 _PACKAGES = (
     *("python3", "python3-minimal", "libc6", "zlib1g", "libexpat1", "libssl3", "libffi8", "liblzma5", "libbz2-1.0"),

@@ -26,9 +26,9 @@ import numpy as np
 from machine import RESULTS, write_result
 
 from resvit_calibrate.data import Batch
+from resvit_engines.audit.kernel_totals import kernel_totals
 from resvit_engines.build import build_engine
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernel_totals import kernel_totals
 from resvit_engines.targets import Builder, find_target
 
 TARGETS = {86: "a10", 89: "l4"}

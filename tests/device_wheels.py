@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from resvit_engines.device_wheel import REQUIREMENTS
+from resvit_engines.remote.wheel import REQUIREMENTS
 
 WHEELS = Path(__file__).parent.parent / "data" / "device-wheels"
 _SYSTEM = ("tensorrt-rtx-cu13-bindings>=1.7,<1.8", "onnxruntime")

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_engines import build, build_child
+from resvit_engines import build
+from resvit_engines.audit.kernels import kernel_from_json, kernels_from_log
 from resvit_engines.build import BuildSettings, build_engine, builder_here
-from resvit_engines.device import device_commands, plan_for_device
+from resvit_engines.build import child as build_child
+from resvit_engines.build.device_plan import device_commands, plan_for_device
 from resvit_engines.engine_file import describe_engine_file
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels import kernel_from_json, kernels_from_log
 from resvit_engines.progress import Silent
 from resvit_engines.targets import Builder, find_target
 
@@ -254,7 +255,7 @@ def test_an_old_engine_survives_a_failed_build(tmp_path, child) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
     (tmp_path / "model.onnx").write_bytes(b"-")
-    builder = "import json,os,sys,time; from resvit_engines.build_worker import _die_with; "
+    builder = "import json,os,sys,time; from resvit_engines.build.worker import _die_with; "
     builder += "r=json.load(open(sys.argv[1])); _die_with(r['parent']); "
     builder += (
         "open(r['onnx']+'.pid.tmp','w').write(str(os.getpid())); os.rename(r['onnx']+'.pid.tmp',r['onnx']+'.pid'); "
@@ -264,7 +265,8 @@ def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
         import signal
         import sys
         from pathlib import Path
-        from resvit_engines import build, build_child
+        from resvit_engines import build
+        from resvit_engines.build import child as build_child
         from resvit_engines.errors import ResvitError
         from resvit_engines.targets import find_target
         # Whoever runs the tests in the background makes them ignore Ctrl-C.

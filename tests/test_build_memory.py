@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from resvit_engines import build, build_child
+from resvit_engines import build
 from resvit_engines.build import BuildSettings, build_engine
-from resvit_engines.build_memory import available_mib, choose_workspace, oom_kills
+from resvit_engines.build import child as build_child
+from resvit_engines.build.memory import available_mib, choose_workspace, oom_kills
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets import find_target
@@ -224,7 +225,8 @@ def test_the_real_oom_killer_is_recognised(tmp_path) -> None:
         import os, sys
         from pathlib import Path
         Path({str(group)!r}, "cgroup.procs").write_text(str(os.getpid()))
-        from resvit_engines import build, build_child
+        from resvit_engines import build
+        from resvit_engines.build import child as build_child
         from resvit_engines.errors import ResvitError
         from resvit_engines.targets import find_target
         start = build_child._start

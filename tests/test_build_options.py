@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("onnx")
 from resvit_engines.build import BuildSettings, build_engine, refit_engine
-from resvit_engines.build_limits import compute_capabilities, require_buildable
-from resvit_engines.build_steps import Percent, StepsFromChild, StepsToParent
+from resvit_engines.build.limits import compute_capabilities, require_buildable
+from resvit_engines.build.steps import Percent, StepsFromChild, StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.progress import Silent

@@ -15,8 +15,8 @@ from random import Random
 import pytest
 
 from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
+from resvit_engines.bundle.zip_layout import Member, directory, local_header, read_local_header
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.zip_layout import Member, directory, local_header, read_local_header
 
 FILES: dict[str, Path | bytes] = {"model.onnx": bytes(range(256)) * 40, "data/golden.npy": b"\x93NUMPY", "empty": b""}
 MANIFEST = {"name": "net", "target": {"name": "jetson-orin", "sm": 87}, "note": "Größe"}

@@ -8,9 +8,9 @@ import venv
 import zipfile
 from pathlib import Path
 
-from resvit_engines.device_wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
 from resvit_engines.facts import DeviceFacts
-from resvit_engines.wheelhouse import device_environment, missing_requirements, needed
+from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
+from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
 
 if sys.version_info >= (3, 11):
     import tomllib

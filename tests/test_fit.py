@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from resvit_engines.bundle.fit import misfits, require_fit
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.facts import DeviceFacts
-from resvit_engines.fit import misfits, require_fit
 from resvit_engines.targets import TARGETS, Builder, find_target
 
 ORIN = DeviceFacts(

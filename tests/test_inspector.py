@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from resvit_engines.audit.inspector import data_type, layers_from_file, layers_from_json
+from resvit_engines.audit.kernels import Work
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.inspector import data_type, layers_from_file, layers_from_json
-from resvit_engines.kernels import Work
 
 
 def tensor(name: str, dims: list[int], said: str, **more: Any) -> dict[str, Any]:

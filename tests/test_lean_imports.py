@@ -111,7 +111,8 @@ def test_torch_waits_until_it_is_needed(wing: str, file: Path) -> None:
 
 
 def test_importing_the_device_wing_loads_none_of_it() -> None:
-    modules = [f"resvit_engines.{file.stem}" for file in sorted((ROOT / "engines/resvit_engines").glob("*.py"))]
+    files = sorted((ROOT / "engines/resvit_engines").rglob("*.py"))
+    modules = [".".join(file.relative_to(ROOT / "engines").with_suffix("").parts) for file in files]
     code = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print(sorted({NOT_ON_A_JETSON | {'tensorrt', 'tensorrt_rtx_bindings'}!r} & set(sys.modules)))"

@@ -285,7 +285,18 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     made = result(capsys, "build", *arguments, *TRAIN, "--run", "runs/x", "--allow-rejected")
     stages: list[dict[str, dict[str, dict[str, dict[str, float]]]]] = made["stages"]  # type: ignore[assignment]
     names = [str(item["stage"]) for item in stages]
-    assert names == ["fold", "export", "recover", "calibrate", "quantize", "validate", "predict", "compile", "audit", "bundle"]
+    assert names == [
+        "fold",
+        "export",
+        "recover",
+        "calibrate",
+        "quantize",
+        "validate",
+        "predict",
+        "compile",
+        "audit",
+        "bundle",
+    ]
     report = stages[2]["results"]["recover.json"]
     assert report["after"]["nsr"] < report["before"]["nsr"]
     plain = rejected["stages"][4]["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]

@@ -12,9 +12,9 @@ import pytest
 from loopback_device import LoopbackDevice, loopback_device, missing
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
-from resvit_engines.progress_events import EventLog, replay
-from resvit_engines.ssh import CONFIG_VARIABLE, Address, Connection, UnreachableError, address_from, ssh_error
-from resvit_engines.ssh_files import download, upload
+from resvit_engines.remote.progress_events import EventLog, replay
+from resvit_engines.remote.ssh import CONFIG_VARIABLE, Address, Connection, UnreachableError, address_from, ssh_error
+from resvit_engines.remote.ssh_files import download, upload
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

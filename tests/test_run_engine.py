@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from cuda_standin import Error, FakeCuda, FakeEngine, FakeTensorRT
-from resvit_engines import engine_runner, run
-from resvit_engines.bench import BenchSettings, measure
-from resvit_engines.cuda import CALLS, VALUES, Cuda, load_cuda
+from resvit_engines import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
+from resvit_engines.run import engine_runner
+from resvit_engines.run.bench import BenchSettings, measure
+from resvit_engines.run.cuda import CALLS, VALUES, Cuda, load_cuda
 
 CONTENT = b"engine of a test"
 
@@ -281,7 +282,7 @@ def test_the_stand_in_has_what_the_code_calls() -> None:
 def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> None:
     from resvit_engines.build import BuildSettings, build_engine
     from resvit_engines.files import sha256_file
-    from resvit_engines.onnx_on_cpu import open_onnx
+    from resvit_engines.run.onnx_on_cpu import open_onnx
     from resvit_engines.targets import RTX_SMS, TARGETS
     from test_run import small_model
 

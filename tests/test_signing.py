@@ -28,11 +28,11 @@ from resvit_engines.bundle import (
     verify_bundle,
     write_bundle,
 )
+from resvit_engines.bundle.keys import PublicKey, TrustStore, load_trust, read_public_key
+from resvit_engines.bundle.private_keys import SigningKey, load_signing_key, make_key_pair
+from resvit_engines.bundle.signing import PAYLOAD_TYPE, pae
+from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.keys import PublicKey, TrustStore, load_trust, read_public_key
-from resvit_engines.private_keys import SigningKey, load_signing_key, make_key_pair
-from resvit_engines.signing import PAYLOAD_TYPE, pae
-from resvit_engines.zip_layout import Member, directory, local_header
 from resvit_export.cli import run
 
 SEED = bytes(range(32))
@@ -281,8 +281,8 @@ def test_nothing_but_manifest_and_signature_is_read_before_the_signature_holds(
         raise AssertionError("read more than manifest and signature")
 
     untrusted = TrustStore((signing_key(bytes(32)).public,))
-    monkeypatch.setattr("resvit_engines.bundle_reader.manifest_from_bytes", exploded)
-    monkeypatch.setattr("resvit_engines.bundle_reader.OpenBundle.check", exploded)
+    monkeypatch.setattr("resvit_engines.bundle.reader.manifest_from_bytes", exploded)
+    monkeypatch.setattr("resvit_engines.bundle.reader.OpenBundle.check", exploded)
     refused(read_trusted_manifest, bundle, untrusted)
     refused(extract_trusted, bundle, tmp_path / "out", untrusted)
     # What comes after the two is not even looked at: here it is no zip at all.

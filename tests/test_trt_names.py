@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from resvit_engines import build
-from resvit_engines.trt_names import NAMES, VERSIONS
+from resvit_engines.build.trt_names import NAMES, VERSIONS
 from tensorrt_standin import BINDINGS, names_of, names_of_rtx
 
-FOLDER = Path(build.__file__).parent
-SOURCES = tuple(sorted(FOLDER.glob("trt_[!n]*.py")))
+FOLDER = Path(build.__file__).parents[1]
+SOURCES = tuple(sorted(FOLDER.rglob("trt_[!n]*.py")))
+
 # What a variable of these names holds, in the modules that call TensorRT.
 OWNERS = {
     "trt": "",
@@ -110,7 +111,7 @@ def test_a_name_that_is_not_listed_is_noticed() -> None:
         list(names_in("plugin.add()"))
 
 
-@pytest.mark.parametrize("path", [path for path in FOLDER.glob("*.py") if path not in SOURCES], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [path for path in FOLDER.rglob("*.py") if path not in SOURCES], ids=lambda p: p.name)
 def test_no_other_module_calls_tensorrt(path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trt":

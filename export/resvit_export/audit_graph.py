@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
 from resvit_engines.errors import ResvitError
-from resvit_engines.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
 from resvit_quantize.regions import is_view
 
 PLUGIN_DOMAIN = "ai.resvit"

@@ -22,7 +22,7 @@ from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
-    from resvit_engines.private_keys import SigningKey
+    from resvit_engines.bundle.private_keys import SigningKey
     from resvit_engines.remote import RemoteJob
     from resvit_export.pipeline import Pipeline
 
@@ -45,8 +45,8 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
         ResvitError: IMPOSSIBLE where the device is not the target, and what ``Device.run`` raises.
     """
     from resvit_engines.remote import Device
-    from resvit_engines.ssh import Connection, address_from
-    from resvit_engines.wheelhouse import WHEELS_VARIABLE
+    from resvit_engines.remote.ssh import Connection, address_from
+    from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
 
     address = address_from(device)
     target, bundle = pipeline.require_target(), pipeline.bundle_path
@@ -140,7 +140,7 @@ def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Pat
     so that a job is found again.
     """
     from resvit_engines.bundle import sign_bundle
-    from resvit_engines.own_key import own_key
+    from resvit_engines.bundle.own_key import own_key
 
     key = key or own_key()
     signed = Path(shutil.copy(bundle, folder / "bundle.resvit"))

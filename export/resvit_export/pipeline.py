@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.runtime import scorable_opset
 from resvit_engines.build import BuildSettings, builder_here
-from resvit_engines.build_limits import require_buildable
+from resvit_engines.build.limits import require_buildable
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.own_targets import resolve_target
@@ -26,7 +26,7 @@ from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
-    from resvit_engines.private_keys import SigningKey
+    from resvit_engines.bundle.private_keys import SigningKey
     from resvit_export.load import Network
 
 RECOVERY_IMAGES = 20_000
@@ -305,7 +305,7 @@ class Pipeline:
     @functools.cached_property
     def signing_key(self) -> SigningKey | None:
         """What the bundle is signed with; ``None`` where neither recipe nor environment names a key."""
-        from resvit_engines.private_keys import load_signing_key
+        from resvit_engines.bundle.private_keys import load_signing_key
 
         return load_signing_key(self.recipe.key)
 

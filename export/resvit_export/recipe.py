@@ -248,7 +248,7 @@ def recipe_to_toml(recipe: Recipe) -> str:
         for name in tables:
             table = table.setdefault(name, {})
         if item.name == "targets" and len(value) == 1:
-            value = value[0]  # noqa: PLW2901
+            value = value[0]
         table[key] = list(value) if isinstance(value, tuple) else _plain(value)
     import tomli_w
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.build import BuildSettings, build_engine, builder_here
-from resvit_engines.device import plan_for_device
+from resvit_engines.build.device_plan import plan_for_device
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.progress import Reporter

@@ -48,8 +48,8 @@ def build_command(
     outputs; it goes into a new bundle, signed by this device's own key, that 'resvit-engine install' takes. A killed
     build continues where it stopped.
     """
-    from resvit_engines.device_job import Job, run_job
-    from resvit_engines.keys import load_trust
+    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.remote.job import Job, run_job
 
     output = Output(quiet, as_json)
     folder = job or bundle.with_name(f"{bundle.stem}-engine")

@@ -64,7 +64,7 @@ def audit_command(
 
 
 def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gate: bool, output: Output) -> int:
-    from resvit_engines.audit_text import require_fused
+    from resvit_engines.audit.text import require_fused
     from resvit_engines.console import console, emit_json
     from resvit_export.auditing import audit_of_layers
     from resvit_export.cli.audit_tables import audit_tables

@@ -210,7 +210,7 @@ def device_options(function: F) -> F:
 
 def require_one_device(device: str | None, rehearse: bool, several: bool) -> tuple[str, bool] | None:
     """Address and rehearsal, None without a device; refuses what is no address, and one device for several targets."""
-    from resvit_engines.ssh import address_from
+    from resvit_engines.remote.ssh import address_from
 
     if device is None:
         if rehearse:

@@ -1,0 +1,95 @@
+"""The wheels that a device without a network needs, downloaded here for its Python and processor."""
+
+from __future__ import annotations
+
+import email.parser
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.facts import DeviceFacts
+from resvit_engines.remote.wheel import pip_platforms, requirements_for
+from resvit_engines.targets import version_of
+
+WHEELS_VARIABLE = "RESVIT_DEVICE_WHEELS"
+"""Names a folder on this machine with the wheels that a device without a network needs."""
+
+
+def download_wheels(facts: DeviceFacts, folder: Path) -> None:
+    """Fill ``folder`` with everything that the device that ``facts`` describe needs.
+
+    pip judges conditions such as ``python_version < '3.11'`` by the Python that runs it, also when it downloads for
+    another; so they are judged here, until nothing is missing.
+
+    Raises ``ResvitError`` MISSING where pip cannot download.
+    """
+    environment = device_environment(facts)
+    wanted = needed(requirements_for(facts), environment)
+    while wanted:
+        _download(wanted, facts, folder)
+        wanted = missing_requirements(folder, environment)
+
+
+def device_environment(facts: DeviceFacts) -> dict[str, str]:
+    """What the markers of requirements (PEP 508) ask about, as it is on the device."""
+    return {
+        "python_version": ".".join(str(part) for part in version_of(facts.python)[:2]),
+        "python_full_version": facts.python,
+        "platform_machine": facts.arch,
+        "platform_system": "Linux",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
+
+
+def needed(requirements: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The requirements that hold in ``environment``, without their conditions."""
+    found = []
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate(dict(environment)):
+            found.append(f"{requirement.name}{requirement.specifier}")
+    return found
+
+
+def missing_requirements(folder: Path, environment: Mapping[str, str]) -> list[str]:
+    """What the wheels in ``folder`` require on the device and none of them is."""
+    here = {parse_wheel_filename(file.name)[0] for file in folder.glob("*.whl")}
+    wanted: list[str] = []
+    for file in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(file) as wheel:
+            name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+            metadata = email.parser.BytesHeaderParser().parsebytes(wheel.read(name))
+        wanted += needed(metadata.get_all("Requires-Dist", []), environment)
+    return sorted({text for text in wanted if canonicalize_name(Requirement(text).name) not in here})
+
+
+def _download(requirements: Sequence[str], facts: DeviceFacts, folder: Path) -> None:
+    version = "".join(str(part) for part in version_of(facts.python)[:2])
+    platforms = [part for tag in pip_platforms(facts.arch, facts.libc) for part in ("--platform", tag)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
+            *("--dest", str(folder), "--only-binary=:all:", "--python-version", version, *platforms, *requirements),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        names = ", ".join(requirements_for(facts))
+        raise ResvitError(
+            f"Neither the device nor this machine could download what the device needs ({last}).",
+            f"Download the wheels of {names} elsewhere and name their folder in {WHEELS_VARIABLE}.",
+            ExitCode.MISSING,
+        )

@@ -1,0 +1,165 @@
+"""An engine as a function from arrays to arrays, on this machine's GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from resvit_engines.build.trt_api import Log, load_tensorrt, logger_into, said_by
+from resvit_engines.build.trt_engine import engine_from_bytes, refit_from_onnx
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import sha256_bytes
+from resvit_engines.run.cuda import Cuda, load_cuda
+from resvit_engines.run.engine_lane import EngineLane, open_lane
+from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
+from resvit_engines.run.trt_runtime import EngineTensors, TensorSpec, tensors_of_engine
+
+TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+
+
+class EngineRunner:
+    """A deserialised engine. For one thread at a time; closing it gives the GPU's memory back."""
+
+    def __init__(self, runtime: str, trt: Any, cuda: Cuda, engine: Any, log: Log, facts: Mapping[str, Any]) -> None:
+        self.runtime = runtime
+        self.why = ""
+        self.tensors: EngineTensors = tensors_of_engine(trt, engine)
+        self.label = f"{TITLES[runtime]} {trt.__version__}"
+        if facts.get("rehearsal"):
+            self.label += ", a rehearsal"
+        self._cuda, self._engine, self._log = cuda, engine, log
+        self._facts = facts
+        self._free_before: int = facts["free_before"]
+        self._device_mib: float | None = None
+        self._owned = contextlib.ExitStack()
+        self._lane: EngineLane | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What goes in."""
+        return self.tensors.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out."""
+        return self.tensors.outputs
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """The smallest and largest batch that run in one piece."""
+        return self.tensors.batch
+
+    @property
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON values. ``device_mib`` is by how many MiB the GPU's free memory had shrunk with the first lane."""
+        return {
+            "runtime": self.runtime,
+            "label": self.label,
+            "why": self.why,
+            "engine_bytes": self._facts["bytes"],
+            "engine_sha256": self._facts["sha256"],
+            "device_mib": self._device_mib,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "batch": list(self.batch),
+        }
+
+    def __call__(self, arrays: Mapping[str, Array]) -> Arrays:
+        """Run any number of images; more than the largest batch run in pieces.
+
+        Raises:
+            ResvitError: INPUT for names, types and shapes that are not the engine's, SYSTEM for failures of the GPU.
+        """
+        return run_in_pieces(self._run, arrays, self.inputs, self.batch)
+
+    @contextlib.contextmanager
+    def lane(self, batch: int, *, cuda_graph: bool = False) -> Iterator[EngineLane]:
+        """A stream with buffers for ``batch`` images, for timing and for running several at once.
+
+        Raises:
+            ResvitError: INPUT for a batch outside the engine's range, SYSTEM where memory is short.
+        """
+        require_batch(batch, self.batch, "The engine")
+        with self._opened(batch, cuda_graph) as lane:
+            yield lane
+
+    def close(self) -> None:
+        """Give everything back; the runner cannot be used afterwards."""
+        self._lane = None
+        self._owned.close()
+        self._engine = None
+
+    def __enter__(self) -> EngineRunner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _opened(self, batch: int, cuda_graph: bool) -> AbstractContextManager[EngineLane]:
+        if self._engine is None:
+            raise ResvitError("The runner is closed.", "Open it again.")
+        return open_lane(
+            self._cuda,
+            self._engine,
+            self.tensors,
+            batch,
+            cuda_graph=cuda_graph,
+            said=lambda: said_by(self._log),
+            ran=self._note_memory,
+        )
+
+    def _run(self, feeds: Arrays) -> Arrays:
+        needed = len(next(iter(feeds.values())))
+        if self._lane is None or self._lane.capacity < needed:
+            self._lane = None
+            self._owned.close()
+            self._lane = self._owned.enter_context(self._opened(needed, cuda_graph=False))
+        self._lane.load(feeds)
+        self._lane.submit()
+        self._lane.wait()
+        return self._lane.results()
+
+    def _note_memory(self) -> None:
+        if self._device_mib is None:
+            self._device_mib = round(max(self._free_before - self._cuda.memory().free, 0) / (1 << 20), 1)
+
+
+def open_engine(runtime: str, engine: Path, sha256: str, facts: Mapping[str, Any], onnx: Path) -> EngineRunner:
+    """Deserialise an engine, if it is the file whose digest is ``sha256``, and make a runner of it.
+
+    Reading an engine runs code from it, so the digest must come from a manifest whose signature was verified, or be
+    of an engine that was built here. ``facts`` is its record (``engine.json``); ``onnx`` gives the weights where the
+    engine was built without.
+
+    Raises:
+        ResvitError: UNTRUSTED for another file, MISSING without TensorRT, cuda-bindings, GPU or driver, BUILD where
+            TensorRT refuses the engine, SYSTEM where memory is short.
+    """
+    try:
+        content = engine.read_bytes()
+    except OSError as error:
+        raise ResvitError(f"The engine {engine} cannot be read: {error}.", "Install the bundle again.") from error
+    # What is compared is what is deserialised: the bytes in memory, not the file, which could change in between.
+    if sha256_bytes(content) != sha256:
+        raise ResvitError(
+            f"{engine.name} is not the engine that the manifest names: it was changed, and is not loaded.",
+            "Install the bundle again, from a copy whose signature holds.",
+            ExitCode.UNTRUSTED,
+        )
+    cuda = load_cuda()
+    free_before = cuda.memory().free
+    trt = load_tensorrt(MODULES[runtime])
+    log = Log()
+    logger = logger_into(trt, log)
+    host_code = bool(facts.get("version_compatible"))
+    loaded = engine_from_bytes(trt, logger, log, content, host_code=host_code)
+    if facts.get("strip_weights"):
+        whole = refit_from_onnx(trt, loaded, logger, log, onnx)
+        loaded = engine_from_bytes(trt, logger, log, whole, host_code=host_code)
+    known = {**facts, "free_before": free_before, "bytes": len(content), "sha256": sha256}
+    return EngineRunner(runtime, trt, cuda, loaded, log, known)

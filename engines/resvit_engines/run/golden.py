@@ -1,0 +1,117 @@
+"""Whether what runs here computes what was validated: golden images in, outputs compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.run import Runner, open_runner
+from resvit_engines.run.feeds import Array
+from resvit_engines.run.golden_files import golden_arrays, golden_output, sqnr_db
+
+TOLERANCE_DB = 20.0
+_SIGMAS = 3.0
+_REINSTALL = "Do not use it: keep the version that runs now, and build the engine again on this device."
+
+
+@dataclass(frozen=True)
+class GoldenReport:
+    """Outputs beside those that were validated.
+
+    ``max_abs`` is the largest difference, ``sqnr_db`` the signal-to-noise ratio over all outputs in dB (None: no
+    difference), ``agreement`` the share of images with the same top answer (None where the outputs are no classes),
+    ``tolerance_db`` the smallest SQNR that passes, ``label`` what ran, and ``why`` why not the engine.
+    """
+
+    images: int
+    max_abs: float
+    sqnr_db: float | None
+    agreement: float | None
+    tolerance_db: float
+    label: str
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "images": self.images,
+            "max_abs": self.max_abs,
+            "sqnr_db": None if self.sqnr_db is None else round(self.sqnr_db, 2),
+            "agreement": self.agreement,
+            "tolerance_db": self.tolerance_db,
+            "label": self.label,
+            "why": self.why,
+        }
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        near = "the very outputs" if self.sqnr_db is None else f"SQNR {self.sqnr_db:.1f} dB"
+        answers = "" if self.agreement is None else f", {self.agreement:.0%} of the answers the same"
+        return f"{self.images} golden images: {near}{answers} ({self.label})"
+
+
+def golden_check(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto") -> GoldenReport:
+    """Run the golden images of an unpacked, verified bundle and compare with the outputs that were validated.
+
+    The validated outputs are ONNX Runtime's of the same Q/DQ graph. An engine rounds its FP16 sums differently, and
+    where that moves a value across the edge of an 8-bit step, the step flips: two equivalent forms of one graph were
+    measured 30 dB apart. Another model, wrong weights or other preprocessing end near 0 dB. So 20 dB pass, and where
+    the outputs are [N, K] classes, the top answer may differ only where the two answers were closer than that noise
+    explains: 3 standard deviations of a difference, 3 · √2 · rms. NaN and infinity never pass.
+
+    Raises:
+        ResvitError: MISMATCH where the outputs differ by more; INPUT for golden files that are missing or do not
+            fit; whatever ``open_runner`` raises.
+    """
+    images, expected = golden_arrays(folder, manifest)
+    with open_runner(folder, manifest, runtime) as runner:
+        return check_runner(runner, images, expected, manifest)
+
+
+def check_runner(runner: Runner, images: Array, expected: Array, manifest: Mapping[str, Any]) -> GoldenReport:
+    """Compare what ``runner`` makes of the golden ``images`` [N, …] with ``expected`` [N, …].
+
+    Raises:
+        ResvitError: MISMATCH as ``golden_check``.
+    """
+    found = golden_output(runner, images, manifest)
+    if found.shape != expected.shape:
+        raise _mismatch(
+            f"the output is {list(found.shape)} and that which was validated {list(expected.shape)}", runner.label
+        )
+    if not np.isfinite(found).all():
+        raise _mismatch(f"{int((~np.isfinite(found)).sum())} of its outputs are NaN or infinite", runner.label)
+    wide, true = found.astype(np.float64), expected.astype(np.float64)
+    noise = float(np.linalg.norm(wide - true))
+    sqnr = sqnr_db(true, wide)
+    answers = None
+    if true.ndim == 2 and true.shape[1] > 1:
+        answers = float((wide.argmax(1) == true.argmax(1)).mean())
+    largest = float(np.abs(wide - true).max(initial=0.0))
+    report = GoldenReport(len(images), largest, sqnr, answers, TOLERANCE_DB, runner.label, runner.why)
+    if sqnr is not None and sqnr < TOLERANCE_DB:
+        raise _mismatch(f"SQNR {sqnr:.1f} dB, and {TOLERANCE_DB:.0f} dB are needed", runner.label)
+    if answers is not None and answers < 1.0:
+        rows = np.arange(len(true))
+        margin = true.max(1) - true[rows, wide.argmax(1)]
+        allowed = _SIGMAS * np.sqrt(2.0) * noise / np.sqrt(true.size)
+        if (margin > allowed).any():
+            worst = int(margin.argmax())
+            raise _mismatch(
+                f"golden image {worst} is answered with {int(wide[worst].argmax())} instead of "
+                f"{int(true[worst].argmax())}, by more than rounding explains",
+                runner.label,
+            )
+    return report
+
+
+def _mismatch(why: str, label: str) -> ResvitError:
+    return ResvitError(
+        f"{label} computes something else than what was validated: {why}.", _REINSTALL, ExitCode.MISMATCH
+    )

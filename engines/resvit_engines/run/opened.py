@@ -1,0 +1,38 @@
+"""A bundle, or what is installed under a name, checked and opened for running."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from resvit_engines.bundle import extract_trusted
+from resvit_engines.bundle.keys import TrustStore
+from resvit_engines.run import Runner, open_runner
+
+BUNDLE_SUFFIX = ".resvit"
+
+
+@contextlib.contextmanager
+def opened(
+    what: str, root: Path, trust: TrustStore, runtime: str = "auto"
+) -> Iterator[tuple[Runner, Path, dict[str, object]]]:
+    """The runner, unpacked folder and manifest of a bundle's path, or of the current version of an installed name.
+
+    The signature is checked first, then every file. A bundle is unpacked into a temporary folder.
+
+    Raises:
+        ResvitError: UNTRUSTED as ``extract_trusted`` and ``installed_version``; what ``open_runner`` raises.
+    """
+    with contextlib.ExitStack() as owned:
+        if what.endswith(BUNDLE_SUFFIX) or Path(what).is_file():
+            scratch = owned.enter_context(tempfile.TemporaryDirectory(prefix="resvit-run-"))
+            folder = Path(scratch) / "bundle"
+            manifest = extract_trusted(Path(what), folder, trust)
+        else:
+            from resvit_engines.bundle.install import installed_version
+
+            installed = installed_version(root, what, trust)
+            folder, manifest = installed.folder, installed.manifest
+        yield owned.enter_context(open_runner(folder, manifest, runtime)), folder, manifest
