@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import write_result
 
 from resvit_engines.bundle import write_bundle
 from resvit_engines.bundle.keys import PublicKey
@@ -114,6 +115,9 @@ def main() -> None:
         tampered.write_bytes(data)
         bad = device.run(*verify, str(tampered), check=False)
         print(f"verify, one bit flipped: exit code {bad.returncode}: {bad.stderr.strip()}")
+        emulated = {"arch": facts.arch, "python": facts.python, "install_exit": 0, "wheel": wheel.name}
+        codes = {"verify_exit": good.returncode, "verify_one_bit_flipped_exit": bad.returncode}
+        write_result("device_aarch64", {"emulated": emulated, "packages": versions.stdout.split(), **codes})
         sys.exit(0 if good.returncode == 0 and bad.returncode in (3, 10) else "the aarch64 device is wrong")
     finally:
         if options.keep is None:

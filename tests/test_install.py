@@ -136,6 +136,16 @@ def test_installing_the_same_again_changes_nothing(device: Device, tmp_path: Pat
     refused(device.install, path, code=ExitCode.MISMATCH)
 
 
+def test_a_damaged_copy_of_what_is_installed_is_not_called_installed(device: Device, tmp_path: Path) -> None:
+    made = bundle(tmp_path / "1", b"one")
+    device.install(made)
+    data = bytearray(made.read_bytes())
+    data[data.rindex(b"one")] ^= 1
+    made.write_bytes(data)
+    assert "damaged" in refused(device.install, made, code=ExitCode.INPUT)
+    assert device.runs() == b"one"
+
+
 def test_a_damaged_version_is_replaced_without_being_touched_while_it_is_current(
     device: Device, tmp_path: Path
 ) -> None:

@@ -163,6 +163,8 @@ def _unpacked(
     place = folder / "versions" / version
     if place.exists():
         if _is_whole(place, bundle.digest, trust):
+            # Nothing of it is needed, but a damaged file must not be told that it was installed.
+            bundle.check()
             return version, check(place, bundle.manifest)
         # A damaged folder may be the current one: it is left alone, and the whole one gets a name of its own.
         version = next(name for n in range(1, 10_000) if not (place.with_name(name := f"{version}.{n}")).exists())
