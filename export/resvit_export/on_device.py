@@ -49,13 +49,12 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
     from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
 
     address = address_from(device)
-    target, bundle = pipeline.require_target(), pipeline.bundle_path
+    bundle = pipeline.bundle_path
     with Connection(address, pipeline.reporter) as connection:
         there = Device(connection, pipeline.reporter)
         facts = there.facts()
-        pipeline.reporter.say(describe(facts, str(address)))
         if not rehearse:
-            require_target_there(target, facts, device)
+            require_target_there(pipeline.require_target(), facts, device)
         count = images_that_fit(pipeline.facts["input_shape"], len(pipeline.image_sets[1]), facts)
         known = facts.to_json()
 
@@ -84,6 +83,22 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
             (),
             work,
         )
+
+
+def look_at_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> None:
+    """Ask the device what it is and say so, before hours of work end at one that is not there or not the target.
+
+    Raises:
+        ResvitError: as ``run_on_device``.
+    """
+    from resvit_engines.remote import Device
+    from resvit_engines.remote.ssh import Connection, address_from
+
+    with Connection(address_from(device), pipeline.reporter) as connection:
+        facts = Device(connection, pipeline.reporter).facts()
+    pipeline.reporter.say(describe(facts, device))
+    if not rehearse:
+        require_target_there(pipeline.require_target(), facts, device)
 
 
 def describe(facts: DeviceFacts, name: str) -> str:

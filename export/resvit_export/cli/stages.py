@@ -218,6 +218,10 @@ def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool
         pipelines[0].signing_key  # noqa: B018  (a key that cannot be used is refused before any work)
         several = len(pipelines) > 1
         on = require_one_device(device, rehearse, several)
+        if on is not None:
+            from resvit_export.on_device import look_at_device
+
+            look_at_device(pipelines[0], *on)
         return each(pipelines, output, lambda pipeline: _built(pipeline, several, output, on))
 
 
