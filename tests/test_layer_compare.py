@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.cli import run
 from resvit_export.layer_compare import compare_layers, first_departure
 from tensorrt_standin import standin_environment
 from test_build import small_model
@@ -89,3 +90,28 @@ print(json.dumps([parsed.get_output(index).name for index in range(parsed.num_ou
         check=False,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == ["layer1", "layer2_sum", "logits"], done.stderr
+
+
+def test_the_command_compares_what_this_machine_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model.onnx"
+    value = onnx.helper.make_tensor_value_info
+    nodes = [onnx.helper.make_node("Relu", ["x"], ["y"], "relu"), onnx.helper.make_node("Abs", ["y"], ["z"], "abs")]
+    ends = [value(name, onnx.TensorProto.FLOAT, [2, 3]) for name in ("x", "z")]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), model)
+    np.save(tmp_path / "x.npy", np.ones((5, 3), np.float32))
+    line = ["layers", "--onnx", str(model), "--input", str(tmp_path / "x.npy")]
+    assert run([*line, "--against", "onnxruntime", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [item["node"] for item in found["layers"]] == ["relu", "abs"]
+    assert found["first_departure"] is None
+    # An engine that computes something else in its second layer.
+    negate = runtime(lambda graph: setattr(graph.node[1], "op_type", "Neg"))
+    monkeypatch.setattr("resvit_export.layer_compare.optimised_runner", negate)
+    assert run([*line, "--against", "onnxruntime", "-q"]) == ExitCode.MISMATCH
+    assert "first layer that departs is abs" in capsys.readouterr().err
+    np.save(tmp_path / "x.npy", np.ones((2, 4), np.float32))
+    assert run([*line, "--against", "onnxruntime"]) == ExitCode.INPUT
+    assert "has the shape [2, 4]" in capsys.readouterr().err

@@ -6,6 +6,8 @@ arithmetic of layers, not of the fused kernels of the shipped engine; name a few
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resvit_engines.build.trt_api import load_tensorrt
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.gpu import local_sm
 
 if TYPE_CHECKING:
     import onnx
@@ -81,8 +85,60 @@ def first_departure(differences: Sequence[LayerDifference], tolerance: float = 0
     return next((difference for difference in differences if difference.error > tolerance), None)
 
 
+def input_of(model: Path, images: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Images [N, C, H, W] of a ``.npy`` file under the name of the only input of ``model``.
+
+    A model of a fixed batch gets its first images.
+
+    Raises:
+        ResvitError: INPUT for a file that is no such array, or a graph with several inputs.
+    """
+    import onnx
+
+    if not model.is_file():
+        raise ResvitError(f"There is no file {model}.", "Give the path of an ONNX file.")
+    graph = onnx.load(model, load_external_data=False).graph
+    constants = {item.name for item in graph.initializer}
+    names = [item.name for item in graph.input if item.name not in constants]
+    if len(names) != 1:
+        raise ResvitError(f"{model} has {len(names)} inputs: {', '.join(names)}.", "Compare a model of one input.")
+    try:
+        array = np.load(images, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ResvitError(f"{images} holds no array.", "Write it with numpy.save.") from error
+    wanted = [
+        item.dim_value
+        for item in next(item for item in graph.input if item.name == names[0]).type.tensor_type.shape.dim
+    ]  # 0 where it is dynamic
+    if array.ndim != len(wanted) or any(b not in (0, a) for a, b in zip(array.shape[1:], wanted[1:], strict=True)):
+        raise ResvitError(
+            f"{images} has the shape {list(array.shape)}, and {model.name} reads {wanted} (0 is any size).",
+            "Give images that are prepared for this model.",
+        )
+    return {names[0]: array[: wanted[0] or None]}
+
+
+def optimised_runner(model: bytes) -> Any:
+    """Polygraphy's runner for ONNX Runtime with its optimiser, which has been seen to break quantised graphs."""
+    from resvit_calibrate.runtime import onnx_runner
+
+    _, onnxrt, _ = _polygraphy()
+    return onnxrt(onnx_runner(model).session, name="ONNX Runtime, optimised")
+
+
 def tensorrt_runner(model: bytes) -> Any:
-    """Polygraphy's runner for TensorRT: strongly typed, as our own engines are."""
+    """Polygraphy's runner for TensorRT: strongly typed, as our own engines are.
+
+    Raises:
+        ResvitError: MISSING without TensorRT or a GPU.
+    """
+    load_tensorrt("tensorrt")
+    if local_sm() is None:
+        raise ResvitError(
+            "Comparing with TensorRT runs it, and this machine has no NVIDIA GPU with a working driver.",
+            "Run this where the engine runs, or compare --against onnxruntime.",
+            ExitCode.MISSING,
+        )
     from polygraphy.backend.trt import EngineFromNetwork, TrtRunner
 
     return TrtRunner(EngineFromNetwork(tensorrt_network(model)), name="TensorRT")
@@ -97,9 +153,10 @@ def tensorrt_network(model: bytes) -> Any:
 
 def _polygraphy() -> tuple[Any, Any, Any]:
     try:
-        from polygraphy.backend.onnxrt import OnnxrtRunner
-        from polygraphy.comparator import Comparator
-        from polygraphy.logger import G_LOGGER
+        with contextlib.redirect_stdout(io.StringIO()):  # it asks for a package that colours its log
+            from polygraphy.backend.onnxrt import OnnxrtRunner
+            from polygraphy.comparator import Comparator
+            from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise ResvitError(
             f"Comparing layers needs Polygraphy, which does not import: {error}.",

@@ -23,6 +23,12 @@ _FIX_STOPPED = "Run the same command again; finished stages are kept."
 _FIX_FP8 = "This GPU has no FP8: quantise with --precision int8."
 
 
+_INSTALL = {
+    "tensorrt": "pip install tensorrt, where the GPU is",
+    "tensorrt_rtx_bindings": "pip install 'resvit-export[host]'",
+}
+
+
 def load_tensorrt(module: str) -> Any:
     """Import ``tensorrt`` or ``tensorrt_rtx_bindings``.
 
@@ -34,7 +40,7 @@ def load_tensorrt(module: str) -> Any:
     except (ImportError, OSError) as error:
         raise ResvitError(
             f"The Python package {module} does not load: {error}.",
-            "On a workstation: pip install 'resvit-export[host]'. On a Jetson TensorRT comes with JetPack: "
+            f"On a workstation: {_INSTALL.get(module, 'install it')}. On a Jetson TensorRT comes with JetPack: "
             "use the system's Python, or a virtual environment made with --system-site-packages.",
             ExitCode.MISSING,
         ) from error

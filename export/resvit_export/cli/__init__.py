@@ -24,6 +24,7 @@ _COMMANDS = {
     "bench": "resvit_export.cli.bench",
     "keygen": "resvit_export.cli.keys",
     "sign": "resvit_export.cli.keys",
+    "layers": "resvit_export.cli.layers",
     "targets": "resvit_export.cli.tools",
     "inspect": "resvit_export.cli.tools",
     "doctor": "resvit_export.cli.tools",
