@@ -113,3 +113,20 @@ def test_preprocess_values() -> None:
     assert preprocess_values("crop_fraction", "0.875") == 0.875
     with pytest.raises(ResvitError):
         preprocess_values("std", "a,b")
+
+
+def test_own_targets_and_several_targets_survive(tmp_path: Path) -> None:
+    text = '[target]\nname = ["our-box", "l4"]\n[targets.our-box]\nlike = "jetson-orin"\nint8 = 85.0\n'
+    (tmp_path / "in.toml").write_text(text)
+    recipe = recipe_from_toml(tmp_path / "in.toml")
+    assert (recipe.targets, recipe.target) == (("our-box", "l4"), "our-box")
+    assert recipe.own_targets == {"our-box": {"like": "jetson-orin", "int8": 85.0}}
+    (tmp_path / "out.toml").write_text(recipe_to_toml(recipe))
+    assert recipe_from_toml(tmp_path / "out.toml") == recipe
+    assert 'name = "l4"' in recipe_to_toml(Recipe(targets=("l4",)))
+
+
+def test_a_key_in_a_recipe_is_a_path_or_the_agent(tmp_path: Path) -> None:
+    for text, key in (("keys/a.key", str(tmp_path.resolve() / "keys/a.key")), ("agent:work", "agent:work")):
+        (tmp_path / "recipe.toml").write_text(f'[bundle]\nkey = "{text}"\n')
+        assert recipe_from_toml(tmp_path / "recipe.toml").key == key
