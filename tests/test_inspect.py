@@ -185,7 +185,7 @@ def test_bundle(tmp_path: Path) -> None:
     path = tmp_path / "b.resvit"
     write_bundle(path, {"name": "demo"}, {"model.onnx": b"weights"})
     found = describe_file(path)
-    assert (found["kind"], found["verified"], found["name"]) == ("bundle", True, "demo")
+    assert (found["kind"], found["whole"], found["signed_by"], found["name"]) == ("bundle", True, [], "demo")
     assert "model.onnx" in shown(path)
     other_name = path.rename(tmp_path / "b.zip")
     assert describe_file(other_name)["kind"] == "bundle"

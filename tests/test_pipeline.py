@@ -13,6 +13,7 @@ import pytest
 
 from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle
+from resvit_engines.bundle.keys import read_public_key
 from resvit_engines.errors import ExitCode
 from resvit_export.cli import run
 
@@ -181,9 +182,13 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
         "from resvit_export.models import resvit_model\nmake = lambda: resvit_model('embed-nano')\n"
     )
     own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
+    assert run(["keygen", "my.key", "-q"]) == 0
+    own += ["--key", "my.key", "--timing-cache", "kept"]
     made = result(capsys, "build", "--target", "l4", *own)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
+    (keyid,) = result(capsys, "inspect", str(made["bundle"]))["signed_by"]  # type: ignore[misc]
+    assert keyid == read_public_key(Path("my.pub")).keyid
 
 
 def test_two_targets_share_what_does_not_differ(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

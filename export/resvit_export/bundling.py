@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.files import pretty_json
+from resvit_export.recipe import FILES
 from resvit_export.runfolder import Artifact, package_version
 from resvit_export.tensorrt_copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
 
-_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", "measured_times", "timing_cache")
+_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", *FILES)
 
 
 def write_run_bundle(pipeline: Pipeline, path: Path) -> None:

@@ -125,11 +125,19 @@ def describe_engine(path: Path) -> dict[str, Any]:
 
 
 def describe_bundle(path: Path) -> dict[str, Any]:
-    """Describe a bundle after checking the digest of every file in it."""
-    from resvit_engines.bundle import verify_bundle
+    """Describe a bundle after checking the digest of every file in it.
+
+    ``signed_by`` holds the key ids that its signature names; whether they hold is for those who trust the keys to say.
+    """
+    from resvit_engines.bundle import signers, verify_bundle
 
     manifest = verify_bundle(path)
-    return {"kind": "bundle", "verified": True, **{key: value for key, value in manifest.items() if key != "kind"}}
+    return {
+        "kind": "bundle",
+        "whole": True,
+        "signed_by": signers(path),
+        **{key: value for key, value in manifest.items() if key != "kind"},
+    }
 
 
 def damaged(path: Path, what: str, why: object) -> ResvitError:

@@ -20,7 +20,7 @@ from resvit_engines.bundle.keys import PublicKey, TrustStore
 from resvit_engines.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, SIGNATURE, check_names, release_of
 from resvit_engines.bundle.private_keys import SigningKey
 from resvit_engines.bundle.reader import OpenBundle, opened_bundle, pieces
-from resvit_engines.bundle.signing import envelope_from_manifest, require_signature
+from resvit_engines.bundle.signing import envelope_from_manifest, require_signature, signatures_in
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, pretty_json, sha256_bytes
@@ -112,6 +112,12 @@ def verify_bundle(path: Path) -> dict[str, Any]:
         manifest = bundle.manifest()
         bundle.check(manifest)
     return manifest
+
+
+def signers(path: Path) -> list[str]:
+    """The key ids that a bundle's signature names, none for an unsigned one. Whether it holds is not looked at."""
+    with opened_bundle(path) as bundle:
+        return [] if bundle.envelope is None else [keyid for keyid, _ in signatures_in(bundle.envelope, path.name)]
 
 
 def extract_bundle(path: Path, into: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def require_signature(
     if envelope is None:
         raise ResvitError(f"{what} is not signed, so nothing in it is used.", _SIGN, ExitCode.UNTRUSTED)
     refusal: ResvitError | None = None
-    for keyid, signature in _signatures(envelope, what):
+    for keyid, signature in signatures_in(envelope, what):
         try:
             key = trust.require(keyid, what, expired_ok=expired_ok, now=now)
             if key.verifies(signature, pae(PAYLOAD_TYPE, manifest)):
@@ -70,8 +70,12 @@ def require_signature(
     raise refusal
 
 
-def _signatures(envelope: bytes, what: str) -> list[tuple[str, bytes]]:
-    """The (keyid, signature) pairs of an envelope in the one form in which it is written."""
+def signatures_in(envelope: bytes, what: str) -> list[tuple[str, bytes]]:
+    """The (keyid, signature) pairs of an envelope in the one form in which it is written.
+
+    Raises:
+        ResvitError: UNTRUSTED for any other form.
+    """
     try:
         document = json.loads(envelope)
         # One meaning, one form: whatever is written otherwise was not written by us.
