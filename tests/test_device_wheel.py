@@ -38,7 +38,10 @@ def test_it_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
 def test_it_requires_what_the_project_requires_of_a_device() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(REQUIREMENTS) == sorted(project["dependencies"])
-    assert list(GPU_REQUIREMENTS) == [text.partition(";")[0] for text in project["optional-dependencies"]["device"]]
+    # A device's driver may be of CUDA 12; PyTorch on a workstation brings the next version.
+    lowest = [text.partition(",")[0] for text in project["optional-dependencies"]["device"]]
+    assert [text.partition(",")[0] for text in GPU_REQUIREMENTS] == lowest
+    assert all(text.endswith(",<13") for text in GPU_REQUIREMENTS)
     assert not any(word in " ".join(REQUIREMENTS) for word in ("torch", "onnx"))
 
 
