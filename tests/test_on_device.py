@@ -102,6 +102,9 @@ def test_a_build_ends_on_the_device(
         assert (here.argmax(1) == there.argmax(1)).mean() > 0.98
         assert found["verdict"]["verdict"] in ("accepted", "undecided")
         assert (tmp_path / "config" / "own.key").stat().st_mode & 0o777 == 0o600
+        page = (workspace / "runs/there/report.html").read_text()
+        assert 'id="there"' in page
+        assert "A rehearsal: TensorRT for RTX stood in" in page
         # Finished: the device is asked what it is, and nothing is done again.
         assert run(["build", *BUILD, "--device", device.address, "--rehearse"]) == code
         told = capsys.readouterr()

@@ -10,6 +10,7 @@ from resvit_engines.audit.kernels import Kernel
 from resvit_export.report import ReportData
 from resvit_export.report.audit import fusion_from_audit
 from resvit_export.report.page import html_from_run
+from resvit_export.report.there import facts_from_device
 
 CONV = Kernel("conv_1", "correlation", ("Int8",), ("Half",), ((1, 64),), ((1, 64),), ("conv", "x/DQ"))
 HALF = Kernel("gemm_2", "gemm", ("Half",), ("Half",), ((1, 64),), ((1, 64),), ("a/MatMul",))
@@ -51,3 +52,33 @@ def test_an_audit_that_was_skipped_says_why() -> None:
     skipped = {"target": "jetson-orin", "skipped": "why", "sentences": ["Not audited: why"], "failures": []}
     assert "Not audited: why" in html_from_run(ReportData("x", audit=skipped))
     assert "What fused" not in html_from_run(ReportData("x"))
+
+
+def test_what_the_device_said_is_laid_out() -> None:
+    facts = {"gpu": "Jetson AGX Orin", "host": "orin", "jetpack": "6.2", "tensorrt": "10.3.0", "power_mode": "MAXN"}
+    device = {
+        "facts": {**facts, "clocks": None},
+        "engine": {"builder": "TensorRT", "builder_version": "10.3.0", "seconds": 61.25, "bytes": 3 << 20},
+        "golden": {"sqnr_db": 31.06},
+        "bench": {"batch": 1, "latency_ms": {"p50": 1.234, "p99": 2.0}},
+        "verdict": {"reason": "within the limit"},
+        "images": 1000,
+        "runner": "TensorRT 10.3.0",
+    }
+    rows = dict(facts_from_device(device))
+    assert rows["Software"] == "JetPack 6.2, TensorRT 10.3.0"
+    assert rows["Power mode, clocks"] == "MAXN, not reported"
+    assert rows["Verdict on 1,000 images"] == "within the limit"
+    assert rows["Time at batch 1"] == "median 1.23 ms, 99% below 2.00 ms"
+    assert rows["Golden outputs"] == "31.1 dB from those that were validated"
+    bare = {
+        **device,
+        "verdict": None,
+        "bench": {},
+        "golden": {},
+        "runner": None,
+        "facts": dict.fromkeys(facts) | {"host": "orin", "clocks": None},
+    }
+    rows = dict(facts_from_device(bare))
+    assert rows["Device"] == "orin"
+    assert not any(term.startswith(("Verdict", "Time", "Golden")) for term in rows)

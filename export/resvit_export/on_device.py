@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 import os
 import shutil
@@ -18,7 +20,7 @@ from resvit_engines.facts import DeviceFacts
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.targets import Target, version_of
 from resvit_export.auditing import audit_on_device
-from resvit_export.runfolder import Artifact
+from resvit_export.runfolder import RECORD, Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
@@ -83,6 +85,17 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
             (),
             work,
         )
+
+
+def device_stage(pipeline: Pipeline) -> Artifact | None:
+    """The newest finished stage ``device`` of the pipeline's bundle, on whatever device; None where there is none."""
+    bundle = sha256_file(pipeline.bundle_path)
+    for folder in sorted(pipeline.run.path.glob("device-*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads((folder / RECORD).read_bytes())
+            if record["inputs"]["bundle"] == bundle:
+                return Artifact("device", folder, record, reused=True)
+    return None
 
 
 def look_at_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> None:

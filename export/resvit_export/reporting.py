@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ResvitError
+from resvit_export.on_device import device_stage
 from resvit_export.recipe import recipe_to_toml
 from resvit_export.report import ChangedImage, ReportData, write_report
 from resvit_export.runfolder import Artifact, NotFinishedError
@@ -59,6 +60,8 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
                 yield pipeline.audited
             with contextlib.suppress(ResvitError):
                 yield pipeline.bundled
+                if (there := device_stage(pipeline)) is not None:
+                    yield there
 
 
 def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
@@ -88,6 +91,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         engine=document("compile", "engine.json"),
         plan=document("compile", "plan.json"),
         audit=document("audit", "audit.json"),
+        device=document("device", "device.json"),
         bundle=bundle,
         recipe=recipe_to_toml(pipeline.recipe),
         targets=[pipeline.target.to_json()] if pipeline.target else [],

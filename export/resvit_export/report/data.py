@@ -30,8 +30,8 @@ class ReportData:
     """The JSON of every stage of a run; ``None`` where a stage has not run.
 
     The keys are those that the stages write (prune.json, retrain.json, fold.json, export.json, ranges.json,
-    quantize.json, verdict.json, costs.json, search.json, engine.json, plan.json, audit.json and the bundle's
-    manifest).
+    quantize.json, verdict.json, costs.json, search.json, engine.json, plan.json, audit.json, device.json and
+    the bundle's manifest).
     Shares (top1, agreement, macs_share) are 0..1; drops and intervals are percentage points; sizes are bytes.
     """
 
@@ -49,6 +49,7 @@ class ReportData:
     engine: Json | None = None
     plan: Json | None = None
     audit: Json | None = None
+    device: Json | None = None
     bundle: Json | None = None
     recipe: str | None = None
     targets: Sequence[Json] = ()

@@ -9,6 +9,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.report import accuracy, audit, device, network, pictures, pruning, ranges
 from resvit_export.report.data import ReportData
+from resvit_export.report.there import facts_from_device
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -49,6 +50,8 @@ def html_from_run(data: ReportData) -> str:
         kernel_counts=device.kernel_counts(data.engine) if data.engine else [],
         kernels=device.kernels_from_engine(data.engine) if data.engine else [],
         fusion=audit.fusion_from_audit(data.audit) if data.audit else None,
+        there=facts_from_device(data.device) if data.device else None,
+        rehearsal=bool(data.device and data.device["rehearsal"]),
         plan=data.plan,
         commands=device.commands_from_plan(data.plan) if data.plan else [],
         plan_settings=device.plan_settings(data.plan) if data.plan else [],
