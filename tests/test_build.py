@@ -19,7 +19,7 @@ from resvit_engines import build
 from resvit_engines.audit.kernels import kernel_from_json, kernels_from_log
 from resvit_engines.build import BuildSettings, build_engine, builder_here
 from resvit_engines.build import child as build_child
-from resvit_engines.build.device_plan import device_commands, plan_for_device
+from resvit_engines.build.device_plan import plan_for_device
 from resvit_engines.engine_file import describe_engine_file
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
@@ -360,7 +360,7 @@ def test_settings_that_make_no_sense_are_refused(wrong) -> None:
 
 
 def test_the_commands_for_a_jetson() -> None:
-    commands = device_commands(
+    plan = plan_for_device(
         find_target("jetson-orin-nano"),
         BuildSettings(batch=(1, 4, 8)),
         (3, 224, 224),
@@ -368,7 +368,7 @@ def test_the_commands_for_a_jetson() -> None:
         bundle="my net.resvit",
         onnx_sha256="ab" * 32,
     )
-    assert commands == (
+    assert plan.commands == (
         "python3 -m zipfile -e 'my net.resvit' 'my net'",
         "cd 'my net'",
         f"echo '{'ab' * 32}  model.onnx' | sha256sum --check",
@@ -389,10 +389,10 @@ def test_a_fixed_batch_names_no_shapes_and_precision_flags_never_appear() -> Non
 
 def test_options_beyond_a_plain_engine_reach_trtexec() -> None:
     settings = BuildSettings(hardware_compatible=True, version_compatible=True, strip_weights=True, sparse=True)
-    line = device_commands(find_target("h100"), settings, (3, 8, 8), dynamic_batch=False)[-1]
+    line = plan_for_device(find_target("h100"), settings, (3, 8, 8), dynamic_batch=False).commands[-1]
     wanted = {"--hardwareCompatibilityLevel=ampere+", "--versionCompatible", "--stripWeights", "--sparsity=enable"}
     assert wanted <= set(shlex.split(line))
-    plain = device_commands(find_target("h100"), BuildSettings(), (3, 8, 8), dynamic_batch=False)[-1]
+    plain = plan_for_device(find_target("h100"), BuildSettings(), (3, 8, 8), dynamic_batch=False).commands[-1]
     assert not wanted & set(shlex.split(plain))
 
 
@@ -402,10 +402,8 @@ def test_the_unpack_command_and_the_check_really_work(tmp_path) -> None:
     manifest = write_bundle(tmp_path / "net.resvit", {}, {"model.onnx": b"graph"})
     digest = manifest["files"][0]["sha256"]
     target, shape = find_target("jetson-orin"), (3, 8, 8)
-    commands = device_commands(
-        target, BuildSettings(), shape, dynamic_batch=True, bundle="net.resvit", onnx_sha256=digest
-    )
-    script = " && ".join(["set -e", *commands[:-1]])
+    plan = plan_for_device(target, BuildSettings(), shape, dynamic_batch=True, bundle="net.resvit", onnx_sha256=digest)
+    script = " && ".join(["set -e", *plan.commands[:-1]])
     done = subprocess.run(["/bin/sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "model.onnx: OK")
 

@@ -49,37 +49,9 @@ def plan_for_device(
     """Say in plain words why ``target`` is not built for here, and how to build there.
 
     ``input_shape`` is (C, H, W); ``dynamic_batch`` is whether the ONNX file's batch is dynamic (a fixed shape must
-    not be named again); ``bundle`` is the file name of the bundle and ``onnx`` the model's path inside it.
-    """
-    commands = device_commands(
-        target,
-        settings,
-        input_shape,
-        dynamic_batch=dynamic_batch,
-        bundle=bundle,
-        onnx=onnx,
-        onnx_sha256=onnx_sha256,
-        input_name=input_name,
-    )
-    described = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
-    shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
-    return DevicePlan(target.name, _why(target), commands, _notes(target), shown)
-
-
-def device_commands(
-    target: Target,
-    settings: BuildSettings,
-    input_shape: tuple[int, int, int],
-    *,
-    dynamic_batch: bool,
-    bundle: str = "BUNDLE.resvit",
-    onnx: str = "model.onnx",
-    onnx_sha256: str | None = None,
-    input_name: str = "input",
-) -> tuple[str, ...]:
-    """The shell commands, in order, to run beside the copied bundle: unpack, check, build.
-
-    They need only Python's standard library and ``trtexec``, which every TensorRT installation brings.
+    not be named again); ``bundle`` is the file name of the bundle and ``onnx`` the model's path inside it. The commands
+    are run in order beside the copied bundle: unpack, check, build. They need only Python's standard library and
+    ``trtexec``, which every TensorRT installation brings.
     """
     folder = PurePosixPath(bundle).stem
     commands = [
@@ -89,7 +61,9 @@ def device_commands(
     if onnx_sha256:
         commands.append(f"echo {shlex.quote(f'{onnx_sha256}  {onnx}')} | sha256sum --check")
     commands.append(_trtexec(target, settings, input_shape if dynamic_batch else None, onnx, input_name))
-    return tuple(commands)
+    described = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
+    shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
+    return DevicePlan(target.name, _why(target), tuple(commands), _notes(target), shown)
 
 
 def _trtexec(
