@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import venv
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from resvit_engines.errors import ExitCode
 from resvit_engines.facts import DeviceFacts
 from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
 from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
+from resvit_export.cli import run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -92,3 +97,18 @@ def test_conditions_are_those_of_the_device_and_not_of_this_python(tmp_path: Pat
         )
     assert missing_requirements(tmp_path, device_environment(orin)) == ["other>=2"]
     assert missing_requirements(tmp_path, device_environment(thor)) == []
+
+
+def test_the_command_writes_it_and_fetches_for_a_jetson(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[DeviceFacts] = []
+    monkeypatch.setattr("resvit_engines.remote.wheelhouse.download_wheels", lambda facts, folder: asked.append(facts))
+    assert run(["wheel", str(tmp_path / "out"), "--target", "jetson-orin", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["wheels"] == [Path(found["wheel"]).name]
+    assert [(facts.arch, facts.python, facts.libc, facts.sm) for facts in asked] == [("aarch64", "3.10", "2.35", 87)]
+    assert run(["wheel", str(tmp_path / "out"), "--target", "jetson-thor", "--jetpack", "7.2"]) == 0
+    assert asked[-1].python == "3.12"
+    assert "--no-index --find-links out" in capsys.readouterr().out
+    assert run(["wheel", str(tmp_path / "out"), "--target", "l4"]) == ExitCode.IMPOSSIBLE

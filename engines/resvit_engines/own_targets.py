@@ -24,6 +24,9 @@ _MODULES = (
     ("thor", "jetson-thor"),
 )
 
+_LIBC_OF_PYTHON = {"3.10": "2.35", "3.12": "2.39"}
+"""Of Ubuntu 22.04 and 24.04, which JetPack 6 and 7 are made from."""
+
 
 def resolve_target(name: str, jetpack: str | None = None, own: Mapping[str, Any] | None = None) -> Target:
     """Find a target by name: ``auto`` for this machine's GPU, one of ``own``, or a row of the table.
@@ -107,3 +110,22 @@ def target_here(jetpack: str | None = None, facts: DeviceFacts | None = None) ->
     note = f"Its speed and memory are those of {rows[0].title}: predicted times are wrong by what the two differ."
     short = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-") or f"sm-{sm}"
     return dataclasses.replace(rows[0], name=short, title=name or short, notes=(*rows[0].notes, note))
+
+
+def facts_of_jetson(target: Target) -> DeviceFacts:
+    """What a Jetson with its usual software is, as far as installing on it goes.
+
+    Raises:
+        ResvitError: IMPOSSIBLE for a target whose Python is not known, because no image comes with it.
+    """
+    if target.python is None:
+        raise ResvitError(
+            f"Which Python a machine with {target.title} has, its name does not tell.",
+            "On that machine: pip install resvit-export.",
+            ExitCode.IMPOSSIBLE,
+        )
+    libc = _LIBC_OF_PYTHON[target.python]
+    memory = target.memory_mib
+    return DeviceFacts(
+        target.sm, target.title, target.tensorrt, target.jetpack, target.arch, memory, 0, target.python, libc=libc
+    )

@@ -25,6 +25,7 @@ _COMMANDS = {
     "keygen": "resvit_export.cli.keys",
     "sign": "resvit_export.cli.keys",
     "layers": "resvit_export.cli.layers",
+    "wheel": "resvit_export.cli.wheel",
     "targets": "resvit_export.cli.tools",
     "inspect": "resvit_export.cli.tools",
     "doctor": "resvit_export.cli.tools",
