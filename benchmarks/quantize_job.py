@@ -26,7 +26,7 @@ import numpy as np
 from machine import write_result
 
 from resvit_calibrate.data import Batch
-from resvit_export.runfolder import peak_memory_mib
+from resvit_engines.process import peak_memory_mib
 
 POOL = 64
 

@@ -27,7 +27,7 @@ from resvit_calibrate.metrics import Predictions, compare, predict
 from resvit_calibrate.runtime import checked_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
-from resvit_export.runfolder import peak_memory_mib
+from resvit_engines.process import peak_memory_mib
 
 MADE, SCORED = "made.json", "scored.json"
 

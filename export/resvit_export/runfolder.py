@@ -29,6 +29,7 @@ from resvit_engines.files import (
     sha256_bytes,
     sha256_file,
 )
+from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
 
 RECORD = "record.json"
@@ -204,15 +205,6 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def peak_memory_mib() -> int:
-    """Peak resident memory of this process since the last reset, in MiB (0 where the kernel does not tell)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) >> 10
-    return 0
 
 
 def _reset_peak_memory() -> None:

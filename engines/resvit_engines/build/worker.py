@@ -22,6 +22,7 @@ from resvit_engines.build.memory import OutOfMemoryError
 from resvit_engines.build.steps import StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.process import peak_memory_mib
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -72,7 +73,7 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
     result = {
         "version": str(trt.__version__),
         "seconds": time.monotonic() - start,
-        "peak_mib": _peak_mib(),
+        "peak_mib": peak_memory_mib(),
         "inputs": inputs,
         "outputs": outputs,
         "kernels": [kernel.to_json() for kernel in kernels_from_log(log.messages)],
@@ -135,14 +136,6 @@ def _describe(request: dict[str, Any], content: Any, path: Path) -> list[str]:
     except ResvitError as error:
         return [f"The engine's layers are not listed: {error.problem}"]
     return []
-
-
-def _peak_mib() -> int:
-    """Peak resident memory of this process in MiB: VmHWM, since ru_maxrss counts the parent's before exec too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) >> 10
-    return 0
 
 
 def _die_with(parent: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.process import peak_memory_mib
 from resvit_engines.run import Lane, Runner
 from resvit_engines.run.clocks import Conditions, conditions_now, remarks_about
 from resvit_engines.run.feeds import Arrays, checked_feeds
@@ -226,7 +226,7 @@ def report_from(watch: Stopwatch, samples: Samples, before: Conditions, after: C
         percentiles(samples.gpu_ms) if samples.gpu_ms else None,
         settings.batch * len(samples.wall_ms) / samples.seconds,
         runner.describe["device_mib"],
-        host_peak_mib(),
+        peak_memory_mib(),
         before,
         after,
         (*watch.remarks, *remarks_about(before, after)),
@@ -252,8 +252,3 @@ def bench_feeds(runner: Runner, batch: int, images: Arrays | None) -> Arrays:
     feeds, count = checked_feeds(images, runner.inputs)
     places = np.arange(batch) % count
     return {name: np.ascontiguousarray(array[places]) for name, array in feeds.items()}
-
-
-def host_peak_mib() -> int:
-    """Peak resident memory of this process, in MiB."""
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from resvit_engines.errors import ResvitError
+from resvit_export.cli.keys import key_option
 from resvit_export.recipe import (
     CALIBRATORS,
     EFFORTS,
@@ -160,11 +161,7 @@ _COMPILE = [
     ),
 ]
 _BUNDLE = [
-    click.option(
-        "--key",
-        metavar="FILE|agent[:COMMENT]",
-        help="Private key to sign the bundle with.  [default: $RESVIT_SIGNING_KEY, or $RESVIT_SIGNING_KEY_FILE]",
-    ),
+    key_option,
     click.option("--release", type=int, help="Number of this release; devices refuse to go back.  [default: 1]"),
 ]
 
