@@ -1,21 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
-from resvit_calibrate.gate import Verdict, VerdictKind, images_needed, judge
+from resvit_calibrate.gate import Verdict, VerdictKind, judge
 from resvit_calibrate.intervals import normal_quantile, paired_difference, score
-from resvit_calibrate.metrics import Comparison, Predictions, compare
+from resvit_calibrate.metrics import ClassComparison, Predictions, compare
 from resvit_engines.errors import ExitCode, ResvitError
 
 
-def outcome(right: int, lost: int, gained: int, count: int) -> Comparison:
+def outcome(right: int, lost: int, gained: int, count: int) -> ClassComparison:
     """A comparison with these counts; the reference is right on ``right`` images."""
     low, high = paired_difference(lost, gained, count)
-    return Comparison(
+    return ClassComparison(
         images=count,
         reference_top1=right / count,
         candidate_top1=(right - lost + gained) / count,
@@ -32,7 +33,7 @@ def outcome(right: int, lost: int, gained: int, count: int) -> Comparison:
     )
 
 
-def simulated(random: np.random.Generator, count: int, top1: float, lose: float, gain: float) -> Comparison:
+def simulated(random: np.random.Generator, count: int, top1: float, lose: float, gain: float) -> ClassComparison:
     """Two networks of 10 classes, the second wrong where the first is right with probability ``lose``…"""
     labels = random.integers(0, 10, count)
     draw = random.random(count)
@@ -48,8 +49,8 @@ def simulated(random: np.random.Generator, count: int, top1: float, lose: float,
     return compare(Predictions(logits(first), labels), Predictions(logits(second), labels))
 
 
-def judged(comparison: Comparison, limit: float = 1.0, classes: int = 10, confidence: float = 0.95) -> Verdict:
-    verdict = judge(comparison, limit, classes, confidence)
+def judged(comparison: ClassComparison, limit: float = 1.0, classes: int = 10, confidence: float = 0.95) -> Verdict:
+    verdict = judge(dataclasses.replace(comparison, classes=classes), limit, confidence)
     json.dumps(verdict.to_json(), allow_nan=False)
     return verdict
 
@@ -197,7 +198,7 @@ def test_images_needed_would_decide_and_few_fewer_would_not(counts, limit):
     comparison = outcome(*counts)
     if judged(comparison, limit).kind is not VerdictKind.UNDECIDED:
         return
-    needed = images_needed(comparison, limit)
+    needed = comparison.images_needed(limit, 0.95)
     _, lost, gained, count = counts
     if needed is None:
         assert abs(comparison.drop - limit) < 0.1
@@ -213,9 +214,9 @@ def test_images_needed_would_decide_and_few_fewer_would_not(counts, limit):
 
 def test_images_needed_without_disagreement_is_the_closed_form():
     z2 = normal_quantile(0.95) ** 2
-    assert images_needed(outcome(45, 0, 0, 50), 1.0) == pytest.approx(z2 * 99, rel=0.06)
-    assert images_needed(outcome(45, 0, 0, 50), 0.0) is None
-    assert images_needed(outcome(450, 10, 5, 500), 1.0) is None
+    assert outcome(45, 0, 0, 50).images_needed(1.0, 0.95) == pytest.approx(z2 * 99, rel=0.06)
+    assert outcome(45, 0, 0, 50).images_needed(0.0, 0.95) is None
+    assert outcome(450, 10, 5, 500).images_needed(1.0, 0.95) is None
 
 
 @pytest.mark.parametrize(
@@ -224,4 +225,4 @@ def test_images_needed_without_disagreement_is_the_closed_form():
 )
 def test_settings_that_mean_nothing(limit, classes, confidence):
     with pytest.raises(ResvitError):
-        judge(outcome(90, 1, 1, 100), limit, classes, confidence)
+        judged(outcome(90, 1, 1, 100), limit, classes, confidence)

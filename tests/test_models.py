@@ -119,7 +119,7 @@ def test_pyramid_adds_the_coarse_level_to_the_fine_one():
         ("embed-nano", {"num_classes": True}, "not a whole number", "whole number"),
         ("embed-nano", {"num_classes": 0}, "out of range", "between 1"),
         ("embed-nano", {"dropout": float("nan")}, "out of range", "0.95"),
-        ("embed-nano", {"task": "segmentation"}, "segmentation", "classification"),
+        ("embed-nano", {"task": "depth"}, "depth", "segmentation"),
         ("embed-nano", {"dim": 72}, "multiple of 16", "64"),
         ("embed-nano", {"dim": 80}, "do not divide", "head_dim"),
         ("embed-nano", {"block": "bottleneck"}, "stage_widths = 32, 64", "multiples of 64"),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
-from resvit_calibrate import fashion_mnist
 from resvit_calibrate.choose import divide, stratified
-from resvit_calibrate.factories import Factory, StreamImageSet, factory_from
-from resvit_calibrate.folders import pixels_from_folder, shared_class_names, split_folders
+from resvit_calibrate.factories import Factory, StreamImageSet
 from resvit_calibrate.image_set import Batch, DataSpec, ImageSet
 from resvit_calibrate.indexed import IndexedImageSet
-from resvit_calibrate.npz import pixels_from_npz
-from resvit_calibrate.pixels import ArrayPixels, Pixels
+from resvit_calibrate.pixels import Pixels
 from resvit_calibrate.preprocess import Preprocess
+from resvit_calibrate.sources import (
+    KINDS,
+    Pools,
+    is_factory,
+    numbered_like,
+    open_source,
+    require_source,
+    same_numbering,
+    same_source,
+)
+from resvit_calibrate.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.training import TrainingImages
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
@@ -25,21 +30,13 @@ __all__ = [
     "DataSpec",
     "ImageSet",
     "Preprocess",
+    "TargetOptions",
     "TrainingImages",
+    "is_factory",
     "open_image_sets",
     "open_training_images",
     "require_source",
 ]
-
-_KINDS = "Give `fashion-mnist`, a folder of class folders, an .npz file, or file.py:factory."
-
-
-@dataclass(frozen=True)
-class _Pools:
-    """Where images can be taken from; ``validation`` is None where both sides share one pool."""
-
-    calibration: Pixels
-    validation: Pixels | None
 
 
 def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter = SILENT) -> tuple[ImageSet, ImageSet]:
@@ -47,12 +44,23 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
 
     An image whose bytes are on both sides is dropped from calibration. Warns once where images are fewer
     than asked for, are broken, or are not in the network's colours. Raises ``ResvitError`` where the data is
-    missing or unusable, and where validation has no labels or only one class.
+    missing or unusable, and where validation has neither labels nor targets, or labels of only one class.
     """
     calibration, validation = _opened(spec, preprocess, reporter)
     _require(validation, "validation")
     _require(calibration, "calibration")
-    _require_classes(validation)
+    if validation.task in (None, "classification") and not spec.unlabelled:
+        _require_classes(validation)
+    if calibration.task == validation.task == "segmentation":
+        # Where only the masks themselves show how many classes there are, one side may lack the last.
+        most = max(calibration.num_classes or 0, validation.num_classes or 0)
+        calibration.num_classes = validation.num_classes = most or None
+    if validation.task == "segmentation" and (validation.num_classes or 0) < 2:
+        raise ResvitError(
+            f"All labelled pixels of the masks are of one class ({validation.description}).",
+            "A mask's value is its class, and 255 means `unlabelled`: write 0 and 1 for background and object, or give "
+            "the task's option `classes` if these images really show only one.",
+        )
     found = len(calibration)
     calibration = calibration.without(frozenset(validation.contents))
     if len(calibration) < found:
@@ -70,17 +78,17 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
 
 
 def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    first = _source(spec.data)
-    if spec.validation_data is None or _same(spec.data, spec.validation_data):
+    first = open_source(spec.data, spec.reading)
+    if spec.validation_data is None or same_source(spec.data, spec.validation_data):
         if isinstance(first, Factory):
             return _streams(first, spec, preprocess)
         if first.validation is None:
             return _divided(first.calibration, spec, preprocess, reporter)
-        second: _Pools | Factory = first
+        second: Pools | Factory = first
     else:
-        second = _source(spec.validation_data)
-        if isinstance(first, _Pools) and isinstance(second, _Pools):
-            second = _renumbered(spec.data, spec.validation_data, second, reporter)
+        second = open_source(spec.validation_data, spec.reading)
+        if isinstance(first, Pools) and isinstance(second, Pools):
+            first, second = same_numbering(spec.data, spec.validation_data, first, second, reporter)
     calibration: ImageSet
     validation: ImageSet
     if isinstance(first, Factory):
@@ -96,19 +104,26 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
 
 
 def open_training_images(
-    data: str, avoid: ImageSet, limit: int, seed: int, preprocess: Preprocess, reporter: Reporter = SILENT
+    data: str,
+    avoid: ImageSet,
+    limit: int,
+    seed: int,
+    preprocess: Preprocess,
+    reporter: Reporter = SILENT,
+    reading: TargetOptions = AS_USUAL,
 ) -> TrainingImages:
     """Open at most ``limit`` images to train on: none of them is also in ``avoid``, the validation images.
 
     ``data`` is of the kinds that ``DataSpec`` has; of one with two parts, the first is taken. Labels may be
-    missing. Raises ``ResvitError`` where the data is missing or unusable, or is all in ``avoid``.
+    missing. Classes are numbered as in ``avoid``. Raises ``ResvitError`` where the data is missing or unusable,
+    is all in ``avoid``, or has classes that ``avoid`` does not know.
     """
-    source = _source(data)
+    source = open_source(data, reading)
     images: IndexedImageSet | StreamImageSet
     if isinstance(source, Factory):
         images = StreamImageSet(source, "calibration", preprocess, limit)
     else:
-        pool = source.calibration
+        pool = numbered_like(source.calibration, avoid)
         _tell(pool, reporter)
         chosen = stratified(pool.labels, np.arange(len(pool), dtype=np.int64), limit, seed)
         images = IndexedImageSet(pool, chosen, preprocess, reporter)
@@ -127,62 +142,6 @@ def open_training_images(
     for name in images.skipped:
         reporter.warn(f"skipped a broken training image: {name}")
     return TrainingImages(images)
-
-
-def require_source(data: str) -> None:
-    """Refuse at once, without reading any image, what names no data: so that no long work is done for nothing.
-
-    Raises ``ResvitError`` for a path that does not exist and is no factory's name.
-    """
-    if data != "fashion-mnist" and _existing(data) is None and ":" not in data:
-        raise ResvitError(f"The data {data!r} does not exist.", _KINDS)
-
-
-def _source(data: str) -> _Pools | Factory:
-    """Recognise what the user named."""
-    if data == "fashion-mnist":
-        train, test = (
-            ArrayPixels(f"fashion-mnist ({split})", *fashion_mnist.read_split(split), fashion_mnist.CLASS_NAMES)
-            for split in fashion_mnist.SPLITS
-        )
-        return _Pools(train, test)
-    path = _existing(data)
-    if path is not None and path.is_dir():
-        return _folder_pools(path)
-    if path is not None and path.suffix != ".py":
-        return _Pools(*pixels_from_npz(path))
-    factory = factory_from(data)
-    if factory is None:
-        what = "is a Python file without a function" if path is not None else "does not exist"
-        raise ResvitError(f"The data {data!r} {what}.", _KINDS)
-    return factory
-
-
-def _folder_pools(root: Path) -> _Pools:
-    parts = split_folders(root)
-    if parts is None:
-        return _Pools(pixels_from_folder(root), None)
-    names = shared_class_names(*parts)
-    if names is None:
-        raise ResvitError(
-            f"{parts[0]} and {parts[1]} each have classes that the other lacks.",
-            "Use the same class folders in both.",
-        )
-    train, validation = (pixels_from_folder(part, names or None) for part in parts)
-    return _Pools(train, validation)
-
-
-def _renumbered(data: str, validation_data: str, second: _Pools, reporter: Reporter) -> _Pools:
-    """Number a separate validation folder's classes by the calibration folder's, where that has them all."""
-    roots = [root for root in map(_existing, (data, validation_data)) if root is not None and root.is_dir()]
-    if len(roots) < 2:
-        return second
-    train, validation = ((split_folders(root) or (root, root))[side] for side, root in enumerate(roots))
-    names = shared_class_names(train, validation)
-    if not names or names == (second.validation or second.calibration).class_names:
-        return second
-    reporter.warn(f"{validation} lacks some of the classes of {train}; labels follow {train}")
-    return _Pools(pixels_from_folder(validation, names), None)
 
 
 def _divided(pool: Pixels, spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
@@ -218,22 +177,6 @@ def _streams(factory: Factory, spec: DataSpec, preprocess: Preprocess) -> tuple[
     return whole.divided(*divide(len(whole), spec.calibration_images, spec.validation_images))
 
 
-def _same(data: str, validation_data: str) -> bool:
-    first, second = _existing(data), _existing(validation_data)
-    return data == validation_data or (first is not None and second is not None and first.samefile(second))
-
-
-def _existing(text: str) -> Path | None:
-    """The file or folder that ``text`` names, if there is one; it may be the name of something else."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.is_dir() or path.is_file() else None
-    except PermissionError as error:
-        raise ResvitError(f"{text} cannot be read: {error.strerror}.", "Change its permissions.") from error
-    except (OSError, RuntimeError, ValueError):
-        return None
-
-
 def _tell(pool: Pixels, reporter: Reporter) -> None:
     for note in pool.notes:
         reporter.warn(note)
@@ -241,7 +184,7 @@ def _tell(pool: Pixels, reporter: Reporter) -> None:
 
 def _require(images: ImageSet, what: str) -> None:
     if not len(images):
-        raise ResvitError(f"There is no image for {what} ({images.description}).", _KINDS)
+        raise ResvitError(f"There is no image for {what} ({images.description}).", KINDS)
 
 
 def _require_classes(validation: ImageSet) -> None:
@@ -249,7 +192,8 @@ def _require_classes(validation: ImageSet) -> None:
     if labels is None:
         raise ResvitError(
             f"The validation images have no labels ({validation.description}).",
-            "Accuracy cannot be measured without: sort them into class folders, or add `labels` to the .npz.",
+            "Accuracy cannot be measured without: sort them into class folders, put masks, depths or COCO's "
+            "annotations beside them, or add `labels` to the .npz.",
         )
     if len(labels) > 1 and len(np.unique(labels)) == 1:
         raise ResvitError(

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.factory_items import SHAPE, Item, items_of
 from resvit_calibrate.image_set import Batch, ImageSet, digest_of
+from resvit_calibrate.masks import require_known_classes
 from resvit_calibrate.preprocess import Preprocess
+from resvit_calibrate.targets import AS_USUAL, TargetOptions
 from resvit_engines.errors import ResvitError
 
 Split = Literal["calibration", "validation"]
 _PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
-_SHAPE = "Let it return an iterable of (images, labels): float32 [B, C, H, W] as the network reads them, and int [B]."
 _ENDLESS = 5_000_000
 
 
 class Factory:
     """A callable named by the user; ``splits`` tells whether it knows calibration from validation."""
 
-    def __init__(self, text: str, function: Callable[..., Iterable[Any]]) -> None:
+    def __init__(self, text: str, function: Callable[..., Iterable[Any]], options: TargetOptions = AS_USUAL) -> None:
         self.text = text
+        self.options = options
         self._function = function
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -36,12 +39,11 @@ class Factory:
             parameters = ()  # type: ignore[assignment]  # a built-in without a signature takes no split
         self.splits = any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def images(self, split: Split, preprocess: Preprocess) -> Iterator[tuple[npt.NDArray[np.float32], int | None]]:
-        """Call it and pass on one image at a time: float32 [C, H, W] and its label."""
+    def images(self, split: Split, preprocess: Preprocess) -> Iterator[Item]:
+        """Call it and pass on one image at a time, with its label or target."""
         expected = (preprocess.channels, *preprocess.size)
-        for item in self._items(split):
-            images, labels = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
-            yield from _checked(self.text, images, labels, expected)
+        for batch in self._items(split):
+            yield from items_of(self.text, batch, expected, self.options)
 
     def _items(self, split: Split) -> Iterator[Any]:
         try:
@@ -49,11 +51,25 @@ class Factory:
         except (ResvitError, MemoryError):
             raise
         except Exception as error:
-            raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", _SHAPE) from error
+            raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
 
 
-def factory_from(text: str) -> Factory | None:
+def is_factory_name(text: str) -> bool:
+    """Whether ``text`` has the form ``package.module:name`` or ``file.py:name``."""
+    return _PATTERN.fullmatch(text) is not None
+
+
+def factory_from(text: str, options: TargetOptions = AS_USUAL) -> Factory | None:
     """Import ``package.module:name`` or ``file.py:name``; None where ``text`` has not that form."""
+    function = function_from(text, SHAPE)
+    return None if function is None else Factory(text, function, options)
+
+
+def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
+    """Import the function ``package.module:name`` or ``file.py:name``; None where ``text`` has not that form.
+
+    Raises ``ResvitError`` where it can't be imported, or is no function: then with ``wanted``, what it should be.
+    """
     match = _PATTERN.fullmatch(text)
     if match is None:
         return None
@@ -72,13 +88,14 @@ def factory_from(text: str) -> Factory | None:
     function = getattr(loaded, name, None)
     if not callable(function):
         what = "has nothing of that name" if function is None else f"has a {type(function).__name__} there"
-        raise ResvitError(f"{text} is not a function: {module} {what}.", _SHAPE)
-    return Factory(text, function)
+        raise ResvitError(f"{text} is not a function: {module} {what}.", wanted)
+    found: Callable[..., Any] = function
+    return found
 
 
 def _module_from_file(path: Path) -> Any:
     if not path.is_file():
-        raise ResvitError(f"The file {path} does not exist.", "Check the path in --data.")
+        raise ResvitError(f"The file {path} does not exist.", "Check the path before the colon.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ResvitError(f"{path} cannot be imported.", "Check that it is a Python file.")
@@ -87,32 +104,12 @@ def _module_from_file(path: Path) -> Any:
     return module
 
 
-def _checked(
-    text: str, images: Any, labels: Any, expected: tuple[int, ...]
-) -> Iterator[tuple[npt.NDArray[np.float32], int | None]]:
-    images = np.asarray(images)
-    if images.dtype.kind != "f":
-        raise ResvitError(f"{text} gave images of type {images.dtype}, not preprocessed floats.", _SHAPE)
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise ResvitError(
-            f"{text} gave images of shape {list(images.shape)}; the network reads "
-            f"[B, {', '.join(map(str, expected))}].",
-            _SHAPE,
-        )
-    images = np.ascontiguousarray(images, dtype=np.float32)
-    if not np.isfinite(images).all():
-        raise ResvitError(f"{text} gave images that hold NaN or infinity.", "Check its preprocessing.")
-    if labels is None:
-        yield from ((image, None) for image in images)
-        return
-    labels = np.asarray(labels)
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or (labels < 0).any():
-        raise ResvitError(
-            f"{text} gave labels of type {labels.dtype} and shape {list(labels.shape)} for {len(images)} images; "
-            "they must be class numbers from 0.",
-            _SHAPE,
-        )
-    yield from zip(images, map(int, labels), strict=True)
+class _Seen(NamedTuple):
+    """What must be the same each time that an image comes."""
+
+    content: bytes
+    label: int | None
+    about: bytes
 
 
 class StreamImageSet(ImageSet):
@@ -126,31 +123,41 @@ class StreamImageSet(ImageSet):
         self._factory = factory
         self._split: Split = split
         self.preprocess = preprocess
-        self._kept: dict[int, tuple[bytes, int | None]] = {}
-        for position, (image, label) in enumerate(factory.images(split, preprocess)):
+        self._kept: dict[int, _Seen] = {}
+        tasks: set[str | None] = set()
+        classes: dict[str, tuple[int, ...]] = {}
+        for position, item in enumerate(factory.images(split, preprocess)):
             if position == stop:
                 break
             if position == _ENDLESS:
                 raise ResvitError(f"{factory.text} gave {_ENDLESS} images and goes on.", "Let it end.")
-            self._kept[position] = (hashlib.sha256(image.tobytes()).digest(), label)
-        if len({label is None for _, label in self._kept.values()}) == 2:
-            raise ResvitError(f"{factory.text} gave labels for some images only.", _SHAPE)
+            self._kept[position] = _seen(item)
+            tasks.add(item.task)
+            if item.target is not None:
+                classes[f"image {position}"] = item.classes
+        if len(tasks) > 1:
+            told = ", ".join(sorted(task for task in tasks if task))
+            what = f"labels or targets for some images only ({told})" if None in tasks else f"targets for {told}"
+            raise ResvitError(f"{factory.text} gave {what}.", SHAPE)
+        self.task = next(iter(tasks), None)
+        self.num_classes = require_known_classes(classes, factory.options.classes, factory.text) if classes else None
         self._describe()
 
     def _describe(self) -> None:
-        self.contents = tuple(content for content, _ in self._kept.values())
-        self.digest = digest_of(self.contents, self.labels)
+        self.contents = tuple(seen.content for seen in self._kept.values())
+        self.digest = digest_of(self.contents, self.labels, [seen.about for seen in self._kept.values()])
         self.description = f"{len(self)} images of {self._factory.text.rpartition('/')[2]} ({self._split})"
 
-    def _only(self, kept: dict[int, tuple[bytes, int | None]], split: Split) -> StreamImageSet:
+    def _only(self, kept: dict[int, _Seen], split: Split) -> StreamImageSet:
         other = StreamImageSet.__new__(StreamImageSet)
         other._factory, other._split, other.preprocess, other._kept = self._factory, split, self.preprocess, kept
+        other.task, other.num_classes = self.task, self.num_classes
         other._describe()
         return other
 
     def without(self, contents: frozenset[bytes]) -> StreamImageSet:
         """Leave out the images whose digest is in ``contents``."""
-        kept = {position: found for position, found in self._kept.items() if found[0] not in contents}
+        kept = {position: found for position, found in self._kept.items() if found.content not in contents}
         return self._only(kept, self._split)
 
     def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> StreamImageSet:
@@ -172,7 +179,7 @@ class StreamImageSet(ImageSet):
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Labels int64 [N] in the order of ``batches``, or None."""
-        found = [label for _, label in self._kept.values() if label is not None]
+        found = [seen.label for seen in self._kept.values() if seen.label is not None]
         return np.array(found, np.int64) if found else None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -183,26 +190,24 @@ class StreamImageSet(ImageSet):
         if batch_size < 1:
             raise ResvitError(f"A batch size of {batch_size} cannot be used.", "Choose 1 or more.")
         last = max(self._kept, default=-1)
-        images: list[npt.NDArray[np.float32]] = []
-        labels: list[int | None] = []
+        ready: list[Item] = []
         position = -1
-        for position, (image, label) in enumerate(self._factory.images(self._split, self.preprocess)):
+        for position, item in enumerate(self._factory.images(self._split, self.preprocess)):
             if position > last:
                 break
             if position not in self._kept:
                 continue
-            if (hashlib.sha256(image.tobytes()).digest(), label) != self._kept[position]:
+            if _seen(item) != self._kept[position]:
                 raise self._changed(f"image {position} differs from the one that it gave before")
             # A loader may fill the same buffer again.
-            images.append(image.copy())
-            labels.append(label)
-            if len(images) == batch_size:
-                yield _batch(images, labels)
-                images, labels = [], []
+            ready.append(dataclasses.replace(item, image=item.image.copy()))
+            if len(ready) == batch_size:
+                yield batch_of(ready)
+                ready = []
         if position < last:
             raise self._changed(f"it ended after {position + 1} images where it gave {last + 1} before")
-        if images:
-            yield _batch(images, labels)
+        if ready:
+            yield batch_of(ready)
 
     def _changed(self, how: str) -> ResvitError:
         return ResvitError(
@@ -211,6 +216,18 @@ class StreamImageSet(ImageSet):
         )
 
 
-def _batch(images: list[npt.NDArray[np.float32]], labels: list[int | None]) -> Batch:
-    numbers = [label for label in labels if label is not None]
-    return Batch(np.stack(images), np.array(numbers, np.int64) if numbers else None)
+def _seen(item: Item) -> _Seen:
+    return _Seen(item.content, item.label, item.about)
+
+
+def batch_of(items: Sequence[Item]) -> Batch:
+    """Put images together that all have a label, all have a target, or all have neither."""
+    labels = [item.label for item in items if item.label is not None]
+    targets = tuple(item.target for item in items if item.target is not None)
+    geometry = tuple(item.geometry for item in items if item.geometry is not None)
+    return Batch(
+        np.stack([item.image for item in items]),
+        np.array(labels, np.int64) if labels else None,
+        targets or None,
+        geometry if len(geometry) == len(items) else None,
+    )

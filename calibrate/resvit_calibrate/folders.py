@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from resvit_calibrate.pixels import FilePixels
 from resvit_engines.errors import ResvitError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_VALIDATION_NAMES = ("val", "valid", "validation", "test")
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
 _LAYOUT = (
     "Give a folder with one sub-folder of images for each class, or one with `train` and `val` inside; "
     f"images end in {', '.join(_SUFFIXES)}."
@@ -23,7 +23,7 @@ _LAYOUT = (
 def split_folders(root: Path) -> tuple[Path, Path] | None:
     """Find ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) inside ``root``, or None."""
     train = root / "train"
-    for name in _VALIDATION_NAMES:
+    for name in VALIDATION_NAMES:
         if train.is_dir() and (root / name).is_dir():
             return train, root / name
     return None
@@ -43,7 +43,7 @@ def pixels_from_folder(root: Path, names: tuple[str, ...] | None = None) -> File
     own = class_names(root)
     names = own if names is None else names
     with _explained(root):
-        loose = sorted(e.name for e in os.scandir(root) if e.is_file() and _is_image(e.name))
+        loose = sorted(e.name for e in os.scandir(root) if e.is_file() and is_image(e.name))
     if not own:
         if not loose:
             raise ResvitError(f"The folder {root} holds no images.", _LAYOUT)
@@ -52,7 +52,7 @@ def pixels_from_folder(root: Path, names: tuple[str, ...] | None = None) -> File
     labels: list[int] = []
     empty = []
     for name in own:
-        found = sorted(_images_below(root, name))
+        found = sorted(files_below(root, name, is_image))
         files += found
         labels += [names.index(name)] * len(found)
         if not found:
@@ -77,8 +77,8 @@ def shared_class_names(calibration: Path, validation: Path) -> tuple[str, ...] |
     return second if set(first) <= set(second) else None
 
 
-def _images_below(root: Path, name: str) -> Iterator[str]:
-    """Paths of the images anywhere below a class folder, relative to ``root``; links are followed once."""
+def files_below(root: Path, name: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """Paths of the files below ``root/name`` whose names fit, relative to ``root``; links are followed once."""
     seen: set[tuple[int, int]] = set()
     with _explained(root):
         for folder, below, files in os.walk(root / name, followlinks=True, onerror=_raise):
@@ -90,7 +90,7 @@ def _images_below(root: Path, name: str) -> Iterator[str]:
             # Sorted, so that a folder reached twice through links is always met on the same path first.
             below[:] = sorted(filter(_visible, below))
             for file in files:
-                if _is_image(file):
+                if _visible(file) and fits(file):
                     yield os.path.relpath(Path(folder, file), root)
 
 
@@ -98,7 +98,8 @@ def _visible(name: str) -> bool:
     return not name.startswith(".")
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
     return _visible(name) and name.lower().endswith(_SUFFIXES)
 
 

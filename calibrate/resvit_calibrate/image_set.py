@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.preprocess import Preprocess
+from resvit_calibrate.targets import AS_USUAL, Geometry, Target, TargetOptions
 from resvit_engines.errors import ResvitError
 
 
@@ -18,10 +19,12 @@ from resvit_engines.errors import ResvitError
 class DataSpec:
     """Which images to calibrate with and which to validate on.
 
-    ``data`` is ``fashion-mnist``, a folder of class folders (or one with ``train`` and ``val`` inside), an
-    ``.npz`` file, or ``package.module:factory`` or ``file.py:factory``. ``validation_data`` is of the same
-    kinds; without it, validation images are taken from ``data``, apart from the calibration images.
-    ``validation_images`` = None takes all that are left. ``seed`` decides which images are chosen.
+    ``data`` is ``fashion-mnist``, a folder (class folders, ``images`` beside ``masks`` or ``depth``, or COCO's
+    annotations; each also with ``train`` and ``val`` inside), an ``.npz`` file, or ``package.module:factory`` or
+    ``file.py:factory``. ``folder:``, ``coco:``, ``masks:`` or ``depth:`` before a path says which kind it is.
+    ``validation_data`` is of the same kinds; without it, validation images are taken from ``data``, apart from
+    the calibration images. ``validation_images`` = None takes all that are left. ``seed`` decides which images
+    are chosen. ``unlabelled`` allows validation images of which nothing is known.
     """
 
     data: str
@@ -29,6 +32,8 @@ class DataSpec:
     calibration_images: int = 512
     validation_images: int | None = None
     seed: int = 0
+    reading: TargetOptions = AS_USUAL
+    unlabelled: bool = False
 
     def __post_init__(self) -> None:
         if not self.data.strip() or (self.validation_data is not None and not self.validation_data.strip()):
@@ -45,19 +50,27 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 [B, C, H, W], C-contiguous and preprocessed; labels int64 [B] where there are any."""
+    """Images float32 [B, C, H, W], C-contiguous and preprocessed, and what is known of each.
+
+    ``labels`` int64 [B] are the classes of whole images, ``targets`` the boxes, masks or depths in them, in
+    pixels of the network's input. ``geometry`` says how each image became input, where that is known.
+    """
 
     images: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
+    targets: tuple[Target, ...] | None = None
+    geometry: tuple[Geometry, ...] | None = None
 
 
 class ImageSet(abc.ABC):
     """Images in a fixed order that can be streamed again and again in bounded memory.
 
-    ``contents`` has one digest per image, before preprocessing; ``digest`` is the SHA-256 over them and the
-    labels, in order. ``preprocess`` is what these images really go through. ``num_classes`` and
+    ``contents`` has one digest per image, before preprocessing; ``digest`` is the SHA-256 over them, the
+    labels and the targets, in order. ``preprocess`` is what these images really go through. ``num_classes`` and
     ``class_names`` are None and empty where the data does not say. ``converted`` counts the images whose
-    colours are not the network's: grey for a colour network, or colour for a grey one.
+    colours are not the network's: grey for a colour network, or colour for a grey one. ``task`` is
+    ``classification``, ``detection``, ``segmentation`` or ``depth`` by what is known of the images, None where
+    nothing is. ``class_ids`` are the numbers that the data itself gives to class 0, 1, 2…, where it has others.
     """
 
     description: str
@@ -66,6 +79,8 @@ class ImageSet(abc.ABC):
     preprocess: Preprocess
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
+    class_ids: tuple[int, ...] = ()
+    task: str | None = None
     converted: int = 0
 
     @abc.abstractmethod
@@ -103,9 +118,15 @@ class ImageSet(abc.ABC):
         del index
         return None
 
+    def target(self, index: int) -> Target | None:
+        """What is in ``image(index)``, in that image's own pixels, or None where there is no such thing."""
+        del index
+        return None
 
-def digest_of(contents: Sequence[bytes], labels: npt.NDArray[np.int64] | None) -> str:
-    """SHA-256 over the digests of images and their labels, in order, as 64 hexadecimal digits."""
+
+def digest_of(contents: Sequence[bytes], labels: npt.NDArray[np.int64] | None, targets: Sequence[bytes] = ()) -> str:
+    """SHA-256 over the digests of images, their labels and their targets, in order, as 64 hexadecimal digits."""
     digest = hashlib.sha256(b"".join(contents))
     digest.update(b"no labels" if labels is None else labels.astype("<i8").tobytes())
+    digest.update(b"".join(targets))
     return digest.hexdigest()

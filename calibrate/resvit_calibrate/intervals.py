@@ -9,6 +9,8 @@ from statistics import NormalDist
 from resvit_engines.errors import ResvitError
 
 _STEPS = 200
+MOST_IMAGES = 10_000_000
+"""More than anybody has to validate on."""
 
 
 def normal_quantile(confidence: float) -> float:
@@ -65,6 +67,36 @@ def score(difference: float, lost: float, gained: float, count: float) -> float:
     if variance <= 0.0:
         return math.copysign(math.inf, excess) if excess else 0.0
     return excess / math.sqrt(variance)
+
+
+def images_to_decide(lost: float, gained: float, count: int, limit: float, confidence: float) -> int | None:
+    """How many images would put the whole of Tango's interval on one side of ``limit`` (a share).
+
+    With the shares of lost and gained images going on as in these ``count``; two digits, rounded up. None where
+    the observed difference is too near to the limit for any realistic number (10 million).
+    """
+    z = normal_quantile(confidence)
+    lost, gained = lost / count, gained / count
+
+    def decides(images: int) -> bool:
+        # The interval's end passes the limit exactly where the score there passes z.
+        return abs(score(limit, lost * images, gained * images, images)) >= z
+
+    if not decides(MOST_IMAGES):
+        return None
+    few, enough = 0, count
+    while not decides(enough):
+        few, enough = enough, min(2 * enough, MOST_IMAGES)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if decides(middle) else (middle, enough)
+    return two_digits_up(enough)
+
+
+def two_digits_up(count: int) -> int:
+    """Round up to two digits: an estimate should not look more exact than it is."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 def _edge(inside: float, outside: float, holds: Callable[[float], bool]) -> float:

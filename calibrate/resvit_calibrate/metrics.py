@@ -1,19 +1,20 @@
-"""How far one network's answers are from another's, on the same images."""
+"""How far one classifier's answers are from another's, on the same images."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.comparison import Comparison
 from resvit_calibrate.image_set import ImageSet
-from resvit_calibrate.intervals import paired_difference
+from resvit_calibrate.intervals import images_to_decide, paired_difference, share
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import SILENT, Reporter
@@ -54,6 +55,10 @@ class Predictions:
         with atomic_file(path) as partial, partial.open("wb") as stream:
             np.savez(stream, logits=self.logits, labels=self.labels)
 
+    def first(self, count: int) -> Predictions:
+        """Keep the first ``count`` images only."""
+        return Predictions(self.logits[:count], self.labels[:count])
+
     @classmethod
     def load(cls, path: Path) -> Predictions:
         """Read what ``save`` wrote; raises ``ResvitError`` for anything else."""
@@ -67,13 +72,12 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A candidate against a reference on the same images.
+class ClassComparison(Comparison):
+    """Two classifiers on the same images.
 
     ``reference_top1``, ``candidate_top1`` and ``agreement`` (same answer) are shares, 0 to 1. ``drop`` is
-    the reference's accuracy less the candidate's and ``interval`` its two-sided confidence interval at
-    ``confidence``, both in percentage points. ``sqnr_db`` is in dB: infinite where all logits are equal, NaN
-    where the candidate's are not finite.
+    the reference's accuracy less the candidate's and ``interval`` Tango's at ``confidence``, both in percentage
+    points.
     """
 
     images: int
@@ -93,14 +97,63 @@ class Comparison:
     reference_answers: int
     """How many different classes the reference ever answers."""
     candidate_answers: int
+    classes: int = 2
+    """How many classes there are to guess among."""
+    top5: tuple[float, float] | None = None
+    """The share of images with the right class among the five largest, of both; None below six classes."""
+    reference: Mapping[str, float] = field(init=False)
+    candidate: Mapping[str, float] = field(init=False)
+
+    metric = "top-1"
+    what = "accuracy"
+    unit = "percentage points"
+    agreement_of = "images with the same class"
+
+    def __post_init__(self) -> None:
+        for name, top1, which in (("reference", self.reference_top1, 0), ("candidate", self.candidate_top1, 1)):
+            values = {"top-1": top1, **({"top-5": self.top5[which]} if self.top5 else {})}
+            object.__setattr__(self, name, values)
+
+    def interval_at(self, confidence: float) -> tuple[float, float]:
+        """Tango's interval (see ``intervals``)."""
+        low, high = paired_difference(self.lost, self.gained, self.images, confidence)
+        return 100.0 * low, 100.0 * high
+
+    def images_needed(self, limit: float, confidence: float) -> int | None:
+        """If both networks went on as on these: the shares of lost and gained images."""
+        return images_to_decide(self.lost, self.gained, self.images, limit / 100.0, confidence)
+
+    def hopeless(self, confidence: float) -> str | None:
+        """Where the reference cannot be told from guessing, or always answers the same."""
+        if self.classes < 2:
+            raise ResvitError(f"A network of {self.classes} classes cannot be judged.", "It needs two or more.")
+        low, high = share(self.reference_top1 * self.images, self.images, confidence)
+        chance = 1.0 / self.classes
+        against = f"the float network is right on {100 * self.reference_top1:.1f}% of {self.images} images"
+        if low <= chance:
+            how = "worse than" if high < chance else "not clearly better than"
+            return (
+                f"{against}, {how} guessing among {self.classes} classes ({100 * chance:.3g}%): check the checkpoint, "
+                "the preprocessing and the order of the classes, or give more images"
+            )
+        if self.reference_answers == 1 and self.images > 1:
+            return f"{against}, and answers the same class for every one: check the checkpoint and the preprocessing"
+        return None
+
+    @property
+    def remark(self) -> str:
+        """That the candidate is constant, where it is."""
+        constant = self.candidate_answers == 1 < self.images
+        return "the quantised network answers the same class for every image" if constant else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``top1`` is the candidate's, and a number that JSON cannot hold becomes None."""
-        plain = dataclasses.asdict(self)
-        plain["top1"] = plain.pop("candidate_top1")
-        plain["interval"] = list(self.interval)
-        plain["sqnr_db"] = self.sqnr_db if math.isfinite(self.sqnr_db) else None
-        return plain
+        return {
+            **super().to_json(),
+            "top1": self.candidate_top1,
+            "reference_top1": self.reference_top1,
+            **{name: getattr(self, name) for name in ("lost", "gained", "reference_answers", "candidate_answers")},
+        }
 
 
 def predict(
@@ -137,7 +190,7 @@ def predict(
     return found
 
 
-def compare(reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> Comparison:
+def compare(reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> ClassComparison:
     """Measure the candidate against the reference; both must be of the same images in the same order.
 
     The interval is Tango's (see ``intervals``). An image with NaN or infinity in the candidate's logits
@@ -162,7 +215,7 @@ def compare(reference: Predictions, candidate: Predictions, confidence: float = 
     right, still = first == reference.labels, second == reference.labels
     lost, gained = int((right & ~still).sum()), int((still & ~right).sum())
     low, high = paired_difference(lost, gained, count, confidence)
-    return Comparison(
+    return ClassComparison(
         images=count,
         reference_top1=float(right.mean()),
         candidate_top1=float(still.mean()),
@@ -176,6 +229,8 @@ def compare(reference: Predictions, candidate: Predictions, confidence: float = 
         not_finite=int(count - candidate.finite.sum()),
         reference_answers=len(np.unique(first)),
         candidate_answers=len(np.unique(second)),
+        classes=reference.logits.shape[1],
+        top5=(_top5(reference), _top5(candidate)) if reference.logits.shape[1] > 5 else None,
     )
 
 
@@ -211,6 +266,14 @@ def changed_answers(reference: Predictions, candidate: Predictions) -> list[dict
         }
         for index in np.flatnonzero(first != second)
     ]
+
+
+def _top5(predictions: Predictions) -> float:
+    """The share of images whose label is among the five largest logits; one with NaN counts as wrong."""
+    with np.errstate(invalid="ignore"):
+        true = np.take_along_axis(predictions.logits, predictions.labels[:, None], axis=1)
+        within = (predictions.logits > true).sum(axis=1) < 5
+    return float((within & predictions.finite).mean())
 
 
 def _logits(outputs: dict[str, Any], count: int) -> npt.NDArray[np.float32]:

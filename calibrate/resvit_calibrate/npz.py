@@ -13,18 +13,21 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate import npz_targets
 from resvit_calibrate.pixels import ArrayPixels
+from resvit_calibrate.targets import AS_USUAL, TargetOptions
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors
 
 _FIX = (
     "Write it with numpy.savez(path, images=…, labels=…): images uint8 [N, H, W] or [N, H, W, 1 or 3], "
-    "labels integers [N]; val_images and val_labels may follow."
+    "labels integers [N]; or, instead of labels, masks integers [N, H, W], depth metres [N, H, W], or boxes [A, 4] "
+    "with box_classes [A] and box_offsets [N + 1]; val_images and the like may follow."
 )
 
 
-def pixels_from_npz(path: Path) -> tuple[ArrayPixels, ArrayPixels | None]:
-    """Open ``images`` and ``labels``, and ``val_images`` and ``val_labels`` where they exist.
+def pixels_from_npz(path: Path, options: TargetOptions = AS_USUAL) -> tuple[ArrayPixels, ArrayPixels | None]:
+    """Open ``images`` and what is known of them, and ``val_images`` and the like where they exist.
 
     The images are mapped into memory, compressed ones from a nameless temporary file, so that memory stays
     small whatever the size of the file. Raises ``ResvitError`` for a file, an entry, a type or a shape that
@@ -35,25 +38,55 @@ def pixels_from_npz(path: Path) -> tuple[ArrayPixels, ArrayPixels | None]:
             entries = {name.removesuffix(".npy") for name in archive.namelist()}
             if "images" not in entries:
                 raise ResvitError(f"{path} has no entry `images`; it has {', '.join(sorted(entries))}.", _FIX)
-            validation = _pair(archive, path, entries, "val_") if "val_images" in entries else None
-            return _pair(archive, path, entries, ""), validation
+            names: tuple[str, ...] = ()
+            if "class_names" in entries:
+                names = npz_targets.class_names(_mapped(archive, "class_names", path), path)
+            validation = None
+            if "val_images" in entries:
+                validation = _pair(archive, path, entries, "val_", options, names)
+            return _pair(archive, path, entries, "", options, names), validation
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         raise ResvitError(f"{path} is not a usable .npz file: {error}.", _FIX) from error
     except OSError as error:
         raise ResvitError(f"{path} cannot be read: {error.strerror or error}.", _FIX) from error
 
 
-def _pair(archive: zipfile.ZipFile, path: Path, entries: set[str], prefix: str) -> ArrayPixels:
+def _pair(
+    archive: zipfile.ZipFile,
+    path: Path,
+    entries: set[str],
+    prefix: str,
+    options: TargetOptions,
+    names: tuple[str, ...],
+) -> ArrayPixels:
     images = _mapped(archive, f"{prefix}images", path)
     where = f"{prefix}images of {path}"
     if images.dtype != np.uint8:
         raise ResvitError(f"{where} is of type {images.dtype}, not uint8.", _FIX)
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape:
         raise ResvitError(f"{where} has the shape {list(images.shape)}, which is not one of images.", _FIX)
+    name = f"{path.name} ({prefix}images)"
+    known = [kind for kind in ("labels", *npz_targets.KINDS) if f"{prefix}{kind}" in entries]
+    if len(known) > 1:
+        raise ResvitError(
+            f"{path} holds {' and '.join(prefix + kind for kind in known)}: more than one thing to be right about.",
+            "Write one of them into a file of its own, with the images.",
+        )
+    if known and known[0] != "labels":
+        arrays = {
+            entry: _mapped(archive, f"{prefix}{entry}", path)
+            for entry in npz_targets.ENTRIES
+            if f"{prefix}{entry}" in entries
+        }
+        return npz_targets.pixels_from_arrays(name, images, known[0], arrays, options, names)
     labels = None
-    if f"{prefix}labels" in entries:
+    if known:
         labels = _labels(_mapped(archive, f"{prefix}labels", path), len(images), f"{prefix}labels of {path}")
-    return ArrayPixels(f"{path.name} ({prefix}images)", images, labels)
+        if names and int(labels.max()) >= len(names):
+            raise ResvitError(
+                f"{prefix}labels of {path} holds {labels.max()}, but {len(names)} classes have names.", _FIX
+            )
+    return ArrayPixels(name, images, labels, names)
 
 
 def _labels(values: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Images that can be read one by one, by their number: arrays and files."""
+"""Images that can be read one by one, by their number, with what is known of them: arrays and files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from resvit_calibrate.targets import Target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,14 +29,26 @@ class Look(NamedTuple):
     content: bytes
     """SHA-256 of the image's bytes."""
     colour: bool
+    target: bytes = b""
+    """SHA-256 of what is known to be in the image; empty where that is nothing, or a label."""
+    classes: tuple[int, ...] = ()
+    """The classes that a mask holds, in order."""
 
 
 class Pixels(Protocol):
-    """N images with random access. ``native_size`` is (height, width) where all images share it."""
+    """N images with random access. ``native_size`` is (height, width) where all images share it.
+
+    ``task`` says what is known of each: ``classification`` where it has a label, ``detection``,
+    ``segmentation`` or ``depth`` where it has a target, None where nothing is known. ``class_ids`` are the
+    numbers that the data gives its classes, where it has others than 0, 1, 2….
+    """
 
     name: str
+    task: str | None
     labels: npt.NDArray[np.int64] | None
     class_names: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    num_classes: int | None
     native_size: tuple[int, int] | None
     notes: tuple[str, ...]
     """What the user should be told about how the data was understood."""
@@ -53,8 +67,25 @@ class Pixels(Protocol):
         """Decode one image: uint8 [H, W, 1 or 3]; raise ``BrokenImage`` where that fails."""
         ...
 
+    def target(self, index: int, height: int, width: int) -> Target | None:
+        """What is in one image of this size, in its own pixels; raise ``BrokenImage`` where it does not fit."""
+        ...
 
-class ArrayPixels:
+
+class Untargeted:
+    """What images have of which only the labels are known."""
+
+    task: str | None = None
+    class_ids: tuple[int, ...] = ()
+    num_classes: int | None = None
+
+    def target(self, index: int, height: int, width: int) -> Target | None:
+        """There is none."""
+        del index, height, width
+        return None
+
+
+class ArrayPixels(Untargeted):
     """Images of one array, uint8 [N, H, W] or [N, H, W, C]; it may be a memory map."""
 
     def __init__(
@@ -66,7 +97,9 @@ class ArrayPixels:
     ) -> None:
         self.name = name
         self.labels = labels
+        self.task = None if labels is None else "classification"
         self.class_names = class_names
+        self.num_classes = len(class_names) or None
         self.native_size: tuple[int, int] | None = (int(images.shape[1]), int(images.shape[2]))
         self.notes: tuple[str, ...] = ()
         self._images = images if images.ndim == 4 else images[..., None]
@@ -88,7 +121,7 @@ class ArrayPixels:
         return np.array(self._images[index], dtype=np.uint8)
 
 
-class FilePixels:
+class FilePixels(Untargeted):
     """Image files, decoded by Pillow."""
 
     def __init__(
@@ -103,47 +136,51 @@ class FilePixels:
     ) -> None:
         self.name = name
         self.labels = labels
+        self.task = None if labels is None else "classification"
         self.class_names = class_names
+        self.num_classes = len(class_names) or None
         self.native_size: tuple[int, int] | None = None
         self.notes = notes
-        self._root = root
-        self._files = files
+        self.root = root
+        self.files = files
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def title(self, index: int) -> str:
         """Name one image by its path inside the folder."""
-        return self._files[index]
+        return self.files[index]
 
     def look(self, index: int) -> Look:
         """Digest one file's bytes and read the image's header."""
-        data = self._bytes(index)
+        data = file_bytes(self.root / self.files[index])
         try:
-            with _opened(data) as image:
+            with opened(data) as image:
                 colour = image.mode not in _GREY_MODES
         except MemoryError:
             raise
         except Exception as error:
-            raise BrokenImage(_reason(error)) from error
+            raise BrokenImage(reason(error)) from error
         return Look(hashlib.sha256(data).digest(), colour)
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
         """Decode one file, turned upright as its EXIF orientation says: uint8 [H, W, 1 or 3]."""
-        data = self._bytes(index)
+        data = file_bytes(self.root / self.files[index])
         try:
             return decode(data)
         except MemoryError:
             raise
         # A damaged file makes Pillow's many decoders raise nearly anything: OSError, SyntaxError, struct.error…
         except Exception as error:
-            raise BrokenImage(_reason(error)) from error
+            raise BrokenImage(reason(error)) from error
 
-    def _bytes(self, index: int) -> bytes:
-        try:
-            return (self._root / self._files[index]).read_bytes()
-        except OSError as error:
-            raise BrokenImage(error.strerror or str(error)) from error
+
+def file_bytes(path: Path) -> bytes:
+    """Read one file; raise ``BrokenImage`` where that fails."""
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
 
 
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
@@ -154,7 +191,7 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """
     from PIL import ImageOps
 
-    with _opened(data) as image:
+    with opened(data) as image:
         if image.mode == "F":
             raise ValueError("it holds floating-point pixels")
         image.load()
@@ -172,7 +209,8 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
         return np.array(upright.convert("RGB"), dtype=np.uint8)
 
 
-def _opened(data: bytes) -> Image:
+def opened(data: bytes) -> Image:
+    """Open an image file's bytes with Pillow, which reads no more than the header at first."""
     from PIL import Image as Pillow
 
     if not data:
@@ -180,7 +218,8 @@ def _opened(data: bytes) -> Image:
     return Pillow.open(io.BytesIO(data))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image cannot be decoded, in a few words."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):

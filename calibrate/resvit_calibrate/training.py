@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.factories import StreamImageSet
+from resvit_calibrate.factories import StreamImageSet, batch_of
+from resvit_calibrate.factory_items import Item
 from resvit_calibrate.image_set import Batch
 from resvit_calibrate.indexed import IndexedImageSet
+from resvit_calibrate.targets import DepthTarget, MaskTarget
 
 _WINDOW_BYTES = 256 << 20
 
@@ -40,35 +42,47 @@ class TrainingImages:
 def _mixed(images: StreamImageSet, positions: npt.NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
     """Batches of a stream, each image drawn from a window that is filled up behind it."""
     random = np.random.default_rng(positions[:8])
-    labelled = images.labels is not None
-    window: list[tuple[npt.NDArray[np.float32], int]] = []
-    batch: list[tuple[npt.NDArray[np.float32], int]] = []
-
-    def made() -> Batch:
-        labels = np.array([label for _, label in batch], np.int64) if labelled else None
-        return Batch(np.stack([image for image, _ in batch]), labels)
-
+    window: list[Item] = []
+    batch: list[Item] = []
     for part in images.batches(batch_size):
-        numbers = [-1] * len(part.images) if part.labels is None else part.labels.tolist()
-        room = max(batch_size, _WINDOW_BYTES // part.images[0].nbytes)
-        for image, label in zip(part.images, numbers, strict=True):
-            window.append((image, label))
+        room = max(batch_size, _WINDOW_BYTES // _bytes_of_one(part))
+        for item in _apart(part):
+            window.append(item)
             if len(window) <= room:
                 continue
             batch.append(_drawn(window, random))
             if len(batch) == batch_size:
-                yield made()
+                yield batch_of(batch)
                 batch = []
     while window:
         batch.append(_drawn(window, random))
         if len(batch) == batch_size or not window:
-            yield made()
+            yield batch_of(batch)
             batch = []
 
 
-def _drawn(
-    window: list[tuple[npt.NDArray[np.float32], int]], random: np.random.Generator
-) -> tuple[npt.NDArray[np.float32], int]:
+def _apart(batch: Batch) -> Iterator[Item]:
+    for index, image in enumerate(batch.images):
+        yield Item(
+            image,
+            None if batch.labels is None else int(batch.labels[index]),
+            None if batch.targets is None else batch.targets[index],
+            None if batch.geometry is None else batch.geometry[index],
+        )
+
+
+def _bytes_of_one(batch: Batch) -> int:
+    """An image's bytes and those of its mask or depths, which may be half as much."""
+    target = None if batch.targets is None else batch.targets[0]
+    extra = 0
+    if isinstance(target, MaskTarget):
+        extra = target.classes.nbytes
+    elif isinstance(target, DepthTarget):
+        extra = target.depth.nbytes
+    return int(batch.images[0].nbytes) + extra
+
+
+def _drawn(window: list[Item], random: np.random.Generator) -> Item:
     """Take one out, at random."""
     index = int(random.integers(len(window)))
     window[index], window[-1] = window[-1], window[index]

@@ -14,7 +14,7 @@ from resvit_export.tensorrt_copy import TENSORRT_COPY
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
 
-_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", *FILES)
+_PATH_SETTINGS = ("model", "checkpoint", "data", "validation_data", "train_data", "metric", *FILES)
 
 
 def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
@@ -30,8 +30,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         "ranges.json": pipeline.calibrated.path("ranges.json"),
         "quantize.json": pipeline.quantized.path("quantize.json"),
         "verdict.json": validated.path("verdict.json"),
-        "golden_input.npy": validated.path("golden_input.npy"),
-        "golden_output.npy": validated.path("golden_output.npy"),
+        **{name: validated.path(name) for name in validated.record["outputs"] if name.startswith("golden_")},
     }
     for name in ("engine.plan", "plan.json", "layers.json", TENSORRT_COPY):
         if name in compiled.record["outputs"]:
@@ -73,7 +72,8 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         "validation": {"images": verdict["images"], "digest": verdict["data_digest"]},
         "verdict": verdict["verdict"],
         "verdict_reason": verdict["reason"],
-        "golden": {"input": "golden_input.npy", "output": "golden_output.npy"},
+        "task": verdict["task"],
+        "golden": verdict["golden"],
         "stages": {
             artifact.stage: artifact.record["key"]
             for artifact in (pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated)

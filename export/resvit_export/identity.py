@@ -34,6 +34,14 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     return identity
 
 
+def metric_identity(metric: str | None) -> str | None:
+    """Name of the user's metric and digest of the file or module that it is in."""
+    if metric is None:
+        return None
+    place, _, name = metric.rpartition(":")
+    return f"{_file_digest('metric', Path(place)) if place.endswith('.py') else _module_digest(place)}:{name}"
+
+
 def _file_digest(what: str, path: Path) -> str:
     if not path.is_file():
         raise ResvitError(f"The {what} {path} does not exist.", f"Check the path given to --{what}.")

@@ -18,9 +18,11 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.checkpoint import load_checkpoint, require_finite
 from resvit_export.factories import Scalar, module_from_name
+from resvit_export.models import HybridConfig
 from resvit_export.torch_program import (
     has_dynamic_batch,
     input_shape_of,
+    output_names,
     output_shapes,
     program_from_module,
     runner_from_program,
@@ -42,7 +44,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network in eval mode. ``module`` is None for a ``.pt2``; ``num_classes`` for no classifier."""
+    """A trained network in eval mode. ``module`` is None for a ``.pt2``; ``num_classes`` where it is not known."""
 
     program: ExportedProgram
     module: nn.Module | None
@@ -106,7 +108,7 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
         module,
         preprocess_of(module, shape),
         shape,
-        _classes(program),
+        _classes(program, module),
         program_digest(program),
         (*notes, *remarks),
     )
@@ -206,8 +208,11 @@ def _channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (math.fsum(values) / len(values),)
 
 
-def _classes(program: ExportedProgram) -> int | None:
-    shapes = output_shapes(program)
-    if len(shapes) == 1 and len(shapes[0]) == 2 and isinstance(shapes[0][1], int):
-        return shapes[0][1]
-    return None
+def _classes(program: ExportedProgram, module: nn.Module | None = None) -> int | None:
+    """K of class scores [B, K], or of ``scores`` [B, Q, K] beside ``boxes``; else what a reference hybrid says."""
+    shapes = dict(zip(output_names(program), output_shapes(program), strict=True))
+    scores = next(iter(shapes.values())) if len(shapes) == 1 else shapes.get("scores", ()) if "boxes" in shapes else ()
+    if len(scores) == (2 if len(shapes) == 1 else 3) and isinstance(scores[-1], int):
+        return scores[-1]
+    config = getattr(module, "config", None)
+    return config.num_classes if isinstance(config, HybridConfig) else None

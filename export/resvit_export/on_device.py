@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -208,28 +209,38 @@ def _pieces(images: ImageSet, count: int, per_piece: int, scratch: Path) -> Iter
 def _judge_into(folder: Path, pipeline: Pipeline, result: dict[str, Any], count: int) -> None:
     """Write ``device.json``; the outputs of the device become ``predictions.npz`` and a verdict of the gate."""
     from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import Predictions, compare
+    from resvit_calibrate.tasks.replay import FirstImages, Replay
 
     document: dict[str, Any] = {**result, "images": count, "verdict": None}
     outputs = sorted((folder / "outputs").glob("*.npy"))
     if outputs:
-        onnx = pipeline.from_onnx
-        every = Predictions.load(pipeline.baseline.path("onnx.npz") if onnx else pipeline.reference.path("pytorch.npz"))
-        logits = np.concatenate([np.load(file) for file in outputs])
-        if len(logits) != count:
+        onnx, task = pipeline.from_onnx, pipeline.task
+        every = task.load(pipeline.baseline.path("onnx.npz") if onnx else pipeline.reference.path("pytorch.npz"))
+        arrays = _outputs_of(outputs, [str(item["name"]) for item in pipeline.exported.json("export.json")["outputs"]])
+        answered = min(len(value) for value in arrays.values())
+        if answered != count:
             raise ResvitError(
-                f"The device answered {len(logits)} of {count} images.", "Run the same command again.", ExitCode.SYSTEM
+                f"The device answered {answered} of {count} images.", "Run the same command again.", ExitCode.SYSTEM
             )
-        original = Predictions(every.logits[:count], every.labels[:count])
-        candidate = Predictions(logits, original.labels)
+        images = FirstImages(pipeline.image_sets[1], count)
+        candidate = task.answers(Replay(arrays), images, pipeline.batch_size, what="validate (device)")
         candidate.save(folder / "predictions.npz")
-        comparison = compare(original, candidate, pipeline.confidence)
-        verdict = judge(comparison, pipeline.recipe.max_drop, original.logits.shape[1], pipeline.confidence)
+        comparison = task.compare(every.first(count), candidate, pipeline.confidence)
+        verdict = judge(comparison, pipeline.recipe.max_drop, pipeline.confidence)
         document.update(verdict=verdict.to_json(), runner=result["outputs"]["runner"])
         for file in outputs:
             file.unlink()
         (folder / "outputs").rmdir()
     (folder / "device.json").write_bytes(pretty_json(document))
+
+
+def _outputs_of(files: list[Path], names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Every output of the engine, all pieces joined: the files of output 1 and on end in ``-out1.npy`` …"""
+    parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+    for file in files:
+        numbered = re.search(r"-out(\d+)\.npy$", file.name)
+        parts.setdefault(names[int(numbered[1]) if numbered else 0], []).append(np.load(file))
+    return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 
 
 def device_code(stage: Artifact, allow_rejected: bool) -> ExitCode:

@@ -17,7 +17,7 @@ from resvit_engines.own_targets import resolve_target
 from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
-from resvit_export.identity import model_identity
+from resvit_export.identity import metric_identity, model_identity
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
 from resvit_export.recipe import Recipe
 from resvit_export.runfolder import Artifact, RunFolder
@@ -26,6 +26,7 @@ from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
+    from resvit_calibrate.tasks import Task
     from resvit_engines.bundle.private_keys import SigningKey
     from resvit_export.load import Network
 
@@ -223,6 +224,7 @@ class Pipeline:
     def image_sets(self) -> tuple[ImageSet, ImageSet]:
         """Calibration and validation images: seeded, disjoint."""
         from resvit_calibrate.data import DataSpec, open_image_sets
+        from resvit_calibrate.targets import TargetOptions
 
         spec = DataSpec(
             data=self.require_images(),
@@ -230,8 +232,30 @@ class Pipeline:
             calibration_images=self.recipe.calibration_images,
             validation_images=self.recipe.validation_images,
             seed=self.recipe.seed,
+            reading=TargetOptions.from_options(self.recipe.task_options),
+            unlabelled=self.recipe.task == "other" or self.recipe.metric is not None,
         )
         return open_image_sets(spec, self.preprocess, self.reporter)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs."""
+        from resvit_calibrate.tasks import task_named, task_of
+
+        recipe = self.recipe
+        if recipe.task != "auto":
+            return task_named(recipe.task, recipe.task_options, recipe.metric)
+        outputs = self.exported.json("export.json")["outputs"]
+        return task_of(outputs, self.image_sets[1].task, recipe.task_options, recipe.metric)
+
+    @property
+    def task_facts(self) -> dict[str, Any]:
+        """What of the task changes what is kept of a network's answers."""
+        return {
+            "task": self.task.name,
+            "task_options": dict(self.recipe.task_options),
+            "metric": metric_identity(self.recipe.metric),
+        }
 
     @functools.cached_property
     def training_images(self) -> TrainingImages:
@@ -499,11 +523,12 @@ class Pipeline:
         pruned = {"pruned": _weights_digest(self.pruned, "pruned")} if self.prunes else {}
         return self.run.stage(
             "reference",
-            {"preprocess": self.preprocess.to_json(), "model": self.identity},
+            {"preprocess": self.preprocess.to_json(), "model": self.identity, **self.task_facts},
             {"images": images.digest, **pruned},
             ("torch",),
             lambda folder: work.reference_into(
                 folder,
+                self.task,
                 self.network,
                 self.pruned.path("pruned.pt2") if self.prunes else None,
                 images,
@@ -518,10 +543,10 @@ class Pipeline:
         model, images = self.exported.path("model.onnx"), self.image_sets[1]
         return self.run.stage(
             "baseline",
-            {"preprocess": self.preprocess.to_json()},
+            {"preprocess": self.preprocess.to_json(), **self.task_facts},
             {"model": self.exported.digest, "images": images.digest},
             ("onnxruntime",),
-            lambda folder: work.baseline_into(folder, model, images, self.batch_size, self.reporter),
+            lambda folder: work.baseline_into(folder, self.task, model, images, self.batch_size, self.reporter),
         )
 
     @functools.cached_property
@@ -531,7 +556,7 @@ class Pipeline:
         reference = None if self.from_onnx else self.reference
         return self.run.stage(
             "validate",
-            {"max_drop": self.recipe.max_drop, "confidence": self.confidence},
+            {"max_drop": self.recipe.max_drop, "confidence": self.confidence, **self.task_facts},
             {
                 "model": quantized.digest,
                 "baseline": baseline.digest,
@@ -541,6 +566,7 @@ class Pipeline:
             ("onnxruntime",),
             lambda folder: validate(
                 folder,
+                task=self.task,
                 quantized=quantized.path("model.onnx"),
                 floating=self.float_model[0],
                 statistics=self.calibrated.path("statistics.npz"),

@@ -64,4 +64,6 @@ def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
 
 
 def _is_factory(data: str | None) -> bool:
-    return data is not None and ":" in data and not data.endswith(".npz")
+    from resvit_calibrate.data import is_factory
+
+    return data is not None and is_factory(data)

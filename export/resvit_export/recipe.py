@@ -28,6 +28,7 @@ RECOVERIES = ("auto", "always", "never")
 PRUNABLE = ("channels", "heads", "mlp", "embed", "blocks")
 IMPORTANCES = ("hessian", "taylor", "magnitude")
 SPARSITIES = ("2:4",)
+TASKS = ("auto", "classification", "detection", "segmentation", "depth", "other")
 FILES = ("measured_times", "timing_cache", "key")
 """Settings that are the path of a file or folder."""
 
@@ -58,6 +59,12 @@ class Recipe:
     """At most so many are trained on, held-out ones included. Not said: 20,000 in recovery, all behind pruning."""
     seed: int = _setting("data.seed", 0)
     preprocess: Mapping[str, Any] = _setting("preprocess", {})
+
+    task: str = _setting("task.kind", "auto")
+    """What the network is for; ``auto``: told by what is known of the images, else by the outputs."""
+    task_options: Mapping[str, Any] = _setting("task.options", {})
+    metric: str | None = _setting("task.metric")
+    """``package.module:function``: the user's own, for the task ``other``."""
 
     prune_macs: float | None = _setting("prune.macs")
     """The share of the multiply-accumulates that may remain; or of the predicted latency, or of the weights:"""
@@ -91,7 +98,7 @@ class Recipe:
     """JSON file of layer times measured on the device."""
 
     max_drop: float = _setting("validate.max_drop", 1.0)
-    """Percentage points of top-1."""
+    """Percentage points of top-1; points, hundredths, of another task's metric."""
     confidence: float = _setting("validate.confidence", 0.95)
     allow_rejected: bool = _setting("validate.allow_rejected", False)
 
@@ -122,6 +129,12 @@ class Recipe:
         _choice("quantizer", self.quantizer, QUANTIZERS)
         _choice("calibrator", self.calibrator, CALIBRATORS)
         _choice("effort", self.effort, EFFORTS)
+        _choice("task", self.task, TASKS)
+        if self.metric is not None and self.task not in ("auto", "other"):
+            raise ResvitError(
+                f"The task {self.task} has its own metric, and {self.metric} was given.",
+                "Say --task other, or leave --metric out.",
+            )
         _choice("prune_importance", self.prune_importance, IMPORTANCES)
         for kind in self.prune_what:
             _choice("prune_what", kind, PRUNABLE)
@@ -210,7 +223,7 @@ class Recipe:
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """Replace the settings given that are not ``None``; mappings are merged key by key."""
         changes = {key: value for key, value in settings.items() if value is not None and value != ()}
-        for key in ("model_args", "preprocess"):
+        for key in ("model_args", "preprocess", "task_options"):
             if key in changes:
                 changes[key] = {**getattr(self, key), **changes[key]}
         return dataclasses.replace(self, **changes)
@@ -282,7 +295,7 @@ def _settings_from_document(document: Mapping[str, Any], path: Path) -> dict[str
             )
         item = fields[key]
         settings[item.name] = _typed(key, value, str(item.type), path)
-    for name in ("checkpoint", "validation_data", "train_data", "data", "model"):
+    for name in ("checkpoint", "validation_data", "train_data", "data", "model", "metric"):
         if isinstance(settings.get(name), str):
             settings[name] = absolute_reference(settings[name], path.parent)
     return settings

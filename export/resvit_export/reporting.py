@@ -132,6 +132,7 @@ def _changed_images(artifact: Artifact) -> list[ChangedImage]:
                 item["float"],
                 item["quantized"],
                 verdict["class_names"] or None,
+                item.get("outcome"),
             )
             for item in verdict["changed"]
             if f"image_{item['index']}" in pictures

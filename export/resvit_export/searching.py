@@ -89,6 +89,9 @@ def _hopeless(verdict: dict[str, Any], recipe: Recipe) -> str:
 
     if verdict["chance_level"]:
         return "the float network itself cannot be told from guessing."
+    if verdict.get("metric", "top-1") != "top-1":
+        # Only of classes is it known without a candidate how wide the interval will be.
+        return ""
     _, high = paired_difference(0, 0, verdict["images"], confidence_of_look(recipe.confidence, 2))
     if 100 * high <= recipe.max_drop:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +85,14 @@ def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
 
 
 def output_names(program: ExportedProgram) -> list[str]:
-    """``logits`` for one output [B, K], ``output`` for one of another shape, else ``output_0`` and on."""
+    """The keys of the dictionary, or the fields of the named tuple, that the forward returns.
+
+    Others have no names: ``logits`` for one output [B, K], ``output`` for one of another shape, ``output_0`` and on
+    for several.
+    """
     shapes = output_shapes(program)
+    if (own := _own_names(program, len(shapes))) is not None:
+        return own
     if len(shapes) == 1:
         return ["logits" if len(shapes[0]) == 2 else "output"]
     return [f"output_{index}" for index in range(len(shapes))]
@@ -130,6 +136,28 @@ def _known(size: int | torch.SymInt) -> int | str:
         return size
     expression = size.node.expr
     return int(expression) if expression.is_number else str(expression)
+
+
+def _own_names(program: ExportedProgram, count: int) -> list[str] | None:
+    """The names that the outputs have in the forward's own structure, None where they have none that can be used."""
+    spec = program.call_spec.out_spec
+    if spec is None or spec.num_leaves != count:
+        return None
+    try:
+        answer = torch.utils._pytree.tree_unflatten(list(range(count)), spec)
+    except Exception:  # noqa: BLE001 a structure of a library that isn't loaded
+        return None
+    fields = getattr(answer, "_fields", None)
+    named = dict(zip(fields, answer, strict=True)) if fields else answer
+    if not isinstance(named, Mapping):
+        return None
+    found: dict[int, str] = {}
+    for name, part in named.items():
+        leaves = torch.utils._pytree.tree_leaves(part)
+        found |= {leaf: str(name) if len(leaves) == 1 else f"{name}_{i}" for i, leaf in enumerate(leaves)}
+    names = [found[index] for index in range(count)]
+    usable = len(set(names)) == count and INPUT not in names and all(name.isidentifier() for name in names)
+    return names if usable else None
 
 
 def _input_value(program: ExportedProgram) -> torch.Tensor:

@@ -17,8 +17,9 @@ from resvit_export.recipe import Recipe
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
-    from resvit_calibrate.metrics import Comparison
     from resvit_calibrate.remarks import Remark
+    from resvit_calibrate.runtime import Array, Arrays
+    from resvit_calibrate.tasks import Comparison, Task
 
 CHANGED_SHOWN = 24
 GOLDEN_IMAGES = 4
@@ -39,6 +40,7 @@ def images_per_call(shape: Sequence[int]) -> int:
 def validate(
     folder: Path,
     *,
+    task: Task,
     quantized: Path,
     floating: Path,
     statistics: Path,
@@ -55,46 +57,46 @@ def validate(
     runtime proves on known numbers that it quantises rightly.
     """
     from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import INPUT, Predictions, changed_answers, compare, predict
+    from resvit_calibrate.metrics import INPUT
     from resvit_calibrate.remarks import tell
     from resvit_calibrate.runtime import checked_runner, runtime_note, self_test
 
     self_test()
-    onnx_float = Predictions.load(baseline)
-    original = Predictions.load(reference / "pytorch.npz") if reference else onnx_float
+    onnx_float = task.load(baseline)
+    original = task.load(reference / "pytorch.npz") if reference else onnx_float
     what = f"onnx {recipe.precision}"
     golden = next(images.batches(GOLDEN_IMAGES)).images
     runner, remark = checked_runner(quantized, {INPUT: golden})
     if remark:
         reporter.warn(remark)
-    candidate = predict(runner, images, batch_size, reporter, f"validate ({what})")
+    candidate = task.answers(runner, images, batch_size, reporter, f"validate ({what})")
     candidate.save(folder / "predictions.npz")
-    np.save(folder / "golden_input.npy", golden)
-    np.save(folder / "golden_output.npy", candidate.logits[: len(golden)])
 
-    comparison = compare(original, candidate, recipe.confidence)
-    verdict = judge(comparison, recipe.max_drop, original.logits.shape[1], recipe.confidence)
-    stages = [_row("pytorch" if reference else "onnx float", compare(original, original, recipe.confidence))]
+    comparison = task.compare(original, candidate, recipe.confidence)
+    verdict = judge(comparison, recipe.max_drop, recipe.confidence)
+    itself = task.compare(original, original, recipe.confidence)
+    stages = [_row("pytorch" if reference else "onnx float", itself)]
     if reference and (reference / "pruned.npz").exists():
-        before = Predictions.load(reference / "pruned.npz")
-        stages.append(_row("pruned", compare(original, before, recipe.confidence)))
+        before = task.load(reference / "pruned.npz")
+        stages.append(_row("pruned", task.compare(original, before, recipe.confidence)))
     if reference:
-        stages.append(_row("onnx float", compare(original, onnx_float, recipe.confidence)))
+        stages.append(_row("onnx float", task.compare(original, onnx_float, recipe.confidence)))
     stages.append(_row(what, comparison))
 
     remarks = _clipping(quantized, floating, statistics, images, batch_size)
     tell(remarks, reporter)
-    changed = changed_answers(original, candidate)
+    changed = task.changed(original, candidate)
     shown = changed[:CHANGED_SHOWN]
     document = {
         **verdict.to_json(),
-        "max_drop": recipe.max_drop,
+        "task": task.name,
         "confidence": recipe.confidence,
         "images": len(images),
         "data": images.description,
         "data_digest": images.digest,
         "runtime_note": f"{runtime_note()} {remark}".strip(),
         "remarks": [item.to_json() for item in remarks],
+        "golden": _golden_into(folder, golden, runner({INPUT: golden})),
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
@@ -104,7 +106,28 @@ def validate(
     pictures: dict[str, Any] = {
         f"image_{item['index']}": picture for item in shown if (picture := _picture(images, item["index"])) is not None
     }
+    for item in shown:
+        for who, answers in (("float", original), ("quantized", candidate)):
+            drawing = task.drawing(answers, item["index"])
+            pictures |= {f"{who}_{item['index']}_{name}": value for name, value in drawing.items()}
     np.savez_compressed(folder / "changed.npz", **pictures)
+
+
+def _golden_into(folder: Path, images: Array, outputs: Arrays) -> dict[str, Any]:
+    """Write golden images and outputs, and say which file holds what.
+
+    ``golden_output.npy`` is the output that is judged, ``logits`` or the first; of several, the others are
+    ``golden_output_1.npy`` and so on, and ``outputs`` names them all.
+    """
+    first = "logits" if "logits" in outputs else next(iter(outputs))
+    files = {first: "golden_output.npy"}
+    files |= {name: f"golden_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
+    np.save(folder / "golden_input.npy", images)
+    for name, file in files.items():
+        value = outputs[name]
+        np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
+    golden: dict[str, Any] = {"input": "golden_input.npy", "output": "golden_output.npy"}
+    return golden if len(files) == 1 else {**golden, "outputs": files}
 
 
 def _clipping(
@@ -126,7 +149,8 @@ def _clipping(
 
 def _row(stage: str, comparison: Comparison) -> dict[str, Any]:
     plain = comparison.to_json()
-    return {"stage": stage, **{key: plain[key] for key in ("top1", "agreement", "sqnr_db", "drop", "interval")}}
+    kept = ("top1", "metric", "unit", "value", "values", "agreement", "agreement_of", "sqnr_db", "drop", "interval")
+    return {"stage": stage, **{key: plain[key] for key in kept if key in plain}}
 
 
 def _picture(images: ImageSet, index: int) -> np.ndarray[Any, Any] | None:

@@ -21,6 +21,7 @@ from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_b
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, TrainingImages
+    from resvit_calibrate.tasks import Task
     from resvit_export.load import Network
     from resvit_quantize.settings import QuantizeSettings
 
@@ -211,26 +212,29 @@ def half_into(folder: Path, model: Path, ranges: Path, target: Target | None) ->
 
 
 def reference_into(
-    folder: Path, network: Network, pruned: Path | None, images: ImageSet, batch_size: int, reporter: Reporter
+    folder: Path,
+    task: Task,
+    network: Network,
+    pruned: Path | None,
+    images: ImageSet,
+    batch_size: int,
+    reporter: Reporter,
 ) -> None:
     """Write what PyTorch predicts, and the pruned program where there is one."""
-    from resvit_calibrate.metrics import predict
-
-    predict(network.runner(), images, batch_size, reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
+    task.answers(network.runner(), images, batch_size, reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
     if pruned is not None:
         from resvit_export.pt2 import program_from_pt2
         from resvit_export.torch_program import runner_from_program
 
         runner = runner_from_program(program_from_pt2(pruned))
-        predict(runner, images, batch_size, reporter, "validate (pruned)").save(folder / "pruned.npz")
+        task.answers(runner, images, batch_size, reporter, "validate (pruned)").save(folder / "pruned.npz")
 
 
-def baseline_into(folder: Path, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
+def baseline_into(folder: Path, task: Task, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
     """Write what the float ONNX predicts."""
-    from resvit_calibrate.metrics import predict
     from resvit_calibrate.runtime import onnx_runner
 
-    predict(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)").save(folder / "onnx.npz")
+    task.answers(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)").save(folder / "onnx.npz")
 
 
 def compile_into(

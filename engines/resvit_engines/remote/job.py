@@ -202,7 +202,10 @@ def _golden(
 
 
 def _outputs(job: Job, built: Path, manifest: Mapping[str, Any], runtime: str, reporter: Reporter) -> dict[str, Any]:
-    """Answer every image; ``outputs/NAME.npy`` holds float32 [N, K] for the images of the same name."""
+    """Answer every image; ``outputs/NAME.npy`` holds float32 [N, …] for the images of the same name.
+
+    That is the first output; of others, ``NAME-out1.npy`` and so on, in the manifest's order.
+    """
     from resvit_engines.run import open_runner
 
     pieces = sorted(job.folder.glob(IMAGES))
@@ -228,15 +231,20 @@ def _answered(
     runner: Runner, pieces: Sequence[Path], folder: Path, batch: int, manifest: Mapping[str, Any]
 ) -> Iterator[None]:
     """Write the outputs of every piece; yields once for each image."""
-    name, output = manifest["input"]["name"], manifest["outputs"][0]["name"]
+    name, outputs = manifest["input"]["name"], [item["name"] for item in manifest["outputs"]]
     for piece in pieces:
-        images, found = np.load(piece, mmap_mode="r"), []
+        images, found = np.load(piece, mmap_mode="r"), [[] for _ in outputs]  # type: ignore[var-annotated]
         for begin in range(0, len(images), batch):
             part = np.ascontiguousarray(images[begin : begin + batch], dtype=np.float32)
-            found.append(np.asarray(runner({name: part})[output], np.float32))
+            answers = runner({name: part})
+            for parts, output in zip(found, outputs, strict=True):
+                parts.append(np.asarray(answers[output], np.float32))
             yield from itertools.repeat(None, len(part))
-        with atomic_file(folder / piece.name) as partial, partial.open("wb") as stream:
-            np.save(stream, np.concatenate(found))
+        # The first last: where its file is there, so are the others.
+        for number in reversed(range(len(outputs))):
+            file = folder / (f"{piece.stem}-out{number}.npy" if number else piece.name)
+            with atomic_file(file) as partial, partial.open("wb") as stream:
+                np.save(stream, np.concatenate(found[number]))
 
 
 def _bench(

@@ -65,6 +65,30 @@ def golden_arrays(folder: Path, manifest: Mapping[str, Any]) -> tuple[Array, Arr
     return images, expected
 
 
+def other_golden_outputs(folder: Path, manifest: Mapping[str, Any], images: int) -> dict[str, Array]:
+    """The validated outputs [N, …] by name, beside the one that is judged, of a network that has several.
+
+    Raises:
+        ResvitError: INPUT where one is missing, damaged, or not of as many ``images``.
+    """
+    named = manifest.get("golden")
+    listed = named.get("outputs") if isinstance(named, Mapping) else None
+    if not isinstance(named, Mapping) or not isinstance(listed, Mapping):
+        return {}
+    found = {
+        str(name): read_array(folder / _plain(file), "golden")
+        for name, file in listed.items()
+        if file != named.get("output")
+    }
+    for name, array in found.items():
+        if len(array) != images:
+            raise ResvitError(
+                f"The bundle's golden files hold {images} images and {len(array)} of the output {name}.",
+                "Make the bundle again.",
+            )
+    return found
+
+
 def _plain(name: object) -> str:
     if not isinstance(name, str) or not name or PurePosixPath(name).name != name:
         raise ResvitError(f"The manifest names the golden file {name!r}, which is no file name.", "Make it again.")

@@ -21,6 +21,7 @@ from resvit_export.recipe import (
     QUANTIZERS,
     RECOVERIES,
     SPARSITIES,
+    TASKS,
     Recipe,
     absolute_file,
     absolute_reference,
@@ -79,6 +80,17 @@ _DATA = [
         help="How an image becomes input, where the model does not say: size, resize, interpolation, mean, std …",
     ),
 ]
+_TASK = [
+    click.option("--task", type=click.Choice(TASKS), help="What the network is for.  [default: auto, by the data]"),
+    click.option(
+        "--task-option",
+        "task_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Of outputs and targets: boxes, scores, activation, nms_iou, output, ignore, classes, depth_scale …",
+    ),
+    click.option("--metric", help="package.module:function or file.py:function, a metric of your own."),
+]
 _CALIBRATE = [
     click.option("--calibrator", type=click.Choice(CALIBRATORS), help="How ranges are chosen.  [default: output]"),
 ]
@@ -92,7 +104,7 @@ _QUANTIZE = [
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep nodes that match in FP16."),
 ]
 _VALIDATE = [
-    click.option("--max-drop", type=float, help="Accepted drop of top-1, percentage points.  [default: 1.0]"),
+    click.option("--max-drop", type=float, help="Accepted drop of the task's metric, points.  [default: 1.0]"),
     click.option("--confidence", type=float, help="Of the interval around the drop.  [default: 0.95]"),
 ]
 _PRUNE = [
@@ -166,7 +178,7 @@ _BUNDLE = [
 ]
 
 _LAYERS = {
-    "prune": [_MODEL, _TARGET, _DATA, _PRUNE, _PRECISION],
+    "prune": [_MODEL, _TARGET, _DATA, _TASK, _PRUNE, _PRECISION],
     "fold": [],
     "export": [],
     "calibrate": [_CALIBRATE],
@@ -230,7 +242,8 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
     recipe_file: Path | None = flags.pop("recipe_file")
     flags["model_args"] = _key_values("--model-arg", flags.get("model_args", ()), plain_values)
     flags["preprocess"] = _key_values("--preprocess", flags.get("preprocess", ()), preprocess_values)
-    for name in ("model", "checkpoint", "data", "validation_data", "train_data"):
+    flags["task_options"] = _key_values("--task-option", flags.get("task_options", ()), task_values)
+    for name in ("model", "checkpoint", "data", "validation_data", "train_data", "metric"):
         if flags.get(name):
             flags[name] = absolute_reference(flags[name], Path.cwd())
     for name in FILES:
@@ -271,6 +284,19 @@ def plain_values(key: str, text: str) -> bool | int | float | str:
         except ValueError:
             continue
     return text
+
+
+def task_values(key: str, text: str) -> Any:
+    """Read a value of ``--task-option``: whole numbers for ``ignore``, else plain."""
+    if key == "ignore":
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not all(re.fullmatch(r"-?\d+", part) for part in parts):
+            raise ResvitError(
+                f"--task-option ignore={text} is not a list of whole numbers.",
+                "Write it as ignore=255 or ignore=0,255.",
+            )
+        return [int(part) for part in parts]
+    return plain_values(key, text)
 
 
 def preprocess_values(key: str, text: str) -> Any:

@@ -190,21 +190,34 @@ def quantize_table(report: Mapping[str, Any]) -> Table:
 def accuracy_table(verdict: Mapping[str, Any]) -> Table:
     """Accuracy stage by stage, each against the original network."""
     original, *others = verdict["stages"]
-    rows = [(original["stage"], f"{original['top1']:.2%}", "", "", "", "")]
+    names = list(original.get("values") or {"top-1": original.get("top1")})
+    unit = original.get("unit", "percentage points")
+    rows = [(original["stage"], *(metric_value(original, name) for name in names), "", "", "", "")]
     rows += [
         (
             item["stage"],
-            f"{item['top1']:.2%}",
+            *(metric_value(item, name) for name in names),
             f"{item['drop']:+.2f}",
             f"{item['interval'][0]:+.2f} … {item['interval'][1]:+.2f}",
-            f"{item['agreement']:.2%}",
+            "" if item["agreement"] is None else f"{item['agreement']:.2%}",
             "∞" if item["sqnr_db"] is None else f"{item['sqnr_db']:.1f} dB",
         )
         for item in others
     ]
     title = f"Accuracy on {verdict['data']}"
     interval = f"{verdict['confidence']:.0%} interval"
-    return table(title, ("stage", "top-1", "drop, points", interval, "agreement", "SQNR"), rows)
+    drop = "drop, points" if unit.endswith("points") else f"drop, {unit}"
+    return table(title, ("stage", *names, drop, interval, "agreement", "SQNR"), rows)
+
+
+def metric_value(stage: Mapping[str, Any], name: str) -> str:
+    """One metric of a stage of a verdict: top-1 and top-5 in %, the others as they are usually written."""
+    value = (stage.get("values") or {"top-1": stage.get("top1")}).get(name)
+    if value is None:
+        return ""
+    if name in ("top-1", "top-5"):
+        return f"{value:.2%}"
+    return f"{value:.1f} dB" if stage.get("unit") == "dB" else f"{value:.4f}"
 
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:

@@ -25,6 +25,11 @@ class Task(str, enum.Enum):
     """What the head answers."""
 
     CLASSIFICATION = "classification"
+    """Class scores of the whole image, from the class token."""
+    DETECTION = "detection"
+    """Boxes with class scores, one for every cell of the pyramid (Tian et al. 2019)."""
+    SEGMENTATION = "segmentation"
+    """Class scores of every pixel."""
 
 
 class Block(str, enum.Enum):
@@ -114,6 +119,19 @@ class HybridConfig:
             levels = self.stage_strides[-len(self.level_patches) :]
             strides += [stride * patch for stride, patch in zip(levels, self.level_patches, strict=True)]
         return math.lcm(*strides)
+
+    @property
+    def levels(self) -> tuple[tuple[int, int, int], ...]:
+        """What the maps that a head reads are like, finest first: (width, pixels per cell, cells per token's edge).
+
+        The last is 0 where the tokens hold nothing of that map.
+        """
+        if self.join is Join.FPN:
+            strides = self.stage_strides[-len(self.level_patches) :]
+            return tuple((self.pyramid_width, s, patch) for s, patch in zip(strides, self.level_patches, strict=True))
+        last = len(self.stage_widths) - 1
+        stages = zip(self.stage_widths, self.stage_strides, strict=True)
+        return tuple((width, stride, int(index == last)) for index, (width, stride) in enumerate(stages))
 
     def grid(self, stride: int) -> tuple[int, int]:
         """(rows, columns) of a map whose cells are ``stride`` pixels apart."""
@@ -209,6 +227,11 @@ def check(config: HybridConfig) -> None:
             f"{config.name}: {len(config.level_patches)} level_patches for {len(config.stage_depths)} stages.",
             f"Give 2 to {len(config.stage_depths)} values, one per trunk stage counted from the last.",
         )
+    require(
+        config.task is not Task.DETECTION or config.join is Join.FPN,
+        f"{config.name}: detection needs a feature pyramid, which the {config.join.value} hybrids lack.",
+        f"Choose an {Join.FPN.value}-… model.",
+    )
     _check_size(config)
     if config.join is Join.DUAL and config.fusion is Fusion.ADD:
         require(

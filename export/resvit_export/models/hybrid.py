@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from resvit_export.models.config import Fusion, HybridConfig, Join
+from resvit_export.models.heads import Features, head_from_config
 from resvit_export.models.transformer import (
     ClassTokenAndPositions,
     TransformerBlock,
@@ -17,30 +17,6 @@ from resvit_export.models.transformer import (
     tokens_from_map,
 )
 from resvit_export.models.trunk import Trunk
-
-
-class Features(NamedTuple):
-    """What a head may read.
-
-    ``pyramid`` holds maps (B, width, H/stride, W/stride), finest first; ``tokens`` is (B, 1 + N, dim), normalised,
-    the class token first.
-    """
-
-    pyramid: tuple[torch.Tensor, ...]
-    tokens: torch.Tensor
-
-
-class ClassificationHead(nn.Module):
-    """Class scores from the class token: (B, 1 + N, dim) → (B, num_classes)."""
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        self.fc = nn.Linear(config.dim, config.num_classes)
-
-    def forward(self, features: Features) -> torch.Tensor:
-        """Read the class token."""
-        logits: torch.Tensor = self.fc(features.tokens[:, 0])
-        return logits
 
 
 class Hybrid(nn.Module, abc.ABC):
@@ -55,10 +31,10 @@ class Hybrid(nn.Module, abc.ABC):
     def features(self, images: torch.Tensor) -> Features:
         """Everything but the head."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores (B, num_classes)."""
-        logits: torch.Tensor = self.head(self.features(images))
-        return logits
+    def forward(self, images: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the head of ``config.task`` answers, outputs by name where there are several: see ``heads``."""
+        answer: torch.Tensor | dict[str, torch.Tensor] = self.head(self.features(images))
+        return answer
 
     def _finish(self, tokens: int, depth: int) -> None:
         """Build the layers that every join ends with."""
@@ -66,7 +42,7 @@ class Hybrid(nn.Module, abc.ABC):
         self.embed = ClassTokenAndPositions(tokens, config.dim, config.dropout)
         self.blocks = nn.Sequential(*(TransformerBlock(config) for _ in range(depth)))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.head = ClassificationHead(config)
+        self.head = head_from_config(config)
         self.apply(init_linear)
 
 

@@ -1,4 +1,4 @@
-"""The reference hybrids by name: three joins in four sizes. Needs no torch."""
+"""The reference hybrids by name: three joins in four sizes, and three small ones with other heads. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_export.models.config import Block, HybridConfig, Join, Stem
+from resvit_export.models.config import Block, HybridConfig, Join, Stem, Task
 
 _FASHION_MNIST: dict[str, Any] = {
     "image_size": (28, 28),
@@ -68,7 +68,23 @@ _JOINS: dict[Join, dict[str, dict[str, Any]]] = {
     },
 }
 
-MODEL_NAMES: tuple[str, ...] = tuple(f"{join.value}-{size}" for join in Join for size in _SIZES)
+# For scenes of many items (resvit_calibrate.scenes). Any hybrid takes a `task`; these are also of the right size.
+_SCENES: dict[str, Any] = {
+    "image_size": (96, 96),
+    "stem_width": 16,
+    "stage_depths": (1, 1, 1, 1),
+    "stage_widths": (16, 32, 64, 128),
+    "depth": 2,
+}
+_HEADS: dict[str, dict[str, Any]] = {
+    "fpn-nano-det": _SCENES | {"task": Task.DETECTION, "pyramid_width": 64, "level_patches": (2, 1)},
+    # A background beside the ten classes.
+    "fpn-nano-seg": _SCENES
+    | {"task": Task.SEGMENTATION, "num_classes": 11, "pyramid_width": 32, "level_patches": (4, 2, 1)},
+    "embed-nano-seg": _SCENES | {"task": Task.SEGMENTATION, "num_classes": 11},
+}
+
+MODEL_NAMES: tuple[str, ...] = (*(f"{join.value}-{size}" for join in Join for size in _SIZES), *_HEADS)
 
 
 def preset(name: str) -> HybridConfig:
@@ -82,5 +98,6 @@ def preset(name: str) -> HybridConfig:
             f"There is no reference model named {name!r}.",
             f"Did you mean {' or '.join(near)}?" if near else f"Choose one of {', '.join(MODEL_NAMES)}.",
         )
-    join, size = name.split("-")
-    return HybridConfig(**(_SIZES[size] | _JOINS[Join(join)][size]), name=name, join=Join(join))
+    join, size = name.split("-")[:2]
+    values = _SIZES[size] | _JOINS[Join(join)][size] | _HEADS.get(name, {})
+    return HybridConfig(**values, name=name, join=Join(join))

@@ -11,6 +11,7 @@ from resvit_export.report.data import ChangedImage, Json, ReportData
 from resvit_export.report.pictures import data_uri_from_pixels, ticks_between
 
 _SPELLING = {"pytorch": "PyTorch", "onnx": "ONNX", "tensorrt": "TensorRT"}
+_OUTCOMES = {"lost": ("lost", "worse"), "gained": ("gained", "better")}
 _WORDS = {"accepted": "Accepted", "rejected": "Rejected", "undecided": "Undecided"}
 
 
@@ -30,7 +31,7 @@ class StageRow:
     """One line of the accuracy table; ``left``, ``right`` and ``dot`` place the interval, in % of the chart."""
 
     stage: str
-    top1: str
+    value: str
     agreement: str
     sqnr: str
     drop: str
@@ -47,6 +48,15 @@ class Accuracy:
     """The accuracy table and the axis of its chart; positions in % of the chart's width."""
 
     rows: list[StageRow]
+    metric: str
+    unit: str
+    """Of drops: pp (percentage points), points, or dB."""
+    unit_in_words: str
+    axis: str
+    """What the chart shows, a sentence."""
+    agreement_name: str
+    agreement_of: str
+    """What is counted, where the name of the column does not say it."""
     confidence: str
     images: str
     data: str
@@ -109,6 +119,7 @@ def accuracy_from_verdict(verdict: Json) -> Accuracy:
     ticks, decimals = ticks_between(low, high)
     return Accuracy(
         rows=[_row(stage, limit, place, reference=index == 0) for index, stage in enumerate(stages)],
+        **_names(stages),
         confidence=f"{float(verdict.get('confidence') or 0.95) * 100:g}%",
         images=wording.plural(int(verdict.get("images") or 0), "image"),
         data=str(verdict.get("data") or ""),
@@ -128,7 +139,13 @@ def changed_from_run(data: ReportData) -> list[Changed]:
     rows = (data.verdict or {}).get("changed") or []
     return [
         _describe(
-            None, f"Image {row['index']}", row.get("label"), before=row["float"], after=row["quantized"], names=names
+            None,
+            f"Image {row['index']}",
+            row.get("label"),
+            before=row["float"],
+            after=row["quantized"],
+            names=names,
+            said=row.get("outcome"),
         )
         for row in rows
     ]
@@ -145,11 +162,11 @@ def _figures(data: ReportData, verdict: Json | None) -> list[tuple[str, str]]:
     if stages:
         first, last = stages[0], stages[-1]
         arrow = "\N{RIGHTWARDS ARROW}"
-        top1 = f"{wording.percent(first.get('top1'))} {arrow} {wording.percent(last.get('top1'))}"
-        figures.append(("Top-1 accuracy", top1))
+        name = "Top-1 accuracy" if _metric(stages) == "top-1" else _metric(stages)
+        figures.append((name, f"{_value(first)} {arrow} {_value(last)}"))
         drop, interval = last.get("drop"), _interval(last)
         if drop is not None and interval:
-            figures.append(("Drop, percentage points", wording.number(drop)))
+            figures.append((f"Drop, {_unit(stages)}", wording.number(drop)))
             confidence = f"{float((verdict or {}).get('confidence') or 0.95) * 100:g}% interval"
             figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
     if verdict:
@@ -160,6 +177,40 @@ def _figures(data: ReportData, verdict: Json | None) -> list[tuple[str, str]]:
     if data.engine and data.engine.get("bytes"):
         figures.append(("Engine", wording.size(data.engine["bytes"])))
     return figures
+
+
+def _metric(stages: Sequence[Json]) -> str:
+    return str(stages[0].get("metric", "top-1")) if stages else "top-1"
+
+
+def _unit(stages: Sequence[Json]) -> str:
+    return str(stages[0].get("unit", "percentage points")) if stages else "percentage points"
+
+
+def _names(stages: Sequence[Json]) -> dict[str, str]:
+    """How the columns and the chart are called."""
+    metric, unit = _metric(stages), _unit(stages)
+    if metric == "top-1":
+        axis = "Drop of top-1 accuracy in percentage points."
+        return _named("Top-1", "pp", unit, axis, "Same answer", "")
+    if unit == "dB":
+        axis = "By how many dB the outputs miss the least SQNR; accuracy was not measured."
+    else:
+        axis = f"Drop of {metric} in points, hundredths of it; to the right is worse."
+    agreement = str(stages[0].get("agreement_of", "")) if stages else ""
+    return _named(metric, unit, unit, axis, "Agreement", agreement)
+
+
+def _named(metric: str, unit: str, words: str, axis: str, agreement: str, of: str) -> dict[str, str]:
+    names = ("metric", "unit", "unit_in_words", "axis", "agreement_name", "agreement_of")
+    return dict(zip(names, (metric, unit, words, axis, agreement, of), strict=True))
+
+
+def _value(stage: Json) -> str:
+    """The first metric of a stage: top-1 in %, the others as they are usually written."""
+    if stage.get("metric", "top-1") == "top-1":
+        return wording.percent(stage.get("value", stage.get("top1")))
+    return wording.number(stage.get("value"), 1 if stage.get("unit") == "dB" else 4)
 
 
 def _interval(stage: Json) -> tuple[float, float] | None:
@@ -174,7 +225,7 @@ def _row(stage: Json, limit: float, place: Callable[[float], float], *, referenc
     sqnr = stage.get("sqnr_db")
     row = StageRow(
         stage=spell_stage(str(stage.get("stage", ""))),
-        top1=wording.percent(stage.get("top1")),
+        value=_value(stage),
         agreement=wording.NOTHING if reference else wording.percent(stage.get("agreement")),
         sqnr=wording.NOTHING if sqnr is None else wording.number(sqnr, 1),
         drop=wording.number(drop),
@@ -197,16 +248,35 @@ def _row(stage: Json, limit: float, place: Callable[[float], float], *, referenc
 
 def _changed(image: ChangedImage) -> Changed:
     uri = data_uri_from_pixels(image.pixels)
-    return _describe(uri, "", image.label, before=image.float_class, after=image.quantized_class, names=image.names)
+    return _describe(
+        uri,
+        "",
+        image.label,
+        before=image.float_class,
+        after=image.quantized_class,
+        names=image.names,
+        said=image.outcome,
+    )
 
 
 def _describe(
-    uri: str | None, title: str, label: int | None, *, before: int, after: int, names: Sequence[str] | None
+    uri: str | None,
+    title: str,
+    label: int | None,
+    *,
+    before: int | str,
+    after: int | str,
+    names: Sequence[str] | None,
+    said: str | None = None,
 ) -> Changed:
-    def call(index: int) -> str:
+    def call(index: int | str) -> str:
+        if isinstance(index, str):
+            return index
         return names[index] if names and 0 <= index < len(names) else str(index)
 
-    if label is None:
+    if said is not None:
+        outcome, kind = _OUTCOMES.get(said, ("no better, no worse", "neutral"))
+    elif label is None:
         outcome, kind = "no label", "neutral"
     elif before == label:
         outcome, kind = "lost", "worse"
@@ -215,5 +285,10 @@ def _describe(
     else:
         outcome, kind = "both wrong", "neutral"
     truth = wording.NOTHING if label is None else call(label)
-    alt = title or f"Image labelled {truth}: {call(before)} before, {call(after)} after quantisation"
+    alt = title or _alt(label, truth, call(before), call(after))
     return Changed(uri, alt, call(before), call(after), truth, outcome, kind)
+
+
+def _alt(label: int | None, truth: str, before: str, after: str) -> str:
+    labelled = "Image" if label is None else f"Image labelled {truth}"
+    return f"{labelled}: {before} before, {after} after quantisation"

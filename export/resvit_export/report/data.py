@@ -14,15 +14,18 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ChangedImage:
-    """An image whose predicted class differs between the float and the quantised network."""
+    """An image whose answer differs between the float and the quantised network."""
 
     pixels: npt.NDArray[np.uint8]
     """[H, W, 1 or 3], or [H, W] for grey, as it came from the data set."""
     label: int | None
-    float_class: int
-    quantized_class: int
+    float_class: int | str
+    """A class, or what was answered in words."""
+    quantized_class: int | str
     names: Sequence[str] | None = None
     """Class names by index; without them the indices are shown."""
+    outcome: str | None = None
+    """``lost``, ``gained`` or ``neutral``, where it does not follow from the classes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class ReportData:
     The keys are those that the stages write (prune.json, retrain.json, fold.json, export.json, ranges.json,
     quantize.json, verdict.json, costs.json, search.json, engine.json, plan.json, audit.json, device.json and
     the bundle's manifest).
-    Shares (top1, agreement, macs_share) are 0..1; drops and intervals are percentage points; sizes are bytes.
+    Shares (top1, agreement, macs_share) are 0..1; drops and intervals are in
+    the unit that the verdict names; sizes are bytes.
     """
 
     name: str

@@ -1,0 +1,292 @@
+"""A number for every pixel: AbsRel and delta 1 of depths, with an interval over images drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.bootstrap import Floats, resampled
+from resvit_calibrate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.image_set import ImageSet
+from resvit_calibrate.targets import UNKNOWN_DEPTH, DepthTarget
+from resvit_calibrate.tasks.base import (
+    Answers,
+    Array,
+    Task,
+    finite_images,
+    load_arrays,
+    options_from,
+    require_between,
+    require_choice,
+    require_finite,
+    require_same_images,
+    run_batches,
+    save_arrays,
+    shapes_of,
+    targets_of,
+)
+from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.tasks.upsampling import map_at
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime import Runner
+
+_MAP_BYTES = 256 << 20
+_NEAR = 0.05
+"""A pixel agrees where the two depths differ by at most this share of the first."""
+_CHANGED = 0.95
+_SAMPLES = 64
+_WRONG = 1.0
+"""AbsRel of an image without finite depths: as if all were 0."""
+
+
+@dataclass(frozen=True)
+class DepthOptions:
+    """``output``: the output [B, 1, h, w] or [B, h, w]; None for the only one.
+
+    ``inverted``: the network gives 1 / depth. ``align``: ``median`` scales each image's depths so that their median
+    is the known one, for networks that know depth up to a factor. Pixels whose known depth is outside of
+    ``min_depth`` to ``max_depth`` (metres) do not count, and the answers are held to these.
+    """
+
+    output: str | None = None
+    inverted: bool = False
+    align: str = "none"
+    min_depth: float = 0.001
+    max_depth: float = 1e6
+
+    def __post_init__(self) -> None:
+        require_choice("depth", "align", self.align, ("none", "median"))
+        require_between("depth", "min_depth", self.min_depth, 1e-9, 1e6)
+        require_between("depth", "max_depth", self.max_depth, self.min_depth, 1e9)
+
+
+@dataclass(frozen=True, eq=False)
+class Depths(Answers):
+    """Of N images: their errors against the known depths, and their maps.
+
+    ``maps`` float16 [N, h, w] are the answers at every ``step``-th pixel. ``abs_rel`` and ``delta1`` [N] are means over
+    an image's known pixels, NaN where it has none. ``sample`` [N, 64] are known depths of each image,
+    by which a network that always answers the same is measured.
+    """
+
+    maps: npt.NDArray[np.float16]
+    step: int
+    abs_rel: Floats
+    delta1: Floats
+    sample: Floats
+    finite: npt.NDArray[np.bool_]
+    digest: npt.NDArray[np.uint8]
+    raw: Raw
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "raw"}
+        save_arrays(path, "depth", {**arrays, **self.raw.to_arrays()})
+
+    def first(self, count: int) -> Depths:
+        """Keep the first ``count`` images only."""
+        names = ("maps", "abs_rel", "delta1", "sample", "finite", "digest")
+        return replace(self, raw=self.raw.first(count), **{name: getattr(self, name)[:count] for name in names})
+
+
+class Depth(Task):
+    """Depths [B, 1, h, w] or [B, h, w], on the input's grid or interpolated to it."""
+
+    name: ClassVar[str] = "depth"
+    metric = "AbsRel"
+    unit = POINTS
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options_from(DepthOptions, self.name, options)
+
+    def answers(
+        self,
+        runner: Runner,
+        image_set: ImageSet,
+        batch_size: int,
+        reporter: Reporter = SILENT,
+        what: str = "validate",
+    ) -> Depths:
+        """Depth maps of every image and their errors."""
+        maps, rows, finite, digests, keeper, step = [], [], [], [], RawKeeper(), 0
+        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+            output = self._output(outputs)
+            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+            step = step or _step(len(image_set), size)
+            fine = finite_images({"output": output}, len(output))
+            keeper.add({"output": output}, len(output))
+            targets = targets_of(batch, DepthTarget, self.name, image_set)
+            for one, target, whole in zip(output, targets, fine, strict=True):
+                found, row = self._scored(map_at(one, size) if whole else None, target.depth)
+                rows.append(row)
+                with np.errstate(over="ignore"):
+                    maps.append(found[::step, ::step].astype(np.float16))
+                digests.append(hashlib.sha256(target.depth.tobytes()).digest())
+            finite.append(fine)
+        digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
+        scores = np.array([row[:2] for row in rows], np.float64).reshape(-1, 2)
+        if not np.isfinite(scores[:, 0]).any():
+            raise ResvitError(
+                f"No pixel has a known depth ({image_set.description}).",
+                "Check --task-option depth_scale, min_depth and max_depth.",
+            )
+        return Depths(
+            np.stack(maps),
+            step,
+            scores[:, 0],
+            scores[:, 1],
+            np.stack([row[2] for row in rows]),
+            np.concatenate(finite),
+            digest,
+            keeper.taken(),
+        )
+
+    def load(self, path: Path) -> Depths:
+        """Read what ``Depths.save`` wrote."""
+        arrays = load_arrays(path, self.name)
+        fields = {name: arrays[name] for name in Depths.__dataclass_fields__ if name not in ("raw", "step")}
+        return Depths(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
+
+    def compare(self, reference: Depths, candidate: Depths, confidence: float = 0.95) -> Resampled:
+        """AbsRel and delta 1, means over images of means over pixels, and the interval of the rise of AbsRel.
+
+        A point is 0.01 of AbsRel. Images without a known depth count for nothing. The reference must be better
+        than one depth everywhere, the best one.
+        """
+        require_same_images(np.array_equal(reference.digest, candidate.digest), reference, candidate)
+        require_finite(reference.finite)
+        there = np.isfinite(reference.abs_rel)
+        stats = np.stack([reference.abs_rel, candidate.abs_rel, self._constant(reference)], axis=1)
+        stats = np.where(there[:, None], stats, 0.0)
+
+        def statistic(weights: Floats) -> Floats:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.asarray((weights @ stats) / (weights @ there.astype(float))[:, None], np.float64)
+
+        whole = statistic(np.ones((1, len(reference))))[0]
+        draws = resampled(statistic, len(reference))
+        return Resampled(
+            images=len(reference),
+            metric=self.metric,
+            reference={"AbsRel": float(whole[0]), "delta 1": float(reference.delta1[there].mean())},
+            candidate={"AbsRel": float(whole[1]), "delta 1": float(candidate.delta1[there].mean())},
+            drop=100.0 * float(whole[1] - whole[0]),
+            draws=100.0 * (draws[:, 1] - draws[:, 0]),
+            confidence=confidence,
+            agreement=float(_agreement(reference, candidate).mean()),
+            agreement_of=f"pixels whose depth differs by at most {_NEAR:.0%}",
+            sqnr_db=reference.raw.sqnr_db(candidate.raw),
+            not_finite=int((~candidate.finite).sum()),
+            worse=int((stats[:, 1] > stats[:, 0]).sum()),
+            better=int((stats[:, 1] < stats[:, 0]).sum()),
+            what="AbsRel",
+            chance=Chance(
+                100.0 * float(whole[2] - whole[0]),
+                100.0 * (draws[:, 2] - draws[:, 0]),
+                f"the float network's AbsRel is {100 * whole[0]:.1f} points on {len(reference)} images, not clearly "
+                f"better than one depth everywhere ({100 * whole[2]:.1f}): check the checkpoint, the preprocessing, "
+                "the unit of the depths and the options inverted and align, or give more images",
+            ),
+        )
+
+    def changed(self, reference: Depths, candidate: Depths) -> list[dict[str, Any]]:
+        """The images in which more than 5% of the pixels moved by more than 5%, those that moved most first."""
+        same = _agreement(reference, candidate)
+        before, after = reference.abs_rel, candidate.abs_rel
+        return [
+            {
+                "index": int(i),
+                "label": None,
+                "float": f"AbsRel {before[i]:.3f}",
+                "quantized": f"AbsRel {after[i]:.3f}, {same[i]:.1%} of the pixels within {_NEAR:.0%}",
+                "outcome": "lost" if after[i] > before[i] else "gained" if after[i] < before[i] else "neutral",
+            }
+            for i in np.argsort(same, kind="stable")
+            if same[i] < _CHANGED
+        ]
+
+    def drawing(self, answers: Depths, index: int) -> dict[str, Array]:
+        """``depth`` float16 [h, w]."""
+        return {"depth": answers.maps[index]}
+
+    def _output(self, outputs: Mapping[str, Array]) -> Array:
+        maps = {
+            name: value if value.ndim == 3 else value[:, 0]
+            for name, value in outputs.items()
+            if value.dtype.kind == "f" and (value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1))
+        }
+        wanted = self.options.output
+        if wanted is None and len(maps) == 1:
+            return next(iter(maps.values()))
+        if wanted is None or wanted not in maps:
+            raise ResvitError(
+                f"Depth needs an output [B, 1, h, w] or [B, h, w]{f' called {wanted}' if wanted else ''}; the network "
+                f"has {shapes_of(outputs)}.",
+                "Name one with --task-option output=NAME.",
+            )
+        return maps[wanted]
+
+    def _scored(self, found: Array | None, known: Array) -> tuple[Array, tuple[float, float, Array]]:
+        """The map as depths, and of it AbsRel, delta 1 (Eigen, NIPS 2014) and a sample of what is known."""
+        low, high = self.options.min_depth, self.options.max_depth
+        counts = (known != UNKNOWN_DEPTH) & (known >= low) & (known <= high)
+        true = known[counts].astype(np.float64)
+        sample = np.full(_SAMPLES, np.nan)
+        if true.size:
+            sample = np.sort(true)[((np.arange(_SAMPLES) + 0.5) * true.size / _SAMPLES).astype(np.int64)]
+        if found is None:
+            worst = (_WRONG, 0.0) if true.size else (np.nan, np.nan)
+            return np.full(known.shape, np.nan, np.float32), (*worst, sample)
+        if self.options.inverted:
+            found = 1.0 / np.maximum(found, 1.0 / high)
+        if self.options.align == "median" and true.size:
+            middle = float(np.median(found[counts]))
+            found = found * (float(np.median(true)) / middle if middle > 0 else 1.0)
+        found = np.clip(found, low, high)
+        if not true.size:
+            return found, (np.nan, np.nan, sample)
+        said = found[counts].astype(np.float64)
+        error = float((np.abs(said - true) / true).mean())
+        within = float((np.maximum(said / true, true / said) < 1.25).mean())
+        return found, (error, within, sample)
+
+    def _constant(self, answers: Depths) -> Floats:
+        """AbsRel [N] of the best single depth, or of each image's median where medians are aligned."""
+        sample = answers.sample
+        if self.options.align == "median":
+            constant: Any = np.median(sample, axis=1)[:, None]
+        else:
+            # The sum of |c - y| / y is least at the median of y weighted by 1 / y.
+            flat = np.sort(sample[np.isfinite(sample)])
+            weight = np.cumsum(1.0 / flat)
+            constant = flat[int(np.searchsorted(weight, weight[-1] / 2))]
+        return np.asarray((np.abs(constant - sample) / sample).mean(axis=1), np.float64)
+
+
+def _step(count: int, size: tuple[int, int]) -> int:
+    step = 1
+    while 2 * count * -(-size[0] // step) * -(-size[1] // step) > _MAP_BYTES:
+        step += 1
+    return step
+
+
+def _agreement(reference: Depths, candidate: Depths) -> Floats:
+    """Per image the share of pixels that agree: [N]."""
+    shares = []
+    for first, second in zip(reference.maps, candidate.maps, strict=True):
+        before, after = first.astype(np.float32), second.astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            shares.append(float((np.abs(before - after) <= _NEAR * before).mean()))
+    return np.array(shares)

@@ -1,0 +1,273 @@
+"""Anything else: a metric of the user's, or none, and then how near the outputs are to the float network's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.bootstrap import Floats, resampled
+from resvit_calibrate.comparison import POINTS, Comparison, Resampled
+from resvit_calibrate.factories import function_from
+from resvit_calibrate.image_set import Batch, ImageSet
+from resvit_calibrate.tasks.base import (
+    Answers,
+    Array,
+    Task,
+    finite_images,
+    load_arrays,
+    options_from,
+    require_between,
+    require_finite,
+    require_same_images,
+    run_batches,
+    save_arrays,
+    shapes_of,
+)
+from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime import Runner
+
+_IMAGES = 1024
+_BYTES = 256 << 20
+_MOST_DB = 100.0
+"""Where an image's outputs are equal or nearly so, its SQNR counts as this."""
+SHAPE = (
+    "The metric is called with the outputs of a batch, a dictionary of arrays by name, and what is known of its "
+    "images (targets, else labels, else None); it returns one score for each image, [B], higher is better, "
+    "as a share from 0 to 1."
+)
+
+
+@dataclass(frozen=True)
+class OtherOptions:
+    """``least_sqnr_db``: the SQNR that outputs must keep where there is no metric. 20 dB: noise of a tenth."""
+
+    least_sqnr_db: float = 20.0
+
+    def __post_init__(self) -> None:
+        require_between("other", "least_sqnr_db", self.least_sqnr_db, -100.0, _MOST_DB)
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs(Answers):
+    """Of N images: the user's ``scores`` [N], none without a metric; outputs of at most 1024 images under ``raw``.
+
+    Of large outputs ``raw`` has every s-th value, 256 MiB in all.
+    """
+
+    scores: Floats
+    finite: npt.NDArray[np.bool_]
+    raw: Raw
+
+    def __len__(self) -> int:
+        return len(self.finite)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+        save_arrays(path, "other", {"scores": self.scores, "finite": self.finite, **self.raw.to_arrays()})
+
+    def first(self, count: int) -> Outputs:
+        """Keep the first ``count`` images only."""
+        return Outputs(self.scores[:count], self.finite[:count], self.raw.first(count))
+
+
+@dataclass(frozen=True, eq=False)
+class Nearness(Resampled):
+    """A comparison without a metric: ``drop`` is by how many dB the mean SQNR of an image misses the least one."""
+
+    least: float = 20.0
+
+    def interval_at(self, confidence: float) -> tuple[float, float]:
+        """From the images drawn again; nothing can be said of outputs that are all equal but that they are."""
+        from resvit_calibrate.bootstrap import percentile_interval
+
+        return percentile_interval(self.drop, self.draws, self.images, confidence)
+
+    def limit(self, max_drop: float) -> float:
+        """No accuracy was measured, so that no drop of it can be limited."""
+        del max_drop
+        return 0.0
+
+    def measured(self, interval: tuple[float, float], confidence: float) -> str:
+        """What was measured instead."""
+        low, high = self.least - interval[1], self.least - interval[0]
+        return (
+            f"accuracy was not measured; the outputs' SQNR against the float network is {self.least - self.drop:.1f} "
+            f"dB, between {low:.1f} and {high:.1f} at {100 * confidence:g}% confidence on {self.images} images"
+        )
+
+    def outcome(self, limit: float, over: bool) -> str:
+        """On which side of the least SQNR."""
+        del limit
+        return f"below the least of {self.least:g} dB" if over else f"above the least of {self.least:g} dB"
+
+    def open_question(self, limit: float) -> str:
+        """That the least SQNR is inside the interval."""
+        del limit
+        return f"the least of {self.least:g} dB lies inside"
+
+
+class Other(Task):
+    """Outputs of any kind, by ``metric`` (``package.module:function`` or ``file.py:function``) or by SQNR alone."""
+
+    name: ClassVar[str] = "other"
+
+    def __init__(self, options: Mapping[str, Any], metric: str | None = None) -> None:
+        self.options = options_from(OtherOptions, self.name, options)
+        self.function = None if metric is None else _function(metric)
+        self.metric = "SQNR" if metric is None else metric.rpartition(":")[2]
+        self.unit = "dB" if metric is None else POINTS
+
+    def answers(
+        self,
+        runner: Runner,
+        image_set: ImageSet,
+        batch_size: int,
+        reporter: Reporter = SILENT,
+        what: str = "validate",
+    ) -> Outputs:
+        """The user's scores of every image, and outputs."""
+        keeper = RawKeeper(_IMAGES, _BYTES)
+        scores, finite = [], []
+        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+            if not any(value.ndim and value.dtype.kind == "f" for value in outputs.values()):
+                raise ResvitError(
+                    f"The network has no output of floating-point numbers: {shapes_of(outputs)}.",
+                    "Give its outputs before the classes are chosen.",
+                )
+            fine = finite_images(outputs, len(batch.images))
+            keeper.add(outputs, len(batch.images))
+            finite.append(fine)
+            if self.function:
+                scores.append(self._scores(self.function, outputs, batch, fine))
+        return Outputs(np.concatenate(scores) if scores else np.zeros(0), np.concatenate(finite), keeper.taken())
+
+    def load(self, path: Path) -> Outputs:
+        """Read what ``Outputs.save`` wrote."""
+        arrays = load_arrays(path, self.name)
+        return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays))
+
+    def compare(self, reference: Outputs, candidate: Outputs, confidence: float = 0.95) -> Comparison:
+        """The mean of the user's scores and the interval of its fall; or the mean SQNR of an image and its interval."""
+        require_same_images(True, reference, candidate)
+        require_finite(reference.finite)
+        near = _per_image(reference.raw, candidate.raw)
+        common: dict[str, Any] = {
+            "metric": self.metric,
+            "confidence": confidence,
+            "agreement": float(_cosine(reference.raw, candidate.raw)),
+            "agreement_of": "the outputs' direction (cosine)",
+            "sqnr_db": reference.raw.sqnr_db(candidate.raw),
+            "not_finite": int((~candidate.finite).sum()),
+            "unit": self.unit,
+        }
+        if self.function is None:
+            mean, least = float(near.mean()), self.options.least_sqnr_db
+            draws = resampled(lambda weights: (weights @ near)[:, None] / len(near), len(near))[:, 0]
+            return Nearness(
+                images=len(near),
+                reference={"SQNR": _MOST_DB},
+                candidate={"SQNR": mean},
+                drop=least - mean,
+                draws=least - draws,
+                worse=0,
+                better=0,
+                least=least,
+                **common,
+            )
+        first, second = reference.scores, candidate.scores
+        apart = first - second
+        draws = resampled(lambda weights: (weights @ apart)[:, None] / len(apart), len(apart))[:, 0]
+        return Resampled(
+            images=len(apart),
+            reference={self.metric: float(first.mean())},
+            candidate={self.metric: float(second.mean())},
+            drop=100.0 * float(apart.mean()),
+            draws=100.0 * draws,
+            worse=int((apart > 0).sum()),
+            better=int((apart < 0).sum()),
+            **common,
+        )
+
+    def changed(self, reference: Outputs, candidate: Outputs) -> list[dict[str, Any]]:
+        """The images that score lower or whose outputs miss the least SQNR, the worst first."""
+        if self.function is not None:
+            apart = reference.scores - candidate.scores
+            words = [f"{self.metric} {value:.4g}" for value in candidate.scores]
+            before, limit = [f"{self.metric} {value:.4g}" for value in reference.scores], 0.0
+        else:
+            near = _per_image(reference.raw, candidate.raw)
+            apart, limit = self.options.least_sqnr_db - near, 0.0
+            words, before = [f"SQNR {value:.1f} dB" for value in near], ["" for _ in near]
+        return [
+            {"index": int(i), "label": None, "float": before[i], "quantized": words[i], "outcome": "lost"}
+            for i in np.argsort(-apart, kind="stable")
+            if apart[i] > limit
+        ]
+
+    def _scores(
+        self, function: Callable[..., Any], outputs: dict[str, Array], batch: Batch, fine: npt.NDArray[np.bool_]
+    ) -> Floats:
+        """The user's scores of one batch; 0 for an image whose outputs are not finite, whatever the metric says."""
+        known = batch.targets if batch.targets is not None else batch.labels
+        count = len(batch.images)
+        try:
+            said = np.asarray(function(dict(outputs), known), np.float64)
+        except (ResvitError, MemoryError):
+            raise
+        except Exception as error:
+            raise ResvitError(f"The metric {self.metric} failed: {type(error).__name__}: {error}", SHAPE) from error
+        if said.shape != (count,):
+            raise ResvitError(
+                f"The metric {self.metric} returned the shape {list(said.shape)} for {count} images.", SHAPE
+            )
+        broken = int((~np.isfinite(said) & fine).sum())
+        if broken:
+            raise ResvitError(
+                f"The metric {self.metric} returned NaN or infinity for {broken} of {count} images, whose outputs "
+                "are finite.",
+                "Let it return a number for every image, 0 where nothing is right.",
+            )
+        return np.where(fine, said, 0.0)
+
+
+def _function(text: str) -> Callable[..., Any]:
+    function = function_from(text, SHAPE)
+    if function is None:
+        raise ResvitError(f"The metric '{text}' is not package.module:function or file.py:function.", SHAPE)
+    return function
+
+
+def _per_image(reference: Raw, candidate: Raw) -> Floats:
+    """SQNR of each image in dB, the lowest of its outputs, from -100 to 100; NaN counts as -100."""
+    lowest: Floats | None = None
+    for name, clean in reference.outputs.items():
+        theirs = candidate.outputs.get(name)
+        if theirs is None or theirs.shape != clean.shape:
+            raise ResvitError(f"The two networks differ in the output {name}.", "Compare networks of the same outputs.")
+        wide = clean.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            noise = np.square(wide - theirs).sum(axis=1)
+            found = 10.0 * np.log10(np.square(wide).sum(axis=1) / noise)
+            found = np.where(noise == 0.0, _MOST_DB, np.nan_to_num(found, nan=-_MOST_DB))
+        found = np.clip(found, -_MOST_DB, _MOST_DB)
+        lowest = found if lowest is None else np.minimum(lowest, found)
+    return np.zeros(0) if lowest is None else np.asarray(lowest, np.float64)
+
+
+def _cosine(reference: Raw, candidate: Raw) -> float:
+    """The mean over images of the cosine between outputs, the lowest of a network's outputs."""
+    found = []
+    for name, first in reference.outputs.items():
+        one, two = first.astype(np.float64), candidate.outputs[name].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append(float(np.mean((one * two).sum(1) / np.sqrt(np.square(one).sum(1) * np.square(two).sum(1)))))
+    return min(found)

@@ -1,0 +1,269 @@
+"""A class for every pixel: mIoU and Dice, with an interval over images drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.bootstrap import Floats, resampled
+from resvit_calibrate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.image_set import ImageSet
+from resvit_calibrate.targets import IGNORED, MaskTarget
+from resvit_calibrate.tasks.base import (
+    Answers,
+    Array,
+    Task,
+    finite_images,
+    load_arrays,
+    options_from,
+    require_finite,
+    require_same_images,
+    run_batches,
+    save_arrays,
+    shapes_of,
+    targets_of,
+)
+from resvit_calibrate.tasks.mask_counts import commonest, counts, dice, ious, mean_iou
+from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.tasks.upsampling import classes_at
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime import Runner
+
+_MAP_BYTES = 256 << 20
+_CHANGED = 0.99
+"""An image of which a larger share of pixels has the same class is not called changed."""
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """``output``: the output with the scores [B, K, h, w] or the class numbers [B, h, w]; None for the only one."""
+
+    output: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Masks(Answers):
+    """Of N images: label maps, and how many pixels of each class they share with what is known.
+
+    ``maps`` int16 [N, h, w] are the answers at every ``step``-th pixel, for drawing and agreement: every pixel
+    where all take at most 256 MiB. ``shared``, ``answered`` and ``known`` int64 [N, K] count labelled pixels,
+    all of them: of class k in both, in the answer, in truth. ``digest`` is of the known masks.
+    """
+
+    maps: npt.NDArray[np.int16]
+    step: int
+    shared: npt.NDArray[np.int64]
+    answered: npt.NDArray[np.int64]
+    known: npt.NDArray[np.int64]
+    finite: npt.NDArray[np.bool_]
+    digest: npt.NDArray[np.uint8]
+    raw: Raw
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "raw"}
+        save_arrays(path, "segmentation", {**arrays, **self.raw.to_arrays()})
+
+    def first(self, count: int) -> Masks:
+        """Keep the first ``count`` images only."""
+        names = ("maps", "shared", "answered", "known", "finite", "digest")
+        return replace(self, raw=self.raw.first(count), **{name: getattr(self, name)[:count] for name in names})
+
+
+class Segmentation(Task):
+    """Scores [B, K, h, w] on the input's grid or a coarser one of the same proportions, or class numbers [B, h, w]."""
+
+    name: ClassVar[str] = "segmentation"
+    metric = "mIoU"
+    unit = POINTS
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options_from(SegmentationOptions, self.name, options)
+
+    def answers(
+        self,
+        runner: Runner,
+        image_set: ImageSet,
+        batch_size: int,
+        reporter: Reporter = SILENT,
+        what: str = "validate",
+    ) -> Masks:
+        """Label maps of every image and their counts against the known masks."""
+        rows: list[tuple[Array, Array, Array]] = []
+        maps, finite, digests, keeper = [], [], [], RawKeeper()
+        step = classes = 0
+        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+            output = self._output(outputs)
+            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+            self._fits(output, size)
+            classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
+            step = step or _step(len(image_set), size)
+            targets = targets_of(batch, MaskTarget, self.name, image_set)
+            fine = finite_images({"output": output}, len(output))
+            keeper.add({"output": output}, len(output))
+            for one, target, whole in zip(output, targets, fine, strict=True):
+                classes = _classes(classes, output.ndim, one if whole else np.zeros(1), target)
+                found = _map(one, size) if whole else np.full(size, IGNORED, np.int16)
+                rows.append(counts(found, target.classes, classes))
+                maps.append(found[::step, ::step].copy())
+                digests.append(hashlib.sha256(target.classes.tobytes()).digest())
+            finite.append(fine)
+        shared, answered, known = (_stacked([row[i] for row in rows], classes) for i in range(3))
+        digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
+        return Masks(np.stack(maps), step, shared, answered, known, np.concatenate(finite), digest, keeper.taken())
+
+    def load(self, path: Path) -> Masks:
+        """Read what ``Masks.save`` wrote."""
+        arrays = load_arrays(path, self.name)
+        fields = {name: arrays[name] for name in Masks.__dataclass_fields__ if name not in ("raw", "step")}
+        return Masks(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
+
+    def compare(self, reference: Masks, candidate: Masks, confidence: float = 0.95) -> Resampled:
+        """MIoU and Dice over classes, and the interval of the difference in mIoU.
+
+        A class that is neither known nor answered anywhere in the images counts for neither. The reference must be
+        better than answering the commonest class everywhere.
+        """
+        require_same_images(np.array_equal(reference.digest, candidate.digest), reference, candidate)
+        require_finite(reference.finite)
+        classes = max(reference.shared.shape[1], candidate.shared.shape[1])
+        if not reference.known.any():
+            raise ResvitError("No pixel of the masks is labelled.", "Check the masks, and the unlabelled value.")
+        first, second = _widened(reference, classes), _widened(candidate, classes)
+        constant = commonest(first)
+        stats = np.concatenate([first, second, constant], axis=1)
+
+        def statistic(weights: Floats) -> Floats:
+            sums = (weights @ stats).reshape(len(weights), 3, 3, classes)
+            return np.stack([mean_iou(*sums[:, network].swapaxes(0, 1)) for network in range(3)], axis=1)
+
+        whole = statistic(np.ones((1, len(reference))))[0]
+        draws = resampled(statistic, len(reference))
+        apart = ious(first) - ious(second)
+        return Resampled(
+            images=len(reference),
+            metric=self.metric,
+            reference={"mIoU": float(whole[0]), "Dice": dice(first)},
+            candidate={"mIoU": float(whole[1]), "Dice": dice(second)},
+            drop=100.0 * float(whole[0] - whole[1]),
+            draws=100.0 * (draws[:, 0] - draws[:, 1]),
+            confidence=confidence,
+            agreement=float(_agreement(reference, candidate).mean()),
+            agreement_of="pixels with the same class",
+            sqnr_db=reference.raw.sqnr_db(candidate.raw),
+            not_finite=int((~candidate.finite).sum()),
+            worse=int((apart > 0).sum()),
+            better=int((apart < 0).sum()),
+            chance=Chance(
+                100.0 * float(whole[0] - whole[2]),
+                100.0 * (draws[:, 0] - draws[:, 2]),
+                f"the float network has {100 * whole[0]:.1f} points of mIoU on {len(reference)} images, not clearly "
+                f"better than answering the commonest class everywhere ({100 * whole[2]:.1f}): check the checkpoint, "
+                "the preprocessing and the order of the classes, or give more images",
+            ),
+        )
+
+    def changed(self, reference: Masks, candidate: Masks) -> list[dict[str, Any]]:
+        """The images in which more than 1% of the pixels got another class, those that changed most first."""
+        same = _agreement(reference, candidate)
+        before, after = (_per_image(x) for x in (reference, candidate))
+        return [
+            {
+                "index": int(i),
+                "label": None,
+                "float": f"mIoU {100 * before[i]:.1f}",
+                "quantized": f"mIoU {100 * after[i]:.1f}, {same[i]:.1%} of the pixels the same",
+                "outcome": "lost" if after[i] < before[i] else "gained" if after[i] > before[i] else "neutral",
+            }
+            for i in np.argsort(same, kind="stable")
+            if same[i] < _CHANGED
+        ]
+
+    def drawing(self, answers: Masks, index: int) -> dict[str, Array]:
+        """``mask`` int16 [h, w]."""
+        return {"mask": answers.maps[index]}
+
+    def _output(self, outputs: Mapping[str, Array]) -> Array:
+        wanted = self.options.output
+        maps = {name: value for name, value in outputs.items() if value.ndim in (3, 4)}
+        if wanted is None and len(maps) == 1:
+            return next(iter(maps.values()))
+        if wanted is None or wanted not in maps:
+            asked = f"none of them is {wanted}" if wanted else "which one holds the masks is not said"
+            raise ResvitError(
+                f"Segmentation needs scores [B, classes, h, w] or class numbers [B, h, w]; the network has "
+                f"{shapes_of(outputs)}, and {asked}.",
+                "Name one with --task-option output=NAME.",
+            )
+        return maps[wanted]
+
+    def _fits(self, output: Array, size: tuple[int, int]) -> None:
+        height, width = output.shape[-2:]
+        whole = size[0] % height == 0 and size[1] % width == 0 and size[0] * width == size[1] * height
+        if not whole or (output.ndim == 4 and output.shape[1] < 2) or (output.ndim == 3 and (height, width) != size):
+            raise ResvitError(
+                f"The segmentation output has the shape {list(output.shape)} for images of {size[0]} x {size[1]}.",
+                "It must be scores [B, two or more classes, h, w] with h and w whole fractions of the input's, or "
+                "class numbers at the input's size.",
+            )
+
+
+def _map(one: Array, size: tuple[int, int]) -> npt.NDArray[np.int16]:
+    return classes_at(one, size) if one.ndim == 3 else one.astype(np.int16)
+
+
+def _step(count: int, size: tuple[int, int]) -> int:
+    step = 1
+    while 2 * count * -(-size[0] // step) * -(-size[1] // step) > _MAP_BYTES:
+        step += 1
+    return step
+
+
+def _classes(known: int, dimensions: int, one: Array, target: MaskTarget) -> int:
+    """How many classes there are; refuses those that the network can't answer."""
+    highest = int(target.classes.max(initial=-1))
+    if dimensions == 4 and highest >= known:
+        raise ResvitError(
+            f"The masks have the class {highest}, but the network knows classes 0 to {known - 1}.",
+            "Use the data that the network was trained for, or name its unlabelled value: --task-option ignore=255.",
+        )
+    if dimensions == 3:
+        low, most = float(one.min()), float(one.max())
+        if low < 0 or most >= 32768 or not np.array_equal(one, np.round(one)):
+            raise ResvitError(
+                f"The segmentation output [B, h, w] holds {low:g} to {most:g}, which are no class numbers.",
+                "Give the scores of all classes, [B, classes, h, w]; for depths say --task depth.",
+            )
+        return max(known, highest + 1, int(most) + 1)
+    return known
+
+
+def _stacked(rows: list[Array], classes: int) -> npt.NDArray[np.int64]:
+    return np.stack([np.pad(row, (0, classes - len(row))) for row in rows]).astype(np.int64)
+
+
+def _widened(answers: Masks, classes: int) -> Floats:
+    """Counts [N, 3 K]: shared, answered, known."""
+    parts = (answers.shared, answers.answered, answers.known)
+    return np.concatenate([np.pad(part, ((0, 0), (0, classes - part.shape[1]))) for part in parts], 1).astype(float)
+
+
+def _per_image(answers: Masks) -> Floats:
+    return np.nan_to_num(ious(_widened(answers, answers.shared.shape[1])))
+
+
+def _agreement(reference: Masks, candidate: Masks) -> Floats:
+    """Per image the share of pixels with the same class: [N]."""
+    return np.array([(a == b).mean() for a, b in zip(reference.maps, candidate.maps, strict=True)])

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from resvit_calibrate.gate import VerdictKind, judge
+from resvit_calibrate.metrics import Predictions
+from resvit_calibrate.targets import BoxTarget
+from resvit_calibrate.tasks import kind_of, task_named, task_of
+from resvit_engines.errors import ResvitError
+from task_images import Images, network
+
+METRICS = """
+import numpy as np
+
+def near(outputs, labels):
+    return 1.0 / (1.0 + np.abs(outputs["a"][:, 0] - labels))
+
+def wrong_shape(outputs, labels):
+    return np.zeros(3)
+
+def not_a_number(outputs, labels):
+    scores = near(outputs, labels)
+    scores[0] = np.nan
+    return scores
+
+def raises(outputs, labels):
+    return outputs["missing"]
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path) -> str:
+    (tmp_path / "own_metrics.py").write_text(METRICS)
+    return str(tmp_path / "own_metrics.py")
+
+
+def outputs(count: int = 50, noise: float = 0.0):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 9, count)
+    clean = labels[:, None] + random.normal(0, 0.2, (count, 6))
+    images = Images(None, labels=labels)
+    return network(a=(clean + noise * random.normal(size=clean.shape)).astype(np.float32)), images
+
+
+def test_the_users_metric_decides(metrics, tmp_path):
+    task = task_named("other", {}, f"{metrics}:near")
+    first, second = (task.answers(*outputs(noise=noise), 8) for noise in (0.0, 0.05))
+    got = task.compare(first, second)
+    assert got.metric == "near"
+    assert got.interval[0] < got.drop < got.interval[1]
+    assert got.drop == pytest.approx(100 * (first.scores.mean() - second.scores.mean()))
+    assert judge(got, 50.0).reason.startswith("the near drop is ")
+    assert judge(got, 50.0).kind is VerdictKind.ACCEPTED
+    far = task.answers(*outputs(noise=5.0), 8)
+    assert judge(task.compare(first, far), 1.0).kind is VerdictKind.REJECTED
+    assert task.changed(first, far)[0]["outcome"] == "lost"
+    first.save(tmp_path / "a.npz")
+    assert task.compare(task.load(tmp_path / "a.npz"), second).to_json() == got.to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wrong_shape", r"returned the shape \[3\] for 8 images"),
+        ("not_a_number", "NaN or infinity for 1 of 8 images"),
+        ("raises", "failed: KeyError"),
+        ("NUMBER", "has a int there"),
+        ("missing", "has nothing of that name"),
+    ],
+)
+def test_metrics_that_are_none(metrics, name, said):
+    with pytest.raises(ResvitError, match=said):
+        task_named("other", {}, f"{metrics}:{name}").answers(*outputs(), 8)
+
+
+def test_a_metric_of_an_installed_module(monkeypatch, tmp_path):
+    (tmp_path / "some_metrics.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = task_named("other", {}, "some_metrics:near")
+    assert len(task.answers(*outputs(), 8).scores) == 50
+    sys.modules.pop("some_metrics")
+    with pytest.raises(ResvitError, match=r"is not package\.module:function"):
+        task_named("other", {}, "near")
+    with pytest.raises(ResvitError, match="its own metric"):
+        task_named("depth", {}, "some_metrics:near")
+
+
+def test_without_a_metric_the_outputs_must_be_near():
+    task = task_named("other", {})
+    first = task.answers(*outputs(), 8)
+    verdict = judge(task.compare(first, task.answers(*outputs(noise=0.05), 8)), 1.0)
+    assert verdict.kind is VerdictKind.ACCEPTED
+    assert verdict.reason.startswith("accuracy was not measured; the outputs' SQNR against the float network is 3")
+    assert verdict.reason.endswith("above the least of 20 dB")
+    verdict = judge(task.compare(first, task.answers(*outputs(noise=5.0), 8)), 1.0)
+    assert verdict.kind is VerdictKind.REJECTED
+    assert verdict.reason.endswith("below the least of 20 dB")
+    strict = task_named("other", {"least_sqnr_db": 60})
+    assert judge(strict.compare(first, task.answers(*outputs(noise=0.05), 8)), 1.0).kind is VerdictKind.REJECTED
+    assert judge(task.compare(first, first), 1.0).kind is VerdictKind.ACCEPTED
+    broken = task.answers(network(a=np.full((50, 6), np.nan, np.float32)), outputs()[1], 8)
+    assert "50 of 50 images" in judge(task.compare(first, broken), 1.0).reason
+    assert len(task.changed(first, task.answers(*outputs(noise=5.0), 8))) > 40
+
+
+def test_unlabelled_images_do_without_a_metric():
+    random = np.random.default_rng(0)
+    task = task_named("other", {})
+    run = network(a=random.normal(size=(5, 3, 4)), b=random.integers(0, 3, (5, 2)))
+    got = task.answers(run, Images(None, count=5), 2)
+    assert list(got.raw.outputs) == ["a"]
+    with pytest.raises(ResvitError, match="no output of floating-point"):
+        task.answers(network(b=np.zeros((5, 2), np.int64)), Images(None, count=5), 2)
+    with pytest.raises(ResvitError, match=r"a has the shape \[3, 4\] for 2 images"):
+        task.answers(lambda arrays: {"a": np.zeros((3, 4))}, Images(None, count=5), 2)
+
+
+# --- which task ---------------------------------------------------------------------------------------------------
+
+LOGITS, MAPS = {"name": "logits", "shape": ["batch", 10]}, {"name": "maps", "shape": ["batch", 21, 32, 32]}
+BOXES = [{"name": "boxes", "shape": ["batch", 100, 4]}, {"name": "scores", "shape": ["batch", 100, 80]}]
+DETR = [{"name": "logits", "shape": ["batch", 100, 92]}, {"name": "pred_boxes", "shape": ["batch", 100, 4]}]
+DEPTH = {"name": "predicted_depth", "shape": ["batch", 64, 64]}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known", "kind"),
+    [
+        ([LOGITS], "classification", "classification"),
+        ([{"name": "x", "shape": ["batch", 10]}], None, "classification"),
+        ([LOGITS, MAPS], "classification", "classification"),
+        ([LOGITS], "detection", "detection"),
+        (BOXES, "detection", "detection"),
+        (BOXES[::-1], None, "detection"),
+        (DETR, "detection", "detection"),
+        (BOXES, "segmentation", "segmentation"),
+        ([MAPS], "segmentation", "segmentation"),
+        ([DEPTH], "segmentation", "segmentation"),
+        ([DEPTH], "depth", "depth"),
+        ([DEPTH], None, "depth"),
+        ([{"name": "x", "shape": ["batch", 1, 64, 64]}], "depth", "depth"),
+        ([MAPS, DEPTH], "segmentation", "segmentation"),
+        ([MAPS, DEPTH], None, "other"),
+        ([{"name": "x", "shape": ["batch", 3, 4, 5, 6]}], None, "other"),
+    ],
+)
+def test_the_task_is_told_from_outputs_and_targets(outputs, known, kind):
+    assert kind_of(outputs, known) == kind
+    assert task_of(outputs, known).name == kind
+
+
+def test_the_task_for_a_users_metric_is_other(metrics):
+    assert task_of([LOGITS], "classification", metric=f"{metrics}:near").name == "other"
+    with pytest.raises(ResvitError, match="does not exist"):
+        task_named("poses", {})
+
+
+def test_classification_is_what_it_was(tmp_path):
+    task = task_named("classification", {})
+    labels = np.arange(40) % 8
+    run = network(logits=np.eye(8, dtype=np.float32)[labels])
+    found = task.answers(run, Images(None, labels=labels), 16)
+    assert isinstance(found, Predictions)
+    got = task.compare(found, found)
+    assert got.reference == got.candidate == {"top-1": 1.0, "top-5": 1.0}
+    found.save(tmp_path / "a.npz")
+    assert len(task.load(tmp_path / "a.npz").first(7)) == 7
+    assert task.changed(found, found) == []
+    with pytest.raises(ResvitError, match="no labels"):
+        task.answers(run, Images([BoxTarget(np.zeros((0, 4)), np.zeros(0), np.zeros(0))] * 40), 8)
+    with pytest.raises(ResvitError, match="no option"):
+        task_named("classification", {"top_k": 3})
+    assert task_named("classification", {"ignore": 255}).name == "classification"
