@@ -52,9 +52,9 @@ def _interpreted(source: Source, inputs: Sequence[np.ndarray]) -> list[np.ndarra
     import torch
 
     types = {
-        **{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int32": torch.int32},
-        **{"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bool": torch.bool},
-    }
+        "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int32": torch.int32,
+        "int8": torch.int8, "fp8": torch.float8_e4m3fn, "bool": torch.bool,
+    }  # fmt: skip
     launch, function = (
         source.launch,
         getattr(importlib.import_module(f"resvit_engines.kernels.{source.module}"), source.function),

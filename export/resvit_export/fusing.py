@@ -34,14 +34,16 @@ def fuse_into(
 ) -> None:
     """Write ``fusion.json`` and, where anything became a node of ours, ``model.onnx``.
 
-    ``kinds`` names what may; None is everything. With ``ranges``, attention reads its operands in 8 bits. By the table
-    of measured results, only what is faster there is taken.
+    ``kinds`` names what may; None is what the choice asks for. With ``ranges``, attention reads its operands in 8
+    bits. By the table of measured results, only what is faster there is taken.
     """
     import onnx_ir
 
-    from resvit_quantize.fusion import Kind
+    from resvit_quantize.fusion import WORTH_ASKING, Kind
 
-    wanted = frozenset(Kind) if kinds is None else frozenset(Kind(name) for name in kinds)
+    wanted = WORTH_ASKING if choice.by is By.WISH else frozenset(Kind)
+    if kinds is not None:
+        wanted = frozenset(Kind(name) for name in kinds)
     operands = None if ranges is None else _operands(ranges, recipe)
     network, report = fused_network(model, wanted, target, by=choice.by, operands=operands)
     if report.matches:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_refusal, bridge_source
 from resvit_engines.kernels.launch import Kernel, Source
+from resvit_engines.kernels.norms import GroupNormConfig, group_norm_source, layer_norm_source
+from resvit_engines.kernels.norms import refusal as norm_refusal
+from resvit_engines.kernels.residual import ResidualConfig, residual_refusal, residual_source
 from resvit_engines.plugins.fields import fields_from_kernel
 from resvit_engines.targets import Target
 
@@ -20,15 +23,24 @@ def refusal(config: Config, target: Target) -> str | None:
     """Why there is no kernel with this configuration for the target; None where there is."""
     if isinstance(config, AttentionConfig):
         return attention_refusal(config, target.sm)
-    return bridge_refusal(config, target.sm)
+    if isinstance(config, BridgeConfig):
+        return bridge_refusal(config, target.sm)
+    if isinstance(config, ResidualConfig):
+        return residual_refusal(config, target.sm)
+    return norm_refusal(config, target.sm)
 
 
 def source_of(config: Config, target: Target) -> Source:
     """The kernel, before it is compiled."""
     if isinstance(config, AttentionConfig):
         return attention_source(config, target.sm)
-    assert isinstance(config, BridgeConfig)
-    return bridge_source(config, target.sm)
+    if isinstance(config, BridgeConfig):
+        return bridge_source(config, target.sm)
+    if isinstance(config, ResidualConfig):
+        return residual_source(config, target.sm)
+    if isinstance(config, GroupNormConfig):
+        return group_norm_source(config, target.sm)
+    return layer_norm_source(config, target.sm)
 
 
 def carry_kernels(network: ir.Model, target: Target, way: str) -> int:

@@ -75,7 +75,7 @@ def attention_reference(config: AttentionConfig, *inputs: Array) -> Array:
     """
     shares, value = attention_shares(config, *inputs)
     result = shares @ (value * config.v_scale)  # (B, H, Nq, Nk) x (B, H, Nk, Dv)
-    return stored(_joined(config, result), config.out_dtype, config.out_scale)
+    return stored(joined(config, result), config.out_dtype, config.out_scale)
 
 
 def attention_shares(config: AttentionConfig, *inputs: Array) -> tuple[Array, Array]:
@@ -111,6 +111,13 @@ def parts_of(config: AttentionConfig, *inputs: Array) -> tuple[Array, Array, Arr
     return q, k, v
 
 
+def joined(config: AttentionConfig, result: Array) -> Array:
+    """[B, H, N, Dv] as the layout has its output: [B, N, H Dv], or [B, H Dv, h, w]."""
+    batch, _, tokens, _ = result.shape
+    rows: Array = result.swapaxes(1, 2).reshape(batch, tokens, -1)
+    return rows.swapaxes(1, 2).reshape(batch, -1, *(config.area or ())) if config.layout == "channels" else rows
+
+
 def attention_refusal(config: AttentionConfig, sm: int) -> str | None:
     """Why there is no such kernel for a GPU; None where there is."""
     if config.layout not in LAYOUTS:
@@ -129,6 +136,9 @@ def attention_refusal(config: AttentionConfig, sm: int) -> str | None:
         return f"shares in {config.pv} do not go with values in {config.dtype}"
     if config.bias is not None and config.bias_dtype not in ("fp32", *FLOATS):
         return f"a bias in {config.bias_dtype}"
+    factor = _factor(config)
+    if not 2.0**-126 <= abs(factor) <= 2.0**126:
+        return f"the factor of the logits is {factor!r}, which FP32 does not hold"
     return (
         dtype_refusal(sm, config.dtype, config.out_dtype)
         or scale_refusal("the scale of the queries", config.q_scale, config.dtype)
@@ -182,7 +192,7 @@ def attention_source(config: AttentionConfig, sm: int) -> Source:
             "VALUE": config.value_size,
             **_strides(config),
             **_broadcast(config.bias),
-            "SCALE": config.scale * config.q_scale * config.k_scale * _LOG2E,
+            "SCALE": _factor(config),
             # Shares in FP8 are multiplied by 256, those in INT8 by 127; so is their sum, and it cancels.
             "V_SCALE": config.v_scale,
             "INVERSE": 1.0 / config.out_scale,
@@ -260,12 +270,10 @@ def _strides(config: AttentionConfig) -> dict[str, int | bool]:
     }
 
 
+def _factor(config: AttentionConfig) -> float:
+    """What turns products of stored numbers into logits to the base of two."""
+    return config.scale * config.q_scale * config.k_scale * _LOG2E
+
+
 def _broadcast(bias: tuple[bool, bool, bool] | None) -> dict[str, bool]:
     return dict(zip(("BIAS_BATCH", "BIAS_HEADS", "BIAS_ROWS"), bias or (False, False, False), strict=True))
-
-
-def _joined(config: AttentionConfig, result: Array) -> Array:
-    """[B, H, N, Dv] as the layout has its output."""
-    batch, _, tokens, _ = result.shape
-    joined: Array = result.swapaxes(1, 2).reshape(batch, tokens, -1)
-    return joined.swapaxes(1, 2).reshape(batch, -1, *(config.area or ())) if config.layout == "channels" else joined

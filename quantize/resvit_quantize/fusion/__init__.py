@@ -12,17 +12,31 @@ from onnx_ir.passes import common
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.residual import ResidualConfig
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion import attention, bridge
-from resvit_quantize.fusion.found import Config, FusionReport, Kind, Match, Refusal, RefusedError
+from resvit_quantize.fusion import attention, bridge, seams
+from resvit_quantize.fusion.found import WORTH_ASKING, Config, FusionReport, Kind, Match, Refusal, RefusedError
 from resvit_quantize.fusion.functions import function_of
 from resvit_quantize.fusion.operands import Amax, insert, narrowed
 from resvit_quantize.fusion.views import BATCH
 from resvit_quantize.graph import analyse
 from resvit_quantize.network import opset_of, static_shapes
+from resvit_quantize.norms import GroupNorm
 from resvit_quantize.regions import AttentionBlock, attention_blocks
 
-__all__ = ["Config", "FusionReport", "Kind", "Match", "Operands", "Refusal", "config_of", "fuse", "our_nodes"]
+__all__ = [
+    "WORTH_ASKING",
+    "Config",
+    "FusionReport",
+    "Kind",
+    "Match",
+    "Operands",
+    "Refusal",
+    "config_of",
+    "fuse",
+    "our_nodes",
+]
 
 Decide = Callable[[Match], "str | None"]
 
@@ -37,7 +51,7 @@ class Operands:
 
 def fuse(
     model: ir.Model,
-    kinds: frozenset[Kind] = frozenset(Kind),
+    kinds: frozenset[Kind] = WORTH_ASKING,
     decide: Decide = lambda _: None,
     operands: Operands | None = None,
 ) -> FusionReport:
@@ -80,7 +94,17 @@ def config_of(node: ir.Node) -> Config:
     """The kernel's configuration of one of ``our_nodes``."""
     plain = json.loads(node.attributes.get_string("config", "{}"))
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
-    return AttentionConfig(**values) if node.op_type.startswith("ResvitAttention") else BridgeConfig(**values)
+    made = next(config for start, config in _CONFIGS.items() if node.op_type.startswith(start))
+    return made(**values)
+
+
+_CONFIGS: dict[str, type[Config]] = {
+    "ResvitAttention": AttentionConfig,
+    "ResvitBridge": BridgeConfig,
+    "ResvitGroupNorm": GroupNormConfig,
+    "ResvitLayerNorm": LayerNormConfig,
+    "ResvitResidual": ResidualConfig,
+}
 
 
 _Found = Callable[[], tuple[Match, Callable[[], object]]]
@@ -110,3 +134,14 @@ def _candidates(
                 return bridge.match_of(part), lambda: bridge.rewrite(model, part)
 
             yield Kind.BRIDGE, str(conv.name), found_bridge
+    # After the others: what they took in is no seam any more.
+    for kind in (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RESIDUAL):
+        if kind not in kinds:
+            continue
+        for name, part in list(seams.seam_candidates(model, kind)):
+
+            def found_seam(kind: Kind = kind, part: ir.Node | GroupNorm = part) -> tuple[Match, Callable[[], object]]:
+                seam = seams.seam_of(kind, part, shapes)
+                return seams.match_of(seam, shapes), lambda: seams.rewrite(model, seam)
+
+            yield kind, name, found_seam

@@ -10,8 +10,10 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.residual import ResidualConfig
 
-Config: TypeAlias = AttentionConfig | BridgeConfig
+Config: TypeAlias = AttentionConfig | BridgeConfig | GroupNormConfig | LayerNormConfig | ResidualConfig
 
 
 class Kind(str, enum.Enum):
@@ -19,6 +21,13 @@ class Kind(str, enum.Enum):
 
     ATTENTION = "attention"
     BRIDGE = "bridge"
+    GROUP_NORM = "group_norm"
+    LAYER_NORM = "layer_norm"
+    RESIDUAL = "residual"
+
+
+WORTH_ASKING = frozenset({Kind.ATTENTION, Kind.BRIDGE})
+"""What a user who asks for our kernels gets: compilers fuse the others by themselves, so those must be measured."""
 
 
 class RefusedError(Exception):
