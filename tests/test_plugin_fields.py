@@ -17,10 +17,10 @@ from resvit_engines.plugins.names import OP_TYPES
 
 
 def test_every_kind_of_node_is_named_once_with_its_tensors() -> None:
-    assert len(OP_TYPES) == 16 + 6 + 2 + 4 + 2
+    assert len(OP_TYPES) == 8 + 6 + 2 + 4 + 2
     tensors = {name: (op.inputs, op.outputs) for name, op in OP_TYPES.items()}
     assert tensors["ResvitAttention"] == (("packed",), ("output",))
-    assert tensors["ResvitAttentionSplitBiasMaskQ"] == (("q", "k", "v", "bias", "mask"), ("output",))
+    assert tensors["ResvitAttentionSplitBiasQ"] == (("q", "k", "v", "bias"), ("output",))
     assert tensors["ResvitBridgeW8NormQ"] == (
         ("map", "weight", "weight_scale", "table", "gamma", "beta"),
         ("tokens", "normalised"),
@@ -119,7 +119,7 @@ def impossible(kernel: Kernel) -> ResvitError:
 
 
 def test_what_tensorrt_gives_to_no_plugin_is_declined() -> None:
-    kernel = kernel_for("ResvitAttentionMask")
+    kernel = kernel_for("ResvitAttentionBias")
     masked = dataclasses.replace(kernel, launch=dataclasses.replace(kernel.launch, inputs=("fp16", "bool")))
     assert "bool" in impossible(masked).problem
     assert "49153" in impossible(dataclasses.replace(kernel, shared_bytes=49153)).problem

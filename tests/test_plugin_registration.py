@@ -80,7 +80,7 @@ def test_every_op_type_registers_and_describes_itself(version, environments) -> 
             ["kernel_entry", "CHAR"], ["kernel_ptx", "CHAR"], ["kernel_block", "INT32"],
         ]  # fmt: skip
         assert found["made"]["ResvitBridgeNormQ"] == [2, ["INT8", "HALF"]]
-        assert found["made"]["ResvitAttentionSplitBiasMask"] == [1, ["HALF"]]
+        assert found["made"]["ResvitAttentionSplitBias"] == [1, ["HALF"]]
 
 
 def model(path: Path, *, functions: bool = True, kernel: bool = True, op_type: str = "ResvitResidual") -> Path:

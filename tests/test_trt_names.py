@@ -43,7 +43,21 @@ OWNERS = {
     "weights": "OnnxParserRefitter",
 }
 OURS = {"log", "self", "watcher", "onnx", "importlib", "text", "dict", "ExitCode", "_DTYPES", "np"}
-OURS |= {"ctypes", "extent", "function", "inspect", "launch", "library", "node", "op", "os", "result", "stream", "term", "types"}
+OURS |= {
+    "ctypes",
+    "extent",
+    "function",
+    "inspect",
+    "launch",
+    "library",
+    "node",
+    "op",
+    "os",
+    "result",
+    "stream",
+    "term",
+    "types",
+}
 OF_TEXT = {"strip", "rstrip", "join", "lower", "append", "name", "get", "items", "partition"}
 
 

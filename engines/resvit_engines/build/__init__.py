@@ -120,7 +120,7 @@ def build_engine(
             layers.name if described.is_file() else None,
             tuple(settings.flags),
             settings.plugins,
-            tuple(result["plugin_layers"]),
+            tuple(result.get("plugin_layers", ())),
             record_of(library) if library else None,
         )
     for note in result["notes"]:

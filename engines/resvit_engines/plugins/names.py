@@ -29,7 +29,7 @@ def _chosen(*suffixes: str) -> Iterator[tuple[str, ...]]:
 def _attention() -> Iterator[OpType]:
     for suffixes in _chosen("Split", "Bias", "Q"):
         operands = ("q", "k", "v") if "Split" in suffixes else ("packed",)
-        extra = tuple(suffix.lower() for suffix in suffixes if suffix in ("Bias", "Mask"))
+        extra = ("bias",) if "Bias" in suffixes else ()
         yield OpType("ResvitAttention" + "".join(suffixes), (*operands, *extra), ("output",))
 
 
