@@ -98,14 +98,24 @@ def timm_hybrid() -> nn.Module:
 
 
 def timm_resnet_hybrid() -> nn.Module:
-    """R26+ViT-S/32: a trunk with group norms, and a 1x1 projection behind it."""
-    return _timm("vit_small_r26_s32_224", img_size=64, depth=1)
+    """As R26+ViT-S/32, with one block of each: a trunk with group norms, a 1x1 projection behind it, a class token."""
+    import_timm()
+    from timm.models import vision_transformer_hybrid as hybrid
+
+    sizes = {"patch_size": 1, "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 10}
+    trunk = hybrid._resnetv2((1,))
+    return _awake(hybrid._create_vision_transformer_hybrid("vit_small_r26_s32_224", backbone=trunk, **sizes), 32)
 
 
 def mobilevit() -> nn.Module:
-    module = _timm("mobilevit_xxs")
-    module.input_shape = (3, 64, 64)
-    return module
+    import_timm()
+    from timm.models.byobnet import ByobNet, ByoModelCfg
+    from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block
+
+    block = _mobilevit_block(d=1, c=32, s=2, transformer_dim=32, transformer_depth=2, patch_size=2, br=2.0)
+    blocks = (_inverted_residual_block(d=1, c=16, s=1, br=2.0), block)
+    config = ByoModelCfg(blocks=blocks, stem_chs=16, stem_type="3x3", stem_pool="", downsample="", act_layer="silu")
+    return _awake(ByobNet(config, num_classes=10), 32)
 
 
 def botnet() -> nn.Module:

@@ -20,6 +20,8 @@ from resvit_quantize.settings import Precision
 ALIKE = {Precision.FP16: 45.0, Precision.INT8: 25.0}
 """dB between the plain graph and ours. In FP16 each rounding is 66 dB below its value or better, and up to a hundred
 lie one behind another. In INT8 a difference in the last digit can turn a rounding, which is then a whole step."""
+IN_8_BITS = 18.0
+"""The same where attention is multiplied in 8 bits: steps of 1/127 of the largest, or of 1/16 of the value itself."""
 BOTH = frozenset({Kind.ATTENTION, Kind.BRIDGE})
 
 
@@ -39,58 +41,47 @@ FAMILIES = {
     "dual": Family("resvit:dual-nano", {"packed": 3}, 1, "its filter is 4x4"),
     "vit": Family(factory_name(fusion_models.timm_vit), {"packed": 1}, 0, "its filter is 16x16"),
     "hybrid": Family(factory_name(fusion_models.timm_hybrid), {"packed": 1}, 0, "its filter is 8x8"),
-    "r26": Family(factory_name(fusion_models.timm_resnet_hybrid), {"packed": 1}, 1),
+    "resnet_hybrid": Family(factory_name(fusion_models.timm_resnet_hybrid), {"packed": 1}, 1),
     "botnet": Family(factory_name(fusion_models.botnet), {"channels": 2}, bias=True),
-    "levit": Family(factory_name(fusion_models.levit), {"per_head": 3, "q_kv": 1}, 0, "its filter is 3x3", bias=True),
-    "mobilevit": Family(factory_name(fusion_models.mobilevit), {"packed": 9}),
+    "levit": Family(factory_name(fusion_models.levit), {"per_head": 2, "q_kv": 1}, 0, "its filter is 3x3", bias=True),
+    "mobilevit": Family(factory_name(fusion_models.mobilevit), {"packed": 2}),
     "separate": Family(factory_name(fusion_models.separate), {"split": 1}, 1),
     "multihead": Family(factory_name(fusion_models.multihead), {"packed": 1}, 1),
-    "batch_second": Family(factory_name(fusion_models.multihead_batch_second), {"packed": 1}, 0),
+    "batch_second": Family(factory_name(fusion_models.multihead_batch_second), {"packed": 1}, 1),
     "encoder": Family(factory_name(fusion_models.encoder_layer), {"packed": 1}, 1),
 }
 
 
-@pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [*((family, 20) for family in FAMILIES), *((family, 23) for family in ("embed", "botnet", "levit", "separate"))]
+
+
+@pytest.mark.parametrize(("family", "opset"), CASES)
 def test_a_familys_attention_and_bridges_become_nodes(tmp_path: Path, family: str, opset: int) -> None:
     expected, built = FAMILIES[family], Built(tmp_path, FAMILIES[family].model, opset)
     for precision in fusion_models.PRECISIONS:
-        plain = ir.load(built.path(precision))
-        computed = plain_names(plain)
-        model = ir.load(built.path(precision))
+        plain, model = (ir.load(built.path(precision)) for _ in range(2))
         report = fuse(model, BOTH)
         check(model)
-
         attention = [match for match in report.matches if match.kind is Kind.ATTENTION]
         assert Counter(match.config.layout for match in attention) == expected.layouts
         assert all((match.config.bias is not None) == expected.bias for match in attention)
-        assert sum(match.kind is Kind.BRIDGE for match in report.matches) == expected.bridges
-        assert [refusal.reason.partition(",")[0] for refusal in report.refusals] == [expected.refused] * bool(
-            expected.refused
-        )
-        assert [config_of(node) for node in our_nodes(model)] == in_order([m.config for m in report.matches], model)
+        assert len(report.matches) - len(attention) == expected.bridges
+        reasons = [refusal.reason.partition(",")[0] for refusal in report.refusals]
+        assert reasons == ([expected.refused] if expected.refused else [])
         assert not any(node.op_type in ("Softmax", "Attention") for node in model.graph)
-
-        kept = computed & plain_names(model)
-        assert_alike(values_of(plain, built.images, kept), values_of(model, built.images, kept), ALIKE[precision])
-
-
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("family", ["embed", "botnet", "levit", "separate", "batch_second"])
-def test_a_familys_attention_reads_8_bits(tmp_path: Path, family: str, dtype: str) -> None:
-    expected, built = FAMILIES[family], Built(tmp_path, FAMILIES[family].model, 20)
-    plain, model = (ir.load(built.path(Precision.FP16)) for _ in range(2))
-    report = fuse(model, frozenset({Kind.ATTENTION}), operands=built.operands(dtype))
-    check(model)
-    assert Counter(match.config.layout for match in report.matches) == expected.layouts
-    assert all(match.config.dtype == dtype for match in report.matches)
-    for node in our_nodes(model):
-        assert {value.producer().op_type for value in node.inputs[: -1 if expected.bias else None]} == {
-            "QuantizeLinear"
-        }
-    kept = plain_names(plain) & plain_names(model)
-    # A mean over tokens of values whose steps are 1/127 of the largest, or 1/16 of themselves.
-    assert_alike(values_of(plain, built.images, kept), values_of(model, built.images, kept), 18.0)
+        configs = {node.name: config_of(node) for node in our_nodes(model)}
+        assert configs == {match.name: match.config for match in report.matches}
+        assert_alike(plain, model, built.images, ALIKE[precision])
+    for dtype in ("int8", "fp8"):
+        plain, model = (ir.load(built.path(Precision.FP16)) for _ in range(2))
+        report = fuse(model, frozenset({Kind.ATTENTION}), operands=built.operands(dtype))
+        check(model)
+        assert Counter(match.config.layout for match in report.matches) == expected.layouts
+        assert all(match.config.dtype == dtype for match in report.matches)
+        for node in our_nodes(model):
+            read = node.inputs[: -1 if expected.bias else None]
+            assert {value.producer().op_type for value in read} == {"QuantizeLinear"}
+        assert_alike(plain, model, built.images, IN_8_BITS)
 
 
 def check(model: ir.Model) -> None:
@@ -99,15 +90,10 @@ def check(model: ir.Model) -> None:
     assert {name for _, name, _ in model.functions} == {node.op_type for node in our_nodes(model)}
 
 
-def in_order(configs: list[object], model: ir.Model) -> list[object]:
-    """The configurations of matches, which come by kind, as their nodes come."""
-    left = list(configs)
-    return [left.pop(left.index(config_of(node))) for node in our_nodes(model)] if left else []
-
-
-def assert_alike(right: dict[str, np.ndarray], got: dict[str, np.ndarray], least: float) -> None:
-    """Every value of either graph against the other's, ``least`` dB of signal to noise."""
-    assert set(right) == set(got)
-    far = {name: sqnr(right[name], got[name]) for name in right if right[name].size and np.any(right[name])}
-    assert len(far) > 5
+def assert_alike(plain: ir.Model, model: ir.Model, images: np.ndarray, least: float) -> None:
+    """Every value that both graphs have, ``least`` dB of signal to noise."""
+    kept = plain_names(plain) & plain_names(model)
+    right, got = values_of(plain, images, kept), values_of(model, images, kept)
+    far = {name: sqnr(right[name], got[name]) for name in right if np.any(right[name])}
+    assert len(far) > len(kept) // 2
     assert {name: round(value, 1) for name, value in far.items() if not value >= least} == {}

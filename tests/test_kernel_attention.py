@@ -80,7 +80,7 @@ def faults(config: AttentionConfig, inputs: list[np.ndarray], source: Source | N
     return attention_outside(config, inputs, got, FP8_UNIT)
 
 
-@settings(deadline=None, max_examples=120, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     st.sampled_from(LAYOUTS),
     st.sampled_from(OPERANDS),
@@ -112,7 +112,7 @@ def test_attention_of_any_shape(
 
 @pytest.mark.parametrize(
     ("tokens", "size", "heads"),
-    [(1, 64, 3), (17, 64, 3), (50, 64, 2), (197, 64, 2), (577, 64, 1), (1025, 32, 1), (64, 36, 2), (196, 16, 4)],
+    [(1, 64, 3), (17, 64, 3), (50, 64, 2), (197, 64, 1), (64, 36, 2), (196, 16, 1)],
 )
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 def test_attention_of_the_lengths_that_networks_have(tokens, size, heads, operands):
@@ -120,20 +120,26 @@ def test_attention_of_the_lengths_that_networks_have(tokens, size, heads, operan
     assert faults(config, inputs_of(config, 1, np.random.default_rng(tokens))) == 0
 
 
+@pytest.mark.parametrize(("tokens", "size"), [(577, 64), (1025, 32)])
+@pytest.mark.parametrize("operands", [("fp16", "fp16"), ("int8", "int8")], ids="-".join)
+def test_attention_of_many_tokens(tokens, size, operands):
+    config = config_of(tokens, None, size, *operands, heads=1, out_dtype=operands[0])
+    assert faults(config, inputs_of(config, 1, np.random.default_rng(tokens))) == 0
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
-@pytest.mark.parametrize("out", OUTPUTS)
-def test_attention_of_every_layout_and_type(layout, operands, out):
-    keys = 49 if layout in THREE_TENSORS else 70
-    config = config_of(70, keys, 32, *operands, layout=layout, out_dtype=out, value_size=24)
+def test_attention_of_every_layout_and_type(layout, operands):
+    queries, keys = (40, 35) if layout in THREE_TENSORS else (35, 35)
+    out = OUTPUTS[(LAYOUTS.index(layout) + OPERANDS.index(operands)) % 4]
+    config = config_of(queries, keys, 32, *operands, layout=layout, out_dtype=out, value_size=24)
     assert faults(config, inputs_of(config, 2, np.random.default_rng(1))) == 0
 
 
 @pytest.mark.parametrize("bias", BROADCASTS, ids=str)
-@pytest.mark.parametrize("bias_dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("layout", ["packed", "channels", "split"])
+@pytest.mark.parametrize(("layout", "bias_dtype"), [("packed", "fp16"), ("channels", "fp32"), ("split", "bf16")])
 def test_attention_with_a_bias(bias, bias_dtype, layout):
-    config = config_of(70, 33 if layout == "split" else 70, layout=layout, bias=bias, bias_dtype=bias_dtype)
+    config = config_of(40, 33 if layout == "split" else 40, layout=layout, bias=bias, bias_dtype=bias_dtype)
     assert faults(config, inputs_of(config, 2, np.random.default_rng(2), closed=0.2)) == 0
 
 

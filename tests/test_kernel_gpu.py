@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 
 from kernel_bits import bits_of, numbers_of, some_numbers
-from kernel_bounds import UNIT, held, outside
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernels.attention import (
-    AttentionConfig,
-    attention_reference,
-    attention_shares,
-    attention_source,
-    parts_of,
-)
 from resvit_engines.kernels.compile import kernel_from_source
 from resvit_engines.kernels.drive import load_driver, run_kernel
 from resvit_engines.kernels.launch import Source
@@ -59,6 +51,8 @@ def on_gpu(name: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module(name)
     monkeypatch.setattr(module, "run_source", lambda source, inputs: run_source(source, inputs, sm))
     monkeypatch.setattr(module, "SM", sm)
+    if sm in (89, 90):  # which add FP8 products with 13 bits of fraction
+        monkeypatch.setattr(module, "FP8_UNIT", 2.0**-14, raising=False)
     return module
 
 
@@ -156,40 +150,17 @@ def test_a_launch_takes_time(sm: int) -> None:
     assert 0 < small < large
 
 
-def attention_slack(config: AttentionConfig, inputs: list[np.ndarray]) -> np.ndarray:
-    """How far a right kernel's real result may be off, [B, H, Nq, Dv].
-
-    A logit, a sum of D products, errs by 2 D + 8 roundings of the magnitudes (tensor cores may cut off); a share by
-    that, by its rounding to ``pv`` (relative, and absolute where numbers get sparse), and by exp2 itself; the weighted
-    mean of values moves by no more than the shares do, times the distance of a value from it.
-    """
-    q, k, v = parts_of(config, inputs[0])
-    shares, _ = attention_shares(config, *inputs)
-    scale = config.scale * config.q_scale * config.k_scale
-    off = UNIT * (2 * config.head_size + 8) * scale * (np.abs(q) @ np.abs(k).swapaxes(-1, -2)).max(-1, keepdims=True)
-    relative, absolute = {"fp16": (2.0**-11, 2.0**-25), "bf16": (2.0**-8, 0.0), "int8": (0.0, 0.5 / 127),
-                          "fp8": (2.0**-4, 2.0**-18)}[config.pv]  # fmt: skip
-    # The largest share is 1 before they are divided by their sum, so that sum is 1 over the largest now.
-    each = shares * (relative + 2 * off + 2.0**-20) + absolute * shares.max(-1, keepdims=True)
-    mean = np.abs(shares @ v)
-    sums = 2 * config.keys * UNIT * (shares @ np.abs(v))
-    return (each @ np.abs(v) + each.sum(-1, keepdims=True) * mean + sums) * config.v_scale * (1 + 2.0**-6)
-
-
-def attention_faults(config: AttentionConfig, inputs: list[np.ndarray], source: Source, sm: int) -> int:
-    (got,) = run_source(source, inputs, sm)
-    exact = dataclasses.replace(config, out_dtype="fp32", out_scale=1.0)
-    slack = attention_slack(config, inputs).swapaxes(1, 2).reshape(got.shape)
-    real = attention_reference(exact, *inputs)
-    return outside(got, real, slack + 4 * UNIT * np.abs(real), config.out_dtype, config.out_scale)
-
-
-def attention_case(dtype: str, pv: str, tokens: int, size: int) -> tuple[AttentionConfig, list[np.ndarray]]:
-    """Three heads, two images; logits of a few units."""
-    scales = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), 0.03) if dtype in ("int8", "fp8") else {}
-    options = {"dtype": dtype, "out_dtype": dtype, "pv": pv, **scales}
-    config = AttentionConfig(3, size, size, size**-0.5, tokens, tokens, **options)
-    return config, [held(np.random.default_rng(tokens), (2, tokens, config.width), dtype, 0.03)]
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "pv"),
+    [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8"), ("fp8", "fp16")],
+)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (50, 64), (197, 64), (577, 32), (64, 36), (785, 128)])
+def test_attention(tokens: int, size: int, dtype: str, pv: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    config = tests.config_of(tokens, None, size, dtype, pv, heads=3, out_dtype=dtype)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(tokens))) == 0
 
 
 @pytest.mark.gpu
@@ -197,18 +168,42 @@ def attention_case(dtype: str, pv: str, tokens: int, size: int) -> tuple[Attenti
     ("dtype", "pv"),
     [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8"), ("fp8", "fp16")],
 )
-@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (50, 64), (197, 64), (577, 32), (64, 36), (785, 128)])
-def test_attention(tokens: int, size: int, dtype: str, pv: str, sm: int) -> None:
+@pytest.mark.parametrize(
+    ("layout", "queries", "keys", "size", "value_size"),
+    [
+        ("channels", 196, 196, 128, 128),
+        ("channels", 196, 196, 64, 64),
+        ("channels", 49, 49, 128, 128),
+        ("split", 197, 50, 64, 64),
+        ("per_head", 196, 196, 16, 32),
+        ("q_kv", 49, 196, 16, 64),
+        ("packed", 49, 49, 32, 32),
+    ],
+)
+def test_attention_with_a_bias(
+    layout: str,
+    queries: int,
+    keys: int,
+    size: int,
+    value_size: int,
+    dtype: str,
+    pv: str,
+    sm: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     require_type(dtype, sm)
-    config, inputs = attention_case(dtype, pv, tokens, size)
-    assert attention_faults(config, inputs, attention_source(config, sm), sm) == 0
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    more = {"layout": layout, "value_size": value_size, "out_dtype": dtype, "bias": (False, True, True)}
+    config = tests.config_of(queries, keys, size, dtype, pv, heads=3, **more)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0), closed=0.2)) == 0
 
 
 @pytest.mark.gpu
-def test_attention_with_a_wrong_scale_is_noticed(sm: int) -> None:
-    config, inputs = attention_case("fp16", "fp16", 50, 64)
-    source = attention_source(dataclasses.replace(config, scale=config.scale * 1.1), sm)
-    assert attention_faults(config, inputs, source, sm) > 100
+def test_attention_with_a_wrong_scale_is_noticed(sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    config = tests.config_of(50, None, 64)
+    source = tests.attention_source(dataclasses.replace(config, scale=config.scale * 1.1), sm)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0)), source) > 100
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "fp8", "int32", "bool"])

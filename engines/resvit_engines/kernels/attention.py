@@ -38,9 +38,9 @@ class AttentionConfig:
 
     ``head_size`` is that of queries and keys, ``value_size`` that of values. ``bias``, which is added to the scaled
     logits, is None, or says whether it differs by batch, by head and by query: (False, True, True) is [1, H, Nq, Nk].
-    ``queries`` and ``keys`` are the lengths that tiles are
-    chosen for; the kernel runs any, but for the layout of channels, where ``area`` (h, w) is compiled in. ``pv`` is
-    what the shares are rounded to: ``fp16``, ``bf16``, or ``int8`` and ``fp8`` for operands of that type.
+    ``queries`` and ``keys`` are the lengths that tiles are chosen for; the kernel runs any, but for the layout of
+    channels, where ``area`` (h, w) is compiled in. ``pv`` is what the shares are rounded to: ``fp16``, ``bf16``, or
+    ``int8`` and ``fp8`` for operands of that type.
     """
 
     heads: int
@@ -136,15 +136,13 @@ def attention_refusal(config: AttentionConfig, sm: int) -> str | None:
         return f"shares in {config.pv} do not go with values in {config.dtype}"
     if config.bias is not None and config.bias_dtype not in ("fp32", *FLOATS):
         return f"a bias in {config.bias_dtype}"
-    factor = _factor(config)
-    if not 2.0**-126 <= abs(factor) <= 2.0**126:
-        return f"the factor of the logits is {factor!r}, which FP32 does not hold"
     return (
         dtype_refusal(sm, config.dtype, config.out_dtype)
         or scale_refusal("the scale of the queries", config.q_scale, config.dtype)
         or scale_refusal("the scale of the keys", config.k_scale, config.dtype)
         or scale_refusal("the scale of the values", config.v_scale, config.dtype)
         or scale_refusal("the output's scale", config.out_scale, config.out_dtype)
+        or _factor_refusal(_factor(config))
     )
 
 
@@ -238,6 +236,11 @@ def _tiles(config: AttentionConfig) -> dict[str, int]:
         dk = max(dk, 32)  # what an 8-bit tensor core takes at once
     rows = 64 if config.queries > 32 else 32 if config.queries > 16 else 16
     columns = 64 if max(dk, dv) <= 64 else 32
+    # A bias that is read element by element takes a register for each and, where a tile of values is narrower or
+    # wider than that of the bias, a layout in between: 255 registers, and hundreds of bytes of spills.
+    if config.bias is not None and _ragged(config):
+        columns = columns if dv >= 64 else 32
+        rows = rows if dv <= 64 else min(rows, 32)
     return {"BM": rows, "BN": columns, "DK": dk, "DV": dv}
 
 
@@ -245,7 +248,18 @@ def _stages(config: AttentionConfig, sm: int) -> int:
     """How many tiles of keys are in flight. From SM 9.0 on, tensor cores read more operands from shared memory."""
     wide = max(config.head_size, config.value_size) > 64 and config.dtype in FLOATS
     full = wide and (sm in _TENSOR_MEMORY_SMS or (sm == 90 and config.bias is not None))
-    return 1 if config.keys <= 64 or full else 2
+    tiles = _tiles(config)
+    held = tiles["BN"] * (tiles["DK"] + tiles["DV"]) * ITEM_SIZES[config.dtype]
+    if config.bias is not None and (config.layout == "channels" or config.bias_dtype == "fp32"):
+        # Copies go by four bytes and more: what is two bytes and lies anywhere is not among them.
+        held += tiles["BM"] * tiles["BN"] * ITEM_SIZES[config.bias_dtype]
+    barriers = 64 if sm in _TENSOR_MEMORY_SMS else 0
+    return 1 if config.keys <= 64 or full or 2 * held + barriers > 48 * 1024 else 2
+
+
+def _ragged(config: AttentionConfig) -> bool:
+    """Whether rows of the bias may begin anywhere, so that it is read element by element."""
+    return config.layout != "channels" or config.keys % 4 != 0
 
 
 def _strides(config: AttentionConfig) -> dict[str, int | bool]:
@@ -273,6 +287,13 @@ def _strides(config: AttentionConfig) -> dict[str, int | bool]:
 def _factor(config: AttentionConfig) -> float:
     """What turns products of stored numbers into logits to the base of two."""
     return config.scale * config.q_scale * config.k_scale * _LOG2E
+
+
+def _factor_refusal(factor: float) -> str | None:
+    """One that is no normal FP32 number, or zero, makes of all logits one, or none."""
+    if 2.0**-126 <= abs(factor) <= 2.0**126:
+        return None
+    return f"the factor of the logits is {factor!r}, which FP32 does not hold"
 
 
 def _broadcast(bias: tuple[bool, bool, bool] | None) -> dict[str, bool]:

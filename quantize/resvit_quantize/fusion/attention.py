@@ -47,6 +47,8 @@ class Attention:
     """FP16, BF16 or FP32; or boolean, where True is a key that is seen."""
     end: ir.Value
     end_sequence_first: bool
+    end_view: tuple[int, ...] | None
+    """The shape of ``end`` behind its first dimension, where it is another than what the kernel writes."""
     quantizer: ir.Node | None
     """Where ``end`` is only read in 8 bits: the QuantizeLinear that the node takes in."""
     block: AttentionBlock
@@ -71,6 +73,9 @@ def attention_of(block: AttentionBlock, shapes: Shapes) -> Attention:
         raise RefusedError(f"its operands are {kind.upper()}, and the kernel multiplies FP16 or BF16")
     first = block.products[0].node
     whole = first.op_type == "Attention"
+    inside = [] if whole else [first, *(node for node, _ in _between(block))]
+    if any(node.outputs[0].is_graph_output() for node in inside):
+        raise RefusedError("its logits or shares are an output of the model")
     heads, lengths, sizes = _sizes(block, (q, k, v), shapes)
     config = AttentionConfig(
         heads=heads,
@@ -90,15 +95,17 @@ def attention_of(block: AttentionBlock, shapes: Shapes) -> Attention:
     if bias is not None:
         dtype = kind if type_of(bias) == "bool" else type_of(bias)
         config = dataclasses.replace(config, bias=_differs(bias, config, shapes), bias_dtype=dtype)
-    end, end_sequence_first = _end(block, config, shapes)
-    quantizer = None if end_sequence_first or len(shapes[str(end.name)]) < 3 else _only_quantizer(end)
+    end, end_sequence_first, end_view = _end(block, config, shapes)
+    quantizer = _only_quantizer(end)
     if quantizer is not None:
         scale, dtype = constant(quantizer.inputs[1]), type_of(quantizer.outputs[0])
-        if scale is None or scale.size != 1 or dtype not in ("int8", "fp8"):
+        # What is rearranged behind it has to be INT8 or wider: ONNX Runtime neither transposes nor reshapes FP8.
+        fits = dtype == "int8" or (dtype == "fp8" and not end_sequence_first and end_view is None)
+        if scale is None or scale.size != 1 or not fits:
             quantizer = None
         else:
             config = dataclasses.replace(config, out_dtype=dtype, out_scale=float(scale.item()))
-    return Attention(config, inputs, sequence_first, bias, end, end_sequence_first, quantizer, block)
+    return Attention(config, inputs, sequence_first, bias, end, end_sequence_first, end_view, quantizer, block)
 
 
 def op_type_of(config: AttentionConfig) -> str:
@@ -113,13 +120,22 @@ def op_type_of(config: AttentionConfig) -> str:
 
 def match_of(found: Attention, shapes: Shapes) -> Match:
     """The block for a report."""
-    inputs = [*found.inputs, *([found.bias] if found.bias is not None else [])]
+    config = found.config
+    tokens = [
+        (1, config.keys if index else config.queries, shapes[str(value.name)][-1])
+        for index, value in enumerate(found.inputs)
+    ]
+    if config.area is not None:
+        tokens = [(1, config.width, *config.area)]
+    if config.bias is not None:
+        sizes = (1, config.heads, config.queries)
+        tokens.append((*(size if by else 1 for size, by in zip(sizes, config.bias, strict=True)), config.keys))
     return Match(
         Kind.ATTENTION,
         name_of(found.block),
-        op_type_of(found.config),
-        found.config,
-        tuple(_one_image(shapes[str(value.name)]) for value in inputs),
+        op_type_of(config),
+        config,
+        tuple(tokens),
         tuple(str(node.name) for node in found.block.nodes),
     )
 
@@ -138,12 +154,11 @@ def rewrite(model: ir.Model, found: Attention) -> ir.Node:
     out = node.outputs[0]
     if found.end_sequence_first:
         out = builder.transposed(out, str(replaced.name))
-    rank = len(replaced.shape) if replaced.shape is not None else 3
-    if config.layout != "channels" and rank != 3:
-        out = builder.reshaped(out, [-1, config.heads * config.value_size], str(replaced.name))
+    if found.end_view is not None:
+        out = builder.reshaped(out, [-1, *found.end_view], str(replaced.name))
     name = str(replaced.name)
     replaced.name, out.name, out.shape = f"{name}/before_fusion", name, replaced.shape
-    replaced.replace_all_uses_with(out)
+    replaced.replace_all_uses_with(out, replace_graph_outputs=True)
     return node
 
 
@@ -406,6 +421,8 @@ def _in_layout(
     expected = parts_of(fitting, *(tensors if layout in THREE_TENSORS else tensors[:1]))
     for index, (trace, wanted) in enumerate(zip(seen, expected, strict=True)):
         turned = wanted.swapaxes(-1, -2) if transposed and index == 1 else wanted
+        if not transposed and trace.places.ndim == 3:  # an Attention of three dimensions joins the heads itself
+            turned = wanted.swapaxes(1, 2)
         if trace.places.size != turned.size or not np.array_equal(trace.places.reshape(turned.shape), turned):
             return None
     return fitting
@@ -458,10 +475,15 @@ def _differs(value: ir.Value, config: AttentionConfig, shapes: Shapes) -> tuple[
     return by_batch, by_head, by_row
 
 
-def _end(block: AttentionBlock, config: AttentionConfig, shapes: Shapes) -> tuple[ir.Value, bool]:
-    """The last value behind P V that holds what the kernel writes, and whether with tokens before the batch."""
+def _end(
+    block: AttentionBlock, config: AttentionConfig, shapes: Shapes
+) -> tuple[ir.Value, bool, tuple[int, ...] | None]:
+    """The last value behind P V that holds what the kernel writes.
+
+    Also whether it does with tokens before the batch, and its shape behind the first dimension where that is another.
+    """
     heads, dv, out = config.heads, config.value_size, block.output
-    found: tuple[ir.Value, bool] | None = None
+    found: tuple[ir.Value, bool, tuple[int, ...] | None] | None = None
     for trace in behind(out, shapes):
         batch = trace.places.size // (heads * dv * config.queries)
         numbers = np.arange(trace.places.size)
@@ -471,16 +493,31 @@ def _end(block: AttentionBlock, config: AttentionConfig, shapes: Shapes) -> tupl
         wanted = mixed.reshape(batch, config.queries, heads * dv)
         if config.layout == "channels":
             wanted = wanted.swapaxes(1, 2).reshape(batch, heads * dv, *(config.area or ()))
-        shape = trace.places.shape
-        joined = len(shape) in (2, 3) and shape[-1] == heads * dv and config.layout != "channels"
-        if shape == wanted.shape or joined:
-            if np.array_equal(trace.places.reshape(-1), wanted.reshape(-1)):
-                found = trace.source, False
-            elif joined and np.array_equal(trace.places.reshape(-1), wanted.swapaxes(0, 1).reshape(-1)):
-                found = trace.source, True
+        for turned in (False, True):
+            if turned and config.layout == "channels":
+                continue
+            expected = wanted.swapaxes(0, 1) if turned else wanted
+            if not np.array_equal(trace.places.reshape(-1), expected.reshape(-1)):
+                continue
+            same = trace.places.shape == expected.shape
+            # Tokens may be joined with the batch, or lie in rows and columns of a window.
+            if same or (config.layout != "channels" and _has_fixed_rows(trace.source, heads * dv)):
+                found = trace.source, turned, None if same else trace.places.shape[1:]
+            break
     if found is None:
         raise RefusedError("its heads are not joined behind it in the order that the kernel writes")
     return found
+
+
+def _has_fixed_rows(value: ir.Value, channels: int) -> bool:
+    """Whether only the first dimension may depend on the batch, and the last is that of all heads together."""
+    shape = value.shape
+    return (
+        shape is not None
+        and len(shape) >= 2
+        and shape[-1] == channels
+        and all(isinstance(size, int) for size in shape[1:])
+    )
 
 
 def _only_quantizer(value: ir.Value) -> ir.Node | None:
@@ -488,7 +525,3 @@ def _only_quantizer(value: ir.Value) -> ir.Node | None:
     if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
         return None
     return uses[0].node
-
-
-def _one_image(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (max(1, shape[0] // BATCH), *shape[1:])

@@ -154,7 +154,7 @@ def rewrite(model: ir.Model, found: Bridge) -> ir.Node:
         text = str(old.name)
         new.shape, new.type = old.shape, old.type
         old.name, new.name = f"{text}/before_fusion", text
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
     return node
 
 

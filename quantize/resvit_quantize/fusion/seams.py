@@ -99,7 +99,7 @@ def rewrite(model: ir.Model, found: Seam) -> ir.Node:
         text = str(old.name)
         new.shape, new.type = old.shape, old.type
         old.name, new.name = f"{text}/before_fusion", text
-        old.replace_all_uses_with(new)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
     return node
 
 
@@ -175,7 +175,7 @@ def _layer_norm(node: ir.Node, shapes: Shapes) -> Seam:
         out_dtype=type_of(node.outputs[0]),
     )
     add = source.producer()
-    if add is not None and add.op_type == "Add" and not source.is_graph_output() and _same_shape(add, shapes):
+    if add is not None and add.op_type == "Add" and _same_shape(add, shapes):
         config = dataclasses.replace(config, add=True)
         inputs = [value for value in add.inputs if value is not None]
         outputs = [source]

@@ -40,7 +40,9 @@ def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] 
         places = _run(source, chain, value, shapes)
         if places is None:
             break
-        found.append(Traced(source, places))
+        # Where a cast lies between, the numbers are others.
+        if value is None or source.dtype == value.dtype:
+            found.append(Traced(source, places))
         node = source.producer()
         if node is None or not (is_view(node) or node in through):
             break
@@ -68,7 +70,8 @@ def behind(value: ir.Value, shapes: Shapes) -> list[Traced]:
         places = _run(value, chain, end, shapes)
         if places is None:
             return found
-        found.append(Traced(end, places))
+        if end.dtype == value.dtype:
+            found.append(Traced(end, places))
         uses = list(end.uses())
         if len(uses) != 1 or end.is_graph_output() or not is_view(uses[0].node) or uses[0].idx != 0:
             return found
