@@ -45,6 +45,11 @@ def walk(owner, prefix, depth):
         if depth and inspect.isclass(value):
             walk(value, prefix + name + ".", depth - 1)
 walk(importlib.import_module(sys.argv[1]), "", 2)
+try:
+    walk(importlib.import_module(sys.argv[1] + ".plugin"), "plugin.", 1)
+except ImportError:
+    pass
+print()
 json.dump(sorted(found), sys.stdout)
 """
 
@@ -63,6 +68,9 @@ def bindings(version: str, into: Path) -> Path:
     (folder / "tensorrt" / "__init__.py").write_text(
         "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
     )
+    if (folder / "tensorrt_bindings" / "plugin").is_dir():
+        (folder / "tensorrt" / "plugin").mkdir()
+        (folder / "tensorrt" / "plugin" / "__init__.py").write_text("from tensorrt_bindings.plugin import *\n")
     return folder
 
 
@@ -79,10 +87,7 @@ def library(path: Path, source: str) -> Path:
 @functools.cache
 def names_of(version: str, into: Path) -> frozenset[str]:
     """Every name of the bindings of ``version``, as ``Class.member``: they are really imported."""
-    folder = bindings(version, into)
-    for name in LIBRARIES:
-        library(folder / "lib" / f"lib{name}.so.{version.split('.', maxsplit=1)[0]}", _STUBS + _PLUGINS)
-    return _names("tensorrt", {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder / "lib")})
+    return _names("tensorrt", stub_environment(version, into))
 
 
 @functools.cache
@@ -95,7 +100,16 @@ def _names(module: str, extra: dict[str, str]) -> frozenset[str]:
     done = subprocess.run(
         [sys.executable, "-c", _LIST, module], env={**os.environ, **extra}, capture_output=True, text=True, check=True
     )
-    return frozenset(json.loads(done.stdout))
+    # Lines before the last are TensorRT's: it warns that plugins in Python are experimental.
+    return frozenset(json.loads(done.stdout.splitlines()[-1]))
+
+
+def stub_environment(version: str, into: Path) -> dict[str, str]:
+    """Environment variables with which a child's ``import tensorrt`` finds ``version`` over stub libraries."""
+    folder = bindings(version, into)
+    for name in LIBRARIES:
+        library(folder / "lib" / f"lib{name}.so.{version.split('.', maxsplit=1)[0]}", _STUBS + _PLUGINS)
+    return {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder / "lib")}
 
 
 def standin_environment(into: Path) -> dict[str, str]:

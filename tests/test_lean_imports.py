@@ -24,7 +24,12 @@ ALLOWED = {
     "resvit_export": {"resvit_calibrate", "resvit_quantize", "resvit_engines"},
 }
 SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "measured", "progress", "costs", "targets")}
+# What a node of ours computes, and what it is called, is said once.
+SHARED |= {"resvit_engines.kernels", "resvit_engines.plugins"}
 NOT_ON_A_JETSON = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "PIL"}
+NOT_ON_A_JETSON.add("triton")
+COMPILES_KERNELS = "compile.py"
+"""The one module that imports Triton, and the kernels written in it, where it uses them."""
 TORCH_MODULES = {
     *("best", "compensate", "fake_quant", "layer_rows"),
     # Of the pruning of modules:
@@ -87,8 +92,14 @@ def test_every_file_reads_on_python_3_10(wing: str, file: Path) -> None:
 
 @pytest.mark.parametrize(("wing", "file"), [param for param in FILES if param.values[0] == "resvit_engines"])
 def test_the_device_wing_imports_nothing_that_a_jetson_lacks(wing: str, file: Path) -> None:
-    for node, name in imports_of(ast.parse(file.read_text())):
-        assert not is_in(name, NOT_ON_A_JETSON), f"line {node.lineno} imports {name}"
+    tree = ast.parse(file.read_text())
+    first = at_module_level(tree)
+    for node, name in imports_of(tree):
+        kernel = is_in(name, {"triton"}) and (
+            file.stem.endswith("_triton") or (file.name == COMPILES_KERNELS and node not in first)
+        )
+        assert kernel or not is_in(name, NOT_ON_A_JETSON), f"line {node.lineno} imports {name}"
+        assert not name.partition("kernels.")[2].split(".")[0].endswith("_triton") or file.stem.endswith("_triton")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +122,9 @@ def test_torch_waits_until_it_is_needed(wing: str, file: Path) -> None:
 
 
 def test_importing_the_device_wing_loads_none_of_it() -> None:
-    files = sorted((ROOT / "engines/resvit_engines").rglob("*.py"))
+    files = [
+        file for file in sorted((ROOT / "engines/resvit_engines").rglob("*.py")) if not file.stem.endswith("_triton")
+    ]
     modules = [".".join(file.relative_to(ROOT / "engines").with_suffix("").parts) for file in files]
     code = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"

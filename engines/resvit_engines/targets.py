@@ -146,11 +146,20 @@ class Target:
         return PTX_OF_CUDA[self.cuda]
 
     @property
+    def plugins(self) -> str:
+        """How kernels of our own reach an engine of TensorRT on it: ``aot``, inside the engine, or ``library``."""
+        return "library" if self.builder is Builder.DEVICE and not self._ahead_of_time else "aot"
+
+    @property
     def custom_kernels(self) -> str:
-        """How kernels of our own reach an engine on it."""
+        """The same for people."""
         if self.builder is Builder.RTX:
             return "none by TensorRT for RTX, which takes no plugins; by TensorRT ahead of time"
-        return "ahead-of-time plugin or C++" if version_of(self.tensorrt) >= AOT_TENSORRT else "C++ IPluginV3 library"
+        return "ahead-of-time plugin or C++" if self._ahead_of_time else "C++ IPluginV3 library"
+
+    @property
+    def _ahead_of_time(self) -> bool:
+        return version_of(self.tensorrt) >= AOT_TENSORRT
 
     @property
     def opset(self) -> int:

@@ -46,35 +46,61 @@ class Graphs:
 def audited(pipeline: Pipeline) -> Artifact:
     """Stage ``audit``: ``audit.json`` and ``kernels.json``, after ``compile``."""
     compiled, target, digest = pipeline.compiled, pipeline.require_target(), pipeline.float_model[1]
-    graphs, settings = _audited_build(pipeline)
     low, _, high = pipeline.recipe.batch_range
     # A dynamic batch has no shapes in its kernels: the usual one is compiled for the audit.
     engine = compiled.folder if compiled.path("engine.json").exists() and low == high else None
+    graphs, settings = _audited_build(pipeline, own=engine is not None)
+    remark = _about_plugins(pipeline, own=engine is not None)
     return pipeline.run.stage(
         "audit",
-        {"target": target.to_json(), "stand_in": proxy_target(target).to_json(), **settings.to_json()},
         {
-            "quantized": pipeline.quantized.digest,
+            "target": target.to_json(),
+            "stand_in": proxy_target(target).to_json(),
+            **settings.to_json(),
+            "plugins": remark,
+        },
+        {
+            "quantized": pipeline.shipped.digest,
             "compiled": compiled.digest,
             "model": digest,
             "ranges": pipeline.calibrated.digest,
         },
         ("onnx-ir", "tensorrt-rtx-cu13-libs", "tensorrt"),
         lambda folder: audit_into(
-            folder, graphs=graphs, target=target, settings=settings, engine=engine, reporter=pipeline.reporter
+            folder,
+            graphs=graphs,
+            target=target,
+            settings=settings,
+            engine=engine,
+            reporter=pipeline.reporter,
+            remark=remark,
         ),
     )
 
 
 def audit_on_device(pipeline: Pipeline, folder: Path) -> None:
     """The same for the engine that was brought back from the device into ``folder``, from its own layers."""
-    graphs, settings = _audited_build(pipeline)
+    graphs, settings = _audited_build(pipeline, own=True)
     target = pipeline.require_target()
     audit_into(folder, graphs=graphs, target=target, settings=settings, engine=folder, reporter=pipeline.reporter)
 
 
-def _audited_build(pipeline: Pipeline) -> tuple[Graphs, BuildSettings]:
-    """What TensorRT reads, and how it is built for the audit: at the usual batch."""
+def _about_plugins(pipeline: Pipeline, *, own: bool) -> str:
+    """Which way was taken, and why; and that a stand-in, which takes no plugins, compiled the graph without ours."""
+    choice = pipeline.plugin_choice
+    if pipeline.shipped is pipeline.quantized:
+        why = "none was chosen, for the reasons in fusion.json" if pipeline.fuses else choice.reason
+        return f"No kernel of our own is in the engine: {why}."
+    count = len(pipeline.fused.json("fusion.json")["matches"])
+    sentence = f"{count} kernels of our own are in the engine ({choice.reason})"
+    return f"{sentence}." if own else f"{sentence}; the stand-in takes none: what is listed is the graph without them."
+
+
+def _audited_build(pipeline: Pipeline, *, own: bool) -> tuple[Graphs, BuildSettings]:
+    """What TensorRT reads, and how it is built for the audit: at the usual batch.
+
+    ``own`` is for the target's own engine; a stand-in gets the graph without kernels of ours, which it cannot take.
+    """
     recipe, target = pipeline.recipe, pipeline.require_target()
     usual = recipe.batch_range[1]
     settings = BuildSettings(
@@ -84,19 +110,28 @@ def _audited_build(pipeline: Pipeline) -> tuple[Graphs, BuildSettings]:
         sparse=recipe.sparsity is not None,
     )
     ranges = pipeline.calibrated.path("ranges.json") if recipe.precision != "fp16" else None
+    plain = pipeline.shipped is pipeline.quantized
     copy = pipeline.compiled.path(TENSORRT_COPY)
-    quantized = copy if copy.exists() else pipeline.quantized.path("model.onnx")
+    quantized = copy if copy.exists() and (own or plain) else pipeline.quantized.path("model.onnx")
     return Graphs(quantized, pipeline.float_model[0], ranges), settings
 
 
 def audit_into(
-    folder: Path, *, graphs: Graphs, target: Target, settings: BuildSettings, engine: Path | None, reporter: Reporter
+    folder: Path,
+    *,
+    graphs: Graphs,
+    target: Target,
+    settings: BuildSettings,
+    engine: Path | None,
+    reporter: Reporter,
+    remark: str = "",
 ) -> None:
     """Write ``audit.json`` and ``kernels.json``.
 
     ``engine`` is the folder of the target's own engine, built here or brought back from the device, with its
     ``engine.json`` and, where that names one, the inspector's layer file. Without one, the graph is compiled for the
-    nearest GPU that TensorRT for RTX serves; where that cannot be, ``audit.json`` says why.
+    nearest GPU that TensorRT for RTX serves; where that cannot be, ``audit.json`` says why. ``remark`` joins what the
+    audit says.
     """
     from resvit_export.audit_graph import expectation_from_onnx
 
@@ -123,7 +158,7 @@ def audit_into(
     io_names = [tensor["name"] for side in ("inputs", "outputs") for tensor in document[side]]
     audit = audit_engine(subject, expectation_from_onnx(graphs.quantized, batch), kernels, io_names, fp16)
     result = audit.to_json()
-    result["sentences"] += [note] if note else []
+    result["sentences"] += [text for text in (note, remark) if text]
     (folder / RESULT).write_bytes(pretty_json(result))
     compiled = {"quantized": kernels} if engine is None else {}
     compiled |= {"fp16": fp16} if fp16 is not None else {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build import build_engine, builder_here
+from resvit_engines.build import BuildSettings, build_engine, builder_here
 from resvit_engines.build.settings import TITLES
 from resvit_engines.bundle.keys import TrustStore
 from resvit_engines.errors import ExitCode, ResvitError
@@ -165,13 +165,16 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
         found.append(_half(dense, "FP16, unpruned"))
     if recipe.precision != "fp16":
         found.append(_half(pipeline, f"FP16{pruned}"))
-    quantized = pipeline.quantized
+    shipped = pipeline.shipped
     found.append(
         Subject(
             f"{precision}{pruned}",
-            quantized.path("model.onnx"),
-            quantized.digest,
-            lambda: _engine_of_run(pipeline) or _engine(pipeline, quantized.path("model.onnx"), quantized.digest),
+            shipped.path("model.onnx"),
+            shipped.digest,
+            lambda: (
+                _engine_of_run(pipeline)
+                or _engine(pipeline, shipped.path("model.onnx"), shipped.digest, pipeline.engine_settings)
+            ),
             _golden(pipeline),
         )
     )
@@ -189,15 +192,18 @@ def _half(pipeline: Pipeline, name: str) -> Subject:
         lambda folder: work.half_into(folder, model, calibrated.path("ranges.json"), target),
     )
     path = artifact.path("model.onnx")
-    return Subject(name, path, artifact.digest, lambda: _engine(pipeline, path, artifact.digest))
+    return Subject(
+        name, path, artifact.digest, lambda: _engine(pipeline, path, artifact.digest, pipeline.build_settings)
+    )
 
 
-def _engine(pipeline: Pipeline, model: Path, digest: str) -> Runner:
+def _engine(pipeline: Pipeline, model: Path, digest: str, settings: BuildSettings) -> Runner:
     """An engine of ``model``, built here for the GPU of this machine."""
-    target, settings = pipeline.require_target(), pipeline.build_settings
+    target = pipeline.require_target()
 
     def build(folder: Path) -> None:
-        source = folder / TENSORRT_COPY if onnx_for_tensorrt(model, folder / TENSORRT_COPY) else model
+        copied = onnx_for_tensorrt(model, folder / TENSORRT_COPY, target, settings.plugins)
+        source = folder / TENSORRT_COPY if copied else model
         report = build_engine(source, folder / _ENGINE, target, settings, pipeline.reporter)
         (folder / _RECORD).write_bytes(pretty_json(report.to_json()))
 
@@ -218,7 +224,7 @@ def _engine_of_run(pipeline: Pipeline) -> Runner | None:
             compiled = pipeline.compiled
     except ResvitError:
         return None
-    return _opened(compiled, pipeline.quantized.path("model.onnx")) if _ENGINE in compiled.record["outputs"] else None
+    return _opened(compiled, pipeline.shipped.path("model.onnx")) if _ENGINE in compiled.record["outputs"] else None
 
 
 def _opened(artifact: Artifact, model: Path) -> Runner:

@@ -26,7 +26,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
 
     validated, compiled = pipeline.validated, pipeline.compiled
     files: dict[str, Path | bytes] = {
-        "model.onnx": pipeline.quantized.path("model.onnx"),
+        "model.onnx": pipeline.shipped.path("model.onnx"),
         "ranges.json": pipeline.calibrated.path("ranges.json"),
         "quantize.json": pipeline.quantized.path("quantize.json"),
         "verdict.json": validated.path("verdict.json"),
@@ -60,7 +60,7 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         "quantizer": recipe.quantizer,
         "target": target.to_json(),
         "settings": settings,
-        "build": pipeline.build_settings.to_json(),
+        "build": pipeline.engine_settings.to_json(),
         "preprocess": pipeline.preprocess.to_json(),
         "class_names": verdict["class_names"],
         "input": export["input"],

@@ -18,6 +18,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
 from resvit_export.identity import metric_identity, model_identity
+from resvit_export.plugin_choice import By, plugin_choice
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
 from resvit_export.recipe import Recipe
 from resvit_export.runfolder import Artifact, RunFolder
@@ -41,6 +42,8 @@ _BEFORE_RECOVERY = (
 """What is the same with and without recovery."""
 _BEFORE_PRECISIONS = (*_BEFORE_RECOVERY, "training_images", "before_recovery", "recovered", "calibrated")
 """What is the same whatever precision each layer gets."""
+_ONCE_MEASURED = ("plugin_times",)
+"""What is taken to be the same: a search would otherwise build engines at every step."""
 
 
 class Pipeline:
@@ -59,6 +62,7 @@ class Pipeline:
             self.target = resolve_target(recipe.target, recipe.jetpack, recipe.own_targets)
             require_precision(self.target, Precision(recipe.precision))
             require_buildable(self.target, self.build_settings, builder_here(self.target))
+        self.plugin_choice = plugin_choice(recipe, self.target, builder_here(self.target) if self.target else None)
         self.precisions: Mapping[str, str] = {}
         """Precision by node, where the search chose it; nodes not named follow the rules."""
         self.confidence = recipe.confidence
@@ -99,6 +103,12 @@ class Pipeline:
             strip_weights=recipe.strip_weights,
             timing_cache=Path(recipe.timing_cache) if recipe.timing_cache else None,
         )
+
+    @property
+    def engine_settings(self) -> BuildSettings:
+        """The same with the way that kernels of our own reach the engine, where there are any in the graph."""
+        way = self.plugin_choice.way if self.shipped is not self.quantized else "off"
+        return dataclasses.replace(self.build_settings, plugins=way)
 
     @property
     def from_onnx(self) -> bool:
@@ -163,7 +173,8 @@ class Pipeline:
     def with_precisions(self, precisions: Mapping[str, str], confidence: float) -> Pipeline:
         """The same pipeline with precisions by node, judged at ``confidence``."""
         other = Pipeline(self.recipe, self.run, self.reporter)
-        other.__dict__.update({name: self.__dict__[name] for name in _BEFORE_PRECISIONS if name in self.__dict__})
+        kept = (*_BEFORE_PRECISIONS, *_ONCE_MEASURED)
+        other.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         other.precisions, other.confidence = dict(precisions), confidence
         return other
 
@@ -516,6 +527,73 @@ class Pipeline:
             ),
         )
 
+    @property
+    def fuses(self) -> bool:
+        """Whether there is a stage ``fuse``: where nodes of the graph may become kernels of our own."""
+        return self.plugin_choice.by is not By.NOTHING
+
+    @functools.cached_property
+    def plugin_times(self) -> Artifact:
+        """Stage ``times``: engines with and without kernels of our own, timed on the GPU of this machine."""
+        from resvit_export.plugin_times import times_into
+
+        target, settings = self.require_target(), self.build_settings
+        return self.run.stage(
+            "times",
+            {"target": target.to_json(), "way": self.plugin_choice.way, **settings.to_json()},
+            {"model": self.quantized.digest},
+            ("onnx-ir", "triton", "tensorrt"),
+            lambda folder: times_into(
+                folder, self.quantized.path("model.onnx"), target, self.plugin_choice.way, settings, self.reporter
+            ),
+        )
+
+    @functools.cached_property
+    def fused(self) -> Artifact:
+        """Stage ``fuse``: the quantised ONNX with nodes of our own, where any was chosen; and what was found."""
+        from resvit_export.fusing import fuse_into
+
+        choice, target = self.plugin_choice, self.require_target()
+        kinds = self.plugin_times.json("times.json")["chosen"] if choice.by is By.TIME else None
+        eight_bits = self.recipe.plugin_attention == "8bit"
+        return self.run.stage(
+            "fuse",
+            {
+                "target": target.to_json(),
+                "by": choice.by.value,
+                "kinds": kinds,
+                "attention": self.recipe.precision if eight_bits else "fp16",
+            },
+            {"model": self.quantized.digest, **({"ranges": self.calibrated.digest} if eight_bits else {})},
+            ("onnx-ir",),
+            lambda folder: fuse_into(
+                folder,
+                self.quantized.path("model.onnx"),
+                self.calibrated.path("ranges.json") if eight_bits else None,
+                self.recipe,
+                target,
+                choice,
+                kinds,
+                self.reporter,
+            ),
+        )
+
+    def require_fusion(self) -> Artifact:
+        """The stage ``fuse``, or an error that says why there is none."""
+        if not self.fuses:
+            self.require_target()
+            raise ResvitError(
+                f"No kernel of our own goes into this graph: {self.plugin_choice.reason}.",
+                "Say --plugins on, for a target whose engine TensorRT builds (resvit-export targets).",
+                ExitCode.IMPOSSIBLE,
+            )
+        return self.fused
+
+    @functools.cached_property
+    def shipped(self) -> Artifact:
+        """The stage whose ``model.onnx`` is validated and goes to the device: ``fuse`` where it changed anything."""
+        return self.fused if self.fuses and "model.onnx" in self.fused.record["outputs"] else self.quantized
+
     @functools.cached_property
     def reference(self) -> Artifact:
         """Stage ``reference``: what PyTorch predicts on the validation images; the same for all targets."""
@@ -552,13 +630,13 @@ class Pipeline:
     @functools.cached_property
     def validated(self) -> Artifact:
         """Stage ``validate``: the quantised ONNX on the same images, compared and judged."""
-        quantized, baseline, images = self.quantized, self.baseline, self.image_sets[1]
+        shipped, baseline, images = self.shipped, self.baseline, self.image_sets[1]
         reference = None if self.from_onnx else self.reference
         return self.run.stage(
             "validate",
             {"max_drop": self.recipe.max_drop, "confidence": self.confidence, **self.task_facts},
             {
-                "model": quantized.digest,
+                "model": shipped.digest,
                 "baseline": baseline.digest,
                 "images": images.digest,
                 **({"reference": reference.digest} if reference else {}),
@@ -567,7 +645,7 @@ class Pipeline:
             lambda folder: validate(
                 folder,
                 task=self.task,
-                quantized=quantized.path("model.onnx"),
+                quantized=shipped.path("model.onnx"),
                 floating=self.float_model[0],
                 statistics=self.calibrated.path("statistics.npz"),
                 baseline=baseline.path("onnx.npz"),
@@ -589,9 +667,9 @@ class Pipeline:
         """Stage ``compile``: an engine where one can be built here, else the plan to build it where it can."""
         target = self.require_target()
         self.require_accepted()
-        model, image = self.quantized.path("model.onnx"), self.exported.json("export.json")["input"]
+        model, image = self.shipped.path("model.onnx"), self.exported.json("export.json")["input"]
         builder = builder_here(target)
-        settings = self.build_settings
+        settings = self.engine_settings
         return self.run.stage(
             "compile",
             {
@@ -601,8 +679,8 @@ class Pipeline:
                 "bundle": None if builder else self.bundle_name,
                 **settings.to_json(),
             },
-            {"model": self.quantized.digest},
-            ("tensorrt-rtx-cu13-libs", "tensorrt"),
+            {"model": self.shipped.digest},
+            ("tensorrt-rtx-cu13-libs", "tensorrt", *(("triton",) if settings.plugins != "off" else ())),
             lambda folder: work.compile_into(
                 folder, model, image, target, builder, settings, self.bundle_name, self.reporter
             ),
@@ -638,7 +716,7 @@ class Pipeline:
             },
             {
                 "engine": self.compiled.digest,
-                "model": self.quantized.digest,
+                "model": self.shipped.digest,
                 "verdict": self.validated.digest,
                 "ranges": self.calibrated.digest,
             },

@@ -29,6 +29,8 @@ PRUNABLE = ("channels", "heads", "mlp", "embed", "blocks")
 IMPORTANCES = ("hessian", "taylor", "magnitude")
 SPARSITIES = ("2:4",)
 TASKS = ("auto", "classification", "detection", "segmentation", "depth", "other")
+PLUGINS = ("auto", "on", "off")
+ATTENTIONS = ("fp16", "8bit")
 FILES = ("measured_times", "timing_cache", "key")
 """Settings that are the path of a file or folder."""
 
@@ -117,12 +119,16 @@ class Recipe:
     timing_cache: str | None = _setting("target.timing_cache")
     """Folder of TensorRT's measurements, one file per device and version."""
     require_fused: bool = _setting("target.require_fused", False)
+    """Whether a build is refused whose quantised layers or attention blocks did not fuse."""
+    plugins: str = _setting("target.plugins", "auto")
+    """Whether kernels of our own take over what they can; ``auto``: where they are measured to be faster."""
+    plugin_attention: str = _setting("target.plugin_attention", "fp16")
+    """What our attention kernel multiplies in; ``8bit``: in the precision of the build."""
 
     key: str | None = _setting("bundle.key")
     """Private key file, or ``agent``; not said: what the environment names."""
     release: int = _setting("bundle.release", 1)
     """Devices refuse to go back to a lower one."""
-    """Whether a build is refused whose quantised layers or attention blocks did not fuse."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS)
@@ -136,6 +142,8 @@ class Recipe:
                 "Say --task other, or leave --metric out.",
             )
         _choice("prune_importance", self.prune_importance, IMPORTANCES)
+        _choice("plugins", self.plugins, PLUGINS)
+        _choice("plugin_attention", self.plugin_attention, ATTENTIONS)
         for kind in self.prune_what:
             _choice("prune_what", kind, PRUNABLE)
         if self.sparsity is not None:

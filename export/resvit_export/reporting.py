@@ -49,6 +49,8 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
         if pipeline.search:
             yield pipeline.search
         yield pipeline.quantized
+        if pipeline.fuses:
+            yield pipeline.fused
         yield pipeline.validated
         if pipeline.target:
             yield pipeline.predicted

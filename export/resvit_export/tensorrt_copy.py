@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resvit_engines.files import atomic_file
-from resvit_engines.targets import Builder
+from resvit_engines.targets import Builder, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,17 +35,25 @@ def suit_builder(model: Path, builder: Builder | None) -> None:
             onnx_ir.save(network, partial)
 
 
-def onnx_for_tensorrt(model: Path, out: Path) -> bool:
+def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plugins: str = "off") -> bool:
     """Write the copy that TensorRT reads in place of ``model`` to ``out``; ``False`` where that is ``model`` itself.
 
     It has ``TRT_decomposable`` on every ``Attention``. Without it TensorRT refuses an ``Attention`` that no fused
     kernel serves (in FP32, or with an odd head size) instead of computing it from smaller kernels. It cannot stand in
     the validated file: ONNX's checker and ONNX Runtime refuse attributes that the operator does not define.
+
+    Where ``plugins`` says how kernels of our own reach the engine (``aot`` or ``library``), each node of ours carries
+    its kernel, compiled for ``target``.
     """
     import onnx_ir
 
     network = onnx_ir.load(model)
     changed = _let_attention_decompose(network)
+    if plugins != "off":
+        from resvit_export.plugin_kernels import carry_kernels
+
+        assert target is not None
+        changed += carry_kernels(network, target, plugins)
     if changed:
         onnx_ir.save(network, out)
     return bool(changed)

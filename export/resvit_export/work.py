@@ -248,7 +248,7 @@ def compile_into(
     reporter: Reporter,
 ) -> None:
     """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``."""
-    if onnx_for_tensorrt(model, folder / TENSORRT_COPY):
+    if onnx_for_tensorrt(model, folder / TENSORRT_COPY, target, settings.plugins):
         model = folder / TENSORRT_COPY
     if builder is not None:
         report = build_engine(model, folder / "engine.plan", target, settings, reporter, folder / "build.log")

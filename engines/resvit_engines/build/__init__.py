@@ -20,8 +20,9 @@ from resvit_engines.build.memory import (
 )
 from resvit_engines.build.settings import TITLES, BuildSettings, EngineReport
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_file, sha256_file
+from resvit_engines.files import atomic_file, sha256_file, write_atomic
 from resvit_engines.gpu import local_sm
+from resvit_engines.plugins.library import LIBRARY, cached_library, record_of
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets import RTX_SMS, Builder, Kind, Target, version_of
 
@@ -53,7 +54,7 @@ def build_engine(
 
     Where the GPU shares its memory with the CPU, the workspace is chosen to fit what is free, and a build that ends
     for want of memory is tried again with half of it. Where the engine's GPU is, TensorRT's JSON about its layers is
-    written beside it, as ``layers.json`` beside ``engine.plan``.
+    written beside it, as ``layers.json`` beside ``engine.plan``. So is the plugin library, where the engine needs it.
 
     Raises:
         ResvitError: IMPOSSIBLE where this machine cannot build for the target (see ``plan_for_device``) or the builder
@@ -72,6 +73,7 @@ def build_engine(
         )
     reporter.say(f"Building for {target.title} (SM {target.sm / 10:.1f}) with {TITLES[builder]}")
     cache = _timing_cache_for(builder, settings, reporter)
+    library = _plugin_library(settings, reporter)
     layers = engine.with_name("layers.json" if engine.stem == "engine" else f"{engine.stem}.layers.json")
     with atomic_file(engine) as partial, tempfile.TemporaryDirectory(prefix="resvit-build-") as scratch:
         described = Path(scratch) / "layers.json"
@@ -88,6 +90,8 @@ def build_engine(
                 **settings.flags,
             },
             "timing_cache": str(cache.resolve()) if cache else None,
+            "plugins": settings.plugins,
+            "plugin_library": str(library.resolve()) if library else None,
             "owner": {"target": target.name, "sm": target.sm, "builder": builder.value},
             "layers": str(described) if local_sm() == target.sm else None,
         }
@@ -96,6 +100,8 @@ def build_engine(
         if described.is_file():
             with atomic_file(layers) as listing:
                 listing.write_bytes(described.read_bytes())
+        if library and library.resolve() != engine.with_name(LIBRARY).resolve():
+            write_atomic(engine.with_name(LIBRARY), library.read_bytes())
         report = EngineReport(
             target.name,
             builder,
@@ -113,6 +119,9 @@ def build_engine(
             result["timing_cache"],
             layers.name if described.is_file() else None,
             tuple(settings.flags),
+            settings.plugins,
+            tuple(result.get("plugin_layers", ())),
+            record_of(library) if library else None,
         )
     for note in result["notes"]:
         reporter.say(note)
@@ -151,11 +160,13 @@ def refit_engine(
     sha256: str,
     reporter: Reporter = SILENT,
     log: Path | None = None,
+    plugin_library: Path | None = None,
 ) -> str:
     """Put the weights of ``onnx`` into the weight-stripped engine ``stripped``; returns the new engine's SHA-256.
 
     It reads the engine, so it runs on the device, and ``sha256`` must be the digest from a manifest whose signature
-    holds: another file is not read. ``engine`` appears whole or not at all.
+    holds: another file is not read. ``engine`` appears whole or not at all. ``plugin_library`` is trusted, and needed
+    by an engine that was built with it.
 
     Raises:
         ResvitError: UNTRUSTED where the digest differs, BUILD where engine and weights do not fit each other or the
@@ -173,6 +184,7 @@ def refit_engine(
             "onnx": str(onnx.resolve()),
             "engine": str(partial.resolve()),
             "log": str(log.resolve()) if log else None,
+            "plugin_library": str(plugin_library.resolve()) if plugin_library else None,
         }
         run_child(request, Path(scratch), reporter, "refitting")
         return sha256_file(partial)
@@ -183,6 +195,20 @@ def _timing_cache_for(builder: Builder, settings: BuildSettings, reporter: Repor
         reporter.say("TensorRT for RTX measures nothing while it builds, so there is no timing cache to keep.")
         return None
     return settings.timing_cache
+
+
+def _plugin_library(settings: BuildSettings, reporter: Reporter) -> Path | None:
+    if settings.plugins != "library":
+        return None
+    library = settings.plugin_library
+    if library is None:
+        reporter.say("Compiling the plugin library for the TensorRT of this machine (once)")
+        return cached_library()
+    if not library.is_file():
+        raise ResvitError(
+            f"There is no plugin library {library}.", "Build one: resvit-engine plugin.", ExitCode.MISSING
+        )
+    return library
 
 
 def _require_builder(target: Target) -> Builder:

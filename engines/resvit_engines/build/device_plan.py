@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from resvit_engines.build import BuildSettings
+from resvit_engines.plugins.library import LIBRARY
 from resvit_engines.targets import RTX_SMS, Kind, Target
 
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
@@ -60,10 +61,16 @@ def plan_for_device(
     ]
     if onnx_sha256:
         commands.append(f"echo {shlex.quote(f'{onnx_sha256}  {onnx}')} | sha256sum --check")
-    commands.append(_trtexec(target, settings, input_shape if dynamic_batch else None, onnx, input_name))
+    if settings.plugins == "library":
+        commands.append(f"resvit-engine plugin --out {LIBRARY}")
+    if settings.plugins == "aot":
+        # trtexec has no way to register what is written in Python.
+        commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
+    else:
+        commands.append(_trtexec(target, settings, input_shape if dynamic_batch else None, onnx, input_name))
     described = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
     shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
-    return DevicePlan(target.name, _why(target), tuple(commands), _notes(target), shown)
+    return DevicePlan(target.name, _why(target), tuple(commands), _notes(target, settings), shown)
 
 
 def _trtexec(
@@ -82,6 +89,7 @@ def _trtexec(
         *(["--hardwareCompatibilityLevel=ampere+"] if settings.hardware_compatible else []),
         *(["--versionCompatible"] if settings.version_compatible else []),
         *(["--stripWeights"] if settings.strip_weights else []),
+        *([f"--dynamicPlugins=./{LIBRARY}"] if settings.plugins == "library" else []),
     ]
     if shape is not None:
         for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):
@@ -106,8 +114,17 @@ def _why(target: Target) -> str:
     )
 
 
-def _notes(target: Target) -> tuple[str, ...]:
+def _notes(target: Target, settings: BuildSettings) -> tuple[str, ...]:
     notes = ["The engine appears as engine.plan beside the model and runs only on this GPU and TensorRT version."]
+    if settings.plugins == "aot":
+        notes.append(
+            "Kernels of our own go into the engine ahead of time; TensorRT takes them from Python, not from trtexec."
+        )
+    elif settings.plugins == "library":
+        notes.append(
+            f"The engine needs {LIBRARY}, which 'resvit-engine plugin' compiles for this TensorRT (g++, cmake and "
+            "libnvinfer-headers-dev): whatever runs the engine must load it first."
+        )
     if target.kind is Kind.JETSON:
         notes.append("Use the TensorRT of the JetPack image: never pip install tensorrt on a Jetson.")
         notes.append("For steady timing: sudo nvpmodel -m 0 && sudo jetson_clocks (the device may want a restart).")

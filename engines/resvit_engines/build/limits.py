@@ -19,6 +19,12 @@ class _Limit(NamedTuple):
 
 _LIMITS = (
     _Limit(
+        lambda settings: settings.plugins != "off",
+        lambda _, builder: builder is Builder.RTX,
+        "An engine with kernels of our own (--plugins)",
+        "TensorRT for RTX takes no plugins",
+    ),
+    _Limit(
         lambda settings: settings.hardware_compatible,
         lambda target, _: target.kind is Kind.JETSON,
         "An engine for several GPUs (--hardware-compatible)",

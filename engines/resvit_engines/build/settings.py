@@ -11,6 +11,8 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.targets import Builder
 
 TITLES = {Builder.RTX: "TensorRT for RTX", Builder.TENSORRT: "TensorRT"}
+PLUGINS = ("off", "aot", "library")
+"""How kernels of our own reach an engine: not at all, inside it (ahead of time), or by a library that it needs."""
 _FLAGS = ("sparse", "hardware_compatible", "version_compatible", "strip_weights")
 
 
@@ -23,7 +25,8 @@ class BuildSettings:
     pattern and they are faster. ``hardware_compatible`` asks for an engine that newer GPUs run too,
     ``version_compatible`` for one that later TensorRT of the same major version run too, ``strip_weights`` for one
     without weights, which ``build.refit_engine`` puts back. ``timing_cache`` is the folder that keeps what TensorRT
-    measured.
+    measured. ``plugins`` is one of ``PLUGINS``, and the ONNX file must have been written for it; ``plugin_library`` is
+    the compiled library, None to compile it on this machine.
     """
 
     batch: tuple[int, int, int] = (1, 1, 1)
@@ -34,6 +37,8 @@ class BuildSettings:
     version_compatible: bool = False
     strip_weights: bool = False
     timing_cache: Path | None = None
+    plugins: str = "off"
+    plugin_library: Path | None = None
 
     def __post_init__(self) -> None:
         smallest, usual, largest = self.batch
@@ -46,6 +51,8 @@ class BuildSettings:
             raise ResvitError(
                 f"There is no optimisation level {self.optimization_level}.", "Use 0 (fast build) to 5 (thorough)."
             )
+        if self.plugins not in PLUGINS:
+            raise ResvitError(f"There is no way {self.plugins!r} for plugins.", f"Use one of {', '.join(PLUGINS)}.")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise ResvitError(
                 f"A workspace of {self.workspace_mib} MiB is too small.", "Give it at least some hundred MiB."
@@ -57,12 +64,16 @@ class BuildSettings:
         return {name: True for name in _FLAGS if getattr(self, name)}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values of what makes another engine; the timing cache only makes a faster build."""
+        """Plain JSON values of what makes another engine; the timing cache only makes a faster build.
+
+        Without plugins there is no word of them, so that records from before there were any stay the same.
+        """
         return {
             "batch": list(self.batch),
             "workspace_mib": self.workspace_mib,
             "optimization_level": self.optimization_level,
             **self.flags,
+            **({"plugins": self.plugins} if self.plugins != "off" else {}),
         }
 
 
@@ -74,7 +85,8 @@ class EngineReport:
     engine file. ``inputs`` and ``outputs`` hold name, shape (-1: dynamic) and dtype of each. ``workspace_mib`` is the
     limit that the build succeeded with. ``timing_cache`` and ``layers`` are names of files: of the cache in its
     folder, and beside the engine of TensorRT's own JSON about its layers (only where the engine's GPU is).
-    ``flags`` are those of the settings.
+    ``flags`` are those of the settings. ``plugin_layers`` are the names of the layers that are kernels of ours, and
+    ``plugin_library`` is name and digest of the library that must be loaded before the engine is read, if any.
     """
 
     target: str
@@ -93,6 +105,9 @@ class EngineReport:
     timing_cache: str | None = None
     layers: str | None = None
     flags: tuple[str, ...] = ()
+    plugins: str = "off"
+    plugin_layers: tuple[str, ...] = ()
+    plugin_library: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as in a run's ``engine.json``."""
@@ -113,4 +128,11 @@ class EngineReport:
             "timing_cache": self.timing_cache,
             "layers": self.layers,
             **dict.fromkeys(self.flags, True),
+            **self._plugins(),
         }
+
+    def _plugins(self) -> dict[str, Any]:
+        if self.plugins == "off":
+            return {}
+        library = {"plugin_library": self.plugin_library} if self.plugin_library else {}
+        return {"plugins": self.plugins, "plugin_layers": list(self.plugin_layers), **library}

@@ -14,14 +14,17 @@ VERSIONS = ("10.3", "10.13", "10.16", "11.4")
 
 
 class Where(NamedTuple):
-    """Whether TensorRT (10.3 and later) has a name, and whether TensorRT for RTX (1.7) has it."""
+    """Whether TensorRT has a name, from which of ``VERSIONS`` on, and whether TensorRT for RTX (1.7) has it."""
 
     tensorrt: bool
     rtx: bool
+    since: str = VERSIONS[0]
 
 
 EVERYWHERE = Where(tensorrt=True, rtx=True)
 RTX_ONLY = Where(tensorrt=False, rtx=True)
+AHEAD_OF_TIME = Where(tensorrt=True, rtx=False, since="10.13")
+"""Plugins in Python; in TensorRT's documentation since 10.9."""
 
 
 def _names(where: Where, owner: str, members: str) -> dict[str, Where]:
@@ -65,6 +68,16 @@ NAMES: Mapping[str, Where] = {
     **_names(EVERYWHERE, "EngineInspector", "get_engine_information"),
     **_names(EVERYWHERE, "OnnxParserRefitter", "refit_from_file num_errors get_error"),
     **_names(EVERYWHERE, "Refitter", "refit_cuda_engine"),
+    **_names(EVERYWHERE, "", "DataType LayerType get_plugin_registry"),
+    **_names(EVERYWHERE, "LayerType", "PLUGIN_V3"),
+    **_names(EVERYWHERE, "INetworkDefinition", "num_layers get_layer"),
+    **_names(EVERYWHERE, "ILayer", "type name"),
+    **_names(EVERYWHERE, "IPluginCreatorV3One", "plugin_namespace"),
+    **_names(EVERYWHERE, "IPluginRegistry", "load_library all_creators"),
+    **_names(AHEAD_OF_TIME, "plugin", "register aot_impl from_shape_expr cdiv TensorDesc ShapeExpr KernelLaunchParams"),
+    **_names(AHEAD_OF_TIME, "plugin", "SymInt32 SymIntExprs SymExprs"),
+    **_names(AHEAD_OF_TIME, "plugin.TensorDesc", "dtype shape_expr"),
+    **_names(AHEAD_OF_TIME, "plugin.ShapeExpr", "is_fake"),
     **_names(RTX_ONLY, "", "ComputeCapability"),
     **_names(RTX_ONLY, "IBuilderConfig", "num_compute_capabilities set_compute_capability"),
 }

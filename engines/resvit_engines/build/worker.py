@@ -22,6 +22,8 @@ from resvit_engines.build.memory import OutOfMemoryError
 from resvit_engines.build.steps import StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.plugins import trt_layers, trt_library, trt_plugins
+from resvit_engines.plugins.nodes import PluginNode, plugin_nodes
 from resvit_engines.process import peak_memory_mib
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -58,7 +60,9 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
     trt = trt_api.load_tensorrt(request["module"])
     logger = trt_api.logger_into(trt, log)
     builder = trt_api.builder_from(trt, logger, log)
+    nodes = _prepare_plugins(trt, request)
     network = trt_api.network_from_onnx(trt, builder, logger, Path(request["onnx"]))
+    plugin_layers = trt_layers.require_plugin_layers(trt, network, nodes) if nodes else ()
     config = trt_api.configure(trt, builder, **request["config"])
     trt_api.set_batch(builder, config, network, tuple(request["batch"]))
     trt_config.watch(trt, config, StepsToParent(socket.socket(fileno=request["steps"])))
@@ -79,9 +83,27 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
         "kernels": [kernel.to_json() for kernel in kernels_from_log(log.messages)],
         "warnings": log.warnings,
         "timing_cache": owner.file_name if folder else None,
+        "plugin_layers": list(plugin_layers),
         "notes": notes,
     }
     return result, engine
+
+
+def _prepare_plugins(trt: Any, request: dict[str, Any]) -> tuple[PluginNode, ...]:
+    """Let TensorRT know the plugins that the file needs; returns the nodes that must become such."""
+    if request["plugins"] == "off":
+        return ()
+    nodes = plugin_nodes(Path(request["onnx"]))
+    if not nodes:
+        raise ResvitError(
+            f"{Path(request['onnx']).name} has no node with a kernel of ours, but plugins were asked for.",
+            "Write the file for TensorRT with plugins, or build it without.",
+        )
+    if request["plugins"] == "aot":
+        trt_plugins.register_plugins(trt, (node.op_type for node in nodes))
+    else:
+        trt_library.load_plugin_library(trt, Path(request["plugin_library"]).read_bytes())
+    return nodes
 
 
 def _refit(request: dict[str, Any], log: trt_api.Log) -> dict[str, Any]:
@@ -96,6 +118,8 @@ def _refit(request: dict[str, Any], log: trt_api.Log) -> dict[str, Any]:
         )
     trt = trt_api.load_tensorrt(request["module"])
     logger = trt_api.logger_into(trt, log)
+    if request["plugin_library"]:
+        trt_library.load_plugin_library(trt, Path(request["plugin_library"]).read_bytes())
     engine = trt_engine.engine_from_bytes(trt, logger, log, content)
     whole = trt_engine.refit_from_onnx(trt, engine, logger, log, Path(request["onnx"]))
     _write(Path(request["engine"]), whole)

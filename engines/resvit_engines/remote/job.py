@@ -112,7 +112,7 @@ def settings_from_manifest(manifest: Mapping[str, Any]) -> BuildSettings:
         recipe = manifest.get("settings", {})
         low, *rest = (int(part) for part in str(recipe.get("batch", "1")).split(":"))
         found = {**recipe, "batch": [low, *(rest or (low, low))], "sparse": recipe.get("sparsity") is not None}
-    names = {field.name for field in dataclasses.fields(BuildSettings)} - {"timing_cache"}
+    names = {field.name for field in dataclasses.fields(BuildSettings)} - {"timing_cache", "plugin_library"}
     known = {name: value for name, value in found.items() if name in names and value is not None}
     return BuildSettings(**{**known, "batch": tuple(known.get("batch", (1, 1, 1)))})
 
@@ -157,6 +157,9 @@ def _build(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"
     settings = dataclasses.replace(settings_from_manifest(manifest), timing_cache=cache)
     onnx = next(model / name for name in _MODELS if (model / name).exists())
+    if job.rehearse and settings.plugins != "off":
+        reporter.warn("TensorRT for RTX takes no plugins: in this rehearsal it compiles their plain computation.")
+        settings, onnx = dataclasses.replace(settings, plugins="off"), model / "model.onnx"
     with atomic_directory(built) as partial:
         report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / "build.log")
         engine = {**report.to_json(), "rehearsal": job.rehearse}

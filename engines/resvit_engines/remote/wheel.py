@@ -15,6 +15,7 @@ from pathlib import Path
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.facts import DeviceFacts
 from resvit_engines.files import atomic_file
+from resvit_engines.plugins.library import SOURCE_FOLDER, source_files
 from resvit_engines.version import own_version
 
 DISTRIBUTION = "resvit-engines"
@@ -83,7 +84,9 @@ def _own_files() -> dict[str, bytes]:
             ExitCode.SYSTEM,
         )
     files = [file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
+    own = {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(files)}
+    # In a checkout the plugin library's source lies beside the package, and belongs to the wheel.
+    return {**{f"{SOURCE_FOLDER}/{file.name}": file.read_bytes() for file in sorted(source_files())}, **own}
 
 
 def _metadata(version: str) -> str:

@@ -13,6 +13,7 @@ from resvit_engines.build.trt_api import Log, load_tensorrt, logger_into, said_b
 from resvit_engines.build.trt_engine import engine_from_bytes, refit_from_onnx
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
+from resvit_engines.plugins.trt_library import load_plugin_library
 from resvit_engines.run.cuda import Cuda, load_cuda
 from resvit_engines.run.engine_lane import EngineLane, open_lane
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
@@ -134,7 +135,7 @@ def open_engine(runtime: str, engine: Path, sha256: str, facts: Mapping[str, Any
 
     Reading an engine runs code from it, so the digest must come from a manifest whose signature was verified, or be
     of an engine that was built here. ``facts`` is its record (``engine.json``); ``onnx`` gives the weights where the
-    engine was built without.
+    engine was built without. A plugin library that the record names lies beside the engine, and is held to its digest.
 
     Raises:
         ResvitError: UNTRUSTED for another file, MISSING without TensorRT, cuda-bindings, GPU or driver, BUILD where
@@ -157,9 +158,31 @@ def open_engine(runtime: str, engine: Path, sha256: str, facts: Mapping[str, Any
     log = Log()
     logger = logger_into(trt, log)
     host_code = bool(facts.get("version_compatible"))
+    if facts.get("plugin_library"):
+        load_plugin_library(trt, _library_beside(engine, facts["plugin_library"]))
     loaded = engine_from_bytes(trt, logger, log, content, host_code=host_code)
     if facts.get("strip_weights"):
         whole = refit_from_onnx(trt, loaded, logger, log, onnx)
         loaded = engine_from_bytes(trt, logger, log, whole, host_code=host_code)
     known = {**facts, "free_before": free_before, "bytes": len(content), "sha256": sha256}
     return EngineRunner(runtime, trt, cuda, loaded, log, known)
+
+
+def _library_beside(engine: Path, record: Mapping[str, Any]) -> bytes:
+    """The plugin library that an engine needs: like the engine, code that runs here, so only with its digest."""
+    path = engine.with_name(Path(str(record["name"])).name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ResvitError(
+            f"The engine needs the plugin library {path}, which cannot be read: {error.strerror}.",
+            "Install the bundle again, or build the engine again on this device.",
+            ExitCode.MISSING,
+        ) from error
+    if sha256_bytes(content) != record["sha256"]:
+        raise ResvitError(
+            f"{path.name} is not the plugin library that the engine was built with: it is not loaded.",
+            "Install the bundle again, from a copy whose signature holds.",
+            ExitCode.UNTRUSTED,
+        )
+    return content

@@ -31,7 +31,7 @@ def with_float32_quantizers(model: bytes) -> bytes:
     """
     try:
         out = bytearray()
-        for number, kind, value in _fields(model):
+        for number, kind, value in records(model):
             if number in (_MODEL_GRAPH, _MODEL_FUNCTION) and isinstance(value, bytes):
                 value = _body(value, _GRAPH_NODE if number == _MODEL_GRAPH else _FUNCTION_NODE)  # noqa: PLW2901
             out += _field(number, kind, value)
@@ -43,10 +43,10 @@ def with_float32_quantizers(model: bytes) -> bytes:
 def _body(body: bytes, node_field: int) -> bytes:
     fp8: set[bytes] = set()
     if node_field == _GRAPH_NODE:
-        tensors = (value for number, _, value in _fields(body) if number == _GRAPH_INITIALIZER)
+        tensors = (value for number, _, value in records(body) if number == _GRAPH_INITIALIZER)
         fp8 = {name for tensor in tensors if isinstance(tensor, bytes) for name in _fp8_name(tensor)}
     out = bytearray()
-    for number, kind, value in _fields(body):
+    for number, kind, value in records(body):
         nodes = _with_casts(value, fp8) if number == node_field and isinstance(value, bytes) else [value]
         for node in nodes:
             out += _field(number, kind, node)
@@ -56,7 +56,7 @@ def _body(body: bytes, node_field: int) -> bytes:
 def _fp8_name(tensor: bytes) -> list[bytes]:
     """The name of an FP8 initializer, none for others."""
     found: dict[int, int | bytes] = {}
-    for number, _, value in _fields(tensor):
+    for number, _, value in records(tensor):
         if number in (_TENSOR_TYPE, _TENSOR_NAME):
             found[number] = value
     name = found.get(_TENSOR_NAME)
@@ -64,7 +64,7 @@ def _fp8_name(tensor: bytes) -> list[bytes]:
 
 
 def _with_casts(node: bytes, fp8: set[bytes]) -> list[int | bytes]:
-    fields = list(_fields(node))
+    fields = list(records(node))
     inputs = [value for number, _, value in fields if number == _NODE_INPUT]
     if not any(number == _NODE_OP_TYPE and value == b"QuantizeLinear" for number, _, value in fields) or fp8 & {
         value for value in inputs[2:] if isinstance(value, bytes)
@@ -98,7 +98,7 @@ def _cast(source: bytes, name: bytes) -> bytes:
     )
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
+def records(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
     """The records of a message: field number, wire type, and the number or bytes that it holds."""
     at = 0
     while at < len(data):

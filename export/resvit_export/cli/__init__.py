@@ -16,6 +16,7 @@ _COMMANDS = {
     "calibrate": "resvit_export.cli.stages",
     "quantize": "resvit_export.cli.stages",
     "sensitivity": "resvit_export.cli.sensitivity",
+    "fuse": "resvit_export.cli.stages",
     "validate": "resvit_export.cli.stages",
     "compile": "resvit_export.cli.stages",
     "audit": "resvit_export.cli.audit",

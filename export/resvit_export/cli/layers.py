@@ -68,7 +68,7 @@ def layers_command(
     if onnx is None or images is None:
         with open_pipeline(flags, output) as pipeline:
             settled = pipeline.settled()
-            onnx, images = settled.quantized.path("model.onnx"), settled.validated.path("golden_input.npy")
+            onnx, images = settled.shipped.path("model.onnx"), settled.validated.path("golden_input.npy")
     runner = optimised_runner if against == "onnxruntime" else None
     found = compare_layers(onnx, input_of(onnx, images), runner, only)
     first = first_departure(found, tolerance)

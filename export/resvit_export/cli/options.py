@@ -12,10 +12,12 @@ import click
 from resvit_engines.errors import ResvitError
 from resvit_export.cli.keys import key_option
 from resvit_export.recipe import (
+    ATTENTIONS,
     CALIBRATORS,
     EFFORTS,
     FILES,
     IMPORTANCES,
+    PLUGINS,
     PRECISIONS,
     PRUNABLE,
     QUANTIZERS,
@@ -103,6 +105,18 @@ _QUANTIZE = [
     click.option("--include", multiple=True, metavar="PATTERN", help="Quantise nodes that the rules leave in FP16."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep nodes that match in FP16."),
 ]
+_PLUGINS = [
+    click.option(
+        "--plugins",
+        type=click.Choice(PLUGINS),
+        help="Kernels of our own: everywhere they fit, nowhere, or where measured to be faster.  [default: auto]",
+    ),
+    click.option(
+        "--plugin-attention",
+        type=click.Choice(ATTENTIONS),
+        help="What they multiply attention in; 8bit: the precision of the build.  [default: fp16]",
+    ),
+]
 _VALIDATE = [
     click.option("--max-drop", type=float, help="Accepted drop of the task's metric, points.  [default: 1.0]"),
     click.option("--confidence", type=float, help="Of the interval around the drop.  [default: 0.95]"),
@@ -183,6 +197,7 @@ _LAYERS = {
     "export": [],
     "calibrate": [_CALIBRATE],
     "quantize": [_QUANTIZE],
+    "fuse": [_PLUGINS],
     "validate": [_VALIDATE, _RECOVER, _SEARCH],
     "compile": [_COMPILE],
     "bundle": [_BUNDLE],

@@ -57,6 +57,7 @@ def _tables(artifact: Artifact) -> list[Table | str]:
         "recover": _recover,
         "calibrate": _ranges,
         "quantize": _quantize,
+        "fuse": _fuse,
         "validate": _validate,
         "compile": _compile,
         "audit": _audit,
@@ -223,6 +224,11 @@ def metric_value(stage: Mapping[str, Any], name: str) -> str:
 def verdict_line(verdict: Mapping[str, Any]) -> str:
     """The verdict as rich markup."""
     return f"[{_VERDICT_STYLE[verdict['verdict']]}]{verdict['verdict'].upper()}[/]: {escape(verdict['reason'])}"
+
+
+def _fuse(artifact: Artifact) -> list[Table | str]:
+    """What became of attention, bridge and seams."""
+    return list(artifact.json("fusion.json")["sentences"])
 
 
 def _validate(artifact: Artifact) -> list[Table | str]:

@@ -156,6 +156,17 @@ quantize_command = _stage_command(
     f"quantize {_MODEL} {_DATA} --target jetson-orin --precision int8 --run runs/by-stage",
     "quantize --run runs/by-stage --calibrator percentile --exclude 'trunk.stem*'",
 )
+fuse_command = _stage_command(
+    "fuse",
+    "fuse",
+    lambda pipeline: pipeline.require_fusion(),
+    """Put kernels of our own into the quantised graph, where they fit.
+
+    Each attention block and each bridge from trunk to tokens becomes one node, whose function is the plain computation:
+    ONNX Runtime validates the file that ships. What stays as it is gets a reason. See docs/kernels.md.""",
+    f"fuse {_MODEL} {_DATA} --target jetson-orin --plugins on --run runs/by-stage",
+    "fuse --run runs/by-stage --plugins on --plugin-attention 8bit --json",
+)
 validate_command = _stage_command(
     "validate",
     "validate",
@@ -193,6 +204,7 @@ bundle_command = _stage_command(
     name="build",
     epilog=examples_text(
         f"build --precision int8 --target jetson-orin {_MODEL} {_DATA}",
+        f"build --target jetson-orin --plugins on {_MODEL} {_DATA} --run runs/fused",
         f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
         "build --run runs/l4-fp8 --json",
         f"build --target l4 --target jetson-orin {_MODEL} {_DATA} --run runs/both",
@@ -237,7 +249,8 @@ def _built(
     stages += [] if pipeline.from_onnx else [pipeline.folded]
     stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
     stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
-    stages += [pipeline.quantized, pipeline.validated, pipeline.predicted]
+    stages += [pipeline.quantized, *([pipeline.fused] if pipeline.fuses else [])]
+    stages += [pipeline.validated, pipeline.predicted]
     rejection: ResvitError | None = None
     try:
         stages.append(pipeline.compiled)

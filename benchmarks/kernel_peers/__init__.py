@@ -1,0 +1,1 @@
+"""What ``kernels.py`` measures: the shapes of real hybrids, and other ways to compute the same."""

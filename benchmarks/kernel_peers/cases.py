@@ -1,0 +1,188 @@
+"""Every shape at which the reference hybrids call a kernel of ours.
+
+Sizes are those of timm's ``vit_small_r26_s32`` (224, 384), ``vit_base_r50_s16`` (224, 384; DPT-Hybrid's backbone is the
+latter), ``vit_large_r50_s32`` (224, 384), ``mobilevit_s`` (256), and ``botnet26t_256`` and ``botnet50ts_256``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from resvit_engines.kernels import attention, bridge, norms, residual
+from resvit_engines.kernels.attention import AttentionConfig, attention_source
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
+from resvit_engines.kernels.launch import Source
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
+from resvit_engines.kernels.residual import ResidualConfig, residual_source
+
+BATCHES = (1, 8, 32)
+DTYPES = ("fp16", "int8", "fp8")
+SCALE = 0.03
+"""Of every 8-bit tensor here: nothing's speed depends on it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A hybrid: tokens and the trunk's last map (channels, side), embedding and heads. ``models`` share these sizes."""
+
+    name: str
+    channels: int
+    side: int
+    embed: int
+    heads: int
+    class_token: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """The length of its sequences."""
+        return self.side**2 + self.class_token
+
+
+VITS = (
+    Model("R26+ViT-S 224", 2048, 7, 384, 6),
+    Model("R26+ViT-S 384", 2048, 12, 384, 6),
+    Model("R50+ViT-B 224", 1024, 14, 768, 12),
+    Model("R50+ViT-B 384, DPT-Hybrid", 1024, 24, 768, 12),
+    Model("R50+ViT-L 224", 2048, 7, 1024, 16),
+    Model("R50+ViT-L 384", 2048, 12, 1024, 16),
+)
+MOBILEVIT = (("MobileViT-S 32x32", 256, 144), ("MobileViT-S 16x16", 64, 192), ("MobileViT-S 8x8", 16, 240))
+"""Patches of 2 x 2: four sequences an image, of a quarter of the map's positions; four heads."""
+BOTNET = (
+    ("BoTNet 32x32, D 32", 32, 32),
+    ("BoTNet 16x16, D 64", 16, 64),
+    ("BoTNet 16x16, D 128", 16, 128),
+    ("BoTNet 8x8, D 128", 8, 128),
+)
+"""Side and head size; four heads and a bias of relative positions for each image and head."""
+MAPS = (
+    ("R50 stem 112", 64, 112),
+    ("R50 stage 1", 256, 56),
+    ("R50 stage 2", 512, 28),
+    ("R50 stage 3", 1024, 14),
+    ("R50 stage 4", 2048, 7),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape. ``shapes`` are those of its inputs, in order."""
+
+    kind: str
+    model: str
+    dtype: str
+    batch: int
+    config: Any
+    shapes: tuple[tuple[int, ...], ...]
+    source: Callable[[int], Source]
+    bytes: int
+    """What must cross memory."""
+    operations: int
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.kind} {self.model} {self.dtype} batch {self.batch}"
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether its arithmetic is matrix products."""
+        return self.kind in ("attention", "bridge")
+
+
+def all_cases(
+    kinds: Sequence[str] = (), dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = BATCHES
+) -> Iterator[Case]:
+    """Every case of some kinds (all, if none is named)."""
+    makers = {
+        "attention": _attention, "bridge": _bridge, "group_norm": _group_norm, "layer_norm": _layer_norm,
+        "residual": _residual,
+    }  # fmt: skip
+    for kind, make in makers.items():
+        if not kinds or kind in kinds:
+            for dtype in dtypes:
+                for batch in batches:
+                    yield from make(dtype, batch)
+
+
+def _scale(dtype: str) -> float:
+    return SCALE if dtype in ("int8", "fp8") else 1.0
+
+
+def _attention(dtype: str, batch: int) -> Iterator[Case]:
+    def case(model: str, shapes: Sequence[tuple[int, ...]], heads: int, size: int, tokens: int, **more: Any) -> Case:
+        scales = dict.fromkeys(("q_scale", "k_scale", "v_scale", "out_scale"), _scale(dtype))
+        kinds = {"dtype": dtype, "out_dtype": dtype, "pv": dtype, **scales, "batch": shapes[0][0]}
+        config = AttentionConfig(heads, size, size, size**-0.5, tokens, tokens, **{**kinds, **more})
+        return Case(
+            "attention", model, dtype, batch, config, tuple(shapes), lambda sm: attention_source(config, sm),
+            attention.traffic_bytes(config, shapes), attention.operations(config, shapes),
+        )  # fmt: skip
+
+    for vit in VITS:
+        sizes = ([(batch, vit.tokens, 3 * vit.embed)], vit.heads, vit.embed // vit.heads, vit.tokens)
+        yield case(vit.name, *sizes)
+        if dtype != "fp16":
+            yield case(f"{vit.name}, shares in FP16", *sizes, pv="fp16")
+    for name, tokens, embed in MOBILEVIT:
+        yield case(name, [(4 * batch, tokens, 3 * embed)], 4, embed // 4, tokens)
+    for name, side, size in BOTNET:
+        tokens = side * side
+        shapes = [(batch, 12 * size, side, side), (batch, 4, tokens, tokens)]
+        yield case(name, shapes, 4, size, tokens, layout="channels", area=(side, side), bias=(True, True, True))
+
+
+def _bridge(dtype: str, batch: int) -> Iterator[Case]:
+    for vit in VITS:
+        config = BridgeConfig(
+            vit.channels, vit.side, vit.side, vit.embed, prefix=int(vit.class_token), dtype=dtype,
+            in_scale=_scale(dtype), norm=True, out_dtype=dtype, out_scale=_scale(dtype), batch=batch,
+        )  # fmt: skip
+        eight_bit = dtype in ("int8", "fp8")
+        shapes = (
+            (batch, vit.channels, vit.side, vit.side),
+            (vit.embed, vit.channels),
+            *([(vit.embed,)] if eight_bit else []),
+            (vit.tokens, vit.embed),
+            (vit.embed,),
+            (vit.embed,),
+        )
+        yield Case(
+            "bridge", vit.name, dtype, batch, config, shapes, lambda sm, config=config: bridge_source(config, sm),
+            bridge.traffic_bytes(config, shapes), bridge.operations(config, shapes),
+        )  # fmt: skip
+
+
+def _group_norm(dtype: str, batch: int) -> Iterator[Case]:
+    for name, channels, side in MAPS:
+        config = GroupNormConfig(channels, 32, side * side, relu=True, out_dtype=dtype, out_scale=_scale(dtype))
+        shapes = ((batch, channels, side, side), (channels,), (channels,))
+        yield Case(
+            "group_norm", name, dtype, batch, config, shapes, lambda sm, config=config: group_norm_source(config, sm),
+            norms.traffic_bytes(config, shapes), norms.operations(config, shapes),
+        )  # fmt: skip
+
+
+def _layer_norm(dtype: str, batch: int) -> Iterator[Case]:
+    for vit in VITS:
+        config = LayerNormConfig(vit.embed, add=True, out_dtype=dtype, out_scale=_scale(dtype))
+        tokens = (batch, vit.tokens, vit.embed)
+        shapes = (tokens, tokens, (vit.embed,), (vit.embed,))
+        yield Case(
+            "layer_norm", vit.name, dtype, batch, config, shapes,
+            lambda sm, config=config: layer_norm_source(config, sm),
+            norms.traffic_bytes(config, shapes), norms.operations(config, shapes),
+        )  # fmt: skip
+
+
+def _residual(dtype: str, batch: int) -> Iterator[Case]:
+    for name, channels, side in MAPS[1:]:
+        scale = _scale(dtype)
+        config = ResidualConfig((channels, side, side), "fp16", dtype, scale, dtype, scale)
+        shapes = ((batch, channels, side, side),) * 2
+        yield Case(
+            "residual", name, dtype, batch, config, shapes, lambda sm, config=config: residual_source(config, sm),
+            residual.traffic_bytes(config, shapes), residual.operations(config, shapes),
+        )  # fmt: skip

@@ -1,0 +1,4 @@
+# Cross-compiles for Jetson's CPU: Debian and Ubuntu have the compiler as g++-aarch64-linux-gnu.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)

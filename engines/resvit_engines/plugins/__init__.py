@@ -1,0 +1,1 @@
+"""How a compiled kernel becomes a layer of a TensorRT engine."""

@@ -1,0 +1,103 @@
+"""The stage ``fuse``: which parts of the quantised graph become kernels of our own, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.files import atomic_file, pretty_json
+from resvit_engines.kernels.case_names import case_of
+from resvit_engines.kernels.measured import measured_result
+from resvit_engines.progress import Reporter
+from resvit_engines.targets import Target
+from resvit_export.plugin_choice import By, PluginChoice
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from resvit_export.recipe import Recipe
+    from resvit_quantize.fusion import FusionReport, Kind, Match, Operands
+
+RESULT = "fusion.json"
+
+
+def fuse_into(
+    folder: Path,
+    model: Path,
+    ranges: Path | None,
+    recipe: Recipe,
+    target: Target,
+    choice: PluginChoice,
+    kinds: Sequence[str] | None,
+    reporter: Reporter,
+) -> None:
+    """Write ``fusion.json`` and, where anything became a node of ours, ``model.onnx``.
+
+    ``kinds`` names what may; None is what the choice asks for. With ``ranges``, attention reads its operands in 8
+    bits. By the table of measured results, only what is faster there is taken.
+    """
+    import onnx_ir
+
+    from resvit_quantize.fusion import WORTH_ASKING, Kind
+
+    wanted = WORTH_ASKING if choice.by is By.WISH else frozenset(Kind)
+    if kinds is not None:
+        wanted = frozenset(Kind(name) for name in kinds)
+    operands = None if ranges is None else _operands(ranges, recipe)
+    network, report = fused_network(model, wanted, target, by=choice.by, operands=operands)
+    if report.matches:
+        with atomic_file(folder / "model.onnx") as partial:
+            onnx_ir.save(network, partial)
+        (folder / "quantize.json").write_bytes(model.with_name("quantize.json").read_bytes())
+    document: dict[str, Any] = {"by": choice.by.value, "why": choice.reason, **report.to_json()}
+    document["sentences"] = sentences_of(report, choice)
+    for sentence in document["sentences"]:
+        reporter.say(sentence)
+    (folder / RESULT).write_bytes(pretty_json(document))
+
+
+def fused_network(
+    model: Path, kinds: frozenset[Kind], target: Target, *, by: By = By.WISH, operands: Operands | None = None
+) -> tuple[ir.Model, FusionReport]:
+    """The model with every part of these kinds that a kernel serves on the target as a node of ours."""
+    import onnx_ir
+
+    from resvit_export.plugin_kernels import refusal
+    from resvit_quantize.fusion import fuse
+
+    network = onnx_ir.load(model)
+
+    def decide(match: Match) -> str | None:
+        return refusal(match.config, target) or (_not_faster(match, target) if by is By.TABLE else None)
+
+    return network, fuse(network, kinds, decide, operands)
+
+
+def sentences_of(report: FusionReport, choice: PluginChoice) -> list[str]:
+    """What became of the parts, for people."""
+    taken = [match.kind.value for match in report.matches]
+    counted = ", ".join(f"{taken.count(kind)} {kind}" for kind in dict.fromkeys(taken))
+    first = f"kernels of our own ({choice.reason}): {counted or 'none'}"
+    left = [f"{refusal.kind.value} {refusal.name} stays as it is: {refusal.reason}" for refusal in report.refusals]
+    return [first, *left]
+
+
+def _not_faster(match: Match, target: Target) -> str | None:
+    case = case_of(match.config, match.shapes)
+    result = measured_result(target.sm, match.kind.value, case)
+    if result is None:
+        return f"nobody measured it on SM {target.sm / 10:.1f}"
+    if result.faster:
+        return None
+    return f"on {result.device} it took {result.ours_us:.1f} µs, and {result.other} {result.other_us:.1f} µs"
+
+
+def _operands(ranges: Path, recipe: Recipe) -> Operands:
+    from resvit_calibrate.estimators import Estimator
+    from resvit_calibrate.ranges import load_ranges
+    from resvit_quantize.fusion import Operands
+
+    known, precision = load_ranges(ranges), recipe.precision
+    # Calibration keeps histograms of what products with weights read; of these tensors it knows the extremes.
+    return Operands(precision, lambda name: known.amax(name, precision, Estimator.MAX))

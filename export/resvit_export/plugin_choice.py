@@ -1,0 +1,75 @@
+"""Whether kernels of our own go into an engine: by wish, by what was measured, or not at all; always with a reason."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.kernels.measured import measured_results
+from resvit_engines.targets import Builder, Target
+
+if TYPE_CHECKING:
+    from resvit_export.recipe import Recipe
+
+
+class By(str, enum.Enum):
+    """What decides for each node."""
+
+    WISH = "wish"
+    """Every node that a kernel serves."""
+    TABLE = "table"
+    """The results of ``benchmarks/kernels.py`` on this GPU."""
+    TIME = "time"
+    """Engines with and without, timed on the GPU of this machine."""
+    NOTHING = "nothing"
+    """The plain graph stays."""
+
+
+@dataclass(frozen=True)
+class PluginChoice:
+    """How nodes are chosen, how their kernels reach the engine (``aot`` or ``library``; empty: not), and why."""
+
+    by: By
+    way: str
+    reason: str
+
+
+def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
+    """Decide for a target; ``builder`` is what builds on this machine, None where the device has to.
+
+    Raises:
+        ResvitError: IMPOSSIBLE where plugins are asked for and the builder takes none, or where attention in 8 bits
+            is asked for and nothing of ours is used.
+    """
+    choice = _choice(recipe, target, builder)
+    if recipe.plugin_attention == "8bit" and (choice.by is By.NOTHING or recipe.precision == "fp16"):
+        why = "the build is FP16" if recipe.precision == "fp16" else choice.reason
+        raise ResvitError(
+            f"Attention in 8 bits is for our own kernels, and none is used: {why}.",
+            "Say --plugins on with --precision int8 or fp8, or leave --plugin-attention out.",
+            ExitCode.IMPOSSIBLE,
+        )
+    return choice
+
+
+def _choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
+    if target is None or recipe.plugins == "off":
+        return PluginChoice(By.NOTHING, "", "--plugins off" if target else "no target was named")
+    if (builder or target.builder) is Builder.RTX:
+        why = "TensorRT for RTX takes no plugins"
+        if recipe.plugins == "on":
+            raise ResvitError(
+                f"Kernels of our own cannot be built into an engine for {target.title}: {why}.",
+                "Leave --plugins out, or build where TensorRT itself is installed beside this GPU.",
+                ExitCode.IMPOSSIBLE,
+            )
+        return PluginChoice(By.NOTHING, "", why)
+    if recipe.plugins == "on":
+        return PluginChoice(By.WISH, target.plugins, "--plugins on")
+    if builder is Builder.TENSORRT:
+        return PluginChoice(By.TIME, target.plugins, f"timed on this {target.title}")
+    if any(row.sm == target.sm for row in measured_results()):
+        return PluginChoice(By.TABLE, target.plugins, f"by what was measured on SM {target.sm / 10:.1f}")
+    return PluginChoice(By.NOTHING, "", f"no kernel of ours was ever measured on SM {target.sm / 10:.1f}")

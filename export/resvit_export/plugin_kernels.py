@@ -1,0 +1,83 @@
+"""The kernel of each node of ours: whether there is one for a target, and its PTX in the file that TensorRT reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, attention_source
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_refusal, bridge_source
+from resvit_engines.kernels.launch import Kernel, Source
+from resvit_engines.kernels.norms import GroupNormConfig, group_norm_source, layer_norm_source
+from resvit_engines.kernels.norms import refusal as norm_refusal
+from resvit_engines.kernels.residual import ResidualConfig, residual_refusal, residual_source
+from resvit_engines.plugins.fields import fields_from_kernel
+from resvit_engines.targets import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from resvit_quantize.fusion import Config
+
+
+def refusal(config: Config, target: Target) -> str | None:
+    """Why there is no kernel with this configuration for the target; None where there is."""
+    if isinstance(config, AttentionConfig):
+        return attention_refusal(config, target.sm)
+    if isinstance(config, BridgeConfig):
+        return bridge_refusal(config, target.sm)
+    if isinstance(config, ResidualConfig):
+        return residual_refusal(config, target.sm)
+    return norm_refusal(config, target.sm)
+
+
+def source_of(config: Config, target: Target) -> Source:
+    """The kernel, before it is compiled."""
+    if isinstance(config, AttentionConfig):
+        return attention_source(config, target.sm)
+    if isinstance(config, BridgeConfig):
+        return bridge_source(config, target.sm)
+    if isinstance(config, ResidualConfig):
+        return residual_source(config, target.sm)
+    if isinstance(config, GroupNormConfig):
+        return group_norm_source(config, target.sm)
+    return layer_norm_source(config, target.sm)
+
+
+def carry_kernels(network: ir.Model, target: Target, way: str) -> int:
+    """Give every node of ours its kernel, compiled for the target, as attributes; returns how many there are.
+
+    For the way ``library`` the functions are taken out: TensorRT up to 10.6 prefers a function to a plugin of the same
+    name. For ``aot`` they stay, and an attribute says that the kernel goes into the engine.
+
+    Raises:
+        ResvitError: what ``kernel_from_source`` and ``require_fits`` raise.
+    """
+    from resvit_engines.kernels.compile import kernel_from_source
+    from resvit_engines.kernels.inspect import require_fits
+    from resvit_quantize.fusion import config_of, our_nodes
+
+    compiled: dict[Config, Kernel] = {}
+    count = 0
+    for node in our_nodes(network):
+        config = config_of(node)
+        if config not in compiled:
+            kernel = kernel_from_source(source_of(config, target), target.sm, target.ptx)
+            require_fits(kernel, target)
+            compiled[config] = kernel
+        _write(node, {**fields_from_kernel(compiled[config]), **({"aot": 1} if way == "aot" else {})})
+        count += 1
+    if way == "library":
+        network.functions.clear()
+    return count
+
+
+def _write(node: ir.Node, fields: dict[str, str | int | list[int]]) -> None:
+    import onnx_ir
+
+    for name, value in fields.items():
+        if isinstance(value, str):
+            node.attributes[name] = onnx_ir.AttrString(name, value)
+        elif isinstance(value, int):
+            node.attributes[name] = onnx_ir.AttrInt64(name, value)
+        else:
+            node.attributes[name] = onnx_ir.AttrInt64s(name, value)

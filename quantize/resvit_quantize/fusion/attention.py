@@ -1,0 +1,527 @@
+"""Attention, found in a graph and made one node: pattern, check, rewrite; a refusal carries its reason.
+
+The pattern is the one that ``regions`` finds: an ``Attention`` node, or two products of computed tensors with a softmax
+between. The check asks where the elements of Q, K and V lie in the projection's output, by running the views between
+on numbers, and whether the kernel serves what it finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, parts_of
+from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
+from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, type_of
+from resvit_quantize.fusion.views import BATCH, Shapes, Traced, behind, traces
+from resvit_quantize.network import add_initializer, constant
+from resvit_quantize.regions import AttentionBlock, is_view
+
+_SHARES: dict[str, tuple[float, float, bool]] = {
+    "fp16": (1.0, 0.0, True),
+    "bf16": (1.0, 0.0, True),
+    "int8": (127.0, 12582912.0, False),
+    "fp8": (256.0, 0.0, False),
+}
+"""Of each type of the shares: what they are multiplied by, what rounds them, and whether their sum is the exact one."""
+_CALM = frozenset({"Cast", "Dropout", "Identity"})
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """A block that can become one node: ``inputs`` of the node, ``end`` the value that its output replaces."""
+
+    config: AttentionConfig
+    inputs: tuple[ir.Value, ...]
+    sequence_first: bool
+    """Whether the inputs are [N, B, C], as PyTorch's ``nn.MultiheadAttention`` computes them."""
+    bias: ir.Value | None
+    """FP16, BF16 or FP32; or boolean, where True is a key that is seen."""
+    end: ir.Value
+    end_sequence_first: bool
+    end_view: tuple[int, ...] | None
+    """The shape of ``end`` behind its first dimension, where it is another than what the kernel writes."""
+    quantizer: ir.Node | None
+    """Where ``end`` is only read in 8 bits: the QuantizeLinear that the node takes in."""
+    block: AttentionBlock
+
+    @property
+    def before(self) -> ir.Node:
+        """The last node that the new one replaces: it comes in front of that."""
+        last = self.quantizer or self.end.producer()
+        assert last is not None
+        return last
+
+
+def attention_of(block: AttentionBlock, shapes: Shapes) -> Attention:
+    """Check one block.
+
+    Raises:
+        RefusedError: with the reason why it cannot be one node.
+    """
+    q, k, v = _operands(block)
+    kind = type_of(q)
+    if kind not in ("fp16", "bf16"):
+        raise RefusedError(f"its operands are {kind.upper()}, and the kernel multiplies FP16 or BF16")
+    first = block.products[0].node
+    whole = first.op_type == "Attention"
+    inside = [] if whole else [first, *(node for node, _ in _between(block))]
+    if any(node.outputs[0].is_graph_output() for node in inside):
+        raise RefusedError("its logits or shares are an output of the model")
+    heads, lengths, sizes = _sizes(block, (q, k, v), shapes)
+    config = AttentionConfig(
+        heads=heads,
+        head_size=sizes[0],
+        value_size=sizes[1],
+        scale=_scale(block, sizes[0]),
+        queries=lengths[0],
+        keys=lengths[1],
+        dtype=kind,
+        out_dtype=kind,
+        pv=kind,
+    )
+    through = [node for node in block.nodes if node.op_type in ("Mul", "Div")]
+    seen = [traces(value, shapes, through) for value in (q, k, v)]
+    config, inputs, sequence_first = _layout(config, seen, shapes, transposed=not whole)
+    bias = _added(block)
+    if bias is not None:
+        dtype = kind if type_of(bias) == "bool" else type_of(bias)
+        config = dataclasses.replace(config, bias=_differs(bias, config, shapes), bias_dtype=dtype)
+    end, end_sequence_first, end_view = _end(block, config, shapes)
+    quantizer = _only_quantizer(end)
+    if quantizer is not None:
+        scale, dtype = constant(quantizer.inputs[1]), type_of(quantizer.outputs[0])
+        # What is rearranged behind it has to be INT8 or wider: ONNX Runtime neither transposes nor reshapes FP8.
+        fits = dtype == "int8" or (dtype == "fp8" and not end_sequence_first and end_view is None)
+        if scale is None or scale.size != 1 or not fits:
+            quantizer = None
+        else:
+            config = dataclasses.replace(config, out_dtype=dtype, out_scale=float(scale.item()))
+    return Attention(config, inputs, sequence_first, bias, end, end_sequence_first, end_view, quantizer, block)
+
+
+def op_type_of(config: AttentionConfig) -> str:
+    """The name of the node."""
+    parts = (
+        ("Split", config.layout in THREE_TENSORS),
+        ("Bias", config.bias is not None),
+        ("Q", config.out_dtype in ("int8", "fp8")),
+    )
+    return "ResvitAttention" + "".join(name for name, there in parts if there)
+
+
+def match_of(found: Attention, shapes: Shapes) -> Match:
+    """The block for a report."""
+    config = found.config
+    tokens = [
+        (1, config.keys if index else config.queries, shapes[str(value.name)][-1])
+        for index, value in enumerate(found.inputs)
+    ]
+    if config.area is not None:
+        tokens = [(1, config.width, *config.area)]
+    if config.bias is not None:
+        sizes = (1, config.heads, config.queries)
+        tokens.append((*(size if by else 1 for size, by in zip(sizes, config.bias, strict=True)), config.keys))
+    return Match(
+        Kind.ATTENTION,
+        name_of(found.block),
+        op_type_of(config),
+        config,
+        tuple(tokens),
+        tuple(str(node.name) for node in found.block.nodes),
+    )
+
+
+def rewrite(model: ir.Model, found: Attention) -> ir.Node:
+    """Put the node in place of the block; nodes that nothing reads any more are left for the caller to remove."""
+    config, last = found.config, found.before
+    builder = Inserter(model, last)
+    inputs = [builder.tokens(value, index, found) for index, value in enumerate(found.inputs)]
+    if found.bias is not None and config.bias is not None:
+        inputs.append(builder.in_four(builder.added(found.bias, config), config.bias, config))
+    node = ir.node(op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name_of(found.block))
+    replaced = last.outputs[0]
+    node.outputs[0].name, node.outputs[0].type = f"{replaced.name}/attended", replaced.type
+    model.graph.insert_before(last, node)
+    out = node.outputs[0]
+    if found.end_sequence_first:
+        out = builder.transposed(out, str(replaced.name))
+    if found.end_view is not None:
+        out = builder.reshaped(out, [-1, *found.end_view], str(replaced.name))
+    name = str(replaced.name)
+    replaced.name, out.name, out.shape = f"{name}/before_fusion", name, replaced.shape
+    replaced.replace_all_uses_with(out, replace_graph_outputs=True)
+    return node
+
+
+class Inserter:
+    """Adds nodes in front of ``before``."""
+
+    def __init__(self, model: ir.Model, before: ir.Node) -> None:
+        self.model, self.before = model, before
+
+    def tokens(self, value: ir.Value, index: int, found: Attention) -> ir.Value:
+        """An operand as [B, N, channels], where its dimensions are others."""
+        config = found.config
+        if found.sequence_first:
+            return self.transposed(value, f"{value.name}/{index}/{self.before.name}")
+        if config.layout == "channels" or (value.shape is not None and len(value.shape) == 3):
+            return value
+        assert value.shape is not None
+        tokens = config.queries if index == 0 else config.keys
+        return self.reshaped(value, [-1, tokens, value.shape[-1]], f"{value.name}/{index}/{self.before.name}")
+
+    def added(self, value: ir.Value, config: AttentionConfig) -> ir.Value:
+        """A bias as it is; of a mask, minus infinity where it is False."""
+        if value.dtype != ir.DataType.BOOL:
+            return value
+        dtype = np.dtype(np.float16) if config.bias_dtype == "fp16" else np.dtype(ml_dtypes.bfloat16)
+        name = f"{value.name}/for_attention/{self.before.name}/mask"
+        ends = [
+            add_initializer(self.model, f"{name}/{side}", np.array(number, dtype))
+            for side, number in (("seen", 0.0), ("unseen", -np.inf))
+        ]
+        out = self.node("Where", [value, *ends], name)
+        out.type, out.shape = ir.TensorType(ir.DataType.from_numpy(dtype)), value.shape
+        return out
+
+    def in_four(self, value: ir.Value, by: tuple[bool, bool, bool], config: AttentionConfig) -> ir.Value:
+        """The bias or mask as [B, H, Nq, Nk], where it has fewer dimensions."""
+        if value.shape is not None and len(value.shape) == 4:
+            return value
+        sizes = (config.heads, config.queries)
+        rest = [size if differs else 1 for size, differs in zip(sizes, by[1:], strict=True)]
+        shape = [-1 if by[0] else 1, *rest, config.keys]
+        array = constant(value)
+        name = f"{value.name}/for_attention/{self.before.name}"
+        if array is None:
+            return self.reshaped(value, shape, name)
+        return add_initializer(self.model, name, np.ascontiguousarray(array.reshape(shape)))
+
+    def reshaped(self, value: ir.Value, shape: list[Any], name: str) -> ir.Value:
+        """A Reshape; ``shape`` begins with -1 or 1."""
+        target = add_initializer(self.model, f"{name}/shape", np.array(shape, np.int64))
+        out = self.node("Reshape", [value, target], name)
+        out.shape = ir.Shape([None if size == -1 else size for size in shape])
+        return out
+
+    def transposed(self, value: ir.Value, name: str) -> ir.Value:
+        """[N, B, C] to [B, N, C] and back; for one image it moves nothing."""
+        out = self.node("Transpose", [value], f"{name}/turned", {"perm": (1, 0, 2)})
+        if value.shape is not None:
+            out.shape = ir.Shape([value.shape[axis] for axis in (1, 0, 2)])
+        return out
+
+    def quantised(self, value: ir.Value, scale: float, dtype: np.dtype[Any], name: str) -> ir.Value:
+        """A QuantizeLinear per tensor."""
+        ends = [
+            add_initializer(self.model, f"{name}/scale", np.array(scale, np.float16)),
+            add_initializer(self.model, f"{name}/zero", np.zeros((), dtype)),
+        ]
+        out = self.node("QuantizeLinear", [value, *ends], name)
+        out.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+        return out
+
+    def node(
+        self, op_type: str, inputs: list[ir.Value], name: str, attributes: dict[str, Any] | None = None
+    ) -> ir.Value:
+        """Add a node whose output is of the first input's type and shape; returns that output."""
+        node = ir.node(op_type, inputs, attributes or {}, name=f"{name}/{op_type}")
+        out = node.outputs[0]
+        out.name, out.type, out.shape = f"{name}/{op_type.lower()}", inputs[0].type, inputs[0].shape
+        self.model.graph.insert_before(self.before, node)
+        return out
+
+
+def attributes_of(config: AttentionConfig) -> dict[str, Any]:
+    """What the function's body reads, the names by which TensorRT finds the plugin, and the configuration as JSON."""
+    heads, dk, dv = config.heads, config.head_size, config.value_size
+    parts, first, turn = (heads * dk, heads * dk, heads * dv), (0, 0, config.width), (0, 1, 2)
+    if config.layout == "per_head":
+        parts, first, turn = (dk, dk, dv), (0, 0, heads, 2 * dk + dv), (0, 1, 2, 3)  # type: ignore[assignment]
+    elif config.layout == "channels":
+        first, turn = (0, config.width, -1), (0, 2, 1)
+    last_turn, last_view = (0, 1, 2), (0, 0, heads * dv)
+    if config.layout == "channels":
+        assert config.area is not None
+        last_turn, last_view = (0, 2, 1), (0, heads * dv, *config.area)  # type: ignore[assignment]
+    factor, magic, exact = _SHARES[config.pv]
+    both = dk + dv if config.layout == "q_kv" else 0
+    where: dict[str, Any] = {"first": first, "turn": turn, "parts": parts}
+    if config.layout in THREE_TENSORS:
+        where = {"k_view": (0, 0, heads, both or dk), "k_end": (dk,), "v_start": (both and dk,), "v_end": (both or dv,)}
+    return {
+        "plugin_namespace": NAMESPACE,
+        "plugin_version": VERSION,
+        "config": json.dumps(dataclasses.asdict(config)),
+        **where,
+        "q_view": (0, 0, heads, dk),
+        "v_view": (0, 0, heads, both or dv),
+        "logit_scale": config.scale * config.q_scale * config.k_scale,
+        "v_scale": config.v_scale,
+        "share_type": ONNX_TYPES[config.pv],
+        "share_factor": factor,
+        "share_magic": magic,
+        "share_exact": float(exact),
+        "joined": (0, 0, heads * dv),
+        "last_turn": last_turn,
+        "last_view": last_view,
+        "out_type": ONNX_TYPES[config.out_dtype],
+        **({"out_scale": config.out_scale} if op_type_of(config).endswith("Q") else {}),
+    }
+
+
+def name_of(block: AttentionBlock) -> str:
+    """After the module, which the softmax or the node stands in."""
+    node = next((n for n in block.nodes if n.op_type in ("Softmax", "Attention")), block.nodes[0])
+    return f"{str(node.name).rpartition('/')[0] or node.name}/ResvitAttention"
+
+
+def _operands(block: AttentionBlock) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Q, K and V as the products read them."""
+    first, last = block.products[0].node, block.products[-1].node
+    if first is last:
+        found = list(first.inputs[:3])
+    else:
+        chain = _between(block)
+        logits = chain[-1][0].outputs[0]
+        found = [*first.inputs[:2], next((v for v in last.inputs[:2] if v is not logits), None)]
+        if last.inputs[0] is not logits:
+            raise RefusedError("the shares are not the left operand of the second product")
+    q, k, v = found
+    if q is None or k is None or v is None or len({q, k, v}) < 3:
+        raise RefusedError("it does not read three tensors")
+    return q, k, v
+
+
+def _sizes(
+    block: AttentionBlock, operands: tuple[ir.Value, ir.Value, ir.Value], shapes: Shapes
+) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Heads, lengths of queries and keys, sizes of a head of Q and K and of V."""
+    node = block.products[0].node
+    q, k, v = (shapes.get(str(value.name)) for value in operands)
+    if q is None or k is None or v is None:
+        raise RefusedError("a length depends on data")
+    if node.op_type == "Attention":
+        if len(q) == 4:
+            return q[1], (q[2], k[2]), (q[3], v[3])
+        heads = node.attributes.get_int("q_num_heads", 0)
+        if not heads or node.attributes.get_int("kv_num_heads", heads) != heads:
+            raise RefusedError("keys have fewer heads than queries")
+        return heads, (q[1], k[1]), (q[2] // heads, v[2] // heads)
+    if len(q) not in (3, 4) or len(k) != len(q) or len(v) != len(q):
+        raise RefusedError(f"its operands have {len(q)} dimensions")
+    # With three dimensions, batch and heads are one; the layout tells how many heads there are.
+    return q[1] if len(q) == 4 else 0, (q[-2], k[-1]), (q[-1], v[-1])
+
+
+def _scale(block: AttentionBlock, head_size: int) -> float:
+    """What Q K^T is multiplied by."""
+    node = block.products[0].node
+    if node.op_type == "Attention":
+        for name in ("softcap", "qk_matmul_output_mode", "softmax_precision"):
+            if node.attributes.get(name) is not None and node.attributes[name].value not in (0, 0.0, 1):
+                raise RefusedError(f"it sets {name}")
+        if node.attributes.get_int("is_causal", 0):
+            raise RefusedError("it is causal")
+        if len(node.outputs) > 1 or any(value is not None for value in node.inputs[4:]):
+            raise RefusedError("it keeps keys and values for later")
+        return float(node.attributes.get_float("scale", 1 / math.sqrt(head_size)))
+    scale, after = 1.0, False
+    for inner in block.nodes:
+        after = after or inner.op_type == "Softmax"
+        if inner.op_type not in ("Mul", "Div"):
+            continue
+        factor = next((array for value in inner.inputs if (array := constant(value)) is not None), None)
+        if factor is None or factor.size != 1 or after:
+            raise RefusedError(f"{inner.name} scales by more than one number")
+        scale = scale * float(factor.item()) if inner.op_type == "Mul" else scale / float(factor.item())
+    return scale
+
+
+def _layout(
+    config: AttentionConfig, seen: list[list[Traced]], shapes: Shapes, *, transposed: bool
+) -> tuple[AttentionConfig, tuple[ir.Value, ...], bool]:
+    """Where Q, K and V lie: in one tensor that the kernel knows a layout of, in two or in three.
+
+    The last of the result is whether tokens come before the batch in them.
+
+    Raises:
+        RefusedError: where they lie otherwise.
+    """
+    if not all(seen):
+        raise RefusedError("where its operands come from cannot be told")
+    for sequence_first in (False, True):
+        for layout in LAYOUTS:
+            for sources in _alike(seen, layout):
+                fitting = _in_layout(config, layout, sources, shapes, transposed, sequence_first)
+                if fitting is not None:
+                    values = tuple(trace.source for trace in sources)
+                    return fitting, values if layout in THREE_TENSORS else values[:1], sequence_first
+    raise RefusedError("queries, keys and values lie in memory in an order that no layout of the kernel has")
+
+
+def _alike(seen: list[list[Traced]], layout: str) -> Iterator[tuple[Traced, Traced, Traced]]:
+    """Q, K and V as seen from one value, from any three, or K and V from one; the farthest first."""
+    for q in reversed(seen[0]):
+        for k in reversed(seen[1]):
+            for v in reversed(seen[2]):
+                one, pair = q.source is k.source is v.source, k.source is v.source
+                if (
+                    (layout == "split" and not pair)
+                    or (layout == "q_kv" and pair)
+                    or (layout not in THREE_TENSORS and one)
+                ):
+                    yield q, k, v
+
+
+def _in_layout(
+    config: AttentionConfig,
+    layout: str,
+    seen: tuple[Traced, Traced, Traced],
+    shapes: Shapes,
+    transposed: bool,
+    sequence_first: bool,
+) -> AttentionConfig | None:
+    """The configuration with this layout, if the elements lie so; a tensor's leading dimensions may be joined."""
+    dk, dv = config.head_size, config.value_size
+    whole = [shapes[str(trace.source.name)] for trace in seen]
+    units = {"split": (dk, dk, dv), "q_kv": (dk, dk + dv, dk + dv)}.get(layout, (2 * dk + dv,) * 3)
+    channels = layout == "channels"
+    if any(len(shape) < 2 for shape in whole) or (channels and len(whole[0]) != 4):
+        return None
+    if sequence_first and (channels or any(len(shape) != 3 or shape[1] != BATCH for shape in whole)):
+        return None
+    heads, left = divmod(whole[0][1 if channels else -1], units[0])
+    if left or not heads or (config.heads and heads != config.heads):
+        return None
+    if layout not in THREE_TENSORS and config.queries != config.keys:
+        return None
+    tensors = []
+    for shape, unit, tokens in zip(whole, units, (config.queries, config.keys, config.keys), strict=True):
+        size = math.prod(shape)
+        if (shape[1 if channels else -1]) != heads * unit or size % (tokens * heads * unit):
+            return None
+        if channels and math.prod(shape[2:]) != tokens:
+            return None
+        numbers = np.arange(size).reshape(shape)
+        if sequence_first:
+            numbers = numbers.swapaxes(0, 1)
+        tensors.append(numbers if channels else numbers.reshape(-1, tokens, heads * unit))
+    area = (whole[0][2], whole[0][3]) if channels else None
+    fitting = dataclasses.replace(config, layout=layout, heads=heads, area=area)
+    expected = parts_of(fitting, *(tensors if layout in THREE_TENSORS else tensors[:1]))
+    for index, (trace, wanted) in enumerate(zip(seen, expected, strict=True)):
+        turned = wanted.swapaxes(-1, -2) if transposed and index == 1 else wanted
+        if not transposed and trace.places.ndim == 3:  # an Attention of three dimensions joins the heads itself
+            turned = wanted.swapaxes(1, 2)
+        if trace.places.size != turned.size or not np.array_equal(trace.places.reshape(turned.shape), turned):
+            return None
+    return fitting
+
+
+def _added(block: AttentionBlock) -> ir.Value | None:
+    """The bias that is added to the logits, or the mask that they are seen through; None where there is none."""
+    node = block.products[0].node
+    if node.op_type == "Attention":
+        return node.inputs[3] if len(node.inputs) > 3 else None
+    bias: ir.Value | None = None
+    chain = _between(block)
+    for inner, came in chain:
+        if inner.op_type in ("MatMul", "Softmax", "Mul", "Div") or inner.op_type in _CALM or is_view(inner):
+            continue
+        others = [value for value in inner.inputs if value is not None and value is not came]
+        if inner.op_type != "Add" or len(others) != 1 or bias is not None:
+            raise RefusedError(f"{inner.op_type} ({inner.name}) stands between its products")
+        bias = others[0]
+        if any(later.op_type in ("Mul", "Div") for later, _ in chain[chain.index((inner, came)) + 1 :]):
+            raise RefusedError("its bias is scaled after it was added")
+    return bias
+
+
+def _between(block: AttentionBlock) -> list[tuple[ir.Node, ir.Value]]:
+    """The nodes from Q K^T to P V, each with the input by which the logits come."""
+    chain: list[tuple[ir.Node, ir.Value]] = []
+    value = block.products[0].node.outputs[0]
+    last = block.products[-1].node
+    while True:
+        node = next(iter(value.uses())).node
+        if node is last:
+            return chain
+        chain.append((node, value))
+        value = node.outputs[0]
+
+
+def _differs(value: ir.Value, config: AttentionConfig, shapes: Shapes) -> tuple[bool, bool, bool]:
+    """Whether a bias or mask, broadcast to [B, H, Nq, Nk], differs by batch, head and query."""
+    shape = shapes.get(str(value.name))
+    if shape is None:
+        raise RefusedError("the shape of its bias depends on data")
+    if len(shape) == 3 and shape[0] == BATCH * config.heads and shape[0] != config.heads:
+        shape = (BATCH, config.heads, *shape[1:])
+    full = (*(1 for _ in range(4 - len(shape))), *shape)
+    whole = (BATCH, config.heads, config.queries, config.keys)
+    if len(full) != 4 or full[3] != config.keys or any(a not in (1, b) for a, b in zip(full, whole, strict=True)):
+        raise RefusedError(f"its bias or mask has the shape {list(shape)}")
+    by_batch, by_head, by_row = (size != 1 for size in full[:3])
+    return by_batch, by_head, by_row
+
+
+def _end(
+    block: AttentionBlock, config: AttentionConfig, shapes: Shapes
+) -> tuple[ir.Value, bool, tuple[int, ...] | None]:
+    """The last value behind P V that holds what the kernel writes.
+
+    Also whether it does with tokens before the batch, and its shape behind the first dimension where that is another.
+    """
+    heads, dv, out = config.heads, config.value_size, block.output
+    found: tuple[ir.Value, bool, tuple[int, ...] | None] | None = None
+    for trace in behind(out, shapes):
+        batch = trace.places.size // (heads * dv * config.queries)
+        numbers = np.arange(trace.places.size)
+        mixed = numbers.reshape(batch, heads, config.queries, dv).swapaxes(1, 2)
+        if block.products[0].node.op_type == "Attention" and len(shapes[str(out.name)]) == 3:
+            mixed = numbers.reshape(batch, config.queries, heads, dv)
+        wanted = mixed.reshape(batch, config.queries, heads * dv)
+        if config.layout == "channels":
+            wanted = wanted.swapaxes(1, 2).reshape(batch, heads * dv, *(config.area or ()))
+        for turned in (False, True):
+            if turned and config.layout == "channels":
+                continue
+            expected = wanted.swapaxes(0, 1) if turned else wanted
+            if not np.array_equal(trace.places.reshape(-1), expected.reshape(-1)):
+                continue
+            same = trace.places.shape == expected.shape
+            # Tokens may be joined with the batch, or lie in rows and columns of a window.
+            if same or (config.layout != "channels" and _has_fixed_rows(trace.source, heads * dv)):
+                found = trace.source, turned, None if same else trace.places.shape[1:]
+            break
+    if found is None:
+        raise RefusedError("its heads are not joined behind it in the order that the kernel writes")
+    return found
+
+
+def _has_fixed_rows(value: ir.Value, channels: int) -> bool:
+    """Whether only the first dimension may depend on the batch, and the last is that of all heads together."""
+    shape = value.shape
+    return (
+        shape is not None
+        and len(shape) >= 2
+        and shape[-1] == channels
+        and all(isinstance(size, int) for size in shape[1:])
+    )
+
+
+def _only_quantizer(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+        return None
+    return uses[0].node

@@ -1,0 +1,284 @@
+"""The bridge from trunk to tokens, found in a graph and made one node.
+
+The pattern: a 1x1 convolution whose map is laid out as tokens [B, h w, E], and behind it what constants add: position,
+level, class token, zeros in front. If a LayerNorm reads the tokens it joins, and so does a quantisation behind that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
+from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, type_of
+from resvit_quantize.fusion.views import Shapes, behind
+from resvit_quantize.network import add_initializer, constant
+
+
+@dataclass(frozen=True, eq=False)
+class Bridge:
+    """A convolution that can become one node with all that follows up to ``tokens``, and the norm behind."""
+
+    config: BridgeConfig
+    conv: ir.Node
+    image: ir.Value
+    weight: np.ndarray
+    weight_scale: np.ndarray | None
+    table: np.ndarray
+    tokens: ir.Value
+    norm: ir.Node | None
+    quantizer: ir.Node | None
+    nodes: tuple[ir.Node, ...]
+
+
+def is_bridge(node: ir.Node, shapes: Shapes) -> bool:
+    """Whether a convolution's map is only read as tokens [B, h w, E]."""
+    if node.op_type != "Conv" or node.domain:
+        return False
+    shape = shapes.get(str(node.outputs[0].name))
+    return shape is not None and len(shape) == 4 and _as_tokens(node, shape, shapes) is not None
+
+
+def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
+    """Check one convolution that ``is_bridge``.
+
+    Raises:
+        RefusedError: with the reason why it cannot be one node.
+    """
+    batch, embed, height, width = shapes[str(conv.outputs[0].name)]
+    del batch
+    image, weight, weight_scale, in_scale = _operands(conv)
+    dtype = type_of(image)
+    if weight.shape[2:] != (1, 1):
+        raise RefusedError(f"its filter is {weight.shape[2]}x{weight.shape[3]}, and the kernel's is 1x1")
+    plain = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1)}
+    if any(tuple(conv.attributes.get_ints(name, like)) != like for name, like in plain.items()):
+        raise RefusedError("its convolution has a stride or a padding")
+    if conv.attributes.get_int("group", 1) != 1:
+        raise RefusedError("its convolution is grouped")
+    bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    start = np.zeros(embed) if bias is None else bias.astype(np.float64)
+    table = np.tile(start, (height * width, 1))
+    first = _as_tokens(conv, shapes[str(conv.outputs[0].name)], shapes)
+    assert first is not None
+    tokens, table, nodes = _absorbed(first, table, shapes)
+    norm = _norm_behind(tokens)
+    quantizer = None
+    token_type = type_of(tokens)
+    config = BridgeConfig(
+        channels=weight.shape[1],
+        height=height,
+        width=width,
+        embed=embed,
+        prefix=len(table) - height * width,
+        dtype=dtype,
+        in_scale=in_scale,
+        token_dtype=token_type,
+        out_dtype=token_type,
+    )
+    if norm is not None:
+        quantizer = _only_quantizer(norm.outputs[0])
+        config = dataclasses.replace(config, norm=True, eps=float(norm.attributes.get_float("epsilon", 1e-5)))
+        scale = constant(quantizer.inputs[1]) if quantizer is not None else None
+        kind = type_of(quantizer.outputs[0]) if quantizer is not None else ""
+        if scale is not None and scale.size == 1 and kind in ("int8", "fp8"):
+            config = dataclasses.replace(config, out_dtype=kind, out_scale=float(scale.item()))
+        else:
+            quantizer = None
+    return Bridge(config, conv, image, weight[:, :, 0, 0], weight_scale, table, tokens, norm, quantizer, (conv, *nodes))
+
+
+def op_type_of(config: BridgeConfig) -> str:
+    """The name of the node."""
+    eight = "W8" if config.dtype in ("int8", "fp8") else ""
+    norm = ("NormQ" if config.out_dtype in ("int8", "fp8") else "Norm") if config.norm else ""
+    return f"ResvitBridge{eight}{norm}"
+
+
+def match_of(found: Bridge) -> Match:
+    """The part for a report."""
+    config = found.config
+    scale = ((config.embed,),) if found.weight_scale is not None else ()
+    affine = ((config.embed,), (config.embed,)) if config.norm else ()
+    shapes = (
+        (1, config.channels, config.height, config.width),
+        (config.embed, config.channels),
+        *scale,
+        (config.tokens, config.embed),
+        *affine,
+    )
+    nodes = [*found.nodes, *(node for node in (found.norm, found.quantizer) if node is not None)]
+    return Match(
+        Kind.BRIDGE, name_of(found), op_type_of(config), config, shapes, tuple(str(node.name) for node in nodes)
+    )
+
+
+def name_of(found: Bridge) -> str:
+    """After the convolution."""
+    return f"{str(found.conv.name).rpartition('/')[0] or found.conv.name}/ResvitBridge"
+
+
+def rewrite(model: ir.Model, found: Bridge) -> ir.Node:
+    """Put the node in place; nodes that nothing reads any more are left for the caller to remove."""
+    config, name = found.config, name_of(found)
+
+    def kept(what: str, array: np.ndarray) -> ir.Value:
+        return add_initializer(model, f"{name}/{what}", np.ascontiguousarray(array))
+
+    inputs = [found.image, kept("weight", found.weight)]
+    if found.weight_scale is not None:
+        inputs.append(kept("weight_scale", found.weight_scale.astype(np.float32)))
+    inputs.append(kept("table", found.table.astype(np.float32)))
+    outputs = [found.tokens]
+    last = found.tokens.producer()
+    if found.norm is not None:
+        for index, what in ((1, "gamma"), (2, "beta")):
+            array = constant(found.norm.inputs[index]) if len(found.norm.inputs) > index else None
+            filled = np.zeros(config.embed) if array is None else array
+            inputs.append(kept(what, filled.astype(np.float32)))
+        outputs.append((found.quantizer or found.norm).outputs[0])
+    assert last is not None
+    node = ir.node(
+        op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name, num_outputs=len(outputs)
+    )
+    # Before the first that reads any of it: the sum of the tokens comes before their norm.
+    model.graph.insert_after(last, node)
+    for old, new in zip(outputs, node.outputs, strict=True):
+        text = str(old.name)
+        new.shape, new.type = old.shape, old.type
+        old.name, new.name = f"{text}/before_fusion", text
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    return node
+
+
+def attributes_of(config: BridgeConfig) -> dict[str, Any]:
+    """What the function's body reads, the names by which TensorRT finds the plugin, and the configuration as JSON."""
+    quantized = config.out_dtype in ("int8", "fp8")
+    norm: dict[str, Any] = {"eps": config.eps, "out_type": ONNX_TYPES[config.out_dtype]} if config.norm else {}
+    return {
+        "plugin_namespace": NAMESPACE,
+        "plugin_version": VERSION,
+        "config": json.dumps(dataclasses.asdict(config)),
+        "area": (0, config.channels, -1),
+        "pads": (0, config.prefix, 0, 0, 0, 0),
+        "in_scale": config.in_scale,
+        "token_type": ONNX_TYPES[config.token_dtype],
+        **norm,
+        **({"out_scale": config.out_scale} if norm and quantized else {}),
+    }
+
+
+def _operands(conv: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None, float]:
+    """The map, the weight [E, C, kh, kw] as stored, its scales [E], and the map's scale; 8-bit only where both are."""
+    image, weight = conv.inputs[0], conv.inputs[1]
+    assert image is not None
+    assert weight is not None
+    stored, plain = _dequantizer(weight), constant(weight)
+    source = _dequantizer(image)
+    if stored is not None:
+        values, scales = constant(stored.inputs[0]), constant(stored.inputs[1])
+        if values is None or scales is None or scales.size not in (1, values.shape[0]):
+            raise RefusedError("its weight is not a constant with a scale by channel")
+        scale = constant(source.inputs[1]) if source is not None else None
+        narrow = source.inputs[0] if source is not None else None
+        same = type_of(narrow) == ("fp8" if values.dtype.name.startswith("float8") else "int8")
+        if narrow is not None and same and scale is not None and scale.size == 1:
+            wide = np.broadcast_to(scales.reshape(-1), (values.shape[0],)).astype(np.float32)
+            return narrow, values, wide, float(scale.item())
+        raise RefusedError("its weight has 8 bits and its map has not")
+    if plain is None:
+        raise RefusedError("its weight is computed")
+    if type_of(image) not in ("fp16", "bf16"):
+        raise RefusedError(f"its map is {type_of(image).upper()}, and the kernel reads FP16, BF16 or 8 bits")
+    return image, plain, None, 1.0
+
+
+def _dequantizer(value: ir.Value) -> ir.Node | None:
+    node = value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _as_tokens(conv: ir.Node, shape: tuple[int, ...], shapes: Shapes) -> ir.Value | None:
+    """The view of the convolution's map that is [B, h w, E]; the last of them."""
+    wanted = np.arange(math.prod(shape)).reshape(shape[0], shape[1], -1).swapaxes(1, 2)
+    found = None
+    for trace in behind(conv.outputs[0], shapes):
+        if trace.places.shape == wanted.shape and np.array_equal(trace.places, wanted):
+            found = trace.source
+    return found
+
+
+def _absorbed(tokens: ir.Value, table: np.ndarray, shapes: Shapes) -> tuple[ir.Value, np.ndarray, list[ir.Node]]:
+    """Follow the tokens through what only adds constants or puts constant tokens in front."""
+    nodes: list[ir.Node] = []
+    while True:
+        uses = list(tokens.uses())
+        if len(uses) != 1 or tokens.is_graph_output():
+            return tokens, table, nodes
+        node = uses[0].node
+        step = _added(node, tokens, table) if node.op_type == "Add" else _in_front(node, tokens, table, shapes)
+        if step is None:
+            return tokens, table, nodes
+        table, tokens = step, node.outputs[0]
+        nodes.append(node)
+
+
+def _added(node: ir.Node, tokens: ir.Value, table: np.ndarray) -> np.ndarray | None:
+    array = next((a for value in node.inputs if value is not tokens and (a := constant(value)) is not None), None)
+    if array is None or array.size == 0:
+        return None
+    shape = (*(1 for _ in range(3 - array.ndim)), *array.shape)
+    if array.ndim > 3 or shape[0] != 1 or shape[1] not in (1, len(table)) or shape[2] not in (1, table.shape[1]):
+        return None
+    return np.asarray(table + array.reshape(shape)[0].astype(np.float64))
+
+
+def _in_front(node: ir.Node, tokens: ir.Value, table: np.ndarray, shapes: Shapes) -> np.ndarray | None:
+    if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
+        pads = constant(node.inputs[1])
+        value = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        zero = len(node.inputs) <= 2 or node.inputs[2] is None or (value is not None and not np.any(value))
+        if pads is None or len(pads) != 6 or not zero or any(pads[index] for index in (0, 2, 3, 4, 5)) or pads[1] < 0:
+            return None
+        return np.concatenate([np.zeros((int(pads[1]), table.shape[1])), table])
+    if node.op_type != "Concat" or node.attributes.get_int("axis", 0) not in (1, -2) or len(node.inputs) != 2:
+        return None
+    front = _repeated(node.inputs[0], shapes) if node.inputs[1] is tokens else None
+    return None if front is None or front.shape[1] != table.shape[1] else np.concatenate([front, table])
+
+
+def _repeated(value: ir.Value | None, shapes: Shapes) -> np.ndarray | None:
+    """Constant tokens [n, E] that are expanded to the batch."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        value = node.inputs[0]
+        node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Expand":
+        return None
+    array, shape = constant(node.inputs[0]), shapes.get(str(node.outputs[0].name))
+    if array is None or array.ndim != 3 or len(array) != 1 or shape is None or shape[1:] != array.shape[1:]:
+        return None
+    return np.asarray(array[0].astype(np.float64))
+
+
+def _norm_behind(tokens: ir.Value) -> ir.Node | None:
+    """The LayerNorm that reads the tokens, if exactly one does."""
+    norms = [use.node for use in tokens.uses() if use.node.op_type == "LayerNormalization" and use.idx == 0]
+    if len(norms) != 1 or norms[0].attributes.get_int("axis", -1) not in (-1, 2):
+        return None
+    weights = [constant(value) for value in norms[0].inputs[1:] if value is not None]
+    return norms[0] if weights and all(array is not None for array in weights) else None
+
+
+def _only_quantizer(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+        return None
+    return uses[0].node

@@ -1,0 +1,89 @@
+"""Queries, keys and values in 8 bits, for attention whose products run on 8-bit tensor cores.
+
+One tensor holds all three, and Q/DQ has one scale per tensor, but their ranges differ. So each part is multiplied up to
+the range of the largest before it is quantised, and the node's own scales, one for each part, undo that: as if each had
+been quantised by itself. The factors are rounded to FP16 first and the scales follow from the rounded ones, so that
+nothing is lost but the rounding to 8 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from resvit_engines.kernels.attention import AttentionConfig
+from resvit_quantize.fusion.attention import Attention, Inserter
+from resvit_quantize.fusion.found import RefusedError
+from resvit_quantize.network import add_initializer
+
+Amax = Callable[[str], float]
+"""The clip of a tensor, by its name."""
+
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+def narrowed(found: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple[float, ...]]:
+    """The same attention with operands in ``int8`` or ``fp8``, and the scale of each tensor that it reads.
+
+    Raises:
+        RefusedError: where the range of an operand is not known, or is nothing.
+    """
+    names = [str(value.name) for value in found.block.operands]
+    try:
+        clips = [amax(name) for name in names]
+    except KeyError as error:
+        raise RefusedError(f"the range of {error} was not calibrated") from error
+    largest = _LARGEST[dtype]
+    if not all(2.0**-20 < clip < 60000.0 for clip in clips):
+        raise RefusedError(f"its operands reach to {', '.join(f'{clip:.3g}' for clip in clips)}")
+    shared = {"split": (0, 1, 2), "q_kv": (0, 1, 1)}.get(found.config.layout, (0, 0, 0))
+    # The scale of the tensor that holds a part is that of the largest part in it.
+    held = [max(clip for clip, other in zip(clips, shared, strict=True) if other == holder) for holder in shared]
+    rounded = [float(np.float16(clip / largest)) for clip in held]
+    factors = _factors(clips, rounded, largest)
+    own = [scale / factor for scale, factor in zip(rounded, factors, strict=True)]
+    config = dataclasses.replace(found.config, dtype=dtype, pv="fp16", q_scale=own[0], k_scale=own[1], v_scale=own[2])
+    return dataclasses.replace(found, config=config), tuple(factors)
+
+
+def insert(model: ir.Model, found: Attention, factors: tuple[float, ...]) -> Attention:
+    """Put the factors and quantisers behind the tensors that ``found`` (as ``narrowed`` gave it) reads.
+
+    What must be rearranged is so in 16 bits: ONNX Runtime neither transposes nor reshapes FP8.
+    """
+    config, inserter = found.config, Inserter(model, found.before)
+    scales = [config.q_scale * factors[0], config.k_scale * factors[1], config.v_scale * factors[2]]
+    made: dict[ir.Value, ir.Value] = {}
+    for index, value in enumerate(found.inputs):
+        if value in made:
+            continue
+        source, name = inserter.tokens(value, index, found), f"{value.name}/attention"
+        vector = _vector(config, factors, index)
+        if np.any(vector != 1.0):
+            factor = add_initializer(model, f"{name}/factor", vector.astype(np.float16))
+            source = inserter.node("Mul", [source, factor], name)
+        made[value] = inserter.quantised(source, scales[index], _STORED[config.dtype], name)
+    return dataclasses.replace(found, inputs=tuple(made[value] for value in found.inputs), sequence_first=False)
+
+
+def _factors(clips: list[float], scales: list[float], largest: float) -> list[float]:
+    return [float(np.float16(scale * largest / clip)) for clip, scale in zip(clips, scales, strict=True)]
+
+
+def _vector(config: AttentionConfig, factors: tuple[float, ...], index: int) -> np.ndarray:
+    """The factor of every channel of one input."""
+    heads, dk, dv = config.heads, config.head_size, config.value_size
+    q, k, v = factors
+    if config.layout == "split":
+        return np.full(heads * (dv if index == 2 else dk), factors[index])
+    if config.layout == "q_kv":
+        return np.full(heads * dk, q) if index == 0 else np.tile(np.repeat([k, v], [dk, dv]), heads)
+    if config.layout == "per_head":
+        return np.tile(np.repeat([q, k, v], [dk, dk, dv]), heads)
+    whole = np.repeat([q, k, v], [heads * dk, heads * dk, heads * dv])
+    return whole.reshape(-1, 1, 1) if config.layout == "channels" else whole

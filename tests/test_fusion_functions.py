@@ -1,0 +1,246 @@
+"""The plain computation of each node of ours, in ONNX Runtime, against what the kernel is held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from kernel_bounds import UNIT, attention_outside, held, norm_slack, outside
+from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, attention_reference, parts_of
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference
+from resvit_engines.kernels.norms import (
+    GroupNormConfig,
+    LayerNormConfig,
+    group_norm_reference,
+    layer_norm_reference,
+)
+from resvit_engines.kernels.numerics import EIGHT_BIT, stored
+from resvit_engines.kernels.residual import ResidualConfig, residual_reference
+from resvit_engines.plugins.names import DOMAIN, OP_TYPES
+from resvit_quantize.fusion import attention, bridge, seams
+from resvit_quantize.fusion.found import ONNX_TYPES
+from resvit_quantize.fusion.functions import function_of
+
+FLOATS = ("fp16", "bf16")
+OUTPUTS = ("fp16", "bf16", "int8", "fp8")
+
+
+def computed(
+    op_type: str, attributes: dict[str, Any], inputs: list[np.ndarray], dtypes: list[str], opset: int = 20
+) -> list[np.ndarray]:
+    """One node with its function in ONNX Runtime. Inputs and outputs are the stored numbers."""
+    import onnxruntime
+
+    names, outputs = OP_TYPES[op_type].inputs, OP_TYPES[op_type].outputs
+    rank = 3 if op_type.startswith("ResvitBridge") else inputs[0].ndim
+    nodes = [
+        helper.make_node("Cast", [f"{name}32"], [name], to=ONNX_TYPES[dtype])
+        for name, dtype in zip(names, dtypes, strict=True)
+    ]
+    nodes.append(helper.make_node(op_type, names, outputs, domain=DOMAIN, **attributes))
+    nodes += [helper.make_node("Cast", [name], [f"{name}32"], to=TensorProto.FLOAT) for name in outputs]
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [
+            helper.make_tensor_value_info(f"{n}32", TensorProto.FLOAT, a.shape)
+            for n, a in zip(names, inputs, strict=True)
+        ],
+        [helper.make_tensor_value_info(f"{name}32", TensorProto.FLOAT, [None] * rank) for name in outputs],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    function = ir.serde.serialize_function(function_of(op_type, opset))
+    model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = {f"{name}32": array.astype(np.float32) for name, array in zip(names, inputs, strict=True)}
+    return [array.astype(np.float64) for array in session.run(None, given)]
+
+
+def attention_config(layout: str, dtype: str, pv: str, out: str, bias: tuple[bool, ...] | None) -> AttentionConfig:
+    """Two heads of 8 and 12 (QK and V), 3 x 2 tokens, each scale another."""
+    eight = dtype in EIGHT_BIT
+    scales = {"q_scale": 0.03, "k_scale": 0.034, "v_scale": 0.027} if eight else {}
+    options = {"area": (3, 2)} if layout == "channels" else {}
+    keys = 9 if layout in THREE_TENSORS else 6
+    return AttentionConfig(
+        2, 8, 12, 0.3, 6, keys, layout, dtype, out, pv, **scales, out_scale=0.023 if out in EIGHT_BIT else 1.0,
+        bias=bias, bias_dtype="fp32" if eight else dtype, **options,
+    )  # fmt: skip
+
+
+def attention_inputs(config: AttentionConfig, batch: int) -> tuple[list[np.ndarray], list[str]]:
+    rng = np.random.default_rng(0)
+    heads, dk, dv, nq, nk = config.heads, config.head_size, config.value_size, config.queries, config.keys
+    shapes: list[tuple[int, ...]] = {
+        "split": [(batch, nq, heads * dk), (batch, nk, heads * dk), (batch, nk, heads * dv)],
+        "q_kv": [(batch, nq, heads * dk), *[(batch, nk, heads * (dk + dv))] * 2],
+        "channels": [(batch, config.width, 3, 2)],
+    }.get(config.layout, [(batch, nq, config.width)])
+    inputs = [held(rng, shape, config.dtype, 0.03) for shape in shapes]
+    if config.layout == "q_kv":
+        inputs[2] = inputs[1]
+    dtypes = [config.dtype] * len(inputs)
+    if config.bias is not None:
+        whole = (batch, heads, nq)
+        shape = (*(size if differs else 1 for size, differs in zip(whole, config.bias, strict=True)), nk)
+        bias = stored(rng.normal(0, 2, shape), config.bias_dtype)
+        bias[rng.random(shape) < 0.2] = -np.inf
+        bias[0, 0, 0] = -np.inf
+        inputs.append(bias)
+        dtypes.append(config.bias_dtype)
+    return inputs, dtypes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "pv"), [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8")]
+)
+@pytest.mark.parametrize("bias", [None, (False, True, True), (True, False, False)])
+def test_attention(layout: str, dtype: str, pv: str, bias: tuple[bool, ...] | None) -> None:
+    for out in OUTPUTS:
+        config = attention_config(layout, dtype, pv, out, bias)
+        inputs, dtypes = attention_inputs(config, 3)
+        op_type = attention.op_type_of(config)
+        (got,) = computed(op_type, attention.attributes_of(config), inputs, dtypes)
+        assert attention_outside(config, inputs, got) == 0
+        if bias is not None:  # the first query of the first image and head sees nothing
+            first = got[0, :, 0, 0] if layout == "channels" else got[0, 0]
+            assert np.all(first[: config.value_size] == 0.0)
+
+
+def test_the_bound_on_attention_is_not_too_wide() -> None:
+    config = attention_config("packed", "fp16", "fp16", "fp16", None)
+    inputs, dtypes = attention_inputs(config, 3)
+    wrong = dataclasses.replace(config, scale=config.scale * 1.01)
+    (got,) = computed("ResvitAttention", attention.attributes_of(wrong), inputs, dtypes)
+    assert attention_outside(config, inputs, got) > got.size // 4
+
+
+@pytest.mark.parametrize("pv", ["int8", "fp8"])
+def test_shares_in_8_bits_are_rounded_as_the_kernel_rounds_them(pv: str) -> None:
+    config = attention_config("packed", pv, pv, "fp16", None)
+    inputs, dtypes = attention_inputs(config, 2)
+    (got,) = computed("ResvitAttention", attention.attributes_of(config), inputs, dtypes)
+    q, k, values = parts_of(config, *inputs)
+    logits = q @ k.swapaxes(-1, -2) * (config.scale * config.q_scale * config.k_scale)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    factor = {"int8": 127.0, "fp8": 256.0}[pv]
+    shares = stored(weights * factor, pv)
+    expected = shares @ values / shares.sum(-1, keepdims=True) * config.v_scale
+    joined = expected.swapaxes(1, 2).reshape(got.shape)
+    # One rounding to FP16; a share on the edge between two steps may fall to either side, but none here does.
+    assert np.all(np.abs(got - joined) <= 2.0**-11 * np.abs(joined) + 2.0**-24)
+    exact = attention_reference(config, *inputs)
+    assert np.abs(got - exact).max() > 8 * 2.0**-11 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("out", [None, *OUTPUTS])
+def test_bridge(prefix: int, dtype: str, out: str | None) -> None:
+    rng = np.random.default_rng(0)
+    eight = dtype in EIGHT_BIT
+    tokens_in = "fp16" if eight else dtype
+    config = BridgeConfig(
+        24, 3, 2, 16, prefix, dtype, 0.03 if eight else 1.0, tokens_in, out is not None, 1e-5, out or tokens_in,
+        0.037 if out in EIGHT_BIT else 1.0,
+    )  # fmt: skip
+    scale = [stored(rng.uniform(0.01, 0.02, 16), "fp32")] if eight else []
+    image, weight = held(rng, (2, 24, 3, 2), dtype, 0.03), held(rng, (16, 24), dtype, 0.015)
+    inputs = [image, weight, *scale, held(rng, (6 + prefix, 16), "fp32")]
+    affine = [held(rng, (16,), "fp32"), held(rng, (16,), "fp32")] if out else []
+    dtypes = [dtype, dtype, *["fp32"] * (len(inputs) - 2 + len(affine))]
+    attributes = bridge.attributes_of(config)
+    tokens, *normal = computed(bridge.op_type_of(config), attributes, [*inputs, *affine], dtypes)
+
+    (real,) = bridge_reference(dataclasses.replace(config, token_dtype="fp32", norm=False), *inputs)
+    (size,) = bridge_reference(
+        dataclasses.replace(config, token_dtype="fp32", norm=False), *(np.abs(value) for value in inputs)
+    )
+    # A sum of n products errs by n roundings of their magnitudes; then two scales and the addition.
+    assert outside(tokens, real, (24 + 4) * UNIT * size, tokens_in) == 0
+    if out:
+        assert norm_faults(tokens, normal[0], affine, out, config.out_scale) == 0
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_group_norm(dtype: str, out: str, relu: bool) -> None:
+    rng = np.random.default_rng(0)
+    config = GroupNormConfig(12, 3, 15, 1e-5, relu, dtype, out, 0.037 if out in EIGHT_BIT else 1.0)
+    x, gamma, beta = held(rng, (2, 12, 3, 5), dtype), held(rng, (12,), "fp32"), held(rng, (12,), "fp32")
+    attributes = seams.attributes_of(config)
+    (got,) = computed(seams.op_type_of(config), attributes, [x, gamma, beta], [dtype, "fp32", "fp32"])
+    plain = dataclasses.replace(config, relu=False, out_dtype="fp32", out_scale=1.0)
+    z = group_norm_reference(plain, x, np.ones_like(gamma), np.zeros_like(beta))
+    real = group_norm_reference(dataclasses.replace(plain, relu=relu), x, gamma, beta)
+    slack = norm_slack(z, gamma[:, None, None], beta[:, None, None], 4 * 15) + 2 * UNIT * np.abs(real)
+    assert outside(got, real, slack, out, config.out_scale) == 0
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_layer_norm(dtype: str, out: str, add: bool) -> None:
+    rng = np.random.default_rng(0)
+    config = LayerNormConfig(24, 1e-5, add, dtype, out, 0.037 if out in EIGHT_BIT else 1.0)
+    terms = [held(rng, (2, 5, 24), dtype) for _ in range(1 + add)]
+    affine = [held(rng, (24,), "fp32"), held(rng, (24,), "fp32")]
+    dtypes = [dtype] * len(terms) + ["fp32", "fp32"]
+    *sums, got = computed(seams.op_type_of(config), seams.attributes_of(config), [*terms, *affine], dtypes)
+    if add:
+        assert np.array_equal(sums[0], stored(terms[0] + terms[1], dtype))
+    # What is normalised is the sum before it is rounded; two such numbers add exactly in FP32.
+    assert norm_faults(sum(terms), got, affine, out, config.out_scale) == 0
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("dtype", "shortcut"), itertools.product(FLOATS, OUTPUTS))
+@pytest.mark.parametrize("out", OUTPUTS)
+def test_residual(dtype: str, shortcut: str, out: str, relu: bool) -> None:
+    rng = np.random.default_rng(0)
+    scales = [0.043 if kind in EIGHT_BIT else 1.0 for kind in (shortcut, out)]
+    config = ResidualConfig((4, 3, 5), dtype, shortcut, scales[0], out, scales[1], relu)
+    x, other = held(rng, (2, 4, 3, 5), dtype), held(rng, (2, 4, 3, 5), shortcut, 0.043)
+    (got,) = computed(seams.op_type_of(config), seams.attributes_of(config), [x, other], [dtype, shortcut])
+    real = residual_reference(dataclasses.replace(config, out_dtype="fp32", out_scale=1.0), x, other)
+    slack = 4 * UNIT * (np.abs(x) + np.abs(other * scales[0]))
+    assert outside(got, real, slack, out, scales[1]) == 0
+
+
+def norm_faults(x: np.ndarray, got: np.ndarray, affine: list[np.ndarray], out: str, scale: float) -> int:
+    """LayerNorm over the last dimension, epsilon 1e-5."""
+    gamma, beta = affine
+    config = LayerNormConfig(x.shape[-1], 1e-5, dtype="fp32", out_dtype="fp32")
+    (z,) = layer_norm_reference(config, x, np.ones_like(gamma), np.zeros_like(beta))
+    (real,) = layer_norm_reference(config, x, gamma, beta)
+    # ONNX Runtime takes the variance as the mean of squares less the square of the mean: its error is relative to
+    # the square of what is normalised, and half of it that of the root.
+    square = (x**2).mean(-1, keepdims=True) / x.var(-1, keepdims=True)
+    slack = norm_slack(z, gamma, beta, x.shape[-1]) + np.abs(gamma * z) * x.shape[-1] * UNIT * square
+    return outside(got, real, slack + 2 * UNIT * np.abs(real), out, scale)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_every_op_type_has_a_function_whose_tensors_have_names_of_their_own(opset: int) -> None:
+    seen: dict[str, str] = {}
+    for op_type, known in OP_TYPES.items():
+        function = ir.serde.serialize_function(function_of(op_type, opset))
+        onnx.checker.check_function(function)
+        assert (function.name, function.domain) == (op_type, DOMAIN)
+        assert tuple(function.output) == known.outputs
+        assert len(function.input) == len(known.inputs)
+        for name in (name for node in function.node for name in node.output if name not in function.output):
+            assert seen.setdefault(name, op_type) == op_type
+            assert name.startswith(f"{op_type}/")

@@ -1,0 +1,219 @@
+"""The very PTX that ships, launched on a GPU as a plugin does it, against the references of the interpreter's tests.
+
+Inputs, references and bounds are those of ``test_kernel_*``; only what runs the kernel is another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from kernel_bits import bits_of, numbers_of, some_numbers
+from resvit_engines.errors import ResvitError
+from resvit_engines.kernels.compile import kernel_from_source
+from resvit_engines.kernels.drive import load_driver, run_kernel
+from resvit_engines.kernels.launch import Source
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.residual import ResidualConfig, residual_source
+from resvit_engines.kernels.timing import time_kernel
+from resvit_engines.targets import FP8_SMS, TARGETS
+
+
+def ptx_of(sm: int) -> str:
+    return next((target.ptx for target in TARGETS if target.sm == sm), "9.0")
+
+
+@pytest.fixture(scope="module")
+def sm() -> int:
+    """The compute capability of GPU 0."""
+    try:
+        driver = load_driver()
+        with driver.device() as device:
+            return driver.name_and_sm(device)[1]
+    except ResvitError as error:
+        pytest.skip(f"no GPU: {error.problem}")
+
+
+def run_source(source: Source, inputs: list[np.ndarray], sm: int) -> list[np.ndarray]:
+    """Numbers in, numbers out, like the interpreter's."""
+    kernel = kernel_from_source(source, sm, ptx_of(sm))
+    arrays = [bits_of(value, dtype) for value, dtype in zip(inputs, source.launch.inputs, strict=True)]
+    results = zip(run_kernel(kernel, arrays), source.launch.outputs, strict=True)
+    return [numbers_of(bits, result.dtype) for bits, result in results]
+
+
+def on_gpu(name: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The interpreter's tests of a kernel, with the GPU in place of the interpreter."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "run_source", lambda source, inputs: run_source(source, inputs, sm))
+    monkeypatch.setattr(module, "SM", sm)
+    if sm in (89, 90):  # which add FP8 products with 13 bits of fraction
+        monkeypatch.setattr(module, "FP8_UNIT", 2.0**-14, raising=False)
+    return module
+
+
+def require_type(dtype: str, sm: int) -> None:
+    if dtype == "fp8" and sm not in FP8_SMS:
+        pytest.skip("this GPU has no FP8")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "side", "embed", "batch"),
+    [(1024, 14, 768, 1), (1024, 14, 768, 32), (2048, 7, 384, 8), (64, 24, 192, 2), (40, 3, 130, 3)],
+)
+def test_bridge(
+    channels: int, side: int, embed: int, batch: int, norm: bool, dtype: str, sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_bridge", sm, monkeypatch)
+    config = tests.config_of(channels, (side, side), embed, dtype, norm, dtype if norm else "fp16", batch=batch)
+    inputs = tests.inputs_of(config, batch, np.random.default_rng(0))
+    assert tests.faults(config, inputs, tests.bridge_source(config, sm)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("channels", "groups", "sides", "batch"),
+    [(256, 32, (56, 56), 2), (1024, 32, (14, 14), 8), (2048, 32, (7, 7), 3), (24, 3, (5, 9), 2)],
+)
+def test_group_norm(
+    channels: int,
+    groups: int,
+    sides: tuple[int, int],
+    batch: int,
+    dtype: str,
+    sm: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_norms", sm, monkeypatch)
+    area = sides[0] * sides[1]
+    config = GroupNormConfig(channels, groups, area, relu=True, out_dtype=dtype, out_scale=tests.scale_for(dtype))
+    rng = np.random.default_rng(0)
+    x = tests.held(rng, (batch, channels, *sides), "fp16")
+    assert tests.group_norm_faults(config, x, rng, tests.group_norm_source(config, sm)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("batch", "tokens", "size"), [(1, 197, 768), (32, 50, 384), (2, 577, 1024), (3, 7, 130)])
+def test_layer_norm(
+    batch: int, tokens: int, size: int, add: bool, dtype: str, sm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_norms", sm, monkeypatch)
+    config = LayerNormConfig(size, add=add, out_dtype=dtype, out_scale=tests.scale_for(dtype))
+    rng = np.random.default_rng(0)
+    terms = [tests.held(rng, (batch, tokens, size), "fp16") for _ in range(1 + add)]
+    assert tests.layer_norm_faults(config, terms, rng) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("shortcut", ["fp16", "int8", "fp8"])
+@pytest.mark.parametrize("shape", [(2, 256, 56, 56), (3, 7, 13, 13), (1, 1)])
+def test_residual(shape: tuple[int, ...], shortcut: str, out: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_type(shortcut, sm)
+    require_type(out, sm)
+    tests = on_gpu("test_kernel_residual", sm, monkeypatch)
+    scales = (tests.scale_for(shortcut), tests.scale_for(out))
+    config = ResidualConfig(shape[1:], "fp16", shortcut, scales[0], out, scales[1])
+    rng = np.random.default_rng(0)
+    x, other = (tests.held(rng, shape, kind, 0.043) for kind in ("fp16", shortcut))
+    assert tests.faults(config, x, other, tests.residual_source(config, sm)) == 0
+
+
+@pytest.mark.gpu
+def test_a_wrong_constant_is_noticed_on_a_gpu_too(sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = on_gpu("test_kernel_residual", sm, monkeypatch)
+    config = ResidualConfig((8, 7, 7), "fp16", "int8", 0.043, "int8", 0.043)
+    rng = np.random.default_rng(0)
+    x, other = (tests.held(rng, (2, 8, 7, 7), kind, 0.043) for kind in ("fp16", "int8"))
+    source = residual_source(dataclasses.replace(config, shortcut_scale=0.05), sm)
+    assert tests.faults(config, x, other, source) > 0
+
+
+@pytest.mark.gpu
+def test_a_launch_takes_time(sm: int) -> None:
+    shapes = [(shape, 64, 56, 56) for shape in (1, 64)]
+    kernel = kernel_from_source(residual_source(ResidualConfig((64, 56, 56)), sm), sm, ptx_of(sm))
+    small, large = (time_kernel(kernel, [np.ones(shape, np.float16)] * 2, repeats=10, cold=True) for shape in shapes)
+    assert 0 < small < large
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "pv"),
+    [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8"), ("fp8", "fp16")],
+)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (50, 64), (197, 64), (577, 32), (64, 36), (785, 128)])
+def test_attention(tokens: int, size: int, dtype: str, pv: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    config = tests.config_of(tokens, None, size, dtype, pv, heads=3, out_dtype=dtype)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(tokens))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "pv"),
+    [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8"), ("fp8", "fp16")],
+)
+@pytest.mark.parametrize(
+    ("layout", "queries", "keys", "size", "value_size"),
+    [
+        ("channels", 196, 196, 128, 128),
+        ("channels", 196, 196, 64, 64),
+        ("channels", 49, 49, 128, 128),
+        ("split", 197, 50, 64, 64),
+        ("per_head", 196, 196, 16, 32),
+        ("q_kv", 49, 196, 16, 64),
+        ("packed", 49, 49, 32, 32),
+    ],
+)
+def test_attention_with_a_bias(
+    layout: str,
+    queries: int,
+    keys: int,
+    size: int,
+    value_size: int,
+    dtype: str,
+    pv: str,
+    sm: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    more = {"layout": layout, "value_size": value_size, "out_dtype": dtype, "bias": (False, True, True)}
+    config = tests.config_of(queries, keys, size, dtype, pv, heads=3, **more)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0), closed=0.2)) == 0
+
+
+@pytest.mark.gpu
+def test_attention_with_a_wrong_scale_is_noticed(sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = on_gpu("test_kernel_attention", sm, monkeypatch)
+    config = tests.config_of(50, None, 64)
+    source = tests.attention_source(dataclasses.replace(config, scale=config.scale * 1.1), sm)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0)), source) > 100
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "fp8", "int32", "bool"])
+def test_numbers_survive_the_way_to_the_gpu_and_back(dtype: str) -> None:
+    numbers = some_numbers(dtype) if dtype != "int32" else np.arange(-5.0, 5.0)
+    assert np.array_equal(numbers_of(bits_of(numbers, dtype), dtype), numbers)
+    assert len(np.unique(numbers)) > 1
+
+
+def test_fp8_is_e4m3() -> None:
+    bits = np.array([0x00, 0x01, 0x08, 0x38, 0x7E, 0xFE, 0xB8], np.uint8)
+    assert numbers_of(bits, "fp8").tolist() == [0.0, 2.0**-9, 2.0**-6, 1.0, 448.0, -448.0, -1.0]
+    assert np.isnan(numbers_of(np.array([0x7F, 0xFF], np.uint8), "fp8")).all()
