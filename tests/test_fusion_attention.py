@@ -12,7 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from fusion_models import values_of
+from resvit_engines import build
+from resvit_engines.build import build_engine
 from resvit_engines.kernels.attention import AttentionConfig
+from resvit_engines.targets import find_target
 from resvit_quantize.fusion import Kind, Operands, config_of, fuse, our_nodes
 from resvit_quantize.network import network_from_onnx
 
@@ -295,6 +298,39 @@ def test_a_mask_becomes_a_bias_and_a_row_that_sees_nothing_gives_zeros(tmp_path:
     assert np.abs(got - right).max() <= 2.0**-8 * np.abs(right).max()
 
 
+def test_a_mask_may_be_written_out(tmp_path: Path) -> None:
+    hidden = "low0 = Constant <value_floats = [-60000.0]> ()\nlow = Cast <to = 10> (low0)\n"
+    lines = PLAIN.replace("(scaled)", "(masked)").replace("shares =", "masked = Where (seen, scaled, low)\nshares =")
+    shape = {"inputs": "float16[B,6,48] packed, bool[B,1,6,6] seen"}
+    model = graph(tmp_path, hidden, FROM_PACKED, lines, JOINED, **shape)
+    given = feeds(model)
+    given["seen"][:, :, :, 0] = True
+    right = run(model, given)
+    assert fuse(model, frozenset({Kind.ATTENTION})).matches[0].config.bias == (True, False, True)
+    assert np.abs(run(model, given) - right).max() <= 2.0**-8 * np.abs(right).max()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mask_that_hides_nothing_is_none(tmp_path: Path, whole: bool) -> None:
+    """As HuggingFace's ViT and DPT have it: a constant that is expanded to the batch."""
+    mask = """
+  ones = Constant <value_ints = [1, 1, 1, 1, 1, 1]> ()
+  true = Cast <to = 9> (ones)
+  row = Reshape (true, {1, 1, 6, 1})
+  size = Shape <end = 1> (packed)
+  rest = Concat <axis = 0> (size, {1, 6, 6})
+  seen = Expand (row, rest)
+"""
+    lines = PLAIN.replace("(scaled)", "(masked)").replace(
+        "shares =", "low0 = Constant <value_floats = [-60000.0]> ()\nlow = Cast <to = 10> (low0)\n"
+        "masked = Where (seen, scaled, low)\nshares ="
+    )  # fmt: skip
+    if whole:
+        lines = "mixed = Attention <scale = 0.5> (q, k, v, seen)"
+    config = fused(graph(tmp_path, mask, FROM_PACKED, lines, JOINED, opset=23 if whole else 20))
+    assert config.bias is None
+
+
 NO = {
     "it sets softcap": "mixed = Attention <softcap = 30.0> (q, k, v)",
     "it is causal": "mixed = Attention <is_causal = 1> (q, k, v)",
@@ -420,3 +456,14 @@ def test_operands_whose_range_nobody_knows_are_refused(tmp_path: Path) -> None:
     assert "was not calibrated" in report.refusals[0].reason
     report = fuse(model, operands=Operands("int8", lambda _: 0.0))
     assert "its operands reach to 0" in report.refusals[0].reason
+
+
+@pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
+@pytest.mark.parametrize("opset", [20, 23])
+def test_tensorrt_compiles_the_body_where_there_is_no_plugin(tmp_path: Path, opset: int) -> None:
+    shape = {"inputs": "float16[1,6,48] packed", "output": "float16[1,6,16] y"}
+    model = graph(tmp_path, FROM_PACKED, PLAIN, JOINED, opset=opset, **shape)
+    assert len(fuse(model).matches) == 1
+    ir.save(model, tmp_path / "fused.onnx")
+    build_engine(tmp_path / "fused.onnx", tmp_path / "engine.plan", find_target("l4"))
+    assert (tmp_path / "engine.plan").stat().st_size > 1000

@@ -161,9 +161,7 @@ NORM_8 = NORM.format("u") + "\nn8 = QuantizeLinear (n, o_scale, zero)\nnd = Dequ
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_8_bits_of_map_and_weight_go_in_and_the_quantised_norm_comes_out(
-    dtype: str, norm: bool
-) -> None:
+def test_8_bits_of_map_and_weight_go_in_and_the_quantised_norm_comes_out(dtype: str, norm: bool) -> None:
     lines = [EIGHT, TOKENS, "u = Add (t, position)", *([NORM_8] if norm else [])]
     model = bridge(*lines, outputs="u nd" if norm else "u", **eight_bits(dtype))
     plain = computed(model, x=IMAGE)
@@ -282,22 +280,14 @@ def test_a_bridge_ends_before_what_is_no_constant_row(form: str) -> None:
         "few": [1, 0],
         "axes": [1],
         "cut": [0, -1, 0, 0, 0, 0],
-        "ends": [0, AREA, -1],
+        "ends": [0, AREA, CHANNELS],
         "whole": half((3, AREA, EMBED), 12),
     }
-    conv = CONV
-    if form == "an added image":
-        extra["ends"] = [0, AREA, 2 * EMBED]
-        conv, extra["weight"] = "p = Pad (x, more)\nm = Conv (p, weight, bias)", half((2 * EMBED, 32, 1, 1), 2)
-        extra |= {"bias": half((32,)), "flat": [0, 32, AREA], "more": [0, 0, 0, 0, 0, 8, 0, 0]}
-        conv = "p = Concat <axis = 1> (x, x)\nm = Conv (p, weight, bias)"
-        extra["weight"] = half((48, 48, 1, 1), 2, 0.2)
-        extra |= {"bias": half((48,)), "flat": [0, 48, AREA], "ends": [0, AREA, 48]}
-        STOP = "y = Reshape (p, ends)\nu = Add (t, y)"
-    else:
-        STOP = STOPS[form]
+    if form == "an added image":  # of as many channels as the tokens have
+        weight = half((CHANNELS, CHANNELS, 1, 1), 2, 0.2)
+        extra |= {"weight": weight, "bias": half((CHANNELS,)), "flat": [0, CHANNELS, AREA]}
     last = "w" if form == "another end" else "u"
-    model = bridge(conv, TOKENS, STOP, outputs=last, **extra)
+    model = bridge(CONV, TOKENS, STOPS[form], outputs=last, **extra)
     plain = computed(model, x=IMAGE)
     report = fused(model)
     (match,) = report.matches
@@ -307,9 +297,8 @@ def test_a_bridge_ends_before_what_is_no_constant_row(form: str) -> None:
 
 
 def test_two_convolutions_of_one_module_have_names_of_their_own() -> None:
-    lines = [CONV, TOKENS, CONV.replace("m =", "m2 ="), TOKENS.replace("m,", "m2,").replace("r", "r2").replace("t =", "t2 =").replace("r2 = R", "r2 = R")]  # fmt: skip
     second = "r2 = Reshape (m2, flat)\nt2 = Transpose <perm = [0, 2, 1]> (r2)"
-    model = bridge(*lines[:3], second, outputs="t t2")
+    model = bridge(CONV, TOKENS, CONV.replace("m =", "m2 ="), second, outputs="t t2")
     for index, node in enumerate(node for node in model.graph if node.op_type == "Conv"):
         node.name = f"proj/Conv{index or ''}"
     report = fused(model)
@@ -324,3 +313,38 @@ def test_the_configuration_stands_on_the_node() -> None:
     (node,) = our_nodes(model)
     assert json.loads(node.attributes.get_string("config", "")) == dataclasses.asdict(match.config)
     assert json.loads(json.dumps(match.to_json()))["op_type"] == node.op_type
+
+
+def test_the_norm_that_a_bridge_took_in_is_no_seam_any_more() -> None:
+    lines = [CONV, TOKENS, NORM.format("t"), "v = Mul (n, level)", NORM.format("v").replace("n =", "n2 =")]
+    model = bridge(*lines, outputs="n2")
+    report = fused(model, *Kind)
+    assert sorted(match.op_type for match in report.matches) == ["ResvitBridgeNorm", "ResvitLayerNorm"]
+    assert sorted(match.name for match in report.matches) == sorted(str(node.name) for node in our_nodes(model))
+
+
+ENDS = {
+    "tokens": ("t", []),
+    "normalised": ("n", [NORM.format("t")]),
+    "both": ("t n", [NORM.format("t")]),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_outputs_of_the_model_keep_their_names(end: str) -> None:
+    outputs, more = ENDS[end]
+    model = bridge(CONV, TOKENS, *more, outputs=outputs)
+    right = computed(model, x=IMAGE)
+    fused(model)
+    assert [str(value.name) for value in model.graph.outputs] == outputs.split()
+    for expected, got in zip(right, computed(model, x=IMAGE), strict=True):
+        assert np.abs(expected - got).max() <= 2.0**-9 * np.abs(expected).max()
+
+
+def test_zero_points_other_than_zero_are_no_kernels() -> None:
+    shifted = {**eight_bits("int8"), "zero": np.int8(3)}
+    model = bridge(EIGHT, TOKENS, **shifted)
+    assert refusal(model) == "its weight has 8 bits and its map has not"
+    del shifted["weight"]
+    model = bridge(CONV, TOKENS, NORM_8.replace("(u,", "(t,"), outputs="nd", **shifted)
+    assert [match.op_type for match in fused(model).matches] == ["ResvitBridgeNorm"]

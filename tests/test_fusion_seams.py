@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,14 +45,13 @@ GROUPS = {
 LAYER = "n = LayerNormalization <epsilon = 1e-5> (x, gamma, beta)"
 
 
-def model_of(folder: Path, lines: str, inputs: str, outputs: str = "y", opset: int = 20) -> ir.Model:
+def model_of(lines: str, inputs: str, outputs: str = "y", opset: int = 20) -> ir.Model:
     """A model with those of the constants that it reads."""
     words = set(lines.replace("(", " ").replace(")", " ").replace(",", " ").split())
     given = {name: value for name, value in CONSTANTS.items() if name in words}
     shape = "B,C,H,W" if "8,3,4" in inputs else "B,N,C"
-    return graph_of(
-        folder, lines, inputs, ", ".join(f"float16[{shape}] {n}" for n in outputs.split()), opset=opset, **given
-    )
+    stated = ", ".join(f"float16[{shape}] {name}" for name in outputs.split())
+    return graph_of(lines, inputs, stated, opset=opset, **given)
 
 
 def only(model: ir.Model, op_type: str, *kinds: Kind, steps: float = 0.0, **given: np.ndarray) -> Config:
@@ -74,15 +72,13 @@ def only(model: ir.Model, op_type: str, *kinds: Kind, steps: float = 0.0, **give
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("opset", GROUPS)
-def test_a_group_norm_takes_in_the_relu_and_the_quantisation(
-    tmp_path: Path, opset: int, narrow: bool, relu: bool
-) -> None:
+def test_a_group_norm_takes_in_the_relu_and_the_quantisation(opset: int, narrow: bool, relu: bool) -> None:
     lines, last = GROUPS[opset], "n"
     if relu:
         lines, last = f"{lines}\na = Relu (n)", "a"
     if narrow:
         lines, last = f"{lines}\n{STORED.format(last)}", "y"
-    model = model_of(tmp_path, lines, f"{MAPS} x", last, opset)
+    model = model_of(lines, f"{MAPS} x", last, opset)
     config = only(model, "ResvitGroupNormQ" if narrow else "ResvitGroupNorm", steps=STEP * narrow, x=MAP)
     assert config == GroupNormConfig(
         8, 2, 12, config.eps, relu, "fp16", "int8" if narrow else "fp16", float(STEP) if narrow else 1.0
@@ -94,31 +90,31 @@ def test_a_group_norm_takes_in_the_relu_and_the_quantisation(
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_a_layer_norm_takes_in_the_quantisation(tmp_path: Path, narrow: bool) -> None:
+def test_a_layer_norm_takes_in_the_quantisation(narrow: bool) -> None:
     lines = f"{LAYER}\n{STORED.format('n')}" if narrow else LAYER
-    model = model_of(tmp_path, lines, f"{TOKENS} x", "y" if narrow else "n")
+    model = model_of(lines, f"{TOKENS} x", "y" if narrow else "n")
     config = only(model, f"ResvitLayerNorm{'Q' * narrow}", steps=STEP * narrow, x=ROWS)
     assert isinstance(config, LayerNormConfig)
     assert (config.size, config.add, config.out_dtype) == (8, False, "int8" if narrow else "fp16")
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_a_layer_norm_takes_in_the_addition_whose_sum_others_read_too(tmp_path: Path, narrow: bool) -> None:
+def test_a_layer_norm_takes_in_the_addition_whose_sum_others_read_too(narrow: bool) -> None:
     lines = f"t = Add (u, v)\n{LAYER.replace('(x', '(t')}\n" + (STORED.format("n") if narrow else "")
-    model = model_of(tmp_path, lines, f"{TOKENS} u, {TOKENS} v", "t y" if narrow else "t n")
+    model = model_of(lines, f"{TOKENS} u, {TOKENS} v", "t y" if narrow else "t n")
     config = only(model, f"ResvitLayerNormAdd{'Q' * narrow}", steps=STEP * narrow, u=ROWS, v=MORE)
     assert isinstance(config, LayerNormConfig)
     assert config.add
 
 
-def test_a_quantisation_that_shares_the_norm_with_others_stays_apart(tmp_path: Path) -> None:
-    model = model_of(tmp_path, f"{LAYER}\n{STORED.format('n')}", f"{TOKENS} x", "n y")
+def test_a_quantisation_that_shares_the_norm_with_others_stays_apart() -> None:
+    model = model_of(f"{LAYER}\n{STORED.format('n')}", f"{TOKENS} x", "n y")
     assert only(model, "ResvitLayerNorm", steps=STEP, x=ROWS).out_dtype == "fp16"
 
 
-def test_an_addition_of_a_constant_is_no_residual(tmp_path: Path) -> None:
+def test_an_addition_of_a_constant_is_no_residual() -> None:
     lines = f"t = Add (x, beta)\n{LAYER.replace('(x', '(t')}"
-    assert not only(model_of(tmp_path, lines, f"{TOKENS} x", "n"), "ResvitLayerNorm", x=ROWS).add
+    assert not only(model_of(lines, f"{TOKENS} x", "n"), "ResvitLayerNorm", x=ROWS).add
 
 
 TAILS = {
@@ -136,9 +132,9 @@ TAILS = {
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_the_end_of_a_residual_block(tmp_path: Path, tail: str) -> None:
+def test_the_end_of_a_residual_block(tail: str) -> None:
     lines, last, shortcut, out = TAILS[tail]
-    model = model_of(tmp_path, lines, f"{MAPS} x, {MAPS} z", last)
+    model = model_of(lines, f"{MAPS} x, {MAPS} z", last)
     config = only(model, f"ResvitResidual{'Q' * (out == 'int8')}", steps=STEP * (out == "int8"), x=MAP, z=OTHER)
     assert isinstance(config, ResidualConfig)
     assert (config.shape, config.dtype, config.shortcut_dtype, config.out_dtype) == ((8, 3, 4), "fp16", shortcut, out)
@@ -155,19 +151,17 @@ def test_the_end_of_a_residual_block(tmp_path: Path, tail: str) -> None:
         (Kind.RESIDUAL, "t = Add (x, z)\nn = Relu (t)", f"{TOKENS} x, {TOKENS} z", "its shortcut is FP16 of 3"),
     ],
 )  # fmt: skip
-def test_what_no_kernel_serves_stays_and_says_why(
-    tmp_path: Path, kind: Kind, lines: str, inputs: str, reason: str
-) -> None:
+def test_what_no_kernel_serves_stays_and_says_why(kind: Kind, lines: str, inputs: str, reason: str) -> None:
     words = set(lines.replace("(", " ").replace(")", " ").replace(",", " ").split())
     given = {name: value for name, value in CONSTANTS.items() if name in words}
     rank = {Kind.LAYER_NORM: "B,N,C", Kind.RESIDUAL: "B,C,H,W"}[kind]
     rank = "C" if inputs == "float16[8] x" else "B,N,C" if TOKENS in inputs else rank
-    assert refusal(graph_of(tmp_path, lines, inputs, f"float16[{rank}] n", **given), kind).startswith(reason)
+    assert refusal(graph_of(lines, inputs, f"float16[{rank}] n", **given), kind).startswith(reason)
 
 
-def test_only_the_kinds_that_are_asked_for_are_touched(tmp_path: Path) -> None:
+def test_only_the_kinds_that_are_asked_for_are_touched() -> None:
     lines = f"{GROUPS[20]}\nt = Add (n, z)\na = Relu (t)"
-    model = model_of(tmp_path, lines, f"{MAPS} x, {MAPS} z", "a")
+    model = model_of(lines, f"{MAPS} x, {MAPS} z", "a")
     assert isinstance(only(model, "ResvitResidual", Kind.RESIDUAL, x=MAP, z=OTHER), ResidualConfig)
     report = fused(model, Kind.GROUP_NORM)
     assert [match.op_type for match in report.matches] == ["ResvitGroupNorm"]

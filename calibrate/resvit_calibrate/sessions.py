@@ -36,6 +36,9 @@ def session_options(*, float_math: bool = True, optimize: bool = True) -> Any:
     options.log_severity_level = 4  # failures come back as exceptions
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Up to 1.32 at least, it makes of Transpose, Cast and MatMul, as FP16 graphs have them, a graph on which the
+    # process dies (https://github.com/microsoft/onnxruntime/issues/28392).
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
     if float_math:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

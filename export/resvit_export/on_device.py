@@ -108,6 +108,13 @@ def look_at_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> N
     from resvit_engines.remote import Device
     from resvit_engines.remote.ssh import Connection, address_from
 
+    if rehearse and pipeline.fuses:
+        raise ResvitError(
+            f"Kernels of our own ({pipeline.plugin_choice.reason}) cannot be rehearsed: TensorRT for RTX takes no "
+            "plugins.",
+            "Rehearse with --plugins off.",
+            ExitCode.IMPOSSIBLE,
+        )
     with Connection(address_from(device), pipeline.reporter) as connection:
         facts = Device(connection, pipeline.reporter).facts()
     pipeline.reporter.say(describe(facts, device))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from resvit_quantize.graph import Analysis, Product
+from resvit_quantize.network import constant
 
 _RESHAPED = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
 _PICKED = frozenset({"Cast", "Split", "Slice", "Gather"})
@@ -65,15 +66,43 @@ def _block(product: Product, analysis: Analysis) -> AttentionBlock | None:
     return AttentionBlock((product, mix), nodes, operands)
 
 
+def next_in_chain(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a value; of a guarded softmax, the Where; else None.
+
+    A guard is Where(IsNaN(p), 0, p): PyTorch's exporter writes it behind a masked softmax, for rows that see nothing.
+    """
+    readers = list(dict.fromkeys(use.node for use in value.uses()))
+    if len(readers) == 2:
+        tests = [node for node in readers if node.op_type == "IsNaN" and not node.domain]
+        readers = [
+            node for node in readers if is_guard(node, value) and node.inputs[0] in [t.outputs[0] for t in tests]
+        ]
+    elif len(value.uses()) != 1:
+        return None
+    return readers[0] if len(readers) == 1 else None
+
+
+def is_guard(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node is Where(..., 0, p) for the result p of a softmax, which ``next_in_chain`` has looked at."""
+    producer = value.producer()
+    if node.op_type != "Where" or node.domain or producer is None or producer.op_type != "Softmax":
+        return False
+    zero = constant(node.inputs[1])
+    return zero is not None and not zero.any() and zero.size == 1 and node.inputs[2] is value
+
+
 def _until_product(node: ir.Node, analysis: Analysis) -> list[ir.Node]:
-    """The chain of only uses behind ``node``, up to and with the next product of two computed tensors; else empty."""
+    """The chain behind ``node``, up to and with the next product of two computed tensors; else empty.
+
+    Each is read by nothing but the next.
+    """
     chain: list[ir.Node] = []
     here = node
     while len(chain) <= _LONGEST:
-        uses = list(here.outputs[0].uses())
-        if len(uses) != 1:
+        following = next_in_chain(here.outputs[0])
+        if following is None:
             return []
-        here = uses[0].node
+        here = following
         chain.append(here)
         if here in analysis.of:
             return chain if analysis.of[here].weight is None else []

@@ -29,6 +29,7 @@ q [B, Nq, H Dk] and twice the tensor that holds keys and values per head, [B, Nk
 THREE_TENSORS = ("split", "q_kv")
 MOST_TOKENS = 4096
 _SMALLEST, _LARGEST = 8, 128
+_WIDEST = 2**31 // MOST_TOKENS
 _LOG2E = 1.4426950408889634
 
 
@@ -126,6 +127,8 @@ def attention_refusal(config: AttentionConfig, sm: int) -> str | None:
         return f"a head of {config.head_size} and {config.value_size}, not of {_SMALLEST} to {_LARGEST}"
     if not all(1 <= length <= MOST_TOKENS for length in (config.queries, config.keys)):
         return f"{config.queries} queries and {config.keys} keys, not 1 to {MOST_TOKENS}"
+    if config.width >= _WIDEST:
+        return f"tokens of {config.width} values, whose offsets would pass 2^31"
     if config.layout not in THREE_TENSORS and config.queries != config.keys:
         return "queries and keys of one tensor are equally many"
     if config.layout == "channels" and (config.area is None or math.prod(config.area) != config.keys):

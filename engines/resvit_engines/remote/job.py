@@ -158,8 +158,11 @@ def _build(
     settings = dataclasses.replace(settings_from_manifest(manifest), timing_cache=cache)
     onnx = next(model / name for name in _MODELS if (model / name).exists())
     if job.rehearse and settings.plugins != "off":
-        reporter.warn("TensorRT for RTX takes no plugins: in this rehearsal it compiles their plain computation.")
-        settings, onnx = dataclasses.replace(settings, plugins="off"), model / "model.onnx"
+        raise ResvitError(
+            "This bundle's engine has kernels of our own, and TensorRT for RTX, which rehearses, takes no plugins.",
+            "Rehearse with a bundle that was built with --plugins off.",
+            ExitCode.IMPOSSIBLE,
+        )
     with atomic_directory(built) as partial:
         report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / "build.log")
         engine = {**report.to_json(), "rehearsal": job.rehearse}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,7 +74,8 @@ def fuse(
         except RefusedError as error:
             refusals.append(Refusal(kind, name, str(error)))
             continue
-        rewrite()
+        match = dataclasses.replace(match, name=_new_name(match.name, matches))
+        rewrite(match.name)
         matches.append(match)
     if matches:
         common.RemoveUnusedNodesPass()(model)
@@ -107,7 +110,14 @@ _CONFIGS: dict[str, type[Config]] = {
 }
 
 
-_Found = Callable[[], tuple[Match, Callable[[], object]]]
+_Found = Callable[[], tuple[Match, Callable[[str], object]]]
+
+
+def _new_name(name: str, matches: list[Match]) -> str:
+    """One module may hold several; TensorRT tells its layers by their names."""
+    taken = {match.name for match in matches}
+    names = (f"{name}_{number}" for number in itertools.count(1))
+    return name if name not in taken else next(other for other in names if other not in taken)
 
 
 def _candidates(
@@ -116,32 +126,36 @@ def _candidates(
     if Kind.ATTENTION in kinds:
         for block in attention_blocks(analyse(model)):
 
-            def found_attention(block: AttentionBlock = block) -> tuple[Match, Callable[[], object]]:
+            def found_attention(block: AttentionBlock = block) -> tuple[Match, Callable[[str], object]]:
                 part = attention.attention_of(block, shapes)
                 if operands is None:
-                    return attention.match_of(part, shapes), lambda: attention.rewrite(model, part)
+                    return attention.match_of(part, shapes), lambda name: attention.rewrite(model, part, name)
                 narrow, factors = narrowed(part, operands.amax, operands.dtype)
-                return attention.match_of(narrow, shapes), lambda: attention.rewrite(
-                    model, insert(model, narrow, factors)
+                return attention.match_of(narrow, shapes), lambda name: attention.rewrite(
+                    model, insert(model, narrow, factors), name
                 )
 
             yield Kind.ATTENTION, attention.name_of(block).rpartition("/")[0], found_attention
     if Kind.BRIDGE in kinds:
         for conv in [node for node in model.graph if bridge.is_bridge(node, shapes)]:
 
-            def found_bridge(conv: ir.Node = conv) -> tuple[Match, Callable[[], object]]:
+            def found_bridge(conv: ir.Node = conv) -> tuple[Match, Callable[[str], object]]:
                 part = bridge.bridge_of(conv, shapes)
-                return bridge.match_of(part), lambda: bridge.rewrite(model, part)
+                return bridge.match_of(part), lambda name: bridge.rewrite(model, part, name)
 
             yield Kind.BRIDGE, str(conv.name), found_bridge
     # After the others: what they took in is no seam any more.
     for kind in (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RESIDUAL):
         if kind not in kinds:
             continue
+        common.RemoveUnusedNodesPass()(model)
         for name, part in list(seams.seam_candidates(model, kind)):
 
-            def found_seam(kind: Kind = kind, part: ir.Node | GroupNorm = part) -> tuple[Match, Callable[[], object]]:
+            def found_seam(
+                kind: Kind = kind, part: ir.Node | GroupNorm = part
+            ) -> tuple[Match, Callable[[str], object]]:
                 seam = seams.seam_of(kind, part, shapes)
-                return seams.match_of(seam, shapes), lambda: seams.rewrite(model, seam)
+                # Named after a node, of which no other has the name.
+                return seams.match_of(seam, shapes), lambda _: seams.rewrite(model, seam)
 
             yield kind, name, found_seam

@@ -20,10 +20,10 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, parts_of
 from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
-from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, type_of
+from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, only_quantizer, type_of
 from resvit_quantize.fusion.views import BATCH, Shapes, Traced, behind, traces
 from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.regions import AttentionBlock, is_view
+from resvit_quantize.regions import AttentionBlock, is_guard, is_view, next_in_chain
 
 _SHARES: dict[str, tuple[float, float, bool]] = {
     "fp16": (1.0, 0.0, True),
@@ -33,6 +33,8 @@ _SHARES: dict[str, tuple[float, float, bool]] = {
 }
 """Of each type of the shares: what they are multiplied by, what rounds them, and whether their sum is the exact one."""
 _CALM = frozenset({"Cast", "Dropout", "Identity"})
+_UNSEEN = -1e4
+"""What stands for minus infinity: far below any other logit, it leaves a share of zero in FP32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +93,15 @@ def attention_of(block: AttentionBlock, shapes: Shapes) -> Attention:
     through = [node for node in block.nodes if node.op_type in ("Mul", "Div")]
     seen = [traces(value, shapes, through) for value in (q, k, v)]
     config, inputs, sequence_first = _layout(config, seen, shapes, transposed=not whole)
-    bias = _added(block)
+    _check_between(block, config.keys, shapes)
+    bias, logits = _added(block)
+    if bias is not None and _changes_nothing(bias):
+        bias = None
     if bias is not None:
         dtype = kind if type_of(bias) == "bool" else type_of(bias)
-        config = dataclasses.replace(config, bias=_differs(bias, config, shapes), bias_dtype=dtype)
+        config = dataclasses.replace(config, bias=_differs(bias, logits, config, shapes), bias_dtype=dtype)
     end, end_sequence_first, end_view = _end(block, config, shapes)
-    quantizer = _only_quantizer(end)
+    quantizer = only_quantizer(end)
     if quantizer is not None:
         scale, dtype = constant(quantizer.inputs[1]), type_of(quantizer.outputs[0])
         # What is rearranged behind it has to be INT8 or wider: ONNX Runtime neither transposes nor reshapes FP8.
@@ -121,7 +126,7 @@ def op_type_of(config: AttentionConfig) -> str:
 def match_of(found: Attention, shapes: Shapes) -> Match:
     """The block for a report."""
     config = found.config
-    tokens = [
+    tokens: list[tuple[int, ...]] = [
         (1, config.keys if index else config.queries, shapes[str(value.name)][-1])
         for index, value in enumerate(found.inputs)
     ]
@@ -140,14 +145,14 @@ def match_of(found: Attention, shapes: Shapes) -> Match:
     )
 
 
-def rewrite(model: ir.Model, found: Attention) -> ir.Node:
-    """Put the node in place of the block; nodes that nothing reads any more are left for the caller to remove."""
+def rewrite(model: ir.Model, found: Attention, name: str) -> ir.Node:
+    """Put a node of this name in place of the block; nodes that nothing reads any more are left for the caller."""
     config, last = found.config, found.before
     builder = Inserter(model, last)
     inputs = [builder.tokens(value, index, found) for index, value in enumerate(found.inputs)]
     if found.bias is not None and config.bias is not None:
         inputs.append(builder.in_four(builder.added(found.bias, config), config.bias, config))
-    node = ir.node(op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name_of(found.block))
+    node = ir.node(op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name)
     replaced = last.outputs[0]
     node.outputs[0].name, node.outputs[0].type = f"{replaced.name}/attended", replaced.type
     model.graph.insert_before(last, node)
@@ -156,8 +161,8 @@ def rewrite(model: ir.Model, found: Attention) -> ir.Node:
         out = builder.transposed(out, str(replaced.name))
     if found.end_view is not None:
         out = builder.reshaped(out, [-1, *found.end_view], str(replaced.name))
-    name = str(replaced.name)
-    replaced.name, out.name, out.shape = f"{name}/before_fusion", name, replaced.shape
+    text = str(replaced.name)
+    replaced.name, out.name, out.shape = f"{text}/before_fusion", text, replaced.shape
     replaced.replace_all_uses_with(out, replace_graph_outputs=True)
     return node
 
@@ -328,7 +333,8 @@ def _scale(block: AttentionBlock, head_size: int) -> float:
     node = block.products[0].node
     if node.op_type == "Attention":
         for name in ("softcap", "qk_matmul_output_mode", "softmax_precision"):
-            if node.attributes.get(name) is not None and node.attributes[name].value not in (0, 0.0, 1):
+            plain = (0, 1) if name == "softmax_precision" else (0,)
+            if node.attributes.get(name) is not None and node.attributes[name].value not in plain:
                 raise RefusedError(f"it sets {name}")
         if node.attributes.get_int("is_causal", 0):
             raise RefusedError("it is causal")
@@ -341,8 +347,12 @@ def _scale(block: AttentionBlock, head_size: int) -> float:
         if inner.op_type not in ("Mul", "Div"):
             continue
         factor = next((array for value in inner.inputs if (array := constant(value)) is not None), None)
-        if factor is None or factor.size != 1 or after:
+        if after:
+            raise RefusedError(f"{inner.name} scales its shares")
+        if factor is None or factor.size != 1:
             raise RefusedError(f"{inner.name} scales by more than one number")
+        if inner.op_type == "Div" and constant(inner.inputs[1]) is None:
+            raise RefusedError(f"{inner.name} divides by what is computed")
         scale = scale * float(factor.item()) if inner.op_type == "Mul" else scale / float(factor.item())
     return scale
 
@@ -428,23 +438,75 @@ def _in_layout(
     return fitting
 
 
-def _added(block: AttentionBlock) -> ir.Value | None:
-    """The bias that is added to the logits, or the mask that they are seen through; None where there is none."""
+def _check_between(block: AttentionBlock, keys: int, shapes: Shapes) -> None:
+    """Refuse all but one softmax over the keys, and views that leave every element in its row.
+
+    A view that keeps the order of the elements, and gives the softmax rows of as many as there are keys, does.
+    """
+    if block.products[0].node.op_type == "Attention":
+        return
+    softmaxes = 0
+    for node, came in _between(block):
+        moves = node.op_type in ("Transpose", "Gather", "Slice", "Split")
+        if moves or (node.op_type == "Cast" and type_of(node.outputs[0]) not in ("fp16", "bf16", "fp32")):
+            raise RefusedError(f"{node.op_type} ({node.name}) stands between its products")
+        if node.op_type == "Softmax":
+            shape = shapes.get(str(came.name), ())
+            if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1) or shape[-1:] != (keys,):
+                raise RefusedError("its softmax is not one over the keys")
+            softmaxes += 1
+        if softmaxes > 1:
+            raise RefusedError("more than one softmax stands between its products")
+
+
+def _added(block: AttentionBlock) -> tuple[ir.Value | None, ir.Value | None]:
+    """The bias that is added to the logits, or the mask that they are seen through, and the logits that it meets.
+
+    The first is None where there is neither, the second for an ``Attention`` node.
+    """
     node = block.products[0].node
     if node.op_type == "Attention":
-        return node.inputs[3] if len(node.inputs) > 3 else None
+        return node.inputs[3] if len(node.inputs) > 3 else None, None
     bias: ir.Value | None = None
+    logits: ir.Value | None = None
     chain = _between(block)
-    for inner, came in chain:
+    for index, (inner, came) in enumerate(chain):
         if inner.op_type in ("MatMul", "Softmax", "Mul", "Div") or inner.op_type in _CALM or is_view(inner):
             continue
+        if is_guard(inner, came):
+            continue
         others = [value for value in inner.inputs if value is not None and value is not came]
-        if inner.op_type != "Add" or len(others) != 1 or bias is not None:
+        adds = inner.op_type == "Add" and len(others) == 1
+        if not (adds or _hides(inner, came)) or bias is not None:
             raise RefusedError(f"{inner.op_type} ({inner.name}) stands between its products")
-        bias = others[0]
-        if any(later.op_type in ("Mul", "Div") for later, _ in chain[chain.index((inner, came)) + 1 :]):
+        bias, logits = others[0], came
+        if any(earlier.op_type == "Softmax" for earlier, _ in chain[:index]):
+            raise RefusedError("something is added after the softmax")
+        if any(later.op_type in ("Mul", "Div") for later, _ in chain[index + 1 :]):
             raise RefusedError("its bias is scaled after it was added")
-    return bias
+    return bias, logits
+
+
+def _hides(node: ir.Node, logits: ir.Value) -> bool:
+    """Whether a node keeps the logits where its first input is True, and makes shares of zero elsewhere.
+
+    Where a row is left nothing, a finite number in place of minus infinity gives equal shares and ours zeros.
+    """
+    if node.op_type != "Where" or node.inputs[1] is not logits:
+        return False
+    unseen = constant(node.inputs[2])
+    return unseen is not None and unseen.size == 1 and bool(unseen.item() <= _UNSEEN)
+
+
+def _changes_nothing(bias: ir.Value) -> bool:
+    """Whether a mask lets all be seen, or a bias is zero, all told by constants: HuggingFace's models export such."""
+    value: ir.Value | None = bias
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Expand", "Identity", "Reshape", "Unsqueeze"):
+            return False
+        value = node.inputs[0]
+    array = constant(value)
+    return array is not None and bool(np.all(array) if array.dtype == bool else not np.any(array))
 
 
 def _between(block: AttentionBlock) -> list[tuple[ir.Node, ir.Value]]:
@@ -453,22 +515,32 @@ def _between(block: AttentionBlock) -> list[tuple[ir.Node, ir.Value]]:
     value = block.products[0].node.outputs[0]
     last = block.products[-1].node
     while True:
-        node = next(iter(value.uses())).node
+        node = next_in_chain(value)
+        assert node is not None  # ``regions`` came this way
         if node is last:
             return chain
         chain.append((node, value))
         value = node.outputs[0]
 
 
-def _differs(value: ir.Value, config: AttentionConfig, shapes: Shapes) -> tuple[bool, bool, bool]:
-    """Whether a bias or mask, broadcast to [B, H, Nq, Nk], differs by batch, head and query."""
-    shape = shapes.get(str(value.name))
+def _differs(
+    value: ir.Value, logits: ir.Value | None, config: AttentionConfig, shapes: Shapes
+) -> tuple[bool, bool, bool]:
+    """Whether a bias or mask, broadcast to [B, H, Nq, Nk], differs by batch, head and query.
+
+    ``logits`` have that shape, which None says too, or [B H, Nq, Nk].
+    """
+    shape, met = shapes.get(str(value.name)), shapes.get(str(logits.name)) if logits is not None else None
     if shape is None:
         raise RefusedError("the shape of its bias depends on data")
-    if len(shape) == 3 and shape[0] == BATCH * config.heads and shape[0] != config.heads:
-        shape = (BATCH, config.heads, *shape[1:])
+    rows = (config.heads, config.queries, config.keys)
+    batch = math.prod(met) // math.prod(rows) if met is not None else max(BATCH, shape[0] if len(shape) == 4 else 1)
+    whole = (batch, *rows)
     full = (*(1 for _ in range(4 - len(shape))), *shape)
-    whole = (BATCH, config.heads, config.queries, config.keys)
+    if met == (batch * config.heads, *rows[1:]) and len(shape) == 3 and shape[0] != 1:
+        full = (batch, config.heads, *shape[1:]) if shape[0] == met[0] else full
+    elif met is not None and met not in (whole, (batch * config.heads, *rows[1:])):
+        raise RefusedError(f"its bias meets logits of the shape {list(met)}")
     if len(full) != 4 or full[3] != config.keys or any(a not in (1, b) for a, b in zip(full, whole, strict=True)):
         raise RefusedError(f"its bias or mask has the shape {list(shape)}")
     by_batch, by_head, by_row = (size != 1 for size in full[:3])
@@ -485,6 +557,8 @@ def _end(
     heads, dv, out = config.heads, config.value_size, block.output
     found: tuple[ir.Value, bool, tuple[int, ...] | None] | None = None
     for trace in behind(out, shapes):
+        if trace.places.size != math.prod(shapes[str(out.name)]):
+            break
         batch = trace.places.size // (heads * dv * config.queries)
         numbers = np.arange(trace.places.size)
         mixed = numbers.reshape(batch, heads, config.queries, dv).swapaxes(1, 2)
@@ -518,10 +592,3 @@ def _has_fixed_rows(value: ir.Value, channels: int) -> bool:
         and shape[-1] == channels
         and all(isinstance(size, int) for size in shape[1:])
     )
-
-
-def _only_quantizer(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
-        return None
-    return uses[0].node

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.bridge import BridgeConfig
 from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
-from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, type_of
+from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, is_symmetric, only_quantizer, type_of
 from resvit_quantize.fusion.views import Shapes, behind
 from resvit_quantize.network import add_initializer, constant
 
@@ -63,7 +63,10 @@ def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
         raise RefusedError("its convolution has a stride or a padding")
     if conv.attributes.get_int("group", 1) != 1:
         raise RefusedError("its convolution is grouped")
-    bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    added = conv.inputs[2] if len(conv.inputs) > 2 else None
+    bias = constant(added)
+    if added is not None and bias is None:
+        raise RefusedError("its bias is computed")
     start = np.zeros(embed) if bias is None else bias.astype(np.float64)
     table = np.tile(start, (height * width, 1))
     first = _as_tokens(conv, shapes[str(conv.outputs[0].name)], shapes)
@@ -84,7 +87,7 @@ def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
         out_dtype=token_type,
     )
     if norm is not None:
-        quantizer = _only_quantizer(norm.outputs[0])
+        quantizer = only_quantizer(norm.outputs[0])
         config = dataclasses.replace(config, norm=True, eps=float(norm.attributes.get_float("epsilon", 1e-5)))
         scale = constant(quantizer.inputs[1]) if quantizer is not None else None
         kind = type_of(quantizer.outputs[0]) if quantizer is not None else ""
@@ -125,9 +128,9 @@ def name_of(found: Bridge) -> str:
     return f"{str(found.conv.name).rpartition('/')[0] or found.conv.name}/ResvitBridge"
 
 
-def rewrite(model: ir.Model, found: Bridge) -> ir.Node:
-    """Put the node in place; nodes that nothing reads any more are left for the caller to remove."""
-    config, name = found.config, name_of(found)
+def rewrite(model: ir.Model, found: Bridge, name: str) -> ir.Node:
+    """Put a node of this name in place; nodes that nothing reads any more are left for the caller to remove."""
+    config = found.config
 
     def kept(what: str, array: np.ndarray) -> ir.Value:
         return add_initializer(model, f"{name}/{what}", np.ascontiguousarray(array))
@@ -202,7 +205,8 @@ def _operands(conv: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None, f
 
 def _dequantizer(value: ir.Value) -> ir.Node | None:
     node = value.producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    there = node is not None and node.op_type == "DequantizeLinear" and is_symmetric(node)
+    return node if there else None
 
 
 def _as_tokens(conv: ir.Node, shape: tuple[int, ...], shapes: Shapes) -> ir.Value | None:
@@ -275,10 +279,3 @@ def _norm_behind(tokens: ir.Value) -> ir.Node | None:
         return None
     weights = [constant(value) for value in norms[0].inputs[1:] if value is not None]
     return norms[0] if weights and all(array is not None for array in weights) else None
-
-
-def _only_quantizer(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
-        return None
-    return uses[0].node

@@ -6,12 +6,14 @@ import enum
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.residual import ResidualConfig
+from resvit_quantize.network import constant
 
 Config: TypeAlias = AttentionConfig | BridgeConfig | GroupNormConfig | LayerNormConfig | ResidualConfig
 
@@ -97,3 +99,18 @@ def type_of(value: ir.Value | None) -> str:
     """A value's element type by the kernels' name; ``unknown`` where it is none of theirs."""
     dtype = value.dtype if value is not None else None
     return "unknown" if dtype is None else TYPES.get(dtype, dtype.name.lower())
+
+
+def is_symmetric(node: ir.Node) -> bool:
+    """Whether a quantisation or its inverse has zeros for zero points: all that a kernel knows."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    array = constant(zero)
+    return zero is None or (array is not None and not np.any(array))
+
+
+def only_quantizer(value: ir.Value) -> ir.Node | None:
+    """The QuantizeLinear that alone reads a value, if its zero points are zeros."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+        return None
+    return uses[0].node if is_symmetric(uses[0].node) else None

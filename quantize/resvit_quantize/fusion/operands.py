@@ -2,8 +2,8 @@
 
 One tensor holds all three, and Q/DQ has one scale per tensor, but their ranges differ. So each part is multiplied up to
 the range of the largest before it is quantised, and the node's own scales, one for each part, undo that: as if each had
-been quantised by itself. The factors are rounded to FP16 first and the scales follow from the rounded ones, so that
-nothing is lost but the rounding to 8 bits.
+been quantised by itself. The factors are rounded to FP16 first and the scales follow from the rounded ones. What is
+lost is the rounding to 8 bits and, of the smaller parts, that of the product, which is 2^-11 of a value at most.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from resvit_quantize.network import add_initializer
 Amax = Callable[[str], float]
 """The clip of a tensor, by its name."""
 
+_TINY = 2.0**-18
+"""Scales are stored in FP16; of one that is smaller, fewer than six bits are left."""
+_MOST = 2.0**15
+"""What FP16 holds of a factor."""
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
@@ -39,13 +43,21 @@ def narrowed(found: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple
     except KeyError as error:
         raise RefusedError(f"the range of {error} was not calibrated") from error
     largest = _LARGEST[dtype]
-    if not all(2.0**-20 < clip < 60000.0 for clip in clips):
-        raise RefusedError(f"its operands reach to {', '.join(f'{clip:.3g}' for clip in clips)}")
+    reach = f"its operands reach to {', '.join(f'{clip:.3g}' for clip in clips)}"
+    if found.config.dtype != "fp16":
+        raise RefusedError(f"its operands are {found.config.dtype.upper()}, and only FP16 is quantised for it")
+    if not all(0.0 < clip < 60000.0 for clip in clips):
+        raise RefusedError(reach)
     shared = {"split": (0, 1, 2), "q_kv": (0, 1, 1)}.get(found.config.layout, (0, 0, 0))
     # The scale of the tensor that holds a part is that of the largest part in it.
     held = [max(clip for clip, other in zip(clips, shared, strict=True) if other == holder) for holder in shared]
-    rounded = [float(np.float16(clip / largest)) for clip in held]
-    factors = _factors(clips, rounded, largest)
+    rounded = [_scale(clip, largest) for clip in held]
+    if min(rounded) < _TINY or max(whole / clip for whole, clip in zip(held, clips, strict=True)) > _MOST:
+        raise RefusedError(f"{reach}, and one scale in FP16 does not serve that")
+    factors = [
+        1.0 if clip == whole else float(np.float16(scale * largest / clip))
+        for clip, whole, scale in zip(clips, held, rounded, strict=True)
+    ]
     own = [scale / factor for scale, factor in zip(rounded, factors, strict=True)]
     config = dataclasses.replace(found.config, dtype=dtype, pv="fp16", q_scale=own[0], k_scale=own[1], v_scale=own[2])
     return dataclasses.replace(found, config=config), tuple(factors)
@@ -62,7 +74,7 @@ def insert(model: ir.Model, found: Attention, factors: tuple[float, ...]) -> Att
     for index, value in enumerate(found.inputs):
         if value in made:
             continue
-        source, name = inserter.tokens(value, index, found), f"{value.name}/attention"
+        source, name = inserter.tokens(value, index, found), f"{value.name}/attention/{found.before.name}"
         vector = _vector(config, factors, index)
         if np.any(vector != 1.0):
             factor = add_initializer(model, f"{name}/factor", vector.astype(np.float16))
@@ -71,8 +83,12 @@ def insert(model: ir.Model, found: Attention, factors: tuple[float, ...]) -> Att
     return dataclasses.replace(found, inputs=tuple(made[value] for value in found.inputs), sequence_first=False)
 
 
-def _factors(clips: list[float], scales: list[float], largest: float) -> list[float]:
-    return [float(np.float16(scale * largest / clip)) for clip, scale in zip(clips, scales, strict=True)]
+def _scale(clip: float, largest: float) -> float:
+    """The FP16 number next to clip / largest that still lets a value of the clip keep within half a step."""
+    scale = np.float16(clip / largest)
+    if float(scale) * (largest + 0.5) < clip:
+        scale = np.nextafter(scale, np.float16(np.inf))
+    return float(scale)
 
 
 def _vector(config: AttentionConfig, factors: tuple[float, ...], index: int) -> np.ndarray:
