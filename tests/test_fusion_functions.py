@@ -24,7 +24,7 @@ from resvit_engines.kernels.norms import (
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 from resvit_engines.kernels.residual import ResidualConfig, residual_reference
 from resvit_engines.plugins.names import DOMAIN, OP_TYPES
-from resvit_quantize.fusion import attention, bridge, seams
+from resvit_quantize.fusion import attention_node, bridge, seams
 from resvit_quantize.fusion.found import ONNX_TYPES
 from resvit_quantize.fusion.functions import function_of
 
@@ -110,8 +110,8 @@ def test_attention(layout: str, dtype: str, pv: str, bias: tuple[bool, ...] | No
     for out in OUTPUTS:
         config = attention_config(layout, dtype, pv, out, bias)
         inputs, dtypes = attention_inputs(config, 3)
-        op_type = attention.op_type_of(config)
-        (got,) = computed(op_type, attention.attributes_of(config), inputs, dtypes)
+        op_type = attention_node.op_type_of(config)
+        (got,) = computed(op_type, attention_node.attributes_of(config), inputs, dtypes)
         assert attention_outside(config, inputs, got) == 0
         if bias is not None:  # the first query of the first image and head sees nothing
             first = got[0, :, 0, 0] if layout == "channels" else got[0, 0]
@@ -122,7 +122,7 @@ def test_the_bound_on_attention_is_not_too_wide() -> None:
     config = attention_config("packed", "fp16", "fp16", "fp16", None)
     inputs, dtypes = attention_inputs(config, 3)
     wrong = dataclasses.replace(config, scale=config.scale * 1.01)
-    (got,) = computed("ResvitAttention", attention.attributes_of(wrong), inputs, dtypes)
+    (got,) = computed("ResvitAttention", attention_node.attributes_of(wrong), inputs, dtypes)
     assert attention_outside(config, inputs, got) > got.size // 4
 
 
@@ -130,7 +130,7 @@ def test_the_bound_on_attention_is_not_too_wide() -> None:
 def test_shares_in_8_bits_are_rounded_as_the_kernel_rounds_them(pv: str) -> None:
     config = attention_config("packed", pv, pv, "fp16", None)
     inputs, dtypes = attention_inputs(config, 2)
-    (got,) = computed("ResvitAttention", attention.attributes_of(config), inputs, dtypes)
+    (got,) = computed("ResvitAttention", attention_node.attributes_of(config), inputs, dtypes)
     q, k, values = parts_of(config, *inputs)
     logits = q @ k.swapaxes(-1, -2) * (config.scale * config.q_scale * config.k_scale)
     weights = np.exp(logits - logits.max(-1, keepdims=True))

@@ -17,7 +17,8 @@ from resvit_engines.kernels.bridge import BridgeConfig
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.residual import ResidualConfig
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion import attention, bridge, seams
+from resvit_quantize.fusion import attention_node, bridge, seams
+from resvit_quantize.fusion.attention import attention_of
 from resvit_quantize.fusion.found import WORTH_ASKING, Config, FusionReport, Kind, Match, Refusal, RefusedError
 from resvit_quantize.fusion.functions import function_of
 from resvit_quantize.fusion.operands import Amax, insert, narrowed
@@ -127,15 +128,15 @@ def _candidates(
         for block in attention_blocks(analyse(model)):
 
             def found_attention(block: AttentionBlock = block) -> tuple[Match, Callable[[str], object]]:
-                part = attention.attention_of(block, shapes)
+                part = attention_of(block, shapes)
                 if operands is None:
-                    return attention.match_of(part, shapes), lambda name: attention.rewrite(model, part, name)
+                    return attention_node.match_of(part, shapes), lambda name: attention_node.rewrite(model, part, name)
                 narrow, factors = narrowed(part, operands.amax, operands.dtype)
-                return attention.match_of(narrow, shapes), lambda name: attention.rewrite(
+                return attention_node.match_of(narrow, shapes), lambda name: attention_node.rewrite(
                     model, insert(model, narrow, factors), name
                 )
 
-            yield Kind.ATTENTION, attention.name_of(block).rpartition("/")[0], found_attention
+            yield Kind.ATTENTION, attention_node.name_of(block).rpartition("/")[0], found_attention
     if Kind.BRIDGE in kinds:
         for conv in [node for node in model.graph if bridge.is_bridge(node, shapes)]:
 

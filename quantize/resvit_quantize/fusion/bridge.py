@@ -7,7 +7,6 @@ level, class token, zeros in front. If a LayerNorm reads the tokens it joins, an
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,19 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.kernels.bridge import BridgeConfig
-from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
-from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, is_symmetric, only_quantizer, type_of
+from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS
+from resvit_engines.plugins.names import DOMAIN
+from resvit_quantize.fusion.found import (
+    ONNX_TYPES,
+    Kind,
+    Match,
+    RefusedError,
+    dequantised_before,
+    is_symmetric,
+    quantised_behind,
+    type_of,
+)
+from resvit_quantize.fusion.nodes import named_after, plugin_attributes, take_over
 from resvit_quantize.fusion.views import Shapes, behind
 from resvit_quantize.network import add_initializer, constant
 
@@ -73,7 +83,7 @@ def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
     assert first is not None
     tokens, table, nodes = _absorbed(first, table, shapes)
     norm = _norm_behind(tokens)
-    quantizer = None
+    narrow = None
     token_type = type_of(tokens)
     config = BridgeConfig(
         channels=weight.shape[1],
@@ -87,21 +97,18 @@ def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
         out_dtype=token_type,
     )
     if norm is not None:
-        quantizer = only_quantizer(norm.outputs[0])
         config = dataclasses.replace(config, norm=True, eps=float(norm.attributes.get_float("epsilon", 1e-5)))
-        scale = constant(quantizer.inputs[1]) if quantizer is not None else None
-        kind = type_of(quantizer.outputs[0]) if quantizer is not None else ""
-        if scale is not None and scale.size == 1 and kind in ("int8", "fp8"):
-            config = dataclasses.replace(config, out_dtype=kind, out_scale=float(scale.item()))
-        else:
-            quantizer = None
+        narrow = quantised_behind(norm.outputs[0])
+    if narrow is not None:
+        config = dataclasses.replace(config, out_dtype=narrow.dtype, out_scale=narrow.scale)
+    quantizer = narrow.node if narrow else None
     return Bridge(config, conv, image, weight[:, :, 0, 0], weight_scale, table, tokens, norm, quantizer, (conv, *nodes))
 
 
 def op_type_of(config: BridgeConfig) -> str:
     """The name of the node."""
-    eight = "W8" if config.dtype in ("int8", "fp8") else ""
-    norm = ("NormQ" if config.out_dtype in ("int8", "fp8") else "Norm") if config.norm else ""
+    eight = "W8" if config.dtype in EIGHT_BIT else ""
+    norm = ("NormQ" if config.out_dtype in EIGHT_BIT else "Norm") if config.norm else ""
     return f"ResvitBridge{eight}{norm}"
 
 
@@ -125,7 +132,7 @@ def match_of(found: Bridge) -> Match:
 
 def name_of(found: Bridge) -> str:
     """After the convolution."""
-    return f"{str(found.conv.name).rpartition('/')[0] or found.conv.name}/ResvitBridge"
+    return named_after(found.conv, "ResvitBridge")
 
 
 def rewrite(model: ir.Model, found: Bridge, name: str) -> ir.Node:
@@ -154,21 +161,16 @@ def rewrite(model: ir.Model, found: Bridge, name: str) -> ir.Node:
     # Before the first that reads any of it: the sum of the tokens comes before their norm.
     model.graph.insert_after(last, node)
     for old, new in zip(outputs, node.outputs, strict=True):
-        text = str(old.name)
-        new.shape, new.type = old.shape, old.type
-        old.name, new.name = f"{text}/before_fusion", text
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(old, new)
     return node
 
 
 def attributes_of(config: BridgeConfig) -> dict[str, Any]:
-    """What the function's body reads, the names by which TensorRT finds the plugin, and the configuration as JSON."""
-    quantized = config.out_dtype in ("int8", "fp8")
+    """What the function's body reads, beside ``plugin_attributes``."""
+    quantized = config.out_dtype in EIGHT_BIT
     norm: dict[str, Any] = {"eps": config.eps, "out_type": ONNX_TYPES[config.out_dtype]} if config.norm else {}
     return {
-        "plugin_namespace": NAMESPACE,
-        "plugin_version": VERSION,
-        "config": json.dumps(dataclasses.asdict(config)),
+        **plugin_attributes(config),
         "area": (0, config.channels, -1),
         "pads": (0, config.prefix, 0, 0, 0, 0),
         "in_scale": config.in_scale,
@@ -183,30 +185,22 @@ def _operands(conv: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None, f
     image, weight = conv.inputs[0], conv.inputs[1]
     assert image is not None
     assert weight is not None
-    stored, plain = _dequantizer(weight), constant(weight)
-    source = _dequantizer(image)
-    if stored is not None:
+    stored, plain = weight.producer(), constant(weight)
+    if stored is not None and stored.op_type == "DequantizeLinear" and is_symmetric(stored):
         values, scales = constant(stored.inputs[0]), constant(stored.inputs[1])
         if values is None or scales is None or scales.size not in (1, values.shape[0]):
             raise RefusedError("its weight is not a constant with a scale by channel")
-        scale = constant(source.inputs[1]) if source is not None else None
-        narrow = source.inputs[0] if source is not None else None
-        same = type_of(narrow) == ("fp8" if values.dtype.name.startswith("float8") else "int8")
-        if narrow is not None and same and scale is not None and scale.size == 1:
-            wide = np.broadcast_to(scales.reshape(-1), (values.shape[0],)).astype(np.float32)
-            return narrow, values, wide, float(scale.item())
-        raise RefusedError("its weight has 8 bits and its map has not")
+        narrow = dequantised_before(image)
+        source = narrow.node.inputs[0] if narrow is not None else None
+        if narrow is None or source is None or narrow.dtype != type_of(stored.inputs[0]):
+            raise RefusedError("its weight has 8 bits and its map has not")
+        wide = np.broadcast_to(scales.reshape(-1), (values.shape[0],)).astype(np.float32)
+        return source, values, wide, narrow.scale
     if plain is None:
         raise RefusedError("its weight is computed")
-    if type_of(image) not in ("fp16", "bf16"):
+    if type_of(image) not in FLOATS:
         raise RefusedError(f"its map is {type_of(image).upper()}, and the kernel reads FP16, BF16 or 8 bits")
     return image, plain, None, 1.0
-
-
-def _dequantizer(value: ir.Value) -> ir.Node | None:
-    node = value.producer()
-    there = node is not None and node.op_type == "DequantizeLinear" and is_symmetric(node)
-    return node if there else None
 
 
 def _as_tokens(conv: ir.Node, shape: tuple[int, ...], shapes: Shapes) -> ir.Value | None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.numerics import EIGHT_BIT
 from resvit_engines.kernels.residual import ResidualConfig
 from resvit_quantize.network import constant
 
@@ -101,16 +102,38 @@ def type_of(value: ir.Value | None) -> str:
     return "unknown" if dtype is None else TYPES.get(dtype, dtype.name.lower())
 
 
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """A quantisation to one scale and zero points of zero, which is all that a kernel knows, or its inverse."""
+
+    node: ir.Node
+    dtype: str
+    scale: float
+
+
+def quantised_behind(value: ir.Value) -> Narrow | None:
+    """The QuantizeLinear that alone reads a value, where a kernel can take it in."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+        return None
+    return _narrow(uses[0].node, uses[0].node.outputs[0])
+
+
+def dequantised_before(value: ir.Value) -> Narrow | None:
+    """The DequantizeLinear that makes a value, where a kernel can read the 8-bit tensor in front of it instead."""
+    node = value.producer()
+    return None if node is None or node.op_type != "DequantizeLinear" else _narrow(node, node.inputs[0])
+
+
 def is_symmetric(node: ir.Node) -> bool:
-    """Whether a quantisation or its inverse has zeros for zero points: all that a kernel knows."""
+    """Whether a quantisation or its inverse has zeros for zero points."""
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     array = constant(zero)
     return zero is None or (array is not None and not np.any(array))
 
 
-def only_quantizer(value: ir.Value) -> ir.Node | None:
-    """The QuantizeLinear that alone reads a value, if its zero points are zeros."""
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+def _narrow(node: ir.Node, stored: ir.Value | None) -> Narrow | None:
+    scale, dtype = constant(node.inputs[1]), type_of(stored)
+    if scale is None or scale.size != 1 or dtype not in EIGHT_BIT or not is_symmetric(node):
         return None
-    return uses[0].node if is_symmetric(uses[0].node) else None
+    return Narrow(node, dtype, float(scale.item()))

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.kernels.attention import AttentionConfig
-from resvit_quantize.fusion.attention import Attention, Inserter
+from resvit_quantize.fusion.attention import Attention
+from resvit_quantize.fusion.attention_node import Inserter
 from resvit_quantize.fusion.found import RefusedError
 from resvit_quantize.network import add_initializer
 

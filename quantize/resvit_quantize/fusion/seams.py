@@ -7,7 +7,6 @@ measured to be faster, never because they fit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +16,23 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS
 from resvit_engines.kernels.residual import ResidualConfig
-from resvit_engines.plugins.names import DOMAIN, NAMESPACE, VERSION
-from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match, RefusedError, type_of
+from resvit_engines.plugins.names import DOMAIN
+from resvit_quantize.fusion.found import (
+    ONNX_TYPES,
+    Kind,
+    Match,
+    RefusedError,
+    dequantised_before,
+    quantised_behind,
+    type_of,
+)
+from resvit_quantize.fusion.nodes import named_after, plugin_attributes, take_over
 from resvit_quantize.fusion.views import Shapes
 from resvit_quantize.network import add_initializer, constant
 from resvit_quantize.norms import GroupNorm, group_norms
 
-_FLOATS = ("fp16", "bf16")
-_EIGHT_BIT = ("int8", "fp8")
 SeamConfig = GroupNormConfig | LayerNormConfig | ResidualConfig
 
 
@@ -66,7 +73,7 @@ def seam_of(kind: Kind, part: ir.Node | GroupNorm, shapes: Shapes) -> Seam:
 
 def op_type_of(config: SeamConfig) -> str:
     """The name of the node."""
-    narrow = "Q" if config.out_dtype in _EIGHT_BIT else ""
+    narrow = "Q" if config.out_dtype in EIGHT_BIT else ""
     if isinstance(config, LayerNormConfig):
         return f"ResvitLayerNorm{'Add' if config.add else ''}{narrow}"
     return f"{'ResvitGroupNorm' if isinstance(config, GroupNormConfig) else 'ResvitResidual'}{narrow}"
@@ -96,22 +103,14 @@ def rewrite(model: ir.Model, found: Seam) -> ir.Node:
     assert first is not None
     model.graph.insert_after(first, node)
     for old, new in zip(found.outputs, node.outputs, strict=True):
-        text = str(old.name)
-        new.shape, new.type = old.shape, old.type
-        old.name, new.name = f"{text}/before_fusion", text
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(old, new)
     return node
 
 
 def attributes_of(config: SeamConfig) -> dict[str, Any]:
-    """What the function's body reads, the names by which TensorRT finds the plugin, and the configuration as JSON."""
-    plain: dict[str, Any] = {
-        "plugin_namespace": NAMESPACE,
-        "plugin_version": VERSION,
-        "config": json.dumps(dataclasses.asdict(config)),
-        "out_type": ONNX_TYPES[config.out_dtype],
-    }
-    if config.out_dtype in _EIGHT_BIT:
+    """What the function's body reads, beside ``plugin_attributes``."""
+    plain = {**plugin_attributes(config), "out_type": ONNX_TYPES[config.out_dtype]}
+    if config.out_dtype in EIGHT_BIT:
         plain["out_scale"] = config.out_scale
     if isinstance(config, GroupNormConfig):
         rows = (0, config.groups, -1)
@@ -136,7 +135,7 @@ def _floor(config: GroupNormConfig | ResidualConfig) -> float:
 def _group_norm(norm: GroupNorm) -> Seam:
     channels, height, width = norm.maps
     dtype = type_of(norm.source)
-    if dtype not in (*_FLOATS, "fp32"):
+    if dtype not in (*FLOATS, "fp32"):
         raise RefusedError(f"it normalises {dtype.upper()}")
     config = GroupNormConfig(
         channels, norm.groups, height * width, norm.epsilon, dtype=dtype, out_dtype=type_of(norm.result)
@@ -149,7 +148,13 @@ def _group_norm(norm: GroupNorm) -> Seam:
     end, config = _narrowed(end, config, nodes)
     kept = (("gamma", norm.weight), ("beta", norm.bias))
     return Seam(
-        Kind.GROUP_NORM, _named(norm.last, "ResvitGroupNorm"), config, (norm.source,), _fp32(kept), (end,), tuple(nodes)
+        Kind.GROUP_NORM,
+        named_after(norm.last, "ResvitGroupNorm"),
+        config,
+        (norm.source,),
+        _fp32(kept),
+        (end,),
+        tuple(nodes),
     )
 
 
@@ -161,7 +166,7 @@ def _layer_norm(node: ir.Node, shapes: Shapes) -> Seam:
     parameters = [constant(value) for value in node.inputs[1:]]
     if not parameters or any(array is None for array in parameters) or len(node.outputs) > 1:
         raise RefusedError("its parameters are computed")
-    if type_of(source) not in _FLOATS:
+    if type_of(source) not in FLOATS:
         raise RefusedError(f"it normalises {type_of(source).upper()}")
     gamma = parameters[0]
     assert gamma is not None
@@ -184,7 +189,7 @@ def _layer_norm(node: ir.Node, shapes: Shapes) -> Seam:
     kept = (("gamma", gamma), ("beta", np.zeros_like(gamma) if beta is None else beta))
     return Seam(
         Kind.LAYER_NORM,
-        _named(node, "ResvitLayerNorm"),
+        named_after(node, "ResvitLayerNorm"),
         config,
         tuple(inputs),
         _fp32(kept),
@@ -199,7 +204,7 @@ def _residual(add: ir.Node, shapes: Shapes) -> Seam:
     if not _same_shape(add, shapes):
         raise RefusedError("its operands differ in shape")
     sides = [_stored(value) for value in add.inputs if value is not None]
-    plain = [side for side in sides if side[1] in _FLOATS]
+    plain = [side for side in sides if side[1] in FLOATS]
     if not plain:
         raise RefusedError("neither operand is in 16 bits")
     main = plain[-1]
@@ -207,36 +212,29 @@ def _residual(add: ir.Node, shapes: Shapes) -> Seam:
     if _fed_by_conv(main[0]):
         raise RefusedError("a convolution feeds it, and takes it in by itself")
     shape = shapes[str(add.outputs[0].name)]
-    if len(shape) != 4 or other[1] not in (*_FLOATS, *_EIGHT_BIT):
+    if len(shape) != 4 or other[1] not in (*FLOATS, *EIGHT_BIT):
         raise RefusedError(f"its shortcut is {other[1].upper()} of {len(shape)} dimensions")
     config = ResidualConfig(shape[1:], main[1], other[1], other[2], out_dtype=type_of(relu.outputs[0]))
     nodes = [add, relu]
     end, config = _narrowed(relu.outputs[0], config, nodes)
-    name = _named(add, "ResvitResidual")
+    name = named_after(add, "ResvitResidual")
     return Seam(Kind.RESIDUAL, name, config, (main[0], other[0]), (), (end,), tuple(nodes))
 
 
 def _narrowed(end: ir.Value, config: Any, nodes: list[ir.Node]) -> tuple[ir.Value, Any]:
     """Take in the QuantizeLinear that alone reads ``end``."""
-    uses = list(end.uses())
-    if len(uses) != 1 or end.is_graph_output() or uses[0].node.op_type != "QuantizeLinear":
+    narrow = quantised_behind(end)
+    if narrow is None:
         return end, config
-    quantizer = uses[0].node
-    scale, dtype = constant(quantizer.inputs[1]), type_of(quantizer.outputs[0])
-    if scale is None or scale.size != 1 or dtype not in _EIGHT_BIT:
-        return end, config
-    nodes.append(quantizer)
-    return quantizer.outputs[0], dataclasses.replace(config, out_dtype=dtype, out_scale=float(scale.item()))
+    nodes.append(narrow.node)
+    return narrow.node.outputs[0], dataclasses.replace(config, out_dtype=narrow.dtype, out_scale=narrow.scale)
 
 
 def _stored(value: ir.Value) -> tuple[ir.Value, str, float]:
     """What is read: the 8-bit tensor behind a DequantizeLinear with one scale, or the value itself."""
-    node = value.producer()
-    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-        scale, dtype = constant(node.inputs[1]), type_of(node.inputs[0])
-        if scale is not None and scale.size == 1 and dtype in _EIGHT_BIT:
-            return node.inputs[0], dtype, float(scale.item())
-    return value, type_of(value), 1.0
+    narrow = dequantised_before(value)
+    source = narrow.node.inputs[0] if narrow is not None else None
+    return (value, type_of(value), 1.0) if narrow is None or source is None else (source, narrow.dtype, narrow.scale)
 
 
 def _fed_by_conv(value: ir.Value) -> bool:
@@ -258,7 +256,3 @@ def _same_shape(add: ir.Node, shapes: Shapes) -> bool:
 
 def _fp32(constants: tuple[tuple[str, np.ndarray], ...]) -> tuple[tuple[str, np.ndarray], ...]:
     return tuple((name, np.ascontiguousarray(array.astype(np.float32))) for name, array in constants)
-
-
-def _named(node: ir.Node, kind: str) -> str:
-    return f"{str(node.name).rpartition('/')[0] or node.name}/{kind}"
