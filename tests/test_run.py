@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -108,6 +110,31 @@ def test_onnx_runtime_computes_what_the_graph_means(tmp_path, batch, count) -> N
         assert runner.batch[0] == (batch or 1)
     assert found.shape == (count, 5)
     np.testing.assert_allclose(found, by_numpy(model, pictures(count)), atol=5e-3)
+
+
+def test_onnx_runtime_survives_a_transposed_product_in_fp16(tmp_path) -> None:
+    """Its own optimiser makes of this a graph on which the process dies: so in a process of its own."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["turned"], "turn", perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["turned", "weight"], ["y"], "multiply"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)
+        for name, shape in (("x", ["B", 4, 8]), ("y", [4, "B", 8]))
+    ]
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float16), "weight")
+    graph = helper.make_graph(nodes, "turned", ends[:1], ends[1:], [weight])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "model.onnx"
+    )
+    code = (
+        "import numpy as np; from pathlib import Path; from resvit_engines.run.onnx_on_cpu import open_onnx\n"
+        "x = np.arange(64, dtype=np.float16).reshape(2, 4, 8)\n"
+        "with open_onnx(Path('model.onnx')) as runner:\n"
+        "    assert np.array_equal(runner.run({'x': x})['y'], x.transpose(1, 0, 2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_onnx_runtime_refuses_what_is_not_the_models(tmp_path) -> None:

@@ -151,6 +151,8 @@ def open_onnx(model: Path, *, optimize: bool = True) -> OnnxOnCpu:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures come back as exceptions
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Its result on Transpose and MatMul in FP16 ends the process, up to 1.32 at least (onnxruntime issue 28392).
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not model.is_file():
