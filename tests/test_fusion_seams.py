@@ -27,6 +27,7 @@ CONSTANTS: dict[str, Any] = {
     "weight": half((8, 8, 1, 1), 3),
     "step": STEP,
     "zero": np.int8(0),
+    "moved": np.int8(3),
     "shift": half((1, 8, 1, 1), 4),
 }
 MAPS, TOKENS = "float16[B,8,3,4]", "float16[B,5,8]"
@@ -110,6 +111,17 @@ def test_a_layer_norm_takes_in_the_addition_whose_sum_others_read_too(narrow: bo
 def test_a_quantisation_that_shares_the_norm_with_others_stays_apart() -> None:
     model = model_of(f"{LAYER}\n{STORED.format('n')}", f"{TOKENS} x", "n y")
     assert only(model, "ResvitLayerNorm", steps=STEP, x=ROWS).out_dtype == "fp16"
+
+
+def test_a_zero_point_that_is_not_zero_is_no_kernels() -> None:
+    moved = STORED.replace("zero", "moved")
+    model = model_of(f"{LAYER}\n{moved.format('n')}", f"{TOKENS} x")
+    assert only(model, "ResvitLayerNorm", steps=STEP, x=ROWS).out_dtype == "fp16"
+    shortcut = moved.format("z").replace("y =", "q =")
+    model = model_of(f"{shortcut}\nt = Add (x, q)\na = Relu (t)", f"{MAPS} x, {MAPS} z", "a")
+    config = only(model, "ResvitResidual", x=MAP, z=OTHER)
+    assert isinstance(config, ResidualConfig)
+    assert config.shortcut_dtype == "fp16"
 
 
 def test_an_addition_of_a_constant_is_no_residual() -> None:

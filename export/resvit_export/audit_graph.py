@@ -10,9 +10,9 @@ from onnx_ir.passes import common
 
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
 from resvit_engines.errors import ResvitError
+from resvit_engines.plugins.names import DOMAIN
 from resvit_quantize.regions import is_view
 
-PLUGIN_DOMAIN = "ai.resvit"
 _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "MultiHeadAttention"})
 _WHOLE = frozenset({"Attention", "MultiHeadAttention"})
 _MASKS = frozenset({"Add", "Where"})
@@ -237,7 +237,7 @@ def _made_in(value: ir.Value, chain: list[ir.Node]) -> bool:
 
 
 def _is_plugin(node: ir.Node) -> bool:
-    return node.domain == PLUGIN_DOMAIN or "plugin_namespace" in node.attributes
+    return node.domain == DOMAIN or "plugin_namespace" in node.attributes
 
 
 def _name(node: ir.Node) -> str:

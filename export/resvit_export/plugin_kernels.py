@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_refusal, bridge_source
 from resvit_engines.kernels.launch import Kernel, Source
-from resvit_engines.kernels.norms import GroupNormConfig, group_norm_source, layer_norm_source
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
 from resvit_engines.kernels.norms import refusal as norm_refusal
 from resvit_engines.kernels.residual import ResidualConfig, residual_refusal, residual_source
 from resvit_engines.plugins.fields import fields_from_kernel
@@ -19,28 +20,26 @@ if TYPE_CHECKING:
     from resvit_quantize.fusion import Config
 
 
+_KERNELS: dict[type, tuple[Callable[[Any, int], str | None], Callable[[Any, int], Source]]] = {
+    AttentionConfig: (attention_refusal, attention_source),
+    BridgeConfig: (bridge_refusal, bridge_source),
+    GroupNormConfig: (norm_refusal, group_norm_source),
+    LayerNormConfig: (norm_refusal, layer_norm_source),
+    ResidualConfig: (residual_refusal, residual_source),
+}
+"""For each configuration: why a GPU has no such kernel, and the kernel before it is compiled."""
+
+
 def refusal(config: Config, target: Target) -> str | None:
     """Why there is no kernel with this configuration for the target; None where there is."""
-    if isinstance(config, AttentionConfig):
-        return attention_refusal(config, target.sm)
-    if isinstance(config, BridgeConfig):
-        return bridge_refusal(config, target.sm)
-    if isinstance(config, ResidualConfig):
-        return residual_refusal(config, target.sm)
-    return norm_refusal(config, target.sm)
+    why_not, _ = _KERNELS[type(config)]
+    return why_not(config, target.sm)
 
 
 def source_of(config: Config, target: Target) -> Source:
     """The kernel, before it is compiled."""
-    if isinstance(config, AttentionConfig):
-        return attention_source(config, target.sm)
-    if isinstance(config, BridgeConfig):
-        return bridge_source(config, target.sm)
-    if isinstance(config, ResidualConfig):
-        return residual_source(config, target.sm)
-    if isinstance(config, GroupNormConfig):
-        return group_norm_source(config, target.sm)
-    return layer_norm_source(config, target.sm)
+    _, source = _KERNELS[type(config)]
+    return source(config, target.sm)
 
 
 def carry_kernels(network: ir.Model, target: Target, way: str) -> int:

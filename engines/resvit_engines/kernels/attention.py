@@ -19,9 +19,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim, product
-from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS, POINTERS, Array, dtype_refusal, scale_refusal, stored
+from resvit_engines.kernels.launch import ITEM_SIZES, LAUNCH_SHARED_BYTES, Extent, Launch, Result, Source, dim, product
+from resvit_engines.kernels.numerics import (
+    EIGHT_BIT,
+    FLOATS,
+    POINTERS,
+    Array,
+    dtype_refusal,
+    require_served,
+    scale_refusal,
+    stored,
+)
 
 LAYOUTS = ("packed", "per_head", "channels", "split", "q_kv")
 """Packed [B, N, 3, H, D]; per head [B, N, H, 2 Dk + Dv]; channels [B, 3 H D, h, w]; split: three of [B, N, H D]; q_kv:
@@ -158,11 +166,7 @@ def attention_source(config: AttentionConfig, sm: int) -> Source:
     Raises:
         ResvitError: IMPOSSIBLE with the reason of ``attention_refusal``.
     """
-    reason = attention_refusal(config, sm)
-    if reason:
-        raise ResvitError(
-            f"There is no fused attention kernel for this: {reason}.", "Use the plain graph.", ExitCode.IMPOSSIBLE
-        )
+    require_served("fused attention", attention_refusal(config, sm))
     split, channels = config.layout in THREE_TENSORS, config.layout == "channels"
     tensors = ("q", "k", "v") if split else ("q",)
     types = [config.dtype] * len(tensors)
@@ -257,7 +261,7 @@ def _stages(config: AttentionConfig, sm: int) -> int:
         # Copies go by four bytes and more: what is two bytes and lies anywhere is not among them.
         held += tiles["BM"] * tiles["BN"] * ITEM_SIZES[config.bias_dtype]
     barriers = 64 if sm in _TENSOR_MEMORY_SMS else 0
-    return 1 if config.keys <= 64 or full or 2 * held + barriers > 48 * 1024 else 2
+    return 1 if config.keys <= 64 or full or 2 * held + barriers > LAUNCH_SHARED_BYTES else 2
 
 
 def _ragged(config: AttentionConfig) -> bool:

@@ -22,10 +22,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim
 from resvit_engines.kernels.norms import LayerNormConfig, layer_norm_reference
-from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS, POINTERS, Array, dtype_refusal, scale_refusal, stored
+from resvit_engines.kernels.numerics import (
+    EIGHT_BIT,
+    FLOATS,
+    POINTERS,
+    Array,
+    dtype_refusal,
+    require_served,
+    scale_refusal,
+    stored,
+)
 
 _WIDEST = 4096
 _MULTIPROCESSORS: Mapping[int, int] = {80: 108, 87: 16, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
@@ -116,9 +124,7 @@ def bridge_source(config: BridgeConfig, sm: int) -> Source:
     Raises:
         ResvitError: IMPOSSIBLE with the reason of ``bridge_refusal``.
     """
-    reason = bridge_refusal(config, sm)
-    if reason:
-        raise ResvitError(f"There is no bridge kernel for this: {reason}.", "Use the plain graph.", ExitCode.IMPOSSIBLE)
+    require_served("bridge", bridge_refusal(config, sm))
     positions, columns, depth, warps, stages = _tiles(config, sm)
     pointer = POINTERS[config.dtype]
     scaled = config.dtype in EIGHT_BIT

@@ -18,13 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels.launch import Kernel
+from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Kernel
 from resvit_engines.kernels.multiprocessors import resident_blocks, warp_slots
 from resvit_engines.kernels.ptx import version_of_ptx
 from resvit_engines.targets import Target
-
-LAUNCH_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory of a launch that does not ask for more, on every GPU."""
 
 _MMA = re.compile(
     r"\bmma\.sync\.\S*?\.(?:f32|f16|s32)\.(?P<mma>f16|bf16|tf32|s8|e4m3)\."

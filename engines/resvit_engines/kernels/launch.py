@@ -7,16 +7,15 @@ ahead-of-time plugins: tensor inputs, extra 32-bit integers, tensor outputs.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-DTYPES = ("fp32", "fp16", "bf16", "int8", "fp8", "int32", "bool")
-"""Element types of kernel arguments; fp8 is E4M3."""
+LAUNCH_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that every launch has on every GPU; for more, it must ask, which TensorRT does not promise."""
 ITEM_SIZES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1, "int32": 4, "bool": 1}
-"""Bytes of one element."""
+"""Bytes of one element, by the element types of kernel arguments; fp8 is E4M3."""
 
 
 class Term(NamedTuple):
@@ -104,7 +103,3 @@ class Kernel:
     threads: int
     shared_bytes: int
     launch: Launch
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)

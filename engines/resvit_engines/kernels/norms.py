@@ -17,9 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim, product
-from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS, POINTERS, Array, dtype_refusal, scale_refusal, stored
+from resvit_engines.kernels.numerics import (
+    EIGHT_BIT,
+    FLOATS,
+    POINTERS,
+    Array,
+    dtype_refusal,
+    require_served,
+    scale_refusal,
+    stored,
+)
 
 _WIDEST_ROW = 4096
 _GROUP_TILE = 8192
@@ -100,7 +108,7 @@ def group_norm_source(config: GroupNormConfig, sm: int) -> Source:
     Raises:
         ResvitError: IMPOSSIBLE with the reason of ``refusal``.
     """
-    _refuse(config, sm)
+    require_served("fused normalisation", refusal(config, sm))
     channels = config.channels // config.groups
     tile = min(_GROUP_TILE, max(256, _power_of_two(channels * config.area)))
     return Source(
@@ -138,7 +146,7 @@ def layer_norm_source(config: LayerNormConfig, sm: int) -> Source:
     Raises:
         ResvitError: IMPOSSIBLE with the reason of ``refusal``.
     """
-    _refuse(config, sm)
+    require_served("fused normalisation", refusal(config, sm))
     columns = max(16, _power_of_two(config.size))
     rows = max(1, min(16, 4096 // columns))
     tokens = tuple(dim(0, axis) for axis in range(3))
@@ -191,11 +199,3 @@ def operations(config: GroupNormConfig | LayerNormConfig, shapes: Sequence[Seque
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
-
-
-def _refuse(config: GroupNormConfig | LayerNormConfig, sm: int) -> None:
-    reason = refusal(config, sm)
-    if reason:
-        raise ResvitError(
-            f"There is no fused normalisation kernel for this: {reason}.", "Use the plain graph.", ExitCode.IMPOSSIBLE
-        )

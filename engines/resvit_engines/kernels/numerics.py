@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resvit_engines.errors import ExitCode, ResvitError
+
 Array = npt.NDArray[Any]
 
 POINTERS: Mapping[str, str] = {
@@ -55,6 +57,12 @@ def dtype_refusal(sm: int, *dtypes: str) -> str | None:
     if "fp8" in dtypes and sm < FIRST_FP8_SM:
         return f"FP8 needs SM 8.9 or newer, and this is SM {sm / 10:.1f}"
     return None
+
+
+def require_served(what: str, reason: str | None) -> None:
+    """Raise ``ResvitError`` IMPOSSIBLE where there is a reason why there is no such kernel."""
+    if reason:
+        raise ResvitError(f"There is no {what} kernel for this: {reason}.", "Use the plain graph.", ExitCode.IMPOSSIBLE)
 
 
 def scale_refusal(name: str, scale: float, dtype: str = "int8") -> str | None:

@@ -13,9 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim
-from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS, POINTERS, Array, dtype_refusal, scale_refusal, stored
+from resvit_engines.kernels.numerics import (
+    EIGHT_BIT,
+    FLOATS,
+    POINTERS,
+    Array,
+    dtype_refusal,
+    require_served,
+    scale_refusal,
+    stored,
+)
 
 _BLOCK = 2048
 
@@ -61,11 +69,7 @@ def residual_source(config: ResidualConfig, sm: int) -> Source:
     Raises:
         ResvitError: IMPOSSIBLE with the reason of ``residual_refusal``.
     """
-    reason = residual_refusal(config, sm)
-    if reason:
-        raise ResvitError(
-            f"There is no fused residual kernel for this: {reason}.", "Use the plain graph.", ExitCode.IMPOSSIBLE
-        )
+    require_served("fused residual", residual_refusal(config, sm))
     size = math.prod(config.shape)
     return Source(
         module="residual_triton",

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels.launch import Extent, Kernel, Launch, Result, Term
+from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Extent, Kernel, Launch, Result, Term
 
 DATA_TYPES: Mapping[str, int] = {"fp32": 0, "fp16": 1, "int8": 2, "int32": 3, "fp8": 6, "bf16": 7}
 """TensorRT's ``DataType`` numbers, the same from 10.3 to 11. Plugins take no BOOL (4) and no UINT8 (5) in any
@@ -31,8 +31,6 @@ TEXTS = ("kernel_entry", "kernel_ptx")
 LISTS = ("kernel_block", "kernel_grid", "kernel_scalars", "kernel_inputs", "kernel_outputs")
 NAMES = (*TEXTS, *LISTS)
 """All attributes, in the order in which a plugin declares them."""
-MAX_SHARED_BYTES = 49152
-"""Dynamic shared memory that every launch may have; for more, a launch must ask, which TensorRT does not promise."""
 _MAX_THREADS = 1024
 _MAX_RANK = 8
 _TYPE_OF = {number: dtype for dtype, number in DATA_TYPES.items()}
@@ -56,10 +54,10 @@ def fields_from_kernel(kernel: Kernel) -> dict[str, str | list[int]]:
             may use.
     """
     launch = kernel.launch
-    if kernel.shared_bytes > MAX_SHARED_BYTES:
+    if kernel.shared_bytes > LAUNCH_SHARED_BYTES:
         raise ResvitError(
             f"The kernel {kernel.entry} wants {kernel.shared_bytes} bytes of shared memory, and a plugin's launch has "
-            f"{MAX_SHARED_BYTES}.",
+            f"{LAUNCH_SHARED_BYTES}.",
             "Take smaller tiles or fewer stages for this GPU, or leave this node to TensorRT (--plugins off).",
             ExitCode.IMPOSSIBLE,
         )
