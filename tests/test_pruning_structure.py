@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import CHECKPOINT
 from resvit_engines.errors import ResvitError
-from resvit_export.factories import import_timm
+from resvit_export.imports import import_timm
 from resvit_export.models import resvit_model
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.discover import groups_from_module

@@ -10,7 +10,7 @@ from resvit_calibrate.gate import VerdictKind, judge
 from resvit_calibrate.targets import DepthTarget, MaskTarget
 from resvit_calibrate.tasks import task_named
 from resvit_engines.errors import ResvitError
-from resvit_export.factories import import_timm
+from resvit_export.imports import import_timm
 from task_images import SIZE, Images, network
 
 TASK = task_named("depth", {})

@@ -13,7 +13,7 @@ from resvit_calibrate.tasks.raw import RawKeeper
 from resvit_calibrate.tasks.segmentation import _step
 from resvit_calibrate.tasks.upsampling import classes_at, map_at
 from resvit_engines.errors import ResvitError
-from resvit_export.factories import import_timm
+from resvit_export.imports import import_timm
 from task_images import SIZE, Images, network
 
 TASK = task_named("segmentation", {})

@@ -27,6 +27,9 @@ STRUCTURE = "resvit_structure"
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, torch.compile and Lightning put in front of every key."""
 
+_WRAPPED = "model."
+"""What a network that wraps another (``HuggingFaceModel``) puts in front of the other's keys."""
+
 _COUNTERS = ("n_averaged",)
 _NAMED = 3
 
@@ -45,10 +48,13 @@ def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
     notes = [f"weights taken from '{where}' in {path.name}"] if where else []
     if others:
         notes.append(f"{path.name} also holds weights under {', '.join(others)}, which were not used")
-    weights, stripped = _without_prefix(weights, set(module.state_dict()))
+    expected = module.state_dict()
+    weights, stripped = _without_prefix(weights, set(expected))
     if stripped:
         notes.append(f"removed the prefix '{stripped}' from all keys of {path.name}")
-    expected = module.state_dict()
+    inner = {f"{_WRAPPED}{key}": value for key, value in weights.items()}
+    if len(expected.keys() & inner.keys()) > len(expected.keys() & weights.keys()):
+        weights = inner
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]
     misshapen = [

@@ -16,24 +16,32 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
+from resvit_export.imports import import_beside_torchvision, import_timm
 
 Scalar = bool | int | float | str
 """What a factory's argument may be."""
 
 
 def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
-    """Make the module that ``resvit:NAME``, ``timm:NAME``, ``package.module:factory`` or ``file.py:factory`` names.
+    """Make the module that a name stands for.
 
+    A name is ``resvit:NAME``, ``timm:NAME``, ``hf:FOLDER``, ``package.module:factory`` or ``file.py:factory``.
     Weights are random (seed 0) unless a factory loads its own. The current folder is importable, and so are the
     neighbours of ``file.py``. Raises ``ResvitError`` for a name that leads nowhere, and with the user's own
     message and line where the factory raises or returns something else.
     """
+    if model.startswith("hf:"):
+        from resvit_export.hugging_face import hugging_face_model
+
+        torch.manual_seed(0)
+        return hugging_face_model(model.removeprefix("hf:"), arguments)
     place, colon, name = model.rpartition(":")
     if not colon or not name:
         raise ResvitError(
             f"'{model}' does not say where the model is.",
-            "Write resvit:NAME, timm:NAME, package.module:factory, path/to/file.py:factory, a .pt2 or an .onnx file.",
+            "Write resvit:NAME, timm:NAME, hf:FOLDER, package.module:factory, path/to/file.py:factory, a .pt2 or an "
+            ".onnx file.",
         )
     torch.manual_seed(0)
     if place == "resvit":
@@ -44,40 +52,6 @@ def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
         return _timm_model(name, arguments)
     factory = _find_factory(place, name)
     return _call(factory, (), arguments, model)
-
-
-def import_timm() -> ModuleType:
-    """Import timm, also where torchvision refuses to be imported.
-
-    timm imports torchvision, which on import registers kernels for ``torchvision::nms``; beside a CPU-only
-    torch its own library that declares the operator cannot be loaded, and the import fails. Declaring the two
-    operator schemas first is enough: timm's classifiers call neither.
-
-    Raises ``ResvitError`` (``MISSING``) where timm is not installed or still fails.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise ResvitError(f"torchvision does not import: {error}", "Reinstall it.", ExitCode.MISSING) from error
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-        _declared.append(library)
-    except ImportError:
-        pass  # timm will say what it needs
-    try:
-        return importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:
-        raise ResvitError(
-            f"timm does not import: {error}", "pip install 'resvit-export[host]'.", ExitCode.MISSING
-        ) from error
-
-
-_declared: list[torch.library.Library] = []
-"""The schemas live as long as these objects."""
 
 
 def user_error(error: BaseException, what: str, fix: str) -> ResvitError:
@@ -134,7 +108,8 @@ def _find_factory(place: str, name: str) -> Callable[..., object]:
     else:
         with _importable(Path.cwd()):
             try:
-                module = importlib.import_module(place)
+                torchvision = place.partition(".")[0] == "torchvision"
+                module = import_beside_torchvision(place, "host") if torchvision else importlib.import_module(place)
             except ModuleNotFoundError as error:
                 raise ResvitError(
                     f"There is no module '{error.name}'.",

@@ -27,11 +27,19 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
     if model.endswith((".onnx", ".pt2")):
         # The path may change and the model stay the same.
         identity["model"] = _file_digest("model", Path(model))
+    elif model.startswith("hf:"):
+        identity["files"] = _folder_digests(Path(model.removeprefix("hf:")).expanduser())
     elif colon and head.endswith(".py"):
         identity["model"] = f"{_file_digest('model', Path(head))}:{factory}"
     elif colon and head not in ("resvit", "timm"):
         identity["source"] = _module_digest(head)
     return identity
+
+
+def _folder_digests(folder: Path) -> dict[str, str]:
+    """Digests of a model's settings and weights; none of a repository's name, whose cached files do not change."""
+    kinds = (".json", ".safetensors", ".bin")
+    return {path.name: sha256_file(path) for path in sorted(folder.glob("*")) if path.suffix in kinds}
 
 
 def metric_identity(metric: str | None) -> str | None:

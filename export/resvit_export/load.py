@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ class Network:
     digest: str
     """SHA-256 over the graph and all its tensors."""
     notes: tuple[str, ...] = ()
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """How the network says that its outputs are to be read; what the user says goes before."""
 
     def runner(self) -> Runner:
         """The network in PyTorch as a function from arrays to arrays."""
@@ -66,6 +69,7 @@ class Network:
             "num_classes": self.num_classes,
             "preprocess": self.preprocess.to_json() if self.preprocess else None,
             "dynamic_batch": has_dynamic_batch(self.program),
+            "task_options": dict(self.task_options),
             "digest": self.digest,
             "notes": list(self.notes),
         }
@@ -86,11 +90,12 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
     notes: list[str] = []
     if spec.checkpoint is not None:
         notes += load_checkpoint(module, spec.checkpoint)
-    elif spec.model.startswith(("timm:", "resvit:")):
+    elif spec.model.startswith(("timm:", "resvit:")) or getattr(module, "random_weights", False):
         reporter.warn(
             f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
         )
         notes.append("random weights: no checkpoint was given")
+    _refuse_own_selection(module, spec.model)
     module, cast = _as_float32(module)
     notes += cast
     require_finite(module, str(spec.checkpoint or spec.model))
@@ -111,14 +116,20 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
         _classes(program, module),
         program_digest(program),
         (*notes, *remarks),
+        dict(getattr(module, "task_options", {})),
     )
 
 
 def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Preprocess | None:
-    """How the network wants its images, from ``.config`` (resvit) or ``.pretrained_cfg`` (timm); else None."""
+    """How the network wants its images: from ``.preprocess`` (a ``Preprocess``, as Hugging Face's models get one),
+    ``.config`` (resvit) or ``.pretrained_cfg`` (timm); else None.
+    """
     channels, size = input_shape[0], (input_shape[1], input_shape[2])
     if channels not in (1, 3):
         return None
+    own = getattr(module, "preprocess", None)
+    if isinstance(own, Preprocess):
+        return dataclasses.replace(own, size=size)
     config = getattr(module, "config", None)
     if isinstance(getattr(config, "mean", None), tuple) and isinstance(getattr(config, "std", None), tuple):
         assert config is not None
@@ -171,6 +182,24 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
     return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
 
 
+def _refuse_own_selection(module: nn.Module, name: str) -> None:
+    """Refuse torchvision's detectors, which hold what no fixed graph can: their reason beats a trace's."""
+    kinds = {kind.__module__ for kind in type(module).__mro__}
+    if not any(kind.startswith("torchvision.models.detection.") for kind in kinds):
+        return
+    two_stages = "torchvision.models.detection.faster_rcnn" in kinds or hasattr(module, "roi_heads")
+    why = (
+        "between its two stages it picks a varying number of regions (NMS, RoIAlign)"
+        if two_stages
+        else "it resizes photos of any size and answers with a varying number of boxes (NMS) for each"
+    )
+    raise ResvitError(
+        f"{name} ({type(module).__name__}) has no fixed graph: {why}, so that no engine of fixed shapes holds it.",
+        "Take a detector that answers for a fixed set of queries or cells (RT-DETR, DETR, resvit:fpn-nano-det)"
+        + ("." if two_stages else ", or a module of yours that returns this one's backbone and head alone."),
+    )
+
+
 def _as_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     module = module.to("cpu")
     kinds = {t.dtype for t in module.state_dict().values() if isinstance(t, torch.Tensor) and t.is_floating_point()}
@@ -194,6 +223,8 @@ def _own_input_shape(module: nn.Module) -> tuple[int, int, int] | None:
         first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
         return (first.in_channels if first is not None else channels), height, width
     own = getattr(module, "input_shape", None)
+    if own is None and isinstance(getattr(module, "image_size", None), int):
+        own = (3, module.image_size, module.image_size)  # torchvision's ViT
     return tuple(int(size) for size in own) if isinstance(own, (tuple, list)) and len(own) == 3 else None  # type: ignore[return-value]
 
 

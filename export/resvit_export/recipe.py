@@ -342,6 +342,8 @@ def absolute_reference(text: str, folder: Path) -> str:
     ``file.py:factory`` only the file is a path.
     """
     head, colon, tail = text.rpartition(":")
+    if head == "hf" and (named := folder / Path(tail).expanduser()).is_dir():
+        return f"hf:{named.resolve()}"
     if colon and head.endswith(".py"):
         return f"{(folder / Path(head).expanduser()).resolve()}:{tail}"
     path = folder / Path(text).expanduser()

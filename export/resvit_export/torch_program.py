@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,9 +177,30 @@ def _input_value(program: ExportedProgram) -> torch.Tensor:
 
 def _export(module: nn.Module, images: torch.Tensor, *, dynamic: bool) -> ExportedProgram:
     shapes = ({0: Dim.AUTO(min=1)},) if dynamic else None
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return export(module, (images,), dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _symbolic_len(module: nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` give a size that may stay free, in the files that the network is written in.
+
+    Python makes a number of whatever ``len`` returns, which fixes the batch to that of the example.
+    """
+    places = [vars(sys.modules[name]) for name in {type(part).__module__ for part in module.modules()}]
+    own = [place for place in places if "len" not in place and not str(place.get("__name__")).startswith("torch.")]
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+    for place in own:
+        place["len"] = length
+    try:
+        yield
+    finally:
+        for place in own:
+            del place["len"]
 
 
 def _not_exportable(error: Exception) -> ResvitError:

@@ -52,7 +52,7 @@ _RUN = [
 _MODEL = [
     click.option(
         "--model",
-        help="resvit:NAME, timm:NAME, package.module:factory, file.py:factory, a .pt2 program or an .onnx file.",
+        help="resvit:NAME, timm:NAME, hf:FOLDER, package.module:factory, file.py:factory, a .pt2 or an .onnx file.",
     ),
     click.option("--checkpoint", help="Trained weights: .pt, .pth or .safetensors."),
     click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the model."),
