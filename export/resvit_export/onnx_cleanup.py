@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from resvit_export.onnx_heads import split_along_heads
+from resvit_export.onnx_islands import bound_stand_ins, fold_islands
 
 MODULE = "module"
 """Key of a node's metadata that holds the dotted path of the module it came from."""
@@ -47,6 +48,10 @@ def optimize(model: ir.Model) -> None:
         # Transposed weights of any size are folded; what grows (an expanded token) keeps the library's limits.
         should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
     )
+    infer_shapes(model)
+    if fold_islands(model):
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    bound_stand_ins(model)
     pad_in_max_pool(model)
     split_along_heads(model)
     _drop_unused_initializers(model.graph)

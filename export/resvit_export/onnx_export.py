@@ -13,7 +13,7 @@ from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.onnx_cleanup import canonicalise, fix_batch, optimize
 from resvit_export.onnx_import import import_onnx, refuse_branches
-from resvit_export.onnx_report import EXTERNAL_ABOVE, ExportReport, measure_parity, report_of, write_model
+from resvit_export.onnx_report import EXTERNAL_ABOVE, ExportReport, measure_parity, report_of, selects_rows, write_model
 from resvit_export.onnx_translations import translations
 from resvit_export.torch_program import (
     INPUT,
@@ -66,7 +66,12 @@ def onnx_from_program(
     batches = (1, 2) if fixed is None else (fixed,)
     notes = () if batch is not None or own is None else (f"the batch is fixed to {own}: the network allows no other",)
     parity = measure_parity(
-        runner_from_program(program), onnx_runner(path), shape, batches, what="ONNX against PyTorch"
+        runner_from_program(program),
+        onnx_runner(path),
+        shape,
+        batches,
+        what="ONNX against PyTorch",
+        sets=selects_rows(model),
     )
     return report_of(model, path, parity, batches, notes)
 

@@ -15,7 +15,7 @@ from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_export.onnx_cleanup import canonicalise, infer_shapes, optimize
-from resvit_export.onnx_report import ExportReport, measure_parity, report_of, shape_of, write_model
+from resvit_export.onnx_report import ExportReport, measure_parity, report_of, selects_rows, shape_of, write_model
 
 OLDEST_OPSET = 20
 """Older models are converted up: FP16 scales of Q/DQ need 19, and 20 is what our own export writes."""
@@ -62,6 +62,7 @@ def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
         tuple(map(int, shape)),
         batches,
         what=f"{path.name} in canonical form",
+        sets=selects_rows(model),
     )
     report = report_of(model, out, parity, batches, notes)
     classes = report.outputs[0][1][1] if single == "logits" else None

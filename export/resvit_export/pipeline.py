@@ -255,16 +255,22 @@ class Pipeline:
 
         recipe = self.recipe
         if recipe.task != "auto":
-            return task_named(recipe.task, recipe.task_options, recipe.metric)
+            return task_named(recipe.task, self._task_options(recipe.task), recipe.metric)
         outputs = self.exported.json("export.json")["outputs"]
-        return task_of(outputs, self.image_sets[1].task, recipe.task_options, recipe.metric)
+        kind = task_of(outputs, self.image_sets[1].task, {}, recipe.metric).name
+        return task_named(kind, self._task_options(kind), recipe.metric)
+
+    def _task_options(self, kind: str) -> dict[str, Any]:
+        """What the user says of the outputs, over what a detector says of its own."""
+        own = self.facts.get("task_options", {}) if kind == "detection" else {}
+        return {**own, **self.recipe.task_options}
 
     @property
     def task_facts(self) -> dict[str, Any]:
         """What of the task changes what is kept of a network's answers."""
         return {
             "task": self.task.name,
-            "task_options": dict(self.recipe.task_options),
+            "task_options": self._task_options(self.task.name),
             "metric": metric_identity(self.recipe.metric),
         }
 
@@ -652,6 +658,7 @@ class Pipeline:
                 reference=reference.folder if reference else None,
                 images=images,
                 batch_size=self.batch_size,
+                sets="TopK" in self.exported.json("export.json")["operators"],
                 recipe=dataclasses.replace(self.recipe, confidence=self.confidence),
                 reporter=self.reporter,
             ),

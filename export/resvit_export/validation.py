@@ -48,13 +48,15 @@ def validate(
     reference: Path | None,
     images: ImageSet,
     batch_size: int,
+    sets: bool,
     recipe: Recipe,
     reporter: Reporter,
 ) -> None:
     """Score the quantised ONNX against the original network; write ``verdict.json`` and the changed images.
 
     The original is PyTorch where the model came as PyTorch, else the float ONNX. Before anything is scored, the
-    runtime proves on known numbers that it quantises rightly.
+    runtime proves on known numbers that it quantises rightly. ``sets`` says that the graph selects its answers, so
+    that their order means nothing.
     """
     from resvit_calibrate.gate import judge
     from resvit_calibrate.metrics import INPUT
@@ -96,7 +98,7 @@ def validate(
         "data_digest": images.digest,
         "runtime_note": f"{runtime_note()} {remark}".strip(),
         "remarks": [item.to_json() for item in remarks],
-        "golden": _golden_into(folder, golden, runner({INPUT: golden})),
+        "golden": _golden_into(folder, golden, runner({INPUT: golden}), sets),
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
@@ -113,11 +115,12 @@ def validate(
     np.savez_compressed(folder / "changed.npz", **pictures)
 
 
-def _golden_into(folder: Path, images: Array, outputs: Arrays) -> dict[str, Any]:
+def _golden_into(folder: Path, images: Array, outputs: Arrays, sets: bool) -> dict[str, Any]:
     """Write golden images and outputs, and say which file holds what.
 
     ``golden_output.npy`` is the output that is judged, ``logits`` or the first; of several, the others are
-    ``golden_output_1.npy`` and so on, and ``outputs`` names them all.
+    ``golden_output_1.npy`` and so on, and ``outputs`` names them all. Of ``sets``, the order of the
+    rows is not compared.
     """
     first = "logits" if "logits" in outputs else next(iter(outputs))
     files = {first: "golden_output.npy"}
@@ -126,7 +129,9 @@ def _golden_into(folder: Path, images: Array, outputs: Arrays) -> dict[str, Any]
     for name, file in files.items():
         value = outputs[name]
         np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
-    golden: dict[str, Any] = {"input": "golden_input.npy", "output": "golden_output.npy"}
+    golden: dict[str, Any] = {"input": "golden_input.npy", "output": "golden_output.npy"} | (
+        {"sets": True} if sets else {}
+    )
     return golden if len(files) == 1 else {**golden, "outputs": files}
 
 

@@ -14,6 +14,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.run import Runner, open_runner
 from resvit_engines.run.feeds import Array
 from resvit_engines.run.golden_files import golden_arrays, input_name, other_golden_outputs, output_of, sqnr_db
+from resvit_engines.run.rows import paired_rows
 
 TOLERANCE_DB = 20.0
 _SIGMAS = 3.0
@@ -85,12 +86,16 @@ def check_runner(
 ) -> GoldenReport:
     """Compare what ``runner`` makes of the golden ``images`` [N, …] with ``expected`` [N, …].
 
-    ``others`` are further outputs by name. Each must pass by itself; the report tells of the worst.
+    ``others`` are further outputs by name. Each must pass by itself; the report tells of the worst. Where the
+    manifest says that the answers are sets, their rows are paired first (``paired_rows``).
 
     Raises:
         ResvitError: MISMATCH as ``golden_check``.
     """
     outputs = runner({input_name(runner, manifest): images})
+    golden = manifest.get("golden")
+    if isinstance(golden, Mapping) and golden.get("sets"):
+        outputs = paired_rows({output_of(outputs): expected, **(others or {})}, outputs)
     reports = [_compared(runner, images, outputs[output_of(outputs)], expected)]
     for name, array in (others or {}).items():
         if name not in outputs:
