@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-import resvit_export.onnx_report as onnx_report
+import resvit_calibrate.parity as parity
 from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.models import resvit_model
@@ -155,7 +155,8 @@ def test_one_batch_only(tmp_path: Path) -> None:
 def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
     program = export(module, (torch.zeros(2, 1, 4, 4),), dynamic_shapes=({0: Dim.AUTO},))
-    monkeypatch.setattr(onnx_report, "PARITY_TOLERANCE", -1.0)
+    monkeypatch.setattr(parity, "PARITY_TOLERANCE", -1.0)
+    monkeypatch.setattr(parity, "_ROUNDINGS", -1.0)
     with pytest.raises(ResvitError, match="ONNX against PyTorch: output logits differs by"):
         onnx_from_program(program, tmp_path / "model.onnx")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.runtime import Arrays, Runner
+from resvit_calibrate.parity import differences
+from resvit_calibrate.runtime import Runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
-from resvit_engines.run.rows import paired_rows
-
-PARITY_TOLERANCE = 1e-4
-"""Largest difference allowed, relative to the largest output. Two float32 runtimes differ by some 1e-6."""
 
 EXTERNAL_ABOVE = int(1.8e9)
 """Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
@@ -137,11 +133,6 @@ def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOV
         ) from error
 
 
-_ROUNDINGS = 4.0
-_MOST_MOVED = 0.01
-"""A network that rounding moves by more than this share cannot be told from a wrong translation."""
-
-
 def measure_parity(
     reference: Runner,
     candidate: Runner,
@@ -154,58 +145,29 @@ def measure_parity(
 ) -> tuple[float, float]:
     """Compare on random images [b, C, H, W] for every b of ``batches``: largest (absolute, relative) difference.
 
-    Where ``sets`` says so, the outputs' rows are paired first (``resvit_engines.run.rows``). Above
-    ``PARITY_TOLERANCE``, what rounding the images to float32 once more moves in the reference itself is allowed
-    for, fourfold: an attention that is sharp enough turns 1e-7 into 1e-4 on either side.
-
-    Raises ``ResvitError`` above both, and for outputs that are not finite.
+    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.parity``), and for outputs that are not
+    finite.
     """
     random = np.random.default_rng(seed)
     absolute = relative = 0.0
     for batch in batches:
         images = {"input": random.standard_normal((batch, *shape), dtype=np.float32)}
-        expected, actual = reference(images), candidate(images)
-        if sets:
-            actual = paired_rows(expected, dict(zip(expected, actual.values(), strict=True)))
-        moved: dict[str, float] | None = None
-        for one, (name, other) in zip(expected.values(), actual.items(), strict=True):
-            largest = float(np.abs(one).max())
-            if one.shape != other.shape or not math.isfinite(largest):
+        for name, found in differences(reference, candidate, images, sets=sets).items():
+            if not found.finite:
                 raise ResvitError(
-                    f"{what}: output {name} is {list(other.shape)} for {list(one.shape)} in the original, whose "
-                    f"largest value on random images is {largest}.",
+                    f"{what}: output {name} is {list(found.shapes[1])} for {list(found.shapes[0])} in the original, "
+                    f"whose largest value on random images is {found.largest}.",
                     "A network that overflows on normal images cannot be exported; otherwise please report this.",
                 )
-            error = float(np.abs(one.astype(np.float64) - other).max())
-            allowed = PARITY_TOLERANCE * max(largest, 1e-6)
-            if not error <= allowed:
-                moved = moved or _moved_by_rounding(reference, images, expected, sets)
-                allowed = min(_ROUNDINGS * moved[name], _MOST_MOVED * largest)
-            if not error <= allowed:
+            if not found.same:
                 raise ResvitError(
-                    f"{what}: output {name} differs by {error:.3g} from the original (batch {batch}, largest "
-                    f"value {largest:.3g}).",
+                    f"{what}: output {name} differs by {found.error:.3g} from the original (batch {batch}, largest "
+                    f"value {found.largest:.3g}).",
                     "An operator was translated wrongly; please report this with the model's name.",
                     ExitCode.BUG,
                 )
-            absolute, relative = max(absolute, error), max(relative, error / max(largest, 1e-6))
+            absolute, relative = max(absolute, found.error), max(relative, found.error / max(found.largest, 1e-6))
     return absolute, relative
-
-
-def _moved_by_rounding(reference: Runner, images: Arrays, expected: Arrays, sets: bool) -> dict[str, float]:
-    """How far each output moves when every pixel is rounded otherwise, by half a unit in its last place or less."""
-    random = np.random.default_rng(1)
-    moved = dict.fromkeys(expected, 0.0)
-    for _ in range(3):
-        shaken = {
-            name: value * (1.0 + 6e-8 * random.choice([-1.0, 1.0], value.shape)).astype(np.float32)
-            for name, value in images.items()
-        }
-        answers = reference(shaken)
-        answers = paired_rows(expected, answers) if sets else answers
-        for name, value in expected.items():
-            moved[name] = max(moved[name], float(np.abs(answers[name].astype(np.float64) - value).max()))
-    return moved
 
 
 def selects_rows(model: ir.Model) -> bool:

@@ -115,7 +115,7 @@ def validate(
     np.savez_compressed(folder / "changed.npz", **pictures)
 
 
-def _golden_into(folder: Path, images: Array, outputs: Arrays, sets: bool) -> dict[str, Any]:
+def _golden_into(folder: Path, images: Array, outputs: Arrays, sets: bool = False) -> dict[str, Any]:
     """Write golden images and outputs, and say which file holds what.
 
     ``golden_output.npy`` is the output that is judged, ``logits`` or the first; of several, the others are

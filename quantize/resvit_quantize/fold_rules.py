@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def fold_batch_norms(editor: GraphEditor) -> Iterator[Item]:
         source, weight, bias, mean, variance, _, epsilon = norm.args
         results = [user for user in norm.users if user.args[1] == 0]
         others = any(user.users for user in norm.users if user not in results)
-        if not _is_foldable(editor, source) or not isinstance(source, fx.Node) or len(results) != 1 or others:
+        if not is_foldable(editor, source) or not isinstance(source, fx.Node) or len(results) != 1 or others:
             continue
         if source.target is aten.linear.default and source.meta["val"].dim() != 2:
             continue  # channels are on dimension 1, and those of a linear layer on the last
@@ -124,7 +124,7 @@ def fold_layer_scales(editor: GraphEditor) -> Iterator[Item]:
         if product.target is not aten.mul.Tensor or len(product.args) != 2:
             continue
         for source, factor in (product.args, product.args[::-1]):
-            if not editor.is_constant(factor) or not _is_foldable(editor, source):
+            if not editor.is_constant(factor) or not is_foldable(editor, source):
                 continue
             scale = _per_channel(editor.value(factor), source)
             if scale is None or product.meta["val"].dtype != source.meta["val"].dtype:
@@ -135,14 +135,6 @@ def fold_layer_scales(editor: GraphEditor) -> Iterator[Item]:
             _replace(editor, product, source)
             yield "layer_scale", where
             break
-
-
-RULES: tuple[Callable[[GraphEditor], Iterator[Item]], ...] = (
-    fold_constants,
-    remove_no_ops,
-    fold_batch_norms,
-    fold_layer_scales,
-)
 
 
 def _is_pure(node: fx.Node) -> bool:
@@ -208,7 +200,7 @@ def _is_no_op(node: fx.Node, source: fx.Node) -> bool:
     return False
 
 
-def _is_foldable(editor: GraphEditor, node: object) -> bool:
+def is_foldable(editor: GraphEditor, node: object) -> bool:
     """Whether ``node`` is a weighted layer with constant weights whose output has one single use."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
