@@ -18,6 +18,7 @@ import onnx_ir as ir
 from resvit_quantize.graph import Analysis, Group, Product
 from resvit_quantize.network import constant, int_attribute
 from resvit_quantize.patterns import nodes_matching
+from resvit_quantize.positions import position_products
 from resvit_quantize.settings import Precision
 
 _SMALL = 16
@@ -107,6 +108,7 @@ def place(
     weights: list[Weight] = []
     reasons: dict[str, str] = {}
     chosen: dict[ir.Node, Precision] = {}
+    positions = position_products(analysis)
     for product in analysis.products:
         node = product.node
         own = (precisions or {}).get(product.name)
@@ -115,7 +117,7 @@ def place(
         if why_not is None and node in refused:
             why_not = "excluded by the recipe"
         if why_not is None and node not in wanted and own is None:
-            why_not = _unwise(product, precision)
+            why_not = _unwise(product, precision) or positions.get(node)
         if used is Precision.FP16:
             why_not = "chosen by the search" if own else "FP16 was asked for"
         if why_not is not None:
