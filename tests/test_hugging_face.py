@@ -1,0 +1,196 @@
+"""Hugging Face's models: from a folder to a network, with random and with trained weights, and what goes wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from hf_models import CLASSES, folder_of
+from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.scenes import Scenes
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import SILENT
+from resvit_export.cli import run
+from resvit_export.hugging_face import hugging_face_model
+from resvit_export.imports import import_transformers
+from resvit_export.load import ModelSpec, load_network
+from resvit_export.onnx_export import onnx_from_program
+from resvit_export.recipe import absolute_reference
+from resvit_quantize.fold import fold_program
+
+pytest.importorskip("transformers")
+WRITER = Path(__file__).parent.parent / "examples" / "scenes.py"
+
+
+@pytest.fixture(scope="module")
+def scenes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes with COCO annotations, as examples/scenes.py writes them."""
+    spec = importlib.util.spec_from_file_location("write_scenes_example", WRITER)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    folder = tmp_path_factory.mktemp("scenes")
+    for split in ("train", "test"):
+        example.write_scenes(Scenes(split), 8, folder, SILENT)
+    return folder / "detection"
+
+
+SHAPES = {
+    "rt_detr": {"logits": (20, CLASSES), "pred_boxes": (20, 4)},
+    "detr": {"logits": (20, CLASSES + 1), "pred_boxes": (20, 4)},
+    "vit": {"logits": (CLASSES,)},
+    "segformer": {"logits": (CLASSES, 24, 24)},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None:
+    network = load_network(ModelSpec(f"hf:{folder_of(kind, tmp_path / kind)}"))
+    assert network.notes == ("random weights: no checkpoint was given",)
+    program, report = fold_program(network.program)
+    exported = onnx_from_program(program, tmp_path / "model.onnx", opset=20)
+    assert dict(exported.outputs) == {name: ("batch", *shape) for name, shape in SHAPES[kind].items()}
+    # Of what transformers computes for photos of any size, nothing is left: no masks, no position codes.
+    assert not {"Where", "CumSum", "Sin", "Cos", "GatherND", "And", "If"} & set(exported.operators)
+    assert ("parallel_convolution" in report.counts()) == (kind == "rt_detr")
+
+
+def test_trained_weights_give_what_transformers_gives(tmp_path: Path) -> None:
+    folder = folder_of("rt_detr", tmp_path / "model", weights=True)
+    network = load_network(ModelSpec(f"hf:{folder}"))
+    assert network.notes == ()
+    images = np.random.default_rng(0).standard_normal((3, 3, 96, 96), dtype=np.float32)
+    own = import_transformers().RTDetrForObjectDetection.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = own(pixel_values=torch.from_numpy(images))
+    found = network.runner()({"input": images})
+    np.testing.assert_allclose(found["logits"], expected.logits.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found["pred_boxes"], expected.pred_boxes.numpy(), atol=1e-5)
+
+
+def test_a_checkpoint_of_the_models_own_keys_fits(tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "trained", weights=True)
+    own = import_transformers().ViTForImageClassification.from_pretrained(folder).eval()
+    torch.save(own.state_dict(), tmp_path / "fine_tuned.pt")
+    network = load_network(ModelSpec(f"hf:{folder_of('vit', tmp_path / 'bare')}", tmp_path / "fine_tuned.pt"))
+    images = np.ones((1, 3, 32, 32), np.float32)
+    with torch.no_grad():
+        expected = own(pixel_values=torch.from_numpy(images)).logits.numpy()
+    np.testing.assert_allclose(network.runner()({"input": images})["logits"], expected, atol=1e-5)
+
+
+def test_random_weights_keep_signals_alive(tmp_path: Path) -> None:
+    model = hugging_face_model(str(folder_of("rt_detr", tmp_path / "model")), {}).eval()
+    with torch.no_grad():
+        answer = model(torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+    # With transformers' own start all scores are equal, and no query is selected for a reason.
+    assert float(answer["logits"].std()) > 0.1
+    assert len(torch.unique(answer["logits"])) > 100
+
+
+def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
+    models = {kind: hugging_face_model(str(folder_of(kind, tmp_path / kind)), {}) for kind in SHAPES}
+    vit, detr, rt_detr = (models[kind].preprocess for kind in ("vit", "detr", "rt_detr"))
+    assert (vit.size, vit.resize, vit.interpolation, vit.mean) == ((32, 32), "stretch", "bicubic", (0.5, 0.5, 0.5))
+    assert (rt_detr.mean, rt_detr.std) == ((0.0,) * 3, (1.0,) * 3)
+    assert (detr.size, detr.resize) == ((96, 96), "letterbox")
+    np.testing.assert_allclose(detr.pad_value, [255 * 0.485, 255 * 0.456, 255 * 0.406])
+    assert models["detr"].task_options == {"activation": "softmax"}
+    assert models["rt_detr"].task_options == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "size", "resize", "fraction", "mean"),
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}, (224, 224), "crop", 0.875, 0.5),
+        ({"size": 384}, (384, 384), "crop", 1.0, 0.5),
+        # 1/127.5 and no offset: pixels 0 to 2.
+        ({"size": {"height": 8, "width": 9}, "rescale_factor": 1 / 127.5}, (8, 9), "stretch", 1.0, 0.25),
+    ],
+)
+def test_sizes_and_factors(own: dict, size: tuple, resize: str, fraction: float, mean: float, tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **own})
+    )
+    found = hugging_face_model(str(folder), {"image_size": 32}).preprocess
+    assert (found.size, found.resize, found.crop_fraction) == (size, resize, fraction)
+    assert found.mean == pytest.approx((mean,) * 3)
+
+
+def damaged(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v is not None}))
+    return folder
+
+
+def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
+    vit = folder_of("vit", tmp_path / "vit")
+    with pytest.raises(ResvitError, match=r"neither a folder .* nor in the hub's cache") as caught:
+        hugging_face_model("nobody/nothing", {})
+    assert "hf download nobody/nothing" in caught.value.fix
+    with pytest.raises(ResvitError, match="has no setting hidden_siz") as caught:
+        hugging_face_model(str(vit), {"hidden_siz": 8})
+    assert "hidden_size" in caught.value.fix
+    with pytest.raises(ResvitError, match="does not say which class"):
+        hugging_face_model(str(damaged(folder_of("vit", tmp_path / "a"), architectures=None)), {})
+    with pytest.raises(ResvitError, match="has no model class ViTForNothing"):
+        hugging_face_model(str(vit), {"architecture": "ViTForNothing"})
+    auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    with pytest.raises(ResvitError, match="comes with code of its own, which is not run"):
+        hugging_face_model(str(damaged(folder_of("vit", tmp_path / "b"), auto_map=auto, model_type="own_kind")), {})
+    (vit / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ResvitError, match="cannot be read"):
+        hugging_face_model(str(vit), {})
+
+
+def test_weights_of_a_backbone_alone_are_refused(tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "vit")
+    transformers = import_transformers()
+    transformers.ViTModel(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    with pytest.raises(ResvitError, match=r"do not cover the model: \d+ tensors .*classifier"):
+        hugging_face_model(str(folder), {"architecture": "ViTForImageClassification"})
+
+
+def test_a_model_of_texts_is_refused(tmp_path: Path) -> None:
+    transformers = import_transformers()
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.architectures = ["BertModel"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ResvitError, match="takes input_ids, not images"):
+        hugging_face_model(str(tmp_path), {})
+
+
+def test_a_folder_in_a_recipe_is_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    assert absolute_reference("hf:models", tmp_path) == f"hf:{tmp_path / 'models'}"
+    assert absolute_reference("hf:owner/name", tmp_path) == "hf:owner/name"
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "detr"])
+def test_a_detector_goes_to_an_engine_and_a_bundle(kind: str, tmp_path: Path, scenes_folder: Path) -> None:
+    model = ["--model", f"hf:{folder_of(kind, tmp_path / kind)}", "--data", str(scenes_folder)]
+    few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--quiet"]
+    target = ["--target", "l4", "--target", "jetson-orin", "--run", str(tmp_path / "run")]
+    # Random weights detect nothing: the build is whole, and the verdict says that nothing is proven.
+    assert run(["build", *model, *few, *target]) == ExitCode.UNDECIDED
+    (quantised, *_) = (tmp_path / "run").glob("quantize-*/quantize.json")
+    nodes = {node["name"]: node for node in json.loads(quantised.read_bytes())["nodes"]}
+    boxes = [node for name, node in nodes.items() if "bbox" in name and node["macs"]]
+    assert boxes
+    assert {node["precision"] for node in boxes} == {"fp16"}
+    assert any("boxes" in node["reason"] for node in boxes)
+    assert len(list((tmp_path / "run").glob("bundle-*/*.resvit"))) == 2
+    (verdict, *_) = (tmp_path / "run").glob("validate-*/verdict.json")
+    golden = json.loads(verdict.read_bytes())["golden"]
+    assert golden.get("sets", False) is (kind == "rt_detr")
+    (exported, *_) = (tmp_path / "run").glob("export-*/model.onnx")
+    assert onnx.load(exported).graph.input[0].name == "input"
+    assert set(onnx_runner(exported)({"input": np.zeros((1, 3, 96, 96), np.float32)})) == {"logits", "pred_boxes"}
