@@ -209,3 +209,41 @@ def test_saved_program_round_trips_and_leads_back_to_modules(tmp_path: Path) -> 
     assert fold_program(program)[1].items == ()  # nothing left, and no example input needed
     torch.export.save(folded(module, 3, 8, 8)[0], path)
     assert path.read_bytes() == first
+
+
+class Branches(nn.Module):
+    """A RepVGG block: two filters over the same image, each with a BatchNorm, added."""
+
+    def __init__(self, large: int, small: int, *, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(4, 6, small, stride, small // 2, bias=False), nn.BatchNorm2d(6))
+        self.two = nn.Sequential(nn.Conv2d(4, 6, large, stride, dilation * (large // 2), dilation), nn.BatchNorm2d(6))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.one(images) + self.two(images))
+
+
+@pytest.mark.parametrize(
+    "block", [Branches(3, 1), Branches(5, 3), Branches(3, 3), Branches(3, 1, stride=2), Branches(3, 1, dilation=2)]
+)
+def test_side_by_side_convolutions_become_one(block: Branches) -> None:
+    result, report = folded(block, 4, 9, 9)
+    assert report.counts()["parallel_convolution"] == 1
+    assert sum(node.target is torch.ops.aten.conv2d.default for node in result.graph.nodes) == 1
+
+
+class Apart(Branches):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.one(images) + self.two(images.flip(-1))
+
+
+class Forked(Branches):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first = self.one(images)
+        return first + self.two(images) + first.mean()
+
+
+@pytest.mark.parametrize("block", [Apart(3, 1), Forked(3, 1), Branches(5, 3, dilation=2)])
+def test_convolutions_that_do_not_lie_over_each_other_stay_two(block: Branches) -> None:
+    _, report = folded(block, 4, 9, 9)
+    assert "parallel_convolution" not in report.counts()

@@ -32,16 +32,17 @@ def fold_islands(model: ir.Model) -> int:
         first, second = (island.evaluate(values, batch) for batch in (_SIZES if island.free else (1, 1)))
         for value in values:
             count += island.replace(model, value, first[value], second[value])
-    return count + drop_true_masks(model)
+    return count + drop_idle_masks(model)
 
 
-def drop_true_masks(model: ir.Model) -> int:
-    """Take out every Where whose condition is true everywhere; returns how many."""
+def drop_idle_masks(model: ir.Model) -> int:
+    """Take out every Where whose condition is the same everywhere; returns how many."""
     count = 0
     for node in list(model.graph):
-        if node.op_type != "Where" or node.domain or not _always_true(node.inputs[0]):
+        always = _always(node.inputs[0]) if node.op_type == "Where" and not node.domain else None
+        if always is None:
             continue
-        taken, result = node.inputs[1], node.outputs[0]
+        taken, result = node.inputs[1 if always else 2], node.outputs[0]
         if taken is None or taken.shape is None or taken.shape != result.shape or result.is_graph_output():
             continue
         result.replace_all_uses_with(taken)
@@ -58,7 +59,7 @@ def bound_stand_ins(model: ir.Model) -> int:
     """
     count = 0
     for value in model.graph.initializers.values():
-        if value.const_value is None or value.dtype is not ir.DataType.FLOAT:
+        if value.const_value is None or value.const_value.dtype is not ir.DataType.FLOAT:
             continue
         array = value.const_value.numpy()
         huge = np.isfinite(array) & (np.abs(array) >= _HUGE)
@@ -191,11 +192,12 @@ class _Island:
         return np.array(sizes[start:end], np.int64)
 
 
-def _always_true(value: ir.Value | None) -> bool:
-    """Whether a condition is a constant of true values, expanded or not."""
+def _always(value: ir.Value | None) -> bool | None:
+    """What a condition is everywhere, as a constant or one that is expanded; None where it is not one thing."""
     if value is None:
-        return False
+        return None
     if value.const_value is not None:
-        return bool(value.const_value.numpy().all())
+        array = value.const_value.numpy()
+        return bool(array.flat[0]) if array.size and (array == array.flat[0]).all() else None
     producer = value.producer()
-    return producer is not None and producer.op_type == "Expand" and _always_true(producer.inputs[0])
+    return _always(producer.inputs[0]) if producer is not None and producer.op_type == "Expand" else None
