@@ -68,7 +68,7 @@ def validate(
     original = task.load(reference / "pytorch.npz") if reference else onnx_float
     what = f"onnx {recipe.precision}"
     golden = next(images.batches(GOLDEN_IMAGES)).images
-    runner, remark = checked_runner(quantized, {INPUT: golden})
+    runner, remark = checked_runner(quantized, {INPUT: golden}, sets=sets)
     if remark:
         reporter.warn(remark)
     candidate = task.answers(runner, images, batch_size, reporter, f"validate ({what})")
