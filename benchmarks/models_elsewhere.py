@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,22 @@ MODELS = {
     "MobileViTv2-0.5, 256 px (timm)": Model("timm:mobilevitv2_050", "fashion-mnist"),
 }
 
+_FIGURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "export-*/export.json": lambda found: {
+        "nodes": found["nodes"],
+        "parameters": found["parameters"],
+        "parity": found["parity_max_rel"],
+    },
+    "quantize-*/quantize.json": lambda found: {"share": found["macs_share"]},
+    "validate-*/verdict.json": lambda found: {"sqnr_db": found["stages"][-1]["sqnr_db"]},
+    "audit-*/audit.json": lambda found: {
+        "kernels": found["totals"]["kernels"],
+        "fp16_kernels": found["fp16"]["kernels"],
+        "attention": len(found["attention"]),
+    },
+}
+"""What the table takes from the files of a run."""
+
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Markdown. [standard output]")
@@ -136,12 +153,26 @@ def row_of(name: str, model: Model, folder: Path) -> dict[str, Any]:
     reference = model.model + (str(hugging_face_folder(model.settings, folder / "model")) if model.settings else "")
     data = model.data if model.data == "fashion-mnist" else str(scenes(folder.parent / "scenes") / model.data)
     click.echo(f"{name} …", err=True)
+    few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--quiet"]
+    command = ["build", "--precision", "int8", "--target", "l4", "--target", "jetson-orin", "--model", reference]
     made = subprocess.run(
-        [sys.executable, "-m", "resvit_export", "build", "--precision", "int8", "--target", "l4", "--target", "jetson-orin",
-         "--model", reference, "--data", data, "--calibration-images", "8", "--validation-images", "8", "--no-search",
-         "--quiet", "--run", str(folder / "run"), *model.options],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "resvit_export",
+            *command,
+            "--data",
+            data,
+            *few,
+            "--run",
+            str(folder / "run"),
+            *model.options,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     row = {"name": name, "code": made.returncode, **recorded(folder / "run")}
     if made.returncode not in (0, 4, 5):
         row["error"] = made.stderr.strip().splitlines()[-2:]
@@ -159,15 +190,7 @@ def recorded(run: Path) -> dict[str, Any]:
         known["seconds"] += record["seconds"]
         known["peak_mib"] = max(known["peak_mib"], record["peak_mib"])
     row: dict[str, Any] = {"stages": stages}
-    for pattern, take in (
-        ("export-*/export.json", lambda d: {"nodes": d["nodes"], "parameters": d["parameters"], "parity": d["parity_max_rel"]}),
-        ("quantize-*/quantize.json", lambda d: {"share": d["macs_share"]}),
-        ("validate-*/verdict.json", lambda d: {"sqnr_db": d["stages"][-1]["sqnr_db"]}),
-        ("audit-*/audit.json", lambda d: {
-            "kernels": d["totals"]["kernels"], "fp16_kernels": d["fp16"]["kernels"],
-            "attention": [sum(bool(b.get("fused")) for b in d["attention"]), len(d["attention"])]}),
-        ("predict-*/costs.json", lambda d: {"gain": d["gain"]}),
-    ):  # fmt: skip
+    for pattern, take in _FIGURES.items():
         for path in sorted(run.glob(pattern))[:1]:
             row |= take(json.loads(path.read_bytes()))
     row["engines"] = len(list(run.glob("compile-*/engine.plan")))
