@@ -11,6 +11,7 @@ is not run again; --only names some.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,8 +135,7 @@ def main(*, out: Path | None, runs: Path, only: tuple[str, ...]) -> None:
     """Build every model and write the table."""
     chosen = {name: m for name, m in MODELS.items() if not only or any(part.lower() in name.lower() for part in only)}
     rows = [
-        row_of(name, model, runs / name.split(" (")[0].replace(" ", "-").replace("/", "-"))
-        for name, model in chosen.items()
+        row_of(name, model, runs / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")) for name, model in chosen.items()
     ]
     text = table(rows)
     if out:

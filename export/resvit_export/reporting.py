@@ -135,6 +135,10 @@ def _changed_images(artifact: Artifact) -> list[ChangedImage]:
                 item["quantized"],
                 verdict["class_names"] or None,
                 item.get("outcome"),
+                *(
+                    {n.split("_", 2)[2]: pictures[n] for n in pictures if n.startswith(f"{who}_{item['index']}_")}
+                    for who in ("float", "quantized")
+                ),
             )
             for item in verdict["changed"]
             if f"image_{item['index']}" in pictures

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from resvit_calibrate.tasks import Comparison, Task
 
 CHANGED_SHOWN = 24
+DRAWN = 8
+"""Of these, those over which answers are drawn: each takes a row of the report."""
 GOLDEN_IMAGES = 4
 """Images that travel with the bundle, with the outputs that were validated."""
 _PICTURE_SIDE = 224
@@ -88,7 +90,7 @@ def validate(
     remarks = _clipping(quantized, floating, statistics, images, batch_size)
     tell(remarks, reporter)
     changed = task.changed(original, candidate)
-    shown = changed[:CHANGED_SHOWN]
+    shown = changed[: DRAWN if changed and task.drawing(original, changed[0]["index"]) else CHANGED_SHOWN]
     document = {
         **verdict.to_json(),
         "task": task.name,
@@ -105,14 +107,8 @@ def validate(
         "changed": shown,
     }
     (folder / "verdict.json").write_bytes(pretty_json(document))
-    pictures: dict[str, Any] = {
-        f"image_{item['index']}": picture for item in shown if (picture := _picture(images, item["index"])) is not None
-    }
-    for item in shown:
-        for who, answers in (("float", original), ("quantized", candidate)):
-            drawing = task.drawing(answers, item["index"])
-            pictures |= {f"{who}_{item['index']}_{name}": value for name, value in drawing.items()}
-    np.savez_compressed(folder / "changed.npz", **pictures)
+    pictures = _pictures(task, images, original, candidate, shown, batch_size)
+    np.savez_compressed(folder / "changed.npz", **pictures)  # type: ignore[arg-type]  # of the names, none is an option
 
 
 def _golden_into(folder: Path, images: Array, outputs: Arrays, sets: bool = False) -> dict[str, Any]:
@@ -158,10 +154,41 @@ def _row(stage: str, comparison: Comparison) -> dict[str, Any]:
     return {"stage": stage, **{key: plain[key] for key in kept if key in plain}}
 
 
-def _picture(images: ImageSet, index: int) -> np.ndarray[Any, Any] | None:
-    """The image as people see it, at most 224 pixels a side: it goes into the report."""
-    picture = images.image(index)
-    if picture is None:
-        return None
+def _pictures(
+    task: Task, images: ImageSet, original: Any, candidate: Any, shown: Sequence[dict[str, Any]], batch_size: int
+) -> dict[str, Array]:
+    """The images that changed, and what is drawn over them, for ``changed.npz``."""
+    found: dict[str, Array] = {}
+    for item in shown:
+        for who, answers in (("float", original), ("quantized", candidate)):
+            drawing = task.drawing(answers, item["index"])
+            found |= {f"{who}_{item['index']}_{name}": value for name, value in drawing.items()}
+    indices = [int(item["index"]) for item in shown]
+    # What is drawn lies on the grid of the input; what is only shown is shown as people see it.
+    if found:
+        seen = _as_read(images, indices, batch_size)
+    else:
+        seen = {index: _small(picture) for index in indices if (picture := images.image(index)) is not None}
+    return {**found, **{f"image_{index}": picture for index, picture in seen.items()}}
+
+
+def _small(picture: Array) -> Array:
+    """At most 224 pixels a side: it goes into the report."""
     step = max(1, -(-max(picture.shape[:2]) // _PICTURE_SIDE))
     return np.ascontiguousarray(picture[::step, ::step])
+
+
+def _as_read(images: ImageSet, indices: Sequence[int], batch_size: int) -> dict[int, Array]:
+    """Images as the network reads them: uint8 [h, w, 1 or 3] by index, each stretched to the whole range of grey."""
+    found: dict[int, Array] = {}
+    wanted, first = set(indices), 0
+    for batch in images.batches(batch_size):
+        for index in sorted(wanted & set(range(first, first + len(batch.images)))):
+            values = batch.images[index - first].transpose(1, 2, 0).astype(np.float64)
+            low, high = values.min(axis=(0, 1)), values.max(axis=(0, 1))
+            scaled = 255.0 * (values - low.min()) / max(float((high - low.min()).max()), 1e-12)
+            found[index] = np.rint(scaled if scaled.shape[2] in (1, 3) else scaled[..., :1]).astype(np.uint8)
+        first += len(batch.images)
+        if len(found) == len(wanted):
+            break
+    return found

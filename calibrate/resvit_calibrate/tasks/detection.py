@@ -197,10 +197,19 @@ class Detection(Task):
         ]
 
     def drawing(self, answers: Detections, index: int) -> dict[str, Array]:
-        """``boxes`` [M, 4] in pixels of the input, ``scores`` [M] and ``classes`` [M], from the shown score on."""
-        item = answers.found[index]
+        """``boxes`` [M, 4] in pixels of the input, ``scores`` and ``classes`` [M], from the shown score on.
+
+        ``known_boxes`` [K, 4] and ``known_classes`` [K] are the truth, without crowds.
+        """
+        item, truth = answers.found[index], answers.known[index]
         shown = item.scores >= self.options.shown
-        return {"boxes": item.boxes[shown], "scores": item.scores[shown], "classes": item.classes[shown]}
+        return {
+            "boxes": item.boxes[shown],
+            "scores": item.scores[shown],
+            "classes": item.classes[shown],
+            "known_boxes": truth.boxes[~truth.crowd],
+            "known_classes": truth.classes[~truth.crowd],
+        }
 
     def _numbered(self, target: BoxTarget, image_set: ImageSet, classes: int) -> BoxTarget:
         """The target with the network's class numbers; refuses those that it doesn't have."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resvit_export.report import wording
 from resvit_export.report.data import ChangedImage, Json, ReportData
+from resvit_export.report.drawings import Drawing, drawing_of
 from resvit_export.report.pictures import data_uri_from_pixels, ticks_between
 
 _SPELLING = {"pytorch": "PyTorch", "onnx": "ONNX", "tensorrt": "TensorRT"}
@@ -78,6 +79,7 @@ class Changed:
     label: str
     outcome: str
     kind: str
+    drawing: Drawing | None = None
 
 
 def spell_stage(stage: str) -> str:
@@ -247,9 +249,9 @@ def _row(stage: Json, limit: float, place: Callable[[float], float], *, referenc
 
 
 def _changed(image: ChangedImage) -> Changed:
-    uri = data_uri_from_pixels(image.pixels)
-    return _describe(
-        uri,
+    drawing = drawing_of(image.pixels, image.before, image.after, image.names)
+    described = _describe(
+        data_uri_from_pixels(image.pixels),
         "",
         image.label,
         before=image.float_class,
@@ -257,6 +259,7 @@ def _changed(image: ChangedImage) -> Changed:
         names=image.names,
         said=image.outcome,
     )
+    return replace(described, drawing=drawing)
 
 
 def _describe(

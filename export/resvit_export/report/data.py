@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ class ChangedImage:
     """Class names by index; without them the indices are shown."""
     outcome: str | None = None
     """``lost``, ``gained`` or ``neutral``, where it does not follow from the classes."""
+    before: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """What ``Task.drawing`` gave of the float network, and ``after`` of the quantised one."""
+    after: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
