@@ -31,6 +31,9 @@ def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
     with zipfile.ZipFile(bundle) as archive:
         manifest = json.loads(archive.read("manifest.json"))
     assert [output["name"] for output in manifest["outputs"]] == ["output"]
+    report = Path("runs/seg/report.html").read_text()
+    assert report.count('<figure class="drawn">') == min(len(verdict["changed"]), 8) > 0
+    assert "differ: " in report
 
 
 def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_names(workspace: Path) -> None:
