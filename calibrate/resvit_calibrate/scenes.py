@@ -32,7 +32,7 @@ _VISIBLE = 0.5  # what later items leave of each item, at least
 _INSIDE = 0.7  # what of an item is inside the scene, at least
 _TRIES = 12
 _OPAQUE = 12  # the background of an item is 0, and a little more where it was resized
-_CALIBRATION, _BATCH = 512, 32
+_CALIBRATION, _TRAINING, _BATCH = 512, 8000, 32
 _NOT_TRAINED = 1_000_000_007
 """A seed for scenes that no training with a small seed has seen."""
 
@@ -124,6 +124,16 @@ def detection(split: str = "calibration") -> Iterator[tuple[npt.NDArray[np.float
 def segmentation(split: str = "calibration") -> Iterator[tuple[npt.NDArray[np.float32], list[Target]]]:
     """Batches for ``--data resvit_calibrate.scenes:segmentation``: as ``detection``, with masks."""
     return _of_split(split, "segmentation")
+
+
+def detection_training() -> Iterator[tuple[npt.NDArray[np.float32], list[Target]]]:
+    """Batches for ``--train-data resvit_calibrate.scenes:detection_training``: 8000 scenes of training items."""
+    return batches(Scenes("train"), _TRAINING, "detection")
+
+
+def segmentation_training() -> Iterator[tuple[npt.NDArray[np.float32], list[Target]]]:
+    """Batches for ``--train-data``, with masks."""
+    return batches(Scenes("train"), _TRAINING, "segmentation")
 
 
 def batches(source: Scenes, count: int, task: str) -> Iterator[tuple[npt.NDArray[np.float32], list[Target]]]:
