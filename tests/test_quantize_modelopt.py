@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,12 @@ import pytest
 
 from quantize_graphs import Graph, hybrid, outputs_of, sqnr
 from resvit_calibrate.estimators import Estimator
+from resvit_calibrate.image_set import Batch
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.modelopt import quantize_with_modelopt
 from resvit_quantize.settings import Precision, QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8, Estimator.MAX)
-
-
-@dataclass
-class Batch:
-    images: np.ndarray
 
 
 class Heard:
@@ -38,7 +33,7 @@ class Heard:
 
 def batches() -> list[Batch]:
     random = np.random.default_rng(0)
-    return [Batch(random.standard_normal((4, 3, 16, 16)).astype(np.float32)) for _ in range(2)]
+    return [Batch(random.standard_normal((4, 3, 16, 16)).astype(np.float32), None) for _ in range(2)]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -11,15 +10,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from resvit_calibrate.image_set import Batch
 from resvit_calibrate.observers import observed_model
 from resvit_calibrate.runtime import onnx_runner
 from resvit_calibrate.statistics import collect_statistics, coprime_step, load_statistics, save_statistics
 from resvit_engines.errors import ResvitError
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-    images: np.ndarray
+def batch_of(images: np.ndarray) -> Batch:
+    return Batch(images, None)
 
 
 def small_hybrid(path: Path, *, batch=None, opset=20, extra=(), external=False, half=False) -> Path:
@@ -91,7 +90,7 @@ def images(count, seed=0, size=1.0):
 def test_extremes_are_exact_for_every_tensor(tmp_path, form):
     path = small_hybrid(tmp_path / "model.onnx", **form)
     x = images(11)
-    statistics = collect_statistics(path, [Images(x[:4]), Images(x[4:8]), Images(x[8:])], total=11)
+    statistics = collect_statistics(path, [batch_of(x[:4]), batch_of(x[4:8]), batch_of(x[8:])], total=11)
     assert statistics.images == 11
     truth = everything(path, x)
     assert "shape_float" not in statistics.tensors
@@ -149,7 +148,7 @@ def test_steps_share_no_factor_and_keep_the_sample_small(size):
 
 def test_result_is_the_same_every_time_and_survives_the_file(tmp_path):
     path = small_hybrid(tmp_path / "model.onnx")
-    first, second = (collect_statistics(path, [Images(images(6))]) for _ in range(2))
+    first, second = (collect_statistics(path, [batch_of(images(6))]) for _ in range(2))
     save_statistics(first, tmp_path / "s.npz")
     loaded = load_statistics(tmp_path / "s.npz")
     assert loaded.images == 6
@@ -171,7 +170,7 @@ def test_result_is_the_same_every_time_and_survives_the_file(tmp_path):
 
 def test_no_image_is_refused_never_invented(tmp_path):
     path = small_hybrid(tmp_path / "model.onnx")
-    for nothing in ([], [Images(np.zeros((0, 3, 10, 10), np.float32))]):
+    for nothing in ([], [batch_of(np.zeros((0, 3, 10, 10), np.float32))]):
         with pytest.raises(ResvitError, match="never invented"):
             collect_statistics(path, nothing)
 
@@ -181,7 +180,7 @@ def test_a_bad_image_is_named(tmp_path, bad):
     x = images(9)
     x[6, 1, 2, 3] = bad
     with pytest.raises(ResvitError, match="image 6 "):
-        collect_statistics(small_hybrid(tmp_path / "model.onnx"), [Images(x[:4]), Images(x[4:])])
+        collect_statistics(small_hybrid(tmp_path / "model.onnx"), [batch_of(x[:4]), batch_of(x[4:])])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -199,7 +198,7 @@ def test_the_first_bad_tensor_is_named(tmp_path, weight, tensor, node, bad):
             initializer.CopyFrom(numpy_helper.from_array(values, weight))
     onnx.save(model, path)
     with pytest.raises(ResvitError, match=f"tensor '{tensor}', written by node {node} "):
-        collect_statistics(path, [Images(images(4))])
+        collect_statistics(path, [batch_of(images(4))])
 
 
 def test_a_single_nan_in_front_of_a_relu_is_found(tmp_path):
@@ -217,16 +216,16 @@ def test_a_single_nan_in_front_of_a_relu_is_found(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")
     x = np.full((2, 1, 40, 40), 2.0, np.float32)
-    assert collect_statistics(tmp_path / "m.onnx", [Images(x)]).tensors["l"].maximum == pytest.approx(math.log(2))
+    assert collect_statistics(tmp_path / "m.onnx", [batch_of(x)]).tensors["l"].maximum == pytest.approx(math.log(2))
     x[1, 0, 7, 9] = -1.0
     with pytest.raises(ResvitError, match="NaN in tensor 'l', written by node log "):
-        collect_statistics(tmp_path / "m.onnx", [Images(x)])
+        collect_statistics(tmp_path / "m.onnx", [batch_of(x)])
 
 
 def test_the_wrong_shape_and_the_wrong_file_are_explained(tmp_path):
     path = small_hybrid(tmp_path / "model.onnx")
     with pytest.raises(ResvitError, match=r"(?s)float32\[1, 1, 10, 10\]: .*input tensor\(float\)\[None, 3, 10, 10\];"):
-        collect_statistics(path, [Images(np.zeros((2, 1, 10, 10), np.float32))])
+        collect_statistics(path, [batch_of(np.zeros((2, 1, 10, 10), np.float32))])
     with pytest.raises(ResvitError, match="go into 'input'"):
         collect_statistics(path, [{"pixels": images(1)}])
     with pytest.raises(ResvitError, match="no model file"):

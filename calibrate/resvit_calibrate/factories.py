@@ -200,7 +200,8 @@ class StreamImageSet(ImageSet):
             if _seen(item) != self._kept[position]:
                 raise self._changed(f"image {position} differs from the one that it gave before")
             # A loader may fill the same buffer again.
-            ready.append(dataclasses.replace(item, image=item.image.copy()))
+            kept = {name: value.copy() for name, value in item.inputs.items()}
+            ready.append(dataclasses.replace(item, image=item.image.copy(), inputs=kept))
             if len(ready) == batch_size:
                 yield batch_of(ready)
                 ready = []
@@ -230,4 +231,5 @@ def batch_of(items: Sequence[Item]) -> Batch:
         np.array(labels, np.int64) if labels else None,
         targets or None,
         geometry if len(geometry) == len(items) else None,
+        {name: np.stack([item.inputs[name] for item in items]) for name in items[0].inputs},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ SHAPE = (
     "[M, 4] (x1, y1, x2, y2 in pixels of the input) and `classes` [M]."
 )
 _KINDS = ("labels", "masks", "depth", "targets")
+_OTHERS = ("geometry", "inputs")
 _PER_IMAGE = ("boxes", "mask", "depth")
 _TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"}
 
@@ -43,6 +44,8 @@ class Item:
     label: int | None = None
     target: Target | None = None
     geometry: Geometry | None = None
+    inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """What the network reads beside the image, by name, without the batch's axis."""
 
     @property
     def task(self) -> str | None:
@@ -53,8 +56,11 @@ class Item:
 
     @property
     def content(self) -> bytes:
-        """SHA-256 of the image."""
-        return hashlib.sha256(self.image.tobytes()).digest()
+        """SHA-256 of the image and of what is read beside it."""
+        digest = hashlib.sha256(self.image.tobytes())
+        for name, value in self.inputs.items():
+            digest.update(name.encode() + value.tobytes())
+        return digest.digest()
 
     @property
     def about(self) -> bytes:
@@ -74,26 +80,27 @@ def items_of(text: str, batch: Any, expected: tuple[int, ...], options: TargetOp
 
     Raises ``ResvitError`` for types and shapes that do not fit, naming the factory ``text``.
     """
-    second, geometry = None, None
+    second, geometry, inputs = None, None, {}
     if isinstance(batch, Mapping):
-        batch, second, geometry = _from_mapping(text, batch)
+        whole, (batch, second, geometry) = batch, _from_mapping(text, batch)
+        inputs = _inputs(text, whole.get("inputs"), len(batch))
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         batch, second = batch
     images = _images(text, batch, expected)
     size = (expected[1], expected[2])
     known = _known(text, second, len(images), size, options)
     places = [None] * len(images) if geometry is None else geometry
-    for image, what, place in zip(images, known, places, strict=True):
+    for index, (image, what, place) in enumerate(zip(images, known, places, strict=True)):
         label, target = (what, None) if what is None or isinstance(what, int) else (None, what)
-        yield Item(image, label, target, place)
+        yield Item(image, label, target, place, {name: values[index] for name, values in inputs.items()})
 
 
 def _from_mapping(text: str, batch: Mapping[Any, Any]) -> tuple[Any, Any, Sequence[Geometry] | None]:
-    unknown = [str(key) for key in batch if key not in ("images", "geometry", *_KINDS)]
+    unknown = [str(key) for key in batch if key not in ("images", *_OTHERS, *_KINDS)]
     if unknown or "images" not in batch:
         raise ResvitError(
             f"{text} gave a dictionary with {', '.join(map(str, batch))}.",
-            f"Its entries are `images`, one of {', '.join(f'`{kind}`' for kind in _KINDS)}, and `geometry`.",
+            f"Its entries are `images`, one of {', '.join(f'`{kind}`' for kind in _KINDS)}, `geometry` and `inputs`.",
         )
     found = [kind for kind in _KINDS if batch.get(kind) is not None]
     if len(found) > 1:
@@ -109,6 +116,29 @@ def _from_mapping(text: str, batch: Mapping[Any, Any]) -> tuple[Any, Any, Sequen
                 "Take it from Preprocess.geometry(height, width), or leave it out.",
             )
     return batch["images"], batch[found[0]] if found else None, geometry
+
+
+def _inputs(text: str, inputs: Any, count: int) -> dict[str, npt.NDArray[Any]]:
+    """What the network reads beside the images: arrays [B, …] by name."""
+    if inputs is None:
+        return {}
+    if not isinstance(inputs, Mapping):
+        raise ResvitError(
+            f"{text} gave inputs that are a {type(inputs).__name__}.",
+            "Give a dictionary from the names of the network's further inputs to arrays [B, …].",
+        )
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, values in inputs.items():
+        array = _array(text, values, f"the input {name}")
+        if not array.ndim or len(array) != count or array.dtype.kind not in "fiub":
+            raise ResvitError(
+                f"{text} gave the input {name} of type {array.dtype} and shape {list(array.shape)} for {count} images.",
+                "Give numbers with one entry for each image, along the first axis.",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ResvitError(f"{text} gave an input {name} that holds NaN or infinity.", "Check how it is made.")
+        found[str(name)] = array
+    return found
 
 
 def _images(text: str, images: Any, expected: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,13 +54,19 @@ class Batch:
     """Images float32 [B, C, H, W], C-contiguous and preprocessed, and what is known of each.
 
     ``labels`` int64 [B] are the classes of whole images, ``targets`` the boxes, masks or depths in them, in
-    pixels of the network's input. ``geometry`` says how each image became input, where that is known.
+    pixels of the network's input. ``geometry`` says how each image became input, where that is known. ``inputs`` are
+    what the network reads beside the images, arrays [B, …] by the names of its inputs.
     """
 
     images: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
     targets: tuple[Target, ...] | None = None
     geometry: tuple[Geometry, ...] | None = None
+    inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def feeds(self, image_input: str = "input") -> dict[str, npt.NDArray[Any]]:
+        """All that the network reads, the images under the name ``image_input``."""
+        return {image_input: self.images, **self.inputs}
 
 
 class ImageSet(abc.ABC):

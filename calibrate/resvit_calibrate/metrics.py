@@ -175,7 +175,7 @@ def predict(
             raise ResvitError(
                 f"The images have no labels ({image_set.description}).", "Validation needs labelled images."
             )
-        logits.append(_logits(runner({INPUT: batch.images}), len(batch.images)))
+        logits.append(_logits(runner(batch.feeds(INPUT)), len(batch.images)))
         labels.append(batch.labels)
     if not logits:
         raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")

@@ -45,9 +45,8 @@ __all__ = [
 class HasImages(Protocol):
     """What a batch of the data wing looks like from here."""
 
-    @property
-    def images(self) -> Array:
-        """Float32 [B, C, H, W]."""
+    def feeds(self, image_input: str) -> Arrays:
+        """Images float32 [B, C, H, W] under ``image_input``, and what else the model reads."""
         ...
 
 
@@ -77,7 +76,7 @@ def collect_statistics(
 ) -> Statistics:
     """Run ``batches`` through the float ONNX ``model`` once and measure every float activation.
 
-    A batch is an object with ``images`` float32 [B, C, H, W], or arrays under the names of the model's inputs.
+    A batch is a ``Batch``, or arrays under the names of the model's inputs.
     ``total`` is the number of images, for the progress display. Minimum and maximum are exact; histograms of
     what may be quantised hold at most 16,384 values per batch or 1,024 per image, at a stride coprime to the dimensions
     (one that divides the channels would see the same few for ever). Memory grows with the images by one number
@@ -123,7 +122,7 @@ def _options() -> Any:
 
 def _arrays(batches: Batches, name: str) -> Iterator[Arrays]:
     for batch in batches:
-        arrays = batch if isinstance(batch, dict) else {name: batch.images}
+        arrays = batch if isinstance(batch, dict) else batch.feeds(name)
         if name not in arrays:
             raise ResvitError(
                 f"The model's images go into {name!r}, and the batch holds {sorted(arrays)}.",

@@ -68,6 +68,7 @@ def _apart(batch: Batch) -> Iterator[Item]:
             None if batch.labels is None else int(batch.labels[index]),
             None if batch.targets is None else batch.targets[index],
             None if batch.geometry is None else batch.geometry[index],
+            {name: value[index] for name, value in batch.inputs.items()},
         )
 
 

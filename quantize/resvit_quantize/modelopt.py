@@ -98,7 +98,7 @@ class _Reader:
     def _feeds(self, entry: ir.Value, batches: Iterable[Any]) -> Iterator[dict[str, np.ndarray]]:
         fixed = entry.shape[0] if entry.shape is not None and len(entry.shape) else None
         for batch in batches:
-            whole = batch if isinstance(batch, dict) else {str(entry.name): batch.images}
+            whole = batch if isinstance(batch, dict) else batch.feeds(str(entry.name))
             count = len(next(iter(whole.values())))
             size = fixed if isinstance(fixed, int) else max(count, 1)
             for start in range(0, count - size + 1, size):

@@ -146,7 +146,7 @@ def run_batches(
     any_image = False
     for batch in reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size):
         any_image = True
-        outputs = {name: np.asarray(value) for name, value in runner({INPUT: batch.images}).items()}
+        outputs = {name: np.asarray(value) for name, value in runner(batch.feeds(INPUT)).items()}
         for name, value in outputs.items():
             if value.ndim and len(value) != len(batch.images):
                 raise ResvitError(

@@ -51,6 +51,7 @@ class FirstImages(ImageSet):
                 None if batch.labels is None else batch.labels[part],
                 None if batch.targets is None else batch.targets[part],
                 None if batch.geometry is None else batch.geometry[part],
+                {name: value[part] for name, value in batch.inputs.items()},
             )
             left -= len(batch.images)
 
