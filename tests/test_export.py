@@ -213,8 +213,8 @@ def quantised() -> list[onnx.NodeProto]:
     ("model", "message"),
     [
         (toy(nodes=quantised(), weights={"s": np.float32(1), "z": np.int8(0)}), "is quantised already.*QuantizeLinear"),
-        (toy(inputs=[helper.make_tensor_value_info("m", TensorProto.FLOAT, [1])]), r"takes 2 inputs \(x, m\)"),
-        (toy(input=["N", 3, "H", "W"]), "fixed C, H, W is expected"),
+        (toy(inputs=[helper.make_tensor_value_info("m", TensorProto.FLOAT, [1])]), r"different batches \(x: N, m: 1\)"),
+        (toy(input=["N", 3, "H", "W"]), "all sizes but the batch must be fixed"),
         (toy(weights={"conv.weight": np.full((4, 3, 3, 3), np.nan, np.float32)}), "conv.weight holds NaN"),
         (toy(weights={"half": np.zeros((2, 2), np.float16)}), "half precision already"),
         (toy(nodes=[helper.make_node("Gelu", ["a"], ["g"], domain="com.microsoft", name="g")]), "com.microsoft.Gelu"),

@@ -23,7 +23,7 @@ ALLOWED = {
     "resvit_quantize": {"resvit_calibrate"},
     "resvit_export": {"resvit_calibrate", "resvit_quantize", "resvit_engines"},
 }
-SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "measured", "progress", "costs", "targets")}
+SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "measured", "progress", "costs", "rows", "targets")}
 # What a node of ours computes, and what it is called, is said once.
 SHARED |= {"resvit_engines.kernels", "resvit_engines.plugins"}
 NOT_ON_A_JETSON = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "PIL"}

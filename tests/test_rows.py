@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resvit_calibrate.parity import differences
-from resvit_engines.run.rows import EDGE, paired_rows
+from resvit_engines.rows import EDGE, paired_rows
 
 
 def answers(seed: int = 0) -> dict[str, np.ndarray]:

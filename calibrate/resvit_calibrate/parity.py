@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resvit_calibrate.runtime import Arrays, Runner
-from resvit_engines.run.rows import paired_rows
+from resvit_engines.rows import paired_rows
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output. Two float32 runtimes differ by some 1e-6."""
@@ -38,7 +38,7 @@ class Difference:
 def differences(reference: Runner, candidate: Runner, feeds: Arrays, *, sets: bool = False) -> dict[str, Difference]:
     """Compare on one batch, by the candidate's output names in the reference's order.
 
-    Where ``sets`` says so, the outputs' rows are paired first (``resvit_engines.run.rows``). Above
+    Where ``sets`` says so, the outputs' rows are paired first (``resvit_engines.rows``). Above
     ``PARITY_TOLERANCE``, what rounding the images to float32 once more moves in the reference itself is allowed for,
     fourfold: an attention that is sharp enough turns 1e-7 into 1e-4 on either side.
     """

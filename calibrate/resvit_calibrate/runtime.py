@@ -20,7 +20,7 @@ from resvit_calibrate.sessions import (
     session_options,
 )
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.run.rows import paired_rows
+from resvit_engines.rows import paired_rows
 
 __all__ = [
     "Array",

@@ -47,9 +47,10 @@ class HuggingFaceModel(nn.Module):
         self.input_shape = _input_shape(config, preprocess)
         self.task_options = _task_options(config)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Answer for images float32 [B, C, H, W]."""
-        answer = self.model(pixel_values=images, return_dict=True)
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Answer for images float32 [B, C, H, W]; ``pixel_mask`` int64 [B, H, W] is 0 where they are padded."""
+        mask = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
+        answer = self.model(pixel_values=pixel_values, return_dict=True, **mask)
         tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor)}
         return {name: tensors[name] for name in _ANSWERS if name in tensors} or tensors
 

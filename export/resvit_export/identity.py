@@ -21,6 +21,7 @@ def model_identity(recipe: Recipe) -> dict[str, Any]:
         "model": model,
         "arguments": dict(recipe.model_args),
         "input_shape": recipe.input_shape,
+        **({"shapes": [wish.input.to_json() for wish in recipe.shape_wishes]} if recipe.shapes else {}),
         "checkpoint": _file_digest("checkpoint", Path(recipe.checkpoint)) if recipe.checkpoint else None,
     }
     head, colon, factory = model.rpartition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.checkpoint import load_checkpoint, require_finite
 from resvit_export.factories import Scalar, module_from_name
+from resvit_export.inputs import NetworkInput
 from resvit_export.models import HybridConfig
 from resvit_export.torch_program import (
     has_dynamic_batch,
     input_shape_of,
+    inputs_of,
     output_names,
     output_shapes,
     program_from_module,
@@ -35,12 +38,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the user says about the model: where it is, its weights, its arguments, (C, H, W) of its input."""
+    """What the user says about the model: where it is, its weights, its arguments, (C, H, W) of its image.
+
+    ``inputs`` are named as the forward's parameters, where it reads more than the image.
+    """
 
     model: str
     checkpoint: Path | None = None
     model_args: Mapping[str, Scalar] = field(default_factory=dict)
     input_shape: tuple[int, int, int] | None = None
+    inputs: tuple[NetworkInput, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Network:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """How the network says that its outputs are to be read; what the user says goes before."""
 
+    @property
+    def inputs(self) -> tuple[NetworkInput, ...]:
+        """What it reads: the image first, called ``input``."""
+        return inputs_of(self.program)
+
     def runner(self) -> Runner:
         """The network in PyTorch as a function from arrays to arrays."""
         return runner_from_program(self.program)
@@ -70,6 +82,7 @@ class Network:
             "preprocess": self.preprocess.to_json() if self.preprocess else None,
             "dynamic_batch": has_dynamic_batch(self.program),
             "task_options": dict(self.task_options),
+            **({"inputs": [item.to_json() for item in self.inputs]} if len(self.inputs) > 1 else {}),
             "digest": self.digest,
             "notes": list(self.notes),
         }
@@ -99,13 +112,9 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
     module, cast = _as_float32(module)
     notes += cast
     require_finite(module, str(spec.checkpoint or spec.model))
-    shape = spec.input_shape or _own_input_shape(module)
-    if shape is None:
-        raise ResvitError(
-            f"{spec.model} does not say which images it takes.",
-            "Give --input-shape C,H,W, for example --input-shape 3,224,224.",
-        )
-    program, remarks = program_from_module(module, shape)
+    inputs = _inputs(module, spec)
+    program, remarks = program_from_module(module, inputs)
+    shape = input_shape_of(program)
     for note in (*notes, *remarks):
         reporter.say(note)
     return Network(
@@ -180,6 +189,48 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
     for note in notes:
         reporter.say(note)
     return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
+
+
+def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[NetworkInput, ...]:
+    """What to trace the module with: (C, H, W) of its only input, or all inputs by name.
+
+    Raises:
+        ResvitError: for a name that the forward does not have, a parameter that nothing is said of, and no image size.
+    """
+    image = spec.input_shape or _own_input_shape(module)
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    needed = [item.name for item in parameters if item.name in names and item.default is item.empty]
+    given = {item.name: item for item in spec.inputs}
+    if wrong := [name for name in given if name not in names]:
+        raise ResvitError(
+            f"The forward of {spec.model} has no parameter {wrong[0]}.",
+            f"It has {', '.join(names) or 'none'}: name those in --shape.",
+        )
+    missing = [name for name in needed if name not in given]
+    if len(given) < 2 and len(needed) <= 1 and not (given and missing):
+        (only,) = given.values() or (None,)
+        if only is not None and not only.is_image:
+            raise ResvitError(f"--shape says {only}: no image.", "The image is float32 [B, C, H, W].")
+        if only is None and image is None:
+            raise ResvitError(
+                f"{spec.model} does not say which images it takes.",
+                "Give --input-shape C,H,W, for example --input-shape 3,224,224.",
+            )
+        channels, height, width = only.shape if only is not None else image or (0, 0, 0)
+        return channels, height, width
+    if missing and image is not None and not any(item.is_image for item in given.values()):
+        # The first parameter is the image, as everywhere.
+        given = {missing[0]: NetworkInput(missing[0], image), **given}
+        missing = missing[1:]
+    if missing:
+        example = " ".join(f"--shape {name}=1x…" for name in missing)
+        raise ResvitError(
+            f"The forward of {spec.model} needs {', '.join(needed)}, and nothing says what {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'}.",
+            f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64.",
+        )
+    return tuple(given[name] for name in names if name in given)
 
 
 def _refuse_own_selection(module: nn.Module, name: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from resvit_export.inputs import IMAGE
 from resvit_export.onnx_heads import split_along_heads
 from resvit_export.onnx_islands import bound_stand_ins, fold_islands
 
@@ -149,6 +150,13 @@ def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str])
     model.doc_string = model.domain = model.producer_version = None
     model.model_version = None
     model.producer_name = "resvit-export"
+
+
+def image_first(model: ir.Model) -> None:
+    """Put the input called ``input`` before the others."""
+    inputs = model.graph.inputs
+    index = next(index for index, value in enumerate(inputs) if value.name == IMAGE)
+    inputs.insert(0, inputs.pop(index))
 
 
 def _module_of(node: ir.Node) -> str:

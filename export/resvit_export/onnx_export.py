@@ -11,14 +11,14 @@ from torch.export import ExportedProgram
 
 from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_export.onnx_cleanup import canonicalise, fix_batch, optimize
+from resvit_export.onnx_cleanup import canonicalise, fix_batch, image_first, optimize
 from resvit_export.onnx_import import import_onnx, refuse_branches
 from resvit_export.onnx_report import EXTERNAL_ABOVE, ExportReport, measure_parity, report_of, selects_rows, write_model
 from resvit_export.onnx_translations import translations
 from resvit_export.torch_program import (
-    INPUT,
     fixed_batch_of,
-    input_shape_of,
+    input_names,
+    inputs_of,
     output_names,
     runner_from_program,
 )
@@ -40,15 +40,15 @@ def onnx_from_program(
 
     ``opset`` 20 is what TensorRT 10.3 reads; 23 keeps ``Attention`` and ``GroupNormalization`` whole. ``batch``
     None leaves the batch dynamic (size ``"batch"``), a number fixes it, and all shapes become constants. The
-    input is ``input`` float32 [B, C, H, W], the output of a classifier ``logits`` [B, K]. The same program
-    gives the same bytes.
+    image is ``input`` float32 [B, C, H, W] and comes first, the output of a classifier ``logits`` [B, K]. The same
+    program gives the same bytes.
 
     Raises ``ResvitError`` for an operator that ONNX lacks, for a batch that the program cannot have, and where
     the outputs differ by more than rounding.
     """
     if opset not in OPSETS:
         raise ResvitError(f"Opset {opset} is not written.", f"Choose one of {', '.join(map(str, OPSETS))}.")
-    shape, own = input_shape_of(program), fixed_batch_of(program)
+    inputs, own = inputs_of(program), fixed_batch_of(program)
     if own is not None and batch not in (None, own):
         raise ResvitError(
             f"The network works for batch {own} only, and batch {batch} was asked for.",
@@ -61,14 +61,15 @@ def onnx_from_program(
         fix_batch(model, fixed)
     optimize(model)
     refuse_branches(model)
-    canonicalise(model, [INPUT], names)
+    canonicalise(model, input_names(program), names)
+    image_first(model)
     write_model(model, path, external_above)
     batches = (1, 2) if fixed is None else (fixed,)
     notes = () if batch is not None or own is None else (f"the batch is fixed to {own}: the network allows no other",)
     parity = measure_parity(
         runner_from_program(program),
         onnx_runner(path),
-        shape,
+        inputs,
         batches,
         what="ONNX against PyTorch",
         sets=selects_rows(model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ import onnx_ir as ir
 from resvit_calibrate.runtime import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
-from resvit_export.onnx_cleanup import canonicalise, infer_shapes, optimize
-from resvit_export.onnx_report import ExportReport, measure_parity, report_of, selects_rows, shape_of, write_model
+from resvit_export.inputs import IMAGE, ShapeWish, in_order
+from resvit_export.onnx_cleanup import canonicalise, image_first, infer_shapes, optimize
+from resvit_export.onnx_report import (
+    ExportReport,
+    inputs_of_graph,
+    measure_parity,
+    report_of,
+    selects_rows,
+    shape_of,
+    write_model,
+)
 
 OLDEST_OPSET = 20
 """Older models are converted up: FP16 scales of Q/DQ need 19, and 20 is what our own export writes."""
@@ -25,24 +34,24 @@ NEWEST_OPSET = 23
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
 
-def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
+def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tuple[dict[str, Any], ExportReport]:
     """Check the float ONNX at ``path`` and write it to ``out`` in canonical form; returns its facts and a report.
 
     Weights in external files are read from the model's own folder only. Models older than opset 20 are
     converted up. Input and outputs are renamed as our export names them, nodes get unique names, constants are
-    folded. The copy's outputs are compared with the original's on random images.
+    folded. ``wishes`` say sizes that the file leaves open. The copy's outputs are compared with the original's on
+    random images.
 
     Raises ``ResvitError`` for a damaged or invalid file, external data outside its folder, a model that is
-    quantised or in half precision already, operators outside ONNX, control flow that stays after folding, more
-    than one input, an image size that is not fixed, and NaN in the weights.
+    quantised or in half precision already, operators outside ONNX, control flow that stays after folding, no
+    image among the inputs, sizes that are not fixed, and NaN in the weights.
     """
     proto = _load(path)
     _refuse_foreign(proto, path)
     notes: list[str] = []
     proto = _converted(proto, path, notes)
     model = ir.serde.deserialize_model(proto)
-    _take_image_input(model, path)
-    image = str(model.graph.inputs[0].name)
+    own = _take_inputs(model, path, wishes)
     _require_finite(model, path)
     infer_shapes(model)
     optimize(model)
@@ -50,16 +59,17 @@ def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
     outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
     single = "logits" if len(outputs) == 1 and len(outputs[0]) == 2 else "output"
     names = [single] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
-    canonicalise(model, ["input"], names)
+    canonicalise(model, list(own.values()), names)
+    image_first(model)
     _require_known_shapes(model, path)
     write_model(model, out)
     batch, *shape = shape_of(model.graph.inputs[0])
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     original = onnx_runner(path)
     parity = measure_parity(
-        lambda arrays: original({image: arrays["input"]}),
+        lambda arrays: original({name: arrays[ours] for name, ours in own.items()}),
         onnx_runner(out),
-        tuple(map(int, shape)),
+        inputs_of_graph(model),
         batches,
         what=f"{path.name} in canonical form",
         sets=selects_rows(model),
@@ -73,6 +83,7 @@ def import_onnx(path: Path, out: Path) -> tuple[dict[str, Any], ExportReport]:
         "dynamic_batch": not isinstance(batch, int),
         "digest": sha256_file(out),
         "notes": notes,
+        **({"inputs": [item.to_json() for item in report.inputs]} if report.inputs else {}),
     }
     return facts, report
 
@@ -191,27 +202,49 @@ def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.Mod
     return converted
 
 
-def _take_image_input(model: ir.Model, path: Path) -> None:
-    """Leave one graph input: the image."""
+def _take_inputs(model: ir.Model, path: Path, wishes: Sequence[ShapeWish]) -> dict[str, str]:
+    """Fix the sizes that ``wishes`` say; the inputs' names in the file, and what they are called from here on."""
     graph = model.graph
     for value in list(graph.inputs):
         if value.name in graph.initializers:
             graph.inputs.remove(value)
-    if len(graph.inputs) != 1:
+    by_name = {str(value.name): value for value in graph.inputs}
+    for wish in wishes:
+        if wish.input.name not in by_name:
+            raise ResvitError(
+                f"{path} has no input {wish.input.name}.",
+                f"It has {', '.join(by_name) or 'none'}: name those in --shape.",
+            )
+        _fix(by_name[wish.input.name], wish, path)
+    for value in graph.inputs:
+        sizes = list(value.shape) if value.shape is not None else []
+        if sizes and not isinstance(sizes[0], int):
+            value.shape = ir.Shape([str(sizes[0].value) if sizes[0].value else "batch", *sizes[1:]])
+    inputs = inputs_of_graph(model)
+    batches = {str(value.name): shape_of(value)[0] for value in graph.inputs}
+    if len(set(batches.values())) > 1:
+        told = ", ".join(f"{name}: {size}" for name, size in batches.items())
         raise ResvitError(
-            f"{path} takes {len(graph.inputs)} inputs ({', '.join(str(v.name) for v in graph.inputs)}); one image "
-            "tensor is expected.",
-            "Export the network with the image as its only input.",
+            f"{path}: its inputs have different batches ({told}).",
+            "Export it so that every input has one entry for each image, along its first axis.",
         )
-    image = graph.inputs[0]
-    sizes = shape_of(image) if image.shape is not None else ()
-    if image.dtype != ir.DataType.FLOAT or len(sizes) != 4 or not all(isinstance(s, int) for s in sizes[1:]):
+    image = next((item.name for item in inputs if item.is_image), None)
+    in_order(inputs)
+    return {item.name: IMAGE if item.name == image else item.name for item in inputs}
+
+
+def _fix(value: ir.Value, wish: ShapeWish, path: Path) -> None:
+    """Give an input the sizes of a wish, where the file leaves them open."""
+    sizes, wanted = list(value.shape) if value.shape is not None else [], wish.input.shape
+    same = len(sizes) == len(wanted) + 1 and all(
+        not isinstance(own, int) or own == asked for own, asked in zip(sizes[1:], wanted, strict=True)
+    )
+    if not same:
         raise ResvitError(
-            f"{path}: its input is {image.dtype} {list(sizes)}; float32 [B, C, H, W] with fixed C, H, W is expected.",
-            "Export the network for one image size.",
+            f"{path}: its input {value.name} is {list(map(str, sizes))}, and --shape says {wish.input}.",
+            "Leave --shape out, or export the network for that size.",
         )
-    if not isinstance(sizes[0], int):
-        image.shape = ir.Shape([str(sizes[0]) if sizes[0] != "None" else "batch", *sizes[1:]])
+    value.shape = ir.Shape([sizes[0], *wanted])
 
 
 def _require_finite(model: ir.Model, path: Path) -> None:

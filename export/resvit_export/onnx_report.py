@@ -14,6 +14,14 @@ from resvit_calibrate.parity import differences
 from resvit_calibrate.runtime import Runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
+from resvit_export.inputs import NetworkInput, random_feeds
+
+_TYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32",
+    ir.DataType.BOOL: "bool",
+}
 
 EXTERNAL_ABOVE = int(1.8e9)
 """Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
@@ -31,10 +39,12 @@ class ExportReport:
     """Largest difference over the largest absolute output."""
     parity_batches: tuple[int, ...]
     input: tuple[str, tuple[int | str, ...]]
+    """The image; ``inputs`` are all that the network reads, where that is more."""
     outputs: tuple[tuple[str, tuple[int | str, ...]], ...]
     parameters: int
     bytes: int
     notes: tuple[str, ...] = ()
+    inputs: tuple[NetworkInput, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -50,6 +60,7 @@ class ExportReport:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "notes": list(self.notes),
+            **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
         }
 
 
@@ -74,11 +85,33 @@ def report_of(
         parity_max_rel=parity[1],
         parity_batches=tuple(batches),
         input=(str(model.graph.inputs[0].name), shape_of(model.graph.inputs[0])),
+        inputs=inputs_of_graph(model) if len(model.graph.inputs) > 1 else (),
         outputs=tuple((str(value.name), shape_of(value)) for value in model.graph.outputs),
         parameters=sum(t.size for t in floats if t.dtype.is_floating_point()),
         bytes=sum(file.stat().st_size for file in files if file.exists()),
         notes=tuple(notes),
     )
+
+
+def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
+    """What a graph reads, in its own order.
+
+    Raises:
+        ResvitError: for other types than ``resvit_export.inputs.TYPES``, and for free sizes but the batch.
+    """
+    found = []
+    for value in model.graph.inputs:
+        sizes = shape_of(value) if value.shape is not None else ()
+        dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
+        fixed = tuple(size for size in sizes[1:] if isinstance(size, int))
+        if not sizes or dtype is None or len(fixed) != len(sizes) - 1:
+            raise ResvitError(
+                f"The input {value.name} is {value.dtype} {list(sizes)}: all sizes but the batch must be fixed, and "
+                f"the type one of {', '.join(_TYPES.values())}.",
+                f"Say its size, for example --shape {value.name}=1x3x224x224, or export the network for one size.",
+            )
+        found.append(NetworkInput(str(value.name), fixed, dtype))
+    return tuple(found)
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:
@@ -136,14 +169,14 @@ def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOV
 def measure_parity(
     reference: Runner,
     candidate: Runner,
-    shape: tuple[int, ...],
+    inputs: Sequence[NetworkInput],
     batches: Sequence[int],
     *,
     what: str,
     sets: bool = False,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Compare on random images [b, C, H, W] for every b of ``batches``: largest (absolute, relative) difference.
+    """Compare on random inputs of b images for every b of ``batches``: largest (absolute, relative) difference.
 
     Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.parity``), and for outputs that are not
     finite.
@@ -151,8 +184,8 @@ def measure_parity(
     random = np.random.default_rng(seed)
     absolute = relative = 0.0
     for batch in batches:
-        images = {"input": random.standard_normal((batch, *shape), dtype=np.float32)}
-        for name, found in differences(reference, candidate, images, sets=sets).items():
+        feeds = random_feeds(inputs, batch, random)
+        for name, found in differences(reference, candidate, feeds, sets=sets).items():
             if not found.finite:
                 raise ResvitError(
                     f"{what}: output {name} is {list(found.shapes[1])} for {list(found.shapes[0])} in the original, "

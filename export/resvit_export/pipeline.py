@@ -457,7 +457,9 @@ class Pipeline:
                 {"model": self.identity, "target_opset": self.target.opset if self.target else None},
                 {},
                 ("onnx", "onnx-ir", "onnxruntime"),
-                lambda folder: work.import_into(folder, Path(str(self.recipe.model)), self.target),
+                lambda folder: work.import_into(
+                    folder, Path(str(self.recipe.model)), self.target, self.recipe.shape_wishes
+                ),
             )
         opset = self.target.opset if self.target else OLDEST_OPSET
         if opset > scorable_opset():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.inputs import ShapeWish, shape_wishes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,6 +52,8 @@ class Recipe:
     model_args: Mapping[str, Scalar] = _setting("model.args", {})
     input_shape: str | None = _setting("model.input_shape")
     """``CxHxW``, for models that do not say it."""
+    shapes: tuple[str, ...] = _setting("model.shapes", ())
+    """``NAME=BATCHxSIZE…[:TYPE]`` for each input, where that is not the image alone."""
 
     data: str | None = _setting("data.images")
     validation_data: str | None = _setting("data.validation")
@@ -170,12 +173,20 @@ class Recipe:
         _between("release", self.release, 1, 2**31 - 1)
         if self.workspace_mib is not None:
             _between("workspace_mib", self.workspace_mib, 16, 1 << 20)
-        self.batch_range  # noqa: B018  (validates the text)
+        self.shape_wishes, self.batch_range  # noqa: B018  (validates the texts)
         self.shape  # noqa: B018
 
     @property
     def batch_range(self) -> tuple[int, int, int]:
         """Smallest, best and largest batch; all equal for a fixed one."""
+        if self.shape_wishes:
+            wished = self.shape_wishes[0].batch
+            if self.batch not in ("1", ":".join(map(str, wished)), str(wished[0])):
+                raise ResvitError(
+                    f"--batch says {self.batch}, and --shape {'..'.join(map(str, dict.fromkeys(wished)))}.",
+                    "Say the batch once.",
+                )
+            return wished
         match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", self.batch)
         if match:
             low = int(match[1])
@@ -186,6 +197,11 @@ class Recipe:
             f"The batch '{self.batch}' is neither a number nor MIN:OPT:MAX in rising order.",
             "Write --batch 1 for a fixed batch, or for example --batch 1:8:32.",
         )
+
+    @property
+    def shape_wishes(self) -> tuple[ShapeWish, ...]:
+        """What ``shapes`` say, read."""
+        return shape_wishes(self.shapes)
 
     @property
     def target(self) -> str | None:

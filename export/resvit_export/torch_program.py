@@ -6,44 +6,41 @@ import contextlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-from resvit_calibrate.runtime import Arrays, Runner
+from resvit_calibrate.runtime import Arrays, Runner, pieces
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.factories import user_error
-
-INPUT = "input"
+from resvit_export.inputs import IMAGE, TYPES, NetworkInput, in_order
 
 
 def program_from_module(
-    module: nn.Module, input_shape: tuple[int, int, int]
+    module: nn.Module, inputs: tuple[int, int, int] | Sequence[NetworkInput]
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export ``module`` in eval mode for images [B, C, H, W], B dynamic where the module allows; also notes.
 
-    A module that works for one batch size only is exported for batch 1, and a note says so. Raises
-    ``ResvitError`` with the user's own message and line where the forward raises or branches on values.
+    ``inputs`` are (C, H, W) of the only argument, or all inputs by the names of the forward's parameters. A module that
+    works for one batch size only is exported for batch 1, and a note says so. Raises ``ResvitError`` with the user's
+    own message and line where the forward raises or branches on values.
     """
     module.eval()
+    several = [item for item in inputs if isinstance(item, NetworkInput)]
+    alone = None if several else tuple(size for size in inputs if isinstance(size, int))
     try:
         with torch.no_grad():
-            module(torch.zeros(1, *input_shape))
+            _call(module, *_examples(several, alone, 1))
     except Exception as error:
-        shape = ", ".join(map(str, (1, *input_shape)))
-        raise user_error(
-            error,
-            f"The network fails on a batch of shape [{shape}]",
-            "Check --input-shape (C,H,W), and that forward takes one image tensor.",
-        ) from error
+        raise _failing(error, several, alone) from error
     try:
-        program = _export(module, torch.zeros(2, *input_shape), dynamic=True)
+        program = _export(module, *_examples(several, alone, 2), dynamic=True)
         if has_dynamic_batch(program):
             return program, ()
     except Exception as error:
@@ -51,7 +48,7 @@ def program_from_module(
         if "data-dependent" in reason.lower() or "Could not guard" in reason:
             raise _not_exportable(error) from error
     try:
-        program = _export(module, torch.zeros(1, *input_shape), dynamic=False)
+        program = _export(module, *_examples(several, alone, 1), dynamic=False)
     except Exception as error:
         raise _not_exportable(error) from error
     return program, ("the network works for one batch size only; it is exported for batch 1",)
@@ -64,20 +61,31 @@ def has_dynamic_batch(program: ExportedProgram) -> bool:
 
 def fixed_batch_of(program: ExportedProgram) -> int | None:
     """The one batch size that the program takes; None for a dynamic one."""
-    size = _known(_input_value(program).shape[0])
-    return size if isinstance(size, int) else None
+    sizes = [_known(value.shape[0]) for value in _input_values(program).values()]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return fixed[0] if fixed else None
+
+
+def inputs_of(program: ExportedProgram) -> tuple[NetworkInput, ...]:
+    """What the program reads: the image first, called ``input``, and the others by their own names.
+
+    Raises:
+        ResvitError: where an input has no batch, or sizes that are not fixed, or none of them is an image.
+    """
+    return in_order(list(_named_inputs(program).values()))
 
 
 def input_shape_of(program: ExportedProgram) -> tuple[int, int, int]:
-    """(C, H, W) of the program's one image input; raises ``ResvitError`` where it has another signature."""
-    shape = tuple(_known(size) for size in _input_value(program).shape)
-    fixed = [size for size in shape[1:] if isinstance(size, int)]
-    if len(shape) != 4 or len(fixed) != 3:
-        raise ResvitError(
-            f"The program's input has the shape {[str(size) for size in shape]}, not [B, C, H, W] with fixed C, H, W.",
-            "Export the network for one image size, with one image tensor as input.",
-        )
-    return fixed[0], fixed[1], fixed[2]
+    """(C, H, W) of the program's image; raises ``ResvitError`` where it has none."""
+    channels, height, width = inputs_of(program)[0].shape
+    return channels, height, width
+
+
+def input_names(program: ExportedProgram) -> list[str]:
+    """The names of ``inputs_of`` in the order in which the program itself takes them."""
+    own = _named_inputs(program)
+    image = next(name for name, item in own.items() if item.is_image)
+    return [IMAGE if name == image else name for name in own]
 
 
 def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
@@ -106,22 +114,21 @@ def runner_from_program(program: ExportedProgram) -> Runner:
 
     A program of fixed batch size takes any number of images: it runs in pieces, the last one padded.
     """
-    return _runner(program.module(), output_names(program), fixed_batch_of(program))
+    call, names, batch = program.module(), output_names(program), fixed_batch_of(program)
+    inputs = {item.name: np.dtype(item.dtype) for item in inputs_of(program)}
+    order, structure = input_names(program), program.call_spec.in_spec
 
-
-def _runner(call: Callable[..., object], names: list[str], batch: int | None) -> Runner:
     def run(arrays: Arrays) -> Arrays:
-        (images,) = arrays.values()
-        size = batch or len(images)
-        pieces = []
+        whole = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in inputs.items()}
+        outputs = []
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for start in range(0, len(images), size):
-                piece = np.ascontiguousarray(images[start : start + size], dtype=np.float32)
-                padding = np.repeat(piece[-1:], size - len(piece), axis=0)
-                leaves = torch.utils._pytree.tree_leaves(call(torch.from_numpy(np.concatenate([piece, padding]))))
-                pieces.append([leaf.float().numpy()[: len(piece)] for leaf in leaves])
-        return {name: np.concatenate([piece[i] for piece in pieces]) for i, name in enumerate(names)}
+            for piece, size in pieces(whole, batch or len(whole[IMAGE])):
+                leaves = [torch.from_numpy(piece[name]) for name in order]
+                positional, keywords = torch.utils._pytree.tree_unflatten(leaves, structure)
+                answer = torch.utils._pytree.tree_leaves(call(*positional, **keywords))
+                outputs.append([leaf.float().numpy()[:size] for leaf in answer])
+        return {name: np.concatenate([part[i] for part in outputs]) for i, name in enumerate(names)}
 
     return run
 
@@ -159,27 +166,83 @@ def _own_names(program: ExportedProgram, count: int) -> list[str] | None:
         leaves = torch.utils._pytree.tree_leaves(part)
         found |= {leaf: str(name) if len(leaves) == 1 else f"{name}_{i}" for i, leaf in enumerate(leaves)}
     names = [found[index] for index in range(count)]
-    usable = len(set(names)) == count and INPUT not in names and all(name.isidentifier() for name in names)
+    usable = len(set(names)) == count and IMAGE not in names and all(name.isidentifier() for name in names)
     return names if usable else None
 
 
-def _input_value(program: ExportedProgram) -> torch.Tensor:
+def _input_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors that the program reads, by name, in its own order."""
     names = program.graph_signature.user_inputs
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    if len(nodes) != 1 or not isinstance(nodes[0].meta.get("val"), torch.Tensor):
+    values = {str(node.name): node.meta.get("val") for node in nodes}
+    odd = [name for name, value in values.items() if not isinstance(value, torch.Tensor) or not value.dim()]
+    if odd or not values or len(values) != len(names):
         raise ResvitError(
-            f"The network takes {len(names)} inputs; one image tensor [B, C, H, W] is expected.",
-            "Wrap it in a module whose forward takes the image alone.",
+            f"The network's input {', '.join(odd) or '(none)'} is no tensor with one entry for each image.",
+            "Wrap it in a module whose forward takes tensors [B, …] alone.",
         )
-    value: torch.Tensor = nodes[0].meta["val"]
-    return value
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def _export(module: nn.Module, images: torch.Tensor, *, dynamic: bool) -> ExportedProgram:
-    shapes = ({0: Dim.AUTO(min=1)},) if dynamic else None
+def _named_inputs(program: ExportedProgram) -> dict[str, NetworkInput]:
+    """The same as ``NetworkInput``s, by name, in the program's own order."""
+    found: dict[str, NetworkInput] = {}
+    for name, value in _input_values(program).items():
+        shape = tuple(_known(size) for size in value.shape)
+        fixed = tuple(size for size in shape[1:] if isinstance(size, int))
+        dtype = str(value.dtype).removeprefix("torch.")
+        if len(fixed) != len(shape) - 1 or dtype not in TYPES:
+            raise ResvitError(
+                f"The program's input {name} is {dtype} {[str(size) for size in shape]}: all sizes but the batch must "
+                f"be fixed, and the type one of {', '.join(TYPES)}.",
+                "Export the network for one size.",
+            )
+        found[name] = NetworkInput(name, fixed, dtype)
+    return found
+
+
+_Arguments: TypeAlias = "tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]"
+
+
+def _examples(several: Sequence[NetworkInput], alone: tuple[int, ...] | None, batch: int) -> _Arguments:
+    """Arguments to trace with: by name where there are several, ones for integers."""
+    if alone is not None:
+        return (torch.zeros(batch, *alone),), {}
+    make = {True: torch.zeros, False: torch.ones}
+    return (), {
+        item.name: make[item.dtype == "float32"](batch, *item.shape, dtype=getattr(torch, item.dtype))
+        for item in several
+    }
+
+
+def _call(module: nn.Module, positional: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> object:
+    return module(*positional, **named)
+
+
+def _failing(error: Exception, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> ResvitError:
+    if alone is None:
+        told = ", ".join(map(str, several))
+        return user_error(
+            error, f"The network fails on the inputs {told}", "Check the sizes and types given with --shape."
+        )
+    shape = ", ".join(map(str, (1, *alone)))
+    return user_error(
+        error,
+        f"The network fails on a batch of shape [{shape}]",
+        "Check --input-shape (C,H,W); of a forward that takes more than the image, name all with --shape.",
+    )
+
+
+def _export(
+    module: nn.Module, positional: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], *, dynamic: bool
+) -> ExportedProgram:
+    free = {0: Dim.AUTO(min=1)}
+    shapes: Any = None
+    if dynamic:
+        shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
     with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(module, (images,), dynamic_shapes=shapes, strict=False)
+        return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager

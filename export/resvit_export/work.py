@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_b
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet, TrainingImages
     from resvit_calibrate.tasks import Task
+    from resvit_export.inputs import ShapeWish
     from resvit_export.load import Network
     from resvit_quantize.settings import QuantizeSettings
 
@@ -35,6 +36,7 @@ def network_from_recipe(recipe: Recipe, reporter: Reporter) -> Network:
         checkpoint=Path(recipe.checkpoint) if recipe.checkpoint else None,
         model_args=dict(recipe.model_args),
         input_shape=recipe.shape,
+        inputs=tuple(wish.input for wish in recipe.shape_wishes),
     )
     with quiet_libraries():
         return load_network(spec, reporter)
@@ -71,11 +73,11 @@ def export_into(folder: Path, folded: Path, opset: int, batch: int | None) -> No
     _write_json(folder / "export.json", report.to_json())
 
 
-def import_into(folder: Path, model: Path, target: Target | None) -> None:
+def import_into(folder: Path, model: Path, target: Target | None, wishes: Sequence[ShapeWish]) -> None:
     """Write the same files from a user's ONNX; refuse an opset that the target's TensorRT does not read."""
     from resvit_export.onnx_import import import_onnx
 
-    facts, report = import_onnx(model, folder / "model.onnx")
+    facts, report = import_onnx(model, folder / "model.onnx", wishes)
     if target and report.opset > target.opset:
         raise ResvitError(
             f"The model is of opset {report.opset}, and {target.software} reads up to opset {target.opset}.",

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.rows import paired_rows
 from resvit_engines.run import Runner, open_runner
 from resvit_engines.run.feeds import Array
 from resvit_engines.run.golden_files import golden_arrays, input_name, other_golden_outputs, output_of, sqnr_db
-from resvit_engines.run.rows import paired_rows
 
 TOLERANCE_DB = 20.0
 _SIGMAS = 3.0

@@ -57,6 +57,13 @@ _MODEL = [
     click.option("--checkpoint", help="Trained weights: .pt, .pth or .safetensors."),
     click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the model."),
     click.option("--input-shape", metavar="CxHxW", help="Shape of one image, where the model does not say it."),
+    click.option(
+        "--shape",
+        "shapes",
+        multiple=True,
+        metavar="NAME=BxS…[:TYPE]",
+        help="Of an input by name, its batch N or LOW..HIGH first: pixel_values=1..8x3x224x224, sizes=1x2:int64.",
+    ),
 ]
 _TARGET = [
     click.option(
