@@ -71,11 +71,11 @@ def test_the_tables_and_the_report_name_the_metric() -> None:
 def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:
     images = np.zeros((2, 1, 4, 4), np.float32)
     boxes, likely = np.ones((2, 5, 4), np.float32), np.full((2, 5, 3), 0.5, np.float16)
-    assert _golden_into(tmp_path, images, {"x": likely}) == {
+    assert _golden_into(tmp_path, {"input": images}, {"x": likely}) == {
         "input": "golden_input.npy",
         "output": "golden_output.npy",
     }
-    golden = _golden_into(tmp_path, images, {"boxes": boxes, "scores": likely})
+    golden = _golden_into(tmp_path, {"input": images}, {"boxes": boxes, "scores": likely})
     manifest = {"golden": golden}
     assert golden["outputs"] == {"boxes": "golden_output.npy", "scores": "golden_output_1.npy"}
     np.testing.assert_array_equal(golden_arrays(tmp_path, manifest)[1], boxes)

@@ -21,11 +21,11 @@ from resvit_engines.run import Runner, open_sound_onnx, runtime_of, why_not_here
 from resvit_engines.run.bench import BenchReport, measure
 from resvit_engines.run.bench_compare import Comparison, compare
 from resvit_engines.run.engine_runner import open_engine
-from resvit_engines.run.feeds import Array
-from resvit_engines.run.golden_files import input_name
+from resvit_engines.run.feeds import Array, Arrays
+from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.running import settings_from
+from resvit_engines.run.running import golden_feeds, settings_from
 from resvit_export import work
 from resvit_export.runfolder import Artifact, NotFinishedError, RunFolder
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -45,8 +45,8 @@ class Subject:
     model: Path
     digest: str
     engine: Callable[[], Runner]
-    golden: tuple[Array, Array] | None = None
-    """Images, and what the quantised network was validated to make of them."""
+    golden: tuple[Array, Array, Arrays] | None = None
+    """Images, what the quantised network was validated to make of them, and what is read beside them."""
 
 
 def bench(
@@ -65,17 +65,16 @@ def bench(
     """
     with contextlib.ExitStack() as owned:
         runners: dict[str, Runner] = {}
-        images: Array | None = None
+        feeds: Arrays | None = None
         for source in sources:
             prefix = f"{source.name}: " if len(sources) > 1 else ""
             found, seen = _open_source(source, target, runtime, trust, reporter, owned)
-            images = seen if images is None else images
+            feeds = seen if feeds is None else feeds
             for name, runner in found.items():
                 runners.setdefault(f"{prefix}{name}", owned.enter_context(runner))
         _require_alike(runners)
         settings = settings_from(flags, *runners.values())
         first = next(iter(runners.values()))
-        feeds = None if images is None else {input_name(first, {}): images}
         if len(runners) == 1:
             return measure(first, settings, feeds)
         return compare(runners, settings, feeds, reporter=reporter)
@@ -83,7 +82,7 @@ def bench(
 
 def _open_source(
     source: Path, target: str | None, runtime: str, trust: TrustStore, reporter: Reporter, owned: contextlib.ExitStack
-) -> tuple[dict[str, Runner], Array | None]:
+) -> tuple[dict[str, Runner], Arrays | None]:
     if source.is_dir():
         return _open_run(source, target, runtime, reporter)
     if source.suffix == ".onnx":
@@ -94,9 +93,8 @@ def _open_source(
             )
         return {source.name: open_onnx(source)}, None
     if source.suffix == BUNDLE_SUFFIX:
-        runner, folder, _ = owned.enter_context(opened(str(source), source.parent, trust, runtime))
-        golden = folder / "golden_input.npy"
-        return {source.name: runner}, np.load(golden, allow_pickle=False) if golden.is_file() else None
+        runner, folder, manifest = owned.enter_context(opened(str(source), source.parent, trust, runtime))
+        return {source.name: runner}, golden_feeds(folder, manifest, runner)
     raise ResvitError(
         f"{source} is no run folder, bundle or ONNX file.", "Give the folder that 'resvit-export build --run' wrote."
     )
@@ -104,7 +102,7 @@ def _open_source(
 
 def _open_run(
     folder: Path, target: str | None, runtime: str, reporter: Reporter
-) -> tuple[dict[str, Runner], Array | None]:
+) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
     from resvit_export.pipeline import pipelines_for
     from resvit_export.recipe import recipe_from_toml
@@ -131,7 +129,10 @@ def _open_run(
             cpu.why = reason.problem.rstrip(".") if reason else "ONNX Runtime was asked for"
             runners[subject.name] = cpu
     golden = next((subject.golden for subject in subjects if subject.golden), None)
-    return runners, golden[0] if golden else None
+    if golden is None:
+        return runners, None
+    images, _, beside = golden
+    return runners, {input_name(next(iter(runners.values())), {}): images, **beside}
 
 
 def finished(pipeline: Pipeline) -> Pipeline:
@@ -260,11 +261,11 @@ def _require_alike(runners: Mapping[str, Runner]) -> None:
             )
 
 
-def _golden(pipeline: Pipeline) -> tuple[Array, Array] | None:
+def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     try:
         with pipeline.run.looking_only():
             validated = pipeline.validated
     except NotFinishedError:
         return None
     images, outputs = (np.load(validated.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
-    return images, outputs
+    return images, outputs, golden_inputs(validated.folder, validated.json("verdict.json"), len(images))

@@ -64,6 +64,7 @@ def _manifest(pipeline: Pipeline) -> dict[str, Any]:
         "preprocess": pipeline.preprocess.to_json(),
         "class_names": verdict["class_names"],
         "input": export["input"],
+        **({"inputs": export["inputs"]} if "inputs" in export else {}),
         "outputs": export["outputs"],
         "calibration": {
             "images": pipeline.calibrated.json("images.json")["images"],

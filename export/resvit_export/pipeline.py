@@ -18,6 +18,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
 from resvit_export.identity import metric_identity, model_identity
+from resvit_export.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.plugin_choice import By, plugin_choice
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
 from resvit_export.recipe import Recipe
@@ -182,7 +183,7 @@ class Pipeline:
         """The pipeline that recovers, where ``auto`` finds that calibration alone is rejected."""
         if self.recipe.recover != "auto" or self.recipe.train_data is None or not self._recoverable:
             return self
-        if self.verdict["verdict"] != "rejected":
+        if self.verdict["verdict"] != "rejected" or self.reads_more_than_images:
             return self
         self.reporter.say(f"calibration alone is rejected ({self.verdict['reason']}): recovery follows")
         other = self._with_recover("always")
@@ -246,7 +247,36 @@ class Pipeline:
             reading=TargetOptions.from_options(self.recipe.task_options),
             unlabelled=self.recipe.task == "other" or self.recipe.metric is not None,
         )
-        return open_image_sets(spec, self.preprocess, self.reporter)
+        found = open_image_sets(spec, self.preprocess, self.reporter)
+        if not self.prunes:
+            self._require_fed(found)
+        return found
+
+    def _require_fed(self, image_sets: tuple[ImageSet, ImageSet]) -> None:
+        """Refuse data that lacks what the network reads beside images."""
+        inputs = tuple(
+            NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in self.facts.get("inputs", ())
+        )
+        for images in image_sets:
+            batch = next(images.batches(1))
+            if inputs or batch.inputs:
+                image = NetworkInput(IMAGE, tuple(self.facts["input_shape"]))
+                require_fed(inputs or (image,), batch.feeds(IMAGE), images.description)
+
+    @property
+    def reads_more_than_images(self) -> bool:
+        """Whether the network has other inputs beside its image."""
+        return len(self.facts.get("inputs", ())) > 1
+
+    def require_images_alone(self, what: str) -> None:
+        """Refuse ``what`` for a network that reads more than images."""
+        if self.reads_more_than_images:
+            names = ", ".join(item["name"] for item in self.facts["inputs"])
+            raise ResvitError(
+                f"{what} works for networks that read images alone, and this one reads {names}.",
+                "Wrap the network in a module that makes the others constants, or leave that out.",
+                ExitCode.IMPOSSIBLE,
+            )
 
     @functools.cached_property
     def task(self) -> Task:
@@ -377,6 +407,7 @@ class Pipeline:
                 "Say --prune-macs, --prune-latency or --prune-params with the share that may remain, such as 0.5, "
                 "or --sparsity 2:4.",
             )
+        self.require_images_alone("Pruning")
         if self.retrains:
             # Before any work: what is trained on is told apart from what is validated on.
             self.require_images()
@@ -478,6 +509,7 @@ class Pipeline:
     @functools.cached_property
     def recovered(self) -> Artifact:
         """Stage ``recover``: the float ONNX with its weights trained, the quantisers in the loop."""
+        self.require_images_alone("Recovery")
         recipe, images, ranges = self.recipe, self.training_images, self.before_recovery.calibrated
         model = self.exported.path("model.onnx")
         return self.run.stage(
@@ -512,6 +544,8 @@ class Pipeline:
     def quantized(self) -> Artifact:
         """Stage ``quantize``: the ONNX with Q/DQ and FP16 in the graph."""
         recipe = self.recipe
+        if recipe.effort == "best":
+            self.require_images_alone("--effort best")
         (model, digest), ranges = self.float_model, self.calibrated.path("ranges.json")
         builder = builder_here(self.target) if self.target else None
         own: dict[str, Any] = {"precisions": dict(self.precisions)} if self.precisions else {}
@@ -676,7 +710,7 @@ class Pipeline:
         """Stage ``compile``: an engine where one can be built here, else the plan to build it where it can."""
         target = self.require_target()
         self.require_accepted()
-        model, image = self.shipped.path("model.onnx"), self.exported.json("export.json")["input"]
+        model, export = self.shipped.path("model.onnx"), self.exported.json("export.json")
         builder = builder_here(target)
         settings = self.engine_settings
         return self.run.stage(
@@ -691,7 +725,7 @@ class Pipeline:
             {"model": self.shipped.digest},
             ("tensorrt-rtx-cu13-libs", "tensorrt", *(("triton",) if settings.plugins != "off" else ())),
             lambda folder: work.compile_into(
-                folder, model, image, target, builder, settings, self.bundle_name, self.reporter
+                folder, model, export, target, builder, settings, self.bundle_name, self.reporter
             ),
         )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SENSITIVITY_IMAGES = 128
 _SHOWN = 12
+_ALONE = "sensitivity is measured for networks that read images alone."
 
 
 def require_searchable(recipe: Recipe, target: Target | None) -> None:
@@ -58,7 +59,8 @@ def searched(pipeline: Pipeline) -> Pipeline:
     if recipe.latency_budget is None:
         if not recipe.search or pipeline.verdict["verdict"] == "accepted":
             return pipeline
-        hopeless = _hopeless(pipeline.verdict, recipe)
+        several = pipeline.reads_more_than_images
+        hopeless = _hopeless(pipeline.verdict, recipe, _ALONE if several else "")
         if hopeless:
             pipeline.reporter.warn(f"No precisions are searched for: {hopeless}")
             return pipeline
@@ -82,11 +84,13 @@ def predicted(pipeline: Pipeline) -> Artifact:
     )
 
 
-def _hopeless(verdict: dict[str, Any], recipe: Recipe) -> str:
-    """Why no network at all could be accepted on these images, empty if one could."""
+def _hopeless(verdict: dict[str, Any], recipe: Recipe, alone: str = "") -> str:
+    """Why no network at all could be accepted on these images, empty if one could; ``alone`` goes before."""
     from resvit_calibrate.intervals import paired_difference
     from resvit_quantize.search import confidence_of_look
 
+    if alone:
+        return alone
     if verdict["chance_level"]:
         return "the float network itself cannot be told from guessing."
     if verdict.get("metric", "top-1") != "top-1":

@@ -39,6 +39,7 @@ def measured_sensitivity(pipeline: Pipeline, images: int, method: str = METHODS[
             ExitCode.IMPOSSIBLE,
         )
     pipeline.require_images()
+    pipeline.require_images_alone("Sensitivity")
     model, ranges, data = pipeline.exported, pipeline.calibrated, pipeline.image_sets[0]
     precisions = _precisions(pipeline)
     return pipeline.run.stage(

@@ -69,8 +69,8 @@ def validate(
     onnx_float = task.load(baseline)
     original = task.load(reference / "pytorch.npz") if reference else onnx_float
     what = f"onnx {recipe.precision}"
-    golden = next(images.batches(GOLDEN_IMAGES)).images
-    runner, remark = checked_runner(quantized, {INPUT: golden}, sets=sets)
+    golden = next(images.batches(GOLDEN_IMAGES)).feeds(INPUT)
+    runner, remark = checked_runner(quantized, golden, sets=sets)
     if remark:
         reporter.warn(remark)
     candidate = task.answers(runner, images, batch_size, reporter, f"validate ({what})")
@@ -100,7 +100,7 @@ def validate(
         "data_digest": images.digest,
         "runtime_note": f"{runtime_note()} {remark}".strip(),
         "remarks": [item.to_json() for item in remarks],
-        "golden": _golden_into(folder, golden, runner({INPUT: golden}), sets),
+        "golden": _golden_into(folder, golden, runner(golden), sets),
         "class_names": list(images.class_names or ()),
         "stages": stages,
         "changed_total": len(changed),
@@ -111,23 +111,28 @@ def validate(
     np.savez_compressed(folder / "changed.npz", **pictures)  # type: ignore[arg-type]  # of the names, none is an option
 
 
-def _golden_into(folder: Path, images: Array, outputs: Arrays, sets: bool = False) -> dict[str, Any]:
+def _golden_into(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False) -> dict[str, Any]:
     """Write golden images and outputs, and say which file holds what.
 
     ``golden_output.npy`` is the output that is judged, ``logits`` or the first; of several, the others are
-    ``golden_output_1.npy`` and so on, and ``outputs`` names them all. Of ``sets``, the order of the
-    rows is not compared.
+    ``golden_output_1.npy`` and so on, and ``outputs`` names them all; ``inputs`` names what is read beside the images.
+    Of ``sets``, the order of the rows is not compared.
     """
     first = "logits" if "logits" in outputs else next(iter(outputs))
     files = {first: "golden_output.npy"}
     files |= {name: f"golden_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
-    np.save(folder / "golden_input.npy", images)
+    from resvit_calibrate.metrics import INPUT
+
+    np.save(folder / "golden_input.npy", feeds[INPUT])
+    beside = {name: f"golden_input_{i}.npy" for i, name in enumerate((n for n in feeds if n != INPUT), 1)}
+    for name, file in beside.items():
+        np.save(folder / file, feeds[name])
     for name, file in files.items():
         value = outputs[name]
         np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
-    golden: dict[str, Any] = {"input": "golden_input.npy", "output": "golden_output.npy"} | (
-        {"sets": True} if sets else {}
-    )
+    golden: dict[str, Any] = {"input": "golden_input.npy", "output": "golden_output.npy"}
+    golden |= {"inputs": beside} if beside else {}
+    golden |= {"sets": True} if sets else {}
     return golden if len(files) == 1 else {**golden, "outputs": files}
 
 

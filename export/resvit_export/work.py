@@ -242,20 +242,25 @@ def baseline_into(folder: Path, task: Task, model: Path, images: ImageSet, batch
 def compile_into(
     folder: Path,
     model: Path,
-    image: dict[str, Any],
+    export: Mapping[str, Any],
     target: Target,
     builder: Builder | None,
     settings: BuildSettings,
     bundle: str,
     reporter: Reporter,
 ) -> None:
-    """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``."""
+    """Write ``engine.plan`` and ``engine.json`` where there is a builder, else ``plan.json``.
+
+    ``export`` is what the export stage says of the graph.
+    """
     if onnx_for_tensorrt(model, folder / TENSORRT_COPY, target, settings.plugins):
         model = folder / TENSORRT_COPY
     if builder is not None:
         report = build_engine(model, folder / "engine.plan", target, settings, reporter, folder / "build.log")
         _write_json(folder / "engine.json", report.to_json())
         return
+    image = export["input"]
+    beside = {item["name"]: item["shape"] for item in export.get("inputs", ()) if item["name"] != image["name"]}
     plan = plan_for_device(
         target,
         settings,
@@ -265,6 +270,7 @@ def compile_into(
         onnx=model.name,
         onnx_sha256=sha256_file(model),
         input_name=image["name"],
+        beside=beside,
     )
     _write_json(folder / "plan.json", plan.to_json())
 

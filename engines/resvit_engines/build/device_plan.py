@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -46,15 +47,18 @@ def plan_for_device(
     onnx: str = "model.onnx",
     onnx_sha256: str | None = None,
     input_name: str = "input",
+    beside: Mapping[str, Sequence[int]] | None = None,
 ) -> DevicePlan:
     """Say in plain words why ``target`` is not built for here, and how to build there.
 
-    ``input_shape`` is (C, H, W); ``dynamic_batch`` is whether the ONNX file's batch is dynamic (a fixed shape must
-    not be named again); ``bundle`` is the file name of the bundle and ``onnx`` the model's path inside it. The commands
-    are run in order beside the copied bundle: unpack, check, build. They need only Python's standard library and
-    ``trtexec``, which every TensorRT installation brings.
+    ``input_shape`` is (C, H, W), ``beside`` the shapes of further inputs by name, without the batch;
+    ``dynamic_batch`` is whether the ONNX file's batch is dynamic (a fixed shape must not be named again); ``bundle`` is
+    the file name of the bundle and ``onnx`` the model's path inside it. The commands are run in order beside the copied
+    bundle: unpack, check, build. They need only Python's standard library and ``trtexec``, which every TensorRT
+    installation brings.
     """
     folder = PurePosixPath(bundle).stem
+    shapes = {input_name: input_shape, **(beside or {})}
     commands = [
         f"python3 -m zipfile -e {shlex.quote(bundle)} {shlex.quote(folder)}",
         f"cd {shlex.quote(folder)}",
@@ -67,15 +71,15 @@ def plan_for_device(
         # trtexec has no way to register what is written in Python.
         commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
     else:
-        commands.append(_trtexec(target, settings, input_shape if dynamic_batch else None, onnx, input_name))
-    described = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
+        commands.append(_trtexec(target, settings, shapes if dynamic_batch else {}, onnx))
+    described: dict[str, Any] = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
+    if beside:
+        described["inputs"] = {name: list(shape) for name, shape in shapes.items()}
     shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
     return DevicePlan(target.name, _why(target), tuple(commands), _notes(target, settings), shown)
 
 
-def _trtexec(
-    target: Target, settings: BuildSettings, shape: tuple[int, int, int] | None, onnx: str, input_name: str
-) -> str:
+def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Sequence[int]], onnx: str) -> str:
     options = [
         f"--onnx={onnx}",
         "--stronglyTyped",  # has no effect from TensorRT 11 on, where every network is
@@ -91,9 +95,10 @@ def _trtexec(
         *(["--stripWeights"] if settings.strip_weights else []),
         *([f"--dynamicPlugins=./{LIBRARY}"] if settings.plugins == "library" else []),
     ]
-    if shape is not None:
+    if shapes:
         for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):
-            options.append(f"--{option}={input_name}:{'x'.join(map(str, (batch, *shape)))}")
+            each = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+            options.append(f"--{option}={','.join(each)}")
     program = _TRTEXEC if target.kind is Kind.JETSON else _FIND_TRTEXEC
     return " ".join([program, *(shlex.quote(option) for option in options)])
 

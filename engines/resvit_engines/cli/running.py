@@ -44,7 +44,14 @@ def bench_options(function: F) -> F:
     "  resvit-engine run net-jetson-orin-int8 --input images.npy --output logits.npy --json",
 )
 @click.argument("what", metavar="BUNDLE_OR_NAME")
-@click.option("--input", "source", type=click.Path(path_type=Path), required=True, help="Images [N, C, H, W], .npy.")
+@click.option(
+    "--input",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]FILE",
+    help="Images [N, C, H, W], .npy; of a model that reads more, NAME=FILE for each of the others.",
+)
 @click.option("--output", "target", type=click.Path(path_type=Path), required=True, help="Where the outputs go, .npy.")
 @click.option("--output-name", help="Which output, where the model has several.  [default: logits, or the first]")
 @runtime_option
@@ -52,7 +59,7 @@ def bench_options(function: F) -> F:
 @root_option
 @output_options
 def run_command(
-    what: str, source: Path, target: Path, output_name: str | None, runtime: str, trust: Path | None,
+    what: str, sources: tuple[str, ...], target: Path, output_name: str | None, runtime: str, trust: Path | None,
     root: Path | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run images through a bundle, or through what is installed under a name, after checking its signature.
@@ -62,13 +69,12 @@ def run_command(
     from resvit_engines.bundle.install_state import default_root
     from resvit_engines.bundle.keys import load_trust
     from resvit_engines.console import emit_json
-    from resvit_engines.run.golden_files import read_array
     from resvit_engines.run.opened import opened
-    from resvit_engines.run.running import outputs_into
+    from resvit_engines.run.running import arrays_from, outputs_into
 
-    images = read_array(source, "input")
+    images, beside = arrays_from(sources)
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
-        done = outputs_into(target, runner, images, manifest, output_name)
+        done = outputs_into(target, runner, images, manifest, output_name, beside)
     if as_json:
         emit_json(done)
     elif quiet:

@@ -18,7 +18,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.gpu import local_sm
 from resvit_engines.run.engine_runner import MODULES, TITLES, open_engine
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.golden_files import golden_output, read_array, sqnr_db
+from resvit_engines.run.golden_files import golden_inputs, golden_output, read_array, sqnr_db
 from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_onnx
 from resvit_engines.run.trt_runtime import TensorSpec
 
@@ -117,14 +117,14 @@ def open_runner(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto"
     if runtime not in RUNTIMES:
         raise ResvitError(f"There is no runtime {runtime!r}.", f"Use one of {', '.join(RUNTIMES)}.")
     if runtime == RUNTIME:
-        return _onnx(folder, "ONNX Runtime was asked for")
+        return _onnx(folder, manifest, "ONNX Runtime was asked for")
     record = manifest.get("engine")
     record = record if isinstance(record, Mapping) else {}
     reason = why_not_here(record, None if runtime == "auto" else runtime)
     if reason is not None and runtime != "auto":
         raise reason
     if reason is not None:
-        return _onnx(folder, reason.problem.rstrip("."))
+        return _onnx(folder, manifest, reason.problem.rstrip("."))
     onnx = folder / _ENGINE_MODEL
     return open_engine(
         runtime_of(record) or "",
@@ -192,11 +192,16 @@ def installed(module: str) -> bool:
         return False
 
 
-def open_sound_onnx(model: Path, images: Array | None = None, expected: Array | None = None) -> OnnxOnCpu:
+def open_sound_onnx(
+    model: Path,
+    images: Array | None = None,
+    expected: Array | None = None,
+    beside: Mapping[str, Array] | None = None,
+) -> OnnxOnCpu:
     """The ONNX file on the CPU, optimised where that changes nothing.
 
-    Optimisers have been seen to break quantised graphs wholly: where the outputs of ``images`` are further than
-    10 dB from ``expected``, the graph runs as it is written, slower.
+    Optimisers have been seen to break quantised graphs wholly: where the outputs of ``images``, with what is
+    read ``beside`` them, are further than 10 dB from ``expected``, the graph runs as it is written, slower.
 
     Raises:
         ResvitError: as ``open_onnx``.
@@ -204,7 +209,7 @@ def open_sound_onnx(model: Path, images: Array | None = None, expected: Array | 
     runner = open_onnx(model)
     if images is None or expected is None:
         return runner
-    found = golden_output(runner, images, {})
+    found = golden_output(runner, images, {}, beside)
     near = found.shape == expected.shape and bool(np.isfinite(found).all())
     if near and ((sqnr := sqnr_db(expected, found)) is None or sqnr >= _BROKEN_DB):
         return runner
@@ -212,10 +217,13 @@ def open_sound_onnx(model: Path, images: Array | None = None, expected: Array | 
     return open_onnx(model, optimize=False)
 
 
-def _onnx(folder: Path, why: str) -> OnnxOnCpu:
+def _onnx(folder: Path, manifest: Mapping[str, Any], why: str) -> OnnxOnCpu:
     golden = (folder / "golden_input.npy", folder / "golden_output.npy")
-    arrays = [read_array(path, "golden") for path in golden] if all(path.is_file() for path in golden) else []
-    runner = open_sound_onnx(folder / MODEL, *arrays)
+    if all(path.is_file() for path in golden):
+        images, expected = (read_array(path, "golden") for path in golden)
+        runner = open_sound_onnx(folder / MODEL, images, expected, golden_inputs(folder, manifest, len(images)))
+    else:
+        runner = open_sound_onnx(folder / MODEL)
     runner.why = why
     return runner
 

@@ -14,7 +14,14 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.rows import paired_rows
 from resvit_engines.run import Runner, open_runner
 from resvit_engines.run.feeds import Array
-from resvit_engines.run.golden_files import golden_arrays, input_name, other_golden_outputs, output_of, sqnr_db
+from resvit_engines.run.golden_files import (
+    golden_arrays,
+    golden_inputs,
+    input_name,
+    other_golden_outputs,
+    output_of,
+    sqnr_db,
+)
 
 TOLERANCE_DB = 20.0
 _SIGMAS = 3.0
@@ -74,7 +81,7 @@ def golden_check(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto
     images, expected = golden_arrays(folder, manifest)
     others = other_golden_outputs(folder, manifest, len(images))
     with open_runner(folder, manifest, runtime) as runner:
-        return check_runner(runner, images, expected, manifest, others)
+        return check_runner(runner, images, expected, manifest, others, golden_inputs(folder, manifest, len(images)))
 
 
 def check_runner(
@@ -83,16 +90,18 @@ def check_runner(
     expected: Array,
     manifest: Mapping[str, Any],
     others: Mapping[str, Array] | None = None,
+    beside: Mapping[str, Array] | None = None,
 ) -> GoldenReport:
     """Compare what ``runner`` makes of the golden ``images`` [N, …] with ``expected`` [N, …].
 
-    ``others`` are further outputs by name. Each must pass by itself; the report tells of the worst. Where the
-    manifest says that the answers are sets, their rows are paired first (``paired_rows``).
+    ``beside`` is what the network reads beside them, ``others`` are further outputs, both by name. Each output must
+    pass by itself; the report tells of the worst. Where the manifest says that the answers are sets, their rows are
+    paired first (``paired_rows``).
 
     Raises:
         ResvitError: MISMATCH as ``golden_check``.
     """
-    outputs = runner({input_name(runner, manifest): images})
+    outputs = runner({input_name(runner, manifest): images, **(beside or {})})
     golden = manifest.get("golden")
     if isinstance(golden, Mapping) and golden.get("sets"):
         outputs = paired_rows({output_of(outputs): expected, **(others or {})}, outputs)

@@ -33,9 +33,11 @@ def output_of(outputs: Arrays) -> str:
     return "logits" if "logits" in outputs else next(iter(outputs))
 
 
-def golden_output(runner: _Runner, images: Array, manifest: Mapping[str, Any]) -> Array:
-    """What ``runner`` makes of the golden images."""
-    outputs = runner({input_name(runner, manifest): images})
+def golden_output(
+    runner: _Runner, images: Array, manifest: Mapping[str, Any], beside: Mapping[str, Array] | None = None
+) -> Array:
+    """What ``runner`` makes of the golden images and of what is read ``beside`` them."""
+    outputs = runner({input_name(runner, manifest): images, **(beside or {})})
     return outputs[output_of(outputs)]
 
 
@@ -75,16 +77,26 @@ def other_golden_outputs(folder: Path, manifest: Mapping[str, Any], images: int)
     listed = named.get("outputs") if isinstance(named, Mapping) else None
     if not isinstance(named, Mapping) or not isinstance(listed, Mapping):
         return {}
-    found = {
-        str(name): read_array(folder / _plain(file), "golden")
-        for name, file in listed.items()
-        if file != named.get("output")
-    }
+    return _listed(folder, {name: file for name, file in listed.items() if file != named.get("output")}, images)
+
+
+def golden_inputs(folder: Path, manifest: Mapping[str, Any], images: int) -> dict[str, Array]:
+    """What the network reads beside the golden images, [N, …] by name; empty where it reads images alone.
+
+    Raises:
+        ResvitError: INPUT where one is missing, damaged, or not of as many ``images``.
+    """
+    named = manifest.get("golden")
+    listed = named.get("inputs") if isinstance(named, Mapping) else None
+    return _listed(folder, listed, images) if isinstance(listed, Mapping) else {}
+
+
+def _listed(folder: Path, listed: Mapping[Any, Any], images: int) -> dict[str, Array]:
+    found = {str(name): read_array(folder / _plain(file), "golden") for name, file in listed.items()}
     for name, array in found.items():
         if len(array) != images:
             raise ResvitError(
-                f"The bundle's golden files hold {images} images and {len(array)} of the output {name}.",
-                "Make the bundle again.",
+                f"The bundle's golden files hold {images} images and {len(array)} of {name}.", "Make the bundle again."
             )
     return found
 
