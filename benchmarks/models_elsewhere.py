@@ -101,7 +101,7 @@ MODELS = {
     "TransUNet R50+ViT-B/16, 224 px": Model(
         "examples/transunet/model.py:transunet_base",
         "segmentation",
-        ("--preprocess", "mean=0.5,0.5,0.5", "--preprocess", "std=0.5,0.5,0.5"),
+        ("--preprocess", "mean=0.5,0.5,0.5", "--preprocess", "std=0.5,0.5,0.5", "--model-arg", "classes=11"),
     ),
     "R26+ViT-S/32, 224 px (timm)": Model("timm:vit_small_r26_s32_224", "fashion-mnist"),
     "BoTNet-26t, 256 px (timm)": Model("timm:botnet26t_256", "fashion-mnist"),

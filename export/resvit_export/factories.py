@@ -51,6 +51,11 @@ def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
     if place == "timm":
         return _timm_model(name, arguments)
     factory = _find_factory(place, name)
+    if place.partition(".")[0] == "torchvision":
+        # Its builders fetch a backbone's weights unless they are told not to, and nothing is downloaded here.
+        offered = inspect.signature(factory).parameters
+        none = dict.fromkeys(key for key in ("weights", "weights_backbone") if key in offered)
+        return _call(factory, (), {**none, **arguments}, model)
     return _call(factory, (), arguments, model)
 
 
@@ -76,7 +81,7 @@ def _timm_model(name: str, arguments: Mapping[str, Scalar]) -> nn.Module:
 
 
 def _call(
-    factory: Callable[..., object], positional: tuple[object, ...], arguments: Mapping[str, Scalar], model: str
+    factory: Callable[..., object], positional: tuple[object, ...], arguments: Mapping[str, Scalar | None], model: str
 ) -> nn.Module:
     try:
         # Arguments that do not fit the signature are the recipe's fault, not the factory's.

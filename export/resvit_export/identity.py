@@ -64,8 +64,8 @@ def _module_digest(module: str) -> str | None:
     """Digest of a module's source file; ``None`` where it has none (the loader will say what is wrong)."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
+    except (ImportError, ValueError, RuntimeError):
+        return None  # the last where torchvision does not load its own operators (resvit_export.imports)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return None
     return sha256_file(Path(spec.origin))

@@ -83,6 +83,8 @@ def remove_no_ops(editor: GraphEditor) -> Iterator[Item]:
                 # A view asks for strides that only the clone in front of it, removed here, would give.
                 node.target = aten.reshape.default
             continue
+        if _brings_into_order(node, source):
+            continue
         if source.op == "placeholder" and any(user.op == "output" for user in node.users):
             continue
         node.replace_all_uses_with(source)
@@ -179,6 +181,17 @@ def _evaluate(editor: GraphEditor, node: fx.Node, values: dict[fx.Node, Any]) ->
         torch.Tensor, lambda t: t.to(torch.float64) if t.is_floating_point() else t, result
     )
     return values[node]
+
+
+def _brings_into_order(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a copy of a transposed tensor is read by a view that splits and merges sizes at once.
+
+    Of such, without the copy, the exporter takes the strides of the original; ONNX has no strides, and the copy goes.
+    """
+    if node.target not in (aten.clone.default, aten.contiguous.default) or source.meta["val"].is_contiguous():
+        return False
+    views = [user for user in node.users if user.target in _RESHAPES]
+    return any(len(user.meta["val"].shape) >= len(source.meta["val"].shape) for user in views)
 
 
 def _is_no_op(node: fx.Node, source: fx.Node) -> bool:
