@@ -16,6 +16,7 @@ from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.data import ImageSet
+    from resvit_calibrate.tasks import Task
     from resvit_export.pipeline import Pipeline
     from resvit_quantize.sensitivity import LayerDamage, Sensitivity
 
@@ -52,6 +53,7 @@ def measured_sensitivity(pipeline: Pipeline, images: int, method: str = METHODS[
             "exclude": sorted(recipe.exclude),
             "images": min(images, len(data)),
             "method": method,
+            **({"task_options": dict(recipe.task_options)} if data.task == "detection" else {}),
             "seed": recipe.seed,
         },
         {"model": model.digest, "ranges": ranges.digest, "images": data.digest},
@@ -60,6 +62,7 @@ def measured_sensitivity(pipeline: Pipeline, images: int, method: str = METHODS[
             folder,
             model.path("model.onnx"),
             ranges.path("ranges.json"),
+            pipeline.task,
             data,
             min(images, len(data)),
             recipe,
@@ -93,6 +96,7 @@ def _sensitivity_into(
     folder: Path,
     model: Path,
     ranges: Path,
+    task: Task,
     data: ImageSet,
     images: int,
     recipe: Recipe,
@@ -102,8 +106,10 @@ def _sensitivity_into(
 ) -> None:
     """Write ``sensitivity.json``."""
     from resvit_calibrate.ranges import load_ranges
+    from resvit_calibrate.tasks.replay import FirstImages
     from resvit_export.work import quantize_settings
     from resvit_quantize.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
+    from resvit_quantize.torch_task_loss import task_loss
 
     settings = quantize_settings(recipe)
     if Method(method) is Method.BRUTE_FORCE:
@@ -111,14 +117,16 @@ def _sensitivity_into(
             model, load_ranges(ranges), settings, data.first(images, 16), reporter, precisions=precisions
         )
     else:
+        loss = task_loss(task, data)
         found = measure_sensitivity(
             model,
             load_ranges(ranges),
             settings,
-            data.first(images, 16),
+            data.first(images, 16) if loss is None else FirstImages(data, images).batches(16),
             reporter,
             images,
             precisions=precisions,
             seed=recipe.seed,
+            loss=loss,
         )
     (folder / RESULT).write_bytes(pretty_json(found.to_json()))

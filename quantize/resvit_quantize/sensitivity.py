@@ -20,18 +20,24 @@ import enum
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.factories import batch_of
+from resvit_calibrate.factory_items import Item
+from resvit_calibrate.image_set import Batch
 from resvit_calibrate.ranges import Ranges
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.settings import Precision, QuantizeSettings
 from resvit_quantize.units import UnitPlan, plan_units, sharing_a_network
+
+if TYPE_CHECKING:
+    from resvit_quantize.torch_task_loss import TaskLoss
 
 Images = Iterable[npt.NDArray[np.float32]]
 """Batches float32 [B, C, H, W] of any size."""
@@ -83,6 +89,8 @@ class Sensitivity:
     together: dict[str, float]
     """The measured noise-to-signal power ratio with all quantised at once that the rules quantise, by precision."""
     layers: tuple[LayerDamage, ...]
+    measure: str = "outputs"
+    """What noise is measured in: ``outputs``, or ``loss``, the task's own."""
 
     def ranked(self, precision: str) -> list[LayerDamage]:
         """Layers that can have this precision, the worst first."""
@@ -159,15 +167,19 @@ def measure_sensitivity(
     model: Path,
     ranges: Ranges,
     settings: QuantizeSettings,
-    images: Images,
+    images: Images | Iterable[Batch],
     reporter: Reporter = SILENT,
     total: int = 0,
     *,
     precisions: tuple[str, ...] = ("int8", "fp8"),
     probes: int = 4,
     seed: int = 0,
+    loss: TaskLoss | None = None,
 ) -> Sensitivity:
     """Estimate all damages in one pass over ``images`` (``total`` of them, for the progress).
+
+    With ``loss``, the images are ``Batch``es with their targets, and a damage is ``E[(g·d)²] / E[L²]``: the squared
+    change of an image's loss to first order, against the loss itself; ``g`` is its gradient at the layer's output.
 
     ``probes`` backward passes are made for an image. The same seed gives the same result on the same machine.
     Memory is that of one image's forward and backward pass, or of the batch that the model is fixed to. Raises
@@ -177,21 +189,22 @@ def measure_sensitivity(
     from resvit_quantize.torch_sensitivity import DamageEstimate, threads_for
 
     plans = _plans(model, ranges, settings, precisions)
-    estimates = [DamageEstimate(group, settings.bits, probes, seed) for group in sharing_a_network(plans)]
+    estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(plans)]
     count = 0
     size = estimates[0].batch
     with threads_for(sum(product.macs for product in plans[0].plan.analysis.products)):
         for batch in reporter.track(_batches_of(images, size), "sensitivity", total, size):
             for estimate in estimates:
                 estimate.add(batch)
-            count += len(batch)
+            count += len(batch.images)
     _require_images(count)
     damage: dict[str, dict[str, float]] = {}
     together: dict[str, float] = {}
     for estimate in estimates:
         damage.update(estimate.damage())
         together.update(estimate.together())
-    return _sensitivity(Method.GRADIENT, settings, count, plans, damage, together)
+    found = _sensitivity(Method.GRADIENT, settings, count, plans, damage, together)
+    return found if loss is None else replace(found, measure="loss")
 
 
 def brute_force_sensitivity(
@@ -231,17 +244,18 @@ def _plans(
     return tuple(plan_units(model, ranges, settings, precision) for precision in wanted)
 
 
-def _batches_of(images: Images, size: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The same images in batches of ``size``, the last one perhaps smaller."""
-    rest: list[npt.NDArray[np.float32]] = []
-    for batch in images:
-        for image in batch:
-            rest.append(image)
+def _batches_of(images: Images | Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The same images in batches of ``size``, the last one perhaps smaller; with their targets, where they have any."""
+    rest: list[Item] = []
+    for some in images:
+        batch = some if isinstance(some, Batch) else Batch(some, None)
+        for index, image in enumerate(batch.images):
+            rest.append(Item(image, target=batch.targets[index] if batch.targets else None))
             if len(rest) == size:
-                yield np.stack(rest)
+                yield batch_of(rest)
                 rest = []
     if rest:
-        yield np.stack(rest)
+        yield batch_of(rest)
 
 
 def _require_images(count: int) -> None:

@@ -7,22 +7,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from resvit_calibrate.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.fake_quant import fake_quantize
 from resvit_quantize.placement import WeightKey, edge_key, weight_key
 from resvit_quantize.qdq import StoredWeight, quantise_weight, require_finite, scale_from_amax
 from resvit_quantize.settings import Precision
 from resvit_quantize.torch_graph import Reading, TorchGraph
+from resvit_quantize.torch_task_loss import TaskLoss
 from resvit_quantize.units import UnitPlan
 
 _Key = tuple[str, str]
 """Precision and product."""
 _SMALL = 100_000_000
+_LOSS = "loss"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,10 @@ def threads_for(macs: int) -> Iterator[None]:
 class DamageEstimate:
     """Sums over images, for plans that share one float network."""
 
-    def __init__(self, plans: Sequence[UnitPlan], bits: int, probes: int, seed: int) -> None:
-        self.plans, self.bits = plans, bits
+    def __init__(
+        self, plans: Sequence[UnitPlan], bits: int, probes: int, seed: int, loss: TaskLoss | None = None
+    ) -> None:
+        self.plans, self.bits, self.loss = plans, bits, loss
         network = plans[0].plan.network
         self.graph = TorchGraph(network)
         self.batch = _fixed_batch(network)
@@ -72,22 +76,26 @@ class DamageEstimate:
         self.images = 0
         self.signal = dict.fromkeys(self.outputs, 0.0)
         self.probed = dict.fromkeys(self.outputs, 0)
+        if loss is not None:
+            self.outputs = [_LOSS]
+            self.signal, self.probed = {_LOSS: 0.0}, {_LOSS: 0}
         self.moved = {name: {key: 0.0 for site in self.sites.values() for key in _keys(site)} for name in self.outputs}
         self.noise = {plan.precision.value: dict.fromkeys(self.outputs, 0.0) for plan in plans}
 
-    def add(self, batch: npt.NDArray[np.float32]) -> None:
-        """Take in images, float32 [B, C, H, W], ``self.batch`` of them or fewer.
+    def add(self, batch: Batch) -> None:
+        """Take in ``self.batch`` images or fewer.
 
         Raises :class:`ResvitError` for outputs that are not finite.
         """
-        count = len(batch)
+        count, pixels = len(batch.images), batch.images
         # What fills a fixed batch up gets no signs, so that it counts nowhere.
-        images = torch.from_numpy(np.concatenate([batch, np.repeat(batch[-1:], self.batch - count, axis=0)]))
+        images = torch.from_numpy(np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - count, axis=0)]))
         dots: dict[_Key, float] = {}
-        clean = {n: _centred(v, count) for n, v in self._forward_with_errors(images, dots).items() if n in self.signal}
+        clean = self._measured(self._forward_with_errors(images, dots), batch)
         for name, value in clean.items():
             self.signal[name] += _power(value.detach())
-        for left in reversed(range(self.probes)):
+        # A loss of one image at a time has one direction, and needs no probes to find its length.
+        for left in reversed(range(self.probes if self.loss is None else 1)):
             name = self.outputs[self.turn % len(self.outputs)]
             self.turn += 1
             dots.clear()
@@ -98,10 +106,17 @@ class DamageEstimate:
                 self.moved[name][key] += dot**2
         for plan in self.plans:
             with torch.no_grad():
-                noisy = self.graph(images, self._quantized_reading(plan))
+                noisy = self._measured(self.graph(images, self._quantized_reading(plan)), batch)
             for name, value in clean.items():
-                self.noise[plan.precision.value][name] += _power(_centred(noisy[name], count) - value.detach())
+                self.noise[plan.precision.value][name] += _power(noisy[name] - value.detach())
         self.images += count
+
+    def _measured(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """What noise is measured in, [B, values] by name: the outputs, or the task's loss of each image."""
+        count = len(batch.images)
+        if self.loss is None:
+            return {name: _centred(outputs[name], count) for name in self.outputs}
+        return {_LOSS: self.loss({name: value[:count] for name, value in outputs.items()}, batch)[:, None]}
 
     def damage(self) -> dict[str, dict[str, float]]:
         """Noise-to-signal power by precision and product."""
@@ -156,8 +171,8 @@ class DamageEstimate:
             return result
 
         clean: dict[str, Tensor] = self.graph(images, reading, writing)
-        for name in self.outputs:
-            if not torch.isfinite(clean[name]).all():
+        for name, value in clean.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ResvitError(
                     f"The network's output '{name}' holds NaN or infinity.",
                     "Check the checkpoint and the preprocessing.",

@@ -111,7 +111,7 @@ class Detection(Task):
         for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
             reader = reader or BoxReader(self.options, outputs, image_set.num_classes)
             targets = targets_of(batch, BoxTarget, self.name, image_set)
-            known += [self._numbered(target, image_set, reader.classes) for target in targets]
+            known += [self.numbered(target, image_set, reader.classes) for target in targets]
             boxes, scores = outputs[reader.boxes], outputs[reader.scores]
             both = {reader.boxes: boxes, reader.scores: scores}
             fine = finite_images(both, len(boxes))
@@ -211,7 +211,7 @@ class Detection(Task):
             "known_classes": truth.classes[~truth.crowd],
         }
 
-    def _numbered(self, target: BoxTarget, image_set: ImageSet, classes: int) -> BoxTarget:
+    def numbered(self, target: BoxTarget, image_set: ImageSet, classes: int) -> BoxTarget:
         """The target with the network's class numbers; refuses those that it doesn't have."""
         if self.options.class_numbers == "id" and image_set.class_ids:
             target = replace(target, classes=np.array(image_set.class_ids, np.int64)[target.classes])

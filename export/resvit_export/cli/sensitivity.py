@@ -46,7 +46,8 @@ _METHODS = ("one-pass", "brute-force")
 def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **flags: Any) -> int:
     """Rank layers by the damage that quantising each one alone does.
 
-    Damage is noise at the network's outputs, as SQNR in dB; a layer's share of the sum is what leaving it in FP16
+    Damage is noise at the network's outputs, as SQNR in dB, and of detectors whose boxes are known the change of the
+    task's own loss; a layer's share of the sum is what leaving it in FP16
     would save. Layers that the rules leave in FP16 are measured too. Ends with an exclude list for the recipe, and
     writes sensitivity.html into the run folder.
     """
@@ -131,7 +132,8 @@ def _show_tables(found: Sensitivity) -> None:
         for layer in ranked[:_SHOWN]
     ]
     columns = ("layer", "group", "macs", *(f"{kind.upper()}, dB" for kind in kinds), "share of the damage")
-    title = f"SQNR with one layer quantised ({found.method.value}, {found.images} images), the worst first"
+    what = "SQNR" if found.measure == "outputs" else "The task's loss over its change, in dB,"
+    title = f"{what} with one layer quantised ({found.method.value}, {found.images} images), the worst first"
     screen.print(table(title, columns, rows, left=2))
     if len(ranked) > _SHOWN:
         rest = sum(found.share(layer, precision) for layer in ranked[_SHOWN:])

@@ -40,6 +40,7 @@ def write_sensitivity_page(
         precision=precision.upper(),
         images=wording.plural(sensitivity.images, "image"),
         method=sensitivity.method.value,
+        of_loss=sensitivity.measure == "loss",
         kinds=[kind.upper() for kind in kinds],
         together=[
             (kind.upper(), wording.decibels(sensitivity.together[kind]), wording.decibels(sensitivity.total(kind)))
