@@ -261,6 +261,20 @@ CASES = [
         for mode in ({"mode": "linear"}, {"mode": "cubic", "cubic_coeff_a": -0.5})
     ),
     Case("Resize", [rand(2, 3, 8), None, np.array([1, 1, 2], np.float32)], {"mode": "linear"}),
+    # what deformable attention and the selection of queries are made of
+    *(
+        Case(
+            "GridSample",
+            [IMAGE, 1.2 * rand(2, 5, 6, 2)],
+            {"mode": mode, "padding_mode": padding, "align_corners": edge},
+        )
+        for mode in ("linear", "nearest", "cubic")
+        for padding in ("zeros", "border", "reflection")
+        for edge in (0, 1)
+    ),
+    Case("TopK", [IMAGE, ints(3)], outputs=2),
+    Case("TopK", [IMAGE, ints(2)], {"axis": 1, "largest": 0}, outputs=2),
+    Case("GatherElements", [IMAGE, np.zeros((2, 3, 1, 2), np.int64) - 1], {"axis": 2}),
 ]
 
 

@@ -65,6 +65,35 @@ def _slice(inputs: Inputs, attributes: Attributes) -> Tensor:
     return x
 
 
+def _gather_elements(inputs: Inputs, attributes: Attributes) -> Tensor:
+    x, index, axis = inputs[0], inputs[1], attributes.get("axis", 0)
+    return x.gather(axis, torch.where(index < 0, index + x.shape[axis], index))
+
+
+def _top_k(inputs: Inputs, attributes: Attributes) -> tuple[Tensor, ...]:
+    """Which are the largest has no gradient; how large they are has."""
+    found = inputs[0].topk(
+        int(inputs[1]),
+        attributes.get("axis", -1),
+        bool(attributes.get("largest", 1)),
+        bool(attributes.get("sorted", 1)),
+    )
+    return found.values, found.indices
+
+
+def _grid_sample(inputs: Inputs, attributes: Attributes) -> Tensor:
+    # Renamed with opset 20.
+    modes = {"linear": "bilinear", "cubic": "bicubic"}
+    mode = attributes.get("mode", "linear")
+    return F.grid_sample(
+        inputs[0],
+        inputs[1],
+        modes.get(mode) or str(mode),
+        attributes.get("padding_mode", "zeros"),
+        bool(attributes.get("align_corners", 0)),
+    )
+
+
 def _split(inputs: Inputs, attributes: Attributes) -> tuple[Tensor, ...]:
     x, axis = inputs[0], attributes.get("axis", 0)
     sizes = present(inputs, 1)
@@ -190,6 +219,8 @@ SHAPE_OPERATORS: dict[str, Operator] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GridSample": _grid_sample,
     "Pad": _pad,
     "ReduceL2": _reduce(torch.linalg.vector_norm),
     "ReduceMax": _reduce(torch.amax),
@@ -202,6 +233,7 @@ SHAPE_OPERATORS: dict[str, Operator] = {
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
+    "TopK": _top_k,
     "Squeeze": _squeeze,
     "Tile": lambda i, a: i[0].repeat(ints(i[1])),
     "Unsqueeze": _unsqueeze,
