@@ -94,7 +94,9 @@ class DetectionLoss:
         wanted.index_put_((rows, classes[objects]), overlap)
         weights = torch.where(wanted > 0, wanted, _BACKGROUND * likely.detach().square())
         bounded = likely.clamp(_TINY, 1.0 - _TINY)
-        return boxes + (weights * F.binary_cross_entropy(bounded, wanted, reduction="none")).sum()
+        # Written out: torch's own stops at NaN with a message about its arguments.
+        entropy = -(wanted * bounded.log() + (1.0 - wanted) * (1.0 - bounded).log())
+        return boxes + (weights * entropy).sum()
 
 
 def _likely(scores: Tensor, activation: str) -> Tensor:
@@ -115,15 +117,18 @@ def _corners(boxes: Tensor, reader: BoxReader, size: tuple[int, int]) -> Tensor:
 def _assigned(
     likely: Tensor, corners: Tensor, true: Tensor, classes: Tensor, each: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of predictions, the objects that they answer for, and their IoU; a prediction answers for one object."""
-    overlap, _ = _overlaps(corners[:, None], true[None])
+    """Rows of predictions, the objects that they answer for, and their IoU; a prediction answers for one object.
+
+    Beyond the first, an object has only predictions that overlap it.
+    """
+    overlap = _overlaps(corners[:, None], true[None])[0].nan_to_num()
     aligned = likely[:, classes] * overlap**_OVERLAP_POWER
     rows: list[int] = []
     objects: list[int] = []
     for item in range(len(true)):
         count = min(each, len(aligned))
-        for row in aligned[:, item].topk(count).indices.tolist():
-            if row not in rows:
+        for place, row in enumerate(aligned[:, item].topk(count).indices.tolist()):
+            if row not in rows and (place == 0 or float(aligned[row, item]) > 0.0):
                 rows.append(row)
                 objects.append(item)
                 aligned[row] = -1.0

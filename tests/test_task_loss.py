@@ -1,0 +1,133 @@
+"""The loss of a detector's outputs, and the ranking of layers by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from resvit_calibrate.image_set import Batch
+from resvit_calibrate.ranges import ranges_from
+from resvit_calibrate.scenes import detection
+from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.targets import BoxTarget
+from resvit_calibrate.tasks import task_named
+from resvit_engines.errors import ResvitError
+from resvit_export.load import ModelSpec, load_network
+from resvit_export.onnx_export import onnx_from_program
+from resvit_quantize.fold import fold_program
+from resvit_quantize.sensitivity import measure_sensitivity, sensitivity_from_json
+from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.torch_task_loss import DetectionLoss, task_loss
+from task_images import Images
+
+ASSET = Path(__file__).parent / "assets" / "fpn-nano-det.pt"
+BOXES = np.array([[10, 10, 30, 40], [50, 20, 90, 60]], np.float32)
+
+
+def target(boxes: np.ndarray = BOXES, classes: tuple = (1, 0), crowd: tuple = ()) -> BoxTarget:
+    marks = np.zeros(len(boxes), np.bool_)
+    marks[list(crowd)] = True
+    return BoxTarget(boxes.reshape(-1, 4), np.array(classes, np.int64), marks)
+
+
+def loss_of(outputs: dict[str, np.ndarray], known: BoxTarget, classes: int = 3, **options: object) -> torch.Tensor:
+    images = Images([known])
+    images.num_classes, images.task = classes, "detection"
+    loss = task_loss(task_named("detection", options), images)
+    assert isinstance(loss, DetectionLoss)
+    batch = Batch(np.zeros((1, 1, 100, 100), np.float32), None, (known,))
+    return loss({name: torch.from_numpy(value)[None] for name, value in outputs.items()}, batch)
+
+
+def cells(found: np.ndarray = BOXES, likely: float = 0.9, classes: tuple = (1, 0)) -> dict[str, np.ndarray]:
+    boxes = np.concatenate([found, np.array([[0, 0, 9, 9]] * 4, np.float32)])
+    scores = np.full((len(boxes), 3), 0.01, np.float32)
+    scores[range(len(found)), classes] = likely
+    return {"boxes": boxes, "scores": scores}
+
+
+def queries(found: np.ndarray = BOXES, softmax: bool = False) -> dict[str, np.ndarray]:
+    centred = np.concatenate([(found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]], 1) / 100
+    boxes = np.concatenate([centred, np.full((3, 4), 0.05)]).astype(np.float32)
+    logits = np.full((5, 4 if softmax else 3), -4.0, np.float32)
+    logits[[0, 1], [1, 0]] = 4.0
+    if softmax:
+        logits[2:, 3] = 4.0
+    return {"pred_boxes": boxes, "logits": logits}
+
+
+@pytest.mark.parametrize("right", [cells(), queries(), queries(softmax=True)])
+def test_what_is_right_costs_least(right: dict[str, np.ndarray]) -> None:
+    names = list(right)
+    best = float(loss_of(right, target()))
+    moved = {**right, names[0]: right[names[0]] * np.float32(1.1)}
+    swapped = {**right, names[1]: right[names[1]][:, [1, 0, *range(2, right[names[1]].shape[1])]]}
+    for worse in (moved, swapped):
+        assert float(loss_of(worse, target())) > 1.5 * best
+
+
+def test_noise_in_the_background_costs_nothing() -> None:
+    right = cells()
+    shaken = {**right, "boxes": right["boxes"].copy()}
+    shaken["boxes"][2:] += 40
+    np.testing.assert_allclose(float(loss_of(shaken, target())), float(loss_of(right, target())), rtol=1e-5)
+
+
+def test_a_crowd_and_no_object_at_all() -> None:
+    nothing = target(np.zeros((0, 4), np.float32), ())
+    quiet, loud = (float(loss_of(cells(likely=score), nothing)) for score in (0.02, 0.9))
+    assert quiet < 0.05 * loud
+    assert float(loss_of(cells(), target(crowd=(0, 1)))) == pytest.approx(loud)
+
+
+def test_the_loss_has_a_gradient_for_every_prediction_that_counts() -> None:
+    outputs = {name: torch.from_numpy(value)[None].requires_grad_() for name, value in cells().items()}
+    images = Images([target()])
+    images.num_classes, images.task = 3, "detection"
+    loss = DetectionLoss(task_named("detection", {}), images)
+    loss(outputs, Batch(np.zeros((1, 1, 100, 100), np.float32), None, (target(),))).sum().backward()
+    assert (outputs["scores"].grad.abs() > 0).all()
+    assert outputs["boxes"].grad.isfinite().all()
+
+
+def test_bad_targets_and_losses_are_said() -> None:
+    with pytest.raises(ResvitError, match="boxes have the class 7, but the network knows classes 0 to 2"):
+        loss_of(cells(), target(classes=(7, 0)))
+    broken = cells()
+    broken["scores"][0] = np.nan
+    with pytest.raises(ResvitError, match="loss on the calibration images is NaN"):
+        loss_of(broken, target())
+
+
+def test_other_tasks_and_images_without_boxes_keep_to_the_outputs() -> None:
+    images = Images([target()])
+    images.task = None
+    assert task_loss(task_named("detection", {}), images) is None
+    images.task = "segmentation"
+    assert task_loss(task_named("segmentation", {}), images) is None
+
+
+def test_a_detectors_layers_are_ranked_by_its_loss(tmp_path: Path) -> None:
+    program = fold_program(load_network(ModelSpec("resvit:fpn-nano-det", ASSET)).program)[0]
+    onnx_from_program(program, tmp_path / "model.onnx", opset=20)
+    (images, known), *_ = detection()
+    batch = Batch(images[:16], None, tuple(known[:16]))
+    ranges = ranges_from(collect_statistics(tmp_path / "model.onnx", [batch]), "digest")
+    held = Images(list(known[:16]))
+    held.num_classes, held.task = 10, "detection"
+    loss = task_loss(task_named("detection", {}), held)
+    settings = QuantizeSettings(Precision.INT8)
+    found = measure_sensitivity(tmp_path / "model.onnx", ranges, settings, [batch], precisions=("int8",), loss=loss)
+    assert (found.measure, found.images) == ("loss", 16)
+    assert sensitivity_from_json(found.to_json()) == found
+    layers = {layer.node: layer.damage["int8"] for layer in found.layers}
+    assert all(value >= 0 for value in layers.values())
+    # The first layers reach every box; the attention between the finest tokens, few.
+    assert max(layers, key=layers.__getitem__).startswith("trunk.")
+    by_outputs = measure_sensitivity(tmp_path / "model.onnx", ranges, settings, [batch.images], precisions=("int8",))
+    assert by_outputs.measure == "outputs"
+    # Small errors add up: the sum of first orders is near what all together do.
+    assert 0.2 < found.total("int8") / found.together["int8"] < 5.0
