@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 from resvit_engines.errors import ExitCode
 from resvit_export.cli import run
 
-ASSET = Path(__file__).parent / "assets" / "fpn-nano-seg.pt"
-"""Trained by examples/segmentation/train.py with its defaults; stored in FP16."""
+ASSETS = Path(__file__).parent / "assets"
+"""Trained by examples/segmentation/train.py and examples/detection/train.py with their defaults; stored in FP16."""
+EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ["--calibration-images", "64", "--validation-images", "150", "--no-search", "--quiet"]
 
 
@@ -20,9 +26,10 @@ def verdict_of(folder: Path) -> dict:
 
 
 def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
-    model = ["--model", "resvit:fpn-nano-seg", "--checkpoint", str(ASSET)]
+    model = ["--model", "resvit:fpn-nano-seg", "--checkpoint", str(ASSETS / "fpn-nano-seg.pt")]
     data = ["--data", "resvit_calibrate.scenes:segmentation"]
-    assert run(["build", *model, *data, "--target", "jetson-orin", "--run", "runs/seg", *FEW]) == 0
+    limit = ["--max-drop", "0.5"]
+    assert run(["build", *model, *data, *limit, "--target", "jetson-orin", "--run", "runs/seg", *FEW]) == 0
     verdict = verdict_of(Path("runs/seg"))
     assert verdict["verdict"] == "accepted"
     assert (verdict["metric"], verdict["unit"]) == ("mIoU", "points")
@@ -46,3 +53,40 @@ def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_
     assert [output["name"] for output in json.loads(exported.read_bytes())["outputs"]] == ["boxes", "scores"]
     (validated,) = Path("runs/det").glob("validate-*")
     assert (validated / "golden_output_1.npy").exists()
+
+
+def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Path) -> None:
+    model = ["--model", "resvit:fpn-nano-det", "--checkpoint", str(ASSETS / "fpn-nano-det.pt")]
+    data = ["--data", "resvit_calibrate.scenes:detection"]
+    targets = ["--target", "l4", "--target", "jetson-orin", "--run", "runs/det"]
+    assert run(["build", *model, *data, *targets, "--max-drop", "1.0", *FEW]) == 0
+    verdicts = [json.loads(path.read_bytes()) for path in Path("runs/det").glob("validate-*/verdict.json")]
+    assert {(verdict["verdict"], verdict["metric"]) for verdict in verdicts} == {("accepted", "mAP 50:95")}
+    assert all(verdict["stages"][0]["value"] > 0.4 for verdict in verdicts)
+    assert len(list(Path("runs/det").glob("compile-*/engine.plan"))) == 1
+    assert len(list(Path("runs/det").glob("bundle-*/*.resvit"))) == 2
+    reasons = {
+        node["reason"]
+        for path in Path("runs/det").glob("quantize-*/quantize.json")
+        for node in json.loads(path.read_bytes())["nodes"]
+    }
+    assert {"its output is the detector's boxes", "its output is the detector's scores"} <= reasons
+
+
+@pytest.mark.parametrize(("task", "kind"), [("detection", "det"), ("segmentation", "seg")])
+def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, workspace: Path) -> None:
+    checkpoint = f"runs/{kind}.pt"
+    few = ["--scenes", "64", "--epochs", "1", "--test-scenes", "20", "--quiet"]
+    train = [sys.executable, str(EXAMPLES / task / "train.py"), "--out", checkpoint, *few]
+    subprocess.run(train, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    model = ["--model", f"resvit:fpn-nano-{kind}", "--checkpoint", checkpoint]
+    data = ["--data", f"resvit_calibrate.scenes:{task}", "--train-data", f"resvit_calibrate.scenes:{task}_training"]
+    prune = ["--prune-macs", "0.8", "--prune-epochs", "1", "--train-images", "256", "--recover", "never"]
+    # So few scenes teach nothing, and what knows nothing cannot be accepted.
+    code = run(["build", *model, *data, *prune, "--target", "l4", "--run", "runs/small", *FEW, "--allow-rejected"])
+    assert code in (0, ExitCode.REJECTED, ExitCode.UNDECIDED)
+    (network,) = Path("runs/small").glob("prune-*/prune.json")
+    report = json.loads(network.read_bytes())
+    assert report["after"]["macs"] <= 0.81 * report["before"]["macs"]
+    assert len(list(Path("runs/small").glob("compile-*/engine.plan"))) == 1
+    assert len(list(Path("runs/small").glob("bundle-*/*.resvit"))) == 1
