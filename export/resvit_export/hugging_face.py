@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from resvit_calibrate.data import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_export.imports import import_transformers
+from resvit_export.random_weights import draw_weights
 
 if TYPE_CHECKING:
     from resvit_export.factories import Scalar
@@ -28,7 +28,6 @@ _DETR_COCO = 91
 """Classes of DETR's own COCO weights: the numbers are COCO's, gaps and all."""
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ARCHITECTURE = "architecture"
 
 
@@ -83,7 +82,7 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
             _require_whole(loaded, reference)
         else:
             model = kind(config)
-            _draw(model)
+            draw_weights(model)
     if getattr(model, "main_input_name", "pixel_values") != "pixel_values":
         raise ResvitError(
             f"{reference} takes {model.main_input_name}, not images.", "Give a model whose input is pixel_values."
@@ -137,26 +136,6 @@ def _require_whole(loaded: Mapping[str, Any], reference: str) -> None:
             f"shape ({', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}).",
             "Give the fine-tuned model rather than its backbone, with the num_labels that it was trained with.",
         )
-
-
-def _draw(model: nn.Module) -> None:
-    """Draw weights under which signals keep their size, and heads that begin as zero answer something.
-
-    The libraries' own start dies out in a deep network of normalisations of 0.02: nothing could be compared, and FP16
-    would hold zeros. He et al., "Delving Deep into Rectifiers", 2015, for convolutions; without the ReLU's gain for
-    linear layers.
-    """
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter):
-                continue
-            if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-                gain = 1.0 if isinstance(module, nn.Linear) else 2.0
-                weight.normal_(0.0, math.sqrt(gain / weight[0].numel()), generator=random)
-            elif weight.ndim == 1:
-                weight.fill_(1.0)
 
 
 def _input_shape(config: Any, preprocess: Preprocess | None) -> tuple[int, int, int] | None:

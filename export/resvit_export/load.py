@@ -22,6 +22,7 @@ from resvit_export.checkpoint import load_checkpoint, require_finite
 from resvit_export.factories import Scalar, module_from_name
 from resvit_export.inputs import NetworkInput
 from resvit_export.models import HybridConfig
+from resvit_export.random_weights import draw_heads
 from resvit_export.torch_program import (
     has_dynamic_batch,
     input_shape_of,
@@ -103,11 +104,12 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
     notes: list[str] = []
     if spec.checkpoint is not None:
         notes += load_checkpoint(module, spec.checkpoint)
-    elif spec.model.startswith(("timm:", "resvit:")) or getattr(module, "random_weights", False):
+    elif spec.model.startswith(("timm:", "resvit:", "torchvision.")) or getattr(module, "random_weights", False):
         reporter.warn(
             f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
         )
         notes.append("random weights: no checkpoint was given")
+        draw_heads(module)
     _refuse_own_selection(module, spec.model)
     module, cast = _as_float32(module)
     notes += cast
