@@ -11,6 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnx-ir", "numpy", "nvidia-modelopt", "tensorrt-rtx-cu13-libs", "timm")
+_PACKAGES += ("torchvision", "transformers")
 
 
 def describe_machine() -> dict[str, Any]:
