@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from resvit_calibrate.fashion_mnist import CLASS_NAMES, Split
 from resvit_calibrate.scenes import MASK_CLASSES, SIZES, Scene, Scenes
-from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, write_atomic
 from resvit_engines.progress import Reporter, reporter
+from resvit_export.script_errors import spoken_errors
 
 NAMES: dict[Split, str] = {"train": "train", "test": "val"}
 
@@ -82,15 +82,9 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 @click.option("--quiet", is_flag=True, help="No progress.")
 def main(*, out: Path, train: int, val: int, edges: tuple[int, int], seed: int, quiet: bool) -> None:
     """Write both splits and say where they are."""
-    try:
+    with spoken_errors("writes all of them again"):
         write_scenes(Scenes("train", seed, edges, edges), train, out, reporter(quiet))
         write_scenes(Scenes("test", seed, edges, edges), val, out, reporter(quiet))
-    except ResvitError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(int(error.code)) from None
-    except OSError as error:
-        click.echo(f"error: {error}\n  → Choose an --out in a folder that can be written.", err=True)
-        raise SystemExit(int(ExitCode.SYSTEM)) from None
     click.echo(f"{out}: {train} scenes to train on and {val} to validate on, in detection/ and segmentation/")
 
 

@@ -24,10 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.fashion_mnist import read_split
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file, write_atomic
 from resvit_engines.progress import Reporter, reporter
 from resvit_export.models import MODEL_NAMES, HybridConfig, resvit_config
+from resvit_export.script_errors import spoken_errors
 
 if TYPE_CHECKING:
     import torch
@@ -272,7 +273,7 @@ def main(*, model: str, out: Path | None, epochs: int, seed: int, limit: int | N
     # Read when torch is first imported. Threads that spin while they wait make this several times slower as soon
     # as another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
+    with spoken_errors("goes on from the last whole epoch"):
         recipe = Recipe(config_of(model), epochs, seed)
         out = out or Path("runs", "fashion-mnist", f"{recipe.config.name}.pt")
         images = read_images(limit)
@@ -281,15 +282,6 @@ def main(*, model: str, out: Path | None, epochs: int, seed: int, limit: int | N
             click.echo(f"{out}: finished before and unchanged, top-1 {100 * record['top1']:.2f}%")
             return
         record = train(recipe, images, out, reporter(quiet))
-    except ResvitError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(int(error.code)) from None
-    except OSError as error:
-        click.echo(f"error: {error}\n  → Choose an --out in a folder that can be written.", err=True)
-        raise SystemExit(int(ExitCode.SYSTEM)) from None
-    except KeyboardInterrupt:
-        click.echo("Interrupted; the same command goes on from the last whole epoch.", err=True)
-        raise SystemExit(int(ExitCode.INTERRUPTED)) from None
     click.echo(
         f"{out}: top-1 {100 * record['top1']:.2f}% of {record['test_images']} test images, "
         f"{record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of CPU time)"

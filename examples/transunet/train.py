@@ -16,9 +16,9 @@ import numpy as np
 from model import transunet
 
 from resvit_calibrate.scenes import Scenes, normalised
-from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import reporter
+from resvit_export.script_errors import spoken_errors
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
@@ -38,7 +38,7 @@ def main(*, out: Path, scenes: int, batch: int, quiet: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
     source, report = Scenes("train"), reporter(quiet)
-    try:
+    with spoken_errors("begins again"):
         for step in report.track(range(steps), "train", scenes, batch):
             some = list(source.scenes(step * batch, batch))
             images = torch.from_numpy(normalised(np.stack([scene.pixels for scene in some])))
@@ -52,9 +52,6 @@ def main(*, out: Path, scenes: int, batch: int, quiet: bool) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as partial:
             torch.save({name: value.contiguous() for name, value in model.state_dict().items()}, partial)
-    except ResvitError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(int(error.code)) from None
     click.echo(f"{out}: trained on {steps * batch} scenes, last loss {loss.item():.3f}")
 
 

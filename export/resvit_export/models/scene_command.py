@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from resvit_calibrate.scenes import VALIDATION
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
 from resvit_engines.progress import reporter
 from resvit_export.models import resvit_config
 from resvit_export.models.config import Task
 from resvit_export.models.training import SceneRecipe, finished, train
+from resvit_export.script_errors import spoken_errors
 
 
 def scene_training_command(task: Task, model: str, help_text: str, *, scenes: int, epochs: int) -> click.Command:
@@ -38,7 +39,7 @@ def scene_training_command(task: Task, model: str, help_text: str, *, scenes: in
     ) -> None:
         # Read when torch is first imported: threads that spin while they wait slow down whatever shares the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        try:
+        with spoken_errors("goes on from the last whole epoch"):
             recipe = SceneRecipe(resvit_config(model.removeprefix("resvit:")), scenes, epochs, seed, test_scenes)
             if recipe.config.task is not task:
                 raise ResvitError(f"{model} is made for {recipe.config.task.value}.", f"Choose {default}.")
@@ -47,15 +48,6 @@ def scene_training_command(task: Task, model: str, help_text: str, *, scenes: in
                 click.echo(f"{out}: finished before and unchanged, {_in_words(record['scores'])}")
                 return
             record = train(recipe, out, reporter(quiet))
-        except ResvitError as error:
-            click.echo(f"error: {error}", err=True)
-            raise SystemExit(int(error.code)) from None
-        except OSError as error:
-            click.echo(f"error: {error}\n  → Choose an --out in a folder that can be written.", err=True)
-            raise SystemExit(int(ExitCode.SYSTEM)) from None
-        except KeyboardInterrupt:
-            click.echo("Interrupted; the same command goes on from the last whole epoch.", err=True)
-            raise SystemExit(int(ExitCode.INTERRUPTED)) from None
         click.echo(
             f"{out}: {_in_words(record['scores'])} on {record['test_scenes']} test scenes, "
             f"{record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of CPU time)"
