@@ -9,8 +9,8 @@ import torch
 from resvit_calibrate.gate import VerdictKind, judge
 from resvit_calibrate.targets import BoxTarget, MaskTarget
 from resvit_calibrate.tasks import task_named
+from resvit_calibrate.tasks.maps import step_for
 from resvit_calibrate.tasks.raw import RawKeeper
-from resvit_calibrate.tasks.segmentation import _step
 from resvit_calibrate.tasks.upsampling import classes_at, map_at
 from resvit_engines.errors import ResvitError
 from resvit_export.imports import import_timm
@@ -171,8 +171,8 @@ def test_data_without_masks():
 
 
 def test_memory_is_bounded():
-    assert _step(100, (512, 512)) == 1
-    step = _step(5000, (1024, 1024))
+    assert step_for(100, (512, 512)) == 1
+    step = step_for(5000, (1024, 1024))
     assert 5000 * (1024 // step) ** 2 * 2 <= 256 << 20
     keeper = RawKeeper(4, 4000)
     for _ in range(3):

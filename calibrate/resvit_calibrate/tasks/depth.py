@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from resvit_calibrate.bootstrap import Floats, resampled
 from resvit_calibrate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.image_set import ImageSet
 from resvit_calibrate.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_calibrate.tasks.base import (
-    Answers,
     Array,
     Task,
     finite_images,
-    load_arrays,
     options_from,
     require_between,
     require_choice,
     require_finite,
     require_same_images,
     run_batches,
-    save_arrays,
     shapes_of,
     targets_of,
 )
-from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.tasks.maps import Maps, outcome_of, step_for
+from resvit_calibrate.tasks.raw import RawKeeper
 from resvit_calibrate.tasks.upsampling import map_at
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
@@ -39,7 +36,6 @@ from resvit_engines.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from resvit_calibrate.runtime import Runner
 
-_MAP_BYTES = 256 << 20
 _NEAR = 0.05
 """A pixel agrees where the two depths differ by at most this share of the first."""
 _CHANGED = 0.95
@@ -70,35 +66,17 @@ class DepthOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Depths(Answers):
-    """Of N images: their errors against the known depths, and their maps.
+class Depths(Maps):
+    """Of N images: their errors against the known depths, and their maps float16.
 
-    ``maps`` float16 [N, h, w] are the answers at every ``step``-th pixel. ``abs_rel`` and ``delta1`` [N] are means over
-    an image's known pixels, NaN where it has none. ``sample`` [N, 64] are known depths of each image,
-    by which a network that always answers the same is measured.
+    ``abs_rel`` and ``delta1`` [N] are means over an image's known pixels, NaN where it has none. ``sample`` [N, 64] are
+    known depths of each image, by which a network that always answers the same is measured.
     """
 
-    maps: npt.NDArray[np.float16]
-    step: int
+    task = "depth"
     abs_rel: Floats
     delta1: Floats
     sample: Floats
-    finite: npt.NDArray[np.bool_]
-    digest: npt.NDArray[np.uint8]
-    raw: Raw
-
-    def __len__(self) -> int:
-        return len(self.maps)
-
-    def save(self, path: Path) -> None:
-        """Write an ``.npz`` file, whole or not at all."""
-        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "raw"}
-        save_arrays(path, "depth", {**arrays, **self.raw.to_arrays()})
-
-    def first(self, count: int) -> Depths:
-        """Keep the first ``count`` images only."""
-        names = ("maps", "abs_rel", "delta1", "sample", "finite", "digest")
-        return replace(self, raw=self.raw.first(count), **{name: getattr(self, name)[:count] for name in names})
 
 
 class Depth(Task):
@@ -124,7 +102,7 @@ class Depth(Task):
         for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
             output = self._output(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-            step = step or _step(len(image_set), size)
+            step = step or step_for(len(image_set), size)
             fine = finite_images({"output": output}, len(output))
             keeper.add({"output": output}, len(output))
             targets = targets_of(batch, DepthTarget, self.name, image_set)
@@ -142,22 +120,12 @@ class Depth(Task):
                 f"No pixel has a known depth ({image_set.description}).",
                 "Check --task-option depth_scale, min_depth and max_depth.",
             )
-        return Depths(
-            np.stack(maps),
-            step,
-            scores[:, 0],
-            scores[:, 1],
-            np.stack([row[2] for row in rows]),
-            np.concatenate(finite),
-            digest,
-            keeper.taken(),
-        )
+        kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
+        return Depths(*kept, scores[:, 0], scores[:, 1], np.stack([row[2] for row in rows]))
 
     def load(self, path: Path) -> Depths:
         """Read what ``Depths.save`` wrote."""
-        arrays = load_arrays(path, self.name)
-        fields = {name: arrays[name] for name in Depths.__dataclass_fields__ if name not in ("raw", "step")}
-        return Depths(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
+        return Depths.load(path)
 
     def compare(self, reference: Depths, candidate: Depths, confidence: float = 0.95) -> Resampled:
         """AbsRel and delta 1, means over images of means over pixels, and the interval of the rise of AbsRel.
@@ -211,7 +179,7 @@ class Depth(Task):
                 "label": None,
                 "float": f"AbsRel {before[i]:.3f}",
                 "quantized": f"AbsRel {after[i]:.3f}, {same[i]:.1%} of the pixels within {_NEAR:.0%}",
-                "outcome": "lost" if after[i] > before[i] else "gained" if after[i] < before[i] else "neutral",
+                "outcome": outcome_of(after[i] > before[i], after[i] < before[i]),
             }
             for i in np.argsort(same, kind="stable")
             if same[i] < _CHANGED
@@ -273,13 +241,6 @@ class Depth(Task):
             weight = np.cumsum(1.0 / flat)
             constant = flat[int(np.searchsorted(weight, weight[-1] / 2))]
         return np.asarray((np.abs(constant - sample) / sample).mean(axis=1), np.float64)
-
-
-def _step(count: int, size: tuple[int, int]) -> int:
-    step = 1
-    while 2 * count * -(-size[0] // step) * -(-size[1] // step) > _MAP_BYTES:
-        step += 1
-    return step
 
 
 def _agreement(reference: Depths, candidate: Depths) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,21 +16,19 @@ from resvit_calibrate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.image_set import ImageSet
 from resvit_calibrate.targets import IGNORED, MaskTarget
 from resvit_calibrate.tasks.base import (
-    Answers,
     Array,
     Task,
     finite_images,
-    load_arrays,
     options_from,
     require_finite,
     require_same_images,
     run_batches,
-    save_arrays,
     shapes_of,
     targets_of,
 )
+from resvit_calibrate.tasks.maps import Maps, outcome_of, step_for
 from resvit_calibrate.tasks.mask_counts import commonest, counts, dice, ious, mean_iou
-from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.tasks.raw import RawKeeper
 from resvit_calibrate.tasks.upsampling import classes_at
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
@@ -38,7 +36,6 @@ from resvit_engines.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from resvit_calibrate.runtime import Runner
 
-_MAP_BYTES = 256 << 20
 _CHANGED = 0.99
 """An image of which a larger share of pixels has the same class is not called changed."""
 
@@ -51,35 +48,17 @@ class SegmentationOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Masks(Answers):
-    """Of N images: label maps, and how many pixels of each class they share with what is known.
+class Masks(Maps):
+    """Of N images: label maps int16, and how many pixels of each class they share with what is known.
 
-    ``maps`` int16 [N, h, w] are the answers at every ``step``-th pixel, for drawing and agreement: every pixel
-    where all take at most 256 MiB. ``shared``, ``answered`` and ``known`` int64 [N, K] count labelled pixels,
-    all of them: of class k in both, in the answer, in truth. ``digest`` is of the known masks.
+    ``maps`` are for drawing and agreement. ``shared``, ``answered`` and ``known`` int64 [N, K] count labelled pixels,
+    all of them: of class k in both, in the answer, in truth.
     """
 
-    maps: npt.NDArray[np.int16]
-    step: int
+    task = "segmentation"
     shared: npt.NDArray[np.int64]
     answered: npt.NDArray[np.int64]
     known: npt.NDArray[np.int64]
-    finite: npt.NDArray[np.bool_]
-    digest: npt.NDArray[np.uint8]
-    raw: Raw
-
-    def __len__(self) -> int:
-        return len(self.maps)
-
-    def save(self, path: Path) -> None:
-        """Write an ``.npz`` file, whole or not at all."""
-        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "raw"}
-        save_arrays(path, "segmentation", {**arrays, **self.raw.to_arrays()})
-
-    def first(self, count: int) -> Masks:
-        """Keep the first ``count`` images only."""
-        names = ("maps", "shared", "answered", "known", "finite", "digest")
-        return replace(self, raw=self.raw.first(count), **{name: getattr(self, name)[:count] for name in names})
 
 
 class Segmentation(Task):
@@ -109,7 +88,7 @@ class Segmentation(Task):
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
             self._fits(output, size)
             classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
-            step = step or _step(len(image_set), size)
+            step = step or step_for(len(image_set), size)
             targets = targets_of(batch, MaskTarget, self.name, image_set)
             fine = finite_images({"output": output}, len(output))
             keeper.add({"output": output}, len(output))
@@ -122,13 +101,12 @@ class Segmentation(Task):
             finite.append(fine)
         shared, answered, known = (_stacked([row[i] for row in rows], classes) for i in range(3))
         digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
-        return Masks(np.stack(maps), step, shared, answered, known, np.concatenate(finite), digest, keeper.taken())
+        kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
+        return Masks(*kept, shared, answered, known)
 
     def load(self, path: Path) -> Masks:
         """Read what ``Masks.save`` wrote."""
-        arrays = load_arrays(path, self.name)
-        fields = {name: arrays[name] for name in Masks.__dataclass_fields__ if name not in ("raw", "step")}
-        return Masks(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
+        return Masks.load(path)
 
     def compare(self, reference: Masks, candidate: Masks, confidence: float = 0.95) -> Resampled:
         """MIoU and Dice over classes, and the interval of the difference in mIoU.
@@ -185,7 +163,7 @@ class Segmentation(Task):
                 "label": None,
                 "float": f"mIoU {100 * before[i]:.1f}",
                 "quantized": f"mIoU {100 * after[i]:.1f}, {same[i]:.1%} of the pixels the same",
-                "outcome": "lost" if after[i] < before[i] else "gained" if after[i] > before[i] else "neutral",
+                "outcome": outcome_of(after[i] < before[i], after[i] > before[i]),
             }
             for i in np.argsort(same, kind="stable")
             if same[i] < _CHANGED
@@ -222,13 +200,6 @@ class Segmentation(Task):
 
 def _map(one: Array, size: tuple[int, int]) -> npt.NDArray[np.int16]:
     return classes_at(one, size) if one.ndim == 3 else one.astype(np.int16)
-
-
-def _step(count: int, size: tuple[int, int]) -> int:
-    step = 1
-    while 2 * count * -(-size[0] // step) * -(-size[1] // step) > _MAP_BYTES:
-        step += 1
-    return step
 
 
 def _classes(known: int, dimensions: int, one: Array, target: MaskTarget) -> int:
