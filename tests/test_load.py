@@ -20,6 +20,7 @@ from resvit_export.cli.options import plain_values
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.models import resvit_model
 from resvit_export.pt2 import program_from_pt2
+from resvit_export.torch_program import has_dynamic_batch, program_from_module
 
 FILE = """
 import torch
@@ -288,3 +289,26 @@ def test_damaged_programs(program: Path, tmp_path: Path) -> None:
         archive.writestr("version", "8.14")
     with pytest.raises(ResvitError):
         program_from_pt2(tmp_path / "other.pt2")
+
+
+class CountsByLen(nn.Module):
+    """Asks Python for the batch, as RT-DETR does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.reshape(len(images), -1))
+
+
+def test_len_of_a_tensor_does_not_fix_the_batch() -> None:
+    program, notes = program_from_module(CountsByLen().eval(), (3, 8, 8))
+    assert (has_dynamic_batch(program), notes) == (True, ())
+    assert "len" not in globals()
+
+
+def test_a_class_whose_file_is_not_among_the_loaded_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountsByLen, "__module__", "made.elsewhere")
+    program, _ = program_from_module(CountsByLen().eval(), (3, 8, 8))
+    assert program.graph is not None

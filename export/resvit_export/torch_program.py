@@ -251,7 +251,8 @@ def _symbolic_len(module: nn.Module) -> Iterator[None]:
 
     Python makes a number of whatever ``len`` returns, which fixes the batch to that of the example.
     """
-    places = [vars(sys.modules[name]) for name in {type(part).__module__ for part in module.modules()}]
+    names = {type(part).__module__ for part in module.modules()}
+    places = [vars(sys.modules[name]) for name in names if name in sys.modules]
     own = [place for place in places if "len" not in place and not str(place.get("__name__")).startswith("torch.")]
 
     def length(value: Any) -> Any:
