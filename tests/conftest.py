@@ -4,10 +4,13 @@ import gzip
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from resvit_calibrate.scenes import _items
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(__file__).parent / "assets" / "embed-nano.pt"
@@ -43,11 +46,14 @@ def fashion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, fashion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder as ``make demo`` leaves it: a trained checkpoint, and Fashion-MNIST (a part of it)."""
     folder = tmp_path / "work space"
     (folder / "runs" / "demo").mkdir(parents=True)
     shutil.copy(CHECKPOINT, folder / "runs" / "demo" / "embed-nano.pt")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RESVIT_FASHION_MNIST", str(fashion_folder))
-    return folder
+    # Scenes keep the items that they have read: those of the part are for these tests only, whatever ran before.
+    _items.cache_clear()
+    yield folder
+    _items.cache_clear()

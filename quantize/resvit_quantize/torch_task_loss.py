@@ -46,7 +46,8 @@ class DetectionLoss:
     An object goes to the predictions with the largest score x IoU^6, its alignment (Feng et al., "TOOD", 2021): one
     for the DETR family, whose queries suppress each other, else three. Their scores are to be the IoU (Zhang et al.,
     "VarifocalNet", 2021), all others 0 with weight 0.75 score^2; a softmax head has cross-entropy with "no object" at
-    weight 0.1 (Carion et al., "DETR", 2020). Boxes lose 2 (1 - GIoU) each.
+    weight 0.1 (Carion et al., "DETR", 2020). Boxes lose 2 (1 - GIoU) each. The gradient holds the assignment and what
+    scores are to be; a loss that is measured anew has them anew.
 
     Raises:
         ResvitError: where called, for outputs that are not a detector's, classes that it does not have, and a loss that
