@@ -21,9 +21,10 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.data import ImageSet, Preprocess
-from resvit_calibrate.indexed import IndexedImageSet
-from resvit_calibrate.pixels import ArrayPixels
+from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.indexed import IndexedImageSet
+from resvit_calibrate.images.pixels import ArrayPixels
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import Reporter, reporter

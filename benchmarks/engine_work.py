@@ -25,7 +25,7 @@ import click
 import numpy as np
 from machine import RESULTS, write_result
 
-from resvit_calibrate.data import Batch
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.audit.kernel_totals import kernel_totals
 from resvit_engines.build import build_engine
 from resvit_engines.errors import ResvitError
@@ -68,7 +68,7 @@ def export(name: str, folder: Path) -> Path:
 
 def images(model: Path, count: int) -> Iterator[Batch]:
     """Seeded random images, one a batch."""
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     shape = tuple(int(size) for size in onnx_runner(model).session.get_inputs()[0].shape[1:])
     for image in np.random.default_rng(0).standard_normal((count, *shape), dtype=np.float32):
@@ -77,10 +77,10 @@ def images(model: Path, count: int) -> Iterator[Batch]:
 
 def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
     """Write the ONNX that the variant compiles."""
-    from resvit_calibrate.estimators import Estimator
-    from resvit_calibrate.ranges import load_ranges, ranges_from, save_ranges
-    from resvit_calibrate.statistics import collect_statistics
-    from resvit_calibrate.statistics_file import load_statistics, save_statistics
+    from resvit_calibrate.ranges.collect import collect_statistics
+    from resvit_calibrate.ranges.estimators import Estimator
+    from resvit_calibrate.ranges.ranges import load_ranges, ranges_from, save_ranges
+    from resvit_calibrate.ranges.statistics import load_statistics, save_statistics
     from resvit_export.tensorrt_copy import onnx_for_tensorrt, suit_builder
     from resvit_quantize.modelopt import quantize_with_modelopt
     from resvit_quantize.quantize import quantize_model

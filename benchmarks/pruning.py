@@ -30,12 +30,14 @@ import torch
 from machine import RESULTS, write_result
 from torch import nn
 
-from resvit_calibrate.data import DataSpec, ImageSet, TrainingImages, open_image_sets, open_training_images
-from resvit_calibrate.metrics import Predictions, compare, predict
-from resvit_calibrate.preprocess import Preprocess
-from resvit_calibrate.ranges import ranges_from
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
+from resvit_calibrate.data.training_images import TrainingImages
+from resvit_calibrate.images.image_set import DataSpec, ImageSet
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import Reporter, reporter

@@ -25,7 +25,7 @@ import click
 import numpy as np
 from machine import write_result
 
-from resvit_calibrate.data import Batch
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.process import peak_memory_mib
 
 POOL = 64
@@ -40,7 +40,7 @@ def images_in_batches(shape: tuple[int, ...], images: int, batch: int) -> Iterat
 
 def plain(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
     """One float pass, outputs dropped."""
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     del out
 
@@ -54,8 +54,8 @@ def plain(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
 
 def ours(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
     """Statistics, ranges, smoothing, bias correction, Q/DQ and FP16: what ``--effort fast`` does."""
-    from resvit_calibrate.ranges import ranges_from
-    from resvit_calibrate.statistics import collect_statistics
+    from resvit_calibrate.ranges.collect import collect_statistics
+    from resvit_calibrate.ranges.ranges import ranges_from
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import Precision, QuantizeSettings
 
@@ -71,7 +71,7 @@ def modelopt(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None
     """ModelOpt's ONNX quantiser at its default, entropy calibration."""
     import modelopt.onnx.quantization  # noqa: F401  (imported before the clock starts)
 
-    from resvit_calibrate.estimators import Estimator
+    from resvit_calibrate.ranges.estimators import Estimator
     from resvit_quantize.modelopt import quantize_with_modelopt
     from resvit_quantize.settings import Precision, QuantizeSettings
 
@@ -108,7 +108,7 @@ def run_child(job: str, model: Path, images: int, batch: int, limit: float | Non
 
 
 def child(job: str, model: Path, images: int, batch: int) -> None:
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     shape = tuple(int(size) for size in onnx_runner(model).session.get_inputs()[0].shape[1:])
     with tempfile.TemporaryDirectory() as folder:

@@ -19,12 +19,15 @@ from typing import Any
 import click
 from machine import write_result
 
-from resvit_calibrate.data import DataSpec, ImageSet, TrainingImages, open_image_sets, open_training_images
-from resvit_calibrate.metrics import Predictions, compare, predict
-from resvit_calibrate.preprocess import Preprocess
-from resvit_calibrate.ranges import Ranges, ranges_from
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.statistics import Statistics, collect_statistics
+from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
+from resvit_calibrate.data.training_images import TrainingImages
+from resvit_calibrate.images.image_set import DataSpec, ImageSet
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_calibrate.ranges.statistics import Statistics
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.progress import Reporter, reporter
 from resvit_export.models import resvit_config
 from resvit_quantize.quantize import quantize_model

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from machine import write_result
 
-from resvit_calibrate.data import DataSpec, open_image_sets
-from resvit_calibrate.image_set import Batch, ImageSet
-from resvit_calibrate.ranges import ranges_from
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.statistics import collect_statistics
-from resvit_calibrate.targets import MaskTarget
-from resvit_calibrate.tasks import Task, task_named
-from resvit_calibrate.tasks.replay import FirstImages
+from resvit_calibrate.answers.base import Task
+from resvit_calibrate.answers.replay import FirstImages
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
+from resvit_calibrate.images.targets import MaskTarget
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.tasks.kinds import task_named
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program
 from resvit_quantize.fold import fold_program
@@ -40,8 +41,8 @@ from resvit_quantize.units import plan_units
 
 ASSETS = Path(__file__).parent.parent / "tests" / "assets"
 CASES = {
-    "detection": ("fpn-nano-det", "resvit_calibrate.scenes:detection", 96, 200),
-    "segmentation": ("fpn-nano-seg", "resvit_calibrate.scenes:segmentation", 96, 200),
+    "detection": ("fpn-nano-det", "resvit_calibrate.readers.scenes:detection", 96, 200),
+    "segmentation": ("fpn-nano-seg", "resvit_calibrate.readers.scenes:segmentation", 96, 200),
     "classification": ("embed-nano", "fashion-mnist", 256, 3000),
 }
 WORST = 6

@@ -16,8 +16,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.fashion_mnist import CLASS_NAMES, Split
-from resvit_calibrate.scenes import MASK_CLASSES, SIZES, Scene, Scenes
+from resvit_calibrate.readers.fashion_mnist import CLASS_NAMES, Split
+from resvit_calibrate.readers.scenes import MASK_CLASSES, SIZES, Scene, Scenes
 from resvit_engines.files import pretty_json, write_atomic
 from resvit_engines.progress import Reporter, reporter
 from resvit_export.script_errors import spoken_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_calibrate.scenes import _items
+from resvit_calibrate.readers.scenes import _items
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(__file__).parent / "assets" / "embed-nano.pt"
@@ -36,7 +36,7 @@ def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) 
 @pytest.fixture(scope="session")
 def fashion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small part of the real Fashion-MNIST: 1,000 training and 2,500 test images."""
-    from resvit_calibrate.fashion_mnist import read_split
+    from resvit_calibrate.readers.fashion_mnist import read_split
 
     folder = tmp_path_factory.mktemp("fashion")
     for split, count in (("train", 1000), ("test", 2500)):

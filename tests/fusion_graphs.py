@@ -11,7 +11,8 @@ import onnx.parser
 import onnx_ir as ir
 from onnx import TensorProto, numpy_helper
 
-from resvit_quantize.fusion import FusionReport, Kind, fuse
+from resvit_quantize.fusion import fuse
+from resvit_quantize.fusion.found import FusionReport, Kind
 from resvit_quantize.network import infer_types
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.ranges import Ranges, ranges_from
-from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_export.imports import import_timm
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.work import export_into, fold_into, quiet_libraries

@@ -9,8 +9,8 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.ranges import Ranges, TensorRange
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges, TensorRange
 
 
 class Graph:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.targets import BoxTarget, Target
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.images.targets import BoxTarget, Target
 
 SIZE = (48, 64)
 

@@ -160,9 +160,9 @@ def test_coarsening_says_where_the_float_weights_are_not_found(network: Path, tm
 def stored_images(folder: Path, count: int) -> Any:
     from peers.images import store_images
 
-    from resvit_calibrate.indexed import IndexedImageSet
-    from resvit_calibrate.pixels import ArrayPixels
-    from resvit_calibrate.preprocess import Preprocess
+    from resvit_calibrate.images.indexed import IndexedImageSet
+    from resvit_calibrate.images.pixels import ArrayPixels
+    from resvit_calibrate.images.preprocess import Preprocess
 
     pixels = np.arange(count * 16, dtype=np.uint8).reshape(count, 4, 4)
     labels = np.arange(count, dtype=np.int64) % 3

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from resvit_calibrate.bootstrap import _student, percentile_interval, resampled
-from resvit_calibrate.comparison import Resampled
-from resvit_calibrate.intervals import normal_quantile, paired_difference, two_digits_up
-from resvit_calibrate.tasks.mask_counts import mean_iou
+from resvit_calibrate.answers.mask_counts import mean_iou
+from resvit_calibrate.gate.bootstrap import _student, percentile_interval, resampled
+from resvit_calibrate.gate.comparison import Resampled
+from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, two_digits_up
 
 
 def comparison(drop: float, draws: np.ndarray, count: int, worse: int = 50, better: int = 50) -> Resampled:

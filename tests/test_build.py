@@ -17,9 +17,10 @@ import pytest
 
 from resvit_engines import build
 from resvit_engines.audit.kernels import kernel_from_json, kernels_from_log
-from resvit_engines.build import BuildSettings, build_engine, builder_here
+from resvit_engines.build import build_engine, builder_here
 from resvit_engines.build import child as build_child
 from resvit_engines.build.device_plan import plan_for_device
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.engine_file import describe_engine_file
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent

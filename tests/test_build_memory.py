@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from resvit_engines import build
-from resvit_engines.build import BuildSettings, build_engine
+from resvit_engines.build import build_engine
 from resvit_engines.build import child as build_child
 from resvit_engines.build.memory import available_mib, choose_workspace, oom_kills
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets import find_target

@@ -8,8 +8,9 @@ import socket
 import pytest
 
 pytest.importorskip("onnx")
-from resvit_engines.build import BuildSettings, build_engine, refit_engine
+from resvit_engines.build import build_engine, refit_engine
 from resvit_engines.build.limits import compute_capabilities, require_buildable
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.build.steps import Percent, StepsFromChild, StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file

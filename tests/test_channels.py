@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_calibrate.channels import amax_for_output, channel_error
-from resvit_calibrate.estimators import DEAD_AMAX
-from resvit_calibrate.histogram import GrowingChannels
-from resvit_calibrate.layouts import channel_map, plain_layout, reshaped, transposed
-from resvit_calibrate.statistics import collect_statistics, load_statistics, save_statistics
+from resvit_calibrate.observe.histogram import GrowingChannels
+from resvit_calibrate.observe.layouts import channel_map, plain_layout, reshaped, transposed
+from resvit_calibrate.ranges.channels import amax_for_output, channel_error
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.estimators import DEAD_AMAX
+from resvit_calibrate.ranges.statistics import load_statistics, save_statistics
 from test_estimators import quantized
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from quantize_graphs import Graph, outputs_of, sqnr
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.ranges import ranges_from
-from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_quantize.network import onnx_from_network
 from resvit_quantize.placement import Weight, weight_key
 from resvit_quantize.qdq import insert_qdq, largest_level, quantise_weight

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resvit_calibrate import fashion_mnist
-from resvit_calibrate.choose import divide, stratified
-from resvit_calibrate.data import DataSpec, Preprocess, open_image_sets
-from resvit_calibrate.pixels import BrokenImage, FilePixels, decode
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.pixels import BrokenImage, FilePixels, decode
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.sampling import divide, stratified
+from resvit_calibrate.readers import fashion_mnist
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 

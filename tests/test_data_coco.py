@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from resvit_calibrate.coco_file import read_coco
-from resvit_calibrate.data import DataSpec, Preprocess, open_image_sets, open_training_images
-from resvit_calibrate.targets import BoxTarget
+from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import BoxTarget
+from resvit_calibrate.readers.coco_file import read_coco
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 

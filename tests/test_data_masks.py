@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resvit_calibrate.data import DataSpec, Preprocess, TargetOptions, is_factory, open_image_sets, require_source
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.data.sources import is_factory, require_source
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import TargetOptions
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_calibrate import training as training_module
-from resvit_calibrate.data import DataSpec, Preprocess, TargetOptions, open_image_sets, open_training_images
-from resvit_calibrate.image_set import digest_of
-from resvit_calibrate.targets import BoxTarget, DepthTarget, MaskTarget
+from resvit_calibrate.data import training_images as training_module
+from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
+from resvit_calibrate.images.image_set import DataSpec, digest_of
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, TargetOptions
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 
@@ -171,7 +172,7 @@ def test_npz_targets_that_cannot_be_used(tmp_path, arrays, said):
 
 FACTORY = """
 import numpy as np
-from resvit_calibrate.targets import BoxTarget, DepthTarget, Geometry, MaskTarget
+from resvit_calibrate.images.targets import BoxTarget, DepthTarget, Geometry, MaskTarget
 
 def images():
     return np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph, basic_block, outputs_of, sqnr
-from resvit_calibrate.channels import amax_for_output
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.ranges import Ranges, ranges_from
-from resvit_calibrate.statistics import Statistics, collect_statistics
+from resvit_calibrate.ranges.channels import amax_for_output
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph import analyse
 from resvit_quantize.network import constant, network_from_onnx

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resvit_calibrate.estimators import DEAD_AMAX, PRECISIONS, Estimator, amax_from, quantization_error
-from resvit_calibrate.histogram import BINS, GrowingHistogram, TensorStatistics
-from resvit_calibrate.ranges import Ranges, TensorRange, load_ranges, ranges_from, save_ranges
-from resvit_calibrate.statistics import Statistics
+from resvit_calibrate.observe.histogram import BINS, GrowingHistogram, TensorStatistics
+from resvit_calibrate.ranges.estimators import DEAD_AMAX, PRECISIONS, Estimator, amax_from, quantization_error
+from resvit_calibrate.ranges.ranges import Ranges, TensorRange, load_ranges, ranges_from, save_ranges
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 
 

@@ -11,13 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-import resvit_calibrate.parity as parity
-from resvit_calibrate.runtime import onnx_runner
+import resvit_calibrate.runtime.parity as parity
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.models import resvit_model
 from resvit_export.onnx_cleanup import MODULE, pad_in_max_pool
-from resvit_export.onnx_export import ExportReport, import_onnx, onnx_from_program
+from resvit_export.onnx_export import onnx_from_program
 from resvit_export.onnx_heads import split_along_heads
+from resvit_export.onnx_import import import_onnx
+from resvit_export.onnx_report import ExportReport
 from resvit_export.torch_program import program_from_module
 from resvit_quantize.fold import fold_program
 

@@ -16,7 +16,8 @@ from resvit_engines import build
 from resvit_engines.build import build_engine
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.targets import find_target
-from resvit_quantize.fusion import Kind, Operands, config_of, fuse, our_nodes
+from resvit_quantize.fusion import Operands, config_of, fuse, our_nodes
+from resvit_quantize.fusion.found import Kind
 from resvit_quantize.network import network_from_onnx
 
 HEADS, SIZE, TOKENS = 2, 8, 6

@@ -15,12 +15,7 @@ from onnx import TensorProto, helper
 from kernel_bounds import UNIT, attention_outside, held, norm_slack, outside
 from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, attention_reference, parts_of
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference
-from resvit_engines.kernels.norms import (
-    GroupNormConfig,
-    LayerNormConfig,
-    group_norm_reference,
-    layer_norm_reference,
-)
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_reference, layer_norm_reference
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 from resvit_engines.kernels.residual import ResidualConfig, residual_reference
 from resvit_engines.plugins.names import DOMAIN, OP_TYPES

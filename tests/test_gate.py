@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from resvit_calibrate.gate import Verdict, VerdictKind, judge
-from resvit_calibrate.intervals import normal_quantile, paired_difference, score
-from resvit_calibrate.metrics import ClassComparison, Predictions, compare
+from resvit_calibrate.answers.classes import ClassComparison, Predictions, compare
+from resvit_calibrate.gate.gate import Verdict, VerdictKind, judge
+from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, score
 from resvit_engines.errors import ExitCode, ResvitError
 
 

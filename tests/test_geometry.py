@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from resvit_calibrate.preprocess import Preprocess
-from resvit_calibrate.targets import (
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import (
     BoxTarget,
     DepthTarget,
     Geometry,

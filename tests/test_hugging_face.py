@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_models import CLASSES, folder_of
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.scenes import Scenes
+from resvit_calibrate.readers.scenes import Scenes
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
 from resvit_export.cli import run

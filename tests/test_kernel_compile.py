@@ -19,8 +19,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
 from resvit_engines.kernels.compile import kernel_from_source
-from resvit_engines.kernels.inspect import LAUNCH_SHARED_BYTES, inspection, load_widths, mma_counts, require_fits
-from resvit_engines.kernels.launch import Extent, Kernel, Launch, Result, Source, dim
+from resvit_engines.kernels.inspect import inspection, load_widths, mma_counts, require_fits
+from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Extent, Kernel, Launch, Result, Source, dim
 from resvit_engines.kernels.multiprocessors import MULTIPROCESSORS, resident_blocks
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
 from resvit_engines.kernels.ptx import OLDEST_PTX, entry_parameters, served_ptx_version, without_scratch

@@ -32,7 +32,7 @@ def runtime(change=lambda graph: None):
     """ONNX Runtime as the other side, after ``change`` to its graph."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     def runner(model: bytes):
         proto = onnx.load_from_string(model)

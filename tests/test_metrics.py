@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from resvit_calibrate.data import Batch, DataSpec, Preprocess, open_image_sets
-from resvit_calibrate.intervals import normal_quantile, paired_difference, score, share
-from resvit_calibrate.metrics import Predictions, changed_answers, compare, predict, sqnr
+from resvit_calibrate.answers.classes import Predictions, changed_answers, compare, predict, sqnr
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, score, share
+from resvit_calibrate.images.image_set import Batch, DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 
 

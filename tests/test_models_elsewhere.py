@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli import run
 from resvit_export.load import ModelSpec, load_network
@@ -73,7 +73,14 @@ def test_the_transunet_example_from_its_readme(workspace: Path) -> None:
     train = [sys.executable, str(EXAMPLE / "train.py"), "--out", "runs/transunet.pt", "--scenes", "640", "--quiet"]
     subprocess.run(train, check=True, env=environment, capture_output=True)
     model = ["--model", f"{EXAMPLE / 'model.py'}:transunet", "--checkpoint", "runs/transunet.pt"]
-    data = ["--data", "resvit_calibrate.scenes:segmentation", "--calibration-images", "32", "--validation-images", "60"]
+    data = [
+        "--data",
+        "resvit_calibrate.readers.scenes:segmentation",
+        "--calibration-images",
+        "32",
+        "--validation-images",
+        "60",
+    ]
     targets = ["--target", "l4", "--target", "jetson-orin", "--run", "runs/transunet"]
     assert run(["build", *model, *data, *targets, "--no-search", "--quiet"]) in (0, ExitCode.UNDECIDED)
     verdicts = [json.loads(path.read_bytes()) for path in Path("runs/transunet").glob("validate-*/verdict.json")]

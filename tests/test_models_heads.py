@@ -8,21 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.scenes import Scenes, normalised
+from resvit_calibrate.readers.scenes import Scenes, normalised
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.load import ModelSpec, load_network
-from resvit_export.models import preset, resvit_config, resvit_model
-from resvit_export.models.heads import Features, TokensOnMaps, cells
-from resvit_export.models.losses import (
-    Boxes,
-    RawDetections,
-    assign,
-    detection_loss,
-    focal_loss,
-    giou,
-    segmentation_loss,
-)
+from resvit_export.models import resvit_config, resvit_model
+from resvit_export.models.heads import Features, RawDetections, TokensOnMaps, cells
+from resvit_export.models.losses import Boxes, assign, detection_loss, focal_loss, giou, segmentation_loss
+from resvit_export.models.presets import preset
 from resvit_export.models.training import scene_loss
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.torch_program import output_names, program_from_module

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.onnx_islands import bound_stand_ins
 

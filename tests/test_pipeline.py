@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.bundle.keys import read_public_key
 from resvit_engines.errors import ExitCode
@@ -174,7 +174,7 @@ def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every way of naming data and model, looked for in all of the bundle's bytes."""
-    from resvit_calibrate.fashion_mnist import read_split
+    from resvit_calibrate.readers.fashion_mnist import read_split
 
     images, labels = read_split("test")
     np.savez("set.npz", images=images, labels=labels)

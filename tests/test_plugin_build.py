@@ -11,9 +11,9 @@ import pytest
 
 from conftest import ROOT
 from resvit_engines import build
-from resvit_engines.build import BuildSettings, build_engine
+from resvit_engines.build import build_engine
 from resvit_engines.build.limits import require_buildable
-from resvit_engines.build.settings import EngineReport
+from resvit_engines.build.settings import BuildSettings, EngineReport
 from resvit_engines.cli import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes

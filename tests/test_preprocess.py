@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resvit_calibrate.data import Preprocess
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 
 

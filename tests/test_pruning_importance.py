@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import CHECKPOINT
 from pruning_groups import ConvNet, embed_groups, hidden, without
-from resvit_calibrate.fashion_mnist import read_split
+from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ResvitError
 from resvit_export.checkpoint import load_checkpoint
 from resvit_export.models import resvit_model

@@ -11,8 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from quantize_graphs import Graph, basic_block, hybrid, outputs_of, ranges_from_extremes, ranges_of, sqnr
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.runtime import scorable_opset
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ResvitError
 from resvit_quantize.qdq import quantise_weight, scale_from_amax
 from resvit_quantize.quantize import quantize_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph, hybrid, outputs_of, sqnr
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.image_set import Batch
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.modelopt import quantize_with_modelopt
 from resvit_quantize.settings import Precision, QuantizeSettings

@@ -14,9 +14,9 @@ import pytest
 from onnx import numpy_helper
 
 from quantize_graphs import Graph, hybrid, outputs_of, ranges_of, sqnr
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.ranges import Ranges
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_export.cli import run
@@ -345,8 +345,9 @@ def test_wishes_that_cannot_be_fulfilled(
 
 
 def test_training_images_come_in_the_order_asked_for_without_validation_images(tmp_path: Path) -> None:
-    from resvit_calibrate.data import DataSpec, open_image_sets, open_training_images
-    from resvit_calibrate.preprocess import Preprocess
+    from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
+    from resvit_calibrate.images.image_set import DataSpec
+    from resvit_calibrate.images.preprocess import Preprocess
 
     pixels = np.random.default_rng(0).integers(0, 255, (60, 8, 8), np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(60) % 3)
@@ -366,9 +367,9 @@ def test_training_images_come_in_the_order_asked_for_without_validation_images(t
 
 
 def test_a_stream_is_mixed_the_same_way_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resvit_calibrate import training
-    from resvit_calibrate.data import open_training_images
-    from resvit_calibrate.preprocess import Preprocess
+    from resvit_calibrate.data import training_images as training
+    from resvit_calibrate.data.image_sets import open_training_images
+    from resvit_calibrate.images.preprocess import Preprocess
 
     (tmp_path / "loader.py").write_text(
         "import numpy as np\n"

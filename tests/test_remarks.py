@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_calibrate.clipping import clipped_shares, shares_from_statistics
-from resvit_calibrate.estimators import PRECISIONS, Estimator, amax_from
-from resvit_calibrate.remarks import Remark, RemarkKind, clipping_remarks, remarks_from_statistics, tell
-from resvit_calibrate.statistics import Statistics, collect_statistics
+from resvit_calibrate.ranges.clipping import clipped_shares, shares_from_statistics
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.diagnostics import Remark, RemarkKind, clipping_remarks, remarks_from_statistics, tell
+from resvit_calibrate.ranges.estimators import PRECISIONS, Estimator, amax_from
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 from resvit_quantize.qdq import scale_from_amax

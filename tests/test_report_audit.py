@@ -7,8 +7,8 @@ from typing import Any
 from resvit_engines.audit import Subject, audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
 from resvit_engines.audit.kernels import Kernel
-from resvit_export.report import ReportData
 from resvit_export.report.audit import fusion_from_audit
+from resvit_export.report.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.report.there import facts_from_device
 

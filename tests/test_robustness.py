@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resvit_calibrate.runtime import scorable_opset
+from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode
 from resvit_export.cli import run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from resvit_calibrate.parity import differences
+from resvit_calibrate.runtime.parity import differences
 from resvit_engines.rows import EDGE, paired_rows
 
 

@@ -182,7 +182,7 @@ def test_an_old_runtime_gets_float32_in_front_of_its_quantizers(tmp_path, monkey
 
 def test_the_casts_are_those_that_the_host_writes(tmp_path) -> None:
     """Against calibration's own rewriting, which uses the package onnx."""
-    from resvit_calibrate.selftest import with_float32_quantizers as by_onnx
+    from resvit_calibrate.runtime.selftest import with_float32_quantizers as by_onnx
 
     body = [helper.make_node("QuantizeLinear", ["a", "b", "c"], ["d"])]
     function = helper.make_function("ai.resvit", "Mine", ["a", "b", "c"], ["d"], body, [helper.make_opsetid("", 20)])

@@ -280,7 +280,8 @@ def test_the_stand_in_has_what_the_code_calls() -> None:
 @pytest.mark.skipif(run.local_sm() is None, reason="there is no NVIDIA GPU here")
 @pytest.mark.parametrize("batch", [(1, 1, 1), (1, 4, 8)])
 def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> None:
-    from resvit_engines.build import BuildSettings, build_engine
+    from resvit_engines.build import build_engine
+    from resvit_engines.build.settings import BuildSettings
     from resvit_engines.files import sha256_file
     from resvit_engines.run.onnx_on_cpu import open_onnx
     from resvit_engines.targets import RTX_SMS, TARGETS

@@ -10,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_calibrate import runtime, selftest
-from resvit_calibrate.runtime import onnx_runner, runtime_note, self_test
+from resvit_calibrate.runtime import runner as runtime
+from resvit_calibrate.runtime import selftest
+from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.runtime.selftest import runtime_note, self_test
 from resvit_engines.errors import ExitCode, ResvitError
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from resvit_calibrate.data import open_image_sets
-from resvit_calibrate.fashion_mnist import CLASS_NAMES, read_split
-from resvit_calibrate.image_set import DataSpec
-from resvit_calibrate.preprocess import Preprocess
-from resvit_calibrate.scenes import MASK_CLASSES, Scenes, batches, detection, normalised, segmentation
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.readers.fashion_mnist import CLASS_NAMES, read_split
+from resvit_calibrate.readers.scenes import MASK_CLASSES, Scenes, batches, detection, normalised, segmentation
 from resvit_engines.errors import ResvitError
 from resvit_export.models import resvit_config
 
@@ -94,7 +94,7 @@ def test_a_scene_follows_from_split_seed_and_number():
 
 def test_scenes_show_items_of_their_own_split(monkeypatch, tmp_path):
     """Items of one brightness per split: no pixel of the other's can be in a scene."""
-    from resvit_calibrate import scenes
+    from resvit_calibrate.readers import scenes
 
     def constant(split):
         return np.full((10, 28, 28), {"train": 255, "test": 254}[split], np.uint8), np.arange(10)
@@ -121,7 +121,7 @@ class Chosen:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_an_item_at_its_own_size_is_the_original(mirrored):
-    from resvit_calibrate.scenes import _filled, _placed
+    from resvit_calibrate.readers.scenes import _filled, _placed
 
     item = read_split("train")[0][0]
     drawn, covered, whole = _placed(item, Chosen(mirrored), 96, 100)
@@ -133,7 +133,7 @@ def test_an_item_at_its_own_size_is_the_original(mirrored):
 
 
 def test_holes_of_an_item_belong_to_it():
-    from resvit_calibrate.scenes import _filled
+    from resvit_calibrate.readers.scenes import _filled
 
     ring = np.ones((5, 5), bool)
     ring[1:4, 1:4] = False

@@ -38,7 +38,7 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
 def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from resvit_calibrate.ranges import Ranges
+    from resvit_calibrate.ranges.ranges import Ranges
 
     honest = Ranges.amax
     # What the patch projection reads is clipped to a fiftieth, in INT8 and FP8; nothing may move it out of the way.

@@ -9,10 +9,10 @@ import pytest
 
 from conftest import CHECKPOINT
 from quantize_graphs import Graph, basic_block, hybrid, ranges_of
-from resvit_calibrate.fashion_mnist import read_split
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.ranges import Ranges, ranges_from
-from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli import run
 from resvit_export.load import ModelSpec, load_network

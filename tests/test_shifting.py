@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from quantize_graphs import Graph, outputs_of, sqnr
-from resvit_calibrate.channels import shifted
-from resvit_calibrate.histogram import GrowingChannels
-from resvit_calibrate.ranges import ranges_from
-from resvit_calibrate.statistics import collect_statistics
+from resvit_calibrate.observe.histogram import GrowingChannels
+from resvit_calibrate.ranges.channels import shifted
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_quantize.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.quantize import Plan, plan_quantization, quantize_model
 from resvit_quantize.settings import Methods, Precision, QuantizeSettings

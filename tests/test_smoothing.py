@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize_graphs import Graph, outputs_of, sqnr, vit_block
-from resvit_calibrate.ranges import Ranges, ranges_from
-from resvit_calibrate.statistics import Statistics, collect_statistics
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_quantize.channel_flow import channel_flow
 from resvit_quantize.graph import analyse
 from resvit_quantize.network import constant, network_from_onnx, onnx_from_network

@@ -10,10 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.observers import observed_model
-from resvit_calibrate.runtime import onnx_runner
-from resvit_calibrate.statistics import collect_statistics, coprime_step, load_statistics, save_statistics
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.observe.meter import coprime_step
+from resvit_calibrate.observe.observers import observed_model
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.statistics import load_statistics, save_statistics
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 
 

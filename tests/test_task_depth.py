@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from resvit_calibrate.gate import VerdictKind, judge
-from resvit_calibrate.targets import DepthTarget, MaskTarget
-from resvit_calibrate.tasks import task_named
+from resvit_calibrate.gate.gate import VerdictKind, judge
+from resvit_calibrate.images.targets import DepthTarget, MaskTarget
+from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
 from resvit_export.imports import import_timm
 from task_images import SIZE, Images, network

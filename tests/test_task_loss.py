@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.ranges import ranges_from
-from resvit_calibrate.scenes import detection
-from resvit_calibrate.statistics import collect_statistics
-from resvit_calibrate.targets import BoxTarget
-from resvit_calibrate.tasks import task_named
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.images.targets import BoxTarget
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_calibrate.readers.scenes import detection
+from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from resvit_calibrate.gate import VerdictKind, judge
-from resvit_calibrate.metrics import Predictions
-from resvit_calibrate.targets import BoxTarget
-from resvit_calibrate.tasks import kind_of, task_named, task_of
+from resvit_calibrate.answers.classes import Predictions
+from resvit_calibrate.gate.gate import VerdictKind, judge
+from resvit_calibrate.images.targets import BoxTarget
+from resvit_calibrate.tasks.kinds import kind_of, task_named, task_of
 from resvit_engines.errors import ResvitError
 from task_images import Images, network
 

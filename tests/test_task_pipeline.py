@@ -27,7 +27,7 @@ def verdict_of(folder: Path) -> dict:
 
 def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-seg", "--checkpoint", str(ASSETS / "fpn-nano-seg.pt")]
-    data = ["--data", "resvit_calibrate.scenes:segmentation"]
+    data = ["--data", "resvit_calibrate.readers.scenes:segmentation"]
     limit = ["--max-drop", "0.5"]
     assert run(["build", *model, *data, *limit, "--target", "jetson-orin", "--run", "runs/seg", *FEW]) == 0
     verdict = verdict_of(Path("runs/seg"))
@@ -44,7 +44,7 @@ def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
 
 
 def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_names(workspace: Path) -> None:
-    model = ["--model", "resvit:fpn-nano-det", "--data", "resvit_calibrate.scenes:detection"]
+    model = ["--model", "resvit:fpn-nano-det", "--data", "resvit_calibrate.readers.scenes:detection"]
     code = run(["validate", *model, "--target", "jetson-orin", "--run", "runs/det", *FEW])
     assert code == ExitCode.UNDECIDED
     verdict = verdict_of(Path("runs/det"))
@@ -57,7 +57,7 @@ def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_
 
 def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-det", "--checkpoint", str(ASSETS / "fpn-nano-det.pt")]
-    data = ["--data", "resvit_calibrate.scenes:detection"]
+    data = ["--data", "resvit_calibrate.readers.scenes:detection"]
     targets = ["--target", "l4", "--target", "jetson-orin", "--run", "runs/det"]
     assert run(["build", *model, *data, *targets, "--max-drop", "1.0", *FEW]) == 0
     verdicts = [json.loads(path.read_bytes()) for path in Path("runs/det").glob("validate-*/verdict.json")]
@@ -80,7 +80,12 @@ def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, wor
     train = [sys.executable, str(EXAMPLES / task / "train.py"), "--out", checkpoint, *few]
     subprocess.run(train, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     model = ["--model", f"resvit:fpn-nano-{kind}", "--checkpoint", checkpoint]
-    data = ["--data", f"resvit_calibrate.scenes:{task}", "--train-data", f"resvit_calibrate.scenes:{task}_training"]
+    data = [
+        "--data",
+        f"resvit_calibrate.readers.scenes:{task}",
+        "--train-data",
+        f"resvit_calibrate.readers.scenes:{task}_training",
+    ]
     prune = ["--prune-macs", "0.8", "--prune-epochs", "1", "--train-images", "256", "--recover", "never"]
     # So few scenes teach nothing, and what knows nothing cannot be accepted.
     code = run(["build", *model, *data, *prune, "--target", "l4", "--run", "runs/small", *FEW, "--allow-rejected"])

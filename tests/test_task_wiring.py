@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from resvit_calibrate.gate import judge
-from resvit_calibrate.preprocess import Preprocess
-from resvit_calibrate.tasks.replay import FirstImages, Replay
+from resvit_calibrate.answers.replay import FirstImages, Replay
+from resvit_calibrate.gate.gate import judge
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.golden import check_runner
 from resvit_engines.run.golden_files import golden_arrays, other_golden_outputs
@@ -19,8 +19,8 @@ from resvit_export.cli.options import resolve_recipe, task_values
 from resvit_export.cli.output import accuracy_table
 from resvit_export.on_device import _outputs_of
 from resvit_export.recipe import Recipe, recipe_from_toml, recipe_to_toml
-from resvit_export.report import ReportData
 from resvit_export.report.accuracy import accuracy_from_verdict, changed_from_run
+from resvit_export.report.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.searching import _hopeless
 from resvit_export.validation import _golden_into, _row

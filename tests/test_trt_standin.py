@@ -15,7 +15,8 @@ from tensorrt_standin import standin_environment
 
 pytest.importorskip("onnx")
 from resvit_engines import build
-from resvit_engines.build import BuildSettings, build_engine, builder_here, trt_api, trt_config
+from resvit_engines.build import build_engine, builder_here, trt_api, trt_config
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets import Builder, find_target

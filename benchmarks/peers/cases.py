@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import elpv
 
 from peers.images import StoredImages, store_images
-from resvit_calibrate.data import DataSpec, ImageSet, Preprocess, open_image_sets
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.image_set import DataSpec, ImageSet
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file, sha256_file
 from resvit_engines.progress import Reporter

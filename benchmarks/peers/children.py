@@ -23,8 +23,8 @@ from peers import coarsen
 from peers.coverage import coverage
 from peers.images import StoredImages
 from peers.methods import BY_NAME, INT8, Job, Work
-from resvit_calibrate.metrics import Predictions, compare, predict
-from resvit_calibrate.runtime import checked_runner
+from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.runtime.runner import checked_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.process import peak_memory_mib
@@ -147,7 +147,7 @@ def score(task: Task) -> dict[str, Any]:
 
 def reference_into(model: Path, test: StoredImages, batch: int, out: Path) -> Predictions:
     """The float graph's answers, by the runner that scores all others."""
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     answers = predict(onnx_runner(model), test, batch)
     answers.save(out)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.data import Batch, ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_engines.files import write_atomic
 
 

@@ -15,8 +15,8 @@ from resvit_engines.errors import ResvitError
 
 def work(job: Job, settings: Mapping[str, Any]) -> Work:
     """Calibrate and quantise."""
-    from resvit_calibrate.ranges import ranges_from
-    from resvit_calibrate.statistics import collect_statistics
+    from resvit_calibrate.ranges.collect import collect_statistics
+    from resvit_calibrate.ranges.ranges import ranges_from
     from resvit_quantize.quantize import quantize_model
 
     without = tuple(settings.get("without", ()))

@@ -15,7 +15,7 @@ import click
 import numpy as np
 from model import transunet
 
-from resvit_calibrate.scenes import Scenes, normalised
+from resvit_calibrate.readers.scenes import Scenes, normalised
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import reporter
 from resvit_export.script_errors import spoken_errors

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build import BuildSettings, build_engine, builder_here
-from resvit_engines.build.settings import TITLES
+from resvit_engines.build import build_engine, builder_here
+from resvit_engines.build.settings import TITLES, BuildSettings
 from resvit_engines.bundle.keys import TrustStore
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json

@@ -139,7 +139,7 @@ def _runtime() -> Iterator[Check]:
     if _version("onnxruntime") is None or _version("onnx") is None:
         yield Check(name, "fail", "not run: onnx or onnxruntime is missing", _INSTALL)
         return
-    from resvit_calibrate.runtime import runtime_note, self_test
+    from resvit_calibrate.runtime.selftest import runtime_note, self_test
 
     try:
         health = self_test()
@@ -236,7 +236,7 @@ def _cores() -> Iterator[Check]:
 
 
 def _fashion_mnist() -> Iterator[Check]:
-    from resvit_calibrate.fashion_mnist import SPLITS, find_files
+    from resvit_calibrate.readers.fashion_mnist import SPLITS, find_files
 
     try:
         folders = {str(find_files(split)[0].parent) for split in SPLITS}

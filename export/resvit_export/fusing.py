@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from resvit_export.recipe import Recipe
-    from resvit_quantize.fusion import FusionReport, Kind, Match, Operands
+    from resvit_quantize.fusion import Operands
+    from resvit_quantize.fusion.found import FusionReport, Kind, Match
 
 RESULT = "fusion.json"
 
@@ -39,7 +40,7 @@ def fuse_into(
     """
     import onnx_ir
 
-    from resvit_quantize.fusion import WORTH_ASKING, Kind
+    from resvit_quantize.fusion.found import WORTH_ASKING, Kind
 
     wanted = WORTH_ASKING if choice.by is By.WISH else frozenset(Kind)
     if kinds is not None:
@@ -94,8 +95,8 @@ def _not_faster(match: Match, target: Target) -> str | None:
 
 
 def _operands(ranges: Path, recipe: Recipe) -> Operands:
-    from resvit_calibrate.estimators import Estimator
-    from resvit_calibrate.ranges import load_ranges
+    from resvit_calibrate.ranges.estimators import Estimator
+    from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_quantize.fusion import Operands
 
     known, precision = load_ranges(ranges), recipe.precision

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from resvit_calibrate.data import Preprocess
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_export.imports import import_transformers
 from resvit_export.random_weights import draw_weights

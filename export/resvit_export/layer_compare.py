@@ -54,7 +54,7 @@ def compare_layers(
     """
     import onnx
 
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     comparator, onnxrt, severity = _polygraphy()
     graph = onnx.load(model).graph
@@ -120,7 +120,7 @@ def input_of(model: Path, images: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def optimised_runner(model: bytes) -> Any:
     """Polygraphy's runner for ONNX Runtime with its optimiser, which has been seen to break quantised graphs."""
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     _, onnxrt, _ = _polygraphy()
     return onnxrt(onnx_runner(model).session, name="ONNX Runtime, optimised")

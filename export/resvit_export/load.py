@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from resvit_calibrate.data import Preprocess
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.checkpoint import load_checkpoint, require_finite
 from resvit_export.factories import Scalar, module_from_name
 from resvit_export.inputs import NetworkInput
-from resvit_export.models import HybridConfig
+from resvit_export.models.config import HybridConfig
 from resvit_export.random_weights import draw_heads
 from resvit_export.torch_program import (
     has_dynamic_batch,
@@ -34,7 +34,7 @@ from resvit_export.torch_program import (
 )
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 
 @dataclass(frozen=True)

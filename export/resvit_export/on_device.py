@@ -24,7 +24,7 @@ from resvit_export.auditing import audit_on_device
 from resvit_export.runfolder import RECORD, Artifact
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet
+    from resvit_calibrate.images.image_set import ImageSet
     from resvit_engines.bundle.private_keys import SigningKey
     from resvit_engines.remote import RemoteJob
     from resvit_export.pipeline import Pipeline
@@ -221,8 +221,8 @@ def _pieces(images: ImageSet, count: int, per_piece: int, scratch: Path) -> Iter
 
 def _judge_into(folder: Path, pipeline: Pipeline, result: dict[str, Any], count: int) -> None:
     """Write ``device.json``; the outputs of the device become ``predictions.npz`` and a verdict of the gate."""
-    from resvit_calibrate.gate import judge
-    from resvit_calibrate.tasks.replay import FirstImages, Replay
+    from resvit_calibrate.answers.replay import FirstImages, Replay
+    from resvit_calibrate.gate.gate import judge
 
     document: dict[str, Any] = {**result, "images": count, "verdict": None}
     outputs = sorted((folder / "outputs").glob("*.npy"))

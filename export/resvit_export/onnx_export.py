@@ -9,19 +9,13 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
-from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.onnx_cleanup import canonicalise, fix_batch, image_first, optimize
 from resvit_export.onnx_import import import_onnx, refuse_branches
 from resvit_export.onnx_report import EXTERNAL_ABOVE, ExportReport, measure_parity, report_of, selects_rows, write_model
 from resvit_export.onnx_translations import translations
-from resvit_export.torch_program import (
-    fixed_batch_of,
-    input_names,
-    inputs_of,
-    output_names,
-    runner_from_program,
-)
+from resvit_export.torch_program import fixed_batch_of, input_names, inputs_of, output_names, runner_from_program
 
 __all__ = ["ExportReport", "import_onnx", "onnx_from_program"]
 

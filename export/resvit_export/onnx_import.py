@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from resvit_calibrate.runtime import onnx_runner
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_export.inputs import IMAGE, ShapeWish, in_order

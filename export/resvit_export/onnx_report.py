@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.parity import differences
-from resvit_calibrate.runtime import Runner
+from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.runner import Runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 from resvit_export.inputs import NetworkInput, random_feeds
@@ -178,8 +178,8 @@ def measure_parity(
 ) -> tuple[float, float]:
     """Compare on random inputs of b images for every b of ``batches``: largest (absolute, relative) difference.
 
-    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.parity``), and for outputs that are not
-    finite.
+    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.runtime.parity``), and for outputs that
+    are not finite.
     """
     random = np.random.default_rng(seed)
     absolute = relative = 0.0

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_calibrate.runtime import scorable_opset
-from resvit_engines.build import BuildSettings, builder_here
+from resvit_calibrate.runtime.runner import scorable_opset
+from resvit_engines.build import builder_here
 from resvit_engines.build.limits import require_buildable
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.own_targets import resolve_target
@@ -27,8 +28,10 @@ from resvit_export.searching import predicted, require_searchable, searched
 from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet, Preprocess, TrainingImages
-    from resvit_calibrate.tasks import Task
+    from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.bundle.private_keys import SigningKey
     from resvit_export.load import Network
 
@@ -132,7 +135,7 @@ class Pipeline:
                 "No images were given, and calibration never invents any.",
                 "Say --data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
             )
-        from resvit_calibrate.data import require_source
+        from resvit_calibrate.data.sources import require_source
 
         for data in (self.recipe.data, self.recipe.validation_data, self.recipe.train_data):
             if data is not None:
@@ -235,8 +238,9 @@ class Pipeline:
     @functools.cached_property
     def image_sets(self) -> tuple[ImageSet, ImageSet]:
         """Calibration and validation images: seeded, disjoint."""
-        from resvit_calibrate.data import DataSpec, open_image_sets
-        from resvit_calibrate.targets import TargetOptions
+        from resvit_calibrate.data.image_sets import open_image_sets
+        from resvit_calibrate.images.image_set import DataSpec
+        from resvit_calibrate.images.targets import TargetOptions
 
         spec = DataSpec(
             data=self.require_images(),
@@ -281,7 +285,7 @@ class Pipeline:
     @functools.cached_property
     def task(self) -> Task:
         """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs."""
-        from resvit_calibrate.tasks import task_named, task_of
+        from resvit_calibrate.tasks.kinds import task_named, task_of
 
         recipe = self.recipe
         if recipe.task != "auto":
@@ -315,7 +319,7 @@ class Pipeline:
         return self._training_images(MOST_IMAGES)
 
     def _training_images(self, most: int) -> TrainingImages:
-        from resvit_calibrate.data import open_training_images
+        from resvit_calibrate.data.image_sets import open_training_images
 
         recipe, validation = self.recipe, self.image_sets[1]
         count = recipe.train_images or most

@@ -17,7 +17,7 @@ from resvit_engines.targets import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from resvit_quantize.fusion import Config
+    from resvit_quantize.fusion.found import Config
 
 
 _KERNELS: dict[type, tuple[Callable[[Any, int], str | None], Callable[[Any, int], Source]]] = {

@@ -11,7 +11,7 @@ from resvit_engines.errors import ResvitError
 from resvit_export.recipe import Recipe
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import Preprocess
+    from resvit_calibrate.images.preprocess import Preprocess
 
 
 def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
@@ -22,7 +22,7 @@ def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
 
     Raises ``ResvitError`` where they are missing, or a setting does not exist or does not fit.
     """
-    from resvit_calibrate.data import Preprocess
+    from resvit_calibrate.images.preprocess import Preprocess
 
     channels, height, width = facts["input_shape"]
     known = facts.get("preprocess")
@@ -64,6 +64,6 @@ def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
 
 
 def _is_factory(data: str | None) -> bool:
-    from resvit_calibrate.data import is_factory
+    from resvit_calibrate.data.sources import is_factory
 
     return data is not None and is_factory(data)

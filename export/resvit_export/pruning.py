@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from resvit_calibrate.data import TrainingImages
-    from resvit_calibrate.image_set import Batch
+    from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.image_set import Batch
     from resvit_export.load import Network
     from resvit_quantize.pruning.budget import Budget
     from resvit_quantize.pruning.choice import Choice

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.errors import ResvitError
 from resvit_export.on_device import device_stage
 from resvit_export.recipe import recipe_to_toml
-from resvit_export.report import ChangedImage, ReportData, write_report
+from resvit_export.report.data import ChangedImage, ReportData
+from resvit_export.report.page import write_report
 from resvit_export.runfolder import Artifact, NotFinishedError
 
 if TYPE_CHECKING:

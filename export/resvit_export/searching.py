@@ -86,7 +86,7 @@ def predicted(pipeline: Pipeline) -> Artifact:
 
 def _hopeless(verdict: dict[str, Any], recipe: Recipe, alone: str = "") -> str:
     """Why no network at all could be accepted on these images, empty if one could; ``alone`` goes before."""
-    from resvit_calibrate.intervals import paired_difference
+    from resvit_calibrate.gate.intervals import paired_difference
     from resvit_quantize.search import confidence_of_look
 
     if alone:

@@ -15,8 +15,8 @@ from resvit_export.recipe import Recipe
 from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet
-    from resvit_calibrate.tasks import Task
+    from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.images.image_set import ImageSet
     from resvit_export.pipeline import Pipeline
     from resvit_quantize.sensitivity import LayerDamage, Sensitivity
 
@@ -105,8 +105,8 @@ def _sensitivity_into(
     reporter: Reporter,
 ) -> None:
     """Write ``sensitivity.json``."""
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.tasks.replay import FirstImages
+    from resvit_calibrate.answers.replay import FirstImages
+    from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_export.work import quantize_settings
     from resvit_quantize.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
     from resvit_quantize.torch_task_loss import task_loss

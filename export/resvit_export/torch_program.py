@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-from resvit_calibrate.runtime import Arrays, Runner, pieces
+from resvit_calibrate.runtime.runner import Runner, pieces
+from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.factories import user_error

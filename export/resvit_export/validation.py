@@ -16,10 +16,11 @@ from resvit_engines.progress import Reporter
 from resvit_export.recipe import Recipe
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet
-    from resvit_calibrate.remarks import Remark
-    from resvit_calibrate.runtime import Array, Arrays
-    from resvit_calibrate.tasks import Comparison, Task
+    from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.gate.comparison import Comparison
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.ranges.diagnostics import Remark
+    from resvit_calibrate.runtime.sessions import Array, Arrays
 
 CHANGED_SHOWN = 24
 DRAWN = 8
@@ -60,10 +61,11 @@ def validate(
     runtime proves on known numbers that it quantises rightly. ``sets`` says that the graph selects its answers, so
     that their order means nothing.
     """
-    from resvit_calibrate.gate import judge
-    from resvit_calibrate.metrics import INPUT
-    from resvit_calibrate.remarks import tell
-    from resvit_calibrate.runtime import checked_runner, runtime_note, self_test
+    from resvit_calibrate.answers.classes import INPUT
+    from resvit_calibrate.gate.gate import judge
+    from resvit_calibrate.ranges.diagnostics import tell
+    from resvit_calibrate.runtime.runner import checked_runner
+    from resvit_calibrate.runtime.selftest import runtime_note, self_test
 
     self_test()
     onnx_float = task.load(baseline)
@@ -121,7 +123,7 @@ def _golden_into(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = Fals
     first = "logits" if "logits" in outputs else next(iter(outputs))
     files = {first: "golden_output.npy"}
     files |= {name: f"golden_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
-    from resvit_calibrate.metrics import INPUT
+    from resvit_calibrate.answers.classes import INPUT
 
     np.save(folder / "golden_input.npy", feeds[INPUT])
     beside = {name: f"golden_input_{i}.npy" for i, name in enumerate((n for n in feeds if n != INPUT), 1)}
@@ -140,9 +142,9 @@ def _clipping(
     quantized: Path, floating: Path, statistics: Path, images: ImageSet, batch_size: int
 ) -> tuple[Remark, ...]:
     """Whether the ranges, known from ``quantize.json``, cut much of what the first validation images hold."""
-    from resvit_calibrate.clipping import clipped_shares, shares_from_statistics
-    from resvit_calibrate.remarks import clipping_remarks
-    from resvit_calibrate.statistics import load_statistics
+    from resvit_calibrate.ranges.clipping import clipped_shares, shares_from_statistics
+    from resvit_calibrate.ranges.diagnostics import clipping_remarks
+    from resvit_calibrate.ranges.statistics import load_statistics
 
     clips = json.loads(quantized.with_name("quantize.json").read_bytes()).get("clips") or {}
     if not clips:

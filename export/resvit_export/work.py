@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.build import BuildSettings, build_engine, builder_here
+from resvit_engines.build import build_engine, builder_here
 from resvit_engines.build.device_plan import plan_for_device
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.progress import Reporter
@@ -20,8 +21,9 @@ from resvit_export.recipe import Recipe
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
 
 if TYPE_CHECKING:
-    from resvit_calibrate.data import ImageSet, TrainingImages
-    from resvit_calibrate.tasks import Task
+    from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.image_set import ImageSet
     from resvit_export.inputs import ShapeWish
     from resvit_export.load import Network
     from resvit_quantize.settings import QuantizeSettings
@@ -93,9 +95,10 @@ def calibrate_into(folder: Path, model: Path, images: ImageSet, batch_size: int,
 
     What is doubtful about the images is said, and kept in ``images.json``.
     """
-    from resvit_calibrate.ranges import ranges_from, save_ranges
-    from resvit_calibrate.remarks import remarks_from_statistics, tell
-    from resvit_calibrate.statistics import collect_statistics, save_statistics
+    from resvit_calibrate.ranges.collect import collect_statistics
+    from resvit_calibrate.ranges.diagnostics import remarks_from_statistics, tell
+    from resvit_calibrate.ranges.ranges import ranges_from, save_ranges
+    from resvit_calibrate.ranges.statistics import save_statistics
 
     statistics = collect_statistics(model, images.batches(batch_size), reporter, len(images))
     save_statistics(statistics, folder / "statistics.npz")
@@ -120,8 +123,8 @@ def recover_into(
 
     What a killed run needs to go on stays in ``state``.
     """
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_calibrate.ranges.ranges import load_ranges
+    from resvit_calibrate.ranges.statistics import load_statistics
     from resvit_quantize.recover import RecoverOptions, recover_model
 
     options = RecoverOptions(epochs=recipe.recover_epochs, seed=recipe.seed)
@@ -137,7 +140,7 @@ def recover_into(
 
 def quantize_settings(recipe: Recipe, precisions: Mapping[str, str] | None = None) -> QuantizeSettings:
     """The recipe's part on quantising, for our own quantiser; ``precisions`` by node are what the search chose."""
-    from resvit_calibrate.estimators import Estimator
+    from resvit_calibrate.ranges.estimators import Estimator
     from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
 
     at_output = recipe.calibrator == "output"
@@ -164,8 +167,8 @@ def quantize_into(
     builder: Builder | None,
 ) -> None:
     """Write the quantised ``model.onnx``, in the form for ``builder``, and ``quantize.json``; by ours or ModelOpt."""
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_calibrate.ranges.ranges import load_ranges
+    from resvit_calibrate.ranges.statistics import load_statistics
     from resvit_quantize.recover import pinned_ranges, settings_behind_recovery
 
     settings, known = quantize_settings(recipe, precisions), load_ranges(ranges)
@@ -197,8 +200,8 @@ def quantize_into(
 
 def half_into(folder: Path, model: Path, ranges: Path, target: Target | None) -> None:
     """Write a float network in FP16 to ``model.onnx``, by the way that ``--precision fp16`` goes."""
-    from resvit_calibrate.ranges import load_ranges
-    from resvit_calibrate.statistics_file import load_statistics
+    from resvit_calibrate.ranges.ranges import load_ranges
+    from resvit_calibrate.ranges.statistics import load_statistics
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import Precision, QuantizeSettings
 
@@ -234,7 +237,7 @@ def reference_into(
 
 def baseline_into(folder: Path, task: Task, model: Path, images: ImageSet, batch_size: int, reporter: Reporter) -> None:
     """Write what the float ONNX predicts."""
-    from resvit_calibrate.runtime import onnx_runner
+    from resvit_calibrate.runtime.runner import onnx_runner
 
     task.answers(onnx_runner(model), images, batch_size, reporter, "validate (ONNX float)").save(folder / "onnx.npz")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resvit_calibrate.ranges import Ranges
-from resvit_calibrate.statistics import Statistics
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_quantize.compensate import Compensation, compensate

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from resvit_calibrate.runtime import OnnxRunner, checked_runner, onnx_runner
+from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.qdq import insert_qdq

@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from resvit_calibrate.sessions import cpu_count
+from resvit_calibrate.runtime.sessions import cpu_count
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.biases import add_biases
 from resvit_quantize.fake_quant import fake_quantize

@@ -12,8 +12,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from resvit_calibrate.parity import differences
-from resvit_calibrate.runtime import Arrays, Runner
+from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.runner import Runner
+from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.fold_graph import GraphEditor
 from resvit_quantize.fold_parallel import merge_parallel_convolutions

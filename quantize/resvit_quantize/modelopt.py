@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from resvit_calibrate.estimators import Estimator
+from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.channels import amax_for_output
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.histogram import ChannelStatistics
-from resvit_calibrate.ranges import Ranges
-from resvit_calibrate.statistics import Statistics
+from resvit_calibrate.observe.histogram import ChannelStatistics
+from resvit_calibrate.ranges.channels import amax_for_output
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.biases import add_biases

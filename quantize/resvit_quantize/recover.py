@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from resvit_calibrate.estimators import Estimator
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.ranges import Ranges
-from resvit_calibrate.statistics import Statistics
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
@@ -48,7 +48,7 @@ _NORMS = frozenset({"LayerNormalization", "GroupNormalization", "InstanceNormali
 
 
 class TrainingImages(Protocol):
-    """Images that can be read in any order; ``resvit_calibrate.training`` has one for every kind of data."""
+    """Images that can be read in any order; ``resvit_calibrate.data.training_images`` has one for each kind of data."""
 
     digest: str
 

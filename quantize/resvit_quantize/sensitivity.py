@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.factories import batch_of
-from resvit_calibrate.factory_items import Item
-from resvit_calibrate.image_set import Batch
-from resvit_calibrate.ranges import Ranges
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_calibrate.readers.user_batch import Item
+from resvit_calibrate.readers.user_loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.settings import Precision, QuantizeSettings

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from resvit_calibrate.estimators import Estimator
+from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ResvitError
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.channels import channel_error, shifted
-from resvit_calibrate.histogram import ChannelStatistics
-from resvit_calibrate.ranges import TensorRange
+from resvit_calibrate.observe.histogram import ChannelStatistics
+from resvit_calibrate.ranges.channels import channel_error, shifted
+from resvit_calibrate.ranges.ranges import TensorRange
 from resvit_quantize.biases import add_biases
 from resvit_quantize.network import add_initializer, constant, int_attribute
 from resvit_quantize.placement import Edge, Placement

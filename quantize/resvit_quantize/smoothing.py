@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.channels import channel_error
-from resvit_calibrate.histogram import ChannelStatistics
+from resvit_calibrate.observe.histogram import ChannelStatistics
+from resvit_calibrate.ranges.channels import channel_error
 from resvit_quantize.channel_flow import Flow, channel_flow
 from resvit_quantize.network import add_initializer, constant, int_attribute
 from resvit_quantize.placement import Placement, channel_axis, edge_key

@@ -17,18 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resvit_calibrate.image_set import Batch
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import Reporter
 from resvit_quantize.quantize import Plan
-from resvit_quantize.recover import (
-    HELD_OUT,
-    RecoverOptions,
-    RecoverReport,
-    Score,
-    Stop,
-    TrainingImages,
-)
+from resvit_quantize.recover import HELD_OUT, RecoverOptions, RecoverReport, Score, Stop, TrainingImages
 from resvit_quantize.torch_student import Outputs, Pieces, Student
 from resvit_quantize.torch_training import Standing, relative_error, softened_divergence, warmed_cosine
 

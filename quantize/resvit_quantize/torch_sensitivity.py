@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from resvit_calibrate.image_set import Batch
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.fake_quant import fake_quantize
 from resvit_quantize.placement import WeightKey, edge_key, weight_key

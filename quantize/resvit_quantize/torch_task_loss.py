@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resvit_calibrate.image_set import Batch, ImageSet
-from resvit_calibrate.targets import BoxTarget
-from resvit_calibrate.tasks import Task
-from resvit_calibrate.tasks.boxes import BoxReader
+from resvit_calibrate.answers.base import Task
+from resvit_calibrate.answers.boxes import BoxReader
+from resvit_calibrate.images.image_set import Batch, ImageSet
+from resvit_calibrate.images.targets import BoxTarget
 from resvit_calibrate.tasks.detection import Detection
 from resvit_engines.errors import ResvitError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.ranges import Ranges
+from resvit_calibrate.ranges.ranges import Ranges
 from resvit_quantize.graph import Product
 from resvit_quantize.placement import Edge, Placement, Weight
 from resvit_quantize.quantize import Plan, plan_quantization

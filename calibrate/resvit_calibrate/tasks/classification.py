@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from resvit_calibrate.image_set import ImageSet
-from resvit_calibrate.metrics import ClassComparison, Predictions, changed_answers, compare, predict
-from resvit_calibrate.tasks.base import Task, options_from
+from resvit_calibrate.answers.base import Task, options_from
+from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predict
+from resvit_calibrate.images.image_set import ImageSet
 from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 
 @dataclass(frozen=True)

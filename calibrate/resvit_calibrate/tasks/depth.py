@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from resvit_calibrate.bootstrap import Floats, resampled
-from resvit_calibrate.comparison import POINTS, Chance, Resampled
-from resvit_calibrate.image_set import ImageSet
-from resvit_calibrate.targets import UNKNOWN_DEPTH, DepthTarget
-from resvit_calibrate.tasks.base import (
+from resvit_calibrate.answers.base import (
     Array,
     Task,
     finite_images,
@@ -27,14 +23,18 @@ from resvit_calibrate.tasks.base import (
     shapes_of,
     targets_of,
 )
-from resvit_calibrate.tasks.maps import Maps, outcome_of, step_for
-from resvit_calibrate.tasks.raw import RawKeeper
-from resvit_calibrate.tasks.upsampling import map_at
+from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
+from resvit_calibrate.answers.raw import RawKeeper
+from resvit_calibrate.answers.upsampling import map_at
+from resvit_calibrate.gate.bootstrap import Floats, resampled
+from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 _NEAR = 0.05
 """A pixel agrees where the two depths differ by at most this share of the first."""

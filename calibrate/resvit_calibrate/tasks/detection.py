@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.bootstrap import Floats, resampled
-from resvit_calibrate.comparison import POINTS, Chance, Resampled
-from resvit_calibrate.image_set import ImageSet
-from resvit_calibrate.targets import BoxTarget
-from resvit_calibrate.tasks.average_precision import Matched, matched
-from resvit_calibrate.tasks.base import (
+from resvit_calibrate.answers.average_precision import Matched, matched
+from resvit_calibrate.answers.base import (
     Answers,
     Array,
     Task,
@@ -31,13 +27,17 @@ from resvit_calibrate.tasks.base import (
     save_arrays,
     targets_of,
 )
-from resvit_calibrate.tasks.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions, agreeing, stored_boxes
-from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.answers.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions, agreeing, stored_boxes
+from resvit_calibrate.answers.raw import Raw, RawKeeper
+from resvit_calibrate.gate.bootstrap import Floats, resampled
+from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 _DRAWS = 1000
 _MOST = 100

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.bootstrap import Floats, resampled
-from resvit_calibrate.comparison import POINTS, Comparison, Resampled
-from resvit_calibrate.factories import function_from
-from resvit_calibrate.image_set import Batch, ImageSet
-from resvit_calibrate.tasks.base import (
+from resvit_calibrate.answers.base import (
     Answers,
     Array,
     Task,
@@ -28,12 +24,16 @@ from resvit_calibrate.tasks.base import (
     save_arrays,
     shapes_of,
 )
-from resvit_calibrate.tasks.raw import Raw, RawKeeper
+from resvit_calibrate.answers.raw import Raw, RawKeeper
+from resvit_calibrate.gate.bootstrap import Floats, resampled
+from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
+from resvit_calibrate.images.image_set import Batch, ImageSet
+from resvit_calibrate.readers.user_loader import function_from
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 _IMAGES = 1024
 _BYTES = 256 << 20
@@ -87,7 +87,7 @@ class Nearness(Resampled):
 
     def interval_at(self, confidence: float) -> tuple[float, float]:
         """From the images drawn again; nothing can be said of outputs that are all equal but that they are."""
-        from resvit_calibrate.bootstrap import percentile_interval
+        from resvit_calibrate.gate.bootstrap import percentile_interval
 
         return percentile_interval(self.drop, self.draws, self.images, confidence)
 

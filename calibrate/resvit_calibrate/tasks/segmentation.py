@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.bootstrap import Floats, resampled
-from resvit_calibrate.comparison import POINTS, Chance, Resampled
-from resvit_calibrate.image_set import ImageSet
-from resvit_calibrate.targets import IGNORED, MaskTarget
-from resvit_calibrate.tasks.base import (
+from resvit_calibrate.answers.base import (
     Array,
     Task,
     finite_images,
@@ -26,15 +22,19 @@ from resvit_calibrate.tasks.base import (
     shapes_of,
     targets_of,
 )
-from resvit_calibrate.tasks.maps import Maps, outcome_of, step_for
-from resvit_calibrate.tasks.mask_counts import commonest, counts, dice, ious, mean_iou
-from resvit_calibrate.tasks.raw import RawKeeper
-from resvit_calibrate.tasks.upsampling import classes_at
+from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
+from resvit_calibrate.answers.mask_counts import commonest, counts, dice, ious, mean_iou
+from resvit_calibrate.answers.raw import RawKeeper
+from resvit_calibrate.answers.upsampling import classes_at
+from resvit_calibrate.gate.bootstrap import Floats, resampled
+from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime import Runner
+    from resvit_calibrate.runtime.runner import Runner
 
 _CHANGED = 0.99
 """An image of which a larger share of pixels has the same class is not called changed."""

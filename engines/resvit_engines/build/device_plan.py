@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from resvit_engines.build import BuildSettings
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.plugins.library import LIBRARY
 from resvit_engines.targets import RTX_SMS, Kind, Target
 

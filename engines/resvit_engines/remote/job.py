@@ -18,21 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build import BuildSettings, build_engine
+from resvit_engines.build import build_engine
+from resvit_engines.build.settings import BuildSettings
 from resvit_engines.bundle import extract_trusted, read_trusted_manifest, write_bundle
 from resvit_engines.bundle.fit import require_fit
 from resvit_engines.bundle.keys import TrustStore
 from resvit_engines.bundle.own_key import own_key
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.facts import DeviceFacts, device_facts
-from resvit_engines.files import (
-    atomic_directory,
-    atomic_file,
-    canonical_json,
-    pretty_json,
-    sha256_bytes,
-    sha256_file,
-)
+from resvit_engines.files import atomic_directory, atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.remote.job_folder import JobFolder
 from resvit_engines.speeds import Speed

@@ -10,12 +10,7 @@ from torch import nn
 
 from resvit_export.models.config import Fusion, HybridConfig, Join
 from resvit_export.models.heads import Features, head_from_config
-from resvit_export.models.transformer import (
-    ClassTokenAndPositions,
-    TransformerBlock,
-    init_linear,
-    tokens_from_map,
-)
+from resvit_export.models.transformer import ClassTokenAndPositions, TransformerBlock, init_linear, tokens_from_map
 from resvit_export.models.trunk import Trunk
 
 

@@ -68,7 +68,7 @@ _JOINS: dict[Join, dict[str, dict[str, Any]]] = {
     },
 }
 
-# For scenes of many items (resvit_calibrate.scenes). Any hybrid takes a `task`; these are also of the right size.
+# For scenes of many items (resvit_calibrate.readers.scenes). Any hybrid takes a `task`; these have the right size too.
 _SCENES: dict[str, Any] = {
     "image_size": (96, 96),
     "stem_width": 16,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from resvit_calibrate.scenes import VALIDATION
+from resvit_calibrate.readers.scenes import VALIDATION
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import reporter
 from resvit_export.models import resvit_config

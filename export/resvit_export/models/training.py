@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_calibrate.data import Preprocess
-from resvit_calibrate.factories import Factory, StreamImageSet
-from resvit_calibrate.runtime import Arrays
-from resvit_calibrate.scenes import SIZES, VALIDATION, Scene, Scenes, batches, normalised
-from resvit_calibrate.tasks import task_named
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.readers.scenes import SIZES, VALIDATION, Scene, Scenes, batches, normalised
+from resvit_calibrate.readers.user_loader import Factory, StreamImageSet
+from resvit_calibrate.runtime.sessions import Arrays
+from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file, write_atomic
 from resvit_engines.progress import Reporter

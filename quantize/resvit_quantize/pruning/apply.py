@@ -12,13 +12,7 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.groups import Group, Kept, Kind
-from resvit_quantize.pruning.structure import (
-    Attribute,
-    Structure,
-    make_identity,
-    number_attributes,
-    set_tensor,
-)
+from resvit_quantize.pruning.structure import Attribute, Structure, make_identity, number_attributes, set_tensor
 
 
 def prune(module: nn.Module, groups: Iterable[Group], kept: Kept, before: Structure | None = None) -> Structure:

@@ -14,16 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resvit_calibrate.image_set import Batch
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
-from resvit_quantize.pruning.distill import (
-    HELD_OUT,
-    HELD_OUT_SHARE,
-    DistillOptions,
-    DistillReport,
-    DistillScore,
-)
+from resvit_quantize.pruning.distill import HELD_OUT, HELD_OUT_SHARE, DistillOptions, DistillReport, DistillScore
 from resvit_quantize.pruning.torch_distill_check import compared_features
 from resvit_quantize.pruning.torch_distill_loss import distance, is_class_score, label_loss, outputs_of, shifted
 from resvit_quantize.pruning.torch_distill_state import (

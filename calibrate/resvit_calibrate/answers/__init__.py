@@ -1,0 +1,1 @@
+"""What networks answer: how outputs are kept, scored against what is known, and compared."""

@@ -1,0 +1,234 @@
+"""What a task is: how a network's outputs are kept, scored against what is known, and compared."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.answers.classes import INPUT
+from resvit_calibrate.gate.comparison import Comparison
+from resvit_calibrate.images.image_set import Batch, ImageSet
+from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
+from resvit_engines.errors import ResvitError
+from resvit_engines.files import atomic_file
+from resvit_engines.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime.runner import Runner
+
+Array = npt.NDArray[Any]
+DATA_OPTIONS = ("classes", "ignore", "depth_scale")
+"""Options that say how the data is read (see ``targets.TargetOptions``): every task lets them pass."""
+_T = TypeVar("_T", bound=Target)
+_O = TypeVar("_O")
+_KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths"}
+
+
+class Answers(Protocol):
+    """All that is kept of one network on N images, with what is known of them."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+
+    def first(self, count: int) -> Answers:
+        """Keep the first ``count`` images only."""
+
+
+class Task(abc.ABC):
+    """One kind of network: its outputs, its metrics, what counts as agreement, and what changed.
+
+    ``metric`` is the first metric, which the gate holds to the largest drop, given in ``unit``.
+    """
+
+    name: ClassVar[str]
+    metric: str
+    unit: str
+
+    @abc.abstractmethod
+    def answers(
+        self,
+        runner: Runner,
+        image_set: ImageSet,
+        batch_size: int,
+        reporter: Reporter = SILENT,
+        what: str = "validate",
+    ) -> Answers:
+        """Run a network on every image, and keep what comparing needs.
+
+        Raises ``ResvitError`` for outputs that are not the task's, and images of which the task needs to know more.
+        """
+
+    @abc.abstractmethod
+    def load(self, path: Path) -> Answers:
+        """Read what ``Answers.save`` wrote; raises ``ResvitError`` for anything else."""
+
+    @abc.abstractmethod
+    def compare(self, reference: Any, candidate: Any, confidence: float = 0.95) -> Comparison:
+        """Measure the candidate's answers against the reference's, on the same images in the same order.
+
+        Raises ``ResvitError`` for answers about other images, and a reference that gives NaN or infinity.
+        """
+
+    @abc.abstractmethod
+    def changed(self, reference: Any, candidate: Any) -> list[dict[str, Any]]:
+        """List the images that the two answer differently.
+
+        Each has ``index``, ``label`` (or None), and what both said under ``float`` and ``quantized``: a class
+        number, or words.
+        """
+
+    def drawing(self, answers: Any, index: int) -> dict[str, Array]:
+        """What was answered for one image, to be drawn over it; empty where there is nothing to draw."""
+        del answers, index
+        return {}
+
+
+def options_from(kind: type[_O], task: str, options: Mapping[str, Any]) -> _O:
+    """The options of a task as its dataclass.
+
+    Raises:
+        ResvitError: for an option that the task doesn't have, or a value of another type.
+    """
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in fields:
+            if key in DATA_OPTIONS:
+                continue
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            known = ", ".join(sorted((*fields, *DATA_OPTIONS)))
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise ResvitError(f"The task {task} has no option {key}.", f"{hint}It has: {known}.")
+        values[key] = _typed(task, key, value, fields[key])
+    return kind(**values)
+
+
+def _typed(task: str, key: str, value: Any, item: dataclasses.Field[Any]) -> Any:
+    kinds = [part.strip() for part in str(item.type).split("|")]
+    if isinstance(value, str) and value.lower() in ("none", "auto") and "None" in kinds:
+        return None
+    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    accepted: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+    for name in kinds:
+        if name in accepted and isinstance(value, accepted[name]) and isinstance(value, bool) == (name == "bool"):
+            return value
+    raise ResvitError(f"The option {key} = {value!r} of the task {task} is of the wrong type.", f"It is {item.type}.")
+
+
+def require_choice(task: str, key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ResvitError`` for a value that is none of the choices."""
+    if value not in choices:
+        raise ResvitError(f"The option {key} = {value!r} of {task} does not exist.", f"Choose {', '.join(choices)}.")
+
+
+def require_between(task: str, key: str, value: float, low: float, high: float) -> None:
+    """Raise ``ResvitError`` for a number that is out of range, or not a number."""
+    if not low <= value <= high:
+        raise ResvitError(f"The option {key} = {value} of {task} is out of range.", f"Give {low:g} to {high:g}.")
+
+
+def run_batches(
+    runner: Runner, image_set: ImageSet, batch_size: int, reporter: Reporter, what: str
+) -> Iterator[tuple[Batch, dict[str, Array]]]:
+    """Each batch with the network's outputs, in which an image more or less than in the batch is refused."""
+    any_image = False
+    for batch in reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size):
+        any_image = True
+        outputs = {name: np.asarray(value) for name, value in runner(batch.feeds(INPUT)).items()}
+        for name, value in outputs.items():
+            if value.ndim and len(value) != len(batch.images):
+                raise ResvitError(
+                    f"The output {name} has the shape {list(value.shape)} for {len(batch.images)} images.",
+                    "Every output must have one entry for each image, along its first axis.",
+                )
+        yield batch, outputs
+    if not any_image:
+        raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
+
+
+def targets_of(batch: Batch, kind: type[_T], task: str, image_set: ImageSet) -> list[_T]:
+    """What is known of a batch's images.
+
+    Raises:
+        ResvitError: where that is something else, saying what it is.
+    """
+    found = batch.targets or ()
+    if len(found) == len(batch.images) and all(isinstance(target, kind) for target in found):
+        return [target for target in found if isinstance(target, kind)]
+    has = {_KINDS[type(target)] for target in found} or ({"class labels"} if batch.labels is not None else set())
+    raise ResvitError(
+        f"{task.capitalize()} needs {_KINDS[kind]} for every image, and the data has "
+        f"{' and '.join(sorted(has)) or 'nothing but images'} ({image_set.description}).",
+        f"Give data with {_KINDS[kind]}, or say what the network is for: --task other compares outputs alone.",
+    )
+
+
+def shapes_of(outputs: Mapping[str, Array]) -> str:
+    """Names and shapes of outputs, for messages."""
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items()) or "none"
+
+
+def finite_images(outputs: Mapping[str, Array], count: int) -> npt.NDArray[np.bool_]:
+    """Which images got finite values only: bool [B]."""
+    fine = np.ones(count, bool)
+    for value in outputs.values():
+        if value.ndim and value.dtype.kind == "f":
+            fine &= np.isfinite(value.reshape(count, -1)).all(axis=1)
+    return fine
+
+
+def save_arrays(path: Path, task: str, arrays: Mapping[str, Array]) -> None:
+    """Write arrays and the task's name into an ``.npz`` file, whole or not at all."""
+    with atomic_file(path) as partial, partial.open("wb") as stream:
+        np.savez_compressed(stream, task=np.array(task), **arrays)  # type: ignore[arg-type]
+
+
+def load_arrays(path: Path, task: str) -> dict[str, Array]:
+    """Read what ``save_arrays`` wrote for the same task; nothing in it is executed.
+
+    Raises:
+        ResvitError: for a file that is damaged, or of another task.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        if str(arrays.pop("task", "classification")) != task:
+            raise ValueError(f"it is not of the task {task}")
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ResvitError(
+            f"The answers {path} cannot be read: {error}.", "Remove the run's folder and run again."
+        ) from error
+    return arrays
+
+
+def require_same_images(same: bool, reference: Answers, candidate: Answers) -> None:
+    """Raise ``ResvitError`` unless both are about the same images, and about any."""
+    if not same or len(reference) != len(candidate):
+        raise ResvitError(
+            f"Two networks cannot be compared: {len(reference)} and {len(candidate)} images, or other targets.",
+            "Run both on the same images; remove the run's folder if the data has changed.",
+        )
+    if not len(reference):
+        raise ResvitError("There is no image to compare two networks on.", "Give validation images.")
+
+
+def require_finite(finite: npt.NDArray[np.bool_]) -> None:
+    """Raise ``ResvitError`` where the reference's outputs are not finite."""
+    broken = int((~finite).sum())
+    if broken:
+        raise ResvitError(
+            f"The reference network gives NaN or infinity for {broken} of {len(finite)} images.",
+            "Check the checkpoint and the preprocessing: nothing can be compared with such a network.",
+        )

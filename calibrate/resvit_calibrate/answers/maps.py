@@ -1,0 +1,69 @@
+"""Answers that hold a map of every image: how they are thinned, kept and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.answers.base import Answers, Array, load_arrays, save_arrays
+from resvit_calibrate.answers.raw import Raw
+
+_MAP_BYTES = 256 << 20
+_M = TypeVar("_M", bound="Maps")
+
+
+@dataclass(frozen=True, eq=False)
+class Maps(Answers):
+    """Of N images: a map [h, w] each, at every ``step``-th pixel, and further arrays [N, …] of a subclass.
+
+    ``finite`` bool [N]: no output held NaN or infinity. ``digest`` uint8 [N, 32] is of what is known of each image.
+    """
+
+    task: ClassVar[str]
+    maps: Array
+    step: int
+    finite: npt.NDArray[np.bool_]
+    digest: npt.NDArray[np.uint8]
+    raw: Raw
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "raw"}
+        save_arrays(path, self.task, {**arrays, **self.raw.to_arrays()})
+
+    def first(self: _M, count: int) -> _M:
+        """Keep the first ``count`` images only."""
+        kept = {name: getattr(self, name)[:count] for name in self._per_image()}
+        return dataclasses.replace(self, raw=self.raw.first(count), **kept)
+
+    @classmethod
+    def load(cls: type[_M], path: Path) -> _M:
+        """Read what ``save`` wrote; raises ``ResvitError`` as ``load_arrays``."""
+        arrays = load_arrays(path, cls.task)
+        fields: dict[str, Any] = {name: arrays[name] for name in cls._per_image()}
+        return cls(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
+
+    @classmethod
+    def _per_image(cls) -> list[str]:
+        return [item.name for item in dataclasses.fields(cls) if item.name not in ("raw", "step")]
+
+
+def step_for(count: int, size: tuple[int, int]) -> int:
+    """Which pixels of ``count`` maps of two bytes a pixel are kept: every one where all take at most 256 MiB."""
+    step = 1
+    while 2 * count * -(-size[0] // step) * -(-size[1] // step) > _MAP_BYTES:
+        step += 1
+    return step
+
+
+def outcome_of(worse: bool, better: bool) -> str:
+    """How a changed image is called in the report."""
+    return "lost" if worse else "gained" if better else "neutral"

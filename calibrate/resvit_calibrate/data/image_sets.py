@@ -1,0 +1,217 @@
+"""Images to calibrate with and images to validate on, from whatever the user has."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from resvit_calibrate.data.sources import (
+    KINDS,
+    Pools,
+    is_factory,
+    numbered_like,
+    open_source,
+    require_source,
+    same_numbering,
+    same_source,
+)
+from resvit_calibrate.data.training_images import TrainingImages
+from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
+from resvit_calibrate.images.indexed import IndexedImageSet
+from resvit_calibrate.images.pixels import Pixels
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.sampling import divide, stratified
+from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
+from resvit_calibrate.readers.user_loader import Factory, StreamImageSet
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+__all__ = [
+    "Batch",
+    "DataSpec",
+    "ImageSet",
+    "Preprocess",
+    "TargetOptions",
+    "TrainingImages",
+    "is_factory",
+    "open_image_sets",
+    "open_training_images",
+    "require_source",
+]
+
+
+def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter = SILENT) -> tuple[ImageSet, ImageSet]:
+    """Open the calibration and the validation set: seeded, stratified by class, and without a common image.
+
+    An image whose bytes are on both sides is dropped from calibration. Warns once where images are fewer
+    than asked for, are broken, or are not in the network's colours. Raises ``ResvitError`` where the data is
+    missing or unusable, and where validation has neither labels nor targets, or labels of only one class.
+    """
+    calibration, validation = _opened(spec, preprocess, reporter)
+    _require(validation, "validation")
+    _require(calibration, "calibration")
+    if validation.task in (None, "classification") and not spec.unlabelled:
+        _require_classes(validation)
+    if calibration.task == validation.task == "segmentation":
+        # Where only the masks themselves show how many classes there are, one side may lack the last.
+        most = max(calibration.num_classes or 0, validation.num_classes or 0)
+        calibration.num_classes = validation.num_classes = most or None
+    if validation.task == "segmentation" and (validation.num_classes or 0) < 2:
+        raise ResvitError(
+            f"All labelled pixels of the masks are of one class ({validation.description}).",
+            "A mask's value is its class, and 255 means `unlabelled`: write 0 and 1 for background and object, or give "
+            "the task's option `classes` if these images really show only one.",
+        )
+    found = len(calibration)
+    calibration = calibration.without(frozenset(validation.contents))
+    if len(calibration) < found:
+        reporter.warn(
+            f"{found - len(calibration)} of {found} calibration images are also among the validation images "
+            "and were left out of calibration"
+        )
+    if not len(calibration):
+        raise ResvitError(
+            "Every calibration image is also a validation image.",
+            "Give other images for one of the two, or leave validation_data out to have the data divided.",
+        )
+    _warn(spec, calibration, validation, reporter)
+    return calibration, validation
+
+
+def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+    first = open_source(spec.data, spec.reading)
+    if spec.validation_data is None or same_source(spec.data, spec.validation_data):
+        if isinstance(first, Factory):
+            return _streams(first, spec, preprocess)
+        if first.validation is None:
+            return _divided(first.calibration, spec, preprocess, reporter)
+        second: Pools | Factory = first
+    else:
+        second = open_source(spec.validation_data, spec.reading)
+        if isinstance(first, Pools) and isinstance(second, Pools):
+            first, second = same_numbering(spec.data, spec.validation_data, first, second, reporter)
+    calibration: ImageSet
+    validation: ImageSet
+    if isinstance(first, Factory):
+        calibration = StreamImageSet(first, "calibration", preprocess, spec.calibration_images)
+    else:
+        calibration = _drawn(first.calibration, spec.calibration_images, spec, preprocess, reporter)
+    if isinstance(second, Factory):
+        validation = StreamImageSet(second, "validation", preprocess, spec.validation_images)
+    else:
+        pool = second.validation or second.calibration
+        validation = _drawn(pool, spec.validation_images, spec, preprocess, reporter)
+    return calibration, validation
+
+
+def open_training_images(
+    data: str,
+    avoid: ImageSet,
+    limit: int,
+    seed: int,
+    preprocess: Preprocess,
+    reporter: Reporter = SILENT,
+    reading: TargetOptions = AS_USUAL,
+) -> TrainingImages:
+    """Open at most ``limit`` images to train on: none of them is also in ``avoid``, the validation images.
+
+    ``data`` is of the kinds that ``DataSpec`` has; of one with two parts, the first is taken. Labels may be
+    missing. Classes are numbered as in ``avoid``. Raises ``ResvitError`` where the data is missing or unusable,
+    is all in ``avoid``, or has classes that ``avoid`` does not know.
+    """
+    source = open_source(data, reading)
+    images: IndexedImageSet | StreamImageSet
+    if isinstance(source, Factory):
+        images = StreamImageSet(source, "calibration", preprocess, limit)
+    else:
+        pool = numbered_like(source.calibration, avoid)
+        _tell(pool, reporter)
+        chosen = stratified(pool.labels, np.arange(len(pool), dtype=np.int64), limit, seed)
+        images = IndexedImageSet(pool, chosen, preprocess, reporter)
+    found = len(images)
+    _require(images, "training")
+    images = images.without(frozenset(avoid.contents))
+    if not len(images):
+        raise ResvitError(
+            "Every training image is also a validation image.",
+            "Give other images for training, or other ones with --validation-data.",
+        )
+    if len(images) < found:
+        reporter.warn(
+            f"{found - len(images)} of {found} training images are also among the validation images and were left out"
+        )
+    for name in images.skipped:
+        reporter.warn(f"skipped a broken training image: {name}")
+    return TrainingImages(images)
+
+
+def _divided(pool: Pixels, spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
+    """Take both sets out of one pool."""
+    everything = np.arange(len(pool), dtype=np.int64)
+    first, second = divide(len(pool), spec.calibration_images, spec.validation_images)
+    chosen = stratified(pool.labels, everything, first, spec.seed)
+    left = np.setdiff1d(everything, chosen)
+    others = left if second == len(left) else stratified(pool.labels, left, second, spec.seed)
+    _tell(pool, reporter)
+    return (
+        IndexedImageSet(pool, chosen, preprocess, reporter),
+        IndexedImageSet(pool, others, preprocess, reporter),
+    )
+
+
+def _drawn(pool: Pixels, count: int | None, spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> ImageSet:
+    """Take ``count`` images, or all of them in their own order."""
+    _tell(pool, reporter)
+    everything = np.arange(len(pool), dtype=np.int64)
+    chosen = everything if count is None else stratified(pool.labels, everything, count, spec.seed)
+    return IndexedImageSet(pool, chosen, preprocess, reporter)
+
+
+def _streams(factory: Factory, spec: DataSpec, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
+    if factory.splits:
+        return (
+            StreamImageSet(factory, "calibration", preprocess, spec.calibration_images),
+            StreamImageSet(factory, "validation", preprocess, spec.validation_images),
+        )
+    wanted = None if spec.validation_images is None else spec.calibration_images + spec.validation_images
+    whole = StreamImageSet(factory, "calibration", preprocess, wanted)
+    return whole.divided(*divide(len(whole), spec.calibration_images, spec.validation_images))
+
+
+def _tell(pool: Pixels, reporter: Reporter) -> None:
+    for note in pool.notes:
+        reporter.warn(note)
+
+
+def _require(images: ImageSet, what: str) -> None:
+    if not len(images):
+        raise ResvitError(f"There is no image for {what} ({images.description}).", KINDS)
+
+
+def _require_classes(validation: ImageSet) -> None:
+    labels = validation.labels
+    if labels is None:
+        raise ResvitError(
+            f"The validation images have no labels ({validation.description}).",
+            "Accuracy cannot be measured without: sort them into class folders, put masks, depths or COCO's "
+            "annotations beside them, or add `labels` to the .npz.",
+        )
+    if len(labels) > 1 and len(np.unique(labels)) == 1:
+        raise ResvitError(
+            f"All {len(labels)} validation images are of one class ({validation.description}).",
+            "Give images of at least two classes, or a network that always says the same would look right.",
+        )
+
+
+def _warn(spec: DataSpec, calibration: ImageSet, validation: ImageSet, reporter: Reporter) -> None:
+    """Say what differs from what was asked for."""
+    wanted = ((calibration, spec.calibration_images), (validation, spec.validation_images))
+    for (images, asked), what in zip(wanted, ("calibration", "validation"), strict=True):
+        if asked is not None and len(images) < asked:
+            reporter.warn(f"{asked} {what} images were asked for, {len(images)} are used: there are no more")
+        for name in images.skipped:
+            reporter.warn(f"skipped a broken {what} image: {name}")
+    converted = calibration.converted + validation.converted
+    if converted:
+        total = len(calibration) + len(validation)
+        kinds = ("grey", "colour") if calibration.preprocess.channels == 3 else ("colour", "grey")
+        reporter.warn(f"{converted} of {total} images are {kinds[0]} and are converted to {kinds[1]}")

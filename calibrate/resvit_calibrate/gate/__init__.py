@@ -1,0 +1,1 @@
+"""The verdict: intervals of the drop, and what they allow."""

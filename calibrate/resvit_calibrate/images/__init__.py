@@ -1,0 +1,1 @@
+"""Pixels and preprocessing: from a file to what a network reads."""

@@ -1,0 +1,196 @@
+"""A set of images out of many that can be read one by one, decoded by all cores while it streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.images.image_set import Batch, ImageSet, digest_of
+from resvit_calibrate.images.pixels import BrokenImage, Look, Pixels
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import Geometry, Target, carried, require_known_classes
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+
+_T = TypeVar("_T")
+_BROKEN_SHARE = 0.01
+_BLOCK = 256
+
+
+class _Prepared(NamedTuple):
+    """One image as the network reads it."""
+
+    number: int
+    image: npt.NDArray[np.float32]
+    target: Target | None
+    geometry: Geometry
+
+
+class IndexedImageSet(ImageSet):
+    """The images number ``indices`` of ``pixels``, in this order.
+
+    Opening digests every image and reads its header; a file that is no image is skipped at once, one that
+    breaks while it is decoded is skipped then. Raises ``ResvitError`` when more than 1% are broken.
+    """
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        indices: Sequence[int] | npt.NDArray[np.int64],
+        preprocess: Preprocess,
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self._pixels = pixels
+        self._asked = len(indices)
+        self._skipped: dict[int, str] = {}
+        self.preprocess = resolved_for(preprocess, pixels.native_size)
+        self.task = pixels.task
+        self.class_names = pixels.class_names
+        self.class_ids = pixels.class_ids
+        self.num_classes = pixels.num_classes
+        self._looks: dict[int, Look] = {}
+        numbers = [int(index) for index in indices]
+        found = _in_threads(pixels.look, numbers)
+        for index, look in reporter.track(found, f"read {pixels.name}", len(numbers)):
+            if isinstance(look, BrokenImage):
+                self._skipped[index] = str(look)
+            else:
+                self._looks[index] = look
+        self._require_whole()
+        if self.task == "segmentation" and self._looks:
+            classes = {pixels.title(index): look.classes for index, look in self._looks.items()}
+            self.num_classes = require_known_classes(classes, pixels.num_classes, pixels.name)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Everything that follows from which images are in the set."""
+        self.contents = tuple(look.content for look in self._looks.values())
+        targets = () if self.task is None else tuple(look.target for look in self._looks.values())
+        self.digest = digest_of(self.contents, self.labels, targets)
+        self.converted = sum(look.colour != (self.preprocess.channels == 3) for look in self._looks.values())
+        self.description = f"{len(self)} of {len(self._pixels)} images of {self._pixels.name}"
+
+    def __len__(self) -> int:
+        return len(self._alive())
+
+    def _alive(self) -> list[int]:
+        return [index for index in self._looks if index not in self._skipped]
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Labels int64 [N] in the order of ``batches``, or None."""
+        return None if self._pixels.labels is None else self._pixels.labels[self._alive()]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Name the images that could not be read, each with the reason."""
+        return tuple(f"{self._pixels.title(index)}: {why}" for index, why in sorted(self._skipped.items()))
+
+    def without(self, contents: frozenset[bytes]) -> IndexedImageSet:
+        """Leave out the images whose digest is in ``contents``."""
+        kept = IndexedImageSet(self._pixels, (), self.preprocess)
+        kept._asked, kept._skipped = self._asked, dict(self._skipped)
+        kept._looks = {index: look for index, look in self._looks.items() if look.content not in contents}
+        kept.num_classes = self.num_classes
+        kept._describe()
+        return kept
+
+    def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> IndexedImageSet:
+        """The images at these positions, in this order."""
+        alive = self._alive()
+        chosen = IndexedImageSet(self._pixels, (), self.preprocess)
+        chosen._asked = self._asked
+        chosen._looks = {index: self._looks[index] for index in (alive[position] for position in positions)}
+        chosen.num_classes = self.num_classes
+        chosen._describe()
+        return chosen
+
+    def image(self, index: int) -> npt.NDArray[np.uint8] | None:
+        """Read one image: uint8 [H, W, 1 or 3]."""
+        return self._pixels.read(self._alive()[index])
+
+    def target(self, index: int) -> Target | None:
+        """What is in ``image(index)``, in that image's own pixels, or None."""
+        number = self._alive()[index]
+        height, width = self._pixels.read(number).shape[:2]
+        return self._pixels.target(number, height, width)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Stream all images in order; memory holds about two batches and the images being decoded."""
+        if batch_size < 1:
+            raise ResvitError(f"A batch size of {batch_size} cannot be used.", "Choose 1 or more.")
+        ready: list[_Prepared] = []
+        for index, image in _in_threads(self._prepared, self._alive(), block=batch_size):
+            if isinstance(image, BrokenImage):
+                self._skipped[index] = str(image)
+                self._require_whole()
+                continue
+            ready.append(image)
+            if len(ready) == batch_size:
+                yield self._batch(ready)
+                ready = []
+        if ready:
+            yield self._batch(ready)
+
+    def _prepared(self, index: int) -> _Prepared:
+        image = self._pixels.read(index)
+        height, width = image.shape[:2]
+        try:
+            geometry = self.preprocess.geometry(height, width)
+            found = self._pixels.target(index, height, width)
+            target = None if found is None else carried(found, geometry)
+            return _Prepared(index, self.preprocess.apply(image), target, geometry)
+        except ResvitError as error:
+            raise ResvitError(f"{self._pixels.title(index)}: {error.problem}", error.fix) from error
+
+    def _batch(self, ready: list[_Prepared]) -> Batch:
+        labels = self._pixels.labels
+        targets = tuple(item.target for item in ready if item.target is not None)
+        return Batch(
+            np.stack([item.image for item in ready]),
+            None if labels is None else labels[[item.number for item in ready]],
+            targets or None,
+            tuple(item.geometry for item in ready),
+        )
+
+    def _require_whole(self) -> None:
+        if len(self._skipped) > _BROKEN_SHARE * self._asked:
+            shown = "; ".join(self.skipped[:5])
+            raise ResvitError(
+                f"More than 1% of {self._asked} images of {self._pixels.name} cannot be read, at least "
+                f"{len(self._skipped)}: {shown}.",
+                "Replace or remove the broken files; a few are skipped, this many would make the result wrong.",
+            )
+
+
+def resolved_for(preprocess: Preprocess, native_size: tuple[int, int] | None) -> Preprocess:
+    """Leave pixels exactly as they are where all images have the network's size already.
+
+    A crop fraction below 1 would otherwise enlarge and cut even those.
+    """
+    return dataclasses.replace(preprocess, resize="none") if native_size == preprocess.size else preprocess
+
+
+def _in_threads(
+    work: Callable[[int], _T], numbers: Sequence[int], block: int = _BLOCK
+) -> Iterator[tuple[int, _T | BrokenImage]]:
+    """Do ``work`` on every number, in order, a block at a time: Pillow and hashing leave Python's lock."""
+
+    def attempt(number: int) -> _T | BrokenImage:
+        try:
+            return work(number)
+        except BrokenImage as broken:
+            return broken
+
+    cores = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    block = max(block, 2 * cores)
+    with ThreadPoolExecutor(max_workers=cores) as threads:
+        for start in range(0, len(numbers), block):
+            part = numbers[start : start + block]
+            yield from zip(part, threads.map(attempt, part), strict=True)

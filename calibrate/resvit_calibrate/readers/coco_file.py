@@ -1,0 +1,263 @@
+"""Reading COCO's detection format: images, categories and boxes out of one JSON file.
+
+Lin et al., "Microsoft COCO: Common Objects in Context", 2014; the format: https://cocodataset.org/#format-data.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.readers.paired import shortened
+from resvit_engines.errors import ResvitError
+
+_FIX = (
+    "COCO's detection format is an object with `images` (id, file_name, width, height), `categories` (id, name) and "
+    "`annotations` (image_id, category_id, bbox [x, y, width, height], iscrowd)."
+)
+_OUTSIDE = 0.5
+_LARGEST = 2**53
+
+
+@dataclass(frozen=True, eq=False)
+class CocoFile:
+    """N images with A boxes; image i has those from ``offsets[i]`` to ``offsets[i + 1]``.
+
+    ``file_names`` are relative and never lead upwards. ``sizes`` int64 [N, 2] are height and width, 0 where the
+    file does not say. ``boxes`` float32 [A, 4] are x1, y1, x2, y2 in the image's pixels, each with an area;
+    ``classes`` int64 [A] count from 0 in the order of the categories' ids, which are ``class_ids``.
+    """
+
+    path: Path
+    file_names: tuple[str, ...]
+    sizes: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int64]
+    crowd: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+class _Box(NamedTuple):
+    """What is kept of an annotation while the file is read: outlines are most of such a file."""
+
+    image: Any
+    category: Any
+    bbox: Any
+    crowd: Any
+
+
+def read_coco(path: Path) -> CocoFile:
+    """Read an annotation file.
+
+    Boxes are cut at the image's edges where the file says how large it is; those of which nothing is left, and
+    those for images that the file does not list, are left out and counted in ``notes``.
+
+    Raises ``ResvitError`` for what is not JSON, with the line; for entries that are missing or of a wrong type;
+    for ids that are given twice; for names of files that lead out of the folder; and for annotations whose
+    category does not exist.
+    """
+    found = _parsed(path)
+    ids, names, sizes = _images(path, found["images"])
+    class_ids, class_names = _categories(path, found["categories"])
+    notes = []
+    twice = len(names) - len(set(names))
+    if twice:
+        notes.append(f"{path} lists {twice} files more than once: their boxes are on one entry or the other")
+    image, classes, boxes, crowd, strays = _annotations(path, found["annotations"], ids, class_ids)
+    if strays:
+        notes.append(f"{path} has {strays} annotations of images that it does not list; they are left out")
+    boxes, kept, outside = _cut(boxes, sizes[image])
+    if outside:
+        notes.append(f"{path} has {outside} boxes that reach beyond their image; they are cut at its edges")
+    if not kept.all():
+        holders = [names[number] for number in dict.fromkeys(image[~kept].tolist())]
+        notes.append(
+            f"{path} has {int((~kept).sum())} boxes without any area inside their image, which are left out "
+            f"(in {shortened(holders)})"
+        )
+    order = np.argsort(image[kept], kind="stable")
+    counts = np.bincount(image[kept], minlength=len(names))
+    return CocoFile(
+        path=path,
+        file_names=tuple(names),
+        sizes=sizes,
+        boxes=boxes[kept][order].astype(np.float32),
+        classes=classes[kept][order],
+        crowd=crowd[kept][order],
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        class_names=class_names,
+        class_ids=class_ids,
+        notes=tuple(notes),
+    )
+
+
+def _parsed(path: Path) -> dict[str, list[Any]]:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            found = json.load(stream, object_hook=_kept)
+    except json.JSONDecodeError as error:
+        raise ResvitError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.", _FIX
+        ) from error
+    except OSError as error:
+        raise ResvitError(f"{path} cannot be read: {error.strerror or error}.", _FIX) from error
+    except (ValueError, RecursionError) as error:
+        # Not UTF-8, a number of thousands of digits, or brackets in brackets without end.
+        raise ResvitError(f"{path} is not usable JSON: {error}.", _FIX) from error
+    if not isinstance(found, dict):
+        what = "a list, as files of results are" if isinstance(found, list) else "not an object"
+        raise ResvitError(f"{path} is {what}.", _FIX)
+    for name in ("images", "categories", "annotations"):
+        if not isinstance(found.get(name), list):
+            raise ResvitError(f"{path} has no list `{name}`; it has {', '.join(sorted(found)) or 'nothing'}.", _FIX)
+    return found
+
+
+def _kept(entry: dict[str, Any]) -> _Box | dict[str, Any]:
+    if "bbox" in entry and "image_id" in entry:
+        return _Box(entry["image_id"], entry.get("category_id"), entry["bbox"], entry.get("iscrowd", 0))
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], npt.NDArray[np.int64]]:
+    ids: dict[Any, int] = {}
+    names: list[str] = []
+    sizes = np.zeros((len(entries), 2), np.int64)
+    repeated = []
+    for number, entry in enumerate(entries):
+        where = f"images[{number}] of {path}"
+        if not isinstance(entry, dict):
+            raise ResvitError(f"{where} is not an object.", _FIX)
+        identity = _id(entry.get("id"), f"{where}: id")
+        if identity in ids:
+            repeated.append(str(identity))
+        ids[identity] = number
+        names.append(_safe_name(entry.get("file_name"), where))
+        for side, name in enumerate(("height", "width")):
+            size = entry.get(name)
+            if size is None:
+                continue
+            if not _whole(size) or not 0 < size < 2**31:
+                raise ResvitError(f"{where}: {name} is {size!r}.", _FIX)
+            sizes[number, side] = int(size)
+    if repeated:
+        raise ResvitError(
+            f"{path} gives {len(repeated)} image ids more than once: {shortened(repeated)}.",
+            "Give every image its own id; files that were joined must be numbered anew.",
+        )
+    sizes[(sizes == 0).any(axis=1)] = 0
+    return ids, names, sizes
+
+
+def _categories(path: Path, entries: list[Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    names: dict[int, str] = {}
+    for number, entry in enumerate(entries):
+        where = f"categories[{number}] of {path}"
+        if not isinstance(entry, dict) or not _whole(entry.get("id")):
+            raise ResvitError(f"{where} has no whole number as its id.", _FIX)
+        identity = int(entry["id"])
+        if identity in names:
+            raise ResvitError(f"{path} gives the category id {identity} more than once.", _FIX)
+        names[identity] = _printable(str(entry.get("name", identity)))
+    if not names:
+        raise ResvitError(f"{path} has no categories.", _FIX)
+    ids = tuple(sorted(names))
+    return ids, tuple(names[identity] for identity in ids)
+
+
+def _annotations(
+    path: Path, entries: list[Any], images: dict[Any, int], class_ids: tuple[int, ...]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_], int]:
+    """Which image each annotation is of, its class, its box as x1, y1, x2, y2, whether it is a crowd; the strays."""
+    numbers = {identity: number for number, identity in enumerate(class_ids)}
+    image: list[int] = []
+    classes: list[int] = []
+    boxes: list[Any] = []
+    crowd: list[bool] = []
+    strays = 0
+    for number, entry in enumerate(entries):
+        where = f"annotations[{number}] of {path}"
+        if not isinstance(entry, _Box):
+            raise ResvitError(f"{where} has no `bbox` or no `image_id`.", _FIX)
+        place = images.get(_id(entry.image, f"{where}: image_id"))
+        if place is None:
+            strays += 1
+            continue
+        if not _whole(entry.category) or entry.category not in numbers:
+            raise ResvitError(
+                f"{where} is of the category {entry.category!r}, which does not exist; there are "
+                f"{shortened(list(map(str, class_ids)))}.",
+                "Add it to `categories`, or correct the annotation.",
+            )
+        if not isinstance(entry.bbox, list) or len(entry.bbox) != 4 or not all(map(_number, entry.bbox)):
+            raise ResvitError(f"{where}: bbox is {str(entry.bbox)[:80]}, not four numbers.", _FIX)
+        if entry.crowd not in (0, 1):
+            raise ResvitError(f"{where}: iscrowd is {entry.crowd!r}, not 0 or 1.", _FIX)
+        image.append(place)
+        classes.append(numbers[entry.category])
+        boxes.append(entry.bbox)
+        crowd.append(bool(entry.crowd))
+    corners = np.array(boxes, np.float64).reshape(-1, 4)
+    # A width below zero would otherwise look like a box that reaches to the left.
+    corners[~((corners[:, 2:] > 0).all(axis=1) & np.isfinite(corners).all(axis=1))] = np.nan
+    corners[:, 2:] += corners[:, :2]
+    return np.array(image, np.int64), np.array(classes, np.int64), corners, np.array(crowd, np.bool_), strays
+
+
+def _cut(
+    boxes: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], int]:
+    """Boxes [A, 4] held to their images [A, 2], which of them have an area then, and how many were cut."""
+    limits = np.where(sizes > 0, sizes, np.inf)[:, [1, 0, 1, 0]]
+    held = np.clip(boxes, np.where(np.isfinite(limits), 0.0, -np.inf), limits)
+    # As they are stored: a sliver can lose its area to rounding.
+    small = held.astype(np.float32)
+    kept = np.isfinite(small).all(axis=1) & (small[:, 2] > small[:, 0]) & (small[:, 3] > small[:, 1])
+    outside = (np.abs(held[kept] - boxes[kept]) > _OUTSIDE).any(axis=1)
+    return held, kept, int(outside.sum())
+
+
+def _safe_name(name: Any, where: str) -> str:
+    """A path that stays inside of the images' folder; what Windows wrote with backslashes is read too."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name or _printable(name) != name:
+        raise ResvitError(f"{where}: file_name is {name!r}.", _FIX)
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.name:
+        raise ResvitError(
+            f"{where}: file_name {name!r} leads out of the folder of images.",
+            "Write file names relative to the folder of images, without `..`.",
+        )
+    return str(path)
+
+
+def _printable(text: str) -> str:
+    """JSON can hold halves of characters, which no file name has and no terminal shows."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _id(value: Any, where: str) -> int | str:
+    if isinstance(value, str):
+        return value
+    if not _whole(value):
+        raise ResvitError(f"{where} is {value!r}, not a whole number or a text.", _FIX)
+    return int(value)
+
+
+def _number(value: Any) -> bool:
+    """NaN and infinity are numbers too: such a box has no area, and is counted with those."""
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
+def _whole(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())

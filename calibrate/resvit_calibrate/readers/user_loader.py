@@ -1,0 +1,234 @@
+"""Images from the user's own loader: a Python callable that gives batches, preprocessed as in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.images.image_set import Batch, ImageSet, digest_of
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_known_classes
+from resvit_calibrate.readers.user_batch import SHAPE, Item, items_of
+from resvit_engines.errors import ResvitError
+
+Split = Literal["calibration", "validation"]
+_PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
+_ENDLESS = 5_000_000
+
+
+class Factory:
+    """A callable named by the user; ``splits`` tells whether it knows calibration from validation."""
+
+    def __init__(self, text: str, function: Callable[..., Iterable[Any]], options: TargetOptions = AS_USUAL) -> None:
+        self.text = text
+        self.options = options
+        self._function = function
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            parameters = ()  # type: ignore[assignment]  # a built-in without a signature takes no split
+        self.splits = any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def images(self, split: Split, preprocess: Preprocess) -> Iterator[Item]:
+        """Call it and pass on one image at a time, with its label or target."""
+        expected = (preprocess.channels, *preprocess.size)
+        for batch in self._items(split):
+            yield from items_of(self.text, batch, expected, self.options)
+
+    def _items(self, split: Split) -> Iterator[Any]:
+        try:
+            yield from self._function(split=split) if self.splits else self._function()
+        except (ResvitError, MemoryError):
+            raise
+        except Exception as error:
+            raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
+
+
+def is_factory_name(text: str) -> bool:
+    """Whether ``text`` has the form ``package.module:name`` or ``file.py:name``."""
+    return _PATTERN.fullmatch(text) is not None
+
+
+def factory_from(text: str, options: TargetOptions = AS_USUAL) -> Factory | None:
+    """Import ``package.module:name`` or ``file.py:name``; None where ``text`` has not that form."""
+    function = function_from(text, SHAPE)
+    return None if function is None else Factory(text, function, options)
+
+
+def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
+    """Import the function ``package.module:name`` or ``file.py:name``; None where ``text`` has not that form.
+
+    Raises ``ResvitError`` where it can't be imported, or is no function: then with ``wanted``, what it should be.
+    """
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        return None
+    module, name = match["module"], match["name"]
+    try:
+        loaded = (
+            _module_from_file(Path(module).expanduser()) if module.endswith(".py") else importlib.import_module(module)
+        )
+    except ResvitError:
+        raise
+    except Exception as error:
+        raise ResvitError(
+            f"{module} cannot be imported: {type(error).__name__}: {error}",
+            "Name a file as ./file.py:factory, or install the package that the module is in.",
+        ) from error
+    function = getattr(loaded, name, None)
+    if not callable(function):
+        what = "has nothing of that name" if function is None else f"has a {type(function).__name__} there"
+        raise ResvitError(f"{text} is not a function: {module} {what}.", wanted)
+    found: Callable[..., Any] = function
+    return found
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ResvitError(f"The file {path} does not exist.", "Check the path before the colon.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ResvitError(f"{path} cannot be imported.", "Check that it is a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Seen(NamedTuple):
+    """What must be the same each time that an image comes."""
+
+    content: bytes
+    label: int | None
+    about: bytes
+
+
+class StreamImageSet(ImageSet):
+    """Images ``start`` to ``stop`` of what a factory gives, less those left out.
+
+    It is read once when it is opened, to count and digest, and again for every pass; each pass is checked
+    against the first, since a comparison needs the same images every time.
+    """
+
+    def __init__(self, factory: Factory, split: Split, preprocess: Preprocess, stop: int | None) -> None:
+        self._factory = factory
+        self._split: Split = split
+        self.preprocess = preprocess
+        self._kept: dict[int, _Seen] = {}
+        tasks: set[str | None] = set()
+        classes: dict[str, tuple[int, ...]] = {}
+        for position, item in enumerate(factory.images(split, preprocess)):
+            if position == stop:
+                break
+            if position == _ENDLESS:
+                raise ResvitError(f"{factory.text} gave {_ENDLESS} images and goes on.", "Let it end.")
+            self._kept[position] = _seen(item)
+            tasks.add(item.task)
+            if item.target is not None:
+                classes[f"image {position}"] = item.classes
+        if len(tasks) > 1:
+            told = ", ".join(sorted(task for task in tasks if task))
+            what = f"labels or targets for some images only ({told})" if None in tasks else f"targets for {told}"
+            raise ResvitError(f"{factory.text} gave {what}.", SHAPE)
+        self.task = next(iter(tasks), None)
+        self.num_classes = require_known_classes(classes, factory.options.classes, factory.text) if classes else None
+        self._describe()
+
+    def _describe(self) -> None:
+        self.contents = tuple(seen.content for seen in self._kept.values())
+        self.digest = digest_of(self.contents, self.labels, [seen.about for seen in self._kept.values()])
+        self.description = f"{len(self)} images of {self._factory.text.rpartition('/')[2]} ({self._split})"
+
+    def _only(self, kept: dict[int, _Seen], split: Split) -> StreamImageSet:
+        other = StreamImageSet.__new__(StreamImageSet)
+        other._factory, other._split, other.preprocess, other._kept = self._factory, split, self.preprocess, kept
+        other.task, other.num_classes = self.task, self.num_classes
+        other._describe()
+        return other
+
+    def without(self, contents: frozenset[bytes]) -> StreamImageSet:
+        """Leave out the images whose digest is in ``contents``."""
+        kept = {position: found for position, found in self._kept.items() if found.content not in contents}
+        return self._only(kept, self._split)
+
+    def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> StreamImageSet:
+        """The images at these positions, in the order in which the factory gives them."""
+        items = list(self._kept.items())
+        return self._only(dict(items[position] for position in sorted(positions)), self._split)
+
+    def divided(self, first: int, second: int) -> tuple[StreamImageSet, StreamImageSet]:
+        """The first ``first`` images for calibration, the next ``second`` for validation."""
+        items = list(self._kept.items())
+        return (
+            self._only(dict(items[:first]), "calibration"),
+            self._only(dict(items[first : first + second]), "validation"),
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Labels int64 [N] in the order of ``batches``, or None."""
+        found = [seen.label for seen in self._kept.values() if seen.label is not None]
+        return np.array(found, np.int64) if found else None
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Call the factory again and stream its images, ``batch_size`` at a time.
+
+        Raises ``ResvitError`` where an image is not the one that was there when the set was opened.
+        """
+        if batch_size < 1:
+            raise ResvitError(f"A batch size of {batch_size} cannot be used.", "Choose 1 or more.")
+        last = max(self._kept, default=-1)
+        ready: list[Item] = []
+        position = -1
+        for position, item in enumerate(self._factory.images(self._split, self.preprocess)):
+            if position > last:
+                break
+            if position not in self._kept:
+                continue
+            if _seen(item) != self._kept[position]:
+                raise self._changed(f"image {position} differs from the one that it gave before")
+            # A loader may fill the same buffer again.
+            kept = {name: value.copy() for name, value in item.inputs.items()}
+            ready.append(dataclasses.replace(item, image=item.image.copy(), inputs=kept))
+            if len(ready) == batch_size:
+                yield batch_of(ready)
+                ready = []
+        if position < last:
+            raise self._changed(f"it ended after {position + 1} images where it gave {last + 1} before")
+        if ready:
+            yield batch_of(ready)
+
+    def _changed(self, how: str) -> ResvitError:
+        return ResvitError(
+            f"{self._factory.text} does not give the same images each time: {how}.",
+            "Switch off its shuffling and random augmentation: both networks must see the same images.",
+        )
+
+
+def _seen(item: Item) -> _Seen:
+    return _Seen(item.content, item.label, item.about)
+
+
+def batch_of(items: Sequence[Item]) -> Batch:
+    """Put images together that all have a label, all have a target, or all have neither."""
+    labels = [item.label for item in items if item.label is not None]
+    targets = tuple(item.target for item in items if item.target is not None)
+    geometry = tuple(item.geometry for item in items if item.geometry is not None)
+    return Batch(
+        np.stack([item.image for item in items]),
+        np.array(labels, np.int64) if labels else None,
+        targets or None,
+        geometry if len(geometry) == len(items) else None,
+        {name: np.stack([item.inputs[name] for item in items]) for name in items[0].inputs},
+    )

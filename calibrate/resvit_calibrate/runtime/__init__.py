@@ -1,0 +1,1 @@
+"""A network as a function from arrays to arrays, by ONNX Runtime."""

@@ -1,0 +1,74 @@
+"""What a network is for: classes, boxes, masks, depths or something else, each with its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resvit_calibrate.answers.base import Answers, Task
+from resvit_calibrate.answers.boxes import PAIRS
+from resvit_calibrate.gate.comparison import Comparison
+from resvit_calibrate.tasks.classification import Classification
+from resvit_calibrate.tasks.depth import Depth
+from resvit_calibrate.tasks.detection import Detection
+from resvit_calibrate.tasks.other import Other
+from resvit_calibrate.tasks.segmentation import Segmentation
+from resvit_engines.errors import ResvitError
+
+__all__ = ["KINDS", "Answers", "Comparison", "Task", "kind_of", "task_named", "task_of"]
+
+_TASKS: dict[str, type[Classification] | type[Detection] | type[Segmentation] | type[Depth]] = {
+    task.name: task for task in (Classification, Detection, Segmentation, Depth)
+}
+KINDS = (*_TASKS, Other.name)
+
+
+def task_named(kind: str, options: Mapping[str, Any], metric: str | None = None) -> Task:
+    """Make the task ``kind``, one of ``KINDS``.
+
+    ``options`` are its own (see the dataclass of each task); ``metric`` names a function of the user's, which makes
+    any network the task ``other``.
+
+    Raises:
+        ResvitError: for a kind, an option or a metric that does not exist, or a metric beside another task.
+    """
+    if kind not in KINDS:
+        raise ResvitError(f"The task '{kind}' does not exist.", f"Choose {', '.join(KINDS)}, or auto.")
+    if metric is not None and kind != Other.name:
+        raise ResvitError(
+            f"The task {kind} has its own metric, and {metric} was given.", "Say --task other, or leave --metric out."
+        )
+    return Other(options, metric) if kind == Other.name else _TASKS[kind](options)
+
+
+def task_of(
+    outputs: Sequence[Mapping[str, Any]],
+    targets_kind: str | None,
+    options: Mapping[str, Any] | None = None,
+    metric: str | None = None,
+) -> Task:
+    """The task that ``kind_of`` tells; with the user's own ``metric``, ``other``. Raises as ``task_named``."""
+    kind = Other.name if metric is not None else kind_of(outputs, targets_kind)
+    return task_named(kind, options or {}, metric)
+
+
+def kind_of(outputs: Sequence[Mapping[str, Any]], targets_kind: str | None) -> str:
+    """Tell the task by what the data knows (``ImageSet.task``); where that is nothing, by the outputs.
+
+    Outputs are given by ``name`` and ``shape``. A pair of boxes and scores detects. One output [B, K] (or one called
+    ``logits``) classifies, [B, K, h, w] segments, [B, 1, h, w] and [B, h, w] are depths; all else is ``other``.
+    Outputs that the data's task can't read are refused when they are first scored, with their names.
+    """
+    if targets_kind in _TASKS:
+        return str(targets_kind)
+    shapes = {str(item["name"]): list(item["shape"]) for item in outputs}
+    ranks = {name: len(shape) for name, shape in shapes.items()}
+    if any(ranks.get(boxes) == 3 and ranks.get(scores) == 3 for boxes, scores in PAIRS):
+        return Detection.name
+    if ranks.get("logits") == 2 or list(ranks.values()) == [2]:
+        return Classification.name
+    if len(shapes) == 1:
+        shape = next(iter(shapes.values()))
+        if len(shape) in (3, 4):
+            return Segmentation.name if len(shape) == 4 and shape[1] != 1 else Depth.name
+    return Other.name
