@@ -34,15 +34,15 @@ from typing import Any, NoReturn
 import click
 from machine import write_result
 
-from resvit_engines.bundle import write_bundle
-from resvit_engines.bundle.install import install_bundle
-from resvit_engines.bundle.install_state import current_version, read_state
-from resvit_engines.bundle.keys import PublicKey, TrustStore, load_trust
-from resvit_engines.bundle.private_keys import load_signing_key, make_key_pair
+from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.bundle.unpacked import read_trusted_folder
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
+from resvit_engines.install.install import install_bundle
+from resvit_engines.install.state import current_version, read_state
+from resvit_engines.keys.private import load_signing_key, make_key_pair
+from resvit_engines.keys.public import PublicKey, TrustStore, load_trust
+from resvit_engines.machine import DeviceFacts
 
 NAME = "net"
 FACTS = DeviceFacts(

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from machine import write_result
 
-from resvit_engines.bundle import write_bundle
-from resvit_engines.bundle.keys import PublicKey
-from resvit_engines.bundle.private_keys import load_signing_key, make_key_pair
-from resvit_engines.facts import facts_from_json
+from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.keys.private import load_signing_key, make_key_pair
+from resvit_engines.keys.public import PublicKey
+from resvit_engines.machine import facts_from_json
 from resvit_engines.remote.wheel import write_device_wheel
 from resvit_engines.remote.wheelhouse import download_wheels
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 
 _PACKAGES = (
     *("python3", "python3-minimal", "libc6", "zlib1g", "libexpat1", "libssl3", "libffi8", "liblzma5", "libbz2-1.0"),
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         device = Emulated(folder)
         wheel = write_device_wheel(folder)
-        facts = facts_from_json(json.loads(device.run("-m", "resvit_engines.facts", path=str(wheel)).stdout))
+        facts = facts_from_json(json.loads(device.run("-m", "resvit_engines.machine", path=str(wheel)).stdout))
         download_wheels(facts, folder / "wheels")
         pip = next((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
         begin = time.monotonic()

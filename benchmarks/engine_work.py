@@ -27,9 +27,9 @@ from machine import RESULTS, write_result
 
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.audit.kernel_totals import kernel_totals
-from resvit_engines.build import build_engine
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ResvitError
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.targets.table import Builder, find_target
 
 TARGETS = {86: "a10", 89: "l4"}
 COLUMNS = ("engine", "kernels", "8-bit conv", "8-bit gemm", "8-bit attention", "reformats", "MB", "of FP16", "weights")

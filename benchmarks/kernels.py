@@ -23,11 +23,11 @@ from kernel_peers.table import measured_table, static_table
 from machine import RESULTS, write_result
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernels.case_names import case_of
-from resvit_engines.kernels.compile import kernel_from_source
-from resvit_engines.kernels.inspect import inspection
-from resvit_engines.kernels.measured import RESULTS as MEASURED
-from resvit_engines.targets import TARGETS, Precision, Target, find_target
+from resvit_engines.kernels.compile.compile import kernel_from_source
+from resvit_engines.kernels.compile.resources import inspection
+from resvit_engines.kernels.measure.cases import case_of
+from resvit_engines.kernels.measure.results import RESULTS as MEASURED
+from resvit_engines.targets.table import TARGETS, Precision, Target, find_target
 
 KINDS = ("attention", "bridge", "group_norm", "layer_norm", "residual")
 LARGEST_ERROR = {"fp16": 0.02, "int8": 0.03, "fp8": 0.06}

@@ -41,7 +41,7 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import Reporter, reporter
-from resvit_engines.targets import Precision
+from resvit_engines.targets.table import Precision
 from resvit_export.checkpoint import load_checkpoint
 from resvit_export.models import resvit_config, resvit_model
 from resvit_export.onnx_export import onnx_from_program

@@ -23,10 +23,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from resvit_engines.audit.kernel_totals import kernel_totals
-from resvit_engines.build import build_engine
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ResvitError
 from resvit_engines.kernels import bridge, norms, residual
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 
 TARGETS = {86: "a10", 89: "l4"}
 HALF, INT8 = TensorProto.FLOAT16, TensorProto.INT8

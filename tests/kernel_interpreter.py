@@ -57,7 +57,7 @@ def _interpreted(source: Source, inputs: Sequence[np.ndarray]) -> list[np.ndarra
     }  # fmt: skip
     launch, function = (
         source.launch,
-        getattr(importlib.import_module(f"resvit_engines.kernels.{source.module}"), source.function),
+        getattr(importlib.import_module(f"resvit_engines.kernels.triton.{source.module}"), source.function),
     )
     given = [
         torch.from_numpy(np.array(array, np.float64)).to(types[dtype])

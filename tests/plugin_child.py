@@ -18,7 +18,7 @@ from tensorrt_bindings.plugin import _lib, _tensor
 from plugin_kernels import kernel_for
 from resvit_engines.plugins.fields import LISTS, NAMES, fields_from_kernel
 from resvit_engines.plugins.names import NAMESPACE, OP_TYPES
-from resvit_engines.plugins.trt_plugins import register_plugins
+from resvit_engines.trt.aot_plugins import register_plugins
 
 SHAPE = (2, 197, 384)
 
@@ -136,10 +136,10 @@ def creators():
 
 
 def parsed(file, how, library):
-    from resvit_engines.build.trt_api import Log, logger_into
     from resvit_engines.plugins.nodes import plugin_nodes
-    from resvit_engines.plugins.trt_layers import require_plugin_layers
-    from resvit_engines.plugins.trt_library import load_plugin_library
+    from resvit_engines.trt.api import Log, logger_into
+    from resvit_engines.trt.plugin_layers import require_plugin_layers
+    from resvit_engines.trt.plugin_library import load_plugin_library
 
     log = Log()
 

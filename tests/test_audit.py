@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
-from resvit_engines.audit import Fate, FusionAudit, Subject, audit_engine
 from resvit_engines.audit.attention_rules import breaches_of
+from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair, expectation_from_json
+from resvit_engines.audit.findings import Fate, FusionAudit, Subject
 from resvit_engines.audit.kernels import Kernel
 from resvit_engines.audit.text import failures_of, require_fused, sentences_of
-from resvit_engines.build import build_engine
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_export.audit_graph import expectation_from_onnx
 
 SUBJECT = Subject("l4", 89, "TensorRT for RTX", "1.7", 1)

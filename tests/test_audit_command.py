@@ -13,12 +13,12 @@ import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
 from quantize_graphs import Graph
-from resvit_engines import build
 from resvit_engines.audit.kernels import Kernel, kernel_from_json
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.builder import builder as build
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
 from resvit_export.cli import run
 

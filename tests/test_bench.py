@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 
+from resvit_engines.bench import clocks
+from resvit_engines.bench.bench import BenchReport, BenchSettings, Stopwatch, bench_feeds, measure, percentiles
+from resvit_engines.bench.clocks import NOT_REPORTED, Conditions, conditions_now, remarks_about, smi_numbers
+from resvit_engines.bench.compare import compare, paired_ratio, verdict
+from resvit_engines.bench.text import comparison_lines, report_lines
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.run import clocks
-from resvit_engines.run.bench import BenchReport, BenchSettings, Stopwatch, bench_feeds, measure, percentiles
-from resvit_engines.run.bench_compare import compare, paired_ratio, verdict
-from resvit_engines.run.bench_text import comparison_lines, report_lines
-from resvit_engines.run.clocks import NOT_REPORTED, Conditions, conditions_now, remarks_about, smi_numbers
 from resvit_engines.run.onnx_on_cpu import open_onnx
-from resvit_engines.run.trt_runtime import TensorSpec
+from resvit_engines.trt.running import TensorSpec
 from test_run import small_model
 
 FAST = BenchSettings(iterations=60, warmup=0.0)

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_engines import build
 from resvit_engines.audit.kernels import kernel_from_json, kernels_from_log
-from resvit_engines.build import build_engine, builder_here
-from resvit_engines.build import child as build_child
-from resvit_engines.build.device_plan import plan_for_device
-from resvit_engines.build.settings import BuildSettings
-from resvit_engines.engine_file import describe_engine_file
+from resvit_engines.builder import builder as build
+from resvit_engines.builder import child as build_child
+from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.device_plan import plan_for_device
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.engine_file import describe_engine_file
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.targets.table import Builder, find_target
 
 onnx = pytest.importorskip("onnx")
 rtx = pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
@@ -256,7 +256,7 @@ def test_an_old_engine_survives_a_failed_build(tmp_path, child) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
     (tmp_path / "model.onnx").write_bytes(b"-")
-    builder = "import json,os,sys,time; from resvit_engines.build.worker import _die_with; "
+    builder = "import json,os,sys,time; from resvit_engines.builder.worker import _die_with; "
     builder += "r=json.load(open(sys.argv[1])); _die_with(r['parent']); "
     builder += (
         "open(r['onnx']+'.pid.tmp','w').write(str(os.getpid())); os.rename(r['onnx']+'.pid.tmp',r['onnx']+'.pid'); "
@@ -266,10 +266,10 @@ def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
         import signal
         import sys
         from pathlib import Path
-        from resvit_engines import build
-        from resvit_engines.build import child as build_child
+        from resvit_engines.builder import builder as build
+        from resvit_engines.builder import child as build_child
         from resvit_engines.errors import ResvitError
-        from resvit_engines.targets import find_target
+        from resvit_engines.targets.table import find_target
         # Whoever runs the tests in the background makes them ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         build_child._worker_command = lambda request: [sys.executable, "-c", {builder!r}, str(request)]
@@ -398,7 +398,7 @@ def test_options_beyond_a_plain_engine_reach_trtexec() -> None:
 
 
 def test_the_unpack_command_and_the_check_really_work(tmp_path) -> None:
-    from resvit_engines.bundle import write_bundle
+    from resvit_engines.bundle.bundle import write_bundle
 
     manifest = write_bundle(tmp_path / "net.resvit", {}, {"model.onnx": b"graph"})
     digest = manifest["files"][0]["sha256"]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from resvit_engines import build
-from resvit_engines.build import build_engine
-from resvit_engines.build import child as build_child
-from resvit_engines.build.memory import available_mib, choose_workspace, oom_kills
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.builder import builder as build
+from resvit_engines.builder import child as build_child
+from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.memory import available_mib, choose_workspace, oom_kills
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc")
@@ -226,10 +226,10 @@ def test_the_real_oom_killer_is_recognised(tmp_path) -> None:
         import os, sys
         from pathlib import Path
         Path({str(group)!r}, "cgroup.procs").write_text(str(os.getpid()))
-        from resvit_engines import build
-        from resvit_engines.build import child as build_child
+        from resvit_engines.builder import builder as build
+        from resvit_engines.builder import child as build_child
         from resvit_engines.errors import ResvitError
-        from resvit_engines.targets import find_target
+        from resvit_engines.targets.table import find_target
         start = build_child._start
         def eaten_first(*arguments):
             child = start(*arguments)

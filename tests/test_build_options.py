@@ -8,14 +8,14 @@ import socket
 import pytest
 
 pytest.importorskip("onnx")
-from resvit_engines.build import build_engine, refit_engine
-from resvit_engines.build.limits import compute_capabilities, require_buildable
-from resvit_engines.build.settings import BuildSettings
-from resvit_engines.build.steps import Percent, StepsFromChild, StepsToParent
+from resvit_engines.builder.builder import build_engine, refit_engine
+from resvit_engines.builder.limits import compute_capabilities, require_buildable
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.builder.steps import Percent, StepsFromChild, StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.progress import Silent
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.targets.table import Builder, find_target
 from test_build import rtx, small_model
 
 

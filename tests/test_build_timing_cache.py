@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from resvit_engines.build.timing_cache import Owner, locked, read_timing_cache, write_timing_cache
+from resvit_engines.builder.timing_cache import Owner, locked, read_timing_cache, write_timing_cache
 from resvit_engines.errors import ExitCode, ResvitError
 
 OWNER = Owner("jetson-orin", 87, "tensorrt", "10.3.0")
 ADD = """
 import os, sys
 from pathlib import Path
-from resvit_engines.build.timing_cache import Owner, locked, read_timing_cache, write_timing_cache
+from resvit_engines.builder.timing_cache import Owner, locked, read_timing_cache, write_timing_cache
 folder, owner = Path(sys.argv[1]), Owner("jetson-orin", 87, "tensorrt", "10.3.0")
 for _ in range(20):
     with locked(folder, owner):

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
+from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
 from resvit_engines.bundle.zip_layout import Member, directory, local_header, read_local_header
 from resvit_engines.errors import ExitCode, ResvitError
 

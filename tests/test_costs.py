@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from resvit_engines.costs import CostModel, Efficiency, LayerKind, LayerWork, Read, layer_times
 from resvit_engines.errors import ResvitError
-from resvit_engines.measured import MeasuredTimes, measured_times_from_json
-from resvit_engines.speeds import Speed
-from resvit_engines.targets import TARGETS, Precision, Target, find_target
+from resvit_engines.targets.costs import CostModel, Efficiency, LayerKind, LayerWork, Read, layer_times
+from resvit_engines.targets.layer_times import MeasuredTimes, measured_times_from_json
+from resvit_engines.targets.speeds import Speed
+from resvit_engines.targets.table import TARGETS, Precision, Target, find_target
 
 FP16, INT8, FP8 = Precision.FP16, Precision.INT8, Precision.FP8
 

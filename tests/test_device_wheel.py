@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
-from resvit_engines.facts import DeviceFacts
+from resvit_engines.machine import DeviceFacts
 from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
 from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
 from resvit_export.cli import run
@@ -67,16 +67,14 @@ def test_pip_installs_it_with_its_command(tmp_path: Path) -> None:
     assert (tmp_path / "venv/bin/resvit-engine").exists()
     assert list(Path(target).glob("resvit_engines-*.dist-info"))
     done = subprocess.run(
-        [python, "-m", "resvit_engines.facts"], capture_output=True, text=True, check=True, cwd=tmp_path
+        [python, "-m", "resvit_engines.machine"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert '"arch"' in done.stdout
 
 
 def test_facts_are_read_from_the_wheel_before_anything_is_installed(tmp_path: Path) -> None:
     wheel = write_device_wheel(tmp_path)
-    code = (
-        f"import sys; sys.path.insert(0, {str(wheel)!r}); import resvit_engines.facts as f; print(f.__file__); f.main()"
-    )
+    code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import resvit_engines.machine as m; print(m.__file__); m.main()"  # noqa: E501
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(wheel))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resvit_engines.facts import (
+from resvit_engines.machine import (
     clocks_from_devfreq,
     device_facts,
     facts_from_json,

@@ -9,8 +9,8 @@ import pytest
 
 from resvit_engines.bundle.fit import misfits, require_fit
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
-from resvit_engines.targets import TARGETS, Builder, find_target
+from resvit_engines.machine import DeviceFacts
+from resvit_engines.targets.table import TARGETS, Builder, find_target
 
 ORIN = DeviceFacts(
     sm=87, gpu="Jetson AGX Orin", tensorrt="10.3.0.30", jetpack="6.2.1", arch="aarch64", memory_mib=30_000,

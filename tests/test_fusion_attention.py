@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 
 from fusion_models import values_of
-from resvit_engines import build
-from resvit_engines.build import build_engine
+from resvit_engines.builder import builder as build
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.kernels.attention import AttentionConfig
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_quantize.fusion import Operands, config_of, fuse, our_nodes
 from resvit_quantize.fusion.found import Kind
 from resvit_quantize.network import network_from_onnx

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from resvit_engines.bundle import write_bundle
+from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.errors import ResvitError
 from resvit_export.inspect import ROWS, describe_file, render
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from resvit_engines.bundle import write_bundle
-from resvit_engines.bundle.install import Installed, install_bundle, installed_version, rollback, status
-from resvit_engines.bundle.keys import PublicKey, TrustStore
-from resvit_engines.bundle.private_keys import SigningKey
-from resvit_engines.cli import run
+from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.cli.main import run
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
-from resvit_engines.targets import find_target
+from resvit_engines.install.install import Installed, install_bundle, installed_version, rollback, status
+from resvit_engines.keys.private import SigningKey
+from resvit_engines.keys.public import PublicKey, TrustStore
+from resvit_engines.machine import DeviceFacts
+from resvit_engines.targets.table import find_target
 from test_signing import KEY, TRUST, repacked, signing_key
 
 FACTS = DeviceFacts(

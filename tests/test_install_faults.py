@@ -54,7 +54,7 @@ def test_losing_what_was_not_flushed_really_loses_it(faults: Any, tmp_path: Path
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
-        "import bundle_faults, resvit_engines.bundle.install as install\n"
+        "import bundle_faults, resvit_engines.install.install as install\n"
         "from pathlib import Path\n"
         "install.sync_tree = lambda folder: None\n"
         "bundle_faults._child(Path(sys.argv[1]), 2, int(sys.argv[2]), True)\n"

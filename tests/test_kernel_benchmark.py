@@ -13,8 +13,8 @@ import pytest
 from kernel_bounds import held
 from resvit_engines.kernels.attention import attention_reference
 from resvit_engines.kernels.bridge import bridge_reference
-from resvit_engines.kernels.case_names import case_of
-from resvit_engines.kernels.measured import Measured
+from resvit_engines.kernels.measure.cases import case_of
+from resvit_engines.kernels.measure.results import Measured
 from resvit_engines.kernels.norms import LayerNormConfig, group_norm_reference, layer_norm_reference
 from resvit_engines.kernels.residual import residual_reference
 
@@ -186,7 +186,7 @@ def test_static_rows_tell_of_the_code_or_of_the_refusal() -> None:
     from kernel_peers.table import static_table
     from kernels import static_rows
 
-    from resvit_engines.targets import find_target
+    from resvit_engines.targets.table import find_target
 
     pytest.importorskip("triton")
     chosen = [case for case in cases(("residual",), ("int8", "fp8"), (8,)) if case.model == "R50 stage 4"]

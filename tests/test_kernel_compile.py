@@ -18,14 +18,14 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
-from resvit_engines.kernels.compile import kernel_from_source
-from resvit_engines.kernels.inspect import inspection, load_widths, mma_counts, require_fits
+from resvit_engines.kernels.compile.compile import kernel_from_source
+from resvit_engines.kernels.compile.ptx import OLDEST_PTX, entry_parameters, served_ptx_version, without_scratch
+from resvit_engines.kernels.compile.resources import inspection, load_widths, mma_counts, require_fits
 from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Extent, Kernel, Launch, Result, Source, dim
 from resvit_engines.kernels.multiprocessors import MULTIPROCESSORS, resident_blocks
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
-from resvit_engines.kernels.ptx import OLDEST_PTX, entry_parameters, served_ptx_version, without_scratch
 from resvit_engines.kernels.residual import ResidualConfig, residual_source
-from resvit_engines.targets import FP8_SMS, TARGETS, find_target
+from resvit_engines.targets.table import FP8_SMS, TARGETS, find_target
 
 pytest.importorskip("triton", reason="kernels are compiled with Triton, which is for Linux")
 
@@ -254,9 +254,9 @@ LAUNCH = Launch(("fp16",), (dim(0, 0),), (Result("fp16", (dim(0, 0),)),), (dim(0
 
 def load_program(folder: Path) -> object:
     folder.mkdir()
-    path = folder / "program_triton.py"
+    path = folder / "program.py"
     path.write_text(PROGRAM, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("program_triton", path)
+    spec = importlib.util.spec_from_file_location("program", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -267,20 +267,20 @@ def load_program(folder: Path) -> object:
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Source]:
     """Sources of functions in ``PROGRAM``."""
-    monkeypatch.setitem(sys.modules, "resvit_engines.kernels.program_triton", load_program(tmp_path / "one"))
+    monkeypatch.setitem(sys.modules, "resvit_engines.kernels.triton.program", load_program(tmp_path / "one"))
     arguments = (("x", "*fp16"), ("n", "i32"), ("y", "*fp16"))
-    return lambda function: Source("program_triton", function, arguments, {"BLOCK": 128}, 4, 1, LAUNCH)
+    return lambda function: Source("program", function, arguments, {"BLOCK": 128}, 4, 1, LAUNCH)
 
 
 def test_the_same_source_gives_the_same_bytes_anywhere(
     program: Callable[[str], Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = kernel_from_source(program("plain"), 87, "8.5")
-    monkeypatch.setitem(sys.modules, "resvit_engines.kernels.program_triton", load_program(tmp_path / "two"))
+    monkeypatch.setitem(sys.modules, "resvit_engines.kernels.triton.program", load_program(tmp_path / "two"))
     monkeypatch.chdir(tmp_path)
     assert kernel_from_source(program("plain"), 87, "8.5") == first
     assert str(tmp_path) not in first.ptx
-    assert "program_triton" not in first.ptx
+    assert "program.py" not in first.ptx
     assert not re.search(r"\.loc|\.file|\.section|//", first.ptx)
 
 
@@ -358,7 +358,7 @@ def test_without_triton_the_fix_is_named(program: Callable[[str], Source], monke
 def test_an_interpreting_triton_is_told() -> None:
     program_ = """
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernels.compile import kernel_from_source
+from resvit_engines.kernels.compile.compile import kernel_from_source
 from resvit_engines.kernels.residual import ResidualConfig, residual_source
 try:
     kernel_from_source(residual_source(ResidualConfig((8,)), 87), 87, "8.5")
@@ -424,7 +424,7 @@ def test_an_assembler_that_refuses_is_told(program: Callable[[str], Source]) -> 
 
 
 def test_a_missing_assembler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resvit_engines.kernels import inspect
+    from resvit_engines.kernels.compile import resources as inspect
 
     monkeypatch.setattr(inspect.shutil, "which", lambda _: None)
     monkeypatch.setattr(inspect.importlib.util, "find_spec", lambda _: None)

@@ -10,9 +10,9 @@ import pytest
 from driver_standin import FakeDriver, Launched, Result
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels import launch as vocabulary
-from resvit_engines.kernels.drive import CALLS, Driver, run_kernel
 from resvit_engines.kernels.launch import Extent, Kernel, Launch, dim, product
-from resvit_engines.kernels.timing import time_kernel
+from resvit_engines.kernels.measure.drive import CALLS, Driver, run_kernel
+from resvit_engines.kernels.measure.timing import time_kernel
 
 PTX = """.version 8.5
 .target sm_87

@@ -14,13 +14,13 @@ import pytest
 
 from kernel_bits import bits_of, numbers_of, some_numbers
 from resvit_engines.errors import ResvitError
-from resvit_engines.kernels.compile import kernel_from_source
-from resvit_engines.kernels.drive import load_driver, run_kernel
+from resvit_engines.kernels.compile.compile import kernel_from_source
 from resvit_engines.kernels.launch import Source
+from resvit_engines.kernels.measure.drive import load_driver, run_kernel
+from resvit_engines.kernels.measure.timing import time_kernel
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.residual import ResidualConfig, residual_source
-from resvit_engines.kernels.timing import time_kernel
-from resvit_engines.targets import FP8_SMS, TARGETS
+from resvit_engines.targets.table import FP8_SMS, TARGETS
 
 
 def ptx_of(sm: int) -> str:

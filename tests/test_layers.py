@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph, basic_block, hybrid
-from resvit_engines.costs import LayerKind, LayerWork, Read, layer_times
-from resvit_engines.targets import Precision, find_target
+from resvit_engines.targets.costs import LayerKind, LayerWork, Read, layer_times
+from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.layers import layers_from_graph
 from resvit_quantize.network import network_from_onnx
 

@@ -12,10 +12,10 @@ import pytest
 from device_wheels import WHEELS
 from loopback_device import loopback_device, missing
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
+from resvit_engines.machine import DeviceFacts
 from resvit_engines.remote.ssh import CONFIG_VARIABLE
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_export.cli import run
 from resvit_export.on_device import describe, images_that_fit, require_target_there
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
-from resvit_engines.own_targets import resolve_target, target_here
-from resvit_engines.targets import RTX_SMS, TARGETS, Builder, Precision, find_target, proxy_target
+from resvit_engines.machine import DeviceFacts
+from resvit_engines.targets.own import resolve_target, target_here
+from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Precision, find_target, proxy_target
 
 OURS = {"like": "jetson-orin", "title": "Our box", "memory_mib": 65536, "int8": 85.0, "fp16": 42.5, "jetpack": "7.2"}
 

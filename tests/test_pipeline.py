@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from resvit_calibrate.runtime.runner import onnx_runner
-from resvit_engines.bundle import extract_bundle, read_manifest, verify_bundle
-from resvit_engines.bundle.keys import read_public_key
+from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.errors import ExitCode
+from resvit_engines.keys.public import read_public_key
 from resvit_export.cli import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]

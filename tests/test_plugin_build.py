@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from resvit_engines import build
-from resvit_engines.build import build_engine
-from resvit_engines.build.limits import require_buildable
-from resvit_engines.build.settings import BuildSettings, EngineReport
-from resvit_engines.cli import run
+from resvit_engines.builder import builder as build
+from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.limits import require_buildable
+from resvit_engines.builder.settings import BuildSettings, EngineReport
+from resvit_engines.cli.main import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
 from resvit_engines.plugins import library
 from resvit_engines.plugins.library import LIBRARY, cached_library, find_headers, library_from_source, source_files
 from resvit_engines.run.engine_runner import _library_beside
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.targets.table import Builder, find_target
 from tensorrt_standin import standin_environment
 from test_plugin_registration import model, real_library  # noqa: F401  (a fixture)
 

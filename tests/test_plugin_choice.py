@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels import measured
-from resvit_engines.kernels.measured import Measured, measured_result
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.kernels.measure import results as measured
+from resvit_engines.kernels.measure.results import Measured, measured_result
+from resvit_engines.targets.table import Builder, find_target
 from resvit_export import plugin_choice as module
 from resvit_export.plugin_choice import By, plugin_choice
 from resvit_export.recipe import Recipe

@@ -19,9 +19,9 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.plugins.fields import NAMES, fields_from_kernel
 from resvit_engines.plugins.names import DOMAIN, NAMESPACE, OP_TYPES, VERSION
 from resvit_engines.plugins.nodes import PluginNode, plugin_nodes
-from resvit_engines.plugins.trt_layers import require_plugin_layers
-from resvit_engines.plugins.trt_library import load_plugin_library
-from resvit_engines.plugins.trt_plugins import plugin_api
+from resvit_engines.trt.aot_plugins import plugin_api
+from resvit_engines.trt.plugin_layers import require_plugin_layers
+from resvit_engines.trt.plugin_library import load_plugin_library
 from tensorrt_standin import NEWEST, library, standin_environment, stub_environment
 
 onnx = pytest.importorskip("onnx")

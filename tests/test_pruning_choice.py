@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruning_groups import ConvNet, embed_groups, hidden
 from resvit_engines.errors import ResvitError
-from resvit_engines.measured import MeasuredTimes
-from resvit_engines.targets import Precision, find_target
+from resvit_engines.targets.layer_times import MeasuredTimes
+from resvit_engines.targets.table import Precision, find_target
 from resvit_export.models import resvit_model
 from resvit_quantize.pruning.budget import Budget, cost_of, legal_widths
 from resvit_quantize.pruning.choice import choose, uniform

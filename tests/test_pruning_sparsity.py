@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from resvit_engines.errors import ExitCode, ResvitError  # noqa: E402
-from resvit_engines.targets import TARGETS, find_target  # noqa: E402
+from resvit_engines.targets.table import TARGETS, find_target  # noqa: E402
 from resvit_quantize.pruning.sparsity import (  # noqa: E402
     Layout,
     SparseMethod,

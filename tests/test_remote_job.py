@@ -22,18 +22,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from device_wheels import WHEELS
 from loopback_device import LoopbackDevice, loopback_device, missing
-from resvit_engines.build.settings import BuildSettings
-from resvit_engines.bundle import extract_bundle, write_bundle
-from resvit_engines.bundle.keys import PublicKey
-from resvit_engines.bundle.private_keys import SigningKey, load_signing_key, make_key_pair
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.bundle import extract_bundle, write_bundle
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
+from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
+from resvit_engines.keys.public import PublicKey
 from resvit_engines.progress import Silent
-from resvit_engines.remote import ROOT, Device, RemoteJob
+from resvit_engines.remote.device import ROOT, Device, RemoteJob
 from resvit_engines.remote.job import settings_from_manifest, target_from_json
 from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, UnreachableError, address_from
 from resvit_engines.remote.ssh_files import upload
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from resvit_engines.audit import Subject, audit_engine
+from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
+from resvit_engines.audit.findings import Subject
 from resvit_engines.audit.kernels import Kernel
 from resvit_export.report.audit import fusion_from_audit
 from resvit_export.report.data import ReportData

@@ -14,13 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from resvit_engines import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
-from resvit_engines.run import golden_files, onnx_on_cpu, open_runner
+from resvit_engines.onnx_wire import with_float32_quantizers
+from resvit_engines.run import golden_files, onnx_on_cpu
+from resvit_engines.run import runner as run
 from resvit_engines.run.golden import TOLERANCE_DB, check_runner, golden_check
 from resvit_engines.run.onnx_on_cpu import open_onnx
-from resvit_engines.run.onnx_wire import with_float32_quantizers
+from resvit_engines.run.runner import open_runner
 
 
 def small_model(path: Path, batch: int | None = None, seed: int = 0, target=np.int8) -> Path:

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from resvit_engines.bundle import write_bundle
-from resvit_engines.cli import run as engine_cli
+from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.cli.main import run as engine_cli
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_export import benching
 from resvit_export.cli import run as export_cli
 from test_run import MANIFEST, by_numpy, pictures, small_model

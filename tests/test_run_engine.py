@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from cuda_standin import Error, FakeCuda, FakeEngine, FakeTensorRT
-from resvit_engines import run
+from resvit_engines.bench.bench import BenchSettings, measure
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
 from resvit_engines.run import engine_runner
-from resvit_engines.run.bench import BenchSettings, measure
+from resvit_engines.run import runner as run
 from resvit_engines.run.cuda import CALLS, VALUES, Cuda, load_cuda
 
 CONTENT = b"engine of a test"
@@ -280,11 +280,11 @@ def test_the_stand_in_has_what_the_code_calls() -> None:
 @pytest.mark.skipif(run.local_sm() is None, reason="there is no NVIDIA GPU here")
 @pytest.mark.parametrize("batch", [(1, 1, 1), (1, 4, 8)])
 def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> None:
-    from resvit_engines.build import build_engine
-    from resvit_engines.build.settings import BuildSettings
+    from resvit_engines.builder.builder import build_engine
+    from resvit_engines.builder.settings import BuildSettings
     from resvit_engines.files import sha256_file
     from resvit_engines.run.onnx_on_cpu import open_onnx
-    from resvit_engines.targets import RTX_SMS, TARGETS
+    from resvit_engines.targets.table import RTX_SMS, TARGETS
     from test_run import small_model
 
     sm = run.local_sm()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resvit_engines.costs import CostModel, LayerKind, LayerWork, Read
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets import Precision, find_target
+from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
+from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.plans import (
     Plan,
     Problem,

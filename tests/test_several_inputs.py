@@ -11,13 +11,13 @@ import onnx
 import pytest
 import torch
 
-from resvit_engines.build.device_plan import plan_for_device
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.bench.commands import arrays_from, golden_feeds
+from resvit_engines.builder.device_plan import plan_for_device
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.run import open_runner
 from resvit_engines.run.golden import golden_check
-from resvit_engines.run.running import arrays_from, golden_feeds
-from resvit_engines.targets import find_target
+from resvit_engines.run.runner import open_runner
+from resvit_engines.targets.table import find_target
 from resvit_export.cli import run
 from resvit_export.inputs import NetworkInput, in_order, random_feeds, shape_wish, shape_wishes
 from resvit_export.recipe import Recipe, recipe_from_toml, recipe_to_toml

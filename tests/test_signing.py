@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
-from resvit_engines.bundle import (
+from resvit_engines.bundle.bundle import (
     extract_trusted,
     read_manifest,
     read_trusted_manifest,
@@ -28,11 +28,11 @@ from resvit_engines.bundle import (
     verify_bundle,
     write_bundle,
 )
-from resvit_engines.bundle.keys import PublicKey, TrustStore, load_trust, read_public_key
-from resvit_engines.bundle.private_keys import SigningKey, load_signing_key, make_key_pair
-from resvit_engines.bundle.signing import PAYLOAD_TYPE, pae
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
+from resvit_engines.keys.public import PublicKey, TrustStore, load_trust, read_public_key
+from resvit_engines.keys.signing import PAYLOAD_TYPE, pae
 from resvit_export.cli import run
 
 SEED = bytes(range(32))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets import (
+from resvit_engines.targets.table import (
     JETPACKS,
     RTX_SMS,
     TARGETS,

@@ -6,9 +6,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from resvit_engines.build import build_engine
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets import find_target
+from resvit_engines.targets.table import find_target
 from resvit_export.tensorrt_copy import onnx_for_tensorrt
 
 

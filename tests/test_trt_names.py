@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resvit_engines import build
-from resvit_engines.build.trt_names import NAMES, VERSIONS
+from resvit_engines.builder import builder as build
+from resvit_engines.trt.names import NAMES, VERSIONS
 from tensorrt_standin import BINDINGS, names_of, names_of_rtx
 
 FOLDER = Path(build.__file__).parents[1]

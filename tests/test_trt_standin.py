@@ -14,12 +14,14 @@ import pytest
 from tensorrt_standin import standin_environment
 
 pytest.importorskip("onnx")
-from resvit_engines import build
-from resvit_engines.build import build_engine, builder_here, trt_api, trt_config
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.builder import builder as build
+from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
-from resvit_engines.targets import Builder, find_target
+from resvit_engines.targets.table import Builder, find_target
+from resvit_engines.trt import api as trt_api
+from resvit_engines.trt import config as trt_config
 from test_build import small_model
 
 CACHE = "jetson-orin-sm87-tensorrt-11.4.0.106.timing"
@@ -145,7 +147,7 @@ def test_what_needs_more_than_the_stand_in_reaches_it(tmp_path, model, gpu, sett
 def test_the_settings_arrive_in_tensorrts_configuration(environment) -> None:
     script = """
 import json, tensorrt as trt
-from resvit_engines.build import trt_api
+from resvit_engines.trt import api as trt_api
 log = trt_api.Log()
 builder = trt_api.builder_from(trt, trt_api.logger_into(trt, log), log)
 flags = dict(sparse=True, hardware_compatible=True, version_compatible=True, strip_weights=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from kernel_peers.cases import Case
-from resvit_engines.kernels.drive import load_driver, output_shapes
 from resvit_engines.kernels.launch import Kernel
+from resvit_engines.kernels.measure.drive import load_driver, output_shapes
 
 LAUNCHES = 20
 """In one graph."""

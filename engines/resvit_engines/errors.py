@@ -51,3 +51,7 @@ class ResvitError(Exception):
 
     def __reduce__(self) -> tuple[type[ResvitError], tuple[str, str, ExitCode]]:
         return type(self), (self.problem, self.fix, self.code)
+
+
+class OutOfMemoryError(ResvitError):
+    """A build ended for want of memory; with a smaller workspace it may succeed."""

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.audit import FusionAudit, Subject, audit_engine
+from resvit_engines.audit.audit import audit_engine
+from resvit_engines.audit.findings import FusionAudit, Subject
 from resvit_engines.audit.inspector import layers_from_file
 from resvit_engines.audit.kernels import Kernel, kernel_from_json
 from resvit_engines.audit.text import refuse_unfused
-from resvit_engines.build import build_engine, builder_here
-from resvit_engines.build.settings import TITLES, BuildSettings
+from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Target, proxy_target
+from resvit_engines.targets.table import Target, proxy_target
 from resvit_export.runfolder import Artifact
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
 from resvit_export.work import half_into

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build import build_engine, builder_here
-from resvit_engines.build.settings import TITLES, BuildSettings
-from resvit_engines.bundle.keys import TrustStore
+from resvit_engines.bench.bench import BenchReport, measure
+from resvit_engines.bench.commands import golden_feeds, settings_from
+from resvit_engines.bench.compare import Comparison, compare
+from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
+from resvit_engines.keys.public import TrustStore
 from resvit_engines.progress import Reporter
-from resvit_engines.run import Runner, open_sound_onnx, runtime_of, why_not_here
-from resvit_engines.run.bench import BenchReport, measure
-from resvit_engines.run.bench_compare import Comparison, compare
 from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.running import golden_feeds, settings_from
+from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
 from resvit_export import work
 from resvit_export.runfolder import Artifact, NotFinishedError, RunFolder
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt

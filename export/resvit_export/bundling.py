@@ -22,7 +22,7 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
 
     The manifest holds no time, host name or path of this machine, so that the same inputs give the same bytes.
     """
-    from resvit_engines.bundle import write_bundle
+    from resvit_engines.bundle.bundle import write_bundle
 
     validated, compiled = pipeline.validated, pipeline.compiled
     files: dict[str, Path | bytes] = {

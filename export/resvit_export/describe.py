@@ -111,7 +111,7 @@ def describe_program(path: Path) -> dict[str, Any]:
 
 def describe_engine(path: Path) -> dict[str, Any]:
     """Describe an engine from its first bytes and the record beside it; it is never deserialised."""
-    from resvit_engines.engine_file import describe_engine_file
+    from resvit_engines.bundle.engine_file import describe_engine_file
 
     description = describe_engine_file(path)
     if description["format"] == "unknown":
@@ -129,7 +129,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
 
     ``signed_by`` holds the key ids that its signature names; whether they hold is for those who trust the keys to say.
     """
-    from resvit_engines.bundle import signers, verify_bundle
+    from resvit_engines.bundle.bundle import signers, verify_bundle
 
     manifest = verify_bundle(path)
     return {

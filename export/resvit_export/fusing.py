@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.files import atomic_file, pretty_json
-from resvit_engines.kernels.case_names import case_of
-from resvit_engines.kernels.measured import measured_result
+from resvit_engines.kernels.measure.cases import case_of
+from resvit_engines.kernels.measure.results import measured_result
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Target
+from resvit_engines.targets.table import Target
 from resvit_export.plugin_choice import By, PluginChoice
 
 if TYPE_CHECKING:

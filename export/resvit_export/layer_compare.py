@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build.trt_api import load_tensorrt
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.gpu import local_sm
+from resvit_engines.trt.api import load_tensorrt
 
 if TYPE_CHECKING:
     import onnx

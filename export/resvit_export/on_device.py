@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
 from resvit_engines.files import pretty_json, sha256_file
-from resvit_engines.targets import Target, version_of
+from resvit_engines.machine import DeviceFacts
+from resvit_engines.targets.table import Target, version_of
 from resvit_export.auditing import audit_on_device
 from resvit_export.runfolder import RECORD, Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
-    from resvit_engines.bundle.private_keys import SigningKey
-    from resvit_engines.remote import RemoteJob
+    from resvit_engines.keys.private import SigningKey
+    from resvit_engines.remote.device import RemoteJob
     from resvit_export.pipeline import Pipeline
 
 IMAGES_MIB_VARIABLE = "RESVIT_DEVICE_IMAGES_MIB"
@@ -47,7 +47,7 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
     Raises:
         ResvitError: IMPOSSIBLE where the device is not the target, and what ``Device.run`` raises.
     """
-    from resvit_engines.remote import Device
+    from resvit_engines.remote.device import Device
     from resvit_engines.remote.ssh import Connection, address_from
     from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
 
@@ -111,7 +111,7 @@ def look_at_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> N
     Raises:
         ResvitError: as ``run_on_device``.
     """
-    from resvit_engines.remote import Device
+    from resvit_engines.remote.device import Device
     from resvit_engines.remote.ssh import Connection, address_from
 
     if rehearse and pipeline.fuses:
@@ -181,8 +181,8 @@ def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Pat
     By the user's own key where the recipe or the environment names one, else by this machine's: the same each time,
     so that a job is found again.
     """
-    from resvit_engines.bundle import sign_bundle
-    from resvit_engines.bundle.own_key import own_key
+    from resvit_engines.bundle.bundle import sign_bundle
+    from resvit_engines.keys.own import own_key
 
     key = key or own_key()
     signed = Path(shutil.copy(bundle, folder / "bundle.resvit"))
@@ -191,7 +191,7 @@ def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Pat
 
 
 def _job(pipeline: Pipeline, bundle: Path, key: str, rehearse: bool, count: int, scratch: Path) -> RemoteJob:
-    from resvit_engines.remote import RemoteJob
+    from resvit_engines.remote.device import RemoteJob
 
     shape = pipeline.facts["input_shape"]
     per_piece = max(1, (_PIECE_MIB << 20) // (4 * math.prod(shape)))

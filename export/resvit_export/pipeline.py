@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.runtime.runner import scorable_opset
-from resvit_engines.build import builder_here
-from resvit_engines.build.limits import require_buildable
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.builder.builder import builder_here
+from resvit_engines.builder.limits import require_buildable
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
-from resvit_engines.own_targets import resolve_target
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Builder, Kind, Precision, Target, require_precision
+from resvit_engines.targets.own import resolve_target
+from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
 from resvit_export.identity import metric_identity, model_identity
 from resvit_export.inputs import IMAGE, NetworkInput, require_fed
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
-    from resvit_engines.bundle.private_keys import SigningKey
+    from resvit_engines.keys.private import SigningKey
     from resvit_export.load import Network
 
 RECOVERY_IMAGES = 20_000
@@ -380,7 +380,7 @@ class Pipeline:
     @functools.cached_property
     def signing_key(self) -> SigningKey | None:
         """What the bundle is signed with; ``None`` where neither recipe nor environment names a key."""
-        from resvit_engines.bundle.private_keys import load_signing_key
+        from resvit_engines.keys.private import load_signing_key
 
         return load_signing_key(self.recipe.key)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.kernels.measured import measured_results
-from resvit_engines.targets import Builder, Target
+from resvit_engines.kernels.measure.results import measured_results
+from resvit_engines.targets.table import Builder, Target
 
 if TYPE_CHECKING:
     from resvit_export.recipe import Recipe

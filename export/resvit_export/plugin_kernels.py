@@ -12,7 +12,7 @@ from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group
 from resvit_engines.kernels.norms import refusal as norm_refusal
 from resvit_engines.kernels.residual import ResidualConfig, residual_refusal, residual_source
 from resvit_engines.plugins.fields import fields_from_kernel
-from resvit_engines.targets import Target
+from resvit_engines.targets.table import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,8 +51,8 @@ def carry_kernels(network: ir.Model, target: Target, way: str) -> int:
     Raises:
         ResvitError: what ``kernel_from_source`` and ``require_fits`` raise.
     """
-    from resvit_engines.kernels.compile import kernel_from_source
-    from resvit_engines.kernels.inspect import require_fits
+    from resvit_engines.kernels.compile.compile import kernel_from_source
+    from resvit_engines.kernels.compile.resources import require_fits
     from resvit_quantize.fusion import config_of, our_nodes
 
     compiled: dict[Config, Kernel] = {}

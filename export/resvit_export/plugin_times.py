@@ -7,16 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.build import build_engine
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.bench.bench import BenchSettings
+from resvit_engines.bench.compare import Comparison, compare
+from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.run import Runner, runtime_of
-from resvit_engines.run.bench import BenchSettings
-from resvit_engines.run.bench_compare import Comparison, compare
 from resvit_engines.run.engine_runner import open_engine
-from resvit_engines.targets import Target
+from resvit_engines.run.runner import Runner, runtime_of
+from resvit_engines.targets.table import Target
 
 if TYPE_CHECKING:
     from resvit_quantize.fusion.found import Kind

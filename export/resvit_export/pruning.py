@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, pretty_json, sha256_bytes
-from resvit_engines.measured import measured_times_from_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Precision, Target
+from resvit_engines.targets.layer_times import measured_times_from_json
+from resvit_engines.targets.table import Precision, Target
 from resvit_export.recipe import Recipe
 
 if TYPE_CHECKING:

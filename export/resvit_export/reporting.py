@@ -77,7 +77,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         versions.update(artifact.record["versions"])
     bundle = None
     if "bundle" in stages:
-        from resvit_engines.bundle import read_manifest
+        from resvit_engines.bundle.bundle import read_manifest
 
         bundle = read_manifest(pipeline.bundle_path)
     return ReportData(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
-from resvit_engines.measured import measured_times_from_json
-from resvit_engines.targets import Precision, Target
+from resvit_engines.targets.layer_times import measured_times_from_json
+from resvit_engines.targets.table import Precision, Target
 from resvit_export.runfolder import Artifact
 
 if TYPE_CHECKING:
-    from resvit_engines.costs import CostModel
+    from resvit_engines.targets.costs import CostModel
     from resvit_export.pipeline import Pipeline
     from resvit_export.recipe import Recipe
     from resvit_quantize.plans import Plan, Problem
@@ -107,7 +107,7 @@ def _hopeless(verdict: dict[str, Any], recipe: Recipe, alone: str = "") -> str:
 
 def _cost_facts(pipeline: Pipeline) -> dict[str, Any]:
     """What a prediction depends on beside the network."""
-    from resvit_engines.costs import ACCUMULATOR_BYTES, EFFICIENCY
+    from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY
 
     target, recipe = pipeline.require_target(), pipeline.recipe
     return {
@@ -122,7 +122,7 @@ def _cost_facts(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _cost_model(pipeline: Pipeline) -> CostModel:
-    from resvit_engines.costs import CostModel
+    from resvit_engines.targets.costs import CostModel
     from resvit_quantize.layers import layers_from_graph
     from resvit_quantize.network import network_from_onnx
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resvit_engines.files import atomic_file
-from resvit_engines.targets import Builder, Target
+from resvit_engines.targets.table import Builder, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.build import build_engine, builder_here
-from resvit_engines.build.device_plan import plan_for_device
-from resvit_engines.build.settings import BuildSettings
+from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.device_plan import plan_for_device
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.progress import Reporter
-from resvit_engines.targets import Builder, Target
+from resvit_engines.targets.table import Builder, Target
 from resvit_export.recipe import Recipe
 from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
 

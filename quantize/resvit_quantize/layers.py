@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from resvit_engines.costs import LayerKind, LayerWork, Read
+from resvit_engines.targets.costs import LayerKind, LayerWork, Read
 from resvit_quantize.graph import Analysis, Product, analyse
 from resvit_quantize.network import constant, static_shapes
 from resvit_quantize.regions import AttentionBlock, attention_blocks, is_view

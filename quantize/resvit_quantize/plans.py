@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from resvit_engines.costs import Assignment, CostModel
 from resvit_engines.files import canonical_json, sha256_bytes
-from resvit_engines.targets import Precision
+from resvit_engines.targets.costs import Assignment, CostModel
+from resvit_engines.targets.table import Precision
 
 _PASSES = 8
 _TIE_US = 1e-9

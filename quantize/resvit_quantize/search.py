@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resvit_engines.costs import Prediction
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets import Precision, Target
+from resvit_engines.targets.costs import Prediction
+from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.plans import Plan, Problem, Raised, best_within, distinct_plans, nested_plans, raised_products
 
 _NOTABLE = 1.02

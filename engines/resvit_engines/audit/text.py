@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from resvit_engines.errors import ExitCode, ResvitError
 
 if TYPE_CHECKING:
-    from resvit_engines.audit import AttentionAudit, FusionAudit, Moved, PairAudit
+    from resvit_engines.audit.findings import AttentionAudit, FusionAudit, Moved, PairAudit
 
 _SHOWN = 3
 _PRECISIONS = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "Int8": "INT8"}
@@ -126,7 +126,7 @@ def _products(audit: FusionAudit) -> str:
 
 
 def _pairs(audit: FusionAudit) -> list[str]:
-    from resvit_engines.audit import Fate
+    from resvit_engines.audit.findings import Fate
 
     activations = [item for item in audit.pairs if not item.pair.weight]
     if not activations:

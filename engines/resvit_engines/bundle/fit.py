@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
-from resvit_engines.targets import version_of
+from resvit_engines.machine import DeviceFacts
+from resvit_engines.targets.table import version_of
 
 _SPARE_MIB = 64
 """Disk that stays free beside what is unpacked."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from resvit_engines.bundle.keys import PublicKey, TrustStore
 from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, manifest_from_bytes
-from resvit_engines.bundle.signing import require_signature
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes, sha256_file
+from resvit_engines.keys.public import PublicKey, TrustStore
+from resvit_engines.keys.signing import require_signature
 
 _LIMITS = {MANIFEST: 16 << 20, SIGNATURE: 64 << 10}
 

@@ -14,7 +14,7 @@ from resvit_engines.progress import reporter
 @output_options
 def facts_command(quiet: bool, as_json: bool) -> None:
     """Say what this machine is: GPU, TensorRT, JetPack, memory, disk, power mode, clocks."""
-    from resvit_engines.facts import device_facts
+    from resvit_engines.machine import device_facts
 
     facts = device_facts().to_json()
     if as_json:
@@ -48,7 +48,7 @@ def build_command(
     outputs; it goes into a new bundle, signed by this device's own key, that 'resvit-engine install' takes. A killed
     build continues where it stopped.
     """
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.remote.job import Job, run_job
 
     output = Output(quiet, as_json)

@@ -11,7 +11,7 @@ import click
 from resvit_engines.console import F, Output, console, emit_json, output_options, table
 
 if TYPE_CHECKING:
-    from resvit_engines.bundle.install import Check, Installed
+    from resvit_engines.install.install import Check, Installed
 
 
 def trust_option(function: F) -> F:
@@ -57,11 +57,11 @@ def verify_command(bundle: Path, trust: Path | None, quiet: bool, as_json: bool)
 
     Nothing is unpacked or run. A bundle for another device is no failure here.
     """
-    from resvit_engines.bundle import trusted_bundle
+    from resvit_engines.bundle.bundle import trusted_bundle
     from resvit_engines.bundle.fit import misfits
-    from resvit_engines.bundle.keys import load_trust
     from resvit_engines.bundle.manifest import release_of
-    from resvit_engines.facts import device_facts
+    from resvit_engines.keys.public import load_trust
+    from resvit_engines.machine import device_facts
 
     with trusted_bundle(bundle, load_trust(trust)) as opened:
         opened.check()
@@ -111,9 +111,9 @@ def install_command(
     The signature comes first, then whether it fits this device, then its files, then its golden inputs; only then is
     'current' switched, in one step. Whatever fails, and whenever power is lost, the version before keeps running.
     """
-    from resvit_engines.bundle.install import install_bundle
-    from resvit_engines.bundle.install_state import default_root
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.install.install import install_bundle
+    from resvit_engines.install.state import default_root
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.progress import reporter
 
     done = install_bundle(
@@ -143,9 +143,9 @@ def rollback_command(
     name: str, trust: Path | None, root: Path | None, runtime: str, quiet: bool, as_json: bool
 ) -> None:
     """Return to the version that ran before the current one, after checking it as 'install' does."""
-    from resvit_engines.bundle.install import rollback
-    from resvit_engines.bundle.install_state import default_root
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.install.install import rollback
+    from resvit_engines.install.state import default_root
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.progress import reporter
 
     quietly = reporter(quiet or as_json)
@@ -160,8 +160,8 @@ def rollback_command(
 @output_options
 def status_command(root: Path | None, quiet: bool, as_json: bool) -> None:
     """List what is installed: the current version of each model, its release, who signed it, what came before."""
-    from resvit_engines.bundle.install import status
-    from resvit_engines.bundle.install_state import default_root
+    from resvit_engines.install.install import status
+    from resvit_engines.install.state import default_root
 
     folder = root or default_root()
     states = status(folder)

@@ -66,11 +66,11 @@ def run_command(
 
     Images are prepared as manifest.json says under 'preprocess'. Any number of them: they run in batches.
     """
-    from resvit_engines.bundle.install_state import default_root
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.bench.commands import arrays_from, outputs_into
     from resvit_engines.console import emit_json
+    from resvit_engines.install.state import default_root
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.run.opened import opened
-    from resvit_engines.run.running import arrays_from, outputs_into
 
     images, beside = arrays_from(sources)
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
@@ -107,15 +107,15 @@ def bench_command(
     """
     import contextlib
 
-    from resvit_engines.bundle.install_state import default_root
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.bench.bench import measure
+    from resvit_engines.bench.commands import golden_feeds, settings_from
+    from resvit_engines.bench.compare import compare
+    from resvit_engines.bench.text import comparison_lines, report_lines
     from resvit_engines.console import console, emit_json
+    from resvit_engines.install.state import default_root
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.progress import reporter
-    from resvit_engines.run.bench import measure
-    from resvit_engines.run.bench_compare import compare
-    from resvit_engines.run.bench_text import comparison_lines, report_lines
     from resvit_engines.run.opened import opened
-    from resvit_engines.run.running import golden_feeds, settings_from
 
     trusted, place = load_trust(trust), root or default_root()
     with contextlib.ExitStack() as owned:

@@ -182,7 +182,7 @@ def attention_source(config: AttentionConfig, sm: int) -> Source:
         else (dim(0, 0), dim(0, 1), Extent(config.heads * config.value_size))
     )
     return Source(
-        module="attention_triton",
+        module="attention",
         function="attention",
         arguments=(
             *((name, POINTERS[dtype]) for name, dtype in zip(tensors, types, strict=True)),

@@ -131,7 +131,7 @@ def bridge_source(config: BridgeConfig, sm: int) -> Source:
     sizes = (dim(0, 0), Extent(config.tokens), Extent(config.embed))
     programs = -(-config.area // positions) * (1 if config.norm else -(-config.embed // columns))
     return Source(
-        module="bridge_triton",
+        module="bridge",
         function="bridge",
         arguments=(
             ("image", pointer),

@@ -75,7 +75,7 @@ class Launch:
 class Source:
     """A kernel to compile: a Triton function with all its choices made.
 
-    ``module`` is the Triton module beside the configuration (``attention_triton``), ``function`` the jitted function
+    ``module`` is the Triton module in ``kernels.triton`` (``attention``), ``function`` the jitted function
     in it. ``arguments`` gives its run-time parameters in order, each with Triton's type: tensor inputs, scalars,
     tensor outputs. ``constants`` gives every other parameter; a tensor that is absent is the constant None.
     """

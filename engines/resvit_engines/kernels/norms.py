@@ -112,7 +112,7 @@ def group_norm_source(config: GroupNormConfig, sm: int) -> Source:
     channels = config.channels // config.groups
     tile = min(_GROUP_TILE, max(256, _power_of_two(channels * config.area)))
     return Source(
-        module="norms_triton",
+        module="norms",
         function="group_norm",
         arguments=(
             ("x", POINTERS[config.dtype]),
@@ -154,7 +154,7 @@ def layer_norm_source(config: LayerNormConfig, sm: int) -> Source:
     inputs = ("x", *(["residual"] if config.add else []))
     pointer = POINTERS[config.dtype]
     return Source(
-        module="norms_triton",
+        module="norms",
         function="layer_norm",
         arguments=(
             *((name, pointer) for name in inputs),

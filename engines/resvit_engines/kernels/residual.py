@@ -72,7 +72,7 @@ def residual_source(config: ResidualConfig, sm: int) -> Source:
     require_served("fused residual", residual_refusal(config, sm))
     size = math.prod(config.shape)
     return Source(
-        module="residual_triton",
+        module="residual",
         function="residual",
         arguments=(
             ("x", POINTERS[config.dtype]),

@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from resvit_engines.build import build_engine
-from resvit_engines.build.settings import BuildSettings
-from resvit_engines.bundle import extract_trusted, read_trusted_manifest, write_bundle
+from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.bundle import extract_trusted, read_trusted_manifest, write_bundle
 from resvit_engines.bundle.fit import require_fit
-from resvit_engines.bundle.keys import TrustStore
-from resvit_engines.bundle.own_key import own_key
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts, device_facts
 from resvit_engines.files import atomic_directory, atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file
+from resvit_engines.keys.own import own_key
+from resvit_engines.keys.public import TrustStore
+from resvit_engines.machine import DeviceFacts, device_facts
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.remote.job_folder import JobFolder
-from resvit_engines.speeds import Speed
-from resvit_engines.targets import Builder, Kind, Target, proxy_target
+from resvit_engines.targets.speeds import Speed
+from resvit_engines.targets.table import Builder, Kind, Target, proxy_target
 from resvit_engines.version import own_version
 
 if TYPE_CHECKING:
-    from resvit_engines.run import Runner
+    from resvit_engines.run.runner import Runner
 
 ENGINE, ENGINE_FACTS = "engine.plan", "engine.json"
 IMAGES = "images-*.npy"
@@ -206,7 +206,7 @@ def _outputs(job: Job, built: Path, manifest: Mapping[str, Any], runtime: str, r
 
     That is the first output; of others, ``NAME-out1.npy`` and so on, in the manifest's order.
     """
-    from resvit_engines.run import open_runner
+    from resvit_engines.run.runner import open_runner
 
     pieces = sorted(job.folder.glob(IMAGES))
     if not pieces:
@@ -260,8 +260,8 @@ def _bench(
 
 
 def _timed(built: Path, manifest: Mapping[str, Any], runtime: str, seconds: float) -> dict[str, Any]:
-    from resvit_engines.run import open_runner
-    from resvit_engines.run.bench import BenchSettings, measure
+    from resvit_engines.bench.bench import BenchSettings, measure
+    from resvit_engines.run.runner import open_runner
 
     with open_runner(built, manifest, runtime) as runner:
         return measure(

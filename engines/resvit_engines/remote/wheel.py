@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
 from resvit_engines.files import atomic_file
+from resvit_engines.machine import DeviceFacts
 from resvit_engines.plugins.library import SOURCE_FOLDER, source_files
 from resvit_engines.version import own_version
 

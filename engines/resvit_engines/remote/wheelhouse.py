@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.facts import DeviceFacts
+from resvit_engines.machine import DeviceFacts
 from resvit_engines.remote.wheel import pip_platforms, requirements_for
-from resvit_engines.targets import version_of
+from resvit_engines.targets.table import version_of
 
 WHEELS_VARIABLE = "RESVIT_DEVICE_WHEELS"
 """Names a folder on this machine with the wheels that a device without a network needs."""

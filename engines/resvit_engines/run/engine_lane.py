@@ -11,7 +11,7 @@ from typing import Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.run.cuda import Cuda
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.trt_runtime import (
+from resvit_engines.trt.running import (
     EngineTensors,
     TensorSpec,
     bind,

@@ -9,15 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from resvit_engines.build.trt_api import Log, load_tensorrt, logger_into, said_by
-from resvit_engines.build.trt_engine import engine_from_bytes, refit_from_onnx
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
-from resvit_engines.plugins.trt_library import load_plugin_library
 from resvit_engines.run.cuda import Cuda, load_cuda
 from resvit_engines.run.engine_lane import EngineLane, open_lane
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
-from resvit_engines.run.trt_runtime import EngineTensors, TensorSpec, tensors_of_engine
+from resvit_engines.trt.api import Log, load_tensorrt, logger_into, said_by
+from resvit_engines.trt.engine import engine_from_bytes, refit_from_onnx
+from resvit_engines.trt.plugin_library import load_plugin_library
+from resvit_engines.trt.running import EngineTensors, TensorSpec, tensors_of_engine
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.run.trt_runtime import TensorSpec
+from resvit_engines.trt.running import TensorSpec
 
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]

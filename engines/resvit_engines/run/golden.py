@@ -12,7 +12,6 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.rows import paired_rows
-from resvit_engines.run import Runner, open_runner
 from resvit_engines.run.feeds import Array
 from resvit_engines.run.golden_files import (
     golden_arrays,
@@ -22,6 +21,7 @@ from resvit_engines.run.golden_files import (
     output_of,
     sqnr_db,
 )
+from resvit_engines.run.runner import Runner, open_runner
 
 TOLERANCE_DB = 20.0
 _SIGMAS = 3.0

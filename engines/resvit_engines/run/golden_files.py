@@ -10,7 +10,7 @@ import numpy as np
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.trt_runtime import TensorSpec
+from resvit_engines.trt.running import TensorSpec
 
 
 class _Runner(Protocol):

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from resvit_engines.bundle import extract_trusted
-from resvit_engines.bundle.keys import TrustStore
-from resvit_engines.run import Runner, open_runner
+from resvit_engines.bundle.bundle import extract_trusted
+from resvit_engines.keys.public import TrustStore
+from resvit_engines.run.runner import Runner, open_runner
 
 BUNDLE_SUFFIX = ".resvit"
 
@@ -31,7 +31,7 @@ def opened(
             folder = Path(scratch) / "bundle"
             manifest = extract_trusted(Path(what), folder, trust)
         else:
-            from resvit_engines.bundle.install import installed_version
+            from resvit_engines.install.install import installed_version
 
             installed = installed_version(root, what, trust)
             folder, manifest = installed.folder, installed.manifest

@@ -42,11 +42,11 @@ def bench_command(
     run where this machine has the GPU. Elsewhere ONNX Runtime on the CPU takes their place, which says nothing of the
     device, and the output says so.
     """
-    from resvit_engines.bundle.keys import load_trust
+    from resvit_engines.bench.bench import BenchReport
+    from resvit_engines.bench.text import comparison_lines, report_lines
     from resvit_engines.console import console, emit_json
+    from resvit_engines.keys.public import load_trust
     from resvit_engines.progress import reporter
-    from resvit_engines.run.bench import BenchReport
-    from resvit_engines.run.bench_text import comparison_lines, report_lines
     from resvit_export.benching import bench
 
     found = bench(sources, target, runtime, load_trust(trust), flags, reporter(quiet or as_json))

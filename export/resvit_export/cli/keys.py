@@ -46,8 +46,8 @@ def keygen_command(
     The private key is never shown and no file is overwritten. Devices trust what lies in their folder of public keys:
     see 'resvit-engine verify --help'.
     """
-    from resvit_engines.bundle.keys import PublicKey
-    from resvit_engines.bundle.private_keys import make_key_pair
+    from resvit_engines.keys.private import make_key_pair
+    from resvit_engines.keys.public import PublicKey
 
     today = datetime.now(timezone.utc).date()
     named = name or private.stem
@@ -90,8 +90,8 @@ def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, a
 
     BUNDLE is a .resvit file, or a folder that holds one. 'build' and 'bundle' sign at once when they are given a key.
     """
-    from resvit_engines.bundle import sign_bundle
-    from resvit_engines.bundle.private_keys import load_signing_key
+    from resvit_engines.bundle.bundle import sign_bundle
+    from resvit_engines.keys.private import load_signing_key
 
     signing = load_signing_key(key)
     if signing is None:

@@ -16,7 +16,7 @@ from resvit_engines.errors import ExitCode
 def targets_command(quiet: bool, as_json: bool) -> None:
     """List the devices that can be built for, and what each can do."""
     from resvit_engines.console import console, emit_json, table
-    from resvit_engines.targets import TARGETS
+    from resvit_engines.targets.table import TARGETS
 
     if as_json:
         emit_json({"targets": [target.to_json() for target in TARGETS]})

@@ -26,10 +26,10 @@ def wheel_command(folder: Path, target: str | None, jetpack: str | None, quiet: 
     Only for a device that is installed by hand: 'build --device' does this by itself.
     """
     from resvit_engines.files import explain_os_errors
-    from resvit_engines.own_targets import facts_of_jetson
     from resvit_engines.remote.wheel import write_device_wheel
     from resvit_engines.remote.wheelhouse import download_wheels
-    from resvit_engines.targets import find_target
+    from resvit_engines.targets.own import facts_of_jetson
+    from resvit_engines.targets.table import find_target
 
     if target is None and jetpack is not None:
         raise ResvitError("--jetpack says what is on a Jetson.", "Say --target too.")

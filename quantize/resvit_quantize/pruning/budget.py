@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.measured import MeasuredTimes
-from resvit_engines.targets import Precision, Target
+from resvit_engines.targets.layer_times import MeasuredTimes
+from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kind
 from resvit_quantize.pruning.work import TILES, Attending, Weighted, Weights, Widths, Work, layer_us
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT, Reporter
-from resvit_engines.targets import SPARSE_SMS, Target
+from resvit_engines.targets.table import SPARSE_SMS, Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resvit_engines.costs import LayerKind
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.costs import LayerKind
 from resvit_quantize.pruning.groups import Group, Kind
 from resvit_quantize.pruning.work import Attending, Axis, Weighted, Weights, Work, heads_over
 

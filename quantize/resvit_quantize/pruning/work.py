@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from resvit_engines.costs import CostModel, LayerKind, LayerWork, Read
-from resvit_engines.measured import MeasuredTimes
-from resvit_engines.targets import Precision, Target
+from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
+from resvit_engines.targets.layer_times import MeasuredTimes
+from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kept, Kind
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How fast a runner is, with the clocks on record."""

@@ -1,0 +1,88 @@
+"""What the commands ``run`` and ``bench`` do with an open runner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resvit_engines.bench.bench import BenchSettings
+from resvit_engines.errors import ResvitError
+from resvit_engines.files import atomic_file
+from resvit_engines.run.feeds import Array, Arrays
+from resvit_engines.run.golden_files import golden_inputs, input_name, output_of, read_array
+from resvit_engines.run.runner import Runner
+
+
+def outputs_into(
+    path: Path,
+    runner: Runner,
+    images: Array,
+    manifest: Mapping[str, Any],
+    output_name: str | None = None,
+    beside: Mapping[str, Array] | None = None,
+) -> dict[str, Any]:
+    """Run ``images`` [N, …], with what is read ``beside`` them by name; returns what was done.
+
+    One output [N, …] is written to ``path``, whole or not at all.
+
+    Raises:
+        ResvitError: INPUT for images that are not the model's, or an output that it does not have.
+    """
+    outputs = runner({input_name(runner, manifest): images, **(beside or {})})
+    name = output_of(outputs) if output_name is None else output_name
+    if name not in outputs:
+        raise ResvitError(f"The model has no output {name!r}.", f"It has {', '.join(outputs)}.")
+    with atomic_file(path) as partial, partial.open("wb") as stream:
+        np.save(stream, outputs[name])
+    return {
+        "images": len(images),
+        "output": name,
+        "shape": list(outputs[name].shape),
+        "dtype": outputs[name].dtype.name,
+        "path": str(path),
+        "label": runner.label,
+        "why": runner.why,
+    }
+
+
+def golden_feeds(folder: Path, manifest: Mapping[str, Any], runner: Runner) -> Arrays | None:
+    """The golden images of an unpacked bundle, to be timed with; None where there are none."""
+    path = folder / "golden_input.npy"
+    if not path.is_file():
+        return None
+    images = read_array(path, "golden")
+    return {input_name(runner, manifest): images, **golden_inputs(folder, manifest, len(images))}
+
+
+def arrays_from(sources: Sequence[str]) -> tuple[Array, Arrays]:
+    """The images and what is read beside them, from ``FILE.npy`` and any number of ``NAME=FILE.npy``.
+
+    Raises:
+        ResvitError: INPUT where there is not one file of images, and as ``read_array``.
+    """
+    named = dict(source.split("=", 1) for source in sources if _is_named(source))
+    images = [source for source in sources if not _is_named(source)]
+    if len(images) != 1:
+        raise ResvitError(
+            f"{len(images)} files of images were given.",
+            "Give one --input FILE.npy, and --input NAME=FILE.npy for whatever else the model reads.",
+        )
+    return read_array(Path(images[0]), "input"), {name: read_array(Path(f), "input") for name, f in named.items()}
+
+
+def _is_named(source: str) -> bool:
+    """Whether a source is NAME=FILE, and not a file whose name has an equals sign."""
+    return "=" in source and "/" not in source.split("=", 1)[0] and not Path(source).exists()
+
+
+def settings_from(flags: Mapping[str, Any], *runners: Runner) -> BenchSettings:
+    """The settings that the flags say; without a batch the smallest that all runners take."""
+    batch = flags["batch"]
+    if batch is None:
+        batch = max(runner.batch[0] for runner in runners)
+    return BenchSettings(
+        batch, flags["seconds"], flags["warmup"], flags["iterations"], flags["streams"], flags["cuda_graph"]
+    )

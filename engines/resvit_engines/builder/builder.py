@@ -1,0 +1,226 @@
+"""An ONNX graph becomes an engine, in a child process that may crash or be killed without harm."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from resvit_engines.audit.kernels import kernel_from_json
+from resvit_engines.builder.child import run_child
+from resvit_engines.builder.limits import compute_capabilities, require_buildable
+from resvit_engines.builder.memory import SMALLEST_WORKSPACE_MIB, available_mib, choose_workspace, shares_memory
+from resvit_engines.builder.settings import TITLES, BuildSettings, EngineReport
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
+from resvit_engines.files import atomic_file, sha256_file, write_atomic
+from resvit_engines.gpu import local_sm
+from resvit_engines.plugins.library import LIBRARY, cached_library, record_of
+from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Target, version_of
+
+__all__ = ["BuildSettings", "EngineReport", "build_engine", "builder_here", "refit_engine"]
+
+_MODULES = {Builder.RTX: "tensorrt_rtx_bindings", Builder.TENSORRT: "tensorrt"}
+
+
+def builder_here(target: Target) -> Builder | None:
+    """Which builder on this machine can build for ``target``; None where only another machine can.
+
+    TensorRT itself comes first for Jetsons and datacenter GPUs, since it measures on the GPU, but needs that GPU.
+    """
+    tensorrt = target.kind is not Kind.RTX and _installed("tensorrt") and local_sm() == target.sm
+    if tensorrt:
+        return Builder.TENSORRT
+    return Builder.RTX if target.kind is not Kind.JETSON and target.sm in RTX_SMS else None
+
+
+def build_engine(
+    onnx: Path,
+    engine: Path,
+    target: Target,
+    settings: BuildSettings | None = None,
+    reporter: Reporter = SILENT,
+    log: Path | None = None,
+) -> EngineReport:
+    """Build ``engine`` from ``onnx``; the file appears whole or not at all. ``log`` keeps the builder's verbose log.
+
+    Where the GPU shares its memory with the CPU, the workspace is chosen to fit what is free, and a build that ends
+    for want of memory is tried again with half of it. Where the engine's GPU is, TensorRT's JSON about its layers is
+    written beside it, as ``layers.json`` beside ``engine.plan``. So is the plugin library, where the engine needs it.
+
+    Raises:
+        ResvitError: IMPOSSIBLE where this machine cannot build for the target (see ``plan_for_device``) or the builder
+            lacks an option, MISSING without the builder's package, BUILD where the builder fails or crashes, SYSTEM
+            where it is killed for memory or the file cannot be written, INTERRUPTED on Ctrl-C.
+    """
+    settings = settings or BuildSettings()
+    builder = _require_builder(target)
+    require_buildable(target, settings, builder)
+    if not onnx.is_file():
+        raise ResvitError(f"There is no file {onnx}.", "Give the path of an ONNX file.")
+    if target.arch != platform.machine():
+        reporter.warn(
+            f"{target.title} has an {target.arch} processor and this machine is {platform.machine()}: NVIDIA does "
+            "not promise that engines move between the two; if it does not load there, build it there."
+        )
+    reporter.say(f"Building for {target.title} (SM {target.sm / 10:.1f}) with {TITLES[builder]}")
+    cache = _timing_cache_for(builder, settings, reporter)
+    library = _plugin_library(settings, reporter)
+    layers = engine.with_name("layers.json" if engine.stem == "engine" else f"{engine.stem}.layers.json")
+    with atomic_file(engine) as partial, tempfile.TemporaryDirectory(prefix="resvit-build-") as scratch:
+        described = Path(scratch) / "layers.json"
+        request = {
+            "kind": "build",
+            "module": _MODULES[builder],
+            "onnx": str(onnx.resolve()),
+            "engine": str(partial.resolve()),
+            "log": str(log.resolve()) if log else None,
+            "batch": list(settings.batch),
+            "config": {
+                "optimization_level": settings.optimization_level,
+                "sms": compute_capabilities(target, settings) if builder is Builder.RTX else [],
+                **settings.flags,
+            },
+            "timing_cache": str(cache.resolve()) if cache else None,
+            "plugins": settings.plugins,
+            "plugin_library": str(library.resolve()) if library else None,
+            "owner": {"target": target.name, "sm": target.sm, "builder": builder.value},
+            "layers": str(described) if local_sm() == target.sm else None,
+        }
+        result, workspace_mib = _built(request, onnx, target, settings, Path(scratch), reporter)
+        layers.unlink(missing_ok=True)  # of the engine that this one replaces
+        if described.is_file():
+            with atomic_file(layers) as listing:
+                listing.write_bytes(described.read_bytes())
+        if library and library.resolve() != engine.with_name(LIBRARY).resolve():
+            write_atomic(engine.with_name(LIBRARY), library.read_bytes())
+        report = EngineReport(
+            target.name,
+            builder,
+            result["version"],
+            target.sm,
+            partial.stat().st_size,
+            sha256_file(partial),
+            result["seconds"],
+            result["peak_mib"],
+            tuple(result["inputs"]),
+            tuple(result["outputs"]),
+            tuple(kernel_from_json(kernel) for kernel in result["kernels"]),
+            tuple(result["warnings"]),
+            workspace_mib,
+            result["timing_cache"],
+            layers.name if described.is_file() else None,
+            tuple(settings.flags),
+            settings.plugins,
+            tuple(result.get("plugin_layers", ())),
+            record_of(library) if library else None,
+        )
+    for note in result["notes"]:
+        reporter.say(note)
+    if target.jetpack and version_of(report.builder_version)[:2] != version_of(target.tensorrt):
+        reporter.warn(f"Built with TensorRT {report.builder_version}, but {target.software} was named as the target.")
+    return report
+
+
+def _built(
+    request: dict[str, Any], onnx: Path, target: Target, settings: BuildSettings, scratch: Path, reporter: Reporter
+) -> tuple[dict[str, Any], int]:
+    """Build with the workspace that fits, and with half of it where it does not; returns what it was in the end."""
+    chosen = choose_workspace(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
+    for note in chosen.notes:
+        reporter.warn(note)
+    workspace_mib = chosen.mib
+    while True:
+        request["config"]["workspace_mib"] = workspace_mib
+        try:
+            return run_child(request, scratch, reporter, "building"), workspace_mib
+        except OutOfMemoryError as error:
+            half = workspace_mib // 2
+            # Elsewhere the workspace is memory of the GPU, and TensorRT for RTX allocates none while it builds.
+            smaller = shares_memory(target) or request["module"] == _MODULES[Builder.TENSORRT]
+            if not smaller or half < SMALLEST_WORKSPACE_MIB:
+                raise
+            reporter.warn(f"{error.problem} Trying again with a workspace of {half} MiB instead of {workspace_mib}.")
+            workspace_mib = half
+
+
+def refit_engine(
+    stripped: Path,
+    onnx: Path,
+    engine: Path,
+    builder: Builder,
+    sha256: str,
+    reporter: Reporter = SILENT,
+    log: Path | None = None,
+    plugin_library: Path | None = None,
+) -> str:
+    """Put the weights of ``onnx`` into the weight-stripped engine ``stripped``; returns the new engine's SHA-256.
+
+    It reads the engine, so it runs on the device, and ``sha256`` must be the digest from a manifest whose signature
+    holds: another file is not read. ``engine`` appears whole or not at all. ``plugin_library`` is trusted, and needed
+    by an engine that was built with it.
+
+    Raises:
+        ResvitError: UNTRUSTED where the digest differs, BUILD where engine and weights do not fit each other or the
+            engine is not this GPU's, MISSING without TensorRT or a driver, INTERRUPTED on Ctrl-C.
+    """
+    for path in (stripped, onnx):
+        if not path.is_file():
+            raise ResvitError(f"There is no file {path}.", "Give the paths of the engine and of its ONNX file.")
+    with atomic_file(engine) as partial, tempfile.TemporaryDirectory(prefix="resvit-build-") as scratch:
+        request = {
+            "kind": "refit",
+            "module": _MODULES[builder],
+            "stripped": str(stripped.resolve()),
+            "sha256": sha256,
+            "onnx": str(onnx.resolve()),
+            "engine": str(partial.resolve()),
+            "log": str(log.resolve()) if log else None,
+            "plugin_library": str(plugin_library.resolve()) if plugin_library else None,
+        }
+        run_child(request, Path(scratch), reporter, "refitting")
+        return sha256_file(partial)
+
+
+def _timing_cache_for(builder: Builder, settings: BuildSettings, reporter: Reporter) -> Path | None:
+    if settings.timing_cache is not None and builder is Builder.RTX:
+        reporter.say("TensorRT for RTX measures nothing while it builds, so there is no timing cache to keep.")
+        return None
+    return settings.timing_cache
+
+
+def _plugin_library(settings: BuildSettings, reporter: Reporter) -> Path | None:
+    if settings.plugins != "library":
+        return None
+    library = settings.plugin_library
+    if library is None:
+        reporter.say("Compiling the plugin library for the TensorRT of this machine (once)")
+        return cached_library()
+    if not library.is_file():
+        raise ResvitError(
+            f"There is no plugin library {library}.", "Build one: resvit-engine plugin.", ExitCode.MISSING
+        )
+    return library
+
+
+def _require_builder(target: Target) -> Builder:
+    builder = builder_here(target)
+    if builder is None:
+        raise ResvitError(
+            f"An engine for {target.title} cannot be built on this machine.",
+            "Build it where that GPU is, with the commands of the plan.",
+            ExitCode.IMPOSSIBLE,
+        )
+    if not _installed(_MODULES[builder]):
+        raise ResvitError(
+            "TensorRT for RTX, which builds engines without a GPU, is not installed.",
+            "pip install 'resvit-export[host]' (or tensorrt-rtx-cu13-bindings and tensorrt-rtx-cu13-libs).",
+            ExitCode.MISSING,
+        )
+    return builder
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,141 @@
+"""The commands that build an engine on the machine that has the GPU, for engines that cannot be built here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.plugins.library import LIBRARY
+from resvit_engines.targets.table import RTX_SMS, Kind, Target
+
+_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
+_FIND_TRTEXEC = f"$(command -v trtexec || echo {_TRTEXEC})"
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Why the engine is not built here, and the shell commands that build it where it can be."""
+
+    target: str
+    why: str
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as in a run's ``plan.json``."""
+        return {
+            "target": self.target,
+            "why": self.why,
+            "commands": list(self.commands),
+            "notes": list(self.notes),
+            "settings": self.settings,
+        }
+
+
+def plan_for_device(
+    target: Target,
+    settings: BuildSettings,
+    input_shape: tuple[int, int, int],
+    *,
+    dynamic_batch: bool,
+    bundle: str = "BUNDLE.resvit",
+    onnx: str = "model.onnx",
+    onnx_sha256: str | None = None,
+    input_name: str = "input",
+    beside: Mapping[str, Sequence[int]] | None = None,
+) -> DevicePlan:
+    """Say in plain words why ``target`` is not built for here, and how to build there.
+
+    ``input_shape`` is (C, H, W), ``beside`` the shapes of further inputs by name, without the batch;
+    ``dynamic_batch`` is whether the ONNX file's batch is dynamic (a fixed shape must not be named again); ``bundle`` is
+    the file name of the bundle and ``onnx`` the model's path inside it. The commands are run in order beside the copied
+    bundle: unpack, check, build. They need only Python's standard library and ``trtexec``, which every TensorRT
+    installation brings.
+    """
+    folder = PurePosixPath(bundle).stem
+    shapes = {input_name: input_shape, **(beside or {})}
+    commands = [
+        f"python3 -m zipfile -e {shlex.quote(bundle)} {shlex.quote(folder)}",
+        f"cd {shlex.quote(folder)}",
+    ]
+    if onnx_sha256:
+        commands.append(f"echo {shlex.quote(f'{onnx_sha256}  {onnx}')} | sha256sum --check")
+    if settings.plugins == "library":
+        commands.append(f"resvit-engine plugin --out {LIBRARY}")
+    if settings.plugins == "aot":
+        # trtexec has no way to register what is written in Python.
+        commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
+    else:
+        commands.append(_trtexec(target, settings, shapes if dynamic_batch else {}, onnx))
+    described: dict[str, Any] = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
+    if beside:
+        described["inputs"] = {name: list(shape) for name, shape in shapes.items()}
+    shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
+    return DevicePlan(target.name, _why(target), tuple(commands), _notes(target, settings), shown)
+
+
+def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Sequence[int]], onnx: str) -> str:
+    options = [
+        f"--onnx={onnx}",
+        "--stronglyTyped",  # has no effect from TensorRT 11 on, where every network is
+        "--saveEngine=engine.plan",
+        f"--memPoolSize=workspace:{settings.workspace_mib or target.workspace_mib}",
+        f"--builderOptimizationLevel={settings.optimization_level}",
+        "--profilingVerbosity=detailed",
+        "--timingCacheFile=timing.cache",
+        "--skipInference",
+        *(["--sparsity=enable"] if settings.sparse else []),
+        *(["--hardwareCompatibilityLevel=ampere+"] if settings.hardware_compatible else []),
+        *(["--versionCompatible"] if settings.version_compatible else []),
+        *(["--stripWeights"] if settings.strip_weights else []),
+        *([f"--dynamicPlugins=./{LIBRARY}"] if settings.plugins == "library" else []),
+    ]
+    if shapes:
+        for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):
+            each = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+            options.append(f"--{option}={','.join(each)}")
+    program = _TRTEXEC if target.kind is Kind.JETSON else _FIND_TRTEXEC
+    return " ".join([program, *(shlex.quote(option) for option in options)])
+
+
+def _why(target: Target) -> str:
+    if target.kind is Kind.JETSON:
+        return (
+            f"An engine belongs to the GPU and the TensorRT that built it. {target.title} has compute capability "
+            f"{target.sm / 10:.1f} and JetPack {target.jetpack} carries TensorRT {target.tensorrt}, and no builder on "
+            f"a workstation writes engines for it: copy the bundle to the {target.title} (or one exactly like it) "
+            "and run these commands there."
+        )
+    rtx = "" if target.sm in RTX_SMS else "; TensorRT for RTX, which builds without a GPU, does not serve it"
+    return (
+        f"TensorRT measures kernels on the GPU itself, and this machine has no {target.title} (compute capability "
+        f"{target.sm / 10:.1f}) with TensorRT beside it{rtx}. Copy the bundle to a machine with a {target.title} and "
+        "TensorRT, and run these commands there."
+    )
+
+
+def _notes(target: Target, settings: BuildSettings) -> tuple[str, ...]:
+    notes = ["The engine appears as engine.plan beside the model and runs only on this GPU and TensorRT version."]
+    if settings.plugins == "aot":
+        notes.append(
+            "Kernels of our own go into the engine ahead of time; TensorRT takes them from Python, not from trtexec."
+        )
+    elif settings.plugins == "library":
+        notes.append(
+            f"The engine needs {LIBRARY}, which 'resvit-engine plugin' compiles for this TensorRT (g++, cmake and "
+            "libnvinfer-headers-dev): whatever runs the engine must load it first."
+        )
+    if target.kind is Kind.JETSON:
+        notes.append("Use the TensorRT of the JetPack image: never pip install tensorrt on a Jetson.")
+        notes.append("For steady timing: sudo nvpmodel -m 0 && sudo jetson_clocks (the device may want a restart).")
+    notes.append(
+        "trtexec of TensorRT 11 ignores --stronglyTyped (every network is strongly typed) and times with CUDA graphs, "
+        "spin waiting and no transfers by itself; on TensorRT 10 add --noDataTransfers --useSpinWait --useCudaGraph "
+        "to compare times."
+    )
+    return tuple(notes)

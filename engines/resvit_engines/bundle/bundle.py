@@ -1,0 +1,228 @@
+"""The bundle: one file that holds everything a device needs, the same bytes for the same content.
+
+A ``.resvit`` file is a plain zip, stored without compression (engines and weights hardly compress, and stored bytes
+depend on no zlib). Its first member, ``manifest.json``, holds the digest and size of every other; the second, in a
+signed bundle, is ``signature.json``. Any unzip reads it. This module reads it from front to back, believes no header,
+and refuses every byte that it would not have written itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from resvit_engines.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, SIGNATURE, check_names, release_of
+from resvit_engines.bundle.reader import OpenBundle, opened_bundle, pieces
+from resvit_engines.bundle.zip_layout import Member, directory, local_header
+from resvit_engines.errors import ResvitError
+from resvit_engines.files import atomic_directory, atomic_file, pretty_json, sha256_bytes
+from resvit_engines.keys.private import SigningKey
+from resvit_engines.keys.public import PublicKey, TrustStore
+from resvit_engines.keys.signing import envelope_from_manifest, require_signature, signatures_in
+
+_RESERVED = ("format", "format_version", "files")
+_CHUNK = 1 << 20
+
+
+def write_bundle(
+    path: Path, manifest: Mapping[str, Any], files: Mapping[str, Path | bytes], key: SigningKey | None = None
+) -> dict[str, Any]:
+    """Write ``manifest`` and ``files`` (name in the bundle → content) to ``path``, signed by ``key`` if there is one.
+
+    The same inputs and key give the same bytes. Returns the manifest as written, with ``format``, ``format_version``,
+    ``files``, and ``release`` (1 unless given) added.
+
+    Raises:
+        ResvitError: INPUT for a name that could leave the folder, a missing file, or one that changes meanwhile.
+    """
+    if taken := [name for name in _RESERVED if name in manifest]:
+        raise ResvitError(f"The manifest may not set {', '.join(taken)}.", "The bundle fills these in itself.")
+    check_names([MANIFEST, SIGNATURE, *files], f"{path.name} cannot be written")
+    release_of(manifest, path)
+    ordered = sorted(files.items())
+    described = [_described(name, content) for name, content in ordered]
+    full = {
+        "release": 1,
+        **manifest,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": [entry for entry, _ in described],
+    }
+    head = pretty_json(full)
+    first: list[tuple[str, Path | bytes]] = [(MANIFEST, head)]
+    if key is not None:
+        first.append((SIGNATURE, envelope_from_manifest(head, key)))
+    members = [Member(name, len(data), zlib.crc32(data)) for name, data in first if isinstance(data, bytes)]
+    members += [member for _, member in described]
+    with atomic_file(path) as partial, partial.open("wb") as out:
+        for member, (_, content) in zip(members, [*first, *ordered], strict=True):
+            out.write(local_header(member))
+            if _copied(content, out) != member.crc:
+                raise _changing(member.name)
+        out.write(directory(members))
+    return full
+
+
+def sign_bundle(path: Path, key: SigningKey, out: Path | None = None) -> dict[str, Any]:
+    """Sign a bundle, in place or as the file ``out``, in one step. Returns the manifest.
+
+    The signature of ``key`` takes the place of any that it has.
+
+    Raises:
+        ResvitError: INPUT as ``verify_bundle``: what is damaged is not signed.
+    """
+    with opened_bundle(path) as old:
+        manifest = old.manifest()
+        members = old.check(manifest)
+        envelope = envelope_from_manifest(old.head, key)
+        kept = [member for member in members if member.name not in (MANIFEST, SIGNATURE)]
+        signed = [members[0], Member(SIGNATURE, len(envelope), zlib.crc32(envelope)), *kept]
+        old.stream.seek(old.contents_at)
+        with atomic_file(out or path) as partial, partial.open("wb") as stream:
+            stream.write(local_header(signed[0]) + old.head + local_header(signed[1]) + envelope)
+            # The members' headers do not depend on where they stand.
+            for data in pieces(old.stream, sum(len(local_header(member)) + member.size for member in kept)):
+                stream.write(data)
+            stream.write(directory(signed))
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a bundle's manifest, signed or not. The files themselves are not looked at: see ``verify_bundle``.
+
+    Raises:
+        ResvitError: INPUT where ``path`` is no bundle, is damaged or truncated, or is of a newer format.
+    """
+    with opened_bundle(path) as bundle:
+        return bundle.manifest()
+
+
+def verify_bundle(path: Path) -> dict[str, Any]:
+    """Check every byte against the manifest, whoever wrote it: damage is found, forgery is not. Returns the manifest.
+
+    Raises:
+        ResvitError: INPUT, naming the file that is damaged.
+    """
+    with opened_bundle(path) as bundle:
+        manifest = bundle.manifest()
+        bundle.check(manifest)
+    return manifest
+
+
+def signers(path: Path) -> list[str]:
+    """The key ids that a bundle's signature names, none for an unsigned one. Whether it holds is not looked at."""
+    with opened_bundle(path) as bundle:
+        return [] if bundle.envelope is None else [keyid for keyid, _ in signatures_in(bundle.envelope, path.name)]
+
+
+def extract_bundle(path: Path, into: Path) -> dict[str, Any]:
+    """Unpack into the new folder ``into``, checking every file on the way, whoever wrote it. Returns the manifest.
+
+    On any fault nothing is left there.
+
+    Raises:
+        ResvitError: INPUT as ``verify_bundle``, and where ``into`` exists and is not an empty folder.
+    """
+    _require_new(into)
+    with opened_bundle(path) as bundle:
+        manifest = bundle.manifest()
+        with atomic_directory(into) as partial:
+            bundle.check(manifest, partial)
+    return manifest
+
+
+def read_trusted_manifest(path: Path, trust: TrustStore) -> dict[str, Any]:
+    """Read the manifest of a bundle whose signature holds. Only manifest and signature are read before that.
+
+    Raises:
+        ResvitError: UNTRUSTED as ``signing.require_signature``; INPUT as ``read_manifest``.
+    """
+    with trusted_bundle(path, trust) as bundle:
+        return bundle.manifest
+
+
+def extract_trusted(path: Path, into: Path, trust: TrustStore) -> dict[str, Any]:
+    """Unpack a bundle whose signature holds into the new folder ``into``. Returns the manifest.
+
+    Raises:
+        ResvitError: UNTRUSTED as ``signing.require_signature``; INPUT as ``extract_bundle``.
+    """
+    _require_new(into)
+    with trusted_bundle(path, trust) as bundle, atomic_directory(into) as partial:
+        bundle.extract(partial)
+    return bundle.manifest
+
+
+@dataclass(frozen=True)
+class TrustedBundle:
+    """An open bundle whose signature held. ``digest`` is the SHA-256 of its manifest, which holds all the others."""
+
+    manifest: dict[str, Any]
+    digest: str
+    key: PublicKey
+    _bundle: OpenBundle
+
+    def check(self) -> None:
+        """Check every byte of its files; raises INPUT, naming the one that is damaged."""
+        self._bundle.check(self.manifest)
+
+    def extract(self, folder: Path) -> None:
+        """Write its files, manifest and signature into the empty ``folder``, checking each; raises as ``check``."""
+        self._bundle.check(self.manifest, folder)
+
+
+@contextmanager
+def trusted_bundle(path: Path, trust: TrustStore) -> Iterator[TrustedBundle]:
+    """Open a bundle and check its signature; everything that is read later is read from the same open file.
+
+    Raises:
+        ResvitError: UNTRUSTED as ``signing.require_signature``; INPUT as ``read_manifest``.
+    """
+    with opened_bundle(path) as bundle:
+        key = require_signature(bundle.head, bundle.envelope, trust, path.name)
+        yield TrustedBundle(bundle.manifest(), sha256_bytes(bundle.head), key, bundle)
+
+
+def _described(name: str, content: Path | bytes) -> tuple[dict[str, Any], Member]:
+    digest, crc, size = hashlib.sha256(), 0, 0
+    if isinstance(content, Path) and not content.is_file():
+        raise ResvitError(f"{content}, which belongs into the bundle as {name}, is not there.", "Run its stage again.")
+    for chunk in _chunks(content):
+        digest.update(chunk)
+        crc = zlib.crc32(chunk, crc)
+        size += len(chunk)
+    return {"path": name, "bytes": size, "sha256": digest.hexdigest()}, Member(name, size, crc)
+
+
+def _copied(content: Path | bytes, out: BinaryIO) -> int:
+    """Copy, and return the CRC-32 of what was copied."""
+    crc = 0
+    for chunk in _chunks(content):
+        crc = zlib.crc32(chunk, crc)
+        out.write(chunk)
+    return crc
+
+
+def _chunks(content: Path | bytes) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+
+
+def _require_new(into: Path) -> None:
+    if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):
+        raise ResvitError(f"{into} exists already and is not an empty folder.", "Name a folder that is not there yet.")
+
+
+def _changing(name: str) -> ResvitError:
+    return ResvitError(
+        f"The source of {name} changed while it was being bundled.", "Run again when nothing writes to it."
+    )

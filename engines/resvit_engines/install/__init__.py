@@ -1,0 +1,1 @@
+"""Signed bundles installed on a device: one switch, and back."""

@@ -1,0 +1,1 @@
+"""Kernels launched and timed on a GPU, and the table of results."""

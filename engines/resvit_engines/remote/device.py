@@ -1,0 +1,263 @@
+"""A device over SSH: what it is, what it lacks, and a job that runs there whether or not the connection holds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import sha256_bytes, sha256_file, write_atomic
+from resvit_engines.machine import DeviceFacts, facts_from_json
+from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.remote.progress_events import replay
+from resvit_engines.remote.ssh import Connection, quoted
+from resvit_engines.remote.ssh_files import download, upload
+from resvit_engines.remote.wheel import requirements_for, write_device_wheel
+from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE, download_wheels
+from resvit_engines.targets.table import version_of
+
+ROOT = ".local/share/resvit-device"
+"""Of everything that is put on a device, from the home folder of its user; installed versions lie elsewhere."""
+_PYTHON = f"{ROOT}/venv/bin/python"
+_INSTALLED = f"{ROOT}/venv/.resvit-wheel"
+_POLL = 1.0  # seconds
+_PIECE = 1 << 20
+_RESULTS = ("engine.plan", "engine.json", "build.log", "layers.json", "timing.cache")
+
+
+@dataclass(frozen=True)
+class RemoteJob:
+    """What to do on a device: a signed bundle, the public key (the text of its file) that signed it, and images.
+
+    Each of ``images`` gives the path of one piece on this machine when it is asked for; the piece may go afterwards.
+    """
+
+    bundle: Path
+    key: str
+    images: Sequence[Callable[[], Path]] = ()
+    rehearse: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Of the job on the device: the same bundle goes on where it was."""
+        return f"{ROOT}/jobs/{sha256_file(self.bundle)[:16]}{'-rehearsal' if self.rehearse else ''}"
+
+
+class Device:
+    """What can be done on the other end of a connection. Every method can be done again after it was interrupted."""
+
+    def __init__(self, connection: Connection, reporter: Reporter = SILENT) -> None:
+        self.connection = connection
+        self.reporter = reporter
+        self._wheel: tuple[str, str] | None = None
+
+    def facts(self) -> DeviceFacts:
+        """Ask what the device is; before anything is installed there, from the wheel that is copied for it.
+
+        Raises ``ResvitError`` MISSING without Python, IMPOSSIBLE where it is older than 3.10.
+        """
+        wheel, _ = self._copied_wheel()
+        code = f"import sys; sys.path.insert(0, {wheel!r}); from resvit_engines.machine import main; main()"
+        answer = self._run(f"python3 -c {quoted(code)}")
+        if answer.code == 127:
+            raise ResvitError(
+                f"{self.connection.address} has no python3.", "On the device: sudo apt install python3 python3-venv.",
+                ExitCode.MISSING,
+            )  # fmt: skip
+        try:
+            found = facts_from_json(json.loads(answer.stdout.splitlines()[-1]))
+        except (ValueError, IndexError, TypeError) as error:
+            raise self._failed("could not be asked what it is", answer.stderr) from error
+        if version_of(found.python) < (3, 10):
+            jetpack = f" (JetPack {found.jetpack})" if found.jetpack else ""
+            raise ResvitError(
+                f"{self.connection.address} has Python {found.python}{jetpack}, and 3.10 or newer is needed.",
+                "Flash it with JetPack 6.1 or newer, or install a newer Python as python3.",
+                ExitCode.IMPOSSIBLE,
+            )
+        return found
+
+    def prepare(self, facts: DeviceFacts, wheels: Path | None = None) -> bool:
+        """Install the slim wheel and what it needs there, in a virtual environment; False where it was installed.
+
+        ``wheels`` is a folder on this machine that is used instead of any network. Otherwise the device's own pip is
+        tried, then the wheels are downloaded here for it.
+
+        Raises ``ResvitError`` MISSING with the command that mends it.
+        """
+        wheel, digest = self._copied_wheel()
+        mark = sha256_bytes(f"{digest} {requirements_for(facts)}".encode())
+        if self._run(f"cat {_INSTALLED}").stdout.strip() == mark:
+            return False
+        self.reporter.say(f"Installing the device's side on {self.connection.address}")
+        made = self._run(f"test -x {_PYTHON} -a -x {ROOT}/venv/bin/pip || "
+                         f"python3 -m venv --clear --system-site-packages {ROOT}/venv")  # fmt: skip
+        if made.code != 0:
+            if "ensurepip" in made.stdout + made.stderr or "No module named venv" in made.stderr:
+                raise ResvitError(
+                    f"Python on {self.connection.address} cannot make virtual environments.",
+                    "On the device: sudo apt install python3-venv",
+                    ExitCode.MISSING,
+                )
+            raise self._failed("could not make a virtual environment", made.stderr)
+        if wheels is not None or not self._pip(("--timeout", "15", "--retries", "1", *requirements_for(facts))):
+            self._install_offline(facts, wheels)
+        if not self._pip(("--no-index", "--no-deps", "--force-reinstall", wheel)):
+            raise self._failed("could not install the wheel", self._pip_said)
+        self._run(f"echo {mark} > {_INSTALLED}")
+        return True
+
+    def run(self, job: RemoteJob) -> dict[str, Any]:
+        """Copy what the job needs, start it unless it runs, show its progress, and return its result.
+
+        Raises:
+            UnreachableError: the device stays away; the job goes on there, and the same call picks it up.
+            ResvitError: what the job raised there, or BUILD where it ended without a word.
+        """
+        folder = job.folder
+        with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
+            key = Path(scratch) / "trust.pub"
+            write_atomic(key, job.key.encode())
+            upload(self.connection, key, f"{folder}/trust.pub")
+            upload(self.connection, job.bundle, f"{folder}/bundle.resvit", self.reporter, "copy the bundle")
+        if self._state(folder, 0)[0] != "alive":
+            self._copy_images(job, folder)
+        started = self._run(_start_script(folder, job.rehearse)).stdout.strip()
+        if started == "running":
+            self.reporter.say("The job is running there already: following it")
+        try:
+            return self._follow(folder)
+        except KeyboardInterrupt:
+            self.connection.run(f"kill -TERM $(cat {folder}/pid)")
+            raise
+
+    def fetch(self, job: RemoteJob, into: Path) -> tuple[Path, ...]:
+        """Bring engine, logs, timing cache and outputs of a finished job here; its images are removed there."""
+        listed = self._run(f"cd {job.folder} && ls built outputs/*.npy").stdout.split()
+        names = [f"built/{name}" for name in _RESULTS if name in listed]
+        names += [name for name in listed if name.startswith("outputs/")]
+        for name in names:
+            download(self.connection, f"{job.folder}/{name}", into / name.removeprefix("built/"), self.reporter)
+        self._run(f"rm -f {job.folder}/images-*.npy")
+        return tuple(into / name.removeprefix("built/") for name in names)
+
+    def _run(self, script: str) -> Any:
+        return self.connection.patiently(lambda: self.connection.run(script))
+
+    def _copied_wheel(self) -> tuple[str, str]:
+        """The slim wheel's path on the device and its digest; it is made and copied once."""
+        if self._wheel is None:
+            with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
+                wheel = write_device_wheel(Path(scratch))
+                upload(self.connection, wheel, f"{ROOT}/{wheel.name}")
+                self._wheel = f"{ROOT}/{wheel.name}", sha256_file(wheel)
+        return self._wheel
+
+    def _pip(self, arguments: Sequence[str]) -> bool:
+        answer = self._run(
+            f"{_PYTHON} -m pip install --quiet --disable-pip-version-check --no-input {quoted(*arguments)}"
+        )
+        self._pip_said = answer.stderr
+        return bool(answer.code == 0)
+
+    def _install_offline(self, facts: DeviceFacts, wheels: Path | None) -> None:
+        with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
+            if wheels is None:
+                self.reporter.say("The device's pip finds no network: downloading its wheels here")
+                wheels = Path(scratch)
+                download_wheels(facts, wheels)
+            elif not wheels.is_dir():
+                raise ResvitError(f"There is no folder {wheels}.", f"Let {WHEELS_VARIABLE} name a folder of wheels.")
+            files = sorted(wheels.glob("*.whl"))
+            for file in self.reporter.track(files, "copy wheels", len(files)):
+                upload(self.connection, file, f"{ROOT}/wheels/{file.name}")
+        if not self._pip(("--no-index", "--find-links", f"{ROOT}/wheels", *requirements_for(facts))):
+            raise self._failed("could not install the wheels that were copied", self._pip_said)
+
+    def _copy_images(self, job: RemoteJob, folder: str) -> None:
+        kept = set()
+        for piece in self.reporter.track(job.images, "copy images", len(job.images)):
+            path = piece()
+            upload(self.connection, path, f"{folder}/{path.name}")
+            kept.add(path.name)
+        here = self._run(f"cd {folder} && ls images-*.npy").stdout.split()
+        if stale := [f"{folder}/{name}" for name in here if name not in kept]:
+            self._run(f"rm -f {quoted(*stale)}")
+
+    def _follow(self, folder: str) -> dict[str, Any]:
+        replay(self._lines(folder), self.reporter)
+        answer = self._run(f"cat {folder}/result.json")
+        if answer.code != 0:
+            output = self._run(f"tail -n 3 {folder}/output.txt; grep oom_kill /proc/vmstat").stdout.split("\n")
+            said = " | ".join(line.strip() for line in output if line.strip())
+            raise ResvitError(
+                f"The build on {self.connection.address} ended without a result: the device restarted, or the process "
+                f"was killed. What is known: {said or 'nothing'}.",
+                "Run the same command again: what was finished there is kept. If memory ran out (oom_kill above 0), "
+                "close other programs or give a smaller --workspace-mib.",
+                ExitCode.BUILD,
+            )
+        document = json.loads(answer.stdout)
+        if "error" in document:
+            error = document["error"]
+            raise ResvitError(
+                f"On {self.connection.address}: {error['problem']}", error["fix"], ExitCode(error["exit_code"])
+            )
+        result: dict[str, Any] = document["result"]
+        return result
+
+    def _lines(self, folder: str) -> Iterator[str]:
+        """The lines of the job's progress as they come, until it has ended and all were read."""
+        offset, rest = 0, ""
+        while True:
+            life, ended, text = self._state(folder, offset)
+            offset += len(text.encode())
+            *lines, rest = (rest + text).split("\n")
+            yield from lines
+            if (ended or life == "gone") and not text:
+                return
+            if not text:
+                time.sleep(_POLL)
+
+    def _state(self, folder: str, offset: int) -> tuple[str, bool, str]:
+        """Whether the job lives, whether its result is there, and its progress from ``offset`` on."""
+        answer = self._run(_STATE.format(folder=folder, begin=offset + 1, piece=_PIECE))
+        life, _, rest = answer.stdout.partition("\n")
+        ended, _, text = rest.partition("\n")
+        return life, ended == "ended", text
+
+    def _failed(self, what: str, said: str) -> ResvitError:
+        last = " | ".join(line.strip() for line in said.strip().splitlines()[-3:])
+        return ResvitError(
+            f"{self.connection.address} {what}: {last or 'it gave no reason'}",
+            f"Try it there by hand: {self.connection.address.by_hand}",
+            ExitCode.MISSING,
+        )
+
+
+# The lock tells whether the job lives, also after a restart of the device gave its number to another process; before
+# its first phase, when it may not hold the lock yet, its number has to do.
+_STATE = """cd {folder} 2>/dev/null || {{ echo gone; echo open; exit; }}
+if ! flock -n .lock true 2>/dev/null; then echo alive
+elif [ ! -f state.json ] && kill -0 "$(cat pid)" 2>/dev/null; then echo alive
+else echo gone; fi
+if [ -f result.json ]; then echo ended; else echo open; fi
+tail -c +{begin} progress.log 2>/dev/null | head -c {piece}
+"""
+
+
+def _start_script(folder: str, rehearse: bool) -> str:
+    flags = "--quiet --rehearse" if rehearse else "--quiet"
+    return f"""cd {folder} && touch .lock || exit 1
+flock -n .lock true || {{ echo running; exit; }}
+rm -f state.json result.json progress.log
+setsid nohup "$HOME/{_PYTHON}" -m resvit_engines build bundle.resvit --job . --trust trust.pub {flags} \
+> output.txt 2>&1 < /dev/null &
+echo $! > pid
+echo started
+"""

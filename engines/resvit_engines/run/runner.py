@@ -1,0 +1,237 @@
+"""An unpacked bundle as a function from arrays to arrays: by its engine, or by ONNX Runtime where there is none.
+
+numpy in, numpy out; no torch. ``open_runner`` is the only way from a bundle to a deserialised engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.gpu import local_sm
+from resvit_engines.run.engine_runner import MODULES, TITLES, open_engine
+from resvit_engines.run.feeds import Array, Arrays
+from resvit_engines.run.golden_files import golden_inputs, golden_output, read_array, sqnr_db
+from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_onnx
+from resvit_engines.trt.running import TensorSpec
+
+RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", RUNTIME)
+ENGINE = "engine.plan"
+MODEL = "model.onnx"
+_ENGINE_MODEL = "model.tensorrt.onnx"
+"""The copy that the engine was built from, where it is another than ``MODEL``."""
+_AMPERE = 80
+_BROKEN_DB = 10.0
+
+
+class Lane(Protocol):
+    """One stream of a runner: ``load`` images, ``submit`` the work, ``wait`` for it, take the ``results``."""
+
+    note: str
+    """What could not be done as it was asked for."""
+
+    def load(self, feeds: Arrays) -> None:
+        """Take checked arrays [B, …] over."""
+        ...
+
+    def submit(self) -> None:
+        """Begin, without waiting where a GPU does the work."""
+        ...
+
+    def wait(self) -> float | None:
+        """Wait for the end; returns the GPU's time for computing alone in ms, None where there is no GPU."""
+        ...
+
+    def results(self) -> Arrays:
+        """The outputs [B, …] of the last batch."""
+        ...
+
+
+class Runner(Protocol):
+    """A batch turned into outputs: call it with arrays [N, …] by input name, get arrays by output name."""
+
+    runtime: str
+    label: str
+    """What computes, in words; it says so where that is not the engine."""
+    why: str
+    """Why it is not the engine, empty where it is."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What goes in."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out."""
+        ...
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """The smallest and largest batch that run in one piece."""
+        ...
+
+    @property
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON values about the runner."""
+        ...
+
+    def __call__(self, arrays: Mapping[str, Array]) -> Arrays:
+        """Run any number of images."""
+        ...
+
+    def lane(self, batch: int, *, cuda_graph: bool = False) -> AbstractContextManager[Lane]:
+        """A stream with buffers for ``batch`` images."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was taken."""
+        ...
+
+    def __enter__(self) -> Runner:
+        """The runner itself."""
+        ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close it."""
+        ...
+
+
+def open_runner(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto") -> Runner:
+    """A runner of an unpacked bundle whose signature was verified; ``manifest`` is that bundle's.
+
+    ``auto`` takes the engine where there is one for this machine, and ONNX Runtime on the CPU elsewhere; the
+    runner's ``label`` and ``why`` say so. An engine is deserialised only if its digest is the manifest's.
+
+    Raises:
+        ResvitError: UNTRUSTED for an engine that is not the manifest's, IMPOSSIBLE or MISSING where the runtime that
+            was asked for cannot run here, and what ``open_engine`` and ``open_onnx`` raise.
+    """
+    if runtime not in RUNTIMES:
+        raise ResvitError(f"There is no runtime {runtime!r}.", f"Use one of {', '.join(RUNTIMES)}.")
+    if runtime == RUNTIME:
+        return _onnx(folder, manifest, "ONNX Runtime was asked for")
+    record = manifest.get("engine")
+    record = record if isinstance(record, Mapping) else {}
+    reason = why_not_here(record, None if runtime == "auto" else runtime)
+    if reason is not None and runtime != "auto":
+        raise reason
+    if reason is not None:
+        return _onnx(folder, manifest, reason.problem.rstrip("."))
+    onnx = folder / _ENGINE_MODEL
+    return open_engine(
+        runtime_of(record) or "",
+        folder / ENGINE,
+        _digest(manifest),
+        record,
+        onnx if onnx.is_file() else folder / MODEL,
+    )
+
+
+def runtime_of(record: Mapping[str, Any]) -> str | None:
+    """``tensorrt`` or ``tensorrt-rtx``, by the builder that an engine's record names; None where it names neither."""
+    builder = record.get("builder")
+    return next((runtime for runtime, title in TITLES.items() if builder in (runtime, title)), None)
+
+
+def why_not_here(record: Mapping[str, Any], wanted: str | None = None) -> ResvitError | None:
+    """Why the engine with this record cannot run on this machine, or None where nothing speaks against it.
+
+    ``wanted`` is the runtime that was asked for. Nothing is loaded.
+    """
+    needs = runtime_of(record)
+    if needs is None:
+        return ResvitError(
+            "There is no engine in this bundle.",
+            "Build one on the device with 'resvit-engine build', or use --runtime onnxruntime.",
+            ExitCode.MISSING,
+        )
+    if wanted not in (None, needs):
+        return ResvitError(
+            f"The engine was built by {TITLES[needs]}, and {TITLES[str(wanted)]} cannot run it.",
+            f"Use --runtime {needs}.",
+            ExitCode.IMPOSSIBLE,
+        )
+    here, built_for = local_sm(), record.get("sm")
+    if here is None:
+        return ResvitError(
+            "There is no NVIDIA GPU here, or no driver for it.",
+            "Run on the device that the engine is for, or use --runtime onnxruntime.",
+            ExitCode.IMPOSSIBLE,
+        )
+    newer = bool(record.get("hardware_compatible")) and here >= _AMPERE
+    if isinstance(built_for, int) and built_for != here and not newer:
+        return ResvitError(
+            f"The engine is for SM {built_for / 10:.1f}, and this GPU has SM {here / 10:.1f}.",
+            "Run on the device that the engine is for, or use --runtime onnxruntime.",
+            ExitCode.IMPOSSIBLE,
+        )
+    for module, title in ((MODULES[needs], TITLES[needs]), ("cuda.bindings", "cuda-bindings")):
+        if not installed(module):
+            return ResvitError(
+                f"{title} is not installed (Python module {module}).",
+                "pip install 'resvit-export[device]' brings cuda-bindings; TensorRT comes with JetPack, or see "
+                "'resvit-export doctor'.",
+                ExitCode.MISSING,
+            )
+    return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def open_sound_onnx(
+    model: Path,
+    images: Array | None = None,
+    expected: Array | None = None,
+    beside: Mapping[str, Array] | None = None,
+) -> OnnxOnCpu:
+    """The ONNX file on the CPU, optimised where that changes nothing.
+
+    Optimisers have been seen to break quantised graphs wholly: where the outputs of ``images``, with what is
+    read ``beside`` them, are further than 10 dB from ``expected``, the graph runs as it is written, slower.
+
+    Raises:
+        ResvitError: as ``open_onnx``.
+    """
+    runner = open_onnx(model)
+    if images is None or expected is None:
+        return runner
+    found = golden_output(runner, images, {}, beside)
+    near = found.shape == expected.shape and bool(np.isfinite(found).all())
+    if near and ((sqnr := sqnr_db(expected, found)) is None or sqnr >= _BROKEN_DB):
+        return runner
+    runner.close()
+    return open_onnx(model, optimize=False)
+
+
+def _onnx(folder: Path, manifest: Mapping[str, Any], why: str) -> OnnxOnCpu:
+    golden = (folder / "golden_input.npy", folder / "golden_output.npy")
+    if all(path.is_file() for path in golden):
+        images, expected = (read_array(path, "golden") for path in golden)
+        runner = open_sound_onnx(folder / MODEL, images, expected, golden_inputs(folder, manifest, len(images)))
+    else:
+        runner = open_sound_onnx(folder / MODEL)
+    runner.why = why
+    return runner
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """The digest of the engine in the manifest's list of files; one that matches nothing where it is not listed."""
+    entries = manifest.get("files")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, Mapping) and entry.get("path") == ENGINE:
+            return str(entry.get("sha256"))
+    return ""

@@ -1,0 +1,131 @@
+"""Targets that are not in the table: the user's own device, and the machine that this runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.machine import DeviceFacts, device_facts
+from resvit_engines.targets.speeds import Speed
+from resvit_engines.targets.table import PTX_OF_CUDA, TARGETS, Kind, Target, find_target
+
+AUTO = "auto"
+_SPEEDS = {item.name for item in dataclasses.fields(Speed)} - {"source", "note"}
+_TEXTS = {"title", "arch", "tensorrt", "cuda", "jetpack"}
+_NUMBERS = {"memory_mib", "workspace_mib"}
+_KEYS = {"like", *_TEXTS, *_NUMBERS, *_SPEEDS}
+_MODULES = (
+    ("orin nano", "jetson-orin-nano"),
+    ("orin nx", "jetson-orin-nx"),
+    ("orin", "jetson-orin"),
+    ("thor", "jetson-thor"),
+)
+
+_LIBC_OF_PYTHON = {"3.10": "2.35", "3.12": "2.39"}
+"""Of Ubuntu 22.04 and 24.04, which JetPack 6 and 7 are made from."""
+
+
+def resolve_target(name: str, jetpack: str | None = None, own: Mapping[str, Any] | None = None) -> Target:
+    """Find a target by name: ``auto`` for this machine's GPU, one of ``own``, or a row of the table.
+
+    ``own`` is the table ``[targets]`` of a recipe: by name, a mapping with ``like`` (the row to start from) and what
+    differs.
+
+    Raises:
+        ResvitError: as ``find_target``; INPUT for a description of an own target that makes none; MISSING for
+            ``auto`` without a GPU.
+    """
+    if name in (own or {}):
+        return _own_target(name, (own or {})[name], jetpack)
+    return target_here(jetpack) if name.strip().lower() == AUTO else find_target(name, jetpack)
+
+
+def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
+    fix = f'Write [targets.{name}] with like = "jetson-orin" and what differs: {", ".join(sorted(_KEYS - {"like"}))}.'
+    if not isinstance(described, Mapping) or not isinstance(described.get("like"), str):
+        raise ResvitError(f"The target '{name}' of the recipe does not say what it is like.", fix)
+    if unknown := sorted(set(described) - _KEYS):
+        raise ResvitError(f"The target '{name}' of the recipe has '{unknown[0]}', which says nothing of a device.", fix)
+    if any(target.name == name for target in TARGETS) or name == AUTO:
+        raise ResvitError(
+            f"The recipe describes a target of its own called '{name}', a name that is taken.", "Rename it."
+        )
+    for key, value in described.items():
+        number = isinstance(value, int if key in _NUMBERS else (int, float)) and not isinstance(value, bool)
+        if not (number and value > 0 if key in _NUMBERS | _SPEEDS else isinstance(value, str)):
+            raise ResvitError(f"{key} = {value!r} of the target '{name}' is of the wrong kind.", fix)
+    base = find_target(described["like"], described.get("jetpack", jetpack))
+    changes = {key: described[key] for key in (_TEXTS - {"jetpack"}) | _NUMBERS if key in described}
+    if changes.get("cuda", base.cuda) not in PTX_OF_CUDA:
+        raise ResvitError(
+            f"CUDA {changes['cuda']} of the target '{name}' is not known.", f"One of: {', '.join(PTX_OF_CUDA)}."
+        )
+    speed = base.speed
+    if peaks := {key: float(described[key]) for key in _SPEEDS if key in described}:
+        speed = Speed(**{**dataclasses.asdict(base.speed), **peaks, "source": "the recipe", "note": ""})
+    made = dataclasses.replace(base, name=name, speed=speed, **{"title": name, **changes})
+    if made.workspace_mib >= made.memory_mib:
+        raise ResvitError(
+            f"The target '{name}' has {made.memory_mib} MiB of memory, and its workspace takes {made.workspace_mib}.",
+            "Set workspace_mib to less than memory_mib.",
+        )
+    return made
+
+
+def target_here(jetpack: str | None = None, facts: DeviceFacts | None = None) -> Target:
+    """The target of this machine's first GPU, or of the one that ``facts`` describe.
+
+    Raises:
+        ResvitError: MISSING without a GPU or its driver; IMPOSSIBLE for one that is not served.
+    """
+    facts = facts or device_facts()
+    name, sm = facts.gpu or "", facts.sm
+    module = next((module for words, module in _MODULES if "jetson" in name.lower() and words in name.lower()), None)
+    if module is not None:
+        row = find_target(module, jetpack or facts.jetpack)
+        memory = facts.memory_mib or row.memory_mib
+        return dataclasses.replace(row, memory_mib=memory, workspace_mib=min(row.workspace_mib, memory // 4))
+    if sm is None:
+        raise ResvitError(
+            "This machine has no NVIDIA GPU with a working driver, so --target auto finds nothing.",
+            "Name the device: 'resvit-export targets' lists them.",
+            ExitCode.MISSING,
+        )
+    rows = [row for row in TARGETS if row.sm == sm and row.kind is not Kind.JETSON]
+    named = [
+        row for row in rows if any(re.search(rf"\b{words}\b", name) for words in re.findall(r"[\w ]*\w", row.title))
+    ]
+    if named:
+        return max(named, key=lambda row: len(row.title))
+    if not rows:
+        served = ", ".join(sorted({f"{row.sm / 10:.1f}" for row in TARGETS}))
+        raise ResvitError(
+            f"{name or 'The GPU'} has compute capability {sm / 10:.1f}, which is not served.",
+            f"Served are {served}.",
+            ExitCode.IMPOSSIBLE,
+        )
+    note = f"Its speed and memory are those of {rows[0].title}: predicted times are wrong by what the two differ."
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-") or f"sm-{sm}"
+    return dataclasses.replace(rows[0], name=short, title=name or short, notes=(*rows[0].notes, note))
+
+
+def facts_of_jetson(target: Target) -> DeviceFacts:
+    """What a Jetson with its usual software is, as far as installing on it goes.
+
+    Raises:
+        ResvitError: IMPOSSIBLE for a target whose Python is not known, because no image comes with it.
+    """
+    if target.python is None:
+        raise ResvitError(
+            f"Which Python a machine with {target.title} has, its name does not tell.",
+            "On that machine: pip install resvit-export.",
+            ExitCode.IMPOSSIBLE,
+        )
+    libc = _LIBC_OF_PYTHON[target.python]
+    memory = target.memory_mib
+    return DeviceFacts(
+        target.sm, target.title, target.tensorrt, target.jetpack, target.arch, memory, 0, target.python, libc=libc
+    )

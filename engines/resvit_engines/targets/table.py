@@ -1,0 +1,332 @@
+"""The devices that engines are made for: what each can compute, and which TensorRT serves it.
+
+Facts come from NVIDIA's support matrices and JetPack release notes. They live in the tables of this module and
+nowhere else; code asks the table instead of comparing names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import platform
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.speeds import SPEEDS, Speed
+
+
+class Precision(str, enum.Enum):
+    """The number format of the quantised layers; everything else runs in FP16."""
+
+    FP16 = "fp16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    """E4M3."""
+
+
+class Builder(str, enum.Enum):
+    """What turns the ONNX graph into an engine."""
+
+    RTX = "tensorrt-rtx"
+    """TensorRT for RTX: builds on any Linux machine, without a GPU."""
+    TENSORRT = "tensorrt"
+    """TensorRT itself: measures kernels while it builds, so it runs where the GPU is."""
+    DEVICE = "device"
+    """TensorRT from the JetPack image: built on the Jetson."""
+
+
+class Kind(str, enum.Enum):
+    """The family of a device."""
+
+    JETSON = "jetson"
+    DATACENTER = "datacenter"
+    RTX = "rtx"
+
+
+RTX_SMS = frozenset({75, 80, 86, 89, 120, 121})
+"""What TensorRT for RTX 1.7 has code generators for."""
+
+PROXY_SMS = {87: 86, 90: 89, 100: 120, 103: 120, 110: 120}
+"""For GPUs that it does not serve, the nearest one that it does: the same tensor-core generation where there is one."""
+
+FP8_SMS = frozenset({89, 90, 100, 103, 110, 120, 121})
+"""GPUs with FP8 tensor cores: compute capability 8.9 and up."""
+
+SPARSE_SMS = frozenset({80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
+"""GPUs with 2:4 structured sparsity: Ampere and up."""
+
+ATTENTION_TENSORRT = (10, 14)
+"""The first TensorRT whose ONNX parser reads opset 23 (``Attention``); older ones read up to opset 20."""
+
+AOT_TENSORRT = (10, 9)
+"""The first TensorRT whose plugins carry their kernel as PTX inside the engine."""
+
+PTX_OF_CUDA = {"12.6": "8.5", "13": "9.0", "13.0": "9.0", "13.2": "9.2"}
+"""The newest PTX version that a CUDA release's driver reads (the release notes of PTX ISA)."""
+
+
+@dataclass(frozen=True)
+class JetPack:
+    """One JetPack release: the TensorRT that its image carries. ``refusal`` says why it is not served, if so."""
+
+    version: str
+    tensorrt: str
+    cuda: str
+    python: str
+    modules: tuple[str, ...]
+    refusal: str = ""
+
+
+_ORINS = ("jetson-orin", "jetson-orin-nx", "jetson-orin-nano")
+_TOO_OLD = "that is older than TensorRT 10, the first with the strongly typed FP16 and INT8 graphs used here"
+
+JETPACKS: tuple[JetPack, ...] = (
+    JetPack("5.1", "8.5", "11.4", "3.8", _ORINS, refusal=_TOO_OLD),
+    JetPack("6.0", "8.6", "12.2", "3.10", _ORINS, refusal=_TOO_OLD),
+    JetPack("6.1", "10.3", "12.6", "3.10", _ORINS),
+    JetPack("6.2", "10.3", "12.6", "3.10", _ORINS),
+    JetPack("7.1", "10.13", "13.0", "3.12", ("jetson-thor",)),
+    JetPack("7.2", "10.16", "13.2", "3.12", (*_ORINS, "jetson-thor")),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device together with the software on it.
+
+    ``sm`` is the compute capability without its dot (87 is 8.7). ``tensorrt`` is the version that the engine is
+    built with: of TensorRT for RTX where ``builder`` is that, of TensorRT elsewhere. ``memory_mib`` is the GPU
+    memory in MiB of the smallest module sold under this name (shared with the CPU on Jetson and DGX Spark);
+    ``workspace_mib`` is the scratch memory that the builder may plan for, unless told otherwise.
+    """
+
+    name: str
+    title: str
+    sm: int
+    kind: Kind
+    builder: Builder
+    tensorrt: str
+    cuda: str
+    memory_mib: int
+    workspace_mib: int
+    speed: Speed
+    """Peak rates, bandwidth and cost per kernel."""
+    jetpack: str | None = None
+    python: str | None = None
+    arch: str = "x86_64"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def precisions(self) -> frozenset[Precision]:
+        """The precisions that its tensor cores and TensorRT have kernels for."""
+        fp8 = {Precision.FP8} if self.sm in FP8_SMS else set()
+        return frozenset({Precision.FP16, Precision.INT8} | fp8)
+
+    def peak(self, precision: Precision) -> float | None:
+        """Dense tensor-core rate in TFLOPS or TOPS; ``None`` where the GPU has no such tensor cores."""
+        speed = self.speed
+        return {Precision.FP16: speed.fp16, Precision.INT8: speed.int8, Precision.FP8: speed.fp8}[precision]
+
+    @property
+    def sparsity(self) -> bool:
+        """Whether it has 2:4 structured sparsity."""
+        return self.sm in SPARSE_SMS
+
+    @property
+    def unified_memory(self) -> bool:
+        """Whether CPU and GPU share one memory, so that a build competes with everything else."""
+        return self.kind is Kind.JETSON or self.arch == "aarch64"
+
+    @property
+    def ptx(self) -> str:
+        """The newest PTX that its driver reads."""
+        return PTX_OF_CUDA[self.cuda]
+
+    @property
+    def plugins(self) -> str:
+        """How kernels of our own reach an engine of TensorRT on it: ``aot``, inside the engine, or ``library``."""
+        return "library" if self.builder is Builder.DEVICE and not self._ahead_of_time else "aot"
+
+    @property
+    def custom_kernels(self) -> str:
+        """The same for people."""
+        if self.builder is Builder.RTX:
+            return "none by TensorRT for RTX, which takes no plugins; by TensorRT ahead of time"
+        return "ahead-of-time plugin or C++" if self._ahead_of_time else "C++ IPluginV3 library"
+
+    @property
+    def _ahead_of_time(self) -> bool:
+        return version_of(self.tensorrt) >= AOT_TENSORRT
+
+    @property
+    def opset(self) -> int:
+        """The newest ONNX opset that is worth writing for it: 23 keeps attention whole, 20 is for TensorRT < 10.14."""
+        return 23 if self.builder is Builder.RTX or version_of(self.tensorrt) >= ATTENTION_TENSORRT else 20
+
+    @property
+    def software(self) -> str:
+        """What builds and runs the engine, for people: ``JetPack 6.2, TensorRT 10.3``."""
+        name = "TensorRT for RTX" if self.builder is Builder.RTX else "TensorRT"
+        return f"JetPack {self.jetpack}, {name} {self.tensorrt}" if self.jetpack else f"{name} {self.tensorrt}"
+
+    @property
+    def describe(self) -> str:
+        """One line for people."""
+        precisions = ", ".join(p.value for p in Precision if p in self.precisions)
+        return f"{self.title} (SM {self.sm / 10:.1f}; {self.software}; {precisions})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, for records, manifests and the ``targets`` table."""
+        plain = dataclasses.asdict(self)
+        plain.update(
+            kind=self.kind.value,
+            builder=self.builder.value,
+            notes=list(self.notes),
+            precisions=[p.value for p in Precision if p in self.precisions],
+            sparsity=self.sparsity,
+            opset=self.opset,
+            ptx=self.ptx,
+            custom_kernels=self.custom_kernels,
+            unified_memory=self.unified_memory,
+        )
+        return plain
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Turn ``"10.3"`` into ``(10, 3)``; stops at the first part that is no number."""
+    numbers = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
+
+
+def _jetson(name: str, title: str, sm: int, jetpack: str, *, memory_mib: int, workspace_mib: int) -> Target:
+    row = next(row for row in JETPACKS if row.version == jetpack)
+    return Target(
+        name, title, sm, Kind.JETSON, Builder.DEVICE, row.tensorrt, row.cuda, memory_mib, workspace_mib,
+        SPEEDS[name], jetpack=row.version, python=row.python, arch="aarch64",
+    )  # fmt: skip
+
+
+_RTX_SERVER = "TensorRT measures kernels on the GPU itself; where it is installed beside this GPU, it is used instead."
+_SM80 = "SM 8.0 is in the builder of TensorRT for RTX 1.7 but not in NVIDIA's published support matrix for it."
+_SPARK = "NVIDIA promises engines that move between GPUs and systems, not from x86-64 to Arm: best built on the Spark."
+
+
+def _gpu(name: str, title: str, sm: int, kind: Kind, memory_mib: int, *notes: str, **other: Any) -> Target:
+    rtx = sm in RTX_SMS
+    builder, tensorrt, cuda = (Builder.RTX, "1.7", "13") if rtx else (Builder.TENSORRT, "11.4", "13")
+    return Target(name, title, sm, kind, builder, tensorrt, cuda, memory_mib, 8192, SPEEDS[name], notes=notes, **other)
+
+
+TARGETS: tuple[Target, ...] = (
+    _jetson("jetson-orin", "Jetson AGX Orin", 87, "6.2", memory_mib=32768, workspace_mib=4096),
+    _jetson("jetson-orin-nx", "Jetson Orin NX", 87, "6.2", memory_mib=8192, workspace_mib=2048),
+    _jetson("jetson-orin-nano", "Jetson Orin Nano", 87, "6.2", memory_mib=4096, workspace_mib=1024),
+    _jetson("jetson-thor", "Jetson Thor", 110, "7.1", memory_mib=65536, workspace_mib=8192),
+    _gpu("a100", "A100", 80, Kind.DATACENTER, 40960, _RTX_SERVER, _SM80),
+    _gpu("a10", "A10", 86, Kind.DATACENTER, 24576, _RTX_SERVER),
+    _gpu("l4", "L4", 89, Kind.DATACENTER, 24576, _RTX_SERVER),
+    _gpu("l40s", "L40S", 89, Kind.DATACENTER, 49152, _RTX_SERVER),
+    _gpu("h100", "H100", 90, Kind.DATACENTER, 81920),
+    _gpu("h200", "H200", 90, Kind.DATACENTER, 144384),
+    _gpu("b200", "B200", 100, Kind.DATACENTER, 184320),
+    _gpu("rtx-4090", "GeForce RTX 4090", 89, Kind.RTX, 24576),
+    _gpu("rtx-5090", "GeForce RTX 5090", 120, Kind.RTX, 32768),
+    _gpu("dgx-spark", "DGX Spark (GB10)", 121, Kind.RTX, 131072, _SPARK, arch="aarch64"),
+)
+"""Every target by its name, Jetsons with the JetPack that is assumed unless another is named."""
+
+
+def find_target(name: str, jetpack: str | None = None) -> Target:
+    """Look up a target by name, a Jetson with the JetPack on it (``"6.2"``; patch releases such as 6.2.1 count as it).
+
+    ``jetson-thor@7.2`` says both at once, and wins over ``jetpack``.
+
+    Raises:
+        ResvitError: IMPOSSIBLE for an unknown name (with the nearest ones), a JetPack that is too old, unknown, or
+            not made for this module, and a JetPack given for something that is no Jetson.
+    """
+    wanted, at, version = name.strip().lower().replace("_", "-").replace(" ", "-").partition("@")
+    jetpack = version if at else jetpack
+    target = next((target for target in TARGETS if target.name == wanted), None)
+    if target is None:
+        raise ResvitError(f"There is no target called {name!r}.", _nearest(wanted), ExitCode.IMPOSSIBLE)
+    if jetpack is None:
+        return target
+    if target.kind is not Kind.JETSON:
+        raise ResvitError(
+            f"{target.title} is not a Jetson, so JetPack {jetpack} does not belong with it.",
+            "Leave the JetPack version out.",
+            ExitCode.IMPOSSIBLE,
+        )
+    row = _jetpack_row(target, jetpack)
+    return dataclasses.replace(target, jetpack=row.version, tensorrt=row.tensorrt, cuda=row.cuda, python=row.python)
+
+
+def proxy_target(target: Target) -> Target:
+    """The device as TensorRT for RTX can stand in for it: the same table row, with the nearest GPU that it serves.
+
+    What it compiles shows which kernels fuse; it does not run on the device. A target that TensorRT for RTX serves
+    stays as it is.
+    """
+    if target.builder is Builder.RTX:
+        return target
+    sm = target.sm if target.sm in RTX_SMS else PROXY_SMS[target.sm]
+    return dataclasses.replace(
+        target, sm=sm, kind=Kind.RTX, builder=Builder.RTX, tensorrt="1.7", jetpack=None, arch=platform.machine()
+    )
+
+
+def require_precision(target: Target, precision: Precision) -> None:
+    """Refuse a precision that the target has no kernels for.
+
+    Raises:
+        ResvitError: IMPOSSIBLE, with the reason and what to use instead.
+    """
+    if precision in target.precisions:
+        return
+    raise ResvitError(
+        f"{target.title} cannot run {precision.value}: FP8 needs compute capability 8.9 or newer, "
+        f"and this is {target.sm / 10:.1f}.",
+        "Use --precision int8 for this target.",
+        ExitCode.IMPOSSIBLE,
+    )
+
+
+def _jetpack_row(target: Target, jetpack: str) -> JetPack:
+    asked = version_of(jetpack.strip())
+    served = [row for row in JETPACKS if not row.refusal and target.name in row.modules]
+    choices = ", ".join(row.version for row in served)
+    row = next((row for row in JETPACKS if version_of(row.version) == asked[:2]), None)
+    if asked and asked[0] < 6:
+        row = JETPACKS[0]
+    if row is None:
+        raise ResvitError(
+            f"JetPack {jetpack} is not in the table.",
+            f"For {target.title}, use one of: {choices} (`cat /etc/nv_tegra_release` on the device tells its release).",
+            ExitCode.IMPOSSIBLE,
+        )
+    if row.refusal:
+        raise ResvitError(
+            f"JetPack {jetpack} cannot be served: it carries TensorRT {row.tensorrt}, and {row.refusal}.",
+            f"Flash {target.title} with one of: {choices}.",
+            ExitCode.IMPOSSIBLE,
+        )
+    if row not in served:
+        raise ResvitError(
+            f"JetPack {jetpack} does not run on {target.title}.",
+            f"For {target.title}, use one of: {choices}.",
+            ExitCode.IMPOSSIBLE,
+        )
+    return row
+
+
+def _nearest(wanted: str) -> str:
+    names = [target.name for target in TARGETS]
+    parts = [part for part in wanted.split("-") if len(part) > 1 and part != "jetson"]
+    near = [name for name in names if any(part in name for part in parts)]
+    near += [name for name in difflib.get_close_matches(wanted, names, n=3, cutoff=0.5) if name not in near]
+    every = f"All targets: {', '.join(names)}."
+    return f"Did you mean {' or '.join(near[:4])}? {every}" if near else every

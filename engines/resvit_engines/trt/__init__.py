@@ -1,0 +1,1 @@
+"""Every call into TensorRT, and nothing else."""
