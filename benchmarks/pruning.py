@@ -46,16 +46,18 @@ from resvit_export.checkpoint import load_checkpoint
 from resvit_export.models import resvit_config, resvit_model
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.torch_program import program_from_module
-from resvit_quantize.fold import fold_program
+from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
-from resvit_quantize.pruning.budget import Budget
-from resvit_quantize.pruning.choice import Choice, choose, uniform
-from resvit_quantize.pruning.discover import groups_from_module
-from resvit_quantize.pruning.distill import DistillOptions, distill
+from resvit_quantize.pruning.choose.budget import Budget
+from resvit_quantize.pruning.choose.choice import Choice, choose, uniform
+from resvit_quantize.pruning.choose.costs import Work
+from resvit_quantize.pruning.choose.importance import Importance, importance_of
+from resvit_quantize.pruning.distill.distill import distill
+from resvit_quantize.pruning.distill.options import DistillOptions
+from resvit_quantize.pruning.find.discover import groups_from_module
 from resvit_quantize.pruning.groups import Kind
-from resvit_quantize.pruning.importance import Importance, importance_of
-from resvit_quantize.pruning.sparsity import SparseMethod, sparsify
-from resvit_quantize.pruning.work import Work
+from resvit_quantize.pruning.sparsity.report import SparseMethod
+from resvit_quantize.pruning.sparsity.sparsity import sparsify
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, QuantizeSettings
 from resvit_quantize.settings import Precision as Format

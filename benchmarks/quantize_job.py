@@ -72,7 +72,7 @@ def modelopt(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None
     import modelopt.onnx.quantization  # noqa: F401  (imported before the clock starts)
 
     from resvit_calibrate.ranges.estimators import Estimator
-    from resvit_quantize.modelopt import quantize_with_modelopt
+    from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
     from resvit_quantize.settings import Precision, QuantizeSettings
 
     def work() -> None:

@@ -31,7 +31,8 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.progress import Reporter, reporter
 from resvit_export.models import resvit_config
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.recover import RecoverOptions, pinned_ranges, recover_model, settings_behind_recovery
+from resvit_quantize.recovery.options import RecoverOptions
+from resvit_quantize.recovery.recover import pinned_ranges, recover_model, settings_behind_recovery
 from resvit_quantize.settings import Precision, QuantizeSettings
 
 BATCH = 128

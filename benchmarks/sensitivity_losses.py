@@ -32,12 +32,12 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program
-from resvit_quantize.fold import fold_program
-from resvit_quantize.qdq import insert_qdq
-from resvit_quantize.sensitivity import measure_sensitivity
+from resvit_quantize.fold.program import fold_program
+from resvit_quantize.qdq.insert import insert_qdq
+from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.sensitivity import measure_sensitivity
+from resvit_quantize.sensitivity.task_loss import DetectionLoss
 from resvit_quantize.settings import Precision, QuantizeSettings
-from resvit_quantize.torch_task_loss import DetectionLoss
-from resvit_quantize.units import plan_units
 
 ASSETS = Path(__file__).parent.parent / "tests" / "assets"
 CASES = {

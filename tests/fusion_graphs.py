@@ -11,9 +11,9 @@ import onnx.parser
 import onnx_ir as ir
 from onnx import TensorProto, numpy_helper
 
-from resvit_quantize.fusion import fuse
-from resvit_quantize.fusion.found import FusionReport, Kind
-from resvit_quantize.network import infer_types
+from resvit_quantize.fusion.fuse import fuse
+from resvit_quantize.fusion.match import FusionReport, Kind
+from resvit_quantize.graph.network import infer_types
 
 
 def graph_of(lines: str, inputs: str, outputs: str, *, opset: int = 20, **constants: Any) -> ir.Model:

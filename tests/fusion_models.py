@@ -17,7 +17,7 @@ from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_export.imports import import_timm
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.work import export_into, fold_into, quiet_libraries
-from resvit_quantize.fusion import Operands
+from resvit_quantize.fusion.fuse import Operands
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Precision, QuantizeSettings
 

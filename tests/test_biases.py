@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from quantize_graphs import Graph, outputs_of
-from resvit_quantize.biases import add_biases
-from resvit_quantize.network import network_from_onnx, onnx_from_network
+from resvit_quantize.equalize.biases import add_biases
+from resvit_quantize.graph.network import network_from_onnx, onnx_from_network
 
 CORRECTION = np.linspace(-3, 4, 8, dtype=np.float32)
 

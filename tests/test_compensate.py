@@ -14,18 +14,20 @@ from quantize_graphs import Graph, outputs_of, sqnr
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import ranges_from
-from resvit_quantize.network import onnx_from_network
-from resvit_quantize.placement import Weight, weight_key
-from resvit_quantize.qdq import insert_qdq, largest_level, quantise_weight
-from resvit_quantize.quantize import Plan, mean_errors, plan_quantization
+from resvit_quantize.graph.network import onnx_from_network
+from resvit_quantize.placement.grid import largest_level, quantise_weight
+from resvit_quantize.placement.placement import Weight, weight_key
+from resvit_quantize.qdq.insert import insert_qdq
+from resvit_quantize.qdq.plan import Plan, plan_quantization
+from resvit_quantize.quantize import mean_errors
 from resvit_quantize.settings import Methods, Precision, QuantizeSettings
 
 torch = pytest.importorskip("torch")
 
-from resvit_quantize.compensate import Compensation, compensate, round_weight  # noqa: E402
-from resvit_quantize.fake_quant import fake_quantize  # noqa: E402
-from resvit_quantize.layer_rows import LayerRows, can_fit, grouped_weight, ungrouped_weight  # noqa: E402
-from resvit_quantize.torch_graph import TorchGraph  # noqa: E402
+from resvit_quantize.rounding.compensate import Compensation, compensate, round_weight  # noqa: E402
+from resvit_quantize.rounding.layer_rows import LayerRows, can_fit, grouped_weight, ungrouped_weight  # noqa: E402
+from resvit_quantize.torch_graph.fake_quant import fake_quantize  # noqa: E402
+from resvit_quantize.torch_graph.graph import TorchGraph  # noqa: E402
 
 PLAIN = Methods(smoothing=False, sparing=False)
 

@@ -21,7 +21,7 @@ from resvit_export.onnx_heads import split_along_heads
 from resvit_export.onnx_import import import_onnx
 from resvit_export.onnx_report import ExportReport
 from resvit_export.torch_program import program_from_module
-from resvit_quantize.fold import fold_program
+from resvit_quantize.fold.program import fold_program
 
 
 @pytest.fixture(scope="module")

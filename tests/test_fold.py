@@ -10,8 +10,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 from resvit_engines.errors import ResvitError
-from resvit_quantize.fold import FoldReport, fold_program
-from resvit_quantize.fold_graph import module_path
+from resvit_quantize.fold.editor import module_path
+from resvit_quantize.fold.program import FoldReport, fold_program
 
 
 def stir(module: nn.Module) -> nn.Module:

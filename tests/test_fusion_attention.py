@@ -16,9 +16,9 @@ from resvit_engines.builder import builder as build
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.targets.table import find_target
-from resvit_quantize.fusion import Operands, config_of, fuse, our_nodes
-from resvit_quantize.fusion.found import Kind
-from resvit_quantize.network import network_from_onnx
+from resvit_quantize.fusion.fuse import Operands, config_of, fuse, our_nodes
+from resvit_quantize.fusion.match import Kind
+from resvit_quantize.graph.network import network_from_onnx
 
 HEADS, SIZE, TOKENS = 2, 8, 6
 WIDTH = HEADS * SIZE

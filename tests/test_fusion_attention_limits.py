@@ -10,8 +10,8 @@ import pytest
 
 from fusion_graphs import computed, fused, graph_of, half, refusal
 from resvit_engines.kernels.attention import AttentionConfig, traffic_bytes
-from resvit_quantize.fusion import our_nodes
-from resvit_quantize.fusion.found import Kind
+from resvit_quantize.fusion.fuse import our_nodes
+from resvit_quantize.fusion.match import Kind
 
 HEADS, SIZE, TOKENS = 2, 8, 6
 WIDTH = HEADS * SIZE

@@ -15,8 +15,8 @@ from fusion_graphs import computed, fused, graph_of, half, refusal
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference, bridge_refusal
 from resvit_engines.kernels.numerics import spacing
 from resvit_engines.plugins.names import OP_TYPES
-from resvit_quantize.fusion import config_of, our_nodes
-from resvit_quantize.fusion.found import Kind
+from resvit_quantize.fusion.fuse import config_of, our_nodes
+from resvit_quantize.fusion.match import Kind
 
 CHANNELS, HEIGHT, WIDTH, EMBED = 24, 3, 4, 16
 AREA = HEIGHT * WIDTH

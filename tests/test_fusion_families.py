@@ -14,8 +14,8 @@ import pytest
 import fusion_models
 from fusion_models import Built, factory_name, plain_names, values_of
 from quantize_graphs import sqnr
-from resvit_quantize.fusion import config_of, fuse, our_nodes
-from resvit_quantize.fusion.found import Kind
+from resvit_quantize.fusion.fuse import config_of, fuse, our_nodes
+from resvit_quantize.fusion.match import Kind
 from resvit_quantize.settings import Precision
 
 ALIKE = {Precision.FP16: 45.0, Precision.INT8: 25.0}

@@ -20,8 +20,8 @@ from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 from resvit_engines.kernels.residual import ResidualConfig, residual_reference
 from resvit_engines.plugins.names import DOMAIN, OP_TYPES
 from resvit_quantize.fusion import attention_node, bridge, seams
-from resvit_quantize.fusion.found import ONNX_TYPES
 from resvit_quantize.fusion.functions import function_of
+from resvit_quantize.fusion.match import ONNX_TYPES
 
 FLOATS = ("fp16", "bf16")
 OUTPUTS = ("fp16", "bf16", "int8", "fp8")

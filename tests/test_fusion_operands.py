@@ -14,8 +14,8 @@ from fusion_graphs import computed, fused, graph_of, half, refusal
 from quantize_graphs import sqnr
 from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, parts_of
 from resvit_engines.kernels.numerics import spacing
-from resvit_quantize.fusion import Operands, our_nodes
-from resvit_quantize.fusion.found import Kind
+from resvit_quantize.fusion.fuse import Operands, our_nodes
+from resvit_quantize.fusion.match import Kind
 
 HEADS, SIZE, TOKENS = 2, 8, 6
 WIDTH = HEADS * SIZE

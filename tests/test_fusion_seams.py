@@ -11,8 +11,8 @@ import pytest
 from fusion_graphs import computed, fused, graph_of, half, refusal
 from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.residual import ResidualConfig
-from resvit_quantize.fusion import config_of, our_nodes
-from resvit_quantize.fusion.found import Config, Kind
+from resvit_quantize.fusion.fuse import config_of, our_nodes
+from resvit_quantize.fusion.match import Config, Kind
 
 ALL = (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RESIDUAL)
 STEP = np.float16(0.0625)

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize_graphs import Graph, hybrid, outputs_of, ranges_from_extremes, ranges_of, sqnr
 from resvit_calibrate.ranges.ranges import Ranges
+from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.report import QuantizeReport
 from resvit_quantize.settings import Precision, QuantizeSettings
 
 FP16 = QuantizeSettings(Precision.FP16)

@@ -22,7 +22,7 @@ from resvit_export.imports import import_transformers
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.recipe import absolute_reference
-from resvit_quantize.fold import fold_program
+from resvit_quantize.fold.program import fold_program
 
 pytest.importorskip("transformers")
 WRITER = Path(__file__).parent.parent / "examples" / "scenes.py"

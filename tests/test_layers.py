@@ -10,8 +10,8 @@ import pytest
 from quantize_graphs import Graph, basic_block, hybrid
 from resvit_engines.targets.costs import LayerKind, LayerWork, Read, layer_times
 from resvit_engines.targets.table import Precision, find_target
-from resvit_quantize.layers import layers_from_graph
-from resvit_quantize.network import network_from_onnx
+from resvit_quantize.graph.fused_layers import layers_from_graph
+from resvit_quantize.graph.network import network_from_onnx
 
 
 def works(path: Path, batch: int = 1) -> dict[str, LayerWork]:

@@ -17,7 +17,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli import run
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program
-from resvit_quantize.fold import fold_program
+from resvit_quantize.fold.program import fold_program
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transunet"
 

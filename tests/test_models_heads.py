@@ -19,9 +19,9 @@ from resvit_export.models.presets import preset
 from resvit_export.models.training import scene_loss
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.torch_program import output_names, program_from_module
-from resvit_quantize.fold import fold_program
+from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
-from resvit_quantize.pruning.discover import groups_from_module
+from resvit_quantize.pruning.find.discover import groups_from_module
 from resvit_quantize.pruning.groups import Kind
 
 WITH_HEADS = ("fpn-nano-det", "fpn-nano-seg", "embed-nano-seg")

@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from quantize_graphs import Graph, outputs_of
-from resvit_quantize import norms
-from resvit_quantize.half import half_from_network
-from resvit_quantize.network import network_from_onnx, onnx_from_network
+from resvit_quantize.graph.network import network_from_onnx, onnx_from_network
+from resvit_quantize.qdq import rtx_norms as norms
+from resvit_quantize.qdq.half import half_from_network
 
 FORMS = pytest.mark.parametrize("form", ["GroupNormalization", "InstanceNormalization"])
 

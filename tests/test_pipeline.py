@@ -121,7 +121,7 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A quantiser that clips all activations to a hundredth: what a bad calibration does, made certain.
-    from resvit_quantize import qdq
+    from resvit_quantize.qdq import insert as qdq
 
     honest = qdq.scale_from_amax
     monkeypatch.setattr(

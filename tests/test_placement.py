@@ -6,9 +6,9 @@ import pytest
 
 from quantize_graphs import Graph, basic_block, hybrid
 from resvit_engines.errors import ResvitError
-from resvit_quantize.graph import Analysis, analyse
-from resvit_quantize.network import network_from_onnx
-from resvit_quantize.placement import Placement, Shortcuts, place
+from resvit_quantize.graph.analysis import Analysis, analyse
+from resvit_quantize.graph.network import network_from_onnx
+from resvit_quantize.placement.placement import Placement, Shortcuts, place
 from resvit_quantize.settings import Precision
 
 

@@ -14,11 +14,11 @@ from hf_models import folder_of
 from resvit_export.load import ModelSpec, load_network
 from resvit_export.models import resvit_model
 from resvit_export.onnx_export import onnx_from_program
-from resvit_quantize.fold import fold_program
-from resvit_quantize.graph import Analysis, analyse
-from resvit_quantize.network import network_from_onnx
-from resvit_quantize.placement import place
-from resvit_quantize.positions import position_products
+from resvit_quantize.fold.program import fold_program
+from resvit_quantize.graph.analysis import Analysis, analyse
+from resvit_quantize.graph.network import network_from_onnx
+from resvit_quantize.placement.placement import place
+from resvit_quantize.placement.positions import position_products
 from resvit_quantize.settings import Precision
 
 

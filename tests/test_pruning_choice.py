@@ -16,10 +16,10 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.models import resvit_model
-from resvit_quantize.pruning.budget import Budget, cost_of, legal_widths
-from resvit_quantize.pruning.choice import choose, uniform
+from resvit_quantize.pruning.choose.budget import Budget, cost_of, legal_widths
+from resvit_quantize.pruning.choose.choice import choose, uniform
+from resvit_quantize.pruning.choose.costs import Work, layer_us, widths_of
 from resvit_quantize.pruning.groups import Group, Kind
-from resvit_quantize.pruning.work import Work, layer_us, widths_of
 
 
 def two_mlps(first: int = 32, second: int = 32) -> tuple[nn.Module, tuple[Group, Group], Work]:

@@ -24,12 +24,12 @@ from torch import Tensor, nn  # noqa: E402
 from resvit_calibrate.images.image_set import Batch  # noqa: E402
 from resvit_engines.errors import ResvitError  # noqa: E402
 from resvit_export.models import resvit_model  # noqa: E402
-from resvit_quantize.pruning.distill import Answer, DistillOptions, DistillReport, distill  # noqa: E402
-from resvit_quantize.pruning.torch_distill_check import feature_paths  # noqa: E402
-from resvit_quantize.pruning.torch_distill_loss import distance, label_loss, shifted  # noqa: E402
-from resvit_quantize.pruning.torch_distill_state import move_average, tensors_of  # noqa: E402
-from resvit_quantize.recover import Stop  # noqa: E402
-from resvit_quantize.torch_training import warmed_cosine  # noqa: E402
+from resvit_quantize.pruning.distill.distill import distill  # noqa: E402
+from resvit_quantize.pruning.distill.features import feature_paths  # noqa: E402
+from resvit_quantize.pruning.distill.loss import distance, label_loss, shifted  # noqa: E402
+from resvit_quantize.pruning.distill.options import Answer, DistillOptions, DistillReport  # noqa: E402
+from resvit_quantize.pruning.distill.state import move_average, tensors_of  # noqa: E402
+from resvit_quantize.training.standing import Stop, warmed_cosine  # noqa: E402
 
 FAST = DistillOptions(epochs=2, batch=16, learning_rate=1e-2, ema=0.8)
 

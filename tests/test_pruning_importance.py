@@ -14,9 +14,9 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ResvitError
 from resvit_export.checkpoint import load_checkpoint
 from resvit_export.models import resvit_model
+from resvit_quantize.pruning.choose.importance import Importance, importance_of
 from resvit_quantize.pruning.groups import Group, Kind, Role, Slice
-from resvit_quantize.pruning.importance import Importance, importance_of
-from resvit_quantize.pruning.torch_losses import divergence
+from resvit_quantize.pruning.losses import divergence
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,14 @@ from torch import Tensor, nn  # noqa: E402
 
 from resvit_engines.errors import ExitCode, ResvitError  # noqa: E402
 from resvit_engines.targets.table import TARGETS, find_target  # noqa: E402
-from resvit_quantize.pruning.sparsity import (  # noqa: E402
-    Layout,
-    SparseMethod,
-    SparseReport,
+from resvit_quantize.pruning.sparsity.masks import compensated  # noqa: E402
+from resvit_quantize.pruning.sparsity.report import Layout, SparseMethod, SparseReport  # noqa: E402
+from resvit_quantize.pruning.sparsity.sparsity import (  # noqa: E402
     has_sparse_tensor_cores,
     is_two_to_four,
     require_sparsity,
     sparsify,
 )
-from resvit_quantize.pruning.torch_sparsity import compensated  # noqa: E402
 
 
 class Standardised(nn.Conv2d):

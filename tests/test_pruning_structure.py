@@ -18,7 +18,7 @@ from resvit_engines.errors import ResvitError
 from resvit_export.imports import import_timm
 from resvit_export.models import resvit_model
 from resvit_quantize.pruning.apply import prune
-from resvit_quantize.pruning.discover import groups_from_module
+from resvit_quantize.pruning.find.discover import groups_from_module
 from resvit_quantize.pruning.groups import Group, Kind
 from resvit_quantize.pruning.structure import Structure, apply_structure, structure_from_json
 

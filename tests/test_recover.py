@@ -20,19 +20,14 @@ from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_export.cli import run
-from resvit_quantize.qdq import scale_from_amax
-from resvit_quantize.quantize import plan_quantization, quantize_model
-from resvit_quantize.recover import (
-    RecoverOptions,
-    RecoverReport,
-    Stop,
-    on_grid,
-    pinned_ranges,
-    recover_model,
-    settings_behind_recovery,
-    trainable_constants,
-)
+from resvit_quantize.placement.grid import scale_from_amax
+from resvit_quantize.qdq.plan import plan_quantization
+from resvit_quantize.quantize import quantize_model
+from resvit_quantize.recovery.options import RecoverOptions, RecoverReport
+from resvit_quantize.recovery.recover import on_grid, pinned_ranges, recover_model, settings_behind_recovery
+from resvit_quantize.recovery.student import trainable_constants
 from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.training.standing import Stop
 
 COARSE = QuantizeSettings(Precision.INT8, Estimator.MAX, bits=3)
 FAST = RecoverOptions(epochs=2, batch=16, learning_rate=1e-2, evaluate_every=8)
@@ -135,7 +130,7 @@ def test_masks_preprocessing_and_epsilons_are_not_trained(tmp_path: Path) -> Non
 
 
 def test_quantising_recovered_weights_again_changes_nothing(ranges: Ranges, done: tuple[Path, RecoverReport]) -> None:
-    from resvit_quantize.qdq import quantise_weight
+    from resvit_quantize.placement.grid import quantise_weight
 
     weights = constants(done[0])
     grids = on_grid(plan_quantization(done[0], ranges, COARSE))
@@ -150,8 +145,8 @@ def test_quantising_recovered_weights_again_changes_nothing(ranges: Ranges, done
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 def test_weight_scales_in_torch_are_those_of_the_quantiser(precision: Precision) -> None:
     torch = pytest.importorskip("torch")
-    from resvit_quantize.placement import Weight
-    from resvit_quantize.torch_student import weight_scale
+    from resvit_quantize.placement.placement import Weight
+    from resvit_quantize.recovery.student import weight_scale
 
     weight = (10.0 ** np.random.default_rng(0).uniform(-9, 7, (300, 1, 1, 1))).astype(np.float32)
     weight[0] = 0.0
@@ -187,7 +182,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 def test_a_loss_that_is_not_finite_ends_it_and_the_best_weights_stay(
     model: Path, ranges: Ranges, images: Images, tmp_path: Path
 ) -> None:
-    from resvit_quantize import torch_recover
+    from resvit_quantize.recovery import training as torch_recover
 
     steps = 0
     honest = torch_recover.distance

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
 from resvit_engines.targets.table import Precision, find_target
-from resvit_quantize.plans import (
+from resvit_quantize.search.assignments import (
     Plan,
     Problem,
     best_within,
@@ -20,7 +20,7 @@ from resvit_quantize.plans import (
     nested_plans,
     raised_products,
 )
-from resvit_quantize.search import (
+from resvit_quantize.search.search import (
     Answer,
     confidence_of_look,
     latency_budget_from,

@@ -19,8 +19,9 @@ from resvit_export.load import ModelSpec, load_network
 from resvit_export.onnx_export import onnx_from_program
 from resvit_export.recipe import Recipe, recipe_from_toml
 from resvit_export.sensitivity_stage import exclude_snippet
-from resvit_quantize.fold import fold_program
-from resvit_quantize.sensitivity import (
+from resvit_quantize.fold.program import fold_program
+from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
     Method,
     Sensitivity,
@@ -31,7 +32,6 @@ from resvit_quantize.sensitivity import (
     sqnr_db,
 )
 from resvit_quantize.settings import Precision, QuantizeSettings
-from resvit_quantize.units import plan_units
 
 INT8 = QuantizeSettings(Precision.INT8)
 

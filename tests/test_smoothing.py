@@ -15,13 +15,13 @@ from quantize_graphs import Graph, outputs_of, sqnr, vit_block
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
-from resvit_quantize.channel_flow import channel_flow
-from resvit_quantize.graph import analyse
-from resvit_quantize.network import constant, network_from_onnx, onnx_from_network
-from resvit_quantize.placement import place
+from resvit_quantize.equalize.channel_flow import channel_flow
+from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
+from resvit_quantize.graph.analysis import analyse
+from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
+from resvit_quantize.placement.placement import place
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Methods, Precision, QuantizeSettings
-from resvit_quantize.smoothing import Moved, Reader, smooth
 
 NO_SMOOTHING = Methods(smoothing=False)
 
@@ -389,8 +389,8 @@ def test_no_chain_of_operators_changes(tmp_path_factory: pytest.TempPathFactory,
 ])  # fmt: skip
 def test_a_readers_view_of_its_weight(op_type: str, attributes: dict[str, float], shape: tuple[int, ...]) -> None:
     """The layer itself, on one position, says what each input channel and a constant input give."""
-    from resvit_quantize.torch_graph import attributes_of
-    from resvit_quantize.torch_ops import OPERATORS
+    from resvit_quantize.torch_graph.graph import attributes_of
+    from resvit_quantize.torch_graph.operators import OPERATORS
 
     torch = pytest.importorskip("torch")
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph
-from resvit_quantize.network import network_from_onnx
+from resvit_quantize.graph.network import network_from_onnx
 
 torch = pytest.importorskip("torch")
 
-from resvit_quantize.layer_rows import LayerRows  # noqa: E402
-from resvit_quantize.torch_graph import TorchGraph  # noqa: E402
-from resvit_quantize.torch_importance import position_importance  # noqa: E402
+from resvit_quantize.rounding.importance import position_importance  # noqa: E402
+from resvit_quantize.rounding.layer_rows import LayerRows  # noqa: E402
+from resvit_quantize.torch_graph.graph import TorchGraph  # noqa: E402
 
 
 def found(path: Path, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ def static_table(rows: Sequence[dict[str, Any]]) -> str:
         "Nothing here was timed. Registers, spills and shared memory are what `ptxas` 13.1 reports; occupancy follows "
         "from them; `mma` counts tensor-core instructions in the code, `loads` reads of global memory by bytes. "
         "`floor` is the larger of bytes over bandwidth and operations over peak by the target's data sheet, plus the "
-        "fixed cost of a kernel (`resvit_engines/targets/speeds.py`): no kernel can be faster, and ours will be slower. "
-        "Blocks, MB and floor are for the batches in their order.",
+        "fixed cost of a kernel (`resvit_engines/targets/speeds.py`): no kernel can be faster, and ours will be "
+        "slower. Blocks, MB and floor are for the batches in their order.",
     ]
     for target in dict.fromkeys(row["target"] for row in rows):
         own = [row for row in rows if row["target"] == target]

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from peers.coverage import DEQUANTIZE, QUANTIZE, read_graph
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
-from resvit_quantize.network import add_initializer, all_nodes, constant
+from resvit_quantize.graph.network import add_initializer, all_nodes, constant
 
 _SAME_WEIGHT = 0.1
 """Relative error up to which a float array counts as what an 8-bit array was rounded from."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from resvit_quantize.graph import Product, analyse
-from resvit_quantize.network import constant, network_from_onnx
+from resvit_quantize.graph.analysis import Product, analyse
+from resvit_quantize.graph.network import constant, network_from_onnx
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 EIGHT_BITS = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2})

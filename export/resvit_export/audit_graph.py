@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
 from resvit_engines.errors import ResvitError
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.regions import is_view
+from resvit_quantize.graph.regions import is_view
 
 _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "MultiHeadAttention"})
 _WHOLE = frozenset({"Attention", "MultiHeadAttention"})

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from resvit_export.recipe import Recipe
-    from resvit_quantize.fusion import Operands
-    from resvit_quantize.fusion.found import FusionReport, Kind, Match
+    from resvit_quantize.fusion.fuse import Operands
+    from resvit_quantize.fusion.match import FusionReport, Kind, Match
 
 RESULT = "fusion.json"
 
@@ -40,7 +40,7 @@ def fuse_into(
     """
     import onnx_ir
 
-    from resvit_quantize.fusion.found import WORTH_ASKING, Kind
+    from resvit_quantize.fusion.match import WORTH_ASKING, Kind
 
     wanted = WORTH_ASKING if choice.by is By.WISH else frozenset(Kind)
     if kinds is not None:
@@ -65,7 +65,7 @@ def fused_network(
     import onnx_ir
 
     from resvit_export.plugin_kernels import refusal
-    from resvit_quantize.fusion import fuse
+    from resvit_quantize.fusion.fuse import fuse
 
     network = onnx_ir.load(model)
 
@@ -97,7 +97,7 @@ def _not_faster(match: Match, target: Target) -> str | None:
 def _operands(ranges: Path, recipe: Recipe) -> Operands:
     from resvit_calibrate.ranges.estimators import Estimator
     from resvit_calibrate.ranges.ranges import load_ranges
-    from resvit_quantize.fusion import Operands
+    from resvit_quantize.fusion.fuse import Operands
 
     known, precision = load_ranges(ranges), recipe.precision
     # Calibration keeps histograms of what products with weights read; of these tensors it knows the extremes.

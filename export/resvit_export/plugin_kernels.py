@@ -17,7 +17,7 @@ from resvit_engines.targets.table import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from resvit_quantize.fusion.found import Config
+    from resvit_quantize.fusion.match import Config
 
 
 _KERNELS: dict[type, tuple[Callable[[Any, int], str | None], Callable[[Any, int], Source]]] = {
@@ -53,7 +53,7 @@ def carry_kernels(network: ir.Model, target: Target, way: str) -> int:
     """
     from resvit_engines.kernels.compile.compile import kernel_from_source
     from resvit_engines.kernels.compile.resources import require_fits
-    from resvit_quantize.fusion import config_of, our_nodes
+    from resvit_quantize.fusion.fuse import config_of, our_nodes
 
     compiled: dict[Config, Kernel] = {}
     count = 0

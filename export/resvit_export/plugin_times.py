@@ -19,7 +19,7 @@ from resvit_engines.run.runner import Runner, runtime_of
 from resvit_engines.targets.table import Target
 
 if TYPE_CHECKING:
-    from resvit_quantize.fusion.found import Kind
+    from resvit_quantize.fusion.match import Kind
 
 RESULT = "times.json"
 PLAIN, ALL = "plain", "all"
@@ -35,7 +35,7 @@ def times_into(
     cannot explain to be faster; they are timed in turns. If that last one is not faster as a whole, none is chosen.
     What does not build is left out, with TensorRT's words.
     """
-    from resvit_quantize.fusion.found import Kind
+    from resvit_quantize.fusion.match import Kind
 
     work = folder / "engines"
     work.mkdir()

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.image_set import Batch
     from resvit_export.load import Network
-    from resvit_quantize.pruning.budget import Budget
-    from resvit_quantize.pruning.choice import Choice
+    from resvit_quantize.pruning.choose.budget import Budget
+    from resvit_quantize.pruning.choose.choice import Choice
     from resvit_quantize.pruning.groups import Group
     from resvit_quantize.pruning.structure import Structure
 
@@ -55,7 +55,7 @@ def require_prunable(recipe: Recipe, target: Target | None) -> None:
 
     Raises ``ResvitError``.
     """
-    from resvit_quantize.pruning.sparsity import require_sparsity
+    from resvit_quantize.pruning.sparsity.sparsity import require_sparsity
 
     if not recipe.prunes:
         return
@@ -83,12 +83,12 @@ def prune_into(
     from resvit_export.checkpoint import structure_in
     from resvit_export.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
-    from resvit_quantize.pruning.choice import choose
-    from resvit_quantize.pruning.discover import groups_from_module
+    from resvit_quantize.pruning.choose.choice import choose
+    from resvit_quantize.pruning.choose.costs import Work
+    from resvit_quantize.pruning.choose.importance import Importance, importance_of
+    from resvit_quantize.pruning.find.discover import groups_from_module
     from resvit_quantize.pruning.groups import Kind
-    from resvit_quantize.pruning.importance import Importance, importance_of
     from resvit_quantize.pruning.structure import Structure
-    from resvit_quantize.pruning.work import Work
 
     assert network.module is not None
     module, example = copy.deepcopy(network.module).eval(), torch.zeros(2, *network.input_shape)
@@ -147,7 +147,8 @@ def retrain_into(
     import torch
 
     from resvit_export.checkpoint import structure_in
-    from resvit_quantize.pruning.distill import DistillOptions, distill
+    from resvit_quantize.pruning.distill.distill import distill
+    from resvit_quantize.pruning.distill.options import DistillOptions
     from resvit_quantize.pruning.structure import Structure
 
     assert network.module is not None
@@ -188,7 +189,7 @@ def write_network(
 
 
 def _budget(recipe: Recipe, target: Target | None) -> Budget:
-    from resvit_quantize.pruning.budget import Budget
+    from resvit_quantize.pruning.choose.budget import Budget
 
     return Budget(
         macs=recipe.prune_macs,
@@ -214,7 +215,8 @@ def _sparsified(
     example: torch.Tensor,
     reporter: Reporter,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from resvit_quantize.pruning.sparsity import SparseMethod, sparsify
+    from resvit_quantize.pruning.sparsity.report import SparseMethod
+    from resvit_quantize.pruning.sparsity.sparsity import sparsify
 
     method = SparseMethod.SPARSEGPT if batches else SparseMethod.MAGNITUDE
     pictures = [images for images, _ in batches[:SPARSE_BATCHES]] or [example]
@@ -290,7 +292,7 @@ def _curves(
 def _answers(module: nn.Module, pictures: torch.Tensor) -> list[torch.Tensor]:
     import torch
 
-    from resvit_quantize.pruning.torch_losses import answers
+    from resvit_quantize.pruning.losses import answers
 
     pieces = [answers(module, part) for part in torch.split(pictures, 32)]
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
@@ -298,7 +300,7 @@ def _answers(module: nn.Module, pictures: torch.Tensor) -> list[torch.Tensor]:
 
 def _alike(exact: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """The share of equal answers for a classifier; else one less the relative squared error, at least zero."""
-    from resvit_quantize.pruning.torch_losses import is_classifier
+    from resvit_quantize.pruning.losses import is_classifier
 
     if is_classifier(exact):
         return float((exact[0].argmax(1) == other[0].argmax(1)).double().mean())

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from resvit_engines.targets.costs import CostModel
     from resvit_export.pipeline import Pipeline
     from resvit_export.recipe import Recipe
-    from resvit_quantize.plans import Plan, Problem
-    from resvit_quantize.search import Answer, SearchResult
+    from resvit_quantize.search.assignments import Plan, Problem
+    from resvit_quantize.search.search import Answer, SearchResult
 
 SENSITIVITY_IMAGES = 128
 _SHOWN = 12
@@ -35,7 +35,7 @@ def require_searchable(recipe: Recipe, target: Target | None) -> None:
         measured_times_from_json(Path(recipe.measured_times))
     if recipe.latency_budget is None:
         return
-    from resvit_quantize.search import latency_budget_from
+    from resvit_quantize.search.search import latency_budget_from
 
     latency_budget_from(recipe.latency_budget)
     if recipe.precision == "fp16" or recipe.quantizer != "resvit":
@@ -87,7 +87,7 @@ def predicted(pipeline: Pipeline) -> Artifact:
 def _hopeless(verdict: dict[str, Any], recipe: Recipe, alone: str = "") -> str:
     """Why no network at all could be accepted on these images, empty if one could; ``alone`` goes before."""
     from resvit_calibrate.gate.intervals import paired_difference
-    from resvit_quantize.search import confidence_of_look
+    from resvit_quantize.search.search import confidence_of_look
 
     if alone:
         return alone
@@ -123,8 +123,8 @@ def _cost_facts(pipeline: Pipeline) -> dict[str, Any]:
 
 def _cost_model(pipeline: Pipeline) -> CostModel:
     from resvit_engines.targets.costs import CostModel
-    from resvit_quantize.layers import layers_from_graph
-    from resvit_quantize.network import network_from_onnx
+    from resvit_quantize.graph.fused_layers import layers_from_graph
+    from resvit_quantize.graph.network import network_from_onnx
 
     recipe = pipeline.recipe
     works = layers_from_graph(network_from_onnx(pipeline.float_model[0]), recipe.batch_range[1])
@@ -136,7 +136,7 @@ def _cost_model(pipeline: Pipeline) -> CostModel:
 
 def _predict_into(folder: Path, pipeline: Pipeline) -> None:
     """Write ``costs.json``."""
-    from resvit_quantize.search import worth_it
+    from resvit_quantize.search.search import worth_it
 
     costs = _cost_model(pipeline)
     nodes = pipeline.quantized.json("quantize.json")["nodes"]
@@ -175,7 +175,7 @@ def _search(pipeline: Pipeline) -> Artifact:
 
 def _search_into(folder: Path, pipeline: Pipeline) -> None:
     """Write ``search.json``. Every look is a pair of finished stages, so that a killed search goes on."""
-    from resvit_quantize.search import latency_budget_from, search_latency_budget, search_max_drop
+    from resvit_quantize.search.search import latency_budget_from, search_latency_budget, search_max_drop
 
     recipe, problem = pipeline.recipe, _problem(pipeline)
     if recipe.latency_budget:
@@ -197,7 +197,7 @@ def _search_into(folder: Path, pipeline: Pipeline) -> None:
 
 def _problem(pipeline: Pipeline) -> Problem:
     from resvit_export.sensitivity_stage import measured_sensitivity, sensitivity_of
-    from resvit_quantize.plans import Problem
+    from resvit_quantize.search.assignments import Problem
 
     layers = sensitivity_of(measured_sensitivity(pipeline, SENSITIVITY_IMAGES)).layers
     known, asked = pipeline.require_target().precisions, pipeline.recipe.precision
@@ -211,7 +211,7 @@ def _problem(pipeline: Pipeline) -> Problem:
 
 def _look(pipeline: Pipeline, plan: Plan, confidence: float, plain: str) -> Answer:
     """Quantise and validate one plan; the plain one is validated already."""
-    from resvit_quantize.search import Answer
+    from resvit_quantize.search.search import Answer
 
     if plan.digest == plain:
         verdict = pipeline.verdict

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_export.pipeline import Pipeline
-    from resvit_quantize.sensitivity import LayerDamage, Sensitivity
+    from resvit_quantize.sensitivity.sensitivity import LayerDamage, Sensitivity
 
 RESULT = "sensitivity.json"
 METHODS = ("one-pass", "brute-force")
@@ -75,7 +75,7 @@ def measured_sensitivity(pipeline: Pipeline, images: int, method: str = METHODS[
 
 def sensitivity_of(artifact: Artifact) -> Sensitivity:
     """What a finished stage found."""
-    from resvit_quantize.sensitivity import sensitivity_from_json
+    from resvit_quantize.sensitivity.sensitivity import sensitivity_from_json
 
     return sensitivity_from_json(artifact.json(RESULT))
 
@@ -108,8 +108,8 @@ def _sensitivity_into(
     from resvit_calibrate.answers.replay import FirstImages
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_export.work import quantize_settings
-    from resvit_quantize.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
-    from resvit_quantize.torch_task_loss import task_loss
+    from resvit_quantize.sensitivity.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
+    from resvit_quantize.sensitivity.task_loss import task_loss
 
     settings = quantize_settings(recipe)
     if Method(method) is Method.BRUTE_FORCE:

@@ -24,8 +24,8 @@ def suit_builder(model: Path, builder: Builder | None) -> None:
     """
     import onnx_ir
 
-    from resvit_quantize.norms import write_out_group_norms
-    from resvit_quantize.scales import move_channel_scales
+    from resvit_quantize.qdq.rtx_norms import write_out_group_norms
+    from resvit_quantize.qdq.rtx_scales import move_channel_scales
 
     if builder is not Builder.RTX:
         return

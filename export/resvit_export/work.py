@@ -54,7 +54,7 @@ def fold_into(folder: Path, network: Network) -> None:
     import torch
 
     from resvit_export.torch_program import write_by_memory
-    from resvit_quantize.fold import fold_program
+    from resvit_quantize.fold.program import fold_program
 
     with quiet_libraries():
         program, report = fold_program(network.program)
@@ -125,7 +125,8 @@ def recover_into(
     """
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_calibrate.ranges.statistics import load_statistics
-    from resvit_quantize.recover import RecoverOptions, recover_model
+    from resvit_quantize.recovery.options import RecoverOptions
+    from resvit_quantize.recovery.recover import recover_model
 
     options = RecoverOptions(epochs=recipe.recover_epochs, seed=recipe.seed)
     settings, out = quantize_settings(recipe), folder / "recovered.onnx"
@@ -169,7 +170,7 @@ def quantize_into(
     """Write the quantised ``model.onnx``, in the form for ``builder``, and ``quantize.json``; by ours or ModelOpt."""
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_calibrate.ranges.statistics import load_statistics
-    from resvit_quantize.recover import pinned_ranges, settings_behind_recovery
+    from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
 
     settings, known = quantize_settings(recipe, precisions), load_ranges(ranges)
     recovered = recipe.recover == "always"
@@ -178,7 +179,7 @@ def quantize_into(
         known = pinned_ranges(known, json.loads(model.with_name("clips.json").read_bytes()))
     out = folder / "model.onnx"
     if recipe.quantizer == "modelopt":
-        from resvit_quantize.modelopt import quantize_with_modelopt
+        from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
 
         report = quantize_with_modelopt(model, images.batches(batch_size), settings, out, reporter)
     else:

@@ -2,170 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from resvit_calibrate.observe.histogram import ChannelStatistics
-from resvit_calibrate.ranges.channels import amax_for_output
-from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
-from resvit_quantize.biases import add_biases
-from resvit_quantize.graph import Analysis, analyse
-from resvit_quantize.half import half_from_network
-from resvit_quantize.network import constant, network_from_onnx, onnx_from_network
-from resvit_quantize.patterns import node_matches
-from resvit_quantize.placement import Edge, EdgeKey, Placement, edge_key, place
-from resvit_quantize.qdq import (
-    LARGEST,
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
+from resvit_quantize.equalize.biases import add_biases
+from resvit_quantize.equalize.smoothing import Reader
+from resvit_quantize.graph.network import onnx_from_network
+from resvit_quantize.placement.grid import (
     StoredWeight,
-    insert_qdq,
     quantise_weight,
     require_finite,
 )
-from resvit_quantize.report import QuantizeReport, SmoothedTensor, report_from_graph
+from resvit_quantize.qdq.half import half_from_network
+from resvit_quantize.qdq.insert import insert_qdq
+from resvit_quantize.qdq.plan import Plan, plan_quantization
+from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, report_from_graph
 from resvit_quantize.settings import Effort, Precision, QuantizeSettings
-from resvit_quantize.shifting import Opened, close_activations, open_activations
-from resvit_quantize.smoothing import Moved, Reader, smooth
-
-_SPARED = 0.02
-"""The share of the multiply-accumulates that may stay in FP16 for accuracy's sake."""
-_FEW_CHANNELS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All decisions that need no images: a float network, where it is quantised, and to which ranges."""
-
-    network: ir.Model
-    """In FP32; equal in its outputs to the model that the plan was made from."""
-    analysis: Analysis
-    placement: Placement
-    amax: dict[EdgeKey, float]
-    """The clip of each quantised tensor at each precision that it is quantised to."""
-    moved: tuple[Moved, ...] = ()
-    means: dict[str, np.ndarray] = field(default_factory=dict)
-    """E[x] by channel [C] of the network's quantised tensors, where calibration knows it."""
-
-
-def plan_quantization(
-    model: Path, ranges: Ranges, settings: QuantizeSettings, statistics: Statistics | None = None
-) -> Plan:
-    """Decide what is quantised and how far each range reaches.
-
-    Smoothing and ranges for the least error at the output need the calibration's ``statistics`` by channel;
-    without them ranges are the estimator's own. Raises :class:`ResvitError` for a model that does not read or
-    check, a pattern that matches nothing, and a tensor without a range.
-    """
-    network = network_from_onnx(model)
-    analysis = analyse(network)
-    precision, methods = settings.precision, settings.methods
-    unfit = {} if precision is Precision.FP16 else _unfit_tensors(analysis, ranges, settings)
-    spared = _spared(analysis, settings) if methods.sparing and precision is not Precision.FP16 else {}
-    own = dict.fromkeys(spared, Precision.FP16) | dict(settings.precisions)
-    placement = place(analysis, precision, settings.include, settings.exclude, unfit, own)
-    placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
-    channels = _widened_channels(analysis, statistics) if statistics else {}
-    opened: tuple[Opened, ...] = ()
-    if methods.shifting:
-        opened = open_activations(network, placement, channels, ranges.tensors, settings.bits)
-        channels |= {item.tensor: item.channels for item in opened}
-    moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
-    close_activations(network, opened)
-    smoothed = {item.tensor: item for item in moved}
-    shifted = {item.tensor for item in opened}
-    amax: dict[EdgeKey, float] = {}
-    for edge in placement.edges:
-        value = edge.node.inputs[edge.index]
-        key = edge_key(edge)
-        if key in amax:
-            continue
-        if key[0] in smoothed:
-            amax[key] = smoothed[key[0]].amax[edge.precision]
-        elif key[0] in shifted:
-            amax[key] = _output_amax(
-                placement, value, channels[key[0]], float(channels[key[0]].absmax.max()), edge, settings
-            )
-        elif methods.output_ranges and settings.estimator is Estimator.MSE and key[0] in channels:
-            seen = ranges.tensors[key[0]]
-            absmax = max(abs(seen.minimum), abs(seen.maximum))
-            amax[key] = _output_amax(placement, value, channels[key[0]], absmax, edge, settings)
-        else:
-            amax[key] = ranges.amax(key[0], edge.precision.value, settings.estimator)
-    means = {name: entry.mean for name, entry in channels.items()}
-    means |= {name: channels[name].mean / item.scale for name, item in smoothed.items()}
-    return Plan(network, analysis, placement, amax, moved, means)
-
-
-def _widened_channels(analysis: Analysis, statistics: Statistics) -> dict[str, ChannelStatistics]:
-    """Statistics by channel, with each channel's maximum over all values estimated from that of its sample.
-
-    A sample of n of N values misses the largest: for Gaussian tails the expected maximum grows with the root of the
-    logarithm, from n to N. No channel can exceed the tensor's exact maximum.
-    """
-    found: dict[str, ChannelStatistics] = {}
-    for name, entry in statistics.tensors.items():
-        if (seen := entry.channels) is None:
-            continue
-        values = math.prod(analysis.shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
-        sampled = np.maximum(seen.count, 2)
-        factor = np.sqrt(np.maximum(math.log(max(values, 2.0)) / np.log(sampled), 1.0))
-        widest = np.minimum(seen.absmax * factor, entry.absmax).astype(np.float32)
-        found[name] = replace(seen, absmax=np.maximum(widest, seen.absmax))
-    return found
-
-
-def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
-    """Convolutions that read the image and are cheap enough to stay in FP16, with the reason.
-
-    What they lose, everything behind them loses; and with few input channels 8-bit kernels win nothing.
-    """
-    weighted = [product for product in analysis.products if product.weight is not None]
-    total = sum(product.macs for product in weighted)
-    found: dict[str, str] = {}
-    left = 0
-    for product in weighted:
-        value = product.node.inputs[0]
-        channels = product.weight.shape[1] if product.weight is not None and product.weight.shape is not None else 0
-        reads_image = product.node.op_type == "Conv" and value is not None and analysis.depth.get(value, 0) == 0
-        asked = any(node_matches(product.node, pattern) for pattern in settings.include)
-        if reads_image and not asked and isinstance(channels, int) and channels <= _FEW_CHANNELS:
-            left += product.macs
-            found[product.name] = "reads the image: costs little in FP16, and all that follows depends on it"
-    return found if total and left <= _SPARED * total else {}
-
-
-def _output_amax(
-    placement: Placement,
-    value: ir.Value | None,
-    channels: ChannelStatistics,
-    absmax: float,
-    edge: Edge,
-    settings: QuantizeSettings,
-) -> float:
-    """The clip up to ``absmax`` with the least error at the outputs of all weighted readers of one precision."""
-    energy = np.zeros(len(channels.absmax))
-    for weight in placement.weights:
-        if weight.node.inputs[0] is not value or weight.precision is not edge.precision:
-            continue
-        array = constant(weight.node.inputs[weight.index])
-        if array is None:
-            continue
-        read = Reader(weight.node, array).energy()
-        if len(read) == len(energy):
-            energy += read
-    if not energy.any():
-        energy += 1.0
-    return amax_for_output(channels, energy, edge.precision.value, absmax, settings.bits)
 
 
 def quantize_model(
@@ -188,7 +46,7 @@ def quantize_model(
     if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
         if images is None:
             raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
-        from resvit_quantize.best import learned_plan
+        from resvit_quantize.rounding.learned_plan import learned_plan
 
         plan, compensation = learned_plan(model, ranges, settings, statistics, images, reporter)
     else:
@@ -242,25 +100,3 @@ def mean_errors(plan: Plan, bits: int = 8) -> dict[str, np.ndarray]:
         if len(reader.by_input()) == len(mean):
             found[str(node.name)] = reader.mean_output(mean).astype(np.float32)
     return found
-
-
-def _unfit_tensors(analysis: Analysis, ranges: Ranges, settings: QuantizeSettings) -> dict[str, str]:
-    """Tensors whose scale FP16 cannot hold, with the reason."""
-    grid = LARGEST[settings.precision]
-    unfit: dict[str, str] = {}
-    for name in _candidates(analysis):
-        if name not in ranges.tensors or not ranges.tensors[name].amax:
-            continue
-        amax = ranges.amax(name, settings.precision.value, settings.estimator)
-        if not SMALLEST_SCALE <= amax / grid <= LARGEST_SCALE:
-            unfit[name] = f"its input reaches {amax:.3g} in calibration, whose scale FP16 cannot hold"
-    return unfit
-
-
-def _candidates(analysis: Analysis) -> list[str]:
-    """Tensors that the rules may quantise: inputs of weighted nodes and of the Adds behind them."""
-    values: list[ir.Value | None] = [p.node.inputs[0] for p in analysis.products if p.weight is not None]
-    for product in analysis.products:
-        for use in product.node.outputs[0].uses():
-            values += use.node.inputs if use.node.op_type == "Add" else ()
-    return list(dict.fromkeys(str(v.name) for v in values if v is not None and v in analysis.data))

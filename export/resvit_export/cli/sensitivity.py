@@ -12,7 +12,7 @@ from resvit_export.cli.stages import examples_text, open_pipeline
 
 if TYPE_CHECKING:
     from resvit_export.recipe import Recipe
-    from resvit_quantize.sensitivity import LayerDamage, Sensitivity
+    from resvit_quantize.sensitivity.sensitivity import LayerDamage, Sensitivity
 
 _SHOWN = 15
 _BLOCKS = 8
@@ -77,7 +77,7 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
 
 def _exclude_lists(found: Sensitivity) -> list[tuple[str, tuple[LayerDamage, ...]]]:
     """The shortest list that halves the damage; where that costs too much coverage, also one that does not."""
-    from resvit_quantize.sensitivity import COVERAGE, layers_to_exclude
+    from resvit_quantize.sensitivity.sensitivity import COVERAGE, layers_to_exclude
 
     precision = found.precision
     halving = layers_to_exclude(found, precision)

@@ -12,7 +12,7 @@ from resvit_export.report import wording
 from resvit_export.report.page import environment
 
 if TYPE_CHECKING:
-    from resvit_quantize.sensitivity import LayerDamage, Sensitivity
+    from resvit_quantize.sensitivity.sensitivity import LayerDamage, Sensitivity
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, parts_of
 from resvit_engines.kernels.numerics import FLOATS
-from resvit_quantize.fusion.found import RefusedError, quantised_behind, type_of
-from resvit_quantize.fusion.views import BATCH, Shapes, Traced, behind, traces
-from resvit_quantize.network import constant
-from resvit_quantize.regions import AttentionBlock, is_guard, is_view, next_in_chain
+from resvit_quantize.fusion.layout import BATCH, Shapes, Traced, behind, traces
+from resvit_quantize.fusion.match import RefusedError, quantised_behind, type_of
+from resvit_quantize.graph.network import constant
+from resvit_quantize.graph.regions import AttentionBlock, is_guard, is_view, next_in_chain
 
 _CALM = frozenset({"Cast", "Dropout", "Identity"})
 _UNSEEN = -1e4

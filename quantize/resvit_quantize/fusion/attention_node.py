@@ -12,11 +12,11 @@ from resvit_engines.kernels.attention import THREE_TENSORS, AttentionConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT
 from resvit_engines.plugins.names import DOMAIN
 from resvit_quantize.fusion.attention import Attention
-from resvit_quantize.fusion.found import ONNX_TYPES, Kind, Match
+from resvit_quantize.fusion.layout import Shapes
+from resvit_quantize.fusion.match import ONNX_TYPES, Kind, Match
 from resvit_quantize.fusion.nodes import named_after, plugin_attributes, take_over
-from resvit_quantize.fusion.views import Shapes
-from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.regions import AttentionBlock
+from resvit_quantize.graph.network import add_initializer, constant
+from resvit_quantize.graph.regions import AttentionBlock
 
 _SHARES: dict[str, tuple[float, float, bool]] = {
     "fp16": (1.0, 0.0, True),

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from resvit_engines.kernels.bridge import BridgeConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion.found import (
+from resvit_quantize.fusion.layout import Shapes, behind
+from resvit_quantize.fusion.match import (
     ONNX_TYPES,
     Kind,
     Match,
@@ -28,8 +29,7 @@ from resvit_quantize.fusion.found import (
     type_of,
 )
 from resvit_quantize.fusion.nodes import named_after, plugin_attributes, take_over
-from resvit_quantize.fusion.views import Shapes, behind
-from resvit_quantize.network import add_initializer, constant
+from resvit_quantize.graph.network import add_initializer, constant
 
 
 @dataclass(frozen=True, eq=False)

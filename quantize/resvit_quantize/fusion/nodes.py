@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from resvit_engines.plugins.names import NAMESPACE, VERSION
-from resvit_quantize.fusion.found import Config
+from resvit_quantize.fusion.match import Config
 
 
 def named_after(node: ir.Node, kind: str) -> str:

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_quantize.fusion.attention import Attention
 from resvit_quantize.fusion.attention_node import Inserter
-from resvit_quantize.fusion.found import RefusedError
-from resvit_quantize.network import add_initializer
+from resvit_quantize.fusion.match import RefusedError
+from resvit_quantize.graph.network import add_initializer
 
 Amax = Callable[[str], float]
 """The clip of a tensor, by its name."""

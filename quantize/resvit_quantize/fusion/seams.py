@@ -19,7 +19,8 @@ from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT, FLOATS
 from resvit_engines.kernels.residual import ResidualConfig
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion.found import (
+from resvit_quantize.fusion.layout import Shapes
+from resvit_quantize.fusion.match import (
     ONNX_TYPES,
     Kind,
     Match,
@@ -29,9 +30,8 @@ from resvit_quantize.fusion.found import (
     type_of,
 )
 from resvit_quantize.fusion.nodes import named_after, plugin_attributes, take_over
-from resvit_quantize.fusion.views import Shapes
-from resvit_quantize.network import add_initializer, constant
-from resvit_quantize.norms import GroupNorm, group_norms
+from resvit_quantize.graph.network import add_initializer, constant
+from resvit_quantize.qdq.rtx_norms import GroupNorm, group_norms
 
 SeamConfig = GroupNormConfig | LayerNormConfig | ResidualConfig
 

@@ -1,0 +1,1 @@
+"""Equal functions that quantise better: smoothing, shifting, corrected biases."""

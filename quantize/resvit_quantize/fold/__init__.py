@@ -1,0 +1,1 @@
+"""Exact folds of an exported program."""

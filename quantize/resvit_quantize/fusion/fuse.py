@@ -1,0 +1,162 @@
+"""Parts of a graph that become one node of our own: a plugin where there is one, its plain computation elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from resvit_engines.kernels.attention import AttentionConfig
+from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
+from resvit_engines.kernels.residual import ResidualConfig
+from resvit_engines.plugins.names import DOMAIN
+from resvit_quantize.fusion import attention_node, bridge, seams
+from resvit_quantize.fusion.attention import attention_of
+from resvit_quantize.fusion.functions import function_of
+from resvit_quantize.fusion.layout import BATCH
+from resvit_quantize.fusion.match import WORTH_ASKING, Config, FusionReport, Kind, Match, Refusal, RefusedError
+from resvit_quantize.fusion.operands import Amax, insert, narrowed
+from resvit_quantize.graph.analysis import analyse
+from resvit_quantize.graph.network import opset_of, static_shapes
+from resvit_quantize.graph.regions import AttentionBlock, attention_blocks
+from resvit_quantize.qdq.rtx_norms import GroupNorm
+
+__all__ = [
+    "WORTH_ASKING",
+    "Config",
+    "FusionReport",
+    "Kind",
+    "Match",
+    "Operands",
+    "Refusal",
+    "config_of",
+    "fuse",
+    "our_nodes",
+]
+
+Decide = Callable[[Match], "str | None"]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What attention multiplies in, if not what the graph has: ``int8`` or ``fp8``, and the clip of each tensor."""
+
+    dtype: str
+    amax: Amax
+
+
+def fuse(
+    model: ir.Model,
+    kinds: frozenset[Kind] = WORTH_ASKING,
+    decide: Decide = lambda _: None,
+    operands: Operands | None = None,
+) -> FusionReport:
+    """Rewrite, in place, every part of these kinds that fits and that ``decide`` has no reason to leave alone.
+
+    Each becomes one node of the domain ``ai.resvit``, with a function of the same name in the model. With
+    ``operands``, attention reads its queries, keys and values in 8 bits.
+    """
+    matches: list[Match] = []
+    refusals: list[Refusal] = []
+    shapes = static_shapes(model, BATCH)
+    for kind, name, find in _candidates(model, shapes, kinds, operands):
+        try:
+            match, rewrite = find()
+            reason = decide(match)
+            if reason is not None:
+                raise RefusedError(reason)
+        except RefusedError as error:
+            refusals.append(Refusal(kind, name, str(error)))
+            continue
+        match = dataclasses.replace(match, name=_new_name(match.name, matches))
+        rewrite(match.name)
+        matches.append(match)
+    if matches:
+        common.RemoveUnusedNodesPass()(model)
+        for op_type in dict.fromkeys(match.op_type for match in matches):
+            function = function_of(op_type, opset_of(model))
+            model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = 1
+        # Functions came with version 8.
+        model.ir_version = max(model.ir_version or 0, 8)
+    return FusionReport(tuple(matches), tuple(refusals))
+
+
+def our_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes that ``fuse`` made, in order."""
+    return (node for node in model.graph if node.domain == DOMAIN)
+
+
+def config_of(node: ir.Node) -> Config:
+    """The kernel's configuration of one of ``our_nodes``."""
+    plain = json.loads(node.attributes.get_string("config", "{}"))
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+    made = next(config for start, config in _CONFIGS.items() if node.op_type.startswith(start))
+    return made(**values)
+
+
+_CONFIGS: dict[str, type[Config]] = {
+    "ResvitAttention": AttentionConfig,
+    "ResvitBridge": BridgeConfig,
+    "ResvitGroupNorm": GroupNormConfig,
+    "ResvitLayerNorm": LayerNormConfig,
+    "ResvitResidual": ResidualConfig,
+}
+
+
+_Found = Callable[[], tuple[Match, Callable[[str], object]]]
+
+
+def _new_name(name: str, matches: list[Match]) -> str:
+    """One module may hold several; TensorRT tells its layers by their names."""
+    taken = {match.name for match in matches}
+    names = (f"{name}_{number}" for number in itertools.count(1))
+    return name if name not in taken else next(other for other in names if other not in taken)
+
+
+def _candidates(
+    model: ir.Model, shapes: dict[str, tuple[int, ...]], kinds: frozenset[Kind], operands: Operands | None
+) -> Iterator[tuple[Kind, str, _Found]]:
+    if Kind.ATTENTION in kinds:
+        for block in attention_blocks(analyse(model)):
+
+            def found_attention(block: AttentionBlock = block) -> tuple[Match, Callable[[str], object]]:
+                part = attention_of(block, shapes)
+                if operands is None:
+                    return attention_node.match_of(part, shapes), lambda name: attention_node.rewrite(model, part, name)
+                narrow, factors = narrowed(part, operands.amax, operands.dtype)
+                return attention_node.match_of(narrow, shapes), lambda name: attention_node.rewrite(
+                    model, insert(model, narrow, factors), name
+                )
+
+            yield Kind.ATTENTION, attention_node.name_of(block).rpartition("/")[0], found_attention
+    if Kind.BRIDGE in kinds:
+        for conv in [node for node in model.graph if bridge.is_bridge(node, shapes)]:
+
+            def found_bridge(conv: ir.Node = conv) -> tuple[Match, Callable[[str], object]]:
+                part = bridge.bridge_of(conv, shapes)
+                return bridge.match_of(part), lambda name: bridge.rewrite(model, part, name)
+
+            yield Kind.BRIDGE, str(conv.name), found_bridge
+    # After the others: what they took in is no seam any more.
+    for kind in (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RESIDUAL):
+        if kind not in kinds:
+            continue
+        common.RemoveUnusedNodesPass()(model)
+        for name, part in list(seams.seam_candidates(model, kind)):
+
+            def found_seam(
+                kind: Kind = kind, part: ir.Node | GroupNorm = part
+            ) -> tuple[Match, Callable[[str], object]]:
+                seam = seams.seam_of(kind, part, shapes)
+                # Named after a node, of which no other has the name.
+                return seams.match_of(seam, shapes), lambda _: seams.rewrite(model, seam)
+
+            yield kind, name, found_seam

@@ -1,0 +1,221 @@
+"""A float graph as the fused layers that TensorRT makes of it, each with its work, for the cost model.
+
+The rules are those seen in the kernels that TensorRT for RTX lists: bias, activation and residual add run inside the
+convolution or linear layer before them; a norm is a kernel of its own (two for a GroupNorm) with the activation behind
+it; attention is one kernel, behind one that
+rearranges operands where they come packed; views cost nothing. Where a residual
+add follows a norm it is a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from resvit_engines.targets.costs import LayerKind, LayerWork, Read
+from resvit_quantize.graph.analysis import Analysis, Product, analyse
+from resvit_quantize.graph.network import constant, static_shapes
+from resvit_quantize.graph.regions import AttentionBlock, attention_blocks, is_view
+
+_NORMS = frozenset(
+    {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "RMSNormalization"}
+)
+_TWO_KERNELS = frozenset({"GroupNormalization", "InstanceNormalization"})
+_POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
+_SEPARATE = frozenset({"Concat", "Resize", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "Expand", "Softmax"})
+"""Neither pointwise nor a view: a generated kernel of its own."""
+_MOST_BEHIND = 24
+"""Pointwise nodes that one kernel is followed through before it is given up that they close."""
+
+
+def layers_from_graph(model: ir.Model, batch: int = 1, analysis: Analysis | None = None) -> tuple[LayerWork, ...]:
+    """Group the nodes of a float graph (as :func:`network_from_onnx` returns it) into fused layers.
+
+    ``batch`` is the number of images per call where the graph leaves it open. Tensors whose shape cannot be told
+    count as empty, so that their layer costs its kernels alone.
+    """
+    return _Grouping(model, batch, analysis or analyse(model)).layers()
+
+
+@dataclass
+class _Layer:
+    kind: LayerKind
+    anchor: ir.Node
+    out: ir.Value
+    nodes: list[ir.Node] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    block: AttentionBlock | None = None
+
+
+class _Grouping:
+    def __init__(self, model: ir.Model, batch: int, analysis: Analysis) -> None:
+        self.model = model
+        self.analysis = analysis
+        self.shapes = static_shapes(model, batch)
+        first = [v.shape[0] for v in model.graph.inputs if v.shape is not None and len(v.shape)]
+        self.images = 1 if first and isinstance(first[0], int) else batch
+        self.order = {node: i for i, node in enumerate(model.graph)}
+        self.root: dict[ir.Value, ir.Value] = {}
+        self.owner: dict[ir.Node, _Layer] = {}
+        self.found: list[_Layer] = []
+        self.born: dict[ir.Value, tuple[int, int]] = {}
+        """Of each root: weighted layers before it, and its place in the graph."""
+
+    def layers(self) -> tuple[LayerWork, ...]:
+        """All layers in the order of the graph, those that copy the inputs first."""
+        for node in self.model.graph:
+            for value in node.outputs:
+                viewed = node.inputs[0] if is_view(node) and node.inputs else None
+                self.root[value] = self.root.get(viewed, viewed) if viewed in self.analysis.data else value
+                self.born[value] = self.analysis.depth.get(value, 0), self.order[node]
+        blocks = {node: block for block in attention_blocks(self.analysis) for node in block.nodes}
+        for node in self.model.graph:
+            if node in self.owner or is_view(node) or not self._reads(node):
+                continue
+            layer = self._layer(node, blocks.get(node))
+            self.owner.update(dict.fromkeys(layer.nodes, layer))
+            self.found.append(layer)
+            self._absorb(layer)
+        inputs = [self._input(v) for v in self.model.graph.inputs if v in self.analysis.data]
+        return (*inputs, *(self._work(layer) for layer in self.found))
+
+    def _layer(self, node: ir.Node, block: AttentionBlock | None) -> _Layer:
+        if block is not None:
+            anchor = block.products[0].node
+            return _Layer(LayerKind.ATTENTION, anchor, block.output, list(block.nodes), list(block.products), block)
+        product = self.analysis.of.get(node)
+        return _Layer(self._kind(node), node, node.outputs[0], [node], [product] if product else [])
+
+    def _root(self, value: ir.Value) -> ir.Value:
+        return self.root.get(value, value)
+
+    def _leaves(self, value: ir.Value) -> bool:
+        """Whether a root, or a view of it, is an output of the graph."""
+        return any(self._root(v) is value for v in self.model.graph.outputs)
+
+    def _reads(self, node: ir.Node) -> list[ir.Value]:
+        return [v for v in node.inputs if v in self.analysis.data]
+
+    def _kind(self, node: ir.Node) -> LayerKind:
+        product = self.analysis.of.get(node)
+        if product is not None and product.weight is None:
+            return LayerKind.ATTENTION
+        if product is not None:
+            return LayerKind.GEMM if node.op_type in ("MatMul", "Gemm") else LayerKind.CONV
+        if node.op_type in _NORMS:
+            return LayerKind.NORM
+        return LayerKind.POOL if node.op_type in _POOLS else LayerKind.POINTWISE
+
+    def _users(self, value: ir.Value) -> set[ir.Node]:
+        """The nodes that read a root, be it through views."""
+        users: set[ir.Node] = set()
+        ends = [value]
+        while ends:
+            for use in ends.pop().uses():
+                if is_view(use.node) and use.node in self.order:
+                    ends += use.node.outputs
+                else:
+                    users.add(use.node)
+        return users
+
+    def _absorb(self, layer: _Layer) -> None:
+        """Let the layer take in the pointwise nodes behind it, as long as one value alone leaves it."""
+        if layer.kind is LayerKind.POOL or layer.kind is LayerKind.ATTENTION:
+            return
+        inside: list[ir.Node] = []
+        open_values = {layer.out}
+        while len(inside) < _MOST_BEHIND:
+            node = self._next_behind(layer, open_values, set(inside))
+            if node is None:
+                return
+            inside.append(node)
+            open_values.add(node.outputs[0])
+            open_values = {v for v in open_values if self._leaves(v) or self._users(v) - set(inside)}
+            if len(open_values) == 1:
+                layer.nodes += inside
+                self.owner.update(dict.fromkeys(inside, layer))
+                layer.out = next(iter(open_values))
+                inside = []
+
+    def _next_behind(self, layer: _Layer, open_values: set[ir.Value], inside: set[ir.Node]) -> ir.Node | None:
+        """The first pointwise node that reads an open value and otherwise only what is there already."""
+        users = {user for value in open_values for user in self._users(value)} - inside
+        for node in sorted(users, key=lambda n: self.order.get(n, -1)):
+            if node not in self.order or node in self.owner or not self._pointwise(node):
+                continue
+            others = [v for v in map(self._root, self._reads(node)) if v not in open_values]
+            if layer.kind is LayerKind.NORM and others:
+                continue
+            if all(self.born.get(v, (0, -1)) < self.born[layer.out] for v in others):
+                return node
+        return None
+
+    def _pointwise(self, node: ir.Node) -> bool:
+        kind = self._kind(node)
+        plain = node not in self.analysis.of and not is_view(node) and node.op_type not in _SEPARATE
+        return kind is LayerKind.POINTWISE and plain and len(node.outputs) == 1
+
+    def _work(self, layer: _Layer) -> LayerWork:
+        reads = self._boundary(layer)
+        rearranged = self._rearranged(layer)
+        weights = {v for n in layer.nodes for v in n.inputs if v is not None and constant(v) is not None}
+        return LayerWork(
+            name=str(layer.anchor.name),
+            kind=layer.kind,
+            reads=tuple(reads),
+            writes=str(self.root[layer.out].name),
+            written=self._elements(layer.out),
+            macs=sum(p.macs for p in layer.products) * self.images,
+            weights=sum(math.prod(self.shapes.get(str(v.name), ())) for v in weights),
+            kernels=1 + (layer.anchor.op_type in _TWO_KERNELS) + bool(rearranged),
+            moved=sum(self._elements(v) for v in rearranged),
+            nodes=tuple(p.name for p in layer.products),
+        )
+
+    def _boundary(self, layer: _Layer) -> Iterable[Read]:
+        """What the layer reads from others: by root, never more than the whole tensor."""
+        members = set(layer.nodes)
+        seen: dict[ir.Value, tuple[dict[ir.Value, None], bool]] = {}
+        for node in layer.nodes:
+            for value in self._reads(node):
+                source = self._root(value)
+                producer = source.producer()
+                if producer is not None and producer in members:
+                    continue
+                values, follows = seen.get(source, ({}, True))
+                values[value] = None
+                seen[source] = values, follows and self._quantised_operand(layer, node)
+        return [
+            Read(str(source.name), min(sum(map(self._elements, values)), self._elements(source)), follows)
+            for source, (values, follows) in seen.items()
+        ]
+
+    def _quantised_operand(self, layer: _Layer, node: ir.Node) -> bool:
+        """A weighted product's activation, or the shortcut that a convolution's kernel adds."""
+        if layer.kind is LayerKind.CONV:
+            return node is layer.anchor or (node.op_type == "Add" and len(self._reads(node)) == 2)
+        return layer.kind is LayerKind.GEMM and node is layer.anchor
+
+    def _rearranged(self, layer: _Layer) -> list[ir.Value]:
+        """Operands of attention that are parts of one tensor (packed Q, K, V), and so are copied apart first."""
+        operands = layer.block.operands if layer.block else ()
+        roots = [self._root(v) for v in operands]
+        return [v for v, root in zip(operands, roots, strict=True) if root is not v and roots.count(root) > 1]
+
+    def _input(self, value: ir.Value) -> LayerWork:
+        """The kernel that casts an FP32 input; two elements of FP16 stand for one of FP32."""
+        size = self._elements(value)
+        return LayerWork(
+            f"{value.name} (cast)",
+            LayerKind.POINTWISE,
+            (Read(f"{value.name} (FP32)", 2 * size),),
+            str(value.name),
+            size,
+        )
+
+    def _elements(self, value: ir.Value) -> int:
+        shape = self.shapes.get(str(value.name))
+        return 0 if shape is None else math.prod(shape)

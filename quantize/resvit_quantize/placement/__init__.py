@@ -1,0 +1,1 @@
+"""Which edges get a Q/DQ pair, and the grids that they round to."""

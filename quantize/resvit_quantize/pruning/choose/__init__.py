@@ -1,0 +1,1 @@
+"""Which units go: importance, costs and a budget."""

@@ -1,0 +1,1 @@
+"""Training behind pruning: the unpruned network teaches the pruned one."""

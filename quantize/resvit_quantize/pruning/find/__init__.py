@@ -1,0 +1,1 @@
+"""Which units of a module can go, found by tracing it and proven by removing them."""

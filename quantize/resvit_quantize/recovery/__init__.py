@@ -1,0 +1,1 @@
+"""Weights trained with the quantisers in the loop."""

@@ -1,0 +1,1 @@
+"""Rounding learned from the calibration images."""

@@ -1,0 +1,1 @@
+"""Which product gets which precision."""

@@ -1,0 +1,1 @@
+"""Which layers the accuracy loss comes from."""

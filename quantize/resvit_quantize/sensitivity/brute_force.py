@@ -1,0 +1,86 @@
+"""The noise that quantised layers add at the outputs, measured by running quantised graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_runner
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.qdq.insert import insert_qdq
+from resvit_quantize.sensitivity.products import UnitPlan
+
+Outputs = dict[str, npt.NDArray[np.float64]]
+"""Float outputs by name, [N, elements], each image's less their mean."""
+
+
+def measured_noise(
+    plans: Sequence[UnitPlan],
+    bits: int,
+    batches: Sequence[npt.NDArray[np.float32]],
+    reporter: Reporter = SILENT,
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Noise-to-signal power by precision: of each layer quantised alone, and of all that the rules quantise."""
+    runs = [(plan, name) for plan in plans for name in plan.units]
+    damage: dict[str, dict[str, float]] = {plan.precision.value: {} for plan in plans}
+    together: dict[str, float] = {}
+    references: dict[str, tuple[Outputs, bool]] = {}
+    for plan in plans:
+        precision = plan.precision.value
+        clean = _outputs(onnx_runner(_bytes(plan.plan.network)), batches)
+        optimize = _survives_optimizing(_quantized(plan, plan.units, bits), batches)
+        noisy = _outputs(onnx_runner(_quantized(plan, sorted(plan.chosen), bits), optimize=optimize), batches)
+        references[precision], together[precision] = (clean, optimize), noise_to_signal(clean, noisy)
+    for plan, name in reporter.track(runs, "sensitivity (layers)", len(runs)):
+        clean, optimize = references[plan.precision.value]
+        noisy = _outputs(onnx_runner(_quantized(plan, [name], bits), optimize=optimize), batches)
+        damage[plan.precision.value][name] = noise_to_signal(clean, noisy)
+    return damage, together
+
+
+def noise_to_signal(reference: Outputs, candidate: Outputs) -> float:
+    """``Σ||candidate - reference||² / Σ||reference||²``, summed over the outputs that are not constant."""
+    ratio = 0.0
+    for name, clean in reference.items():
+        if signal := float(np.square(clean).sum()):
+            ratio += float(np.square(candidate[name] - clean).sum()) / signal
+    return ratio
+
+
+def _quantized(plan: UnitPlan, names: Iterable[str], bits: int) -> bytes:
+    network = plan.plan.network.clone()
+    insert_qdq(network, plan.placement_of(names, network), plan.plan.amax, {}, bits)
+    return _bytes(network)
+
+
+def _bytes(network: ir.Model) -> bytes:
+    return bytes(ir.serde.serialize_model(network).SerializeToString())
+
+
+def _survives_optimizing(model: bytes, batches: Sequence[npt.NDArray[np.float32]]) -> bool:
+    """Whether ONNX Runtime's optimiser leaves a graph's outputs as they are; some FP8 graphs it breaks."""
+    (image,) = onnx_runner(model, optimize=False).dtypes
+    return not checked_runner(model, {image: batches[0][:4]})[1]
+
+
+def _outputs(runner: OnnxRunner, batches: Sequence[npt.NDArray[np.float32]]) -> Outputs:
+    (image,) = runner.dtypes
+    found: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for batch in batches:
+        for name, value in runner({image: batch}).items():
+            if np.issubdtype(value.dtype, np.floating):
+                rows = value.reshape(len(batch), -1).astype(np.float64)
+                found.setdefault(name, []).append(
+                    rows - rows.mean(axis=1, keepdims=True) if rows.shape[1] > 1 else rows
+                )
+    whole = {name: np.concatenate(parts) for name, parts in found.items()}
+    for name, value in whole.items():
+        if not np.isfinite(value).all():
+            raise ResvitError(
+                f"The network's output '{name}' holds NaN or infinity.", "Check the checkpoint and the preprocessing."
+            )
+    return whole

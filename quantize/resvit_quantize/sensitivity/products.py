@@ -1,0 +1,111 @@
+"""What is quantised together: a product's input and weight, and the shortcut of the Add that it feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_quantize.graph.analysis import Product
+from resvit_quantize.placement.placement import Edge, Placement, Weight
+from resvit_quantize.qdq.plan import Plan, plan_quantization
+from resvit_quantize.settings import Precision, QuantizeSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One product with all that is in 8 bits only if it is.
+
+    The Q/DQ on the shortcut of a residual Add belongs to the convolution that feeds the Add: the placement puts it
+    there if and only if that convolution is quantised.
+    """
+
+    product: Product
+    edges: tuple[Edge, ...]
+    weights: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitPlan:
+    """One precision: everything that it can quantise, by product name, and what the rules and the recipe choose."""
+
+    precision: Precision
+    plan: Plan
+    units: dict[str, Unit]
+    chosen: frozenset[str]
+
+    def placement_of(self, names: Iterable[str], network: ir.Model | None = None) -> Placement:
+        """The placement that quantises these products alone, in ``network``: a clone of the plan's, or that itself."""
+        units = [self.units[name] for name in names]
+        edges = tuple(edge for unit in units for edge in unit.edges)
+        weights = tuple(weight for unit in units for weight in unit.weights)
+        if network is not None:
+            nodes = {str(node.name): node for node in network.graph}
+            edges = tuple(replace(edge, node=nodes[str(edge.node.name)]) for edge in edges)
+            weights = tuple(replace(weight, node=nodes[str(weight.node.name)]) for weight in weights)
+        return Placement(edges, weights, {})
+
+
+def plan_units(model: Path, ranges: Ranges, settings: QuantizeSettings, precision: Precision) -> UnitPlan:
+    """Plan for every product that can be quantised at all, also where the rules or the recipe leave it in FP16.
+
+    Raises :class:`ResvitError` as :func:`plan_quantization` does.
+    """
+    own = precision is settings.precision
+    settings = replace(settings, precision=precision, precisions=settings.precisions if own else {})
+    ruled = plan_quantization(model, ranges, settings)
+    every = {product.name: precision for product in ruled.analysis.products if product.weight is not None}
+    plan = plan_quantization(model, ranges, replace(settings, include=(), exclude=(), precisions=every))
+    units = _units(plan)
+    chosen = {str(weight.node.name) for weight in ruled.placement.weights if weight.precision is precision}
+    return UnitPlan(precision, plan, units, frozenset(chosen & set(units)))
+
+
+def sharing_a_network(plans: Iterable[UnitPlan]) -> list[list[UnitPlan]]:
+    """Plans whose float networks are equal to the bit, so that one pass serves all of them."""
+    groups: list[list[UnitPlan]] = []
+    for plan in plans:
+        for group in groups:
+            if _same_network(group[0], plan):
+                group.append(plan)
+                break
+        else:
+            groups.append([plan])
+    return groups
+
+
+def _same_network(first: UnitPlan, second: UnitPlan) -> bool:
+    one, two = first.plan.network.graph, second.plan.network.graph
+    if [node.name for node in one] != [node.name for node in two] or set(one.initializers) != set(two.initializers):
+        return False
+    for name, value in one.initializers.items():
+        other = two.initializers[name]
+        if value.const_value is None or other.const_value is None:
+            return False
+        if not np.array_equal(value.const_value.numpy(), other.const_value.numpy()):
+            return False
+    return True
+
+
+def _units(plan: Plan) -> dict[str, Unit]:
+    edges: dict[ir.Node, list[Edge]] = {}
+    weights: dict[ir.Node, list[Weight]] = {}
+    for edge in plan.placement.edges:
+        owner = edge.node
+        if owner not in plan.analysis.of:
+            feeding = edge.node.inputs[1 - edge.index]
+            producer = feeding.producer() if feeding is not None else None
+            assert producer is not None
+            owner = producer
+        edges.setdefault(owner, []).append(edge)
+    for weight in plan.placement.weights:
+        weights.setdefault(weight.node, []).append(weight)
+    return {
+        product.name: Unit(product, tuple(edges.get(product.node, ())), tuple(weights.get(product.node, ())))
+        for product in plan.analysis.products
+        if product.node in weights or product.node in edges
+    }

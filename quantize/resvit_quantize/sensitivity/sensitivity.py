@@ -1,0 +1,291 @@
+"""Which layers the accuracy loss comes from: the noise that quantising each one alone adds at the outputs.
+
+A layer's *damage* is a noise-to-signal power ratio, ``E||y_q - y||² / E||y||²`` over images, where ``y`` are the
+network's outputs, each image's less their mean (what all classes share changes no answer), and ``y_q`` the outputs
+with this one layer quantised: its input, its weight, and the shortcut of the residual Add that it feeds. Several
+outputs are normalised one by one and summed. ``-10 log10(damage)`` is the SQNR in dB.
+
+The one-pass method takes it to first order in the layer's own error, hence the damage to second order: with
+``d`` the error at the layer's output, computed beside the float forward from its quantised input and weight, and
+``J`` the Jacobian from there to the outputs, ``damage = E||J d||² / E||y||²``. ``||J d||²`` needs no Jacobian: for
+random signs ``u`` at the outputs, ``E_u[((Jᵀu)·d)²]`` is just that (Hutchinson, "A stochastic estimator of the trace
+of the influence matrix", 1990), and one backward pass gives ``Jᵀu`` at all layers. A few ``u`` an image do, since
+the images average them. Damages of independent small errors add up, so a layer's share of the sum is what leaving it
+out saves (the same sum underlies Dong et al., "HAWQ-V2", NeurIPS 2020).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.ranges.ranges import Ranges
+from resvit_calibrate.readers.user_batch import Item
+from resvit_calibrate.readers.user_loader import batch_of
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.sensitivity.products import UnitPlan, plan_units, sharing_a_network
+from resvit_quantize.settings import Precision, QuantizeSettings
+
+if TYPE_CHECKING:
+    from resvit_quantize.sensitivity.task_loss import TaskLoss
+
+Images = Iterable[npt.NDArray[np.float32]]
+"""Batches float32 [B, C, H, W] of any size."""
+COVERAGE = 0.98
+"""The share of the multiply-accumulates that a short list of exclusions should leave quantised."""
+
+
+class Method(str, enum.Enum):
+    """How damages are found."""
+
+    GRADIENT = "one-pass"
+    """Gradients: one forward and a few backward passes an image, for all layers together."""
+    BRUTE_FORCE = "brute-force"
+    """One layer quantised at a time and the whole network run: as many passes as there are layers."""
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """One product and what quantising it alone does."""
+
+    node: str
+    module: str
+    group: str
+    op: str
+    macs: int
+    """Multiply-accumulates for one image."""
+    quantized: tuple[str, ...]
+    """The precisions in which the rules and the recipe quantise it."""
+    damage: dict[str, float]
+    """Noise-to-signal power ratio by precision."""
+
+    @property
+    def block(self) -> str:
+        """The module path up to its last number: the block that the layer is part of."""
+        found = re.match(r".*\.\d+(?=\.)|\d+(?=\.)", self.module)
+        return found[0] if found else self.module.rpartition(".")[0] or self.module or self.node
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The damages of all layers, in the order of the graph."""
+
+    method: Method
+    precision: str
+    """What the recipe quantises to."""
+    images: int
+    macs: int
+    """Multiply-accumulates of all convolutions and weighted products for one image, also those never quantised."""
+    together: dict[str, float]
+    """The measured noise-to-signal power ratio with all quantised at once that the rules quantise, by precision."""
+    layers: tuple[LayerDamage, ...]
+    measure: str = "outputs"
+    """What noise is measured in: ``outputs``, or ``loss``, the task's own."""
+
+    def ranked(self, precision: str) -> list[LayerDamage]:
+        """Layers that can have this precision, the worst first."""
+        known = [layer for layer in self.layers if precision in layer.damage]
+        return sorted(known, key=lambda layer: (-layer.damage[precision], layer.node))
+
+    def chosen(self, precision: str) -> list[LayerDamage]:
+        """Those that the rules and the recipe quantise, the worst first."""
+        return [layer for layer in self.ranked(precision) if precision in layer.quantized]
+
+    def total(self, precision: str) -> float:
+        """The sum of the damages of all that is quantised."""
+        return math.fsum(layer.damage[precision] for layer in self.chosen(precision))
+
+    def share(self, layer: LayerDamage, precision: str) -> float:
+        """The part of the total, 0 to 1, that leaving a layer out saves; 0 where it is left out already."""
+        total = self.total(precision)
+        return layer.damage[precision] / total if total > 0 and precision in layer.quantized else 0.0
+
+    def shares_by(self, key: str, precision: str) -> dict[str, float]:
+        """Shares summed by an attribute of the layers (``group``, ``block``), the largest first."""
+        sums: dict[str, float] = {}
+        for layer in self.chosen(precision):
+            name = str(getattr(layer, key))
+            sums[name] = sums.get(name, 0.0) + self.share(layer, precision)
+        return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
+
+    def coverage(self, precision: str, without: Iterable[LayerDamage] = ()) -> float:
+        """The share of the multiply-accumulates, 0 to 1, that is quantised ``without`` these layers."""
+        left = {layer.node for layer in without}
+        done = sum(layer.macs for layer in self.chosen(precision) if layer.node not in left)
+        return done / self.macs if self.macs else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        layers = [{**asdict(layer), "quantized": list(layer.quantized)} for layer in self.layers]
+        return {**asdict(self), "method": self.method.value, "layers": layers}
+
+
+def sensitivity_from_json(document: Mapping[str, Any]) -> Sensitivity:
+    """What ``to_json`` wrote. Raises :class:`ResvitError` for anything else."""
+    try:
+        layers = (LayerDamage(**{**item, "quantized": tuple(item["quantized"])}) for item in document["layers"])
+        return Sensitivity(**{**document, "method": Method(document["method"]), "layers": tuple(layers)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResvitError("This is no record of sensitivities.", "Run 'resvit-export sensitivity' again.") from error
+
+
+def sqnr_db(damage: float) -> float:
+    """A noise-to-signal power ratio as SQNR in dB; infinite without noise."""
+    return -10.0 * math.log10(damage) if damage > 0 else math.inf
+
+
+def layers_to_exclude(
+    sensitivity: Sensitivity, precision: str, *, target: float = 0.5, coverage: float = 0.0
+) -> tuple[LayerDamage, ...]:
+    """The fewest layers whose leaving out brings the damage down to ``target`` of the total, the worst first.
+
+    Layers that would bring the quantised share of multiply-accumulates below ``coverage`` are passed over; then
+    the target may be missed, and the list holds all the others that save at least 1%.
+    """
+    total, saved = sensitivity.total(precision), 0.0
+    taken: list[LayerDamage] = []
+    for layer in sensitivity.chosen(precision):
+        if saved >= (1.0 - target) * total or (coverage and layer.damage[precision] < 0.01 * total):
+            break
+        if sensitivity.coverage(precision, [*taken, layer]) >= coverage:
+            taken.append(layer)
+            saved += layer.damage[precision]
+    return tuple(taken)
+
+
+def measure_sensitivity(
+    model: Path,
+    ranges: Ranges,
+    settings: QuantizeSettings,
+    images: Images | Iterable[Batch],
+    reporter: Reporter = SILENT,
+    total: int = 0,
+    *,
+    precisions: tuple[str, ...] = ("int8", "fp8"),
+    probes: int = 4,
+    seed: int = 0,
+    loss: TaskLoss | None = None,
+) -> Sensitivity:
+    """Estimate all damages in one pass over ``images`` (``total`` of them, for the progress).
+
+    With ``loss``, the images are ``Batch``es with their targets, and a damage is ``E[(g·d)²] / E[L²]``: the squared
+    change of an image's loss to first order, against the loss itself; ``g`` is its gradient at the layer's output.
+
+    ``probes`` backward passes are made for an image. The same seed gives the same result on the same machine.
+    Memory is that of one image's forward and backward pass, or of the batch that the model is fixed to. Raises
+    :class:`ResvitError` for operators without a gradient here (use ``brute_force_sensitivity``), no images, and
+    outputs that are not finite.
+    """
+    from resvit_quantize.sensitivity.one_pass import DamageEstimate, threads_for
+
+    plans = _plans(model, ranges, settings, precisions)
+    estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(plans)]
+    count = 0
+    size = estimates[0].batch
+    with threads_for(sum(product.macs for product in plans[0].plan.analysis.products)):
+        for batch in reporter.track(_batches_of(images, size), "sensitivity", total, size):
+            for estimate in estimates:
+                estimate.add(batch)
+            count += len(batch.images)
+    _require_images(count)
+    damage: dict[str, dict[str, float]] = {}
+    together: dict[str, float] = {}
+    for estimate in estimates:
+        damage.update(estimate.damage())
+        together.update(estimate.together())
+    found = _sensitivity(Method.GRADIENT, settings, count, plans, damage, together)
+    return found if loss is None else replace(found, measure="loss")
+
+
+def brute_force_sensitivity(
+    model: Path,
+    ranges: Ranges,
+    settings: QuantizeSettings,
+    images: Images,
+    reporter: Reporter = SILENT,
+    *,
+    precisions: tuple[str, ...] = ("int8", "fp8"),
+) -> Sensitivity:
+    """Measure all damages: one layer at a time through the Q/DQ pass, the rest in FP32, run by ONNX Runtime.
+
+    Takes as many passes over the images as there are layers and precisions, and works for every operator. The
+    images are kept in memory. Raises :class:`ResvitError` for no images, and outputs that are not finite.
+    """
+    from resvit_quantize.sensitivity.brute_force import measured_noise
+
+    batches = [np.ascontiguousarray(batch, np.float32) for batch in images]
+    count = sum(map(len, batches))
+    _require_images(count)
+    plans = _plans(model, ranges, settings, precisions)
+    damage, together = measured_noise(plans, settings.bits, batches, reporter)
+    return _sensitivity(Method.BRUTE_FORCE, settings, count, plans, damage, together)
+
+
+def _plans(
+    model: Path, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
+) -> tuple[UnitPlan, ...]:
+    wanted = [Precision(name) for name in dict.fromkeys(precisions)]
+    if not wanted or Precision.FP16 in wanted or settings.precision is Precision.FP16:
+        raise ResvitError(
+            "Sensitivity is measured for int8 and fp8: FP16 is what a layer is left in.", "Say --precision int8 or fp8."
+        )
+    if settings.bits < 8:
+        wanted = [Precision.INT8]
+    return tuple(plan_units(model, ranges, settings, precision) for precision in wanted)
+
+
+def _batches_of(images: Images | Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The same images in batches of ``size``, the last one perhaps smaller; with their targets, where they have any."""
+    rest: list[Item] = []
+    for some in images:
+        batch = some if isinstance(some, Batch) else Batch(some, None)
+        for index, image in enumerate(batch.images):
+            rest.append(Item(image, target=batch.targets[index] if batch.targets else None))
+            if len(rest) == size:
+                yield batch_of(rest)
+                rest = []
+    if rest:
+        yield batch_of(rest)
+
+
+def _require_images(count: int) -> None:
+    if not count:
+        raise ResvitError("There are no images to measure sensitivity on.", "Say --data, and --images 1 or more.")
+
+
+def _sensitivity(
+    method: Method,
+    settings: QuantizeSettings,
+    images: int,
+    plans: tuple[UnitPlan, ...],
+    damage: Mapping[str, Mapping[str, float]],
+    together: dict[str, float],
+) -> Sensitivity:
+    products = plans[0].plan.analysis.products
+    layers = []
+    for product in products:
+        inside = {plan.precision.value: product.name in plan.chosen for plan in plans if product.name in plan.units}
+        if inside:
+            layers.append(
+                LayerDamage(
+                    node=product.name,
+                    module=product.module,
+                    group=product.group.value,
+                    op=product.node.op_type,
+                    macs=product.macs,
+                    quantized=tuple(precision for precision, chosen in inside.items() if chosen),
+                    damage={precision: damage[precision][product.name] for precision in inside},
+                )
+            )
+    macs = sum(product.macs for product in products if product.weight is not None)
+    return Sensitivity(method, settings.precision.value, images, macs, together, tuple(layers))

@@ -1,0 +1,1 @@
+"""What trains: one loop for recovery and distillation."""
