@@ -55,8 +55,8 @@ OVERRIDES: dict[str, Any] = {
 
 def hybrid() -> Hybrid:
     """An R10-like trunk to 36 tokens of 96 numbers, four transformer blocks; random weights. A model factory."""
-    from resvit_export.models import resvit_config
     from resvit_export.models.hybrid import hybrid_from_config
+    from resvit_export.models.reference import resvit_config
 
     return hybrid_from_config(dataclasses.replace(resvit_config("embed-tiny", **OVERRIDES), name="elpv"))
 

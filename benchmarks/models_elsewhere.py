@@ -255,7 +255,7 @@ def scenes(folder: Path) -> Path:
 
 def hugging_face_folder(settings: dict[str, Any], folder: Path) -> Path:
     """Write a folder with a configuration and no weights."""
-    from resvit_export.imports import import_transformers
+    from resvit_export.loading.libraries import import_transformers
 
     transformers = import_transformers()
     arguments = dict(settings["arguments"])

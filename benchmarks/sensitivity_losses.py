@@ -30,8 +30,8 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.kinds import task_named
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.onnx_export import onnx_from_program
+from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.sensitivity.products import plan_units

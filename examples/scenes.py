@@ -20,7 +20,7 @@ from resvit_calibrate.readers.fashion_mnist import CLASS_NAMES, Split
 from resvit_calibrate.readers.scenes import MASK_CLASSES, SIZES, Scene, Scenes
 from resvit_engines.files import pretty_json, write_atomic
 from resvit_engines.progress import Reporter, reporter
-from resvit_export.script_errors import spoken_errors
+from resvit_export.models.training.errors import spoken_errors
 
 NAMES: dict[Split, str] = {"train": "train", "test": "val"}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
-from resvit_export.imports import import_timm
-from resvit_export.load import ModelSpec, load_network
+from resvit_export.loading.libraries import import_timm
+from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.work import export_into, fold_into, quiet_libraries
 from resvit_quantize.fusion.fuse import Operands
 from resvit_quantize.quantize import quantize_model

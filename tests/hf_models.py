@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from resvit_export.imports import import_transformers
+from resvit_export.loading.libraries import import_transformers
 
 CLASSES = 10
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

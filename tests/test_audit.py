@@ -20,7 +20,7 @@ from resvit_engines.audit.text import failures_of, require_fused, sentences_of
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
-from resvit_export.audit_graph import expectation_from_onnx
+from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
 SUBJECT = Subject("l4", 89, "TensorRT for RTX", "1.7", 1)
 rtx = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
 from resvit_engines.targets.table import find_target
 from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 FAST = ["--calibration-images", "32", "--validation-images", "64", "--no-search", "--run", "runs/x"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from resvit_engines.errors import ResvitError
-from resvit_export.checkpoint import WRAPPERS, load_checkpoint, require_finite
+from resvit_export.loading.checkpoint import WRAPPERS, load_checkpoint, require_finite
 
 
 def net() -> nn.Module:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from resvit_engines.errors import ExitCode
-from resvit_export.cli import _COMMANDS, run
+from resvit_export.cli.main import _COMMANDS, run
 
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "onnx_ir", "PIL", "modelopt", "jinja2"}
 
@@ -30,7 +30,7 @@ def examples(command: str) -> list[str]:
 @pytest.mark.parametrize("arguments", [[], *([name] for name in _COMMANDS)])
 def test_help_comes_up_without_heavy_imports(arguments: list[str]) -> None:
     script = (
-        "import sys\nfrom resvit_export.cli import run\n"
+        "import sys\nfrom resvit_export.cli.main import run\n"
         f"code = run({[*arguments, '--help']!r})\n"
         f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "sys.exit(f'{code} {heavy}' if code or heavy else 0)\n"
@@ -147,7 +147,7 @@ def test_a_plain_install_says_which_extra_is_missing(workspace: Path, capfd: pyt
     script = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'PIL', 'tomli_w'):\n    sys.modules[name] = None\n"
-        "from resvit_export.cli import run\n"
+        "from resvit_export.cli.main import run\n"
         "sys.exit(run(['fold', '--model', 'resvit:embed-nano']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

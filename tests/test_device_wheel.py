@@ -15,7 +15,7 @@ from resvit_engines.errors import ExitCode
 from resvit_engines.machine import DeviceFacts
 from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
 from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 if sys.version_info >= (3, 11):
     import tomllib

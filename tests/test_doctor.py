@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from resvit_export import doctor
-from resvit_export.doctor import Check, examine
+from resvit_export.tools import doctor
+from resvit_export.tools.doctor import Check, examine
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -115,8 +115,8 @@ def test_it_runs_without_torch_and_without_onnx() -> None:
         "import sys\n"
         "for name in ('torch', 'torchvision', 'onnx', 'onnxruntime', 'jinja2', 'PIL', 'timm'):\n"
         "    sys.modules[name] = None\n"
-        "import resvit_export.inspect\n"
-        "from resvit_export.doctor import examine\n"
+        "import resvit_export.tools.inspect\n"
+        "from resvit_export.tools.doctor import examine\n"
         "checks = examine()\n"
         "assert len(checks) > 20, checks\n"
     )

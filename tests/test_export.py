@@ -14,13 +14,13 @@ from torch.export import Dim, ExportedProgram, export
 import resvit_calibrate.runtime.parity as parity
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_export.models import resvit_model
-from resvit_export.onnx_cleanup import MODULE, pad_in_max_pool
-from resvit_export.onnx_export import onnx_from_program
-from resvit_export.onnx_heads import split_along_heads
-from resvit_export.onnx_import import import_onnx
-from resvit_export.onnx_report import ExportReport
-from resvit_export.torch_program import program_from_module
+from resvit_export.loading.torch_program import program_from_module
+from resvit_export.models.reference import resvit_model
+from resvit_export.to_onnx.canonical import MODULE, pad_in_max_pool
+from resvit_export.to_onnx.export import onnx_from_program
+from resvit_export.to_onnx.own_onnx import import_onnx
+from resvit_export.to_onnx.packed_heads import split_along_heads
+from resvit_export.to_onnx.report import ExportReport
 from resvit_quantize.fold.program import fold_program
 
 

@@ -16,12 +16,12 @@ from resvit_calibrate.readers.scenes import Scenes
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
-from resvit_export.cli import run
-from resvit_export.hugging_face import hugging_face_model
-from resvit_export.imports import import_transformers
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.onnx_export import onnx_from_program
+from resvit_export.cli.main import run
+from resvit_export.loading.hugging_face import hugging_face_model
+from resvit_export.loading.libraries import import_transformers
+from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.recipe import absolute_reference
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 
 pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from torch import nn
 
 from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.errors import ResvitError
-from resvit_export.inspect import ROWS, describe_file, render
+from resvit_export.tools.inspect import ROWS, describe_file, render
 
 
 class Net(nn.Module):

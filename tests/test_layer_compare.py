@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_export.cli import run
-from resvit_export.layer_compare import compare_layers, first_departure
+from resvit_export.cli.main import run
+from resvit_export.tools.layer_compare import compare_layers, first_departure
 from tensorrt_standin import standin_environment
 from test_build import small_model
 
@@ -76,7 +76,7 @@ def test_tensorrt_takes_the_graph_with_all_its_outputs(model, tmp_path) -> None:
 import json, sys
 from pathlib import Path
 from polygraphy.backend.trt import EngineBytesFromNetwork
-from resvit_export.layer_compare import _with_outputs, tensorrt_network
+from resvit_export.tools.layer_compare import _with_outputs, tensorrt_network
 model = _with_outputs(Path(sys.argv[1]), ["layer1", "layer2_sum", "logits"])
 network = tensorrt_network(model)
 _, parsed, _ = network()
@@ -109,7 +109,7 @@ def test_the_command_compares_what_this_machine_can(
     assert found["first_departure"] is None
     # An engine that computes something else in its second layer.
     negate = runtime(lambda graph: setattr(graph.node[1], "op_type", "Neg"))
-    monkeypatch.setattr("resvit_export.layer_compare.optimised_runner", negate)
+    monkeypatch.setattr("resvit_export.tools.layer_compare.optimised_runner", negate)
     assert run([*line, "--against", "onnxruntime", "-q"]) == ExitCode.MISMATCH
     assert "first layer that departs is abs" in capsys.readouterr().err
     np.save(tmp_path / "x.npy", np.ones((2, 4), np.float32))

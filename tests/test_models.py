@@ -17,10 +17,10 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Silent
-from resvit_export.models import resvit_config, resvit_model
 from resvit_export.models.hybrid import FeaturePyramid
 from resvit_export.models.overrides import config_from_json
 from resvit_export.models.presets import MODEL_NAMES, preset
+from resvit_export.models.reference import resvit_config, resvit_model
 from resvit_export.models.transformer import Attention, ClassTokenAndPositions
 
 NANO = ("embed-nano", "fpn-nano", "dual-nano")

@@ -14,9 +14,9 @@ import torch
 
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_export.cli import run
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.onnx_export import onnx_from_program
+from resvit_export.cli.main import run
+from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transunet"
@@ -54,7 +54,7 @@ class GeneralizedRCNN(torch.nn.Module):
 )
 def test_detectors_without_a_fixed_graph_are_refused(two_stages: bool, words: str, monkeypatch) -> None:
     monkeypatch.setattr(GeneralizedRCNN, "__module__", "torchvision.models.detection.generalized_rcnn")
-    import resvit_export.load as load
+    import resvit_export.loading.load as load
 
     monkeypatch.setattr(load, "module_from_name", lambda *_: GeneralizedRCNN(two_stages))
     with pytest.raises(ResvitError, match=words) as caught:

@@ -11,14 +11,14 @@ from torch import nn
 from resvit_calibrate.readers.scenes import Scenes, normalised
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.models import resvit_config, resvit_model
+from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.torch_program import output_names, program_from_module
 from resvit_export.models.heads import Features, RawDetections, TokensOnMaps, cells
-from resvit_export.models.losses import Boxes, assign, detection_loss, focal_loss, giou, segmentation_loss
 from resvit_export.models.presets import preset
-from resvit_export.models.training import scene_loss
-from resvit_export.onnx_export import onnx_from_program
-from resvit_export.torch_program import output_names, program_from_module
+from resvit_export.models.reference import resvit_config, resvit_model
+from resvit_export.models.training.losses import Boxes, assign, detection_loss, focal_loss, giou, segmentation_loss
+from resvit_export.models.training.scenes import scene_loss
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.find.discover import groups_from_module

@@ -10,8 +10,8 @@ from torch import nn
 from torch.export import Dim, export
 
 from resvit_calibrate.runtime.runner import onnx_runner
-from resvit_export.onnx_export import onnx_from_program
-from resvit_export.onnx_islands import bound_stand_ins
+from resvit_export.to_onnx.constant_islands import bound_stand_ins
+from resvit_export.to_onnx.export import onnx_from_program
 
 
 class AnySize(nn.Module):

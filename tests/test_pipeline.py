@@ -15,7 +15,7 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.errors import ExitCode
 from resvit_engines.keys.public import read_public_key
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 
@@ -179,7 +179,7 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
     images, labels = read_split("test")
     np.savez("set.npz", images=images, labels=labels)
     Path("net.py").write_text(
-        "from resvit_export.models import resvit_model\nmake = lambda: resvit_model('embed-nano')\n"
+        "from resvit_export.models.reference import resvit_model\nmake = lambda: resvit_model('embed-nano')\n"
     )
     own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
     assert run(["keygen", "my.key", "-q"]) == 0

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from resvit_engines.errors import ExitCode
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 OURS = "ai.resvit"

@@ -11,9 +11,9 @@ from torch import nn
 from torch.export import Dim, export
 
 from hf_models import folder_of
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.models import resvit_model
-from resvit_export.onnx_export import onnx_from_program
+from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.models.reference import resvit_model
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import network_from_onnx

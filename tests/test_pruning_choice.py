@@ -15,7 +15,7 @@ from pruning_groups import ConvNet, embed_groups, hidden
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, find_target
-from resvit_export.models import resvit_model
+from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.choose.budget import Budget, cost_of, legal_widths
 from resvit_quantize.pruning.choose.choice import choose, uniform
 from resvit_quantize.pruning.choose.costs import Work, layer_us, widths_of

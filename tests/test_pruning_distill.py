@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from resvit_calibrate.images.image_set import Batch  # noqa: E402
 from resvit_engines.errors import ResvitError  # noqa: E402
-from resvit_export.models import resvit_model  # noqa: E402
+from resvit_export.models.reference import resvit_model  # noqa: E402
 from resvit_quantize.pruning.distill.distill import distill  # noqa: E402
 from resvit_quantize.pruning.distill.features import feature_paths  # noqa: E402
 from resvit_quantize.pruning.distill.loss import distance, label_loss, shifted  # noqa: E402

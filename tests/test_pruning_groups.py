@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resvit_engines.errors import ResvitError
-from resvit_export.models import resvit_model
+from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.find.discover import Discovery, groups_from_module
 from resvit_quantize.pruning.groups import Count, Group, Kind, Role

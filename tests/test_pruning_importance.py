@@ -12,8 +12,8 @@ from conftest import CHECKPOINT
 from pruning_groups import ConvNet, embed_groups, hidden, without
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ResvitError
-from resvit_export.checkpoint import load_checkpoint
-from resvit_export.models import resvit_model
+from resvit_export.loading.checkpoint import load_checkpoint
+from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.choose.importance import Importance, importance_of
 from resvit_quantize.pruning.groups import Group, Kind, Role, Slice
 from resvit_quantize.pruning.losses import divergence

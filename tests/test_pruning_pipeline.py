@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt"]
 DATA = ["--data", "fashion-mnist", "--validation-images", "2000"]
@@ -60,7 +60,7 @@ def test_build_prunes_trains_quantises_and_judges_against_the_unpruned_network(
     (weights,) = workspace.glob("runs/p/retrain-*/retrained.pt")
     code = (
         "import sys; sys.modules['torch_pruning'] = None\n"
-        "from resvit_export.load import ModelSpec, load_network\n"
+        "from resvit_export.loading.load import ModelSpec, load_network\n"
         "from pathlib import Path\n"
         f"network = load_network(ModelSpec('resvit:embed-nano', Path({str(weights)!r})))\n"
         "print(sum(p.numel() for p in network.module.parameters()))"

@@ -15,8 +15,8 @@ from torch import nn
 
 from conftest import CHECKPOINT
 from resvit_engines.errors import ResvitError
-from resvit_export.imports import import_timm
-from resvit_export.models import resvit_model
+from resvit_export.loading.libraries import import_timm
+from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.find.discover import groups_from_module
 from resvit_quantize.pruning.groups import Group, Kind
@@ -107,7 +107,7 @@ def test_another_process_loads_without_the_pruning_library(tmp_path: Path) -> No
     torch.save(saved, tmp_path / "pruned.pt")
     code = """
 import sys, torch
-from resvit_export.models import resvit_model
+from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.structure import apply_structure, structure_from_json
 saved = torch.load(sys.argv[1], weights_only=True)
 module = resvit_model("embed-nano").eval()

@@ -19,7 +19,7 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 from resvit_quantize.placement.grid import scale_from_amax
 from resvit_quantize.qdq.plan import plan_quantization
 from resvit_quantize.quantize import quantize_model

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from resvit_calibrate.ranges.ranges import Ranges, TensorRange
-from resvit_export.report.accuracy import accuracy_from_verdict
-from resvit_export.report.data import ChangedImage, ReportData
-from resvit_export.report.network import kept_from_quantize
+from resvit_export.report.layout.data import ChangedImage, ReportData
+from resvit_export.report.layout.pictures import png_from_pixels, share_beyond, steps_from_histogram, ticks_between
+from resvit_export.report.layout.wording import number, operations, percent, significant, size, small_percent
 from resvit_export.report.page import html_from_run, write_report
-from resvit_export.report.pictures import png_from_pixels, share_beyond, steps_from_histogram, ticks_between
-from resvit_export.report.ranges import pictures_from_ranges
-from resvit_export.report.wording import number, operations, percent, significant, size, small_percent
+from resvit_export.report.sections.accuracy import accuracy_from_verdict
+from resvit_export.report.sections.network import kept_from_quantize
+from resvit_export.report.sections.ranges import pictures_from_ranges
 
 VOID = {"meta", "img", "wbr", "br", "link", "hr", "input"}
 NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

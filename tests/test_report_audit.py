@@ -8,10 +8,10 @@ from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
 from resvit_engines.audit.findings import Subject
 from resvit_engines.audit.kernels import Kernel
-from resvit_export.report.audit import fusion_from_audit
-from resvit_export.report.data import ReportData
+from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
-from resvit_export.report.there import facts_from_device
+from resvit_export.report.sections.audit import fusion_from_audit
+from resvit_export.report.sections.device import facts_from_device
 
 CONV = Kernel("conv_1", "correlation", ("Int8",), ("Half",), ((1, 64),), ((1, 64),), ("conv", "x/DQ"))
 HALF = Kernel("gemm_2", "gemm", ("Half",), ("Half",), ((1, 64),), ((1, 64),), ("a/MatMul",))

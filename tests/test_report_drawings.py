@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 
-from resvit_export.report.data import ChangedImage, ReportData
-from resvit_export.report.drawings import drawing_of
+from resvit_export.report.layout.data import ChangedImage, ReportData
+from resvit_export.report.layout.drawings import drawing_of
 from resvit_export.report.page import html_from_run
 
 NAMES = ("coat", "bag")

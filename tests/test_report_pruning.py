@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from resvit_export.report.data import ReportData
+from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
-from resvit_export.report.pruning import HEIGHT, WIDTH, pruning_from_run
+from resvit_export.report.sections.pruning import HEIGHT, WIDTH, pruning_from_run
 
 PRUNE = {
     "importance": "hessian",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt"]
 BUILD = ["build", "--target", "jetson-orin", *MODEL, "--data", "fashion-mnist", "--run", "runs/r"]

@@ -15,8 +15,8 @@ from resvit_engines.cli.main import run as engine_cli
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
 from resvit_engines.targets.table import find_target
-from resvit_export import benching
-from resvit_export.cli import run as export_cli
+from resvit_export.cli.main import run as export_cli
+from resvit_export.tools import bench as benching
 from test_run import MANIFEST, by_numpy, pictures, small_model
 from test_signing import KEY
 

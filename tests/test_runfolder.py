@@ -14,7 +14,7 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, write_atomic
 from resvit_engines.progress import SILENT
-from resvit_export.runfolder import NotFinishedError, RunFolder
+from resvit_export.run_folder import NotFinishedError, RunFolder
 
 
 class Counter:
@@ -103,7 +103,7 @@ def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> N
         import sys, time
         from pathlib import Path
         from resvit_engines.progress import SILENT
-        from resvit_export.runfolder import RunFolder
+        from resvit_export.run_folder import RunFolder
 
         def work(folder):
             (folder / "out.bin").write_bytes(b"half")

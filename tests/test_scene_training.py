@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Silent
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.models import resvit_config
-from resvit_export.models.training import SceneRecipe, finished, train
+from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.models.reference import resvit_config
+from resvit_export.models.training.scenes import SceneRecipe, finished, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {"dim": 32, "depth": 1, "stage_widths": (16, 16, 16, 16)}

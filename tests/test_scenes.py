@@ -17,7 +17,7 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.readers.fashion_mnist import CLASS_NAMES, read_split
 from resvit_calibrate.readers.scenes import MASK_CLASSES, Scenes, batches, detection, normalised, segmentation
 from resvit_engines.errors import ResvitError
-from resvit_export.models import resvit_config
+from resvit_export.models.reference import resvit_config
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "scenes.py"
 GREY = Preprocess(size=(96, 96), channels=1, mean=(0.2860,), std=(0.3530,))

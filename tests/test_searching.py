@@ -9,7 +9,7 @@ import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 from resvit_export.recipe import Recipe
 from resvit_export.searching import _hopeless, require_searchable
 

@@ -14,11 +14,11 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_export.cli import run
-from resvit_export.load import ModelSpec, load_network
-from resvit_export.onnx_export import onnx_from_program
+from resvit_export.cli.main import run
+from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.recipe import Recipe, recipe_from_toml
 from resvit_export.sensitivity_stage import exclude_snippet
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.products import plan_units
 from resvit_quantize.sensitivity.sensitivity import (

@@ -33,7 +33,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
 from resvit_engines.keys.public import PublicKey, TrustStore, load_trust, read_public_key
 from resvit_engines.keys.signing import PAYLOAD_TYPE, pae
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 SEED = bytes(range(32))
 MANIFEST = {"name": "net", "note": "Größe"}

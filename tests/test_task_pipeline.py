@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
-from resvit_export.cli import run
+from resvit_export.cli.main import run
 
 ASSETS = Path(__file__).parent / "assets"
 """Trained by examples/segmentation/train.py and examples/detection/train.py with their defaults; stored in FP16."""

@@ -13,7 +13,7 @@ from resvit_calibrate.gate.gate import VerdictKind, judge
 from resvit_calibrate.images.targets import BoxTarget, MaskTarget
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
-from resvit_export.imports import import_timm
+from resvit_export.loading.libraries import import_timm
 from task_images import SIZE, Images, network
 
 TASK = task_named("segmentation", {})

@@ -19,9 +19,9 @@ from resvit_export.cli.options import resolve_recipe, task_values
 from resvit_export.cli.output import accuracy_table
 from resvit_export.on_device import _outputs_of
 from resvit_export.recipe import Recipe, recipe_from_toml, recipe_to_toml
-from resvit_export.report.accuracy import accuracy_from_verdict, changed_from_run
-from resvit_export.report.data import ReportData
+from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
+from resvit_export.report.sections.accuracy import accuracy_from_verdict, changed_from_run
 from resvit_export.searching import _hopeless
 from resvit_export.validation import _golden_into, _row
 from task_images import Images, network

@@ -9,7 +9,7 @@ import pytest
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
-from resvit_export.tensorrt_copy import onnx_for_tensorrt
+from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
 
 
 def attention_model(path: Path, opset: int) -> Path:

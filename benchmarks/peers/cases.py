@@ -123,7 +123,7 @@ def _network(wish: Wish, folder: Path, report: Reporter) -> tuple[str, Path | No
 def _write_perturbed(source: str, path: Path) -> None:
     import torch
 
-    from resvit_export.factories import module_from_name
+    from resvit_export.loading.factories import module_from_name
 
     module = module_from_name(source, {})
     perturb(module, torch.Generator().manual_seed(0))

@@ -25,8 +25,8 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
     import torch
     from torch import nn
 
-    from resvit_export.checkpoint import load_checkpoint
-    from resvit_export.factories import module_from_name
+    from resvit_export.loading.checkpoint import load_checkpoint
+    from resvit_export.loading.factories import module_from_name
 
     module = module_from_name(job.source, {})
     if job.checkpoint is not None:

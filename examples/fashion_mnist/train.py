@@ -27,10 +27,10 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file, write_atomic
 from resvit_engines.progress import Reporter, reporter
-from resvit_export.models import resvit_config
 from resvit_export.models.config import HybridConfig
 from resvit_export.models.presets import MODEL_NAMES
-from resvit_export.script_errors import spoken_errors
+from resvit_export.models.reference import resvit_config
+from resvit_export.models.training.errors import spoken_errors
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ again; finished and unchanged, it is skipped.
 from __future__ import annotations
 
 from resvit_export.models.config import Task
-from resvit_export.models.scene_command import scene_training_command
+from resvit_export.models.training.command import scene_training_command
 
 HELP = (__doc__ or "").split("\n\n", maxsplit=1)[0]
 main = scene_training_command(Task.SEGMENTATION, "resvit:fpn-nano-seg", HELP, scenes=3000, epochs=6)

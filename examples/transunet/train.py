@@ -18,7 +18,7 @@ from model import transunet
 from resvit_calibrate.readers.scenes import Scenes, normalised
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import reporter
-from resvit_export.script_errors import spoken_errors
+from resvit_export.models.training.errors import spoken_errors
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])

@@ -20,8 +20,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target, proxy_target
-from resvit_export.runfolder import Artifact
-from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt
+from resvit_export.run_folder import Artifact
+from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 from resvit_export.work import half_into
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def audit_into(
     nearest GPU that TensorRT for RTX serves; where that cannot be, ``audit.json`` says why. ``remark`` joins what the
     audit says.
     """
-    from resvit_export.audit_graph import expectation_from_onnx
+    from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
     try:
         with tempfile.TemporaryDirectory(prefix="resvit-audit-") as scratch:
@@ -173,7 +173,7 @@ def audit_of_layers(layers: Path, onnx: Path, fp16_layers: Path | None = None) -
     Raises:
         ResvitError: INPUT where one of the files cannot be read, or the layers are names only.
     """
-    from resvit_export.audit_graph import expectation_from_onnx
+    from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
     engine = layers_from_file(layers)
     fp16 = layers_from_file(fp16_layers).kernels if fp16_layers else None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.files import pretty_json
 from resvit_export.recipe import FILES
-from resvit_export.runfolder import Artifact, package_version
-from resvit_export.tensorrt_copy import TENSORRT_COPY
+from resvit_export.run_folder import Artifact, package_version
+from resvit_export.to_tensorrt.copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline

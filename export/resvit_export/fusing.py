@@ -11,7 +11,7 @@ from resvit_engines.kernels.measure.cases import case_of
 from resvit_engines.kernels.measure.results import measured_result
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target
-from resvit_export.plugin_choice import By, PluginChoice
+from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,7 +64,7 @@ def fused_network(
     """The model with every part of these kinds that a kernel serves on the target as a node of ours."""
     import onnx_ir
 
-    from resvit_export.plugin_kernels import refusal
+    from resvit_export.to_tensorrt.plugin_kernels import refusal
     from resvit_quantize.fusion.fuse import fuse
 
     network = onnx_ir.load(model)

@@ -21,7 +21,7 @@ from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.machine import DeviceFacts
 from resvit_engines.targets.table import Target, version_of
 from resvit_export.auditing import audit_on_device
-from resvit_export.runfolder import RECORD, Artifact
+from resvit_export.run_folder import RECORD, Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet

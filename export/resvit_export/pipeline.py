@@ -18,13 +18,13 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
-from resvit_export.identity import metric_identity, model_identity
-from resvit_export.inputs import IMAGE, NetworkInput, require_fed
-from resvit_export.plugin_choice import By, plugin_choice
+from resvit_export.loading.identity import metric_identity, model_identity
+from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
 from resvit_export.recipe import Recipe
-from resvit_export.runfolder import Artifact, RunFolder
+from resvit_export.run_folder import Artifact, RunFolder
 from resvit_export.searching import predicted, require_searchable, searched
+from resvit_export.to_tensorrt.plugin_choice import By, plugin_choice
 from resvit_export.validation import images_per_call, validate
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.keys.private import SigningKey
-    from resvit_export.load import Network
+    from resvit_export.loading.load import Network
 
 RECOVERY_IMAGES = 20_000
 MOST_IMAGES = 100_000_000

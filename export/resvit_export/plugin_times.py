@@ -90,7 +90,7 @@ def _runner(
     import onnx_ir
 
     from resvit_export.fusing import fused_network
-    from resvit_export.tensorrt_copy import onnx_for_tensorrt
+    from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
 
     name = "-".join(kind.value for kind in kinds) or PLAIN
     source, copy, engine = (work / f"{name}.{end}" for end in ("onnx", "tensorrt.onnx", "plan"))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.image_set import Batch
-    from resvit_export.load import Network
+    from resvit_export.loading.load import Network
     from resvit_quantize.pruning.choose.budget import Budget
     from resvit_quantize.pruning.choose.choice import Choice
     from resvit_quantize.pruning.groups import Group
@@ -80,8 +80,8 @@ def prune_into(
     """
     import torch
 
-    from resvit_export.checkpoint import structure_in
-    from resvit_export.torch_program import write_by_memory
+    from resvit_export.loading.checkpoint import structure_in
+    from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choose.choice import choose
     from resvit_quantize.pruning.choose.costs import Work
@@ -146,7 +146,7 @@ def retrain_into(
     """Write ``retrained.pt``, ``retrained.pt2`` and ``retrain.json``: ``pruned``, of file ``weights``, learns again."""
     import torch
 
-    from resvit_export.checkpoint import structure_in
+    from resvit_export.loading.checkpoint import structure_in
     from resvit_quantize.pruning.distill.distill import distill
     from resvit_quantize.pruning.distill.options import DistillOptions
     from resvit_quantize.pruning.structure import Structure
@@ -177,8 +177,8 @@ def write_network(
     """Write ``NAME.pt``, weights and structure, and ``NAME.pt2``, a program that needs neither code nor structure."""
     import torch
 
-    from resvit_export.checkpoint import STRUCTURE
-    from resvit_export.torch_program import program_from_module, write_by_memory
+    from resvit_export.loading.checkpoint import STRUCTURE
+    from resvit_export.loading.torch_program import program_from_module, write_by_memory
 
     module = module.cpu().eval()
     program, _ = program_from_module(module, shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_export.inputs import ShapeWish, shape_wishes
+from resvit_export.loading.inputs import ShapeWish, shape_wishes
 
 if sys.version_info >= (3, 11):
     import tomllib

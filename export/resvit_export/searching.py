@@ -10,7 +10,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
-from resvit_export.runfolder import Artifact
+from resvit_export.run_folder import Artifact
 
 if TYPE_CHECKING:
     from resvit_engines.targets.costs import CostModel

@@ -12,7 +12,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_export.recipe import Recipe
-from resvit_export.runfolder import Artifact
+from resvit_export.run_folder import Artifact
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task

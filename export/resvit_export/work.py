@@ -18,20 +18,20 @@ from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Builder, Target
 from resvit_export.recipe import Recipe
-from resvit_export.tensorrt_copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
+from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt, suit_builder
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.image_set import ImageSet
-    from resvit_export.inputs import ShapeWish
-    from resvit_export.load import Network
+    from resvit_export.loading.inputs import ShapeWish
+    from resvit_export.loading.load import Network
     from resvit_quantize.settings import QuantizeSettings
 
 
 def network_from_recipe(recipe: Recipe, reporter: Reporter) -> Network:
     """Load the user's network with its weights, as one exported program."""
-    from resvit_export.load import ModelSpec, load_network
+    from resvit_export.loading.load import ModelSpec, load_network
 
     spec = ModelSpec(
         model=str(recipe.model),
@@ -53,7 +53,7 @@ def fold_into(folder: Path, network: Network) -> None:
     """Write ``folded.pt2``, ``fold.json`` and ``network.json``."""
     import torch
 
-    from resvit_export.torch_program import write_by_memory
+    from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.fold.program import fold_program
 
     with quiet_libraries():
@@ -65,8 +65,8 @@ def fold_into(folder: Path, network: Network) -> None:
 
 def export_into(folder: Path, folded: Path, opset: int, batch: int | None) -> None:
     """Write ``model.onnx``, ``export.json`` and ``network.json`` from the fold stage's folder."""
-    from resvit_export.onnx_export import onnx_from_program
-    from resvit_export.pt2 import program_from_pt2
+    from resvit_export.loading.pt2 import program_from_pt2
+    from resvit_export.to_onnx.export import onnx_from_program
 
     with quiet_libraries():
         program = program_from_pt2(folded / "folded.pt2")
@@ -77,7 +77,7 @@ def export_into(folder: Path, folded: Path, opset: int, batch: int | None) -> No
 
 def import_into(folder: Path, model: Path, target: Target | None, wishes: Sequence[ShapeWish]) -> None:
     """Write the same files from a user's ONNX; refuse an opset that the target's TensorRT does not read."""
-    from resvit_export.onnx_import import import_onnx
+    from resvit_export.to_onnx.own_onnx import import_onnx
 
     facts, report = import_onnx(model, folder / "model.onnx", wishes)
     if target and report.opset > target.opset:
@@ -229,8 +229,8 @@ def reference_into(
     """Write what PyTorch predicts, and the pruned program where there is one."""
     task.answers(network.runner(), images, batch_size, reporter, "validate (PyTorch)").save(folder / "pytorch.npz")
     if pruned is not None:
-        from resvit_export.pt2 import program_from_pt2
-        from resvit_export.torch_program import runner_from_program
+        from resvit_export.loading.pt2 import program_from_pt2
+        from resvit_export.loading.torch_program import runner_from_program
 
         runner = runner_from_program(program_from_pt2(pruned))
         task.answers(runner, images, batch_size, reporter, "validate (pruned)").save(folder / "pruned.npz")

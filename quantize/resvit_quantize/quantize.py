@@ -14,11 +14,7 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
 from resvit_quantize.graph.network import onnx_from_network
-from resvit_quantize.placement.grid import (
-    StoredWeight,
-    quantise_weight,
-    require_finite,
-)
+from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
 from resvit_quantize.qdq.half import half_from_network
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization

@@ -1,6 +1,6 @@
 """What an ONNX graph asks of the compiler: its Q/DQ pairs, its attention blocks and its plugins, as plain values.
 
-Written from the graph where ONNX can be read (``resvit_export.audit_graph``), compared with the kernels anywhere.
+Written from the graph where ONNX can be read (``resvit_export.to_tensorrt.expectation``), compared anywhere.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def bench_command(
     from resvit_engines.console import console, emit_json
     from resvit_engines.keys.public import load_trust
     from resvit_engines.progress import reporter
-    from resvit_export.benching import bench
+    from resvit_export.tools.bench import bench
 
     found = bench(sources, target, runtime, load_trust(trust), flags, reporter(quiet or as_json))
     if as_json:

@@ -14,7 +14,7 @@ from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
 
 if TYPE_CHECKING:
-    from resvit_export.layer_compare import LayerDifference
+    from resvit_export.tools.layer_compare import LayerDifference
 
 _SHOWN = 12
 _COLUMNS = ("tensor", "operator", "error", "largest difference")
@@ -60,7 +60,7 @@ def layers_command(
     For an engine whose outputs are not those that were validated: names the first layer that departs, and exits with
     11 where there is one. By Polygraphy, on a run's golden images, or on any --onnx and --input.
     """
-    from resvit_export.layer_compare import compare_layers, first_departure, input_of, optimised_runner
+    from resvit_export.tools.layer_compare import compare_layers, first_departure, input_of, optimised_runner
 
     output = Output(quiet, as_json)
     if (onnx is None) != (images is None):

@@ -16,7 +16,7 @@ from resvit_export.pruning import prune_summary
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
-    from resvit_export.runfolder import Artifact
+    from resvit_export.run_folder import Artifact
 
 _VERDICT_STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 

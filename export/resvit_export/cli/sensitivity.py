@@ -52,7 +52,7 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     writes sensitivity.html into the run folder.
     """
     from resvit_engines.console import console, emit_json
-    from resvit_export.report.damage import write_sensitivity_page
+    from resvit_export.report.sections.sensitivity import write_sensitivity_page
     from resvit_export.sensitivity_stage import exclude_snippet, measured_sensitivity, sensitivity_of
 
     output = Output(quiet, as_json)
@@ -116,7 +116,7 @@ def _document(found: Sensitivity, lists: list[tuple[str, tuple[LayerDamage, ...]
 
 def _show_tables(found: Sensitivity) -> None:
     from resvit_engines.console import console, table
-    from resvit_export.report.wording import decibels
+    from resvit_export.report.layout.wording import decibels
 
     precision, screen = found.precision, console()
     kinds = [precision, *(kind for kind in found.together if kind != precision)]

@@ -16,7 +16,7 @@ from resvit_export.cli.options import device_options, recipe_options, require_on
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
-    from resvit_export.runfolder import Artifact
+    from resvit_export.run_folder import Artifact
 
 _MODEL = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt"
 _DATA = "--data fashion-mnist"
@@ -33,7 +33,7 @@ def open_pipelines(flags: dict[str, Any], output: Output) -> Iterator[list[Pipel
     from resvit_engines.files import write_atomic
     from resvit_export.pipeline import pipelines_for
     from resvit_export.recipe import recipe_to_toml
-    from resvit_export.runfolder import RunFolder
+    from resvit_export.run_folder import RunFolder
 
     recipe, folder = resolve_recipe(flags)
     report = reporter(output.quiet or output.json)
@@ -304,7 +304,7 @@ def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
 
 
 def _write_report(pipeline: Pipeline, several: bool) -> Path:
-    from resvit_export.reporting import write_run_report
+    from resvit_export.report.gather import write_run_report
 
     name = f"report-{pipeline.require_target().name}.html" if several else "report.html"
     return write_run_report(pipeline, name)

@@ -59,7 +59,7 @@ def _where(builder: str) -> str:
 def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
     """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers."""
     from resvit_engines.console import console, emit_json
-    from resvit_export.inspect import describe_file, render
+    from resvit_export.tools.inspect import describe_file, render
 
     description = describe_file(file)
     if as_json:
@@ -74,7 +74,7 @@ def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
 def doctor_command(quiet: bool, as_json: bool) -> int:
     """Check what is installed, what is missing, and say what to do about it."""
     from resvit_engines.console import console, emit_json, table
-    from resvit_export.doctor import examine
+    from resvit_export.tools.doctor import examine
 
     output = Output(quiet, as_json)
     checks = examine()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
-from resvit_export.report import accuracy, audit, device, network, pictures, pruning, ranges
-from resvit_export.report.data import ReportData
-from resvit_export.report.there import facts_from_device
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from resvit_export.report.layout import pictures
+from resvit_export.report.layout.data import ReportData
+from resvit_export.report.layout.template import environment
+from resvit_export.report.sections import accuracy, audit, device, network, pruning, ranges
 
 _STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "audit", "bundle")
 
@@ -50,7 +46,7 @@ def html_from_run(data: ReportData) -> str:
         kernel_counts=device.kernel_counts(data.engine) if data.engine else [],
         kernels=device.kernels_from_engine(data.engine) if data.engine else [],
         fusion=audit.fusion_from_audit(data.audit) if data.audit else None,
-        there=facts_from_device(data.device) if data.device else None,
+        there=device.facts_from_device(data.device) if data.device else None,
         rehearsal=bool(data.device and data.device["rehearsal"]),
         plan=data.plan,
         commands=device.commands_from_plan(data.plan) if data.plan else [],
@@ -59,25 +55,6 @@ def html_from_run(data: ReportData) -> str:
         recipe=data.recipe,
         versions=list((data.versions or {}).items()),
         digests=device.digests_from_run(data),
-    )
-
-
-def environment() -> Environment:
-    """The templates of this package. Raises ``ResvitError`` if Jinja2 is not installed."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ResvitError(
-            "The report needs Jinja2, which is not installed.",
-            "pip install 'resvit-export[host]'",
-            ExitCode.MISSING,
-        ) from error
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
 
 

@@ -18,11 +18,7 @@ from resvit_quantize.equalize.shifting import Opened, close_activations, open_ac
 from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
 from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import constant, network_from_onnx
-from resvit_quantize.placement.grid import (
-    LARGEST,
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
-)
+from resvit_quantize.placement.grid import LARGEST, LARGEST_SCALE, SMALLEST_SCALE
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.placement.placement import Edge, EdgeKey, Placement, edge_key, place
 from resvit_quantize.settings import Precision, QuantizeSettings

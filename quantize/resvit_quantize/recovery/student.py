@@ -11,13 +11,7 @@ from torch import Tensor
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph.network import constant
-from resvit_quantize.placement.grid import (
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
-    largest_level,
-    scale_from_amax,
-    weight_shape,
-)
+from resvit_quantize.placement.grid import LARGEST_SCALE, SMALLEST_SCALE, largest_level, scale_from_amax, weight_shape
 from resvit_quantize.placement.placement import EdgeKey, Weight, edge_key
 from resvit_quantize.qdq.plan import Plan
 from resvit_quantize.torch_graph.fake_quant import fake_quantize

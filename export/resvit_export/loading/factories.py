@@ -1,0 +1,149 @@
+"""From the name that the user gave to the ``nn.Module`` behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from resvit_engines.errors import ResvitError
+from resvit_export.loading.libraries import import_beside_torchvision, import_timm
+from resvit_export.loading.user_code import Scalar, user_error
+
+
+def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
+    """Make the module that a name stands for.
+
+    A name is ``resvit:NAME``, ``timm:NAME``, ``hf:FOLDER``, ``package.module:factory`` or ``file.py:factory``.
+    Weights are random (seed 0) unless a factory loads its own. The current folder is importable, and so are the
+    neighbours of ``file.py``. Raises ``ResvitError`` for a name that leads nowhere, and with the user's own
+    message and line where the factory raises or returns something else.
+    """
+    if model.startswith("hf:"):
+        from resvit_export.loading.hugging_face import hugging_face_model
+
+        torch.manual_seed(0)
+        return hugging_face_model(model.removeprefix("hf:"), arguments)
+    place, colon, name = model.rpartition(":")
+    if not colon or not name:
+        raise ResvitError(
+            f"'{model}' does not say where the model is.",
+            "Write resvit:NAME, timm:NAME, hf:FOLDER, package.module:factory, path/to/file.py:factory, a .pt2 or an "
+            ".onnx file.",
+        )
+    torch.manual_seed(0)
+    if place == "resvit":
+        from resvit_export.models.reference import resvit_model
+
+        return _call(resvit_model, (name,), arguments, model)
+    if place == "timm":
+        return _timm_model(name, arguments)
+    factory = _find_factory(place, name)
+    if place.partition(".")[0] == "torchvision":
+        # Its builders fetch a backbone's weights unless they are told not to, and nothing is downloaded here.
+        offered = inspect.signature(factory).parameters
+        none = dict.fromkeys(key for key in ("weights", "weights_backbone") if key in offered)
+        return _call(factory, (), {**none, **arguments}, model)
+    return _call(factory, (), arguments, model)
+
+
+def _timm_model(name: str, arguments: Mapping[str, Scalar]) -> nn.Module:
+    timm = import_timm()
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
+        raise ResvitError(
+            f"timm has no model '{name}'.",
+            f"Some that it has: {', '.join(near)}." if near else "timm.list_models() names those that it has.",
+        )
+    return _call(timm.create_model, (name,), {"pretrained": False, **arguments}, f"timm:{name}")
+
+
+def _call(
+    factory: Callable[..., object], positional: tuple[object, ...], arguments: Mapping[str, Scalar | None], model: str
+) -> nn.Module:
+    try:
+        # Arguments that do not fit the signature are the recipe's fault, not the factory's.
+        inspect.signature(factory).bind(*positional, **arguments)
+    except TypeError as error:
+        raise ResvitError(
+            f"{model} does not take these arguments: {error}.",
+            f"Its signature is {inspect.signature(factory)}.",
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+    try:
+        made = factory(*positional, **arguments)
+    except ResvitError:
+        raise
+    except Exception as error:
+        raise user_error(error, f"{model} failed", "Mend the factory or its arguments (--model-arg).") from error
+    if not isinstance(made, nn.Module):
+        raise ResvitError(
+            f"{model} returned a {type(made).__name__}, not a torch.nn.Module.",
+            "The factory must return the network itself.",
+        )
+    return made
+
+
+def _find_factory(place: str, name: str) -> Callable[..., object]:
+    if place.endswith(".py"):
+        module = _module_from_file(Path(place))
+    else:
+        with _importable(Path.cwd()):
+            try:
+                torchvision = place.partition(".")[0] == "torchvision"
+                module = import_beside_torchvision(place, "host") if torchvision else importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                raise ResvitError(
+                    f"There is no module '{error.name}'.",
+                    f"Check the spelling of '{place}', or run from the folder that holds it.",
+                ) from error
+            except Exception as error:
+                raise user_error(error, f"Importing {place} failed", "Mend the module.") from error
+    factory: object = module
+    for part in name.split("."):
+        factory = getattr(factory, part, None)
+    if not callable(factory):
+        near = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8]
+        raise ResvitError(
+            f"{place} has no function or class '{name}'.",
+            f"It has: {', '.join(near)}." if near else "It defines none at all.",
+        )
+    return factory
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ResvitError(f"The file {path} does not exist.", "Check the path given to --model.")
+    spec = importlib.util.spec_from_file_location(f"_resvit_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    with _importable(path.resolve().parent):
+        try:
+            spec.loader.exec_module(module)
+        except ResvitError:
+            raise
+        except Exception as error:
+            raise user_error(error, f"Importing {path} failed", "Mend the file.") from error
+    return module
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))

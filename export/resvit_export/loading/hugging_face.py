@@ -1,0 +1,251 @@
+"""Vision models of Hugging Face's transformers: from a folder, or from the hub's cache on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.errors import ResvitError
+from resvit_export.loading.libraries import import_transformers
+from resvit_export.loading.random_weights import draw_weights
+
+if TYPE_CHECKING:
+    from resvit_export.loading.user_code import Scalar
+
+_ANSWERS = ("logits", "pred_boxes", "predicted_depth", "class_queries_logits", "masks_queries_logits")
+"""Fields of a model's output that applications read; where it has none of them, all tensors of it are kept."""
+_SOFTMAX = frozenset({"detr", "yolos", "table-transformer"})
+"""Detectors whose last score stands for "no object"; the others' scores go through a sigmoid."""
+_DETR_COCO = 91
+"""Classes of DETR's own COCO weights: the numbers are COCO's, gaps and all."""
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+_ARCHITECTURE = "architecture"
+
+
+class HuggingFaceModel(nn.Module):
+    """A transformers model as a network from images [B, C, H, W] to a dictionary of tensors.
+
+    What a hub's model does behind its network (boxes in pixels of the photo, masks at its size) is left to the
+    application, as transformers leaves it to the image processor.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, preprocess: Preprocess | None, random_weights: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocess = preprocess
+        self.random_weights = random_weights
+        self.input_shape = _input_shape(config, preprocess)
+        self.task_options = _task_options(config)
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Answer for images float32 [B, C, H, W]; ``pixel_mask`` int64 [B, H, W] is 0 where they are padded."""
+        mask = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
+        answer = self.model(pixel_values=pixel_values, return_dict=True, **mask)
+        tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor)}
+        return {name: tensors[name] for name in _ANSWERS if name in tensors} or tensors
+
+
+def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> HuggingFaceModel:
+    """Load ``reference``: a folder as ``save_pretrained`` writes it, or a repository that is in the hub's cache.
+
+    Nothing is downloaded, and no code that comes with a model is run. ``arguments`` replace settings of its
+    configuration; ``architecture`` names the class where the configuration does not. A folder without weights gives a
+    network with random ones.
+
+    Raises:
+        ResvitError: for a model that is not there, needs code of its own, takes no images, or whose weights do not
+            cover the network; MISSING without transformers.
+    """
+    transformers = import_transformers()
+    folder = Path(reference).expanduser()
+    with _quiet(transformers), _refusals(reference):
+        place = str(folder) if folder.is_dir() else reference
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        settings = dict(arguments)
+        kind = _class_of(transformers, config, settings.pop(_ARCHITECTURE, None), reference)
+        _set(config, settings, reference)
+        files = _folder_of(folder, reference)
+        trained = any(next(files.glob(pattern), None) for pattern in _WEIGHTS)
+        if trained:
+            model, loaded = kind.from_pretrained(
+                place, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+            _require_whole(loaded, reference)
+        else:
+            model = kind(config)
+            draw_weights(model)
+    if getattr(model, "main_input_name", "pixel_values") != "pixel_values":
+        raise ResvitError(
+            f"{reference} takes {model.main_input_name}, not images.", "Give a model whose input is pixel_values."
+        )
+    return HuggingFaceModel(model, config, _preprocess(files / "preprocessor_config.json", config), not trained)
+
+
+def _class_of(transformers: Any, config: Any, named: object, reference: str) -> Any:
+    names = [str(named)] if named is not None else list(config.architectures or ())
+    if not names:
+        raise ResvitError(
+            f"The configuration of {reference} does not say which class the model is.",
+            "Name it, for example --model-arg architecture=RTDetrForObjectDetection.",
+        )
+    kind = getattr(transformers, names[0], None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise ResvitError(
+            f"transformers {transformers.__version__} has no model class {names[0]}.",
+            "Check --model-arg architecture=…, or install the version that the model was saved with.",
+        )
+    return kind
+
+
+def _set(config: Any, settings: Mapping[str, Scalar], reference: str) -> None:
+    known = [*config.to_dict(), "num_labels"]
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            raise ResvitError(
+                f"The configuration of {reference} has no setting {name}.",
+                f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(sorted(known))}.",
+            )
+        setattr(config, name, value)
+
+
+def _folder_of(folder: Path, reference: str) -> Path:
+    """The folder that the model's files are in: the user's own, or that of the hub's cache."""
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(reference, "config.json", local_files_only=True)).parent
+
+
+def _require_whole(loaded: Mapping[str, Any], reference: str) -> None:
+    """Refuse a network that transformers would have filled up with random numbers."""
+    lacking = sorted(map(str, [*loaded["missing_keys"], *loaded.get("mismatched_keys", ())]))
+    if lacking:
+        raise ResvitError(
+            f"The weights of {reference} do not cover the model: {len(lacking)} tensors are missing or of another "
+            f"shape ({', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}).",
+            "Give the fine-tuned model rather than its backbone, with the num_labels that it was trained with.",
+        )
+
+
+def _input_shape(config: Any, preprocess: Preprocess | None) -> tuple[int, int, int] | None:
+    channels = int(getattr(config, "num_channels", 3))
+    if preprocess is not None:
+        return (channels, *preprocess.size)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        return channels, size, size
+    return (channels, int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+
+
+def _task_options(config: Any) -> dict[str, Any]:
+    """How the model's outputs are to be read, where its configuration tells."""
+    if config.model_type not in _SOFTMAX:
+        return {}
+    numbers = {"class_numbers": "id"} if config.num_labels == _DETR_COCO else {}
+    return {"activation": "softmax", **numbers}
+
+
+def _preprocess(path: Path, config: Any) -> Preprocess | None:
+    """What ``preprocessor_config.json`` says; None where there is none, or it names no size."""
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ResvitError(f"{path} cannot be read: {error}.", "Copy or download the model again.") from error
+    size, resize, fraction = _sizes(own, config)
+    if size is None:
+        return None
+    # The network reads (pixel * factor - mean) / std, and Preprocess (pixel / 255 - mean) / std.
+    factor = 255.0 * float(own.get("rescale_factor", 1 / 255)) if own.get("do_rescale", True) else 255.0
+    normalises = own.get("do_normalize", True)
+    mean = own.get("image_mean", [0.5]) if normalises else [0.0]
+    std = own.get("image_std", [0.5]) if normalises else [1.0]
+    scaled = tuple(float(value) / factor for value in mean)
+    pads = scaled if len(scaled) == int(getattr(config, "num_channels", 3)) else scaled[:1]
+    return Preprocess(
+        size=size,
+        channels=int(getattr(config, "num_channels", 3)),
+        resize=resize,
+        crop_fraction=fraction,
+        interpolation=_RESAMPLE.get(own.get("resample"), "bilinear"),  # type: ignore[arg-type]
+        mean=scaled,
+        std=tuple(float(value) / factor for value in std),
+        pad_value=tuple(min(max(255.0 * value, 0.0), 255.0) for value in pads) if resize == "letterbox" else (0.0,),
+    )
+
+
+def _sizes(own: Mapping[str, Any], config: Any) -> tuple[tuple[int, int] | None, Any, float]:
+    """(Height, width), ``resize`` and ``crop_fraction`` of a Preprocess."""
+    size = own.get("size")
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if "Segformer" in str(own) else {"shortest_edge": size}
+    size = size or {}
+    if own.get("do_center_crop") and isinstance(own.get("crop_size"), (int, dict)):
+        crop = own["crop_size"]
+        height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+        edge = size.get("shortest_edge") or min(size.get("height", height), size.get("width", width))
+        return (height, width), "crop", min(1.0, min(height, width) / edge)
+    if "height" in size and "width" in size:
+        return (int(size["height"]), int(size["width"])), "stretch", 1.0
+    if "shortest_edge" in size:
+        edge = int(size["shortest_edge"])
+        # An engine has one size: a photo of any aspect ratio is fitted into a square and padded, as the models pad.
+        if "longest_edge" in size:
+            return (edge, edge), "letterbox", 1.0
+        return (edge, edge), "crop", float(own.get("crop_pct") or 1.0)
+    known = getattr(config, "image_size", None)
+    return ((known, known) if isinstance(known, int) else None), "stretch", 1.0
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's own progress bars and warnings: what they say is checked here."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _refusals(reference: str) -> Iterator[None]:
+    """What transformers raises, in a sentence."""
+    from resvit_export.loading.user_code import user_error
+
+    try:
+        yield
+    except ResvitError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ResvitError(
+                f"{reference} comes with code of its own, which is not run.",
+                "Read that code, and give the network by a factory of yours: --model file.py:factory.",
+            ) from error
+        if isinstance(error, OSError):
+            raise ResvitError(
+                f"{reference} is neither a folder with a config.json nor in the hub's cache on this machine, and "
+                "nothing is downloaded.",
+                f"Fetch it where there is a network (hf download {reference}), or give the folder of the model.",
+            ) from error
+        raise user_error(
+            error, f"transformers cannot load {reference}", "Check the folder, --model-arg and the version."
+        ) from error

@@ -1,0 +1,303 @@
+"""The user's network with its weights, from whatever names it, as one exported program."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+from resvit_export.loading.checkpoint import load_checkpoint, require_finite
+from resvit_export.loading.factories import module_from_name
+from resvit_export.loading.inputs import NetworkInput
+from resvit_export.loading.random_weights import draw_heads
+from resvit_export.loading.torch_program import (
+    has_dynamic_batch,
+    input_shape_of,
+    inputs_of,
+    output_names,
+    output_shapes,
+    program_from_module,
+    runner_from_program,
+)
+from resvit_export.loading.user_code import Scalar
+from resvit_export.models.config import HybridConfig
+
+if TYPE_CHECKING:
+    from resvit_calibrate.runtime.runner import Runner
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the user says about the model: where it is, its weights, its arguments, (C, H, W) of its image.
+
+    ``inputs`` are named as the forward's parameters, where it reads more than the image.
+    """
+
+    model: str
+    checkpoint: Path | None = None
+    model_args: Mapping[str, Scalar] = field(default_factory=dict)
+    input_shape: tuple[int, int, int] | None = None
+    inputs: tuple[NetworkInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network in eval mode. ``module`` is None for a ``.pt2``; ``num_classes`` where it is not known."""
+
+    program: ExportedProgram
+    module: nn.Module | None
+    preprocess: Preprocess | None
+    input_shape: tuple[int, int, int]
+    num_classes: int | None
+    digest: str
+    """SHA-256 over the graph and all its tensors."""
+    notes: tuple[str, ...] = ()
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    """How the network says that its outputs are to be read; what the user says goes before."""
+
+    @property
+    def inputs(self) -> tuple[NetworkInput, ...]:
+        """What it reads: the image first, called ``input``."""
+        return inputs_of(self.program)
+
+    def runner(self) -> Runner:
+        """The network in PyTorch as a function from arrays to arrays."""
+        return runner_from_program(self.program)
+
+    def facts(self) -> dict[str, Any]:
+        """What later stages need to know, as plain JSON values."""
+        return {
+            "input_shape": list(self.input_shape),
+            "num_classes": self.num_classes,
+            "preprocess": self.preprocess.to_json() if self.preprocess else None,
+            "dynamic_batch": has_dynamic_batch(self.program),
+            "task_options": dict(self.task_options),
+            **({"inputs": [item.to_json() for item in self.inputs]} if len(self.inputs) > 1 else {}),
+            "digest": self.digest,
+            "notes": list(self.notes),
+        }
+
+
+def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
+    """Load, check and export the network that ``spec`` names.
+
+    Raises ``ResvitError`` for everything that can be wrong with it: no such model, a factory that fails, a
+    checkpoint that does not fit, NaN in the weights, an unknown input size, a forward that cannot be exported.
+    An ``.onnx`` file has no PyTorch program; ``resvit_export.to_onnx.own_onnx.import_onnx`` takes it.
+    """
+    if spec.model.endswith(".onnx"):
+        raise ResvitError("An ONNX model has no PyTorch program.", "It goes through import_onnx.")
+    if spec.model.endswith(".pt2"):
+        return _network_from_pt2(spec, reporter)
+    module = module_from_name(spec.model, spec.model_args)
+    notes: list[str] = []
+    if spec.checkpoint is not None:
+        notes += load_checkpoint(module, spec.checkpoint)
+    elif spec.model.startswith(("timm:", "resvit:", "torchvision.")) or getattr(module, "random_weights", False):
+        reporter.warn(
+            f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
+        )
+        notes.append("random weights: no checkpoint was given")
+        draw_heads(module)
+    _refuse_own_selection(module, spec.model)
+    module, cast = _as_float32(module)
+    notes += cast
+    require_finite(module, str(spec.checkpoint or spec.model))
+    inputs = _inputs(module, spec)
+    program, remarks = program_from_module(module, inputs)
+    shape = input_shape_of(program)
+    for note in (*notes, *remarks):
+        reporter.say(note)
+    return Network(
+        program,
+        module,
+        preprocess_of(module, shape),
+        shape,
+        _classes(program, module),
+        program_digest(program),
+        (*notes, *remarks),
+        dict(getattr(module, "task_options", {})),
+    )
+
+
+def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Preprocess | None:
+    """How the network wants its images: from ``.preprocess`` (a ``Preprocess``, as Hugging Face's models get one),
+    ``.config`` (resvit) or ``.pretrained_cfg`` (timm); else None.
+    """
+    channels, size = input_shape[0], (input_shape[1], input_shape[2])
+    if channels not in (1, 3):
+        return None
+    own = getattr(module, "preprocess", None)
+    if isinstance(own, Preprocess):
+        return dataclasses.replace(own, size=size)
+    config = getattr(module, "config", None)
+    if isinstance(getattr(config, "mean", None), tuple) and isinstance(getattr(config, "std", None), tuple):
+        assert config is not None
+        return Preprocess(size=size, channels=channels, mean=_channels(config.mean, channels),
+                          std=_channels(config.std, channels))  # fmt: skip
+    known = getattr(module, "pretrained_cfg", None)
+    if not isinstance(known, Mapping) or "mean" not in known:
+        return None
+    interpolation = str(known.get("interpolation", "bicubic"))
+    mode = str(known.get("crop_mode", "center"))
+    return Preprocess(
+        size=size,
+        channels=channels,
+        resize="stretch" if mode == "squash" else "crop",
+        crop_fraction=1.0 if mode == "squash" else float(known.get("crop_pct") or 0.875),
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+        mean=_channels(tuple(known["mean"]), channels),
+        std=_channels(tuple(known["std"]), channels),
+    )
+
+
+def program_digest(program: ExportedProgram) -> str:
+    """SHA-256 over the graph and every tensor of it: the same network gives the same digits anywhere."""
+    digest = hashlib.sha256(str(program.graph).encode())
+    tensors = {**program.constants, **program.state_dict}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
+    from resvit_export.loading.pt2 import program_from_pt2
+
+    if spec.checkpoint is not None or spec.model_args:
+        raise ResvitError(
+            "A .pt2 program brings its own weights and takes no arguments.",
+            "Leave out --checkpoint and --model-arg.",
+        )
+    program = program_from_pt2(Path(spec.model))
+    require_finite({**program.constants, **program.state_dict}, spec.model)
+    shape = input_shape_of(program)
+    if spec.input_shape not in (None, shape):
+        raise ResvitError(f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape.")
+    notes = () if has_dynamic_batch(program) else ("the program was exported for one batch size",)
+    for note in notes:
+        reporter.say(note)
+    return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
+
+
+def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[NetworkInput, ...]:
+    """What to trace the module with: (C, H, W) of its only input, or all inputs by name.
+
+    Raises:
+        ResvitError: for a name that the forward does not have, a parameter that nothing is said of, and no image size.
+    """
+    image = spec.input_shape or _own_input_shape(module)
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    needed = [item.name for item in parameters if item.name in names and item.default is item.empty]
+    given = {item.name: item for item in spec.inputs}
+    if wrong := [name for name in given if name not in names]:
+        raise ResvitError(
+            f"The forward of {spec.model} has no parameter {wrong[0]}.",
+            f"It has {', '.join(names) or 'none'}: name those in --shape.",
+        )
+    missing = [name for name in needed if name not in given]
+    if len(given) < 2 and len(needed) <= 1 and not (given and missing):
+        (only,) = given.values() or (None,)
+        if only is not None and not only.is_image:
+            raise ResvitError(f"--shape says {only}: no image.", "The image is float32 [B, C, H, W].")
+        if only is None and image is None:
+            raise ResvitError(
+                f"{spec.model} does not say which images it takes.",
+                "Give --input-shape C,H,W, for example --input-shape 3,224,224.",
+            )
+        channels, height, width = only.shape if only is not None else image or (0, 0, 0)
+        return channels, height, width
+    if missing and image is not None and not any(item.is_image for item in given.values()):
+        # The first parameter is the image, as everywhere.
+        given = {missing[0]: NetworkInput(missing[0], image), **given}
+        missing = missing[1:]
+    if missing:
+        example = " ".join(f"--shape {name}=1x…" for name in missing)
+        raise ResvitError(
+            f"The forward of {spec.model} needs {', '.join(needed)}, and nothing says what {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'}.",
+            f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64.",
+        )
+    return tuple(given[name] for name in names if name in given)
+
+
+def _refuse_own_selection(module: nn.Module, name: str) -> None:
+    """Refuse torchvision's detectors, which hold what no fixed graph can: their reason beats a trace's."""
+    kinds = {kind.__module__ for kind in type(module).__mro__}
+    if not any(kind.startswith("torchvision.models.detection.") for kind in kinds):
+        return
+    two_stages = "torchvision.models.detection.faster_rcnn" in kinds or hasattr(module, "roi_heads")
+    why = (
+        "between its two stages it picks a varying number of regions (NMS, RoIAlign)"
+        if two_stages
+        else "it resizes photos of any size and answers with a varying number of boxes (NMS) for each"
+    )
+    raise ResvitError(
+        f"{name} ({type(module).__name__}) has no fixed graph: {why}, so that no engine of fixed shapes holds it.",
+        "Take a detector that answers for a fixed set of queries or cells (RT-DETR, DETR, resvit:fpn-nano-det)"
+        + ("." if two_stages else ", or a module of yours that returns this one's backbone and head alone."),
+    )
+
+
+def _as_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    module = module.to("cpu")
+    kinds = {t.dtype for t in module.state_dict().values() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    if kinds <= {torch.float32}:
+        return module, ()
+    names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return module.float(), (f"the network is in {names}; it is computed in float32",)
+
+
+def _own_input_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "image_size") and hasattr(config, "in_channels"):
+        height, width = _pair(config.image_size)
+        return int(config.in_channels), height, width
+    known = getattr(module, "pretrained_cfg", None)
+    if isinstance(known, Mapping) and "input_size" in known:
+        channels, height, width = (int(size) for size in known["input_size"])
+        # Arguments override what the pretrained weights were trained with.
+        embed = getattr(module, "patch_embed", None)
+        height, width = _pair(getattr(embed, "img_size", None) or (height, width))
+        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+        return (first.in_channels if first is not None else channels), height, width
+    own = getattr(module, "input_shape", None)
+    if own is None and isinstance(getattr(module, "image_size", None), int):
+        own = (3, module.image_size, module.image_size)  # torchvision's ViT
+    return tuple(int(size) for size in own) if isinstance(own, (tuple, list)) and len(own) == 3 else None  # type: ignore[return-value]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """As many values as channels: timm's grey models use the mean of the three colours."""
+    if len(values) in (1, channels):
+        return tuple(float(value) for value in values)
+    return (math.fsum(values) / len(values),)
+
+
+def _classes(program: ExportedProgram, module: nn.Module | None = None) -> int | None:
+    """K of class scores [B, K], or of ``scores`` [B, Q, K] beside ``boxes``; else what a reference hybrid says."""
+    shapes = dict(zip(output_names(program), output_shapes(program), strict=True))
+    scores = next(iter(shapes.values())) if len(shapes) == 1 else shapes.get("scores", ()) if "boxes" in shapes else ()
+    if len(scores) == (2 if len(shapes) == 1 else 3) and isinstance(scores[-1], int):
+        return scores[-1]
+    config = getattr(module, "config", None)
+    return config.num_classes if isinstance(config, HybridConfig) else None

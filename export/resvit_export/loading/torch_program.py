@@ -1,0 +1,277 @@
+"""A module as an exported program, and a program as a function from arrays to arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+
+from resvit_calibrate.runtime.runner import Runner, pieces
+from resvit_calibrate.runtime.sessions import Arrays
+from resvit_engines.errors import ResvitError
+from resvit_engines.files import write_atomic
+from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order
+from resvit_export.loading.user_code import user_error
+
+
+def program_from_module(
+    module: nn.Module, inputs: tuple[int, int, int] | Sequence[NetworkInput]
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Export ``module`` in eval mode for images [B, C, H, W], B dynamic where the module allows; also notes.
+
+    ``inputs`` are (C, H, W) of the only argument, or all inputs by the names of the forward's parameters. A module that
+    works for one batch size only is exported for batch 1, and a note says so. Raises ``ResvitError`` with the user's
+    own message and line where the forward raises or branches on values.
+    """
+    module.eval()
+    several = [item for item in inputs if isinstance(item, NetworkInput)]
+    alone = None if several else tuple(size for size in inputs if isinstance(size, int))
+    try:
+        with torch.no_grad():
+            _call(module, *_examples(several, alone, 1))
+    except Exception as error:
+        raise _failing(error, several, alone) from error
+    try:
+        program = _export(module, *_examples(several, alone, 2), dynamic=True)
+        if has_dynamic_batch(program):
+            return program, ()
+    except Exception as error:
+        reason = str(error)
+        if "data-dependent" in reason.lower() or "Could not guard" in reason:
+            raise _not_exportable(error) from error
+    try:
+        program = _export(module, *_examples(several, alone, 1), dynamic=False)
+    except Exception as error:
+        raise _not_exportable(error) from error
+    return program, ("the network works for one batch size only; it is exported for batch 1",)
+
+
+def has_dynamic_batch(program: ExportedProgram) -> bool:
+    """Whether the first dimension of the input is free."""
+    return fixed_batch_of(program) is None
+
+
+def fixed_batch_of(program: ExportedProgram) -> int | None:
+    """The one batch size that the program takes; None for a dynamic one."""
+    sizes = [_known(value.shape[0]) for value in _input_values(program).values()]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return fixed[0] if fixed else None
+
+
+def inputs_of(program: ExportedProgram) -> tuple[NetworkInput, ...]:
+    """What the program reads: the image first, called ``input``, and the others by their own names.
+
+    Raises:
+        ResvitError: where an input has no batch, or sizes that are not fixed, or none of them is an image.
+    """
+    return in_order(list(_named_inputs(program).values()))
+
+
+def input_shape_of(program: ExportedProgram) -> tuple[int, int, int]:
+    """(C, H, W) of the program's image; raises ``ResvitError`` where it has none."""
+    channels, height, width = inputs_of(program)[0].shape
+    return channels, height, width
+
+
+def input_names(program: ExportedProgram) -> list[str]:
+    """The names of ``inputs_of`` in the order in which the program itself takes them."""
+    own = _named_inputs(program)
+    image = next(name for name, item in own.items() if item.is_image)
+    return [IMAGE if name == image else name for name in own]
+
+
+def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
+    """Shapes of the outputs, symbolic sizes as text."""
+    outputs = program.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    return [tuple(_known(size) for size in node.meta["val"].shape) for node in outputs]
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """The keys of the dictionary, or the fields of the named tuple, that the forward returns.
+
+    Others have no names: ``logits`` for one output [B, K], ``output`` for one of another shape, ``output_0`` and on
+    for several.
+    """
+    shapes = output_shapes(program)
+    if (own := _own_names(program, len(shapes))) is not None:
+        return own
+    if len(shapes) == 1:
+        return ["logits" if len(shapes[0]) == 2 else "output"]
+    return [f"output_{index}" for index in range(len(shapes))]
+
+
+def runner_from_program(program: ExportedProgram) -> Runner:
+    """Run a program in PyTorch: {"input": float32 [B, C, H, W]} → {"logits": float32 [B, K]}, for example.
+
+    A program of fixed batch size takes any number of images: it runs in pieces, the last one padded.
+    """
+    call, names, batch = program.module(), output_names(program), fixed_batch_of(program)
+    inputs = {item.name: np.dtype(item.dtype) for item in inputs_of(program)}
+    order, structure = input_names(program), program.call_spec.in_spec
+
+    def run(arrays: Arrays) -> Arrays:
+        whole = {name: np.ascontiguousarray(arrays[name], dtype) for name, dtype in inputs.items()}
+        outputs = []
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for piece, size in pieces(whole, batch or len(whole[IMAGE])):
+                leaves = [torch.from_numpy(piece[name]) for name in order]
+                positional, keywords = torch.utils._pytree.tree_unflatten(leaves, structure)
+                answer = torch.utils._pytree.tree_leaves(call(*positional, **keywords))
+                outputs.append([leaf.float().numpy()[:size] for leaf in answer])
+        return {name: np.concatenate([part[i] for part in outputs]) for i, name in enumerate(names)}
+
+    return run
+
+
+def write_by_memory(path: Path, save: Callable[[io.BytesIO], None]) -> None:
+    """Write a file that PyTorch makes by way of memory: its own writer aborts the process on a full disk."""
+    buffer = io.BytesIO()
+    save(buffer)
+    write_atomic(path, bytes(buffer.getbuffer()))
+
+
+def _known(size: int | torch.SymInt) -> int | str:
+    """A size as a number, also where tracing has pinned its symbol to one; a free size as text."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
+def _own_names(program: ExportedProgram, count: int) -> list[str] | None:
+    """The names that the outputs have in the forward's own structure, None where they have none that can be used."""
+    spec = program.call_spec.out_spec
+    if spec is None or spec.num_leaves != count:
+        return None
+    try:
+        answer = torch.utils._pytree.tree_unflatten(list(range(count)), spec)
+    except Exception:  # noqa: BLE001 a structure of a library that isn't loaded
+        return None
+    fields = getattr(answer, "_fields", None)
+    named = dict(zip(fields, answer, strict=True)) if fields else answer
+    if not isinstance(named, Mapping):
+        return None
+    found: dict[int, str] = {}
+    for name, part in named.items():
+        leaves = torch.utils._pytree.tree_leaves(part)
+        found |= {leaf: str(name) if len(leaves) == 1 else f"{name}_{i}" for i, leaf in enumerate(leaves)}
+    names = [found[index] for index in range(count)]
+    usable = len(set(names)) == count and IMAGE not in names and all(name.isidentifier() for name in names)
+    return names if usable else None
+
+
+def _input_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors that the program reads, by name, in its own order."""
+    names = program.graph_signature.user_inputs
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    values = {str(node.name): node.meta.get("val") for node in nodes}
+    odd = [name for name, value in values.items() if not isinstance(value, torch.Tensor) or not value.dim()]
+    if odd or not values or len(values) != len(names):
+        raise ResvitError(
+            f"The network's input {', '.join(odd) or '(none)'} is no tensor with one entry for each image.",
+            "Wrap it in a module whose forward takes tensors [B, …] alone.",
+        )
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _named_inputs(program: ExportedProgram) -> dict[str, NetworkInput]:
+    """The same as ``NetworkInput``s, by name, in the program's own order."""
+    found: dict[str, NetworkInput] = {}
+    for name, value in _input_values(program).items():
+        shape = tuple(_known(size) for size in value.shape)
+        fixed = tuple(size for size in shape[1:] if isinstance(size, int))
+        dtype = str(value.dtype).removeprefix("torch.")
+        if len(fixed) != len(shape) - 1 or dtype not in TYPES:
+            raise ResvitError(
+                f"The program's input {name} is {dtype} {[str(size) for size in shape]}: all sizes but the batch must "
+                f"be fixed, and the type one of {', '.join(TYPES)}.",
+                "Export the network for one size.",
+            )
+        found[name] = NetworkInput(name, fixed, dtype)
+    return found
+
+
+_Arguments: TypeAlias = "tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]"
+
+
+def _examples(several: Sequence[NetworkInput], alone: tuple[int, ...] | None, batch: int) -> _Arguments:
+    """Arguments to trace with: by name where there are several, ones for integers."""
+    if alone is not None:
+        return (torch.zeros(batch, *alone),), {}
+    make = {True: torch.zeros, False: torch.ones}
+    return (), {
+        item.name: make[item.dtype == "float32"](batch, *item.shape, dtype=getattr(torch, item.dtype))
+        for item in several
+    }
+
+
+def _call(module: nn.Module, positional: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> object:
+    return module(*positional, **named)
+
+
+def _failing(error: Exception, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> ResvitError:
+    if alone is None:
+        told = ", ".join(map(str, several))
+        return user_error(
+            error, f"The network fails on the inputs {told}", "Check the sizes and types given with --shape."
+        )
+    shape = ", ".join(map(str, (1, *alone)))
+    return user_error(
+        error,
+        f"The network fails on a batch of shape [{shape}]",
+        "Check --input-shape (C,H,W); of a forward that takes more than the image, name all with --shape.",
+    )
+
+
+def _export(
+    module: nn.Module, positional: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], *, dynamic: bool
+) -> ExportedProgram:
+    free = {0: Dim.AUTO(min=1)}
+    shapes: Any = None
+    if dynamic:
+        shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
+    with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _symbolic_len(module: nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` give a size that may stay free, in the files that the network is written in.
+
+    Python makes a number of whatever ``len`` returns, which fixes the batch to that of the example.
+    """
+    names = {type(part).__module__ for part in module.modules()}
+    places = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    own = [place for place in places if "len" not in place and not str(place.get("__name__")).startswith("torch.")]
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+    for place in own:
+        place["len"] = length
+    try:
+        yield
+    finally:
+        for place in own:
+            del place["len"]
+
+
+def _not_exportable(error: Exception) -> ResvitError:
+    return user_error(
+        error,
+        "The network cannot be turned into a graph, since its forward depends on values or uses what torch.export "
+        "does not know",
+        "Write that line with tensor operations (torch.where) or move the decision into the constructor.",
+    )

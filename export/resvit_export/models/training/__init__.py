@@ -1,0 +1,1 @@
+"""Training of the reference hybrids, for the examples alone."""

@@ -1,0 +1,1 @@
+"""How the report looks: wording, drawings, pictures, template."""

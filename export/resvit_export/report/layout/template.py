@@ -1,0 +1,30 @@
+"""The environment that the templates of the report are rendered in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def environment() -> Environment:
+    """The templates of this package. Raises ``ResvitError`` if Jinja2 is not installed."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ResvitError(
+            "The report needs Jinja2, which is not installed.",
+            "pip install 'resvit-export[host]'",
+            ExitCode.MISSING,
+        ) from error
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,1 @@
+"""The sections of the report, one for each stage's record."""

@@ -1,0 +1,297 @@
+"""The verdict, the accuracy of each stage and the images whose prediction changed, ready to be laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from resvit_export.report.layout import wording
+from resvit_export.report.layout.data import ChangedImage, Json, ReportData
+from resvit_export.report.layout.drawings import Drawing, drawing_of
+from resvit_export.report.layout.pictures import data_uri_from_pixels, ticks_between
+
+_SPELLING = {"pytorch": "PyTorch", "onnx": "ONNX", "tensorrt": "TensorRT"}
+_OUTCOMES = {"lost": ("lost", "worse"), "gained": ("gained", "better")}
+_WORDS = {"accepted": "Accepted", "rejected": "Rejected", "undecided": "Undecided"}
+
+
+@dataclass(frozen=True)
+class Hero:
+    """The top of the page."""
+
+    kind: str
+    word: str
+    sentence: str
+    notes: list[str]
+    figures: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of the accuracy table; ``left``, ``right`` and ``dot`` place the interval, in % of the chart."""
+
+    stage: str
+    value: str
+    agreement: str
+    sqnr: str
+    drop: str
+    interval: str
+    left: float | None = None
+    right: float | None = None
+    dot: float | None = None
+    side: str = ""
+    """Where the whole interval lies: "over" the limit, "across" it, or (empty) under it."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy table and the axis of its chart; positions in % of the chart's width."""
+
+    rows: list[StageRow]
+    metric: str
+    unit: str
+    """Of drops: pp (percentage points), points, or dB."""
+    unit_in_words: str
+    axis: str
+    """What the chart shows, a sentence."""
+    agreement_name: str
+    agreement_of: str
+    """What is counted, where the name of the column does not say it."""
+    confidence: str
+    images: str
+    data: str
+    limit: str
+    limit_at: float
+    zero_at: float
+    ticks: list[tuple[float, str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An image, or only its index, with what both networks call it."""
+
+    uri: str | None
+    alt: str
+    float_class: str
+    quantized_class: str
+    label: str
+    outcome: str
+    kind: str
+    drawing: Drawing | None = None
+
+
+def spell_stage(stage: str) -> str:
+    """Turn ``onnx int8`` into ``ONNX INT8``."""
+    words = stage.split()
+    return " ".join(_SPELLING.get(w, w.upper() if any(c.isdigit() for c in w) else w) for w in words)
+
+
+def hero_from_run(data: ReportData) -> Hero:
+    """Say what came out, before anything else."""
+    verdict = data.verdict
+    precision = str((data.quantize or {}).get("precision", "")).upper()
+    if verdict is None:
+        sentence = "The accuracy of this network has not been measured yet."
+        return Hero("open", "Not validated", sentence, [], _figures(data, None))
+    kind = str(verdict.get("verdict", "open"))
+    sentence = _sentence(str(verdict.get("reason") or f"The {precision} network was compared with the original"))
+    notes = []
+    if verdict.get("chance_level"):
+        notes.append("Check the data, the labels and the preprocessing: no drop can be measured from guesses.")
+    needed = verdict.get("images_needed")
+    if needed and str(needed) not in sentence:
+        notes.append(f"About {needed:,} images would settle it; {verdict.get('images', 0):,} were used.")
+    return Hero(kind, _WORDS.get(kind, kind.capitalize()), sentence, notes, _figures(data, verdict))
+
+
+def accuracy_from_verdict(verdict: Json) -> Accuracy:
+    """Lay out one row per stage, and place every drop interval on one axis that also holds the limit."""
+    stages = list(verdict.get("stages") or [])
+    limit = float(verdict["max_drop"])
+    bounds = [float(v) for stage in stages[1:] for v in (_interval(stage) or ()) if math.isfinite(v)]
+    low, high = min([0.0, limit, *bounds]), max([0.0, limit, *bounds])
+    margin = 0.08 * ((high - low) or 1.0)
+    low, high = low - margin, high + margin
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    ticks, decimals = ticks_between(low, high)
+    return Accuracy(
+        rows=[_row(stage, limit, place, reference=index == 0) for index, stage in enumerate(stages)],
+        **_names(stages),
+        confidence=f"{float(verdict.get('confidence') or 0.95) * 100:g}%",
+        images=wording.plural(int(verdict.get("images") or 0), "image"),
+        data=str(verdict.get("data") or ""),
+        limit=wording.number(limit),
+        limit_at=place(limit),
+        zero_at=place(0.0),
+        ticks=[(place(tick), wording.number(tick, decimals) if tick else "0") for tick in ticks],
+        note=str(verdict.get("runtime_note") or ""),
+    )
+
+
+def changed_from_run(data: ReportData) -> list[Changed]:
+    """Show the images whose prediction changed; where the pixels are not at hand, list them by index."""
+    if data.images:
+        return [_changed(image) for image in data.images]
+    names = (data.verdict or {}).get("class_names") or None
+    rows = (data.verdict or {}).get("changed") or []
+    return [
+        _describe(
+            None,
+            f"Image {row['index']}",
+            row.get("label"),
+            before=row["float"],
+            after=row["quantized"],
+            names=names,
+            said=row.get("outcome"),
+        )
+        for row in rows
+    ]
+
+
+def _sentence(reason: str) -> str:
+    reason = reason.strip()
+    return reason[:1].upper() + reason[1:] + ("" if reason.endswith((".", "!", "?")) else ".")
+
+
+def _figures(data: ReportData, verdict: Json | None) -> list[tuple[str, str]]:
+    figures = []
+    stages = list((verdict or {}).get("stages") or [])
+    if stages:
+        first, last = stages[0], stages[-1]
+        arrow = "\N{RIGHTWARDS ARROW}"
+        name = "Top-1 accuracy" if _metric(stages) == "top-1" else _metric(stages)
+        figures.append((name, f"{_value(first)} {arrow} {_value(last)}"))
+        drop, interval = last.get("drop"), _interval(last)
+        if drop is not None and interval:
+            figures.append((f"Drop, {_unit(stages)}", wording.number(drop)))
+            confidence = f"{float((verdict or {}).get('confidence') or 0.95) * 100:g}% interval"
+            figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
+    if verdict:
+        figures.append(("Largest drop allowed", wording.number(verdict.get("max_drop"))))
+    if data.quantize and data.quantize.get("macs_share") is not None:
+        what = f"Arithmetic in {str(data.quantize.get('precision', '')).upper()}"
+        figures.append((what, wording.percent(data.quantize["macs_share"], 1)))
+    if data.engine and data.engine.get("bytes"):
+        figures.append(("Engine", wording.size(data.engine["bytes"])))
+    return figures
+
+
+def _metric(stages: Sequence[Json]) -> str:
+    return str(stages[0].get("metric", "top-1")) if stages else "top-1"
+
+
+def _unit(stages: Sequence[Json]) -> str:
+    return str(stages[0].get("unit", "percentage points")) if stages else "percentage points"
+
+
+def _names(stages: Sequence[Json]) -> dict[str, str]:
+    """How the columns and the chart are called."""
+    metric, unit = _metric(stages), _unit(stages)
+    if metric == "top-1":
+        axis = "Drop of top-1 accuracy in percentage points."
+        return _named("Top-1", "pp", unit, axis, "Same answer", "")
+    if unit == "dB":
+        axis = "By how many dB the outputs miss the least SQNR; accuracy was not measured."
+    else:
+        axis = f"Drop of {metric} in points, hundredths of it; to the right is worse."
+    agreement = str(stages[0].get("agreement_of", "")) if stages else ""
+    return _named(metric, unit, unit, axis, "Agreement", agreement)
+
+
+def _named(metric: str, unit: str, words: str, axis: str, agreement: str, of: str) -> dict[str, str]:
+    names = ("metric", "unit", "unit_in_words", "axis", "agreement_name", "agreement_of")
+    return dict(zip(names, (metric, unit, words, axis, agreement, of), strict=True))
+
+
+def _value(stage: Json) -> str:
+    """The first metric of a stage: top-1 in %, the others as they are usually written."""
+    if stage.get("metric", "top-1") == "top-1":
+        return wording.percent(stage.get("value", stage.get("top1")))
+    return wording.number(stage.get("value"), 1 if stage.get("unit") == "dB" else 4)
+
+
+def _interval(stage: Json) -> tuple[float, float] | None:
+    interval = stage.get("interval")
+    if not interval or interval[0] is None or interval[1] is None:
+        return None
+    return float(interval[0]), float(interval[1])
+
+
+def _row(stage: Json, limit: float, place: Callable[[float], float], *, reference: bool) -> StageRow:
+    interval, drop = (None, None) if reference else (_interval(stage), stage.get("drop"))
+    sqnr = stage.get("sqnr_db")
+    row = StageRow(
+        stage=spell_stage(str(stage.get("stage", ""))),
+        value=_value(stage),
+        agreement=wording.NOTHING if reference else wording.percent(stage.get("agreement")),
+        sqnr=wording.NOTHING if sqnr is None else wording.number(sqnr, 1),
+        drop=wording.number(drop),
+        interval=wording.NOTHING,
+    )
+    if interval is None or drop is None:
+        return row
+    low, high = interval
+    return StageRow(
+        **{
+            **row.__dict__,
+            "interval": f"{wording.number(low)} to {wording.number(high)}",
+            "left": place(low),
+            "right": place(high),
+            "dot": place(float(drop)),
+            "side": "over" if low > limit else "across" if high > limit else "",
+        }
+    )
+
+
+def _changed(image: ChangedImage) -> Changed:
+    drawing = drawing_of(image.pixels, image.before, image.after, image.names)
+    described = _describe(
+        data_uri_from_pixels(image.pixels),
+        "",
+        image.label,
+        before=image.float_class,
+        after=image.quantized_class,
+        names=image.names,
+        said=image.outcome,
+    )
+    return replace(described, drawing=drawing)
+
+
+def _describe(
+    uri: str | None,
+    title: str,
+    label: int | None,
+    *,
+    before: int | str,
+    after: int | str,
+    names: Sequence[str] | None,
+    said: str | None = None,
+) -> Changed:
+    def call(index: int | str) -> str:
+        if isinstance(index, str):
+            return index
+        return names[index] if names and 0 <= index < len(names) else str(index)
+
+    if said is not None:
+        outcome, kind = _OUTCOMES.get(said, ("no better, no worse", "neutral"))
+    elif label is None:
+        outcome, kind = "no label", "neutral"
+    elif before == label:
+        outcome, kind = "lost", "worse"
+    elif after == label:
+        outcome, kind = "gained", "better"
+    else:
+        outcome, kind = "both wrong", "neutral"
+    truth = wording.NOTHING if label is None else call(label)
+    alt = title or _alt(label, truth, call(before), call(after))
+    return Changed(uri, alt, call(before), call(after), truth, outcome, kind)
+
+
+def _alt(label: int | None, truth: str, before: str, after: str) -> str:
+    labelled = "Image" if label is None else f"Image labelled {truth}"
+    return f"{labelled}: {before} before, {after} after quantisation"

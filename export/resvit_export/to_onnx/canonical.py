@@ -1,0 +1,263 @@
+"""An ONNX graph in its canonical form: readable unique names, no traces of where it was made, fewer nodes."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from resvit_export.loading.inputs import IMAGE
+from resvit_export.to_onnx.constant_islands import bound_stand_ins, fold_islands
+from resvit_export.to_onnx.packed_heads import split_along_heads
+
+MODULE = "module"
+"""Key of a node's metadata that holds the dotted path of the module it came from."""
+
+BATCH = "batch"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_SAME_SIZE = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast")
+
+
+def fix_batch(model: ir.Model, batch: int) -> None:
+    """Set the first size of every input, and all inner sizes that are equal to it; others are inferred anew."""
+    free = _free_batch(model.graph)
+    for value in _values(model.graph):
+        if value.shape is None:
+            continue
+        sizes = [batch if not isinstance(size, int) and size.value in free else size for size in value.shape]
+        value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+    infer_shapes(model)
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in the shapes of inner values that nobody has stated."""
+    import onnx_ir.passes.common
+
+    onnx_ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+def optimize(model: ir.Model) -> None:
+    """Fold constants and shapes, drop identities and whatever nothing reads."""
+    import onnxscript.optimizer
+
+    onnxscript.optimizer.optimize_ir(
+        model,
+        onnx_shape_inference=True,
+        # Transposed weights of any size are folded; what grows (an expanded token) keeps the library's limits.
+        should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
+    )
+    infer_shapes(model)
+    if fold_islands(model):
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    bound_stand_ins(model)
+    pad_in_max_pool(model)
+    split_along_heads(model)
+    _drop_unused_initializers(model.graph)
+    infer_shapes(model)
+
+
+def pad_in_max_pool(model: ir.Model) -> int:
+    """Move a Pad with -inf into the MaxPool behind it, which pads so itself; returns how many.
+
+    Otherwise the graph carries a tensor of infinities, which no calibration can take a range of.
+    """
+    count = 0
+    for pool in list(model.graph):
+        if pool.op_type != "MaxPool" or pool.inputs[0] is None:
+            continue
+        pad = pool.inputs[0].producer()
+        if pad is None or pad.op_type != "Pad" or len(pad.outputs[0].uses()) != 1 or len(pool.outputs) != 1:
+            continue
+        amounts, value = _array(pad, 1), _array(pad, 2)
+        mode = pad.attributes.get_string("mode", "constant")
+        axes = len(pad.inputs) > 3 and pad.inputs[3] is not None
+        if amounts is None or value is None or axes or mode != "constant" or value[0] != -math.inf:
+            continue
+        rank = len(amounts) // 2
+        ceil, auto = pool.attributes.get_int("ceil_mode", 0), pool.attributes.get_string("auto_pad", "NOTSET")
+        outside = [*amounts[:2], *amounts[rank : rank + 2]]
+        if any(outside) or min(amounts) < 0 or ceil or auto != "NOTSET":
+            continue
+        extra = [int(a) for a in (*amounts[2:rank], *amounts[rank + 2 :])]
+        own = list(pool.attributes.get_ints("pads", [0] * len(extra)))
+        kernel = list(pool.attributes.get_ints("kernel_shape", []))
+        pads = [a + b for a, b in zip(own, extra, strict=True)]
+        if any(pad >= size for pad, size in zip(pads, kernel * 2, strict=True)):
+            continue
+        pool.attributes["pads"] = ir.AttrInt64s("pads", pads)
+        pool.replace_input_with(0, pad.inputs[0])
+        model.graph.remove(pad, safe=True)
+        count += 1
+    _drop_unused_initializers(model.graph)
+    return count
+
+
+def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Give every node and value its final name, and strip all that the source of the graph left in it.
+
+    Nodes become ``blocks.0.mlp.fc1/MatMul`` and keep their module's path as metadata ``module``; values take
+    the name of the node that makes them; constants without a name of their own take that of the node that
+    reads them first. The result depends on the graph alone, so equal graphs give equal bytes.
+    """
+    graph = model.graph
+    modules = {node: _module_of(node) for node in graph}
+    named = {value for value in graph.initializers.values() if not _is_generated(value.name)}
+    taken: set[str] = set()
+    for wanted, values in ((inputs, graph.inputs), (outputs, graph.outputs)):
+        for name, value in zip(wanted, values, strict=True):
+            taken.add(name)
+            for other in _values(graph):
+                if other is not value and other.name == name:
+                    other.name = f"{name}_"
+            value.name = name
+    fixed = {*graph.inputs, *graph.outputs}
+    taken |= {str(value.name) for value in named}
+    node_names: set[str] = set()
+    for node in graph:
+        module = modules[node]
+        node.name = _unique(f"{module}/{node.op_type}" if module else node.op_type, node_names)
+        node.doc_string = None
+        node.metadata_props.clear()
+        if module:
+            node.metadata_props[MODULE] = module
+    order: list[ir.Value] = []
+    for node in graph:
+        for index, source in enumerate(node.inputs):
+            if source is None or not source.is_initializer() or source in order:
+                continue
+            order.append(source)
+            if source not in named:
+                source.name = _unique(_constant_name(node, index), taken)
+        for index, value in enumerate(node.outputs):
+            if value not in fixed and value.name != "":
+                value.name = _unique(f"{node.name}_output" + (f"_{index}" if index else ""), taken)
+    order += [value for value in graph.initializers.values() if value.is_graph_output() and value not in order]
+    graph.initializers.clear()
+    for value in order:
+        assert value.const_value is not None
+        value.const_value.name = value.name
+        graph.register_initializer(value)
+    _rename_batch(graph)
+    for value in _values(graph):
+        value.doc_string = None
+        value.metadata_props.clear()
+    graph.name, graph.doc_string = "network", None
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.doc_string = model.domain = model.producer_version = None
+    model.model_version = None
+    model.producer_name = "resvit-export"
+
+
+def image_first(model: ir.Model) -> None:
+    """Put the input called ``input`` before the others."""
+    inputs = model.graph.inputs
+    index = next(index for index, value in enumerate(inputs) if value.name == IMAGE)
+    inputs.insert(0, inputs.pop(index))
+
+
+def _module_of(node: ir.Node) -> str:
+    """Dotted module path, from the exporter's metadata, else from the node's name or its weight's."""
+    if scopes := node.metadata_props.get(_SCOPES):
+        # The last entry names the operator, the one before it the innermost module.
+        path = ast.literal_eval(scopes)
+        module = str(path[-2]) if len(path) > 1 else ""
+        return "" if module.startswith("_empty") else re.sub(r"@\d+", "", module)
+    if known := node.metadata_props.get(MODULE):
+        return known
+    if node.name and "/" in node.name:
+        return _module_from_slashes(node.name.strip("/").split("/")[:-1])
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and value.name and "." in value.name:
+            return value.name.rpartition(".")[0]
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return _module_of(source) if source is not None and source.metadata_props.get(_SCOPES) else ""
+
+
+def _module_from_slashes(parts: list[str]) -> str:
+    """``blocks/blocks.0/mlp`` is what the TorchScript exporter makes of ``blocks.0.mlp``."""
+    path: list[str] = []
+    for part in parts:
+        if path and part.startswith(f"{path[-1]}."):
+            path[-1] = part
+        else:
+            path.append(part)
+    return ".".join(path)
+
+
+def _is_generated(name: str | None) -> bool:
+    """Whether an exporter numbered the value rather than taking a name from the model."""
+    return (
+        not name
+        or re.fullmatch(r"(val|const|constant|onnx::\w+|/?_v|_inlfunc\w*)?_?\d*", name) is not None
+        or (re.fullmatch(r"onnx::\w+|.*/Constant(_\d+)?_output_\d+|val_\w+|_inl\w+", name) is not None)
+    )
+
+
+def _constant_name(node: ir.Node, index: int) -> str:
+    module = node.metadata_props.get(MODULE)
+    weights = {"MatMul": "weight", "Gemm": "weight", "Conv": "weight", "ConvTranspose": "weight"}
+    value = node.inputs[index]
+    if module and index and node.op_type in weights and value is not None and value.shape and len(value.shape) > 1:
+        return f"{module}.weight"
+    return f"{node.name}_input_{index}"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    result, number = name, 1
+    while result in taken:
+        result, number = f"{name}_{number}", number + 1
+    taken.add(result)
+    return result
+
+
+def _rename_batch(graph: ir.Graph) -> None:
+    """Call the free first size ``batch`` wherever it occurs, alone or inside an expression."""
+    free = _free_batch(graph)
+    for value in _values(graph):
+        if value.shape is None:
+            continue
+        sizes: list[int | str | None] = []
+        for size in value.shape:
+            text = size if isinstance(size, int) else size.value
+            if isinstance(text, str):
+                for symbol in free:
+                    text = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, text)
+            sizes.append(text)
+        value.shape = ir.Shape(sizes)
+
+
+def _free_batch(graph: ir.Graph) -> set[str]:
+    """What the exporter calls the free first size."""
+    return {
+        str(size.value)
+        for value in graph.inputs
+        if value.shape is not None
+        for size in list(value.shape)[:1]
+        if isinstance(size, ir.SymbolicDim) and size.value
+    }
+
+
+def _reads_constants(node: ir.Node) -> bool:
+    return all(value is None or value.const_value is not None for value in node.inputs)
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    inner = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *inner]
+
+
+def _array(node: ir.Node, index: int) -> list[float] | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return [0.0] if index == 2 else None
+    return None if value.const_value is None else list(value.const_value.numpy().reshape(-1).tolist())
+
+
+def _drop_unused_initializers(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]

@@ -1,0 +1,114 @@
+"""From an exported program to the float ONNX that every later stage works on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_engines.errors import ResvitError
+from resvit_export.loading.torch_program import (
+    fixed_batch_of,
+    input_names,
+    inputs_of,
+    output_names,
+    runner_from_program,
+)
+from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize
+from resvit_export.to_onnx.own_onnx import import_onnx, refuse_branches
+from resvit_export.to_onnx.report import (
+    EXTERNAL_ABOVE,
+    ExportReport,
+    measure_parity,
+    report_of,
+    selects_rows,
+    write_model,
+)
+from resvit_export.to_onnx.translations import translations
+
+__all__ = ["ExportReport", "import_onnx", "onnx_from_program"]
+
+OPSETS = (20, 23)
+
+
+def onnx_from_program(
+    program: ExportedProgram,
+    path: Path,
+    *,
+    opset: int = 20,
+    batch: int | None = None,
+    external_above: int = EXTERNAL_ABOVE,
+) -> ExportReport:
+    """Write ``program`` as ONNX and hold its outputs against PyTorch's on random images.
+
+    ``opset`` 20 is what TensorRT 10.3 reads; 23 keeps ``Attention`` and ``GroupNormalization`` whole. ``batch``
+    None leaves the batch dynamic (size ``"batch"``), a number fixes it, and all shapes become constants. The
+    image is ``input`` float32 [B, C, H, W] and comes first, the output of a classifier ``logits`` [B, K]. The same
+    program gives the same bytes.
+
+    Raises ``ResvitError`` for an operator that ONNX lacks, for a batch that the program cannot have, and where
+    the outputs differ by more than rounding.
+    """
+    if opset not in OPSETS:
+        raise ResvitError(f"Opset {opset} is not written.", f"Choose one of {', '.join(map(str, OPSETS))}.")
+    inputs, own = inputs_of(program), fixed_batch_of(program)
+    if own is not None and batch not in (None, own):
+        raise ResvitError(
+            f"The network works for batch {own} only, and batch {batch} was asked for.",
+            f"Ask for batch {own}, or write its forward so that the batch size is free.",
+        )
+    names = output_names(program)
+    model = _translate(program, opset)
+    fixed = batch or own
+    if fixed is not None:
+        fix_batch(model, fixed)
+    optimize(model)
+    refuse_branches(model)
+    canonicalise(model, input_names(program), names)
+    image_first(model)
+    write_model(model, path, external_above)
+    batches = (1, 2) if fixed is None else (fixed,)
+    notes = () if batch is not None or own is None else (f"the batch is fixed to {own}: the network allows no other",)
+    parity = measure_parity(
+        runner_from_program(program),
+        onnx_runner(path),
+        inputs,
+        batches,
+        what="ONNX against PyTorch",
+        sets=selects_rows(model),
+    )
+    return report_of(model, path, parity, batches, notes)
+
+
+def _translate(program: ExportedProgram, opset: int) -> ir.Model:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            made = torch.onnx.export(
+                program,
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                custom_translation_table=translations(program, opset),
+            )
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
+            raise ResvitError(
+                f"The network cannot be written as ONNX opset {opset}: {reason}",
+                "Replace that operation in the network by standard ones.",
+            ) from error
+    assert made is not None
+    if made.model.opset_imports[""] != opset:
+        raise ResvitError(
+            f"The network needs ONNX opset {made.model.opset_imports['']}, and the target reads {opset}.",
+            "Replace the newer operation, or choose a target with a newer TensorRT.",
+        )
+    return made.model

@@ -1,0 +1,208 @@
+"""What an ONNX export measured of itself, and how the file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.runner import Runner
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import atomic_file
+from resvit_export.loading.inputs import NetworkInput, random_feeds
+
+_TYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.INT32: "int32",
+    ir.DataType.BOOL: "bool",
+}
+
+EXTERNAL_ABOVE = int(1.8e9)
+"""Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The float ONNX in figures. Shapes hold ``"batch"`` where the batch is dynamic."""
+
+    opset: int
+    nodes: int
+    operators: dict[str, int]
+    parity_max_abs: float
+    parity_max_rel: float
+    """Largest difference over the largest absolute output."""
+    parity_batches: tuple[int, ...]
+    input: tuple[str, tuple[int | str, ...]]
+    """The image; ``inputs`` are all that the network reads, where that is more."""
+    outputs: tuple[tuple[str, tuple[int | str, ...]], ...]
+    parameters: int
+    bytes: int
+    notes: tuple[str, ...] = ()
+    inputs: tuple[NetworkInput, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "opset": self.opset,
+            "nodes": self.nodes,
+            "operators": self.operators,
+            "parity_max_abs": self.parity_max_abs,
+            "parity_max_rel": self.parity_max_rel,
+            "parity_batches": list(self.parity_batches),
+            "input": {"name": self.input[0], "shape": list(self.input[1])},
+            "outputs": [{"name": name, "shape": list(shape)} for name, shape in self.outputs],
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "notes": list(self.notes),
+            **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
+        }
+
+
+def report_of(
+    model: ir.Model,
+    path: Path,
+    parity: tuple[float, float],
+    batches: Sequence[int],
+    notes: Sequence[str] = (),
+) -> ExportReport:
+    """Count what is in ``model``, written at ``path``."""
+    operators: dict[str, int] = {}
+    for node in model.graph:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    floats = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    files = [path, path.with_name(f"{path.name}.data")]
+    return ExportReport(
+        opset=model.opset_imports[""],
+        nodes=len(model.graph),
+        operators=dict(sorted(operators.items())),
+        parity_max_abs=parity[0],
+        parity_max_rel=parity[1],
+        parity_batches=tuple(batches),
+        input=(str(model.graph.inputs[0].name), shape_of(model.graph.inputs[0])),
+        inputs=inputs_of_graph(model) if len(model.graph.inputs) > 1 else (),
+        outputs=tuple((str(value.name), shape_of(value)) for value in model.graph.outputs),
+        parameters=sum(t.size for t in floats if t.dtype.is_floating_point()),
+        bytes=sum(file.stat().st_size for file in files if file.exists()),
+        notes=tuple(notes),
+    )
+
+
+def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
+    """What a graph reads, in its own order.
+
+    Raises:
+        ResvitError: for other types than ``resvit_export.loading.inputs.TYPES``, and for free sizes but the batch.
+    """
+    found = []
+    for value in model.graph.inputs:
+        sizes = shape_of(value) if value.shape is not None else ()
+        dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
+        fixed = tuple(size for size in sizes[1:] if isinstance(size, int))
+        if not sizes or dtype is None or len(fixed) != len(sizes) - 1:
+            raise ResvitError(
+                f"The input {value.name} is {value.dtype} {list(sizes)}: all sizes but the batch must be fixed, and "
+                f"the type one of {', '.join(_TYPES.values())}.",
+                f"Say its size, for example --shape {value.name}=1x3x224x224, or export the network for one size.",
+            )
+        found.append(NetworkInput(str(value.name), fixed, dtype))
+    return tuple(found)
+
+
+def shape_of(value: ir.Value) -> tuple[int | str, ...]:
+    """A value's shape, free sizes by name."""
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+
+
+def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> None:
+    """Check and write ``model``: the same graph gives the same bytes; a whole file or none.
+
+    Weights above ``external_above`` bytes go into ``<name>.data`` beside it. Raises ``ResvitError`` where the
+    ONNX checker finds fault.
+    """
+    import onnx
+
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if weights > external_above:
+        data = path.with_name(f"{path.name}.data")
+        # Shapes and other small constants stay in the model, where shape inference can read them.
+        large = [
+            v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 256
+        ]
+        with atomic_file(data) as partial:
+            # The bytes go into the partial file, and the model refers to the final name.
+            written = ir.external_data.convert_tensors_to_external(
+                [value.const_value for value in large if value.const_value is not None],
+                base_dir=partial.parent,
+                relative_path=partial.name,
+            )
+        for value, tensor in zip(large, written, strict=True):
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+                base_dir=path.parent,
+            )
+    proto = ir.serde.serialize_model(model)
+    with atomic_file(path) as partial:
+        partial.write_bytes(proto.SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        path.unlink()
+        raise ResvitError(
+            f"The exported ONNX is not valid: {str(error).splitlines()[0]}",
+            "This is a fault of the export; please report it with the model's name.",
+            ExitCode.BUG,
+        ) from error
+
+
+def measure_parity(
+    reference: Runner,
+    candidate: Runner,
+    inputs: Sequence[NetworkInput],
+    batches: Sequence[int],
+    *,
+    what: str,
+    sets: bool = False,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Compare on random inputs of b images for every b of ``batches``: largest (absolute, relative) difference.
+
+    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.runtime.parity``), and for outputs that
+    are not finite.
+    """
+    random = np.random.default_rng(seed)
+    absolute = relative = 0.0
+    for batch in batches:
+        feeds = random_feeds(inputs, batch, random)
+        for name, found in differences(reference, candidate, feeds, sets=sets).items():
+            if not found.finite:
+                raise ResvitError(
+                    f"{what}: output {name} is {list(found.shapes[1])} for {list(found.shapes[0])} in the original, "
+                    f"whose largest value on random images is {found.largest}.",
+                    "A network that overflows on normal images cannot be exported; otherwise please report this.",
+                )
+            if not found.same:
+                raise ResvitError(
+                    f"{what}: output {name} differs by {found.error:.3g} from the original (batch {batch}, largest "
+                    f"value {found.largest:.3g}).",
+                    "An operator was translated wrongly; please report this with the model's name.",
+                    ExitCode.BUG,
+                )
+            absolute, relative = max(absolute, found.error), max(relative, found.error / max(found.largest, 1e-6))
+    return absolute, relative
+
+
+def selects_rows(model: ir.Model) -> bool:
+    """Whether the graph picks rows by score, so that their order hangs on rounding."""
+    return any(node.op_type == "TopK" for node in model.graph)

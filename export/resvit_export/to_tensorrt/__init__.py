@@ -1,0 +1,1 @@
+"""From the validated ONNX to what a given TensorRT reads."""

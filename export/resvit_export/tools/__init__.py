@@ -1,0 +1,1 @@
+"""What looks around: doctor, inspect, describe, layer comparison, bench."""
