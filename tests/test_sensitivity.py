@@ -16,8 +16,8 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
 from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe import Recipe, recipe_from_toml
-from resvit_export.sensitivity_stage import exclude_snippet
+from resvit_export.recipe import recipe_from_toml
+from resvit_export.stages.decide.sensitivity import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.products import plan_units
@@ -249,7 +249,7 @@ def test_json_and_back() -> None:
 
 
 def test_the_snippet_is_a_recipe_and_keeps_what_is_excluded_already(tmp_path: Path) -> None:
-    text = exclude_snippet(Recipe(exclude=("blocks.1*",)), [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
+    text = exclude_snippet(["blocks.1*"], [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
     (tmp_path / "resvit.toml").write_text(text)
     assert recipe_from_toml(tmp_path / "resvit.toml").exclude == ("blocks.1*", 'odd[[]0]/"Conv"', "b/Conv")
 

@@ -36,6 +36,10 @@ FILES = ("measured_times", "timing_cache", "key")
 """Settings that are the path of a file or folder."""
 
 
+PATHS = ("model", "checkpoint", "data", "validation_data", "train_data", "metric")
+"""Settings that may be a path, among other things."""
+
+
 def _setting(toml: str, default: Any = None) -> Any:
     """Define a field that lives at ``table.key`` of the recipe file."""
     if isinstance(default, dict):
@@ -219,6 +223,11 @@ class Recipe:
         return self.sparsity is not None or any(share is not None for share in self.prune_budgets.values())
 
     @property
+    def retrains(self) -> bool:
+        """Whether the pruned network is trained again."""
+        return self.prunes and self.train_data is not None
+
+    @property
     def dynamic_batch(self) -> bool:
         """Whether the batch may vary at run time."""
         low, _, high = self.batch_range
@@ -241,8 +250,16 @@ class Recipe:
     def label(self) -> str:
         """The model's name as a part of file names."""
         named = str(self.model)
-        name = named.partition(":")[2] if named.startswith(("resvit:", "timm:")) else Path(named).name
+        name = named.partition(":")[2] if named.startswith(("resvit:", "timm:", "object:")) else Path(named).name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+    def settings_without_paths(self) -> dict[str, Any]:
+        """All settings that name nothing on this machine, as plain values; the model's own are told elsewhere."""
+        return {
+            item.name: list(value) if isinstance(value := getattr(self, item.name), tuple) else value
+            for item in dataclasses.fields(self)
+            if item.name not in (*PATHS, *FILES, "model_args", "preprocess")
+        }
 
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """Replace the settings given that are not ``None``; mappings are merged key by key."""

@@ -53,15 +53,15 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     """
     from resvit_engines.console import console, emit_json
     from resvit_export.report.sections.sensitivity import write_sensitivity_page
-    from resvit_export.sensitivity_stage import exclude_snippet, measured_sensitivity, sensitivity_of
+    from resvit_export.stages.decide.sensitivity import exclude_snippet
 
     output = Output(quiet, as_json)
     with open_pipeline(flags, output) as pipeline:
-        artifact = measured_sensitivity(pipeline, images, method)
-        found, recipe = sensitivity_of(artifact), pipeline.recipe
+        artifact = pipeline.measured(images, method)
+        found, recipe = artifact.sensitivity, pipeline.recipe
         lists = _exclude_lists(found)
-        page = pipeline.run.path / "sensitivity.html"
-        snippets = [(title, exclude_snippet(recipe, layers)) for title, layers in lists]
+        page = pipeline.run.folder.path / "sensitivity.html"
+        snippets = [(title, exclude_snippet(recipe.exclude, layers)) for title, layers in lists]
         write_sensitivity_page(page, recipe.label, found, snippets)
     if as_json:
         emit_json(_document(found, lists, recipe) | {"page": str(page.resolve()), "folder": str(artifact.folder)})

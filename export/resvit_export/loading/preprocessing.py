@@ -1,4 +1,4 @@
-"""Which preprocessing a run uses: what the model says, with the recipe's settings on top."""
+"""Which preprocessing a run uses: what the model says, with the user's settings on top."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ResvitError
-from resvit_export.recipe import Recipe
+from resvit_export.loading.network_record import NetworkRecord
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.preprocess import Preprocess
 
 
-def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
-    """Merge the model's own preprocessing with the recipe's.
+def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str | None) -> Preprocess:
+    """Merge the model's own preprocessing with what is ``wished``; ``data`` names the images.
 
     Mean and standard deviation are never guessed: a wrong pair costs accuracy without a sign. Data that a user's
     factory yields is preprocessed already, and needs neither.
@@ -24,10 +24,10 @@ def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
     """
     from resvit_calibrate.images.preprocess import Preprocess
 
-    channels, height, width = facts["input_shape"]
-    known = facts.get("preprocess")
+    channels, height, width = network.input_shape
+    known = network.preprocess.to_json() if network.preprocess else {}
     names = [item.name for item in dataclasses.fields(Preprocess)]
-    for key in recipe.preprocess:
+    for key in wished:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             raise ResvitError(
@@ -41,11 +41,11 @@ def preprocess_from(facts: Mapping[str, Any], recipe: Recipe) -> Preprocess:
         "crop_fraction": 1.0,
         "interpolation": "bilinear",
         "channel_order": "rgb",
-        **(known or {}),
-        **recipe.preprocess,
+        **known,
+        **wished,
     }
     if "mean" not in settings or "std" not in settings:
-        if _is_factory(recipe.data):
+        if _is_factory(data):
             settings.update(mean=[0.0] * channels, std=[1.0] * channels, resize="none")
         else:
             raise ResvitError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.bench.bench import BenchSettings
 from resvit_engines.bench.compare import Comparison, compare
@@ -17,6 +18,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.runner import Runner, runtime_of
 from resvit_engines.targets.table import Target
+from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
     from resvit_quantize.fusion.match import Kind
@@ -24,6 +26,38 @@ if TYPE_CHECKING:
 RESULT = "times.json"
 PLAIN, ALL = "plain", "all"
 _SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Timed(Artifact):
+    """``times.json``."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The kinds of kernels that make the engine faster."""
+        return tuple(self.json(RESULT)["chosen"])
+
+
+@dataclass(frozen=True)
+class Time(Stage[Timed]):
+    """Time engines with and without kernels of our own, which reach the engine by ``way``."""
+
+    name: ClassVar[str] = "times"
+    artifact: ClassVar[type[Artifact]] = Timed
+
+    model: File
+    target: Target
+    way: str
+    settings: BuildSettings
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What writes the nodes, compiles their kernels, and builds."""
+        return ("onnx-ir", "triton", "tensorrt")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Time them, and write which kinds are worth it."""
+        times_into(folder, self.model.path, self.target, self.way, self.settings, reporter)
 
 
 def times_into(
@@ -37,15 +71,15 @@ def times_into(
     """
     from resvit_quantize.fusion.match import Kind
 
-    work = folder / "engines"
-    work.mkdir()
+    scratch = folder / "engines"
+    scratch.mkdir()
     notes: dict[str, str] = {}
     with contextlib.ExitStack() as owned:
-        runners = {PLAIN: owned.enter_context(_runner(model, (), target, way, settings, work, reporter))}
+        runners = {PLAIN: owned.enter_context(_runner(model, (), target, way, settings, scratch, reporter))}
         for kind in Kind:
             try:
                 runners[kind.value] = owned.enter_context(
-                    _runner(model, (kind,), target, way, settings, work, reporter)
+                    _runner(model, (kind,), target, way, settings, scratch, reporter)
                 )
             except ResvitError as error:
                 notes[kind.value] = error.problem
@@ -54,14 +88,14 @@ def times_into(
         ratios = {name: ratio.to_json() for name, ratio in comparison.ratios.items()} if comparison else {}
         if len(chosen) > 1:
             kinds = tuple(kind for kind in Kind if kind.value in chosen)
-            together = owned.enter_context(_runner(model, kinds, target, way, settings, work, reporter))
+            together = owned.enter_context(_runner(model, kinds, target, way, settings, scratch, reporter))
             whole = _compared({PLAIN: runners[PLAIN], ALL: together}, settings, reporter)
             assert whole is not None
             ratios[ALL] = whole.ratios[ALL].to_json()
             chosen = chosen if whole.ratios[ALL].faster else []
-    for file in work.iterdir():
+    for file in scratch.iterdir():
         file.unlink()
-    work.rmdir()
+    scratch.rmdir()
     document: dict[str, Any] = {"chosen": chosen, "faster": ratios, "not_built": notes}
     (folder / RESULT).write_bytes(pretty_json(document))
 
@@ -79,7 +113,7 @@ def _runner(
     target: Target,
     way: str,
     settings: BuildSettings,
-    work: Path,
+    scratch: Path,
     reporter: Reporter,
 ) -> Runner:
     """An engine of the model with the given kinds, opened.
@@ -89,11 +123,11 @@ def _runner(
     """
     import onnx_ir
 
-    from resvit_export.fusing import fused_network
+    from resvit_export.stages.fuse import fused_network
     from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
 
     name = "-".join(kind.value for kind in kinds) or PLAIN
-    source, copy, engine = (work / f"{name}.{end}" for end in ("onnx", "tensorrt.onnx", "plan"))
+    source, copy, engine = (scratch / f"{name}.{end}" for end in ("onnx", "tensorrt.onnx", "plan"))
     plugins = way if kinds else "off"
     if kinds:
         network, report = fused_network(model, frozenset(kinds), target)

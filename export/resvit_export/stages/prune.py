@@ -1,4 +1,4 @@
-"""The stages ``prune`` and ``retrain``: a smaller network that loads, exports and quantises as any other.
+"""The stage ``prune``: a smaller network that loads, exports and quantises as any other.
 
 A pruned checkpoint is one file of plain values: the state dict under ``state_dict`` and, under ``resvit_structure``,
 the shapes that the original architecture takes on for it. ``load_checkpoint`` reads both, and needs no pruning library.
@@ -9,28 +9,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import canonical_json, pretty_json, sha256_bytes
+from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
+from resvit_export.loading.source import NetworkSource
 from resvit_export.recipe import Recipe
+from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from resvit_calibrate.data.training_images import TrainingImages
-    from resvit_calibrate.images.image_set import Batch
-    from resvit_export.loading.load import Network
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_quantize.pruning.choose.budget import Budget
     from resvit_quantize.pruning.choose.choice import Choice
     from resvit_quantize.pruning.groups import Group
-    from resvit_quantize.pruning.structure import Structure
 
 IMPORTANCE_IMAGES = 512
 """What importance is told by, at most."""
@@ -42,45 +43,111 @@ CURVE_IMAGES = 128
 CURVE_SHARES = (0.75, 0.5, 0.25)
 
 
-class Batches(Protocol):
-    """Images that come in batches."""
+@dataclass(frozen=True)
+class PruneBudget:
+    """The share that may remain, of one of three costs; what may go, and by which importance.
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Stream all of them in order."""
-        ...
-
-
-def require_prunable(recipe: Recipe, target: Target | None) -> None:
-    """Refuse at once what no pruning can do: a graph without modules, a latency without a device.
-
-    Raises ``ResvitError``.
+    ``target`` and ``measured``, its layer times, say what a latency is.
     """
-    from resvit_quantize.pruning.sparsity.sparsity import require_sparsity
 
-    if not recipe.prunes:
-        return
-    if str(recipe.model).endswith((".onnx", ".pt2")):
-        raise ResvitError(
-            "Pruning takes channels out of PyTorch modules, and a .onnx or .pt2 file has only their graph.",
-            "Name the model that it was exported from (timm:NAME, package.module:factory), with its --checkpoint.",
-            ExitCode.IMPOSSIBLE,
+    macs: float | None
+    latency: float | None
+    params: float | None
+    what: tuple[str, ...]
+    importance: str
+    precision: Precision
+    target: Target | None = None
+    measured: File | None = None
+
+    @property
+    def share(self) -> float:
+        """The one that is set."""
+        return next(share for share in (self.macs, self.latency, self.params) if share is not None)
+
+    def of_choice(self) -> Budget:
+        """As the choice of widths takes it."""
+        from resvit_quantize.pruning.choose.budget import Budget
+
+        return Budget(
+            macs=self.macs,
+            latency=self.latency,
+            params=self.params,
+            precision=self.precision,
+            target=self.target,
+            measured=measured_times_from_json(self.measured.path) if self.measured else None,
         )
-    if recipe.prune_latency is not None and target is None:
-        raise ResvitError("A share of the latency needs a device.", "Say --target; 'resvit-export targets' lists them.")
-    if recipe.sparsity is not None and target is not None:
-        require_sparsity(target)
 
 
-def prune_into(
-    folder: Path, network: Network, images: Batches | None, recipe: Recipe, target: Target | None, reporter: Reporter
-) -> None:
-    """Write ``pruned.pt``, ``pruned.pt2``, ``prune.json`` and, for 2:4 sparsity, ``masks.pt``.
+def budget_of(recipe: Recipe, target: Target | None) -> PruneBudget | None:
+    """The recipe's budget; ``None`` where weights become sparse alone."""
+    if all(share is None for share in recipe.prune_budgets.values()):
+        return None
+    return PruneBudget(
+        macs=recipe.prune_macs,
+        latency=recipe.prune_latency,
+        params=recipe.prune_params,
+        what=tuple(sorted(recipe.prune_what)),
+        importance=recipe.prune_importance,
+        precision=Precision(recipe.precision),
+        target=target if recipe.prune_latency is not None else None,
+        measured=File.of(Path(recipe.measured_times)) if recipe.measured_times else None,
+    )
 
-    ``images``, labelled or not, tell what is important; without any, magnitude does.
+
+@dataclass(frozen=True)
+class Pruned(Artifact):
+    """``pruned.pt``, ``pruned.pt2``, ``prune.json`` and, for 2:4 sparsity, ``masks.pt``."""
+
+    @property
+    def weights(self) -> File:
+        """State dict and structure, as a checkpoint."""
+        return self.file("pruned.pt")
+
+    @property
+    def program(self) -> File:
+        """The pruned network as a program of its own."""
+        return self.file("pruned.pt2")
+
+    @property
+    def masks(self) -> File | None:
+        """Which weights 2:4 sparsity keeps."""
+        return self.file("masks.pt") if self.has("masks.pt") else None
+
+
+@dataclass(frozen=True)
+class Prune(Stage[Pruned]):
+    """Take out of the network what matters least, down to a budget, to sparse weights, or both.
+
+    ``images``, labelled or not, tell what is important; without any, magnitude does. ``trained`` says whether anything
+    is trained behind it.
     """
+
+    name: ClassVar[str] = "prune"
+    artifact: ClassVar[type[Artifact]] = Pruned
+
+    source: NetworkSource
+    budget: PruneBudget | None
+    sparse: bool
+    images: ImageSet | None
+    preprocess: Preprocess | None
+    seed: int
+    trained: bool
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What traces the network, and what chooses sparse weights."""
+        return ("torch", "timm", "torch-pruning", *(("nvidia-modelopt",) if self.sparse else ()))
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the pruned network, what was taken out, and the masks."""
+        prune_into(folder, self, reporter)
+
+
+def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
+    """The work of ``Prune``."""
     import torch
 
-    from resvit_export.loading.checkpoint import structure_in
+    from resvit_export.loading.checkpoint import structure_in, write_network
     from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choose.choice import choose
@@ -90,14 +157,15 @@ def prune_into(
     from resvit_quantize.pruning.groups import Kind
     from resvit_quantize.pruning.structure import Structure
 
+    network = stage.source.network(reporter)
     assert network.module is not None
+    budget, batches = stage.budget, _tensors_of(stage.images)
     module, example = copy.deepcopy(network.module).eval(), torch.zeros(2, *network.input_shape)
-    document: dict[str, Any] = {"importance": recipe.prune_importance, "notes": []}
-    structure = (structure_in(Path(recipe.checkpoint)) if recipe.checkpoint else None) or Structure()
-    batches = [] if images is None else list(itertools.islice(_tensors(images), IMPORTANCE_IMAGES // 32))
-    share = next((share for share in recipe.prune_budgets.values() if share is not None), None)
-    if share is not None:
-        found = groups_from_module(module, example, frozenset(Kind(kind) for kind in recipe.prune_what))
+    document: dict[str, Any] = {"importance": budget.importance if budget else "magnitude", "notes": []}
+    checkpoint = stage.source.spec.checkpoint
+    structure = (structure_in(checkpoint) if checkpoint else None) or Structure()
+    if budget is not None:
+        found = groups_from_module(module, example, frozenset(Kind(kind) for kind in budget.what))
         for path, reason in found.left_alone.items():
             reporter.say(f"left alone: {path}: {reason}")
         if not found.groups:
@@ -108,105 +176,41 @@ def prune_into(
                 ExitCode.IMPOSSIBLE,
             )
         work = Work.of(module, example[:1], found.groups)
-        method = Importance(recipe.prune_importance)
+        method = Importance(budget.importance)
         if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")
-        importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=recipe.seed)
-        choice = choose(found.groups, importance, work, _budget(recipe, target))
+        importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=stage.seed)
+        choice = choose(found.groups, importance, work, budget.of_choice())
         curves = _curves(module, found.groups, importance, batches, work.macs({}), reporter)
         structure = prune(module, found.groups, choice.kept, structure)
         document |= {
             "importance": method.value,
             "left_alone": dict(found.left_alone),
             "curves": curves,
-            **_choice_to_json(choice, found.groups, share),
+            **_choice_to_json(choice, found.groups, budget.share),
         }
         document["notes"] += choice.notes
         reporter.say(prune_summary(document))
-    if recipe.sparsity is not None:
+    if stage.sparse:
         masks, document["sparsity"] = _sparsified(module, batches, example[:1], reporter)
         write_by_memory(folder / "masks.pt", lambda out: torch.save(masks, out))
-    if recipe.train_data is None:
+    if not stage.trained:
         reporter.warn("Nothing is trained behind pruning: there is no --train-data, and the gate decides as it is.")
     write_network(folder, "pruned", module, structure, network.input_shape)
     (folder / "prune.json").write_bytes(pretty_json(document))
 
 
-def retrain_into(
-    folder: Path,
-    network: Network,
-    pruned: Network,
-    weights: Path,
-    images: TrainingImages,
-    state: Path,
-    recipe: Recipe,
-    reporter: Reporter,
-) -> None:
-    """Write ``retrained.pt``, ``retrained.pt2`` and ``retrain.json``: ``pruned``, of file ``weights``, learns again."""
+def _tensors_of(images: ImageSet | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Batches of 32 images with their labels: as many as importance is told by."""
     import torch
 
-    from resvit_export.loading.checkpoint import structure_in
-    from resvit_quantize.pruning.distill.distill import distill
-    from resvit_quantize.pruning.distill.options import DistillOptions
-    from resvit_quantize.pruning.structure import Structure
-
-    assert network.module is not None
-    assert pruned.module is not None
-    options = DistillOptions(epochs=recipe.prune_epochs, seed=recipe.seed)
-    masks = weights.with_name("masks.pt")
-    kept = torch.load(masks, weights_only=True) if masks.exists() else {}
-    facts = {
-        "teacher": network.digest,
-        "student": pruned.digest,
-        "images": images.digest,
-        "count": len(images),
-        "options": {key: str(value) for key, value in dataclasses.asdict(options).items()},
-        "masks": sorted(kept),
-    }
-    key = sha256_bytes(canonical_json(facts))
-    student = copy.deepcopy(pruned.module)
-    report = distill(student, network.module, images, options, state, key, reporter, masks=kept)
-    write_network(folder, "retrained", student, structure_in(weights) or Structure(), network.input_shape)
-    (folder / "retrain.json").write_bytes(pretty_json(report.to_json()))
-
-
-def write_network(
-    folder: Path, name: str, module: nn.Module, structure: Structure, shape: tuple[int, int, int]
-) -> None:
-    """Write ``NAME.pt``, weights and structure, and ``NAME.pt2``, a program that needs neither code nor structure."""
-    import torch
-
-    from resvit_export.loading.checkpoint import STRUCTURE
-    from resvit_export.loading.torch_program import program_from_module, write_by_memory
-
-    module = module.cpu().eval()
-    program, _ = program_from_module(module, shape)
-    weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    content = {"state_dict": weights, STRUCTURE: structure.to_json()}
-    write_by_memory(folder / f"{name}.pt", lambda out: torch.save(content, out))
-    write_by_memory(folder / f"{name}.pt2", lambda out: torch.export.save(program, out))
-
-
-def _budget(recipe: Recipe, target: Target | None) -> Budget:
-    from resvit_quantize.pruning.choose.budget import Budget
-
-    return Budget(
-        macs=recipe.prune_macs,
-        latency=recipe.prune_latency,
-        params=recipe.prune_params,
-        precision=Precision(recipe.precision),
-        target=target,
-        measured=measured_times_from_json(Path(recipe.measured_times)) if recipe.measured_times else None,
-    )
-
-
-def _tensors(images: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    import torch
-
-    for batch in images.batches(32):
-        labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-        yield torch.from_numpy(batch.images), labels
+    if images is None:
+        return []
+    return [
+        (torch.from_numpy(batch.images), None if batch.labels is None else torch.from_numpy(batch.labels))
+        for batch in itertools.islice(images.batches(32), IMPORTANCE_IMAGES // 32)
+    ]
 
 
 def _sparsified(
