@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.files import atomic_file, pretty_json
-from resvit_engines.kernels.measure.cases import case_of
-from resvit_engines.kernels.measure.results import measured_result
+from resvit_engines.kernels.measure.results import case_of, measured_result
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target
 from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice
@@ -35,16 +34,14 @@ def fuse_into(
 ) -> None:
     """Write ``fusion.json`` and, where anything became a node of ours, ``model.onnx``.
 
-    ``kinds`` names what may; None is what the choice asks for. With ``ranges``, attention reads its operands in 8
+    ``kinds`` names what may; None is everything. With ``ranges``, attention reads its operands in 8
     bits. By the table of measured results, only what is faster there is taken.
     """
     import onnx_ir
 
-    from resvit_quantize.fusion.match import WORTH_ASKING, Kind
+    from resvit_quantize.fusion.match import Kind
 
-    wanted = WORTH_ASKING if choice.by is By.WISH else frozenset(Kind)
-    if kinds is not None:
-        wanted = frozenset(Kind(name) for name in kinds)
+    wanted = frozenset(Kind) if kinds is None else frozenset(Kind(name) for name in kinds)
     operands = None if ranges is None else _operands(ranges, recipe)
     network, report = fused_network(model, wanted, target, by=choice.by, operands=operands)
     if report.matches:
