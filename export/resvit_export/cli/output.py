@@ -226,7 +226,7 @@ def verdict_line(verdict: Mapping[str, Any]) -> str:
 
 
 def _fuse(artifact: Artifact) -> list[Table | str]:
-    """What became of attention, bridge and seams."""
+    """What became of attention and the bridge."""
     return list(artifact.json("fusion.json")["sentences"])
 
 

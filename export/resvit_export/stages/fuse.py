@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.files import atomic_file, pretty_json
-from resvit_engines.kernels.measure.cases import case_of
-from resvit_engines.kernels.measure.results import measured_result
+from resvit_engines.kernels.measure.results import case_of, measured_result
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.stage import Artifact, File, Stage
@@ -43,7 +42,7 @@ class Fused(Artifact):
 class Fuse(Stage[Fused]):
     """Put kernels of our own into the quantised graph.
 
-    ``kinds`` names what may; None is what the choice asks for. With ``ranges``, attention reads its operands in
+    ``kinds`` names what may; None is everything. With ``ranges``, attention reads its operands in
     ``attention``, 8 bits. By the table of measured results, only what is faster there is taken.
     """
 
@@ -66,12 +65,9 @@ class Fuse(Stage[Fused]):
         """Write what was found and, where anything became a node of ours, the new graph."""
         import onnx_ir
 
-        from resvit_quantize.fusion.fuse import WORTH_ASKING
         from resvit_quantize.fusion.match import Kind
 
-        wanted = WORTH_ASKING if self.choice.by is By.WISH else frozenset(Kind)
-        if self.kinds is not None:
-            wanted = frozenset(Kind(name) for name in self.kinds)
+        wanted = frozenset(Kind) if self.kinds is None else frozenset(Kind(name) for name in self.kinds)
         operands = None if self.ranges is None else _operands(self.ranges.path, self.attention)
         network, report = fused_network(self.model.path, wanted, self.target, by=self.choice.by, operands=operands)
         if report.matches:
