@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ResvitError
-from resvit_export.cli.options import preprocess_values, resolve_recipe
-from resvit_export.recipe import Recipe, absolute_reference, recipe_from_toml, recipe_to_toml
+from resvit_export.cli.options import resolve_recipe
+from resvit_export.pairs import preprocess_values
+from resvit_export.recipe import Recipe
+from resvit_export.recipe_file import absolute_reference, recipe_from_toml, recipe_to_toml
 
 FULL = Recipe(
     model="timm:vit_tiny_r_s16_p8_224",

@@ -16,7 +16,8 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
 from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe import Recipe, recipe_from_toml
+from resvit_export.recipe import Recipe
+from resvit_export.recipe_file import recipe_from_toml
 from resvit_export.sensitivity_stage import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program

@@ -18,6 +18,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export import work
+from resvit_export.choices import Recovery
 from resvit_export.loading.identity import metric_identity, model_identity
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.pruning import prune_into, require_prunable, retrain_into
@@ -189,11 +190,11 @@ class Pipeline:
         if self.verdict["verdict"] != "rejected" or self.reads_more_than_images:
             return self
         self.reporter.say(f"calibration alone is rejected ({self.verdict['reason']}): recovery follows")
-        other = self._with_recover("always")
+        other = self._with_recover(Recovery.ALWAYS)
         other.__dict__["before_recovery"] = self
         return other
 
-    def _with_recover(self, when: str) -> Pipeline:
+    def _with_recover(self, when: Recovery) -> Pipeline:
         other = Pipeline(dataclasses.replace(self.recipe, recover=when), self.run, self.reporter)
         other.__dict__.update({name: self.__dict__[name] for name in _BEFORE_RECOVERY if name in self.__dict__})
         return other
@@ -331,7 +332,7 @@ class Pipeline:
     def before_recovery(self) -> Pipeline:
         """The same run without recovery: its ranges are those that the weights are trained with."""
         self.exported, self.image_sets  # noqa: B018  (shared with the other)
-        return self._with_recover("never")
+        return self._with_recover(Recovery.NEVER)
 
     @property
     def float_model(self) -> tuple[Path, str]:

@@ -32,7 +32,7 @@ def open_pipelines(flags: dict[str, Any], output: Output) -> Iterator[list[Pipel
     """A pipeline for each target on the locked run folder, with the recipe written down."""
     from resvit_engines.files import write_atomic
     from resvit_export.pipeline import pipelines_for
-    from resvit_export.recipe import recipe_to_toml
+    from resvit_export.recipe_file import recipe_to_toml
     from resvit_export.run_folder import RunFolder
 
     recipe, folder = resolve_recipe(flags)

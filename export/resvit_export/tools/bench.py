@@ -26,7 +26,9 @@ from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
 from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
+from resvit_engines.targets.table import Precision
 from resvit_export import work
+from resvit_export.choices import Recovery
 from resvit_export.run_folder import Artifact, NotFinishedError, RunFolder
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 
@@ -105,7 +107,7 @@ def _open_run(
 ) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
     from resvit_export.pipeline import pipelines_for
-    from resvit_export.recipe import recipe_from_toml
+    from resvit_export.recipe_file import recipe_from_toml
 
     recipe = recipe_from_toml(folder / "recipe.toml")
     run = RunFolder(folder, reporter)
@@ -159,12 +161,12 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
         # Its own budget would be asked of a network that is not pruned.
         plain = dataclasses.replace(
             recipe, prune_macs=None, prune_latency=None, prune_params=None, sparsity=None, measured_times=None,
-            latency_budget=None, recover="never",
+            latency_budget=None, recover=Recovery.NEVER,
         )  # fmt: skip
         dense = Pipeline(plain, pipeline.run, pipeline.reporter)
         dense.borrow(pipeline)
         found.append(_half(dense, "FP16, unpruned"))
-    if recipe.precision != "fp16":
+    if recipe.precision is not Precision.FP16:
         found.append(_half(pipeline, f"FP16{pruned}"))
     shipped = pipeline.shipped
     found.append(
