@@ -143,7 +143,7 @@ def build(
 @contextlib.contextmanager
 def opened(recipe: Recipe, folder: Any, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     """The runs on their locked folder, with the recipe written down."""
-    from resvit_export.recipe import recipe_to_toml
+    from resvit_export.recipe_file import recipe_to_toml
 
     with folder.locked():
         write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.targets.table import Precision, proxy_target
+from resvit_export.choices import PluginAttention, Quantizer, Recovery
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.source import NetworkSource
 from resvit_export.refusals import (
@@ -52,6 +53,8 @@ from resvit_export.stages.score import (
 )
 from resvit_export.stages.validate import Validate, Validated
 from resvit_export.to_tensorrt.plugin_choice import By
+from resvit_quantize.sensitivity.method import Method
+from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
@@ -85,7 +88,7 @@ class Pipeline:
     def __init__(self, run: Run, variant: Variant | None = None) -> None:
         refuse_impossible(run.recipe, run.target)
         self.run, self.recipe = run, run.recipe
-        self.variant = variant or Variant(run.recipe.recover == "always", run.recipe.confidence)
+        self.variant = variant or Variant(run.recipe.recover is Recovery.ALWAYS, run.recipe.confidence)
 
     def vary(self, **changes: object) -> Pipeline:
         """The same run in another variant."""
@@ -242,9 +245,9 @@ class Pipeline:
     def quantized(self) -> Quantized:
         """The ONNX with Q/DQ and FP16 in the graph."""
         model, images, size, builder = self.float_model, self.images[0], self.batch_size, self.run.builder
-        if self.recipe.quantizer == "modelopt":
+        if self.recipe.quantizer is Quantizer.MODELOPT:
             return self.run.folder.do(QuantizeByModelOpt(model, self.settings, images, size, builder))
-        if self.recipe.effort == "best":
+        if self.recipe.effort is Effort.BEST:
             self.run.require_images_alone(self.network, "--effort best")
         ranges, statistics = self.calibrated.ranges, self.calibrated.statistics
         clips = self.recovered.clips if self.variant.recovers else None
@@ -263,7 +266,7 @@ class Pipeline:
         kinds = None
         if choice.by is By.TIME:
             kinds = self.run.folder.do(Time(model, target, choice.way, self.run.build_settings)).chosen
-        eight_bits = self.recipe.plugin_attention == "8bit"
+        eight_bits = self.recipe.plugin_attention is PluginAttention.EIGHT_BITS
         attention = self.run.precision if eight_bits else Precision.FP16
         ranges = self.calibrated.ranges if eight_bits else None
         return self.run.folder.do(Fuse(model, target, choice, kinds, attention, ranges))
@@ -312,7 +315,7 @@ class Pipeline:
             )
         )
 
-    def measured(self, images: int, method: str = "one-pass") -> Measured:
+    def measured(self, images: int, method: Method = Method.GRADIENT) -> Measured:
         """Which layers the accuracy loss comes from, on the first ``images`` of the calibration images."""
         require_own_quantizer(self.recipe)
         self.run.sources.require_images()
@@ -396,7 +399,7 @@ class Pipeline:
                 identity=self.run.network.identity,
                 settings=self.recipe.settings_without_paths(),
                 precision=self.run.precision.value,
-                quantizer=self.recipe.quantizer,
+                quantizer=self.recipe.quantizer.value,
                 target=self.run.require_target(),
                 release=self.recipe.release,
                 preprocess=self.preprocess,

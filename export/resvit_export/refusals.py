@@ -7,7 +7,8 @@ from pathlib import Path
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
-from resvit_engines.targets.table import Target
+from resvit_engines.targets.table import Precision, Target
+from resvit_export.choices import Quantizer, Recovery
 from resvit_export.loading.source import NetworkSource
 from resvit_export.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
@@ -18,13 +19,13 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
     """Refuse what no stage can do; raises ``ResvitError``, before any work."""
     require_searchable(recipe, target)
     require_prunable(recipe, target)
-    if recipe.recover == "always" and not recoverable(recipe):
+    if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):
         raise ResvitError(
             f"Recovery trains for our own INT8 and FP8, not for {recipe.precision} by {recipe.quantizer}.",
             "Leave --recover out, or ask for --precision int8 or fp8 and --quantizer resvit.",
             ExitCode.IMPOSSIBLE,
         )
-    if recipe.recover == "always" and recipe.train_data is None:
+    if recipe.recover is Recovery.ALWAYS and recipe.train_data is None:
         raise ResvitError(
             "Recovery was asked for, and there are no images to train on.",
             "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
@@ -33,7 +34,7 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
 
 def recoverable(recipe: Recipe) -> bool:
     """Whether recovery can serve: for 8 bits by our own quantiser."""
-    return recipe.quantizer == "resvit" and recipe.precision != "fp16"
+    return recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
 
 
 def require_prunable(recipe: Recipe, target: Target | None) -> None:
@@ -71,7 +72,7 @@ def require_searchable(recipe: Recipe, target: Target | None) -> None:
     from resvit_quantize.search.search import latency_budget_from
 
     latency_budget_from(recipe.latency_budget)
-    if recipe.precision == "fp16" or recipe.quantizer != "resvit":
+    if not recoverable(recipe):
         raise ResvitError(
             "A latency budget chooses among 8-bit layers of our own quantiser, which this recipe does not use.",
             "Leave --latency-budget out, or say --precision int8 or fp8 and --quantizer resvit.",
@@ -113,9 +114,9 @@ def require_fusing(run: Run) -> None:
 
 def require_own_quantizer(recipe: Recipe) -> None:
     """Refuse to measure sensitivity for FP16 and for ModelOpt's quantiser."""
-    if recipe.precision == "fp16":
+    if recipe.precision is Precision.FP16:
         raise ResvitError("FP16 has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
-    if recipe.quantizer != "resvit":
+    if recipe.quantizer is not Quantizer.RESVIT:
         raise ResvitError(
             "Sensitivity follows this tool's own placement and ranges, not ModelOpt's.",
             "Say --quantizer resvit.",

@@ -15,6 +15,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Precision, Target, require_precision
+from resvit_export.choices import Calibrator, TaskKind
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
@@ -101,7 +102,7 @@ class Sources:
                 validation_images=recipe.validation_images,
                 seed=recipe.seed,
                 reading=TargetOptions.from_options(recipe.task_options),
-                unlabelled=recipe.task == "other" or recipe.metric is not None,
+                unlabelled=recipe.task is TaskKind.OTHER or recipe.metric is not None,
             )
             self._sets = open_image_sets(spec, preprocess, self.reporter)
         return self._sets
@@ -140,7 +141,7 @@ class Run:
     @property
     def precision(self) -> Precision:
         """What the recipe asks for."""
-        return Precision(self.recipe.precision)
+        return self.recipe.precision
 
     @property
     def network(self) -> NetworkSource:
@@ -174,14 +175,14 @@ class Run:
     def quantize_settings(self, precisions: Mapping[str, str]) -> QuantizeSettings:
         """The recipe's part on quantising; ``precisions`` by node are what the search chose."""
         from resvit_calibrate.ranges.estimators import Estimator
-        from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
+        from resvit_quantize.settings import Methods, Precision, QuantizeSettings
 
         recipe = self.recipe
-        at_output = recipe.calibrator == "output"
+        at_output = recipe.calibrator is Calibrator.OUTPUT
         return QuantizeSettings(
             precision=Precision(recipe.precision),
-            estimator=Estimator.MSE if at_output else Estimator(recipe.calibrator),
-            effort=Effort(recipe.effort),
+            estimator=Estimator.MSE if at_output else Estimator(recipe.calibrator.value),
+            effort=recipe.effort,
             methods=Methods(output_ranges=at_output),
             include=recipe.include,
             exclude=recipe.exclude,
@@ -230,11 +231,11 @@ class Run:
 
         recipe = self.recipe
         kind = recipe.task
-        if kind == "auto":
-            kind = task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name
-        own = network.task_options if kind == "detection" else {}
+        if kind is TaskKind.AUTO:
+            kind = TaskKind(task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name)
+        own = network.task_options if kind is TaskKind.DETECTION else {}
         # What the user says of the outputs goes before what a detector says of its own.
-        return TaskChoice(kind, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+        return TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
 
     def require_images_alone(self, network: NetworkRecord, what: str) -> None:
         """Refuse ``what`` for a network that reads more than images."""

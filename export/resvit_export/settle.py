@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
+from resvit_export.choices import Recovery
 from resvit_export.pipeline import Pipeline
 from resvit_export.recipe import Recipe
 from resvit_export.refusals import recoverable
@@ -28,7 +29,7 @@ def settled(pipeline: Pipeline) -> Pipeline:
 def recovered_if_rejected(pipeline: Pipeline) -> Pipeline:
     """The pipeline that recovers, where ``auto`` finds that calibration alone is rejected."""
     recipe = pipeline.recipe
-    if recipe.recover != "auto" or recipe.train_data is None or not recoverable(recipe):
+    if recipe.recover is not Recovery.AUTO or recipe.train_data is None or not recoverable(recipe):
         return pipeline
     verdict = pipeline.validated.verdict
     if verdict.kind is not VerdictKind.REJECTED or pipeline.network.inputs:

@@ -22,6 +22,8 @@ from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.source import NetworkSource
 from resvit_export.recipe import Recipe
 from resvit_export.stage import Artifact, File, Stage
+from resvit_quantize.pruning.choose.importance import Importance
+from resvit_quantize.pruning.groups import Kind
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +55,8 @@ class PruneBudget:
     macs: float | None
     latency: float | None
     params: float | None
-    what: tuple[str, ...]
-    importance: str
+    what: tuple[Kind, ...]
+    importance: Importance
     precision: Precision
     target: Target | None = None
     measured: File | None = None
@@ -88,7 +90,7 @@ def budget_of(recipe: Recipe, target: Target | None) -> PruneBudget | None:
         params=recipe.prune_params,
         what=tuple(sorted(recipe.prune_what)),
         importance=recipe.prune_importance,
-        precision=Precision(recipe.precision),
+        precision=recipe.precision,
         target=target if recipe.prune_latency is not None else None,
         measured=File.of(Path(recipe.measured_times)) if recipe.measured_times else None,
     )
@@ -152,9 +154,8 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choose.choice import choose
     from resvit_quantize.pruning.choose.costs import Work
-    from resvit_quantize.pruning.choose.importance import Importance, importance_of
+    from resvit_quantize.pruning.choose.importance import importance_of
     from resvit_quantize.pruning.find.discover import groups_from_module
-    from resvit_quantize.pruning.groups import Kind
     from resvit_quantize.pruning.structure import Structure
 
     network = stage.source.network(reporter)
@@ -165,7 +166,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     checkpoint = stage.source.spec.checkpoint
     structure = (structure_in(checkpoint) if checkpoint else None) or Structure()
     if budget is not None:
-        found = groups_from_module(module, example, frozenset(Kind(kind) for kind in budget.what))
+        found = groups_from_module(module, example, frozenset(budget.what))
         for path, reason in found.left_alone.items():
             reporter.say(f"left alone: {path}: {reason}")
         if not found.groups:
@@ -176,7 +177,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
                 ExitCode.IMPOSSIBLE,
             )
         work = Work.of(module, example[:1], found.groups)
-        method = Importance(budget.importance)
+        method = budget.importance
         if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")

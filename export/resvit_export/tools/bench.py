@@ -25,6 +25,7 @@ from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
 from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
 from resvit_engines.targets.table import Precision
+from resvit_export.choices import Recovery
 from resvit_export.run import Sources
 from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stage import File
@@ -101,7 +102,7 @@ def _open_run(
 ) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
     from resvit_export.pipeline import Pipeline
-    from resvit_export.recipe import recipe_from_toml
+    from resvit_export.recipe_file import recipe_from_toml
     from resvit_export.run import runs_for
 
     recipe = recipe_from_toml(folder / "recipe.toml")
@@ -159,7 +160,7 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
         # Its own budget would be asked of a network that is not pruned.
         plain = dataclasses.replace(
             recipe, prune_macs=None, prune_latency=None, prune_params=None, sparsity=None, measured_times=None,
-            latency_budget=None, recover="never",
+            latency_budget=None, recover=Recovery.NEVER,
         )  # fmt: skip
         dense = Pipeline(Run(plain, run.folder, run.reporter, Sources(plain, run.reporter)))
         subjects.append(_half(dense, "FP16, unpruned"))

@@ -14,6 +14,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.task_choice import TaskChoice
+from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from resvit_quantize.settings import QuantizeSettings
 
 RESULT = "sensitivity.json"
-METHODS = ("one-pass", "brute-force")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Measure(Stage[Measured]):
     images: ImageSet
     preprocess: Preprocess
     count: int
-    method: str
+    method: Method
     task: TaskChoice
     seed: int
 
@@ -68,11 +68,11 @@ class Measure(Stage[Measured]):
         """Write the damage of every layer; a graph without gradients is refused unless the method is brute force."""
         from resvit_calibrate.answers.replay import FirstImages
         from resvit_calibrate.ranges.ranges import load_ranges
-        from resvit_quantize.sensitivity.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
+        from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
         from resvit_quantize.sensitivity.task_loss import task_loss
 
         ranges = load_ranges(self.ranges.path)
-        if Method(self.method) is Method.BRUTE_FORCE:
+        if self.method is Method.BRUTE_FORCE:
             few = self.images.first(self.count, 16)
             damage = brute_force_sensitivity(
                 self.model.path, ranges, self.settings, few, reporter, precisions=self.precisions
