@@ -21,10 +21,11 @@ from resvit_export.recipe_file import recipe_from_toml
 from resvit_export.sensitivity_stage import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
+from resvit_quantize.sensitivity.exclude import exclude_lists
+from resvit_quantize.sensitivity.method import Method
 from resvit_quantize.sensitivity.products import plan_units
 from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
-    Method,
     Sensitivity,
     brute_force_sensitivity,
     layers_to_exclude,
@@ -220,9 +221,24 @@ def test_the_fewest_layers_that_halve_the_damage() -> None:
     assert [item.node for item in found.ranked("int8")] == ["e", "b", "a", "c", "d"]
 
 
+def test_a_list_that_costs_much_coverage_has_one_beside_it_that_does_not() -> None:
+    costly = hand_made(layer("a", 3.0, 500), layer("b", 4.0, 490), layer("c", 2.0, 5), layer("d", 1.0, 5))
+    halving, cheap = exclude_lists(costly)
+    assert halving.title == "To halve the damage (saves 70%, leaves 1.0% of the multiply-accumulates in INT8)"
+    assert cheap.to_json() == {
+        "purpose": "To keep 98% of the arithmetic quantised "
+        "(saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
+        "layers": ["c", "d"],
+        "coverage": 0.99,
+        "saves": pytest.approx(0.3),
+    }
+    assert len(exclude_lists(hand_made(layer("a", 9.0, 1), layer("b", 1.0, 999)))) == 1
+
+
 def test_layers_without_damage_need_no_exclusion() -> None:
     found = hand_made(layer("a", 0.0), layer("b", 0.0))
     assert layers_to_exclude(found, "int8") == ()
+    assert exclude_lists(found) == ()
     assert found.share(found.layers[0], "int8") == 0.0
 
 

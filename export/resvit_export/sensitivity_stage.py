@@ -108,7 +108,8 @@ def _sensitivity_into(
     from resvit_calibrate.answers.replay import FirstImages
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_export.work import quantize_settings
-    from resvit_quantize.sensitivity.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
+    from resvit_quantize.sensitivity.method import Method
+    from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
     from resvit_quantize.sensitivity.task_loss import task_loss
 
     settings = quantize_settings(recipe)
