@@ -225,7 +225,8 @@ def test_a_list_that_costs_much_coverage_has_one_beside_it_that_does_not() -> No
     halving, cheap = exclude_lists(costly)
     assert halving.title == "To halve the damage (saves 70%, leaves 1.0% of the multiply-accumulates in INT8)"
     assert cheap.to_json() == {
-        "purpose": "To keep 98% of the arithmetic quantised (saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
+        "purpose": "To keep 98% of the arithmetic quantised "
+        "(saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
         "layers": ["c", "d"],
         "coverage": 0.99,
         "saves": pytest.approx(0.3),
