@@ -13,11 +13,12 @@ import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
 from quantize_graphs import Graph
-from resvit_engines.audit.kernels import Kernel, kernel_from_json
+from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
+from resvit_engines.records import Record
 from resvit_engines.targets.table import find_target
 from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
 from resvit_export.cli.main import run
@@ -72,7 +73,7 @@ def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: p
     assert any("norm/LayerNormalization" in moved["layers"] for moved in audit["fp32"])
     listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
     assert list(listing) == ["fp16"]
-    assert len([kernel_from_json(kernel) for kernel in listing["fp16"]]) == audit["fp16"]["kernels"]
+    assert len(Record(listing, "kernels.json").records("fp16")) == audit["fp16"]["kernels"]
     assert answer(capsys, "audit", "--run", "runs/x")["reused"]
 
 

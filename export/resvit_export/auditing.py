@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.findings import FusionAudit, Subject
 from resvit_engines.audit.inspector import layers_from_file
-from resvit_engines.audit.kernels import Kernel, kernel_from_json
-from resvit_engines.audit.text import refuse_unfused
+from resvit_engines.audit.kernels import Kernel
+from resvit_engines.audit.record import SkippedAudit, audit_from_json, record_of
 from resvit_engines.builder.builder import build_engine, builder_here
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Target, proxy_target
 from resvit_export.run_folder import Artifact
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -144,7 +145,8 @@ def audit_into(
         if engine is not None or error.code not in (ExitCode.MISSING, ExitCode.BUILD, ExitCode.IMPOSSIBLE):
             raise
         reporter.warn(f"Nothing was audited for {target.title}: {error.problem}")
-        (folder / RESULT).write_bytes(pretty_json(_skipped(target, error)))
+        skipped = SkippedAudit(target.name, f"{error.problem} {error.fix}")
+        (folder / RESULT).write_bytes(pretty_json(skipped.to_json()))
         return
     batch = settings.batch[1]
     stands_in = "" if engine is not None else stand_in_sentence(target)
@@ -158,9 +160,8 @@ def audit_into(
     )
     io_names = [tensor["name"] for side in ("inputs", "outputs") for tensor in document[side]]
     audit = audit_engine(subject, expectation_from_onnx(graphs.quantized, batch), kernels, io_names, fp16)
-    result = audit.to_json()
-    result["sentences"] += [text for text in (note, remark) if text]
-    (folder / RESULT).write_bytes(pretty_json(result))
+    result = record_of(audit, [text for text in (note, remark) if text])
+    (folder / RESULT).write_bytes(pretty_json(result.to_json()))
     compiled = {"quantized": kernels} if engine is None else {}
     compiled |= {"fp16": fp16} if fp16 is not None else {}
     listing = {name: [kernel.to_json() for kernel in found] for name, found in compiled.items()}
@@ -196,13 +197,7 @@ def refuse_if_unfused(audit: Mapping[str, Any]) -> None:
     Raises:
         ResvitError: REJECTED where something did not fuse, MISSING where nothing could be audited.
     """
-    if "skipped" in audit:
-        raise ResvitError(
-            f"--require-fused cannot be answered: {audit['skipped']}",
-            "Install what is missing, or leave --require-fused out.",
-            ExitCode.MISSING,
-        )
-    refuse_unfused([(item["problem"], item["mend"]) for item in audit["failures"]], audit["stands_in"])
+    audit_from_json(audit, RESULT).require_fused()
 
 
 def stand_in_sentence(target: Target) -> str:
@@ -226,7 +221,7 @@ def _quantized(
     document: dict[str, Any] = json.loads((engine / "engine.json").read_bytes())
     if document.get("layers"):
         return document, layers_from_file(engine / document["layers"]).kernels
-    return document, tuple(kernel_from_json(kernel) for kernel in document["kernels"])
+    return document, tuple(Kernel.from_json(kernel) for kernel in Record(document, "engine.json").records("kernels"))
 
 
 def _fp16(
@@ -253,8 +248,3 @@ def _fp16_model(graphs: Graphs, target: Target, scratch: Path) -> Path:
     half_into(scratch, graphs.floating, graphs.ranges, target)
     model, copy = scratch / "model.onnx", scratch / TENSORRT_COPY
     return copy if onnx_for_tensorrt(model, copy) else model
-
-
-def _skipped(target: Target, error: ResvitError) -> dict[str, Any]:
-    why = f"{error.problem} {error.fix}"
-    return {"target": target.name, "skipped": why, "sentences": [f"Not audited: {why}"], "failures": []}

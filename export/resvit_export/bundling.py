@@ -6,7 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resvit_engines.builder.device_plan import DevicePlan
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import GoldenFiles, ImageCount, ManifestVerdict, Recovery
 from resvit_engines.files import pretty_json
+from resvit_engines.records import Record
+from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
 from resvit_export.recipe import FILES
 from resvit_export.run_folder import Artifact, package_version
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY
@@ -22,8 +29,6 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
 
     The manifest holds no time, host name or path of this machine, so that the same inputs give the same bytes.
     """
-    from resvit_engines.bundle.bundle import write_bundle
-
     validated, compiled = pipeline.validated, pipeline.compiled
     files: dict[str, Path | bytes] = {
         "model.onnx": pipeline.shipped.path("model.onnx"),
@@ -36,59 +41,59 @@ def write_run_bundle(pipeline: Pipeline, path: Path) -> None:
         if name in compiled.record["outputs"]:
             files[name] = compiled.path(name)
     if "engine.json" in compiled.record["outputs"]:
-        files["engine.json"] = pretty_json(_engine_facts(compiled))
+        files["engine.json"] = pretty_json(_engine_report(compiled).to_json())
     if compiled.path("plan.json").exists():
         files["README.txt"] = _device_readme(pipeline).encode()
     write_bundle(path, _manifest(pipeline), files, key=pipeline.signing_key)
 
 
-def _manifest(pipeline: Pipeline) -> dict[str, Any]:
+def _manifest(pipeline: Pipeline) -> Manifest:
     recipe, verdict = pipeline.recipe, pipeline.verdict
-    export = pipeline.exported.json("export.json")
-    target = pipeline.require_target()
+    export = Record(pipeline.exported.json("export.json"), "export.json")
+    images = pipeline.calibrated.json("images.json")
     settings = {
         item.name: list(value) if isinstance(value := getattr(recipe, item.name), tuple) else value
         for item in dataclasses.fields(recipe)
         if item.name not in _PATH_SETTINGS and item.name not in ("model_args", "preprocess")
     }
-    manifest: dict[str, Any] = {
-        "name": pipeline.bundle_name.removesuffix(".resvit"),
-        "release": recipe.release,
-        "versions": {"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
-        "model": pipeline.identity,
-        "precision": recipe.precision,
-        "quantizer": recipe.quantizer,
-        "target": target.to_json(),
-        "settings": settings,
-        "build": pipeline.engine_settings.to_json(),
-        "preprocess": pipeline.preprocess.to_json(),
-        "class_names": verdict["class_names"],
-        "input": export["input"],
-        **({"inputs": export["inputs"]} if "inputs" in export else {}),
-        "outputs": export["outputs"],
-        "calibration": {
-            "images": pipeline.calibrated.json("images.json")["images"],
-            "digest": pipeline.calibrated.json("images.json")["digest"],
-        },
-        "validation": {"images": verdict["images"], "digest": verdict["data_digest"]},
-        "verdict": verdict["verdict"],
-        "verdict_reason": verdict["reason"],
-        "task": verdict["task"],
-        "golden": verdict["golden"],
-        "stages": {
-            artifact.stage: artifact.record["key"]
-            for artifact in (pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated)
-        },
-    }
+    stages = [pipeline.exported, pipeline.calibrated, pipeline.quantized, pipeline.validated]
+    recovery = None
     if pipeline.recovers:
-        manifest["stages"]["recover"] = pipeline.recovered.record["key"]
-        manifest["recovery"] = {"images": pipeline.training_images.digest, **recovery_facts(pipeline.recovered)}
+        stages.append(pipeline.recovered)
+        recovery = Recovery.from_json(Record(recovery_facts(pipeline.recovered), "recover.json"))
+    warning = None
     if verdict["verdict"] != "accepted":
-        manifest["warning"] = f"Validation did not accept this model ({verdict['verdict']}): {verdict['reason']}"
-    for kind, file in (("engine", "engine.json"), ("plan", "plan.json")):
-        if pipeline.compiled.path(file).exists():
-            manifest[kind] = _engine_facts(pipeline.compiled) if kind == "engine" else pipeline.compiled.json(file)
-    return manifest
+        warning = f"Validation did not accept this model ({verdict['verdict']}): {verdict['reason']}"
+    engine, plan = (pipeline.compiled.path(file).exists() for file in ("engine.json", "plan.json"))
+    return Manifest(
+        name=pipeline.bundle_name.removesuffix(".resvit"),
+        release=recipe.release,
+        target=pipeline.require_target(),
+        engine=_engine_report(pipeline.compiled) if engine else None,
+        plan=DevicePlan.from_json(Record(pipeline.compiled.json("plan.json"), "plan.json")) if plan else None,
+        build=pipeline.engine_settings,
+        precision=recipe.precision,
+        quantizer=recipe.quantizer,
+        input=IoTensor.from_json(export.record("input")),
+        inputs=io_tensors_from_json(export.optional("inputs", export.records) or ()),
+        outputs=io_tensors_from_json(export.records("outputs")),
+        golden=GoldenFiles.from_json(Record(verdict["golden"], "verdict.json", "golden")),
+        calibration=ImageCount(images["images"], images["digest"]),
+        verdict=ManifestVerdict(
+            verdict["verdict"],
+            verdict["reason"],
+            verdict["task"],
+            tuple(verdict["class_names"]),
+            ImageCount(verdict["images"], verdict["data_digest"]),
+        ),
+        recovery=recovery,
+        warning=warning,
+        model=pipeline.identity,
+        settings=settings,
+        preprocess=pipeline.preprocess.to_json(),
+        versions={"resvit-export": package_version("resvit-export"), **pipeline.quantized.record["versions"]},
+        stages={artifact.stage: artifact.record["key"] for artifact in stages},
+    )
 
 
 def recovery_facts(recovered: Artifact) -> dict[str, Any]:
@@ -96,9 +101,10 @@ def recovery_facts(recovered: Artifact) -> dict[str, Any]:
     return {key: recovered.json("recover.json")[key] for key in ("images", "steps", "kept_step", "before", "after")}
 
 
-def _engine_facts(compiled: Artifact) -> dict[str, Any]:
+def _engine_report(compiled: Artifact) -> EngineReport:
     """What is true of the engine whenever it is built: without the time and memory that this build took."""
-    return {key: value for key, value in compiled.json("engine.json").items() if key not in ("seconds", "peak_mib")}
+    report = EngineReport.from_json(Record(compiled.json("engine.json"), "engine.json"))
+    return dataclasses.replace(report, seconds=None, peak_mib=None)
 
 
 def _device_readme(pipeline: Pipeline) -> str:

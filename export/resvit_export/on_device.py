@@ -18,7 +18,7 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.targets.table import Target, version_of
 from resvit_export.auditing import audit_on_device
 from resvit_export.run_folder import RECORD, Artifact
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_engines.keys.private import SigningKey
     from resvit_engines.remote.device import RemoteJob
+    from resvit_engines.remote.job_result import JobResult
     from resvit_export.pipeline import Pipeline
 
 IMAGES_MIB_VARIABLE = "RESVIT_DEVICE_IMAGES_MIB"
@@ -55,7 +56,7 @@ def run_on_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> Ar
     bundle = pipeline.bundle_path
     with Connection(address, pipeline.reporter) as connection:
         there = Device(connection, pipeline.reporter)
-        facts = there.facts()
+        facts = there.machine()
         if not rehearse:
             require_target_there(pipeline.require_target(), facts, device)
         count = images_that_fit(pipeline.facts["input_shape"], len(pipeline.image_sets[1]), facts)
@@ -122,13 +123,13 @@ def look_at_device(pipeline: Pipeline, device: str, rehearse: bool = False) -> N
             ExitCode.IMPOSSIBLE,
         )
     with Connection(address_from(device), pipeline.reporter) as connection:
-        facts = Device(connection, pipeline.reporter).facts()
+        facts = Device(connection, pipeline.reporter).machine()
     pipeline.reporter.say(describe(facts, device))
     if not rehearse:
         require_target_there(pipeline.require_target(), facts, device)
 
 
-def describe(facts: DeviceFacts, name: str) -> str:
+def describe(facts: Machine, name: str) -> str:
     """One line about a device for people."""
     parts = [
         facts.gpu or "no NVIDIA GPU",
@@ -142,7 +143,7 @@ def describe(facts: DeviceFacts, name: str) -> str:
     return f"{name}: {', '.join(part for part in parts if part)}"
 
 
-def require_target_there(target: Target, facts: DeviceFacts, device: str) -> None:
+def require_target_there(target: Target, facts: Machine, device: str) -> None:
     """Refuse a device that is not what the bundle was made for, before anything large is copied.
 
     Raises:
@@ -168,7 +169,7 @@ def require_target_there(target: Target, facts: DeviceFacts, device: str) -> Non
         )
 
 
-def images_that_fit(shape: list[int], most: int, facts: DeviceFacts) -> int:
+def images_that_fit(shape: list[int], most: int, facts: Machine) -> int:
     """How many validation images [C, H, W] in FP32 are copied: all, or as many as a share of the device takes."""
     limit = int(os.environ.get(IMAGES_MIB_VARIABLE, _IMAGES_MIB))
     limit = min(limit, facts.memory_available_mib // _SHARE, facts.free_disk_mib // _SHARE)
@@ -219,12 +220,12 @@ def _pieces(images: ImageSet, count: int, per_piece: int, scratch: Path) -> Iter
         yield previous
 
 
-def _judge_into(folder: Path, pipeline: Pipeline, result: dict[str, Any], count: int) -> None:
+def _judge_into(folder: Path, pipeline: Pipeline, result: JobResult, count: int) -> None:
     """Write ``device.json``; the outputs of the device become ``predictions.npz`` and a verdict of the gate."""
     from resvit_calibrate.answers.replay import FirstImages, Replay
     from resvit_calibrate.gate.gate import judge
 
-    document: dict[str, Any] = {**result, "images": count, "verdict": None}
+    document: dict[str, Any] = {**result.to_json(), "images": count, "verdict": None}
     outputs = sorted((folder / "outputs").glob("*.npy"))
     if outputs:
         onnx, task = pipeline.from_onnx, pipeline.task
@@ -240,7 +241,7 @@ def _judge_into(folder: Path, pipeline: Pipeline, result: dict[str, Any], count:
         candidate.save(folder / "predictions.npz")
         comparison = task.compare(every.first(count), candidate, pipeline.confidence)
         verdict = judge(comparison, pipeline.recipe.max_drop, pipeline.confidence)
-        document.update(verdict=verdict.to_json(), runner=result["outputs"]["runner"])
+        document.update(verdict=verdict.to_json(), runner=result.outputs.runner)
         for file in outputs:
             file.unlink()
         (folder / "outputs").rmdir()

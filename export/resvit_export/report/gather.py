@@ -79,7 +79,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
     if "bundle" in stages:
         from resvit_engines.bundle.bundle import read_manifest
 
-        bundle = read_manifest(pipeline.bundle_path)
+        bundle = read_manifest(pipeline.bundle_path).to_json()
     return ReportData(
         name=_title(pipeline),
         prune=document("prune", "prune.json"),

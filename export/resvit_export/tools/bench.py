@@ -15,17 +15,20 @@ from resvit_engines.bench.bench import BenchReport, measure
 from resvit_engines.bench.commands import golden_feeds, settings_from
 from resvit_engines.bench.compare import Comparison, compare
 from resvit_engines.builder.builder import build_engine, builder_here
-from resvit_engines.builder.settings import TITLES, BuildSettings
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
+from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
 from resvit_export import work
 from resvit_export.run_folder import Artifact, NotFinishedError, RunFolder
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -132,7 +135,7 @@ def _open_run(
     if golden is None:
         return runners, None
     images, _, beside = golden
-    return runners, {input_name(next(iter(runners.values())), {}): images, **beside}
+    return runners, {input_name(next(iter(runners.values())), None): images, **beside}
 
 
 def finished(pipeline: Pipeline) -> Pipeline:
@@ -229,12 +232,10 @@ def _engine_of_run(pipeline: Pipeline) -> Runner | None:
 
 
 def _opened(artifact: Artifact, model: Path) -> Runner:
-    record = artifact.json(_RECORD)
+    report = EngineReport.from_json(Record(artifact.json(_RECORD), _RECORD))
     copy = artifact.path(TENSORRT_COPY)
     sha256 = artifact.record["outputs"][_ENGINE]["sha256"]
-    runtime = runtime_of(record)
-    assert runtime is not None
-    return open_engine(runtime, artifact.path(_ENGINE), sha256, record, copy if copy.exists() else model)
+    return open_engine(artifact.path(_ENGINE), sha256, report, copy if copy.exists() else model)
 
 
 def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
@@ -247,7 +248,7 @@ def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
             "Run 'resvit-engine bench' on the device, or leave --runtime out.",
             ExitCode.IMPOSSIBLE,
         )
-    return why_not_here({"builder": TITLES[builder], "sm": target.sm, **pipeline.build_settings.flags})
+    return why_not_here(builder, target.sm, hardware_compatible=pipeline.build_settings.hardware_compatible)
 
 
 def _require_alike(runners: Mapping[str, Runner]) -> None:
@@ -268,4 +269,5 @@ def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     except NotFinishedError:
         return None
     images, outputs = (np.load(validated.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
-    return images, outputs, golden_inputs(validated.folder, validated.json("verdict.json"), len(images))
+    golden = GoldenFiles.from_json(Record(validated.json("verdict.json"), "verdict.json").record("golden"))
+    return images, outputs, golden_inputs(validated.folder, golden, len(images))
