@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
+from engine_reports import engine_report
 from quantize_graphs import Graph
 from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
 from resvit_engines.progress import SILENT
 from resvit_engines.records import Record
 from resvit_engines.targets.table import find_target
+from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
 from resvit_export.cli.main import run
 
@@ -158,9 +161,8 @@ def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tm
     back = tmp_path / "device"
     back.mkdir()
     shutil.copy(engine / "int8.json", back / "layers.json")
-    ends = {"inputs": [{"name": "x"}], "outputs": [{"name": "y"}]}
-    document = {"sm": 87, "builder": "TensorRT", "builder_version": "10.3.0", "layers": "layers.json", **ends}
-    (back / "engine.json").write_text(json.dumps(document))
+    ends = {"inputs": (IoTensor("x", (1,)),), "outputs": (IoTensor("y", (1,)),)}
+    (back / "engine.json").write_bytes(pretty_json(engine_report(layers="layers.json", **ends).to_json()))
     graphs = Graphs(engine / "int8.onnx", engine / "int8.onnx", tmp_path / "not-read.json")
     audit_into(
         tmp_path,

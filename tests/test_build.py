@@ -147,7 +147,7 @@ def test_a_batch_range_stays_dynamic_and_the_bytes_repeat(tmp_path, int8) -> Non
         build_engine(int8, tmp_path / f"{index}.plan", find_target("l4"), BuildSettings(batch=(1, 4, 8)))
         for index in range(2)
     ]
-    assert reports[0].inputs[0]["shape"] == [-1, 32, 8, 8]
+    assert reports[0].inputs[0].shape == (-1, 32, 8, 8)
     assert all(k.bytes_moved is None for k in reports[0].kernels if "layer1_sum/Conv" in k.layers)
     assert reports[0].sha256 == reports[1].sha256
 
@@ -157,7 +157,7 @@ def test_the_batch_must_fit_the_graph(tmp_path) -> None:
     fixed = small_model(tmp_path / "fixed.onnx", batch=2)
     engine, target = tmp_path / "engine.plan", find_target("l4")
     assert "fixed batch of 2, but a batch of 1 to 8" in str(refusal(fixed, engine, target, BuildSettings((1, 4, 8))))
-    assert build_engine(fixed, engine, target, BuildSettings((2, 2, 2))).inputs[0]["shape"] == [2, 32, 8, 8]
+    assert build_engine(fixed, engine, target, BuildSettings((2, 2, 2))).inputs[0].shape == (2, 32, 8, 8)
 
 
 @rtx

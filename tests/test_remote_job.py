@@ -131,7 +131,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackDevic
         try:
             with Connection(address_from(device.address)) as connection:
                 there = Device(connection)
-                facts = there.facts()
+                facts = there.machine()
                 assert there.prepare(facts, WHEELS)
                 assert not there.prepare(facts, WHEELS), "it was installed twice"
             yield device

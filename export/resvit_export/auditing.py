@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from resvit_engines.audit.inspector import layers_from_file
 from resvit_engines.audit.kernels import Kernel
 from resvit_engines.audit.record import SkippedAudit, audit_from_json, record_of
 from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.records import Record
+from resvit_engines.records import record_from_file
 from resvit_engines.targets.table import Target, proxy_target
 from resvit_export.run_folder import Artifact
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -139,7 +139,7 @@ def audit_into(
 
     try:
         with tempfile.TemporaryDirectory(prefix="resvit-audit-") as scratch:
-            document, kernels = _quantized(graphs.quantized, target, settings, engine, Path(scratch), reporter)
+            report, kernels = _quantized(graphs.quantized, target, settings, engine, Path(scratch), reporter)
             fp16, note = _fp16(graphs, target, settings, engine, Path(scratch), reporter)
     except ResvitError as error:
         if engine is not None or error.code not in (ExitCode.MISSING, ExitCode.BUILD, ExitCode.IMPOSSIBLE):
@@ -152,13 +152,13 @@ def audit_into(
     stands_in = "" if engine is not None else stand_in_sentence(target)
     subject = Subject(
         target.name,
-        document["sm"],
-        document["builder"],
-        document["builder_version"],
+        report.sm,
+        TITLES[report.builder],
+        report.builder_version,
         batch,
         stands_in,
     )
-    io_names = [tensor["name"] for side in ("inputs", "outputs") for tensor in document[side]]
+    io_names = [tensor.name for tensor in (*report.inputs, *report.outputs)]
     audit = audit_engine(subject, expectation_from_onnx(graphs.quantized, batch), kernels, io_names, fp16)
     result = record_of(audit, [text for text in (note, remark) if text])
     (folder / RESULT).write_bytes(pretty_json(result.to_json()))
@@ -213,15 +213,13 @@ def stand_in_sentence(target: Target) -> str:
 
 def _quantized(
     model: Path, target: Target, settings: BuildSettings, engine: Path | None, scratch: Path, reporter: Reporter
-) -> tuple[dict[str, Any], tuple[Kernel, ...]]:
-    """The engine's document and kernels: of the one built here, from TensorRT's own layer file where there is one."""
+) -> tuple[EngineReport, tuple[Kernel, ...]]:
+    """The engine's record and kernels: of the one built here, from TensorRT's own layer file where there is one."""
     if engine is None:
         report = build_engine(model, scratch / "engine.plan", proxy_target(target), settings, reporter)
-        return report.to_json(), report.kernels
-    document: dict[str, Any] = json.loads((engine / "engine.json").read_bytes())
-    if document.get("layers"):
-        return document, layers_from_file(engine / document["layers"]).kernels
-    return document, tuple(Kernel.from_json(kernel) for kernel in Record(document, "engine.json").records("kernels"))
+        return report, report.kernels
+    report = EngineReport.from_json(record_from_file(engine / "engine.json"))
+    return report, layers_from_file(engine / report.layers).kernels if report.layers else report.kernels
 
 
 def _fp16(

@@ -12,7 +12,7 @@ from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder.child import run_child
 from resvit_engines.builder.engine_report import EngineReport, LibraryRecord
 from resvit_engines.builder.limits import compute_capabilities, require_buildable
-from resvit_engines.builder.memory import SMALLEST_WORKSPACE_MIB, available_mib, choose_workspace, shares_memory
+from resvit_engines.builder.memory import SMALLEST_WORKSPACE_MIB, available_mib, shares_memory, workspace_for
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.files import atomic_file, sha256_file, write_atomic
@@ -130,7 +130,7 @@ def _built(
     request: dict[str, Any], onnx: Path, target: Target, settings: BuildSettings, scratch: Path, reporter: Reporter
 ) -> tuple[dict[str, Any], int]:
     """Build with the workspace that fits, and with half of it where it does not; returns what it was in the end."""
-    chosen = choose_workspace(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
+    chosen = workspace_for(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
     for note in chosen.notes:
         reporter.warn(note)
     workspace_mib = chosen.mib
