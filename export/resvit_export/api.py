@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resvit_engines.builder.device_plan import DevicePlan
-    from resvit_engines.builder.settings import EngineReport
+    from resvit_engines.builder.engine_report import EngineReport
     from resvit_export.pipeline import Pipeline
     from resvit_export.records.device import DeviceResult
     from resvit_export.records.verdict import VerdictRecord
@@ -189,15 +189,15 @@ def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
 
     run, questions = pipeline.run, pipeline.questions
     bundle = pipeline.bundled.bundle
-    facts = look_at_device(device.address, run.require_target(), device.rehearse, run.reporter, quiet=True)
-    count = images_that_fit(pipeline.network.input_shape, len(questions.images), facts)
+    machine = look_at_device(device.address, run.require_target(), device.rehearse, run.reporter, quiet=True)
+    count = images_that_fit(pipeline.network.input_shape, len(questions.images), machine)
     if pipeline.network.inputs:
         run.reporter.warn(
             "The network reads more than images: the device builds, times and checks the golden outputs, and is "
             "not validated on the whole set."
         )
         count = 0
-    known, key = facts.to_json(), run.signing_key()
+    known, key = machine.to_json(), run.signing_key()
     return RunOnDevice(
         address=device.address,
         device={name: known[name] for name in KEY_FACTS},

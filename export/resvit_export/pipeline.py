@@ -24,7 +24,7 @@ from resvit_export.refusals import (
 )
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run, images_per_call
 from resvit_export.stage import File
-from resvit_export.stages.audit import Audit, Audited, refuse_if_unfused, remark_about_plugins
+from resvit_export.stages.audit import Audit, Audited, remark_about_plugins
 from resvit_export.stages.bundle import Bundle, Bundled, Signer
 from resvit_export.stages.calibrate import Calibrate, Calibrated
 from resvit_export.stages.compile import Compile, Compiled, for_batch, planned_input
@@ -386,7 +386,7 @@ class Pipeline:
     def require_fused(self) -> None:
         """Refuse to go on where something did not fuse, if the recipe says so."""
         if self.recipe.require_fused:
-            refuse_if_unfused(self.audited)
+            self.audited.result.require_fused()
 
     @cached_property
     def bundled(self) -> Bundled:
@@ -411,7 +411,7 @@ class Pipeline:
                 scored=self.scored,
                 validated=self.validated,
                 compiled=self.compiled,
-                build=self.engine_settings.to_json(),
+                build=self.engine_settings,
                 signer=Signer(key) if key else None,
             )
         )

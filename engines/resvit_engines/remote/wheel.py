@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.plugins.library import SOURCE_FOLDER, source_files
 from resvit_engines.version import own_version
 
@@ -61,9 +61,9 @@ def write_device_wheel(folder: Path) -> Path:
     return path
 
 
-def requirements_for(facts: DeviceFacts) -> tuple[str, ...]:
-    """What is installed beside the wheel on the device that ``facts`` describe."""
-    return REQUIREMENTS if facts.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
+def requirements_for(machine: Machine) -> tuple[str, ...]:
+    """What is installed beside the wheel on this machine."""
+    return REQUIREMENTS if machine.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
 
 
 def pip_platforms(arch: str, libc: str | None) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
     if "bundle" in stages:
         from resvit_engines.bundle.bundle import read_manifest
 
-        bundle = read_manifest(pipeline.bundled.bundle.path)
+        bundle = read_manifest(pipeline.bundled.bundle.path).to_json()
     return ReportData(
         name=_title(pipeline),
         prune=document("prune", "prune.json"),

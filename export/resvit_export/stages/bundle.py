@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import ImageCount, ManifestVerdict
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Target
+from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
 from resvit_export.stage import Artifact, File, Stage, package_version
 from resvit_export.stages.calibrate import Calibrated
 from resvit_export.stages.compile import Compiled, lasting
@@ -50,7 +55,7 @@ class Bundled(Artifact):
         return self.file(name)
 
     @functools.cached_property
-    def manifest(self) -> Mapping[str, Any]:
+    def manifest(self) -> Manifest:
         """What it says of itself."""
         from resvit_engines.bundle.bundle import read_manifest
 
@@ -83,7 +88,7 @@ class Bundle(Stage[Bundled]):
     scored: Scored
     validated: Validated
     compiled: Compiled
-    build: Mapping[str, Any]
+    build: BuildSettings
     signer: Signer | None
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -108,48 +113,41 @@ class Bundle(Stage[Bundled]):
             if compiled.has(name):
                 files[name] = compiled.path(name)
         if compiled.engine is not None:
-            files["engine.json"] = pretty_json(lasting(compiled.engine))
+            files["engine.json"] = pretty_json(lasting(compiled.engine).to_json())
         if compiled.plan is not None:
             files["README.txt"] = self.readme().encode()
         return files
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What the bundle says of itself."""
-        verdict, report = self.validated.verdict, self.exported.report.to_json()
+        record, report = self.validated.verdict, Record(self.exported.report.to_json(), "export.json")
         chain: list[Artifact] = [self.exported, self.calibrated, self.quantized, self.validated]
-        manifest: dict[str, Any] = {
-            "name": self.file_name.removesuffix(".resvit"),
-            "release": self.release,
-            "versions": {"resvit-export": package_version("resvit-export"), **self.quantized.record.versions},
-            "model": dict(self.identity),
-            "precision": self.precision,
-            "quantizer": self.quantizer,
-            "target": self.target.to_json(),
-            "settings": dict(self.settings),
-            "build": dict(self.build),
-            "preprocess": self.preprocess.to_json(),
-            "class_names": list(verdict.class_names),
-            "input": report["input"],
-            **({"inputs": report["inputs"]} if "inputs" in report else {}),
-            "outputs": report["outputs"],
-            "calibration": {"images": self.calibrated.images.images, "digest": self.calibrated.images.digest},
-            "validation": {"images": verdict.verdict.images, "digest": verdict.data_digest},
-            "verdict": verdict.kind.value,
-            "verdict_reason": verdict.reason,
-            "task": verdict.task,
-            "golden": dict(verdict.golden),
-            "stages": {artifact.stage: artifact.record.key for artifact in chain},
-        }
-        if self.recovered is not None:
-            manifest["stages"]["recover"] = self.recovered.record.key
-            manifest["recovery"] = dict(self.recovered.lasting)
-        if verdict.kind is not VerdictKind.ACCEPTED:
-            manifest["warning"] = f"Validation did not accept this model ({verdict.kind.value}): {verdict.reason}"
-        if self.compiled.engine is not None:
-            manifest["engine"] = lasting(self.compiled.engine)
-        if self.compiled.plan is not None:
-            manifest["plan"] = self.compiled.plan.to_json()
-        return manifest
+        chain += [self.recovered] if self.recovered else []
+        warning = f"Validation did not accept this model ({record.kind.value}): {record.reason}"
+        validation = ImageCount(record.verdict.images, record.data_digest)
+        return Manifest(
+            name=self.file_name.removesuffix(".resvit"),
+            release=self.release,
+            target=self.target,
+            engine=lasting(self.compiled.engine) if self.compiled.engine else None,
+            plan=self.compiled.plan,
+            build=self.build,
+            precision=self.precision,
+            quantizer=self.quantizer,
+            input=IoTensor.from_json(report.record("input")),
+            inputs=io_tensors_from_json(report.optional("inputs", report.records) or ()),
+            outputs=io_tensors_from_json(report.records("outputs")),
+            golden=record.golden,
+            calibration=ImageCount(self.calibrated.images.images, self.calibrated.images.digest),
+            verdict=ManifestVerdict(record.kind.value, record.reason, record.task, record.class_names, validation),
+            recovery=self.recovered.recovery if self.recovered else None,
+            warning=None if record.kind is VerdictKind.ACCEPTED else warning,
+            model=dict(self.identity),
+            settings=dict(self.settings),
+            preprocess=self.preprocess.to_json(),
+            versions={"resvit-export": package_version("resvit-export"), **self.quantized.record.versions},
+            stages={artifact.stage: artifact.record.key for artifact in chain},
+        )
 
     def readme(self) -> str:
         """What stands beside a plan, for whoever has only the bundle."""
