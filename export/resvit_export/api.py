@@ -169,7 +169,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
     pipeline = settled(Pipeline(run))
-    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.before_the_gate]
+    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.order]
     rejection: ResvitError | None = None
     try:
         stages += [pipeline.compiled, pipeline.audited, pipeline.bundled]
@@ -184,7 +184,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
 
 def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
     """The stage that builds, validates and times on the device, as it is found there."""
-    from resvit_export.stages.bundle import Signer
+    from resvit_export.stages.bundle import signer_of
     from resvit_export.stages.device import KEY_FACTS, RunOnDevice, images_that_fit, look_at_device
 
     run, questions = pipeline.run, pipeline.questions
@@ -197,13 +197,13 @@ def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
             "not validated on the whole set."
         )
         count = 0
-    known, key = machine.to_json(), run.signing_key()
+    known = machine.to_json()
     return RunOnDevice(
         address=device.address,
         device={name: known[name] for name in KEY_FACTS},
         rehearse=device.rehearse,
         bundle=bundle,
-        signer=Signer(key) if key else None,
+        signer=signer_of(run),
         questions=questions,
         count=count,
         original=pipeline.answered.get("reference") or pipeline.answered["baseline"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +37,6 @@ if TYPE_CHECKING:
 
 RECOVERY_IMAGES = 20_000
 MOST_IMAGES = 100_000_000
-
-
-def images_per_call(shape: Sequence[int]) -> int:
-    """How many images [C, H, W] go through a runner at once: 16 of 224 x 224, more of smaller ones, at most 128.
-
-    Enough to keep the cores busy and calls rare; memory stays far below what one engine build takes.
-    """
-    return max(1, min(128, 2_500_000 // math.prod(shape)))
 
 
 class Sources:
@@ -198,6 +189,11 @@ class Run:
     def measured_times(self) -> File | None:
         """The user's file of layer times."""
         return File.of(Path(self.recipe.measured_times)) if self.recipe.measured_times else None
+
+    @property
+    def label(self) -> str:
+        """What people read of the ONNX that ships."""
+        return f"onnx {self.precision.value}"
 
     @property
     def bundle_name(self) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
+from resvit_engines.targets.table import Precision
 from resvit_export.choices import Recovery
 from resvit_export.pipeline import Pipeline
 from resvit_export.recipe import Recipe
-from resvit_export.refusals import recoverable
+from resvit_export.refusals import recoverable, require_own_quantizer
+from resvit_export.stages.decide.predict import pricing_of
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES, Question, Search
+from resvit_export.stages.decide.sensitivity import Measure, Measured
+from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
     from resvit_quantize.search.assignments import Plan
@@ -54,10 +58,36 @@ def searched(pipeline: Pipeline) -> Pipeline:
             reporter.warn(f"No precisions are searched for: {why}")
             return pipeline
         reporter.say(f"the plain recipe is {verdict.kind.value}: the search follows")
-    question = Question(pipeline.pricing, pipeline.measured(SENSITIVITY_IMAGES), pipeline.run.precision)
+    question = Question(
+        pricing_of(pipeline.run, pipeline.float_model), measured(pipeline, SENSITIVITY_IMAGES), pipeline.run.precision
+    )
     answers = {} if recipe.latency_budget else answers_of_the_gate(pipeline, question)
     search = pipeline.run.folder.do(Search(question, recipe.latency_budget, recipe.confidence, answers))
     return pipeline.vary(precisions=search.assignment, confidence=search.confidence, search=search)
+
+
+def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) -> Measured:
+    """Which layers the accuracy loss comes from, on the first ``images`` of the calibration images."""
+    run, plain = pipeline.run, pipeline.vary(recovers=False)
+    require_own_quantizer(run.recipe)
+    run.sources.require_images()
+    run.require_images_alone(plain.network, "Sensitivity")
+    known = run.target.precisions if run.target else (Precision.INT8, Precision.FP8)
+    eight_bits = [p.value for p in (Precision.INT8, Precision.FP8) if p in known]
+    return run.folder.do(
+        Measure(
+            model=plain.exported.model,
+            ranges=plain.calibrated.ranges,
+            settings=run.quantize_settings({}),
+            precisions=tuple(dict.fromkeys([run.precision.value, *eight_bits])),
+            images=plain.images[0],
+            preprocess=plain.preprocess,
+            count=min(images, len(plain.images[0])),
+            method=method,
+            task=plain.questions.task,
+            seed=run.recipe.seed,
+        )
+    )
 
 
 def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Answer]:

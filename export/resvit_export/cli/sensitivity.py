@@ -55,12 +55,13 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     """
     from resvit_engines.console import console, emit_json
     from resvit_export.report.sections.sensitivity import write_sensitivity_page
+    from resvit_export.settle import measured
     from resvit_export.stages.decide.sensitivity import exclude_snippet
     from resvit_quantize.sensitivity.exclude import exclude_lists
 
     output = Output(quiet, as_json)
     with open_pipeline(flags, output) as pipeline:
-        artifact = pipeline.measured(images, Method(method))
+        artifact = measured(pipeline, images, Method(method))
         found, recipe = artifact.sensitivity, pipeline.recipe
         lists = exclude_lists(found)
         page = pipeline.run.folder.path / "sensitivity.html"

@@ -20,11 +20,12 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
-from resvit_engines.targets.table import Target, proxy_target
+from resvit_engines.targets.table import Precision, Target, proxy_target
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
-from resvit_export.stages.compile import Compiled
+from resvit_export.stages.compile import Compiled, for_batch
 from resvit_export.stages.fuse import Fused
-from resvit_export.stages.quantize import Halve
+from resvit_export.stages.quantize import Halve, Quantized
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 from resvit_export.to_tensorrt.plugin_choice import PluginChoice
 
@@ -150,6 +151,28 @@ def _batch_of(kernels: tuple[Kernel, ...], io_names: frozenset[str]) -> int:
             if name in io_names and shape and shape[0] > 0:
                 return shape[0]
     return 1
+
+
+def audit_of(
+    run: Run, quantized: Quantized, half: Halve, fused: Fused | None, compiled: Compiled, *, own: bool
+) -> Audit:
+    """The audit of the target's ``own`` engine, or of what stands in: the graph without kernels of ours."""
+    target, recipe = run.require_target(), run.recipe
+    ours = fused is not None and fused.model is not None
+    settings = BuildSettings(
+        workspace_mib=recipe.workspace_mib or target.workspace_mib,
+        optimization_level=recipe.optimization_level,
+        sparse=recipe.sparsity is not None,
+    )
+    return Audit(
+        quantized=(compiled.copy if own or not ours else None) or quantized.model,
+        half=None if run.precision is Precision.FP16 else half,
+        target=target,
+        stand_in=proxy_target(target),
+        settings=for_batch(settings, recipe.batch_range[1]),
+        compiled=compiled if own else None,
+        remark=remark_about_plugins(run.plugins, fused, own=own),
+    )
 
 
 def remark_about_plugins(choice: PluginChoice, fused: Fused | None, *, own: bool) -> str:

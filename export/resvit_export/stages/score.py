@@ -7,7 +7,7 @@ image is decoded once; what is there already, from another target or another lim
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -19,7 +19,10 @@ from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_export.loading.source import NetworkSource
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.export import Exported
+from resvit_export.stages.prune import Pruned
 from resvit_export.task_choice import TaskChoice
 
 if TYPE_CHECKING:
@@ -232,3 +235,22 @@ def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = Fals
         value = outputs[name]
         np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
     return GoldenFiles("golden_input.npy", "golden_output.npy", beside, files if len(files) > 1 else {}, sets)
+
+
+def answers_of(
+    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File
+) -> dict[str, Answered]:
+    """What every network of a run answers, by stage: what is there is read, the rest is asked together."""
+    asked: list[Asked] = [AskFloat(questions, exported.model)]
+    asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
+    asked += [AskPruned(questions, pruned.program)] if pruned else []
+    asked.append(AskQuantized(questions, model, run.label, exported.report.selects_rows))
+    artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
+    return {artifact.stage: artifact for artifact in artifacts}
+
+
+def shipped_in(answered: Mapping[str, Answered]) -> Scored:
+    """Of all answers, those of the ONNX that ships."""
+    scored = answered[AskQuantized.name]
+    assert isinstance(scored, Scored)
+    return scored

@@ -30,6 +30,7 @@ from resvit_export.run import Sources
 from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stage import File
 from resvit_export.stages.compile import ENGINE, Compile, Compiled
+from resvit_export.stages.score import shipped_in
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -178,7 +179,7 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
 
 
 def _half(pipeline: Pipeline, name: str) -> Subject:
-    model = pipeline.run.folder.do(pipeline.halved).model
+    model = pipeline.run.folder.do(pipeline.half).model
     return Subject(name, model, lambda: _engine(pipeline, model, pipeline.run.build_settings))
 
 
@@ -230,7 +231,7 @@ def _require_alike(runners: Mapping[str, Runner]) -> None:
 def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     try:
         with pipeline.run.folder.looking_only():
-            scored = pipeline.scored
+            scored = shipped_in(pipeline.answered)
     except NotFinishedError:
         return None
     images, outputs = (np.load(scored.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))

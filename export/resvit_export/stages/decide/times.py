@@ -123,8 +123,8 @@ def _runner(
     """
     import onnx_ir
 
-    from resvit_export.stages.fuse import fused_network
     from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
+    from resvit_export.to_tensorrt.fused_network import fused_network
 
     name = "-".join(kind.value for kind in kinds) or PLAIN
     source, copy, engine = (scratch / f"{name}.{end}" for end in ("onnx", "tensorrt.onnx", "plan"))
