@@ -50,8 +50,8 @@ from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.choose.budget import Budget
 from resvit_quantize.pruning.choose.choice import Choice, choose, uniform
-from resvit_quantize.pruning.choose.costs import Work
 from resvit_quantize.pruning.choose.importance import Importance, importance_of
+from resvit_quantize.pruning.choose.recorder import costs_from_module
 from resvit_quantize.pruning.distill.distill import distill
 from resvit_quantize.pruning.distill.options import DistillOptions
 from resvit_quantize.pruning.find.discover import groups_from_module
@@ -118,7 +118,7 @@ def onnx_of(case: Case, module: nn.Module, path: Path, batch: int | None = None)
 
 def macs_of(case: Case, module: nn.Module) -> int:
     """Multiply-accumulates of one image."""
-    return Work.of(module, torch.zeros(1, *case.shape), ()).macs({})
+    return costs_from_module(module, torch.zeros(1, *case.shape), ()).macs({})
 
 
 def ours(importance: Importance, pick: Callable[..., Choice] = choose) -> Callable[[Case, float], nn.Module]:
@@ -127,9 +127,9 @@ def ours(importance: Importance, pick: Callable[..., Choice] = choose) -> Callab
     def make(case: Case, share: float) -> nn.Module:
         module, example = copy.deepcopy(case.module), torch.zeros(2, *case.shape)
         groups = groups_from_module(module, example, KINDS).groups
-        work = Work.of(module, example[:1], groups)
+        costs = costs_from_module(module, example[:1], groups)
         values = importance_of(module, groups, importance, case.batches(IMPORTANCE_IMAGES), images=IMPORTANCE_IMAGES)
-        prune(module, groups, pick(groups, values, work, Budget(macs=share, precision=Precision.FP16)).kept)
+        prune(module, groups, pick(groups, values, costs, Budget(macs=share, precision=Precision.FP16)).kept)
         return module
 
     return make

@@ -84,8 +84,8 @@ def prune_into(
     from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choose.choice import choose
-    from resvit_quantize.pruning.choose.costs import Work
     from resvit_quantize.pruning.choose.importance import Importance, importance_of
+    from resvit_quantize.pruning.choose.recorder import costs_from_module
     from resvit_quantize.pruning.find.discover import groups_from_module
     from resvit_quantize.pruning.groups import Kind
     from resvit_quantize.pruning.structure import Structure
@@ -107,14 +107,14 @@ def prune_into(
                 "Leave the --prune options out, or allow more kinds with --prune-what.",
                 ExitCode.IMPOSSIBLE,
             )
-        work = Work.of(module, example[:1], found.groups)
+        costs = costs_from_module(module, example[:1], found.groups)
         method = Importance(recipe.prune_importance)
         if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=recipe.seed)
-        choice = choose(found.groups, importance, work, _budget(recipe, target))
-        curves = _curves(module, found.groups, importance, batches, work.macs({}), reporter)
+        choice = choose(found.groups, importance, costs, _budget(recipe, target))
+        curves = _curves(module, found.groups, importance, batches, costs.macs({}), reporter)
         structure = prune(module, found.groups, choice.kept, structure)
         document |= {
             "importance": method.value,
