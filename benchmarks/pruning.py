@@ -60,7 +60,6 @@ from resvit_quantize.pruning.sparsity.report import SparseMethod
 from resvit_quantize.pruning.sparsity.sparsity import sparsify
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, QuantizeSettings
-from resvit_quantize.settings import Precision as Format
 
 BATCH = 128
 KINDS = frozenset({Kind.CHANNELS, Kind.HEADS, Kind.MLP})
@@ -227,7 +226,7 @@ def int8_score(case: Case, module: nn.Module, folder: Path) -> dict[str, Any]:
     """Our INT8, effort best, of a network."""
     model = onnx_of(case, module, folder / "int8-source.onnx")
     seen = collect_statistics(model, case.calibration.batches(BATCH))
-    settings = QuantizeSettings(Format.INT8, effort=Effort.BEST)
+    settings = QuantizeSettings(Precision.INT8, effort=Effort.BEST)
     ranges = ranges_from(seen, case.calibration.digest)
     images: ImageSet = case.calibration
     out = folder / "int8.onnx"

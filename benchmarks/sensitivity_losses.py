@@ -30,6 +30,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.kinds import task_named
+from resvit_engines.targets.table import Precision
 from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
@@ -37,7 +38,7 @@ from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.sensitivity.products import plan_units
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity
 from resvit_quantize.sensitivity.task_loss import DetectionLoss
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 ASSETS = Path(__file__).parent.parent / "tests" / "assets"
 CASES = {

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_engines.targets.table import Precision
 from resvit_export.loading.libraries import import_timm
 from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.work import export_into, fold_into, quiet_libraries
 from resvit_quantize.fusion.fuse import Operands
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 PRECISIONS = (Precision.FP16, Precision.INT8)
 WIDTH, HEADS = 32, 2

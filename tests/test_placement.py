@@ -6,10 +6,10 @@ import pytest
 
 from quantize_graphs import Graph, basic_block, hybrid
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import network_from_onnx
 from resvit_quantize.placement.placement import Placement, Shortcuts, place
-from resvit_quantize.settings import Precision
 
 
 def analysed(path: Path) -> Analysis:

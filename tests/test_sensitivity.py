@@ -14,6 +14,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
 from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.recipe import Recipe, recipe_from_toml
@@ -31,7 +32,7 @@ from resvit_quantize.sensitivity.sensitivity import (
     sensitivity_from_json,
     sqnr_db,
 )
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8)
 

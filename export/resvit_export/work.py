@@ -142,7 +142,8 @@ def recover_into(
 def quantize_settings(recipe: Recipe, precisions: Mapping[str, str] | None = None) -> QuantizeSettings:
     """The recipe's part on quantising, for our own quantiser; ``precisions`` by node are what the search chose."""
     from resvit_calibrate.ranges.estimators import Estimator
-    from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
+    from resvit_engines.targets.table import Precision
+    from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
     at_output = recipe.calibrator == "output"
     return QuantizeSettings(
@@ -203,8 +204,9 @@ def half_into(folder: Path, model: Path, ranges: Path, target: Target | None) ->
     """Write a float network in FP16 to ``model.onnx``, by the way that ``--precision fp16`` goes."""
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_calibrate.ranges.statistics import load_statistics
+    from resvit_engines.targets.table import Precision
     from resvit_quantize.quantize import quantize_model
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_quantize.settings import QuantizeSettings
 
     out = folder / "model.onnx"
     quantize_model(

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
 from resvit_calibrate.ranges.channels import channel_error
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.channel_flow import Flow, channel_flow
 from resvit_quantize.graph.network import add_initializer, constant, int_attribute
 from resvit_quantize.placement.grid import largest_level
 from resvit_quantize.placement.placement import Placement, channel_axis, edge_key
-from resvit_quantize.settings import Precision
 
 _STRENGTHS = (0.5, 0.75, 1.0)
 _FURTHEST = 64.0

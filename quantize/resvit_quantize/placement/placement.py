@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Analysis, Group, Product
 from resvit_quantize.graph.network import constant, int_attribute
 from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.placement.positions import position_products
-from resvit_quantize.settings import Precision
 
 _SMALL = 16
 _FP8_FILTER = 32

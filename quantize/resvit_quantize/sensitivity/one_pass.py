@@ -13,11 +13,11 @@ from torch import Tensor
 
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite, scale_from_amax
 from resvit_quantize.placement.placement import WeightKey, edge_key, weight_key
 from resvit_quantize.sensitivity.products import UnitPlan
 from resvit_quantize.sensitivity.task_loss import TaskLoss
-from resvit_quantize.settings import Precision
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
 from resvit_quantize.torch_graph.graph import Reading, TorchGraph
 

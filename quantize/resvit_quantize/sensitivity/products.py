@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.ranges.ranges import Ranges
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Product
 from resvit_quantize.placement.placement import Edge, Placement, Weight
 from resvit_quantize.qdq.plan import Plan, plan_quantization
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,8 +33,9 @@ from resvit_calibrate.readers.user_batch import Item
 from resvit_calibrate.readers.user_loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.table import Precision
 from resvit_quantize.sensitivity.products import UnitPlan, plan_units, sharing_a_network
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
     from resvit_quantize.sensitivity.task_loss import TaskLoss
