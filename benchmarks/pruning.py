@@ -49,7 +49,7 @@ from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.choose.budget import Budget
-from resvit_quantize.pruning.choose.choice import Choice, choose, uniform
+from resvit_quantize.pruning.choose.choice import Choice, choose_widths, uniform_widths
 from resvit_quantize.pruning.choose.importance import Importance, importance_of
 from resvit_quantize.pruning.choose.recorder import costs_from_module
 from resvit_quantize.pruning.distill.distill import distill
@@ -120,7 +120,7 @@ def macs_of(case: Case, module: nn.Module) -> int:
     return costs_from_module(module, torch.zeros(1, *case.shape), ()).macs({})
 
 
-def ours(importance: Importance, pick: Callable[..., Choice] = choose) -> Callable[[Case, float], nn.Module]:
+def ours(importance: Importance, pick: Callable[..., Choice] = choose_widths) -> Callable[[Case, float], nn.Module]:
     """Our groups; importance and choice as said."""
 
     def make(case: Case, share: float) -> nn.Module:
@@ -197,7 +197,7 @@ METHODS: dict[str, tuple[str, Callable[[Case, float], nn.Module]]] = {
     "ours": ("resvit, Hessian-aware, chosen widths", ours(Importance.HESSIAN)),
     "ours-taylor": ("resvit, Taylor, chosen widths", ours(Importance.TAYLOR)),
     "ours-magnitude": ("resvit, magnitude, chosen widths", ours(Importance.MAGNITUDE)),
-    "uniform": ("magnitude, one ratio for all", ours(Importance.MAGNITUDE, uniform)),
+    "uniform": ("magnitude, one ratio for all", ours(Importance.MAGNITUDE, uniform_widths)),
     "torch-pruning": ("Torch-Pruning as it comes", torch_pruning),
     "torch-pruning-trunk": ("Torch-Pruning, attention left alone", partial(torch_pruning, attention=False)),
     "modelopt": ("ModelOpt, FastNAS", modelopt),

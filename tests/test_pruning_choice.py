@@ -17,7 +17,7 @@ from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.choose.budget import Budget, cost_of, legal_widths
-from resvit_quantize.pruning.choose.choice import choose, uniform
+from resvit_quantize.pruning.choose.choice import choose_widths, uniform_widths
 from resvit_quantize.pruning.choose.costs import Costs, layer_us, widths_of
 from resvit_quantize.pruning.choose.recorder import costs_from_module
 from resvit_quantize.pruning.groups import Group, Kind
@@ -154,7 +154,7 @@ def test_legal_widths(group: Group, precision: Precision, widths: tuple[int, ...
 def test_the_dear_layer_goes_where_both_matter_alike() -> None:
     _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.ones(32)}
-    choice = choose(groups, importance, costs, Budget(macs=0.8))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.8))
     assert widths_of(choice.kept) == {"a": 24}
     assert choice.before.macs == 2 * 8 * 32 * 5
     assert choice.after.macs == choice.before.macs * 4 // 5
@@ -167,7 +167,7 @@ def test_the_dear_layer_goes_where_both_matter_alike() -> None:
 def test_the_cheap_layer_goes_where_the_dear_one_matters_more() -> None:
     _, groups, costs = two_mlps()
     importance = {"a": np.full(32, 100.0), "b": np.ones(32)}
-    assert widths_of(choose(groups, importance, costs, Budget(macs=0.86)).kept) == {"b": 8}
+    assert widths_of(choose_widths(groups, importance, costs, Budget(macs=0.86)).kept) == {"b": 8}
 
 
 def test_the_least_important_units_go_and_of_equals_the_last() -> None:
@@ -175,7 +175,7 @@ def test_the_least_important_units_go_and_of_equals_the_last() -> None:
     values = np.ones(32)
     values[[3, 30]] = 5.0
     importance = {"a": values, "b": np.full(32, 1e9)}
-    kept = choose(groups, importance, costs, Budget(macs=0.4)).kept["a"]
+    kept = choose_widths(groups, importance, costs, Budget(macs=0.4)).kept["a"]
     assert kept.tolist() == [0, 1, 2, 3, 4, 5, 6, 30]
 
 
@@ -183,7 +183,7 @@ def test_what_still_fits_is_given_back() -> None:
     """``b`` goes first, being worth nothing; then a step of ``a`` is needed, after which most of ``b`` fits again."""
     _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.full(32, 1e-3)}
-    choice = choose(groups, importance, costs, Budget(macs=0.8))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.8))
     assert widths_of(choice.kept) == {"a": 24}
 
 
@@ -193,7 +193,7 @@ def test_a_block_goes_where_skipping_it_costs_least() -> None:
     costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
     importance = {group.name: np.ones(group.units) for group in groups}
     importance["blocks.1"] = np.array([1e-3])
-    choice = choose(groups, importance, costs, Budget(macs=0.87))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.87))
     assert choice.kept["blocks.1"].tolist() == []
     assert widths_of(choice.kept) == {"blocks.1": 0}
     assert "blocks.1" in choice.notes[-1]
@@ -204,7 +204,7 @@ def test_one_block_of_several_always_stays() -> None:
     groups = embed_groups(module)
     costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
     importance = {g.name: np.full(g.units, 1e-6 if g.kind is Kind.BLOCKS else 1.0) for g in groups}
-    choice = choose(groups, importance, costs, Budget(params=0.35))
+    choice = choose_widths(groups, importance, costs, Budget(params=0.35))
     assert sum(len(choice.kept.get(f"blocks.{i}", [0])) for i in range(3)) == 1
 
 
@@ -222,7 +222,7 @@ def test_budgets_are_met(share: float, measure: str, seed: int, precision: Preci
     random = np.random.default_rng(seed)
     importance = {group.name: random.exponential(random.exponential(), group.units) for group in groups}
     budget = Budget(**{measure: share}, precision=precision)
-    choice = choose(groups, importance, costs, budget)
+    choice = choose_widths(groups, importance, costs, budget)
     assert getattr(choice.after, measure) <= share * getattr(choice.before, measure) * (1 + 1e-6)
     assert choice.after == cost_of(costs, widths_of(choice.kept), budget)
     for group in groups:
@@ -231,7 +231,7 @@ def test_budgets_are_met(share: float, measure: str, seed: int, precision: Preci
         assert (np.diff(kept) > 0).all()
         gone = np.setdiff1d(np.arange(group.units), kept)
         assert values[gone].max(initial=0) <= values[kept].min(initial=np.inf)
-    again = choose(groups, importance, costs, budget)
+    again = choose_widths(groups, importance, costs, budget)
     assert widths_of(again.kept) == widths_of(choice.kept)
     # As near below as the steps allow: nothing but blocks can be widened.
     for group in groups:
@@ -255,7 +255,7 @@ def test_a_latency_budget_is_met_on_a_wide_network() -> None:
     importance = {group.name: np.random.default_rng(int(group.name)).random(4096) for group in groups}
     for target, precision in (("jetson-orin-nano", Precision.INT8), ("l4", Precision.FP8), ("h100", Precision.FP16)):
         budget = Budget(latency=0.7, precision=precision, target=find_target(target))
-        choice = choose(groups, importance, costs, budget)
+        choice = choose_widths(groups, importance, costs, budget)
         assert choice.before.latency_us is not None
         assert choice.after.latency_us is not None
         assert 0.65 < choice.after.latency_us / choice.before.latency_us <= 0.7
@@ -273,7 +273,7 @@ def test_measured_times_take_the_place_of_predicted_ones() -> None:
     measured = MeasuredTimes("here", times)
     assert costs.latency_us({}, target, Precision.INT8, measured) == pytest.approx(22 * plain["0"], rel=0.01)
     budget = Budget(latency=0.7, precision=Precision.INT8, target=target, measured=measured)
-    kept = widths_of(choose(groups, importance, costs, budget).kept)
+    kept = widths_of(choose_widths(groups, importance, costs, budget).kept)
     assert kept["2"] < kept.get("0", 4096) == 4096
     # What was not measured is off by as much as what was.
     predicted = layer_us(costs.layers[0], {}, target, Precision.INT8)
@@ -288,21 +288,21 @@ def test_a_budget_out_of_reach_names_the_nearest() -> None:
     _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.ones(32)}
     with pytest.raises(ResvitError) as caught:
-        choose(groups, importance, costs, Budget(macs=0.1))
+        choose_widths(groups, importance, costs, Budget(macs=0.1))
     assert "At most 0.750 of the multiply-accumulates can go, and 0.900 should" in caught.value.problem
     assert "0.250" in caught.value.fix
-    assert choose(groups, importance, costs, Budget(macs=0.25)).after.macs == 640
+    assert choose_widths(groups, importance, costs, Budget(macs=0.25)).after.macs == 640
     with pytest.raises(ResvitError, match=r"At most 0\.750"):
-        uniform(groups, importance, costs, Budget(macs=0.1))
+        uniform_widths(groups, importance, costs, Budget(macs=0.1))
 
 
 def test_uniform_takes_the_same_share_of_every_group() -> None:
     _, groups, costs = two_mlps(32, 64)
     importance = {"a": np.full(32, 100.0), "b": np.arange(64.0)}
-    choice = uniform(groups, importance, costs, Budget(macs=0.5))
+    choice = uniform_widths(groups, importance, costs, Budget(macs=0.5))
     assert widths_of(choice.kept) == {"a": 16, "b": 32}
     assert choice.kept["b"].tolist() == list(range(32, 64))
-    assert uniform(groups, importance, costs, Budget(macs=1.0)).kept == {}
+    assert uniform_widths(groups, importance, costs, Budget(macs=1.0)).kept == {}
 
 
 @pytest.mark.parametrize(
@@ -327,4 +327,4 @@ def test_importance_must_fit_the_groups() -> None:
     _, groups, costs = two_mlps()
     for values in (np.ones(31), np.full(32, np.nan), np.full(32, -1.0)):
         with pytest.raises(ResvitError, match="importance of a"):
-            choose(groups, {"a": values, "b": np.ones(32)}, costs, Budget(macs=0.5))
+            choose_widths(groups, {"a": values, "b": np.ones(32)}, costs, Budget(macs=0.5))

@@ -83,7 +83,7 @@ def prune_into(
     from resvit_export.loading.checkpoint import structure_in
     from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
-    from resvit_quantize.pruning.choose.choice import choose
+    from resvit_quantize.pruning.choose.choice import choose_widths
     from resvit_quantize.pruning.choose.importance import Importance, importance_of
     from resvit_quantize.pruning.choose.recorder import costs_from_module
     from resvit_quantize.pruning.find.discover import groups_from_module
@@ -113,7 +113,7 @@ def prune_into(
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=recipe.seed)
-        choice = choose(found.groups, importance, costs, _budget(recipe, target))
+        choice = choose_widths(found.groups, importance, costs, _budget(recipe, target))
         curves = _curves(module, found.groups, importance, batches, costs.macs({}), reporter)
         structure = prune(module, found.groups, choice.kept, structure)
         document |= {

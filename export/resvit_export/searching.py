@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from resvit_engines.targets.costs import CostModel
     from resvit_export.pipeline import Pipeline
     from resvit_export.recipe import Recipe
-    from resvit_quantize.search.assignments import Plan, Problem
+    from resvit_quantize.search.assignments import Assignment, Problem
     from resvit_quantize.search.search import Answer, SearchResult
 
 SENSITIVITY_IMAGES = 128
@@ -182,12 +182,14 @@ def _search_into(folder: Path, pipeline: Pipeline) -> None:
         result = search_latency_budget(problem, latency_budget_from(recipe.latency_budget))
         result = dataclasses.replace(result, confidence=recipe.confidence)
     else:
-        plain = problem.plain_plan().digest
-        result = search_max_drop(problem, lambda plan, c: _look(pipeline, plan, c, plain), recipe.confidence)
+        plain = problem.plain_assignment().digest
+        result = search_max_drop(
+            problem, lambda assignment, c: _look(pipeline, assignment, c, plain), recipe.confidence
+        )
     fp16_us = problem.costs.total_us({})
     document = {
         **result.to_json(),
-        "plain": problem.plain_plan().to_json(),
+        "plain": problem.plain_assignment().to_json(),
         "fp16_ms": fp16_us / 1e3,
         "sentences": _sentences(result, problem, fp16_us),
         "prices": _prices(result),
@@ -209,24 +211,24 @@ def _problem(pipeline: Pipeline) -> Problem:
     return Problem(_cost_model(pipeline), allowed, damage, plain)
 
 
-def _look(pipeline: Pipeline, plan: Plan, confidence: float, plain: str) -> Answer:
-    """Quantise and validate one plan; the plain one is validated already."""
+def _look(pipeline: Pipeline, assignment: Assignment, confidence: float, plain: str) -> Answer:
+    """Quantise and validate one assignment; the plain one is validated already."""
     from resvit_quantize.search.search import Answer
 
-    if plan.digest == plain:
+    if assignment.digest == plain:
         verdict = pipeline.verdict
     else:
-        candidate = pipeline.with_precisions(plan.plain_assignment, confidence)
+        candidate = pipeline.with_precisions(assignment.precision_names, confidence)
         verdict = candidate.verdict
-        pipeline.reporter.say(f"search: {plan.latency_us / 1e3:.3f} ms predicted, {verdict['verdict']}")
+        pipeline.reporter.say(f"search: {assignment.latency_us / 1e3:.3f} ms predicted, {verdict['verdict']}")
     kept = {key: verdict[key] for key in ("verdict", "reason", "interval")}
     return Answer(verdict["verdict"] == "accepted", kept)
 
 
 def _sentences(result: SearchResult, problem: Problem, fp16_us: float) -> list[str]:
     """What was found, for people."""
-    chosen, plain = result.chosen, problem.plain_plan()
-    counts = {p: sum(q is p for q in chosen.assignment.values()) for p in Precision}
+    chosen, plain = result.chosen, problem.plain_assignment()
+    counts = {p: sum(q is p for q in chosen.precisions.values()) for p in Precision}
     shares = ", ".join(f"{count} in {p.value.upper()}" for p, count in counts.items() if count)
     lines = [
         f"The search chose {shares}: predicted {chosen.latency_us / 1e3:.3f} ms, against {plain.latency_us / 1e3:.3f} "

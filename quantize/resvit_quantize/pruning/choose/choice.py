@@ -44,7 +44,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
+def choose_widths(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
     """The widths that keep the budget's measure at its share or below, by least importance lost for what is saved.
 
     Greedy over marginal gains: the step goes first that loses least importance per cost saved; every step changes
@@ -63,10 +63,10 @@ def choose(groups: Sequence[Group], importance: Values, costs: Costs, budget: Bu
     return _choice(groups, importance, costs, budget, widths)
 
 
-def uniform(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
+def uniform_widths(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
     """The same share of units from every group, the largest that meets the budget, to its nearest width; blocks stay.
 
-    Which units go is by importance, as in :func:`choose`. Raises as that does.
+    Which units go is by importance, as in :func:`choose_widths`. Raises as that does.
     """
     _check(groups, importance)
     narrowing = [group for group in groups if group.kind is not Kind.BLOCKS]
@@ -188,7 +188,7 @@ class _Search:
 
 
 def _curve(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Importance lost at each number of units kept, [units + 1]; see :func:`choose` for the weights."""
+    """Importance lost at each number of units kept, [units + 1]; see :func:`choose_widths` for the weights."""
     units = len(values)
     weighted = np.sort(values) * units / np.arange(units, 0, -1)
     return np.asarray(np.concatenate([[0.0], np.cumsum(weighted)])[::-1], np.float64)
