@@ -15,10 +15,10 @@ from resvit_engines.audit.kernel_totals import kernel_totals
 from resvit_engines.audit.kernels import Kernel, Operation, kernels_from_log
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.records import Record
-from resvit_engines.targets.table import Builder, find_target
+from resvit_engines.targets.table import Builder, Precision, find_target
 from resvit_export.to_tensorrt.copy import suit_builder
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 rtx = pytest.mark.skipif(

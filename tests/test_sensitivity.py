@@ -14,6 +14,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
 from resvit_export.loading.load import ModelSpec, load_network
 from resvit_export.recipe_file import recipe_from_toml
@@ -22,7 +23,7 @@ from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.exclude import exclude_lists
 from resvit_quantize.sensitivity.method import Method
-from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.products import quantizable_products
 from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
     Sensitivity,
@@ -32,7 +33,7 @@ from resvit_quantize.sensitivity.sensitivity import (
     sensitivity_from_json,
     sqnr_db,
 )
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8)
 
@@ -132,12 +133,12 @@ def test_the_shortcut_of_a_residual_belongs_to_the_convolution_that_feeds_it(tmp
     g = Graph("batch", 3, 8, 8)
     value = basic_block(g, g.op("Relu", g.conv("input", 32, 3, name="stem/Conv")), 32, "block")
     model, x = g.save(tmp_path / "model.onnx", value), images(2, 3, 8, 8)
-    planned = plan_units(model, ranges_of(model, x), INT8, Precision.INT8)
-    unit = planned.units["block.conv2/Conv"]
-    assert [edge.node.name for edge in unit.edges] == ["block.conv2/Conv", "block/Add"]
-    assert [edge.node.name for edge in planned.units["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
-    clone = planned.plan.network.clone()
-    placed = planned.placement_of(["block.conv2/Conv"], clone)
+    quantizable = quantizable_products(model, ranges_of(model, x), INT8, Precision.INT8)
+    product = quantizable.products["block.conv2/Conv"]
+    assert [edge.node.name for edge in product.edges] == ["block.conv2/Conv", "block/Add"]
+    assert [edge.node.name for edge in quantizable.products["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
+    clone = quantizable.plan.network.clone()
+    placed = quantizable.placement_of(["block.conv2/Conv"], clone)
     assert {edge.node for edge in placed.edges} <= set(clone.graph)
     fast = measure_sensitivity(model, ranges_of(model, x), INT8, [x], probes=64)
     slow = brute_force_sensitivity(model, ranges_of(model, x), INT8, [x])

@@ -166,7 +166,7 @@ class Run:
     def quantize_settings(self, precisions: Mapping[str, str]) -> QuantizeSettings:
         """The recipe's part on quantising; ``precisions`` by node are what the search chose."""
         from resvit_calibrate.ranges.estimators import Estimator
-        from resvit_quantize.settings import Methods, Precision, QuantizeSettings
+        from resvit_quantize.settings import Methods, QuantizeSettings
 
         recipe = self.recipe
         at_output = recipe.calibrator is Calibrator.OUTPUT

@@ -16,7 +16,7 @@ from resvit_export.stages.decide.sensitivity import Measure, Measured
 from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
-    from resvit_quantize.search.assignments import Plan
+    from resvit_quantize.search.assignments import Assignment
     from resvit_quantize.search.search import Answer
 
 _ALONE = "sensitivity is measured for networks that read images alone."
@@ -98,17 +98,17 @@ def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Ans
     from resvit_quantize.search.search import Answer, search_max_drop
 
     problem = question.problem()
-    plain, answers = problem.plain_plan().digest, dict[str, Answer]()
+    plain, answers = problem.plain_assignment().digest, dict[str, Answer]()
 
-    def look(plan: Plan, confidence: float) -> Answer:
+    def look(assignment: Assignment, confidence: float) -> Answer:
         verdict = pipeline.validated.verdict
-        if plan.digest != plain:
-            verdict = pipeline.vary(precisions=plan.plain_assignment, confidence=confidence).validated.verdict
-            pipeline.run.reporter.say(f"search: {plan.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
+        if assignment.digest != plain:
+            verdict = pipeline.vary(precisions=assignment.precision_names, confidence=confidence).validated.verdict
+            pipeline.run.reporter.say(f"search: {assignment.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
         kept = verdict.verdict.to_json()
         document = {key: kept[key] for key in ("verdict", "reason", "interval")}
-        answers[plan.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
-        return answers[plan.digest]
+        answers[assignment.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
+        return answers[assignment.digest]
 
     search_max_drop(problem, look, pipeline.recipe.confidence)
     return answers

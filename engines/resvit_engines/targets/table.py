@@ -20,12 +20,12 @@ from resvit_engines.targets.speeds import SPEEDS, Speed
 
 
 class Precision(str, enum.Enum):
-    """The number format of the quantised layers; everything else runs in FP16."""
+    """The number format of the quantised matrix products; everything else is FP16 in all three."""
 
     FP16 = "fp16"
     INT8 = "int8"
     FP8 = "fp8"
-    """E4M3."""
+    """E4M3: four exponent and three mantissa bits, largest value 448."""
 
     def __str__(self) -> str:
         return str(self.value)
