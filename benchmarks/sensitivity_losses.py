@@ -31,7 +31,8 @@ from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.targets.table import Precision
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.qdq.insert import insert_qdq

@@ -12,7 +12,8 @@ from torch.export import Dim, export
 
 from hf_models import folder_of
 from resvit_engines.targets.table import Precision
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_model
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program

@@ -12,7 +12,7 @@ from resvit_calibrate.gate.gate import Verdict, VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import require_searchable
 from resvit_export.settle import hopeless
 

@@ -16,8 +16,9 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
-from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe_file import recipe_from_toml
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.file import recipe_from_toml
 from resvit_export.stages.decide.sensitivity import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program

@@ -19,7 +19,8 @@ from resvit_calibrate.readers.scenes import detection
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.table import Precision
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity, sensitivity_from_json

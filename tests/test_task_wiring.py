@@ -18,9 +18,9 @@ from resvit_engines.run.golden import check_runner
 from resvit_engines.run.golden_files import golden_arrays, other_golden_outputs
 from resvit_export.cli.options import resolve_recipe
 from resvit_export.cli.output import accuracy_table
-from resvit_export.pairs import task_values
-from resvit_export.recipe import Recipe
-from resvit_export.recipe_file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.pairs import task_values
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import ScoreRow
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run

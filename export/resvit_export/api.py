@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +143,7 @@ def build(
 @contextlib.contextmanager
 def opened(recipe: Recipe, folder: Any, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     """The runs on their locked folder, with the recipe written down."""
-    from resvit_export.recipe_file import recipe_to_toml
+    from resvit_export.recipe.file import recipe_to_toml
 
     with folder.locked():
         write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())

@@ -10,8 +10,8 @@ from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
-from resvit_export.choices import PluginAttention, Quantizer, Recovery
 from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.recipe.choices import PluginAttention, Quantizer, Recovery
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
 from resvit_export.stage import File
 from resvit_export.stages import audit, bundle, calibrate, export, fold, fuse, load, prune, quantize, retrain, score

@@ -14,13 +14,13 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Precision, Target, require_precision
-from resvit_export.choices import Calibrator, TaskKind
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
 from resvit_export.loading.source import NetworkSource, metric_identity
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.choices import Calibrator, TaskKind
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.run_folder import RunFolder
 from resvit_export.stage import File
 from resvit_export.task_choice import TaskChoice

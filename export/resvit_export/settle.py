@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
 from resvit_engines.targets.table import Precision
-from resvit_export.choices import Recovery
 from resvit_export.pipeline import Pipeline
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.choices import Recovery
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import recoverable, require_own_quantizer
 from resvit_export.stages.decide.predict import pricing_of
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES, Question, Search

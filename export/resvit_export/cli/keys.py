@@ -10,7 +10,7 @@ import click
 from resvit_engines.console import emit_json, output_options
 from resvit_engines.errors import ResvitError
 from resvit_export.cli.options import option_of
-from resvit_export.recipe import SETTINGS
+from resvit_export.recipe.recipe import SETTINGS
 
 
 @click.command(

@@ -13,7 +13,7 @@ from resvit_export.cli.stages import examples_text, open_pipeline
 from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
-    from resvit_export.recipe import Recipe
+    from resvit_export.recipe.recipe import Recipe
     from resvit_quantize.sensitivity.exclude import ExcludeList
     from resvit_quantize.sensitivity.sensitivity import Sensitivity
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ResvitError
-from resvit_export.recipe_file import recipe_to_toml
+from resvit_export.recipe.file import recipe_to_toml
 from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.page import write_report
 from resvit_export.run_folder import NotFinishedError

@@ -17,8 +17,8 @@ from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_engines.targets.table import Precision, Target
 from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
-from resvit_export.choices import Quantizer
 from resvit_export.loading.source import NetworkSource
+from resvit_export.recipe.choices import Quantizer
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage, package_version
 from resvit_export.stages.calibrate import Calibrated

@@ -20,7 +20,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.source import NetworkSource
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.stage import Artifact, File, Stage
 from resvit_quantize.pruning.choose.importance import Importance
 from resvit_quantize.pruning.groups import Kind

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Answers
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
-    from resvit_calibrate.runtime.runner import Arrays, Runner
+    from resvit_calibrate.runtime.runner import Runner
+    from resvit_calibrate.runtime.sessions import Arrays
 
 ANSWERS = "answers.npz"
 GOLDEN = "golden.json"

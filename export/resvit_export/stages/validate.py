@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.ranges.diagnostics import Remark
-    from resvit_calibrate.runtime.runner import Array
+    from resvit_calibrate.runtime.sessions import Array
 
 VERDICT = "verdict.json"
 CHANGED = "changed.npz"

@@ -25,7 +25,7 @@ from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
 from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
 from resvit_engines.targets.table import Precision
-from resvit_export.choices import Recovery
+from resvit_export.recipe.choices import Recovery
 from resvit_export.run import Sources
 from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stage import File
@@ -103,7 +103,7 @@ def _open_run(
 ) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
     from resvit_export.pipeline import Pipeline
-    from resvit_export.recipe_file import recipe_from_toml
+    from resvit_export.recipe.file import recipe_from_toml
     from resvit_export.run import runs_for
 
     recipe = recipe_from_toml(folder / "recipe.toml")

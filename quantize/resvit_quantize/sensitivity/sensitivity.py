@@ -34,11 +34,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
 from resvit_quantize.sensitivity.method import Method
-from resvit_quantize.sensitivity.products import (
-    QuantizableProducts,
-    quantizable_products,
-    sharing_a_network,
-)
+from resvit_quantize.sensitivity.products import QuantizableProducts, quantizable_products, sharing_a_network
 from resvit_quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
