@@ -119,8 +119,8 @@ fits = workspace <= {fits}
 if not fits and {killed}:
     os.kill(os.getpid(), 9)
 result = dict(version="10.3.0", seconds=1.0, peak_mib=1, inputs=[], outputs=[], kernels=[], warnings=[], notes=[],
-    plugin_layers=[], timing_cache=None) if fits else dict(
-    problem="The builder failed: out of memory.", fix="-", code=8, memory=True)
+    plugin_layers=[], timing_cache=None) if fits else dict(problem="The builder failed: out of memory.", fix="-",
+    code=8, memory=True)
 open(request["engine"], "wb").write(b"engine")
 json.dump(result, open(request["result"], "w"))
 """

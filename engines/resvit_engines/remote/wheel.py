@@ -48,7 +48,7 @@ def write_device_wheel(folder: Path) -> Path:
     content[f"{info}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: resvit-export\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
-    content[f"{info}/entry_points.txt"] = b"[console_scripts]\nresvit-engine = resvit_engines.cli:main\n"
+    content[f"{info}/entry_points.txt"] = b"[console_scripts]\nresvit-engine = resvit_engines.cli.main:main\n"
     rows = [f"{name},sha256={_record_digest(data)},{len(data)}" for name, data in content.items()]
     content[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
     path = folder / f"{stem}-py3-none-any.whl"
