@@ -30,7 +30,7 @@ import torch
 from machine import RESULTS, write_result
 from torch import nn
 
-from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.answers.classes import Predictions, compare
 from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
 from resvit_calibrate.data.training_images import TrainingImages
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
@@ -38,6 +38,7 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import Reporter, reporter
@@ -93,7 +94,7 @@ class Case:
             with torch.inference_mode():
                 return {"logits": module.eval()(torch.from_numpy(arrays["input"])).numpy()}
 
-        return predict(run, self.test, BATCH)
+        return Classification({}).answers(run, self.test, BATCH)
 
     def score(self, predictions: Predictions) -> dict[str, Any]:
         """Top-1, drop with interval in percentage points, and agreement."""
@@ -232,7 +233,7 @@ def int8_score(case: Case, module: nn.Module, folder: Path) -> dict[str, Any]:
     images: ImageSet = case.calibration
     out = folder / "int8.onnx"
     quantize_model(model, ranges, settings, out, statistics=seen, images=lambda count: images.first(count, BATCH))
-    return case.score(predict(onnx_runner(out), case.test, BATCH))
+    return case.score(Classification({}).answers(onnx_runner(out), case.test, BATCH))
 
 
 def row_of(

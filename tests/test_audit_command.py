@@ -19,8 +19,10 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
 from resvit_engines.targets.table import find_target
-from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
 from resvit_export.cli.main import run
+from resvit_export.stage import File
+from resvit_export.stages.audit import Audit, stand_in_sentence
+from resvit_export.stages.quantize import Halve
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 FAST = ["--calibration-images", "32", "--validation-images", "64", "--no-search", "--run", "runs/x"]
@@ -106,7 +108,7 @@ def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
     def missing(*_: Any, **__: Any) -> None:
         raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
 
-    monkeypatch.setattr("resvit_export.auditing.build_engine", missing)
+    monkeypatch.setattr("resvit_export.stages.audit.build_engine", missing)
     made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
     audit = next(stage for stage in made["stages"] if stage["stage"] == "audit")["results"]["audit.json"]
     assert "not installed" in audit["skipped"]
@@ -160,15 +162,9 @@ def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tm
     ends = {"inputs": [{"name": "x"}], "outputs": [{"name": "y"}]}
     document = {"sm": 87, "builder": "TensorRT", "builder_version": "10.3.0", "layers": "layers.json", **ends}
     (back / "engine.json").write_text(json.dumps(document))
-    graphs = Graphs(engine / "int8.onnx", engine / "int8.onnx", tmp_path / "not-read.json")
-    audit_into(
-        tmp_path,
-        graphs=graphs,
-        target=find_target("jetson-orin"),
-        settings=BuildSettings(),
-        engine=back,
-        reporter=SILENT,
-    )
+    onnx, not_read, target = File.of(engine / "int8.onnx"), File(tmp_path / "none", ""), find_target("jetson-orin")
+    half = Halve(onnx, not_read, not_read, None)
+    Audit(onnx, half, target, target, BuildSettings(), None, "").write(tmp_path, back, SILENT)
     audit = json.loads((tmp_path / "audit.json").read_bytes())
     assert (audit["builder_version"], audit["stands_in"], audit["fp16"]) == ("10.3.0", "", None)
     assert audit["attention"][0]["breaches"][0]["rule"] == "length"

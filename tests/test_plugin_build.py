@@ -195,9 +195,9 @@ def test_a_build_registers_what_the_file_needs(tmp_path, gpu) -> None:
     """The stand-in's parser finds the plugin, and then has no use for one in Python."""
     error = failed_build(tmp_path, model(tmp_path / "m.onnx"), BuildSettings(plugins="aot"))
     assert error.code is ExitCode.BUILD
-    assert "'blocks.0/tail' (ResvitResidual)" in error.problem
+    assert "'blocks.0/attn' (ResvitAttentionBias)" in error.problem
     assert "IPluginCreatorV3One creator only" in error.problem
-    assert "Found registered plugin: ResvitResidual" in (tmp_path / "log").read_text()
+    assert "Found registered plugin: ResvitAttentionBias" in (tmp_path / "log").read_text()
 
 
 def test_a_file_without_kernels_is_no_file_for_plugins(tmp_path, gpu) -> None:

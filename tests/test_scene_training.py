@@ -47,7 +47,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(name, metrics, tmp_path):
     assert finished(whole, recipe.key) == record
     assert finished(whole, "other") is None
     network = load_network(ModelSpec(f"resvit:{name}", whole, dict(SMALL, stage_widths="16,16,16,16")))
-    assert network.facts()["num_classes"] == recipe.config.num_classes
+    assert network.record().num_classes == recipe.config.num_classes
 
 
 @pytest.mark.parametrize(

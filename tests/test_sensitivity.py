@@ -16,14 +16,15 @@ from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
 from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe import Recipe, recipe_from_toml
-from resvit_export.sensitivity_stage import exclude_snippet
+from resvit_export.recipe_file import recipe_from_toml
+from resvit_export.stages.decide.sensitivity import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
+from resvit_quantize.sensitivity.exclude import exclude_lists
+from resvit_quantize.sensitivity.method import Method
 from resvit_quantize.sensitivity.products import plan_units
 from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
-    Method,
     Sensitivity,
     brute_force_sensitivity,
     layers_to_exclude,
@@ -219,9 +220,23 @@ def test_the_fewest_layers_that_halve_the_damage() -> None:
     assert [item.node for item in found.ranked("int8")] == ["e", "b", "a", "c", "d"]
 
 
+def test_a_list_that_costs_much_coverage_has_one_beside_it_that_does_not() -> None:
+    costly = hand_made(layer("a", 3.0, 500), layer("b", 4.0, 490), layer("c", 2.0, 5), layer("d", 1.0, 5))
+    halving, cheap = exclude_lists(costly)
+    assert halving.title == "To halve the damage (saves 70%, leaves 1.0% of the multiply-accumulates in INT8)"
+    assert cheap.to_json() == {
+        "purpose": "To keep 98% of the arithmetic quantised (saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
+        "layers": ["c", "d"],
+        "coverage": 0.99,
+        "saves": pytest.approx(0.3),
+    }
+    assert len(exclude_lists(hand_made(layer("a", 9.0, 1), layer("b", 1.0, 999)))) == 1
+
+
 def test_layers_without_damage_need_no_exclusion() -> None:
     found = hand_made(layer("a", 0.0), layer("b", 0.0))
     assert layers_to_exclude(found, "int8") == ()
+    assert exclude_lists(found) == ()
     assert found.share(found.layers[0], "int8") == 0.0
 
 
@@ -249,7 +264,7 @@ def test_json_and_back() -> None:
 
 
 def test_the_snippet_is_a_recipe_and_keeps_what_is_excluded_already(tmp_path: Path) -> None:
-    text = exclude_snippet(Recipe(exclude=("blocks.1*",)), [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
+    text = exclude_snippet(["blocks.1*"], [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
     (tmp_path / "resvit.toml").write_text(text)
     assert recipe_from_toml(tmp_path / "resvit.toml").exclude == ("blocks.1*", 'odd[[]0]/"Conv"', "b/Conv")
 

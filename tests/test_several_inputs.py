@@ -20,7 +20,8 @@ from resvit_engines.run.runner import open_runner
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
 from resvit_export.loading.inputs import NetworkInput, in_order, random_feeds, shape_wish, shape_wishes
-from resvit_export.recipe import Recipe, recipe_from_toml, recipe_to_toml
+from resvit_export.recipe import Recipe
+from resvit_export.recipe_file import recipe_from_toml, recipe_to_toml
 from two_inputs import network
 
 HERE = Path(__file__).parent / "two_inputs.py"

@@ -27,6 +27,9 @@ class Effort(str, enum.Enum):
     BEST = "best"
     """Also fits rounding, ranges and biases to the calibration images, layer by layer."""
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 @dataclass(frozen=True)
 class Methods:

@@ -26,6 +26,9 @@ class Precision(str, enum.Enum):
     FP8 = "fp8"
     """E4M3."""
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 class Builder(str, enum.Enum):
     """What turns the ONNX graph into an engine."""

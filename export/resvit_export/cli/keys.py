@@ -7,18 +7,10 @@ from pathlib import Path
 
 import click
 
-from resvit_engines.console import F, emit_json, output_options
+from resvit_engines.console import emit_json, output_options
 from resvit_engines.errors import ResvitError
-
-
-def key_option(function: F) -> F:
-    """Add ``--key``, the source of the private key."""
-    return click.option(
-        "--key",
-        metavar="FILE|agent[:COMMENT]",
-        help="Private key to sign with: a file of keygen or ssh-keygen, or the OpenSSH agent.  "
-        "[default: $RESVIT_SIGNING_KEY, the key itself, or $RESVIT_SIGNING_KEY_FILE]",
-    )(function)
+from resvit_export.cli.options import option_of
+from resvit_export.recipe import SETTINGS
 
 
 @click.command(
@@ -83,7 +75,7 @@ def keygen_command(
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="File for the signed bundle.  [default: BUNDLE itself]")
-@key_option
+@option_of(SETTINGS["key"])
 @output_options
 def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, as_json: bool) -> None:
     """Sign a bundle that exists, after checking every byte of it; its signature takes the place of any before.

@@ -83,6 +83,17 @@ class QuantizeReport:
             "smoothed": [asdict(n) for n in self.smoothed],
         }
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> QuantizeReport:
+        """Read what ``to_json`` wrote."""
+        parts = {
+            "groups": {name: GroupReport(**item) for name, item in document["groups"].items()},
+            "nodes": tuple(NodeReport(**item) for item in document["nodes"]),
+            "fp32": tuple(KeptFloat(**item) for item in document["fp32"]),
+            "smoothed": tuple(SmoothedTensor(**item) for item in document["smoothed"]),
+        }
+        return cls(**{**document, **parts})
+
 
 def report_from_graph(
     analysis: Analysis,

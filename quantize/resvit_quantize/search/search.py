@@ -184,6 +184,11 @@ class Worth:
         """Plain JSON values."""
         return {"gain": self.gain, "faster": self.faster, "sentence": self.sentence}
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Worth:
+        """Read what ``to_json`` wrote; more than that is passed over."""
+        return cls(document["gain"], document["faster"], document["sentence"])
+
 
 def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
     """Whether 8 bits are predicted to pay on ``target``, against the same network in FP16."""

@@ -16,7 +16,6 @@ out saves (the same sum underlies Dong et al., "HAWQ-V2", NeurIPS 2020).
 
 from __future__ import annotations
 
-import enum
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +32,7 @@ from resvit_calibrate.readers.user_batch import Item
 from resvit_calibrate.readers.user_loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.sensitivity.method import Method
 from resvit_quantize.sensitivity.products import UnitPlan, plan_units, sharing_a_network
 from resvit_quantize.settings import Precision, QuantizeSettings
 
@@ -43,15 +43,6 @@ Images = Iterable[npt.NDArray[np.float32]]
 """Batches float32 [B, C, H, W] of any size."""
 COVERAGE = 0.98
 """The share of the multiply-accumulates that a short list of exclusions should leave quantised."""
-
-
-class Method(str, enum.Enum):
-    """How damages are found."""
-
-    GRADIENT = "one-pass"
-    """Gradients: one forward and a few backward passes an image, for all layers together."""
-    BRUTE_FORCE = "brute-force"
-    """One layer quantised at a time and the whole network run: as many passes as there are layers."""
 
 
 @dataclass(frozen=True)
