@@ -225,18 +225,18 @@ ENGINES = (
 
 EXPORT = (
     Mutation(
-        "export/resvit_export/run_folder.py",
-        'for package in ("resvit-export", *packages)}',
-        'for package in ("resvit-export",)}',
-        "a stage's key forgets the versions of the libraries that computed it: an upgrade changes nothing",
-        ("tests/test_runfolder.py", "tests/test_pipeline.py"),
+        "export/resvit_export/stage.py",
+        '{"stage": self.stage, "value": self.value, "versions": dict(self.versions)}',
+        '{"stage": self.stage, "value": self.value}',
+        "a stage's key forgets the versions of the libraries that compute it: an upgrade changes nothing",
+        ("tests/test_stages.py", "tests/test_runfolder.py"),
     ),
     Mutation(
-        "export/resvit_export/preprocessing.py",
-        "        **(known or {}),\n        **recipe.preprocess,\n",
-        "        **recipe.preprocess,\n        **(known or {}),\n",
+        "export/resvit_export/loading/preprocessing.py",
+        "        **known,\n        **wished,\n",
+        "        **wished,\n        **known,\n",
         "the model's own preprocessing wins over what the user says",
-        ("tests/test_load.py", "tests/test_pipeline.py", "tests/test_robustness.py", "tests/test_task_wiring.py"),
+        ("tests/test_preprocess.py", "tests/test_load.py", "tests/test_pipeline.py"),
     ),
     Mutation(
         "export/resvit_export/recipe.py",
