@@ -236,14 +236,14 @@ EXPORT = (
         "        **known,\n        **wished,\n",
         "        **wished,\n        **known,\n",
         "the model's own preprocessing wins over what the user says",
-        ("tests/test_preprocess.py", "tests/test_load.py", "tests/test_pipeline.py"),
+        ("tests/test_preprocess.py", "tests/test_robustness.py"),
     ),
     Mutation(
         "export/resvit_export/recipe.py",
         "if 1 <= low <= best <= high:",
         "if 1 <= low <= high:",
         "a best batch outside of the smallest and the largest passes the recipe",
-        ("tests/test_recipe.py", "tests/test_cli.py"),
+        ("tests/test_recipe.py",),
     ),
     Mutation(
         "export/resvit_export/loading/checkpoint.py",
