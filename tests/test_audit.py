@@ -73,6 +73,15 @@ INT8_CONV = kernel("conv_myl0_1", "correlation", "Int8", "Half", "conv", "x/DQ")
         (ADD, [kernel("__myl_MulRounMulAdd_myl0_1", "kgen", "Half+Half", "Half", "x/Q", "add", "x/DQ")], Fate.INSIDE),
         (ADD, [kernel("Dequantize", "Reformat", "Int8", "Half", "x/DQ")], Fate.SEPARATE),
         (CONV, [kernel("other", "kgen", "Half", "Half", "elsewhere")], Fate.UNLISTED),
+        # What moves the 8-bit tensor does not dequantise it.
+        (
+            CONV,
+            [
+                kernel("Transpose", "Reformat", "Int8", "Int8", "x/DQ"),
+                kernel("conv_myl0_1", "correlation", "Half", "Half", "conv"),
+            ],
+            Fate.HIGHER,
+        ),
     ],
 )
 def test_the_fate_of_a_pair(consumer: Consumer, kernels: list[Kernel], fate: Fate) -> None:

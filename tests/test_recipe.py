@@ -76,6 +76,8 @@ def test_names_are_not_taken_for_paths(name: str, tmp_path: Path) -> None:
         ("[quantize]\nexclude = 'head'\n", "wrong type"),
         ("[data\n", "TOML"),
         ("[target]\nbatch = '8:1:2'\n", "rising order"),
+        ("[target]\nbatch = '2:1:8'\n", "rising order"),
+        ("[target]\nbatch = '1:8:4'\n", "rising order"),
         ("[model]\ninput_shape = '3x0x4'\n", "CHANNELSxHEIGHTxWIDTH"),
         ("[validate]\nmax_drop = -1\n", "out of range"),
     ],

@@ -202,7 +202,10 @@ def test_settings_of_the_quantiser_tell_graphs_apart(change: dict[str, Any]) -> 
 def test_the_versions_of_what_computes_a_stage_are_in_its_key() -> None:
     for kind in STAGES:
         stage = example(kind)
-        assert set(Key.of(stage).versions) == {"resvit-export", *stage.packages}
+        key = Key.of(stage)
+        assert set(key.versions) == {"resvit-export", *stage.packages}
+        for package in key.versions:
+            assert dataclasses.replace(key, versions={**key.versions, package: "0"}).digest != key.digest
 
 
 def test_what_nothing_tells_apart_has_no_place_in_a_stage() -> None:
