@@ -1,4 +1,4 @@
-"""Takes a trained hybrid of a ResNet and a Vision Transformer to a quantised TensorRT engine, and proves its accuracy."""
+"""Takes a trained ResNet+ViT hybrid to a quantised TensorRT engine, and proves on the way that its accuracy survived."""
 
 from resvit_export.api import Built, Device, build
 
