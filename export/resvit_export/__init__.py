@@ -1,4 +1,4 @@
-"""Takes a trained ResNet+ViT hybrid to a quantised TensorRT engine, and proves on the way that its accuracy survived."""
+"""Takes a trained ResNet+ViT hybrid to a quantised TensorRT engine, and proves on the way that accuracy survived."""
 
 from resvit_export.api import Built, Device, build
 

@@ -169,7 +169,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
     pipeline = settled(Pipeline(run))
-    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.order]
+    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
     rejection: ResvitError | None = None
     try:
         stages += [pipeline.compiled, pipeline.audited, pipeline.bundled]

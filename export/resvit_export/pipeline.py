@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
 
-BEFORE_THE_GATE = ("pruned", "retrained", "folded", "exported", "recovered", "calibrated", "quantized", "fused")
 OLDEST_OPSET = 20
 """What every TensorRT from 10.3 on reads."""
 
@@ -42,14 +41,6 @@ class Pipeline:
     def vary(self, **changes: object) -> Pipeline:
         """The same run in another variant."""
         return Pipeline(self.run, dataclasses.replace(self.variant, **changes))  # type: ignore[arg-type]
-
-    @property
-    def order(self) -> list[str]:
-        """The stages of this run up to the gate and its prediction."""
-        left_out = {"pruned": not self.recipe.prunes, "retrained": not self.recipe.retrains}
-        left_out |= {"folded": self.run.network.from_onnx, "recovered": not self.variant.recovers}
-        left_out |= {"fused": not self.run.fuses, "predicted": self.run.target is None}
-        return [name for name in (*BEFORE_THE_GATE, "validated", "predicted") if not left_out.get(name)]
 
     # What stages are made from, told by the run and by the stages before them.
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from resvit_export.run import Run
 from resvit_export.stages.decide.search import Searched
+
+ORDER = (
+    *("pruned", "retrained", "folded", "exported", "recovered", "calibrated", "quantized", "fused"),
+    *("validated", "predicted"),
+)
+"""The stages up to the gate and its prediction."""
 
 
 @dataclass(frozen=True)
@@ -19,3 +26,10 @@ class Variant:
     confidence: float
     precisions: Mapping[str, str] = field(default_factory=dict)
     search: Searched | None = None
+
+    def order(self, run: Run) -> list[str]:
+        """The stages of ``ORDER`` that a run has."""
+        recipe = run.recipe
+        left_out = {"pruned": not recipe.prunes, "retrained": not recipe.retrains, "fused": not run.fuses}
+        left_out |= {"folded": run.network.from_onnx, "recovered": not self.recovers, "predicted": run.target is None}
+        return [name for name in ORDER if not left_out.get(name)]

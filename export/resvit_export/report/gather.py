@@ -41,7 +41,7 @@ def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
 def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
     """Look up the stages in order, as far as they are finished."""
     with pipeline.run.folder.looking_only(), contextlib.suppress(NotFinishedError):
-        for name in pipeline.order:
+        for name in pipeline.variant.order(pipeline.run):
             if name == "quantized" and pipeline.variant.search:
                 yield pipeline.variant.search
             yield getattr(pipeline, name)
