@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> 
     return path
 
 
-def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_the_engine_built_here_is_audited_beside_fp16(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/x", "l4", stages=("fold", "export"))
     made = answer(capsys, "audit", "--target", "l4", *MODEL, *FAST)
     audit = made["results"]["audit.json"]
     assert (audit["sm"], audit["stands_in"], audit["fused"]) == (89, "", True)
@@ -82,9 +87,11 @@ def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: p
     assert answer(capsys, "audit", "--run", "runs/x")["reused"]
 
 
+@pytest.mark.whole
 def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/x", "jetson-orin", stages=("fold", "export"))
     made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
     stages = {stage["stage"]: stage for stage in made["stages"]}
     audit = stages["audit"]["results"]["audit.json"]
@@ -106,9 +113,12 @@ def test_what_is_its_own_target_has_no_stand_in() -> None:
     assert "SM 8.9 stands in for H100 (SM 9.0)" in stand_in_sentence(find_target("h100"))
 
 
+@pytest.mark.whole
 def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/x", "jetson-orin", stages=("fold", "export"))
+
     def missing(*_: Any, **__: Any) -> None:
         raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
 
@@ -138,6 +148,7 @@ def unfusable(path: Path) -> Path:
     return g.save(path, g.linear(pooled, 16, 10, "head"))
 
 
+@pytest.mark.whole
 def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = unfusable(workspace / "toy.onnx")
     scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
@@ -159,6 +170,7 @@ def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytes
     assert Path(through["bundle"]).exists()
 
 
+@pytest.mark.whole
 def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tmp_path: Path) -> None:
     back = tmp_path / "device"
     back.mkdir()
@@ -185,6 +197,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.whole
 def test_a_users_own_layer_file(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = ["--layers", str(engine / "int8.json"), "--onnx", str(engine / "int8.onnx")]
     audit = answer(capsys, "audit", *layers, "--fp16-layers", str(engine / "fp16.json"))
@@ -200,6 +213,7 @@ def test_a_users_own_layer_file(engine: Path, capsys: pytest.CaptureFixture[str]
     assert run(["audit", *half, "--require-fused"]) == 0
 
 
+@pytest.mark.whole
 def test_layer_files_need_their_onnx_and_belong_together(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["audit", "--layers", str(engine / "int8.json")]) == ExitCode.INPUT
     assert "--onnx" in capsys.readouterr().err

@@ -276,6 +276,8 @@ MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.p
 SMALL = [*MODEL, "--calibration-images", "64"]
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_the_command_ends_with_a_list_that_the_quantiser_takes(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +301,8 @@ def test_the_command_ends_with_a_list_that_the_quantiser_takes(
     assert "sensitivity: unchanged" in capsys.readouterr().err
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_the_command_as_json(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["sensitivity", *SMALL, "--images", "4", "--target", "jetson-orin", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
