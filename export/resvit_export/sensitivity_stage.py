@@ -108,18 +108,19 @@ def _sensitivity_into(
     from resvit_calibrate.answers.replay import FirstImages
     from resvit_calibrate.ranges.ranges import load_ranges
     from resvit_export.work import quantize_settings
+    from resvit_quantize.graph.analysed import graph_from_onnx
     from resvit_quantize.sensitivity.sensitivity import Method, brute_force_sensitivity, measure_sensitivity
     from resvit_quantize.sensitivity.task_loss import task_loss
 
-    settings = quantize_settings(recipe)
+    settings, graph = quantize_settings(recipe), graph_from_onnx(model)
     if Method(method) is Method.BRUTE_FORCE:
         found = brute_force_sensitivity(
-            model, load_ranges(ranges), settings, data.first(images, 16), reporter, precisions=precisions
+            graph, load_ranges(ranges), settings, data.first(images, 16), reporter, precisions=precisions
         )
     else:
         loss = task_loss(task, data)
         found = measure_sensitivity(
-            model,
+            graph,
             load_ranges(ranges),
             settings,
             data.first(images, 16) if loss is None else FirstImages(data, images).batches(16),
