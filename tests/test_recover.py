@@ -21,6 +21,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.placement.grid import scale_from_amax
 from resvit_quantize.qdq.plan import plan_quantization
 from resvit_quantize.quantize import quantize_model
@@ -103,7 +104,7 @@ def test_the_error_falls_and_what_is_shipped_has_it(
 
 def test_only_what_may_be_trained_has_changed(model: Path, ranges: Ranges, done: tuple[Path, RecoverReport]) -> None:
     before, after = constants(model), constants(done[0])
-    trained = set(trainable_constants(plan_quantization(model, ranges, COARSE)))
+    trained = set(trainable_constants(plan_quantization(graph_from_onnx(model), ranges, COARSE)))
     assert {"stem/Conv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.norm1.bias", "head.bias"} <= trained
     assert "pos_embed" not in trained
     assert before.keys() == after.keys()
@@ -125,7 +126,7 @@ def test_masks_preprocessing_and_epsilons_are_not_trained(tmp_path: Path) -> Non
     value = g.conv(value, 32, 32, name="second")
     path = g.save(tmp_path / "m.onnx", value)
     pixels = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
-    plan = plan_quantization(path, ranges_of(path, pixels), COARSE)
+    plan = plan_quantization(graph_from_onnx(path), ranges_of(path, pixels), COARSE)
     trained = {"first.weight", "first.bias", "offset", "second.weight", "second.bias"}
     assert set(trainable_constants(plan)) == trained
 
@@ -134,7 +135,7 @@ def test_quantising_recovered_weights_again_changes_nothing(ranges: Ranges, done
     from resvit_quantize.placement.grid import quantise_weight
 
     weights = constants(done[0])
-    grids = on_grid(plan_quantization(done[0], ranges, COARSE))
+    grids = on_grid(plan_quantization(graph_from_onnx(done[0]), ranges, COARSE))
     assert len(grids) > 5
     for name, axis, precision in grids.values():
         values, scale = quantise_weight(weights[name], axis, precision, COARSE.bits)

@@ -14,6 +14,7 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
 from resvit_quantize.qdq.half import half_from_network
@@ -36,18 +37,19 @@ def quantize_model(
     """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
 
     ``statistics`` are the calibration's by channel; ``images(n)`` gives the first n calibration images or all,
-    float32 [B, C, H, W] in batches, for ``Effort.BEST``. Raises :class:`ResvitError` as :func:`plan_quantization`
-    does, for weights that are not finite, and for ``Effort.BEST`` without images.
+    float32 [B, C, H, W] in batches, for ``Effort.BEST``. Raises :class:`ResvitError` for a model that does not read
+    or check, as :func:`plan_quantization` does, for weights that are not finite, and for ``Effort.BEST`` without
+    images.
     """
-    compensation = None
+    graph, compensation = graph_from_onnx(model), None
     if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
         if images is None:
             raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
         from resvit_quantize.rounding.learned_plan import learned_plan
 
-        plan, compensation = learned_plan(model, ranges, settings, statistics, images, reporter)
+        plan, compensation = learned_plan(graph, ranges, settings, statistics, images, reporter)
     else:
-        plan = plan_quantization(model, ranges, settings, statistics)
+        plan = plan_quantization(graph, ranges, settings, statistics)
     network, placement, precision = plan.network, plan.placement, settings.precision
     if not placement.edges and precision is not Precision.FP16:
         reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
