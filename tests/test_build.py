@@ -26,6 +26,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Builder, find_target
 
+pytestmark = pytest.mark.whole
+
 onnx = pytest.importorskip("onnx")
 rtx = pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc")

@@ -23,6 +23,8 @@ from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
 
+pytestmark = pytest.mark.whole
+
 pytest.importorskip("torch")
 
 INT8 = QuantizeSettings(Precision.INT8)

@@ -19,6 +19,8 @@ from resvit_quantize.fusion.fuse import fuse, our_nodes
 from resvit_quantize.fusion.match import FusionReport, Kind
 from resvit_quantize.settings import Precision
 
+pytestmark = pytest.mark.whole
+
 BOTH = frozenset({Kind.ATTENTION, Kind.BRIDGE})
 
 

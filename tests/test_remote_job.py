@@ -35,7 +35,7 @@ from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, UnreachableEr
 from resvit_engines.remote.ssh_files import upload
 from resvit_engines.targets.table import find_target
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
 
 class Heard(Silent):

@@ -13,6 +13,8 @@ from resvit_export.cli.main import run
 from resvit_export.recipe import Recipe
 from resvit_export.searching import _hopeless, require_searchable
 
+pytestmark = pytest.mark.whole
+
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 FEW = [
     "--calibrator",
@@ -35,7 +37,6 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return document
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported")
 def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
