@@ -25,11 +25,11 @@ from machine import RESULTS, write_result
 from resvit_engines.errors import ResvitError
 from resvit_engines.kernels.compile.compile import kernel_from_source
 from resvit_engines.kernels.compile.resources import inspection
-from resvit_engines.kernels.measure.cases import case_of
 from resvit_engines.kernels.measure.results import RESULTS as MEASURED
+from resvit_engines.kernels.measure.results import case_of
 from resvit_engines.targets.table import TARGETS, Precision, Target, find_target
 
-KINDS = ("attention", "bridge", "group_norm", "layer_norm", "residual")
+KINDS = ("attention", "bridge")
 LARGEST_ERROR = {"fp16": 0.02, "int8": 0.03, "fp8": 0.06}
 """Between ours and PyTorch's, as a share of the norm; both round. What is further off is not timed."""
 STATIC_TARGETS = ("jetson-orin", "h100", "jetson-thor", "rtx-5090")
@@ -38,7 +38,7 @@ STATIC_TARGETS = ("jetson-orin", "h100", "jetson-thor", "rtx-5090")
 def floor_us(case: Case, bandwidth: float, peak: float | None) -> float:
     """The least time in microseconds: of moving the bytes (GB/s), or of the tensor cores' work (TFLOPS, TOPS)."""
     moving = case.bytes / bandwidth / 1e3
-    return max(moving, case.operations / peak / 1e6) if case.tensor_cores and peak else moving
+    return max(moving, case.operations / peak / 1e6) if peak else moving
 
 
 def static_rows(cases: Sequence[Case], targets: Sequence[Target]) -> list[dict[str, Any]]:

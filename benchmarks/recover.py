@@ -19,7 +19,7 @@ from typing import Any
 import click
 from machine import write_result
 
-from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.answers.classes import Predictions, compare
 from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
 from resvit_calibrate.data.training_images import TrainingImages
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
@@ -28,12 +28,14 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.progress import Reporter, reporter
+from resvit_engines.targets.table import Precision
 from resvit_export.models.reference import resvit_config
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.recovery.options import RecoverOptions
 from resvit_quantize.recovery.recover import pinned_ranges, recover_model, settings_behind_recovery
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 BATCH = 128
 
@@ -55,7 +57,7 @@ def calibrated(model: Path, images: ImageSet) -> tuple[Ranges, Statistics]:
 
 def score(reference: Predictions, model: Path, images: ImageSet) -> dict[str, Any]:
     """Top-1, drop with interval (percentage points), agreement and SQNR (dB) against the float model."""
-    plain = compare(reference, predict(onnx_runner(model), images, BATCH)).to_json()
+    plain = compare(reference, Classification({}).answers(onnx_runner(model), images, BATCH)).to_json()
     return {key: plain[key] for key in ("top1", "drop", "interval", "agreement", "sqnr_db")}
 
 
@@ -69,7 +71,7 @@ def case(
 ) -> dict[str, Any]:
     """One model at one number of bits: calibrated only, and recovered."""
     calibration, validation, training = sets
-    reference = predict(onnx_runner(model), validation, BATCH)
+    reference = Classification({}).answers(onnx_runner(model), validation, BATCH)
     ranges, statistics = calibrated(model, calibration)
     quantize_model(model, ranges, settings, folder / "calibrated.onnx", statistics=statistics)
     recovered = folder / "recovered.onnx"

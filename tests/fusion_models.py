@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
+from resvit_engines.progress import SILENT
+from resvit_engines.targets.table import Precision
 from resvit_export.loading.libraries import import_timm
-from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.work import export_into, fold_into, quiet_libraries
+from resvit_export.loading.source import NetworkSource
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.stage import File
+from resvit_export.stages.export import Export
+from resvit_export.stages.fold import PROGRAM, Fold
 from resvit_quantize.fusion.fuse import Operands
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 PRECISIONS = (Precision.FP16, Precision.INT8)
 WIDTH, HEADS = 32, 2
@@ -166,10 +171,10 @@ class Built:
     """A network as ONNX: in FP32, and quantised from the ranges of random images."""
 
     def __init__(self, folder: Path, model: str, opset: int) -> None:
-        network = load_network(ModelSpec(model))
-        fold_into(folder, network)
-        with quiet_libraries():
-            export_into(folder, folder, opset, None)
+        source = NetworkSource(ModelSpec(model))
+        Fold(source).fill(folder, SILENT)
+        network = source.network(SILENT)
+        Export(File.of(folder / PROGRAM), network.record(), opset, None).fill(folder, SILENT)
         random = np.random.default_rng(0)
         shape = (2, *network.input_shape)
         first, self.images = (random.standard_normal(shape).astype(np.float32) for _ in range(2))

@@ -108,7 +108,7 @@ def made(name):
 
 def refusals():
     """What is said of tensors that are not the kernel's."""
-    name = "ResvitResidual"
+    name = "ResvitAttentionBias"
     fields, plugin = fields_from_kernel(kernel_for(name)), _lib.QDP_REGISTRY[f"{NAMESPACE}::{name}"]
     said = []
     for inputs, changes in (

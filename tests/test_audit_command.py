@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
+from engine_reports import engine_report
 from quantize_graphs import Graph
-from resvit_engines.audit.kernels import Kernel, kernel_from_json
+from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
 from resvit_engines.progress import SILENT
+from resvit_engines.records import Record
 from resvit_engines.targets.table import find_target
-from resvit_export.auditing import Graphs, audit_into, stand_in_sentence
+from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
+from resvit_export.stage import File
+from resvit_export.stages.audit import Audit, stand_in_sentence
+from resvit_export.stages.quantize import Halve
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 FAST = ["--calibration-images", "32", "--validation-images", "64", "--no-search", "--run", "runs/x"]
@@ -77,7 +83,7 @@ def test_the_engine_built_here_is_audited_beside_fp16(
     assert any("norm/LayerNormalization" in moved["layers"] for moved in audit["fp32"])
     listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
     assert list(listing) == ["fp16"]
-    assert len([kernel_from_json(kernel) for kernel in listing["fp16"]]) == audit["fp16"]["kernels"]
+    assert len(Record(listing, "kernels.json").records("fp16")) == audit["fp16"]["kernels"]
     assert answer(capsys, "audit", "--run", "runs/x")["reused"]
 
 
@@ -116,7 +122,7 @@ def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
     def missing(*_: Any, **__: Any) -> None:
         raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
 
-    monkeypatch.setattr("resvit_export.auditing.build_engine", missing)
+    monkeypatch.setattr("resvit_export.stages.audit.build_engine", missing)
     made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
     audit = next(stage for stage in made["stages"] if stage["stage"] == "audit")["results"]["audit.json"]
     assert "not installed" in audit["skipped"]
@@ -169,18 +175,11 @@ def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tm
     back = tmp_path / "device"
     back.mkdir()
     shutil.copy(engine / "int8.json", back / "layers.json")
-    ends = {"inputs": [{"name": "x"}], "outputs": [{"name": "y"}]}
-    document = {"sm": 87, "builder": "TensorRT", "builder_version": "10.3.0", "layers": "layers.json", **ends}
-    (back / "engine.json").write_text(json.dumps(document))
-    graphs = Graphs(engine / "int8.onnx", engine / "int8.onnx", tmp_path / "not-read.json")
-    audit_into(
-        tmp_path,
-        graphs=graphs,
-        target=find_target("jetson-orin"),
-        settings=BuildSettings(),
-        engine=back,
-        reporter=SILENT,
-    )
+    ends = {"inputs": (IoTensor("x", (1,)),), "outputs": (IoTensor("y", (1,)),)}
+    (back / "engine.json").write_bytes(pretty_json(engine_report(layers="layers.json", **ends).to_json()))
+    onnx, not_read, target = File.of(engine / "int8.onnx"), File(tmp_path / "none", ""), find_target("jetson-orin")
+    half = Halve(onnx, not_read, not_read, None)
+    Audit(onnx, half, target, target, BuildSettings(), None, "").write(tmp_path, back, SILENT)
     audit = json.loads((tmp_path / "audit.json").read_bytes())
     assert (audit["builder_version"], audit["stands_in"], audit["fp16"]) == ("10.3.0", "", None)
     assert audit["attention"][0]["breaches"][0]["rule"] == "length"

@@ -16,12 +16,13 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import analyse
 from resvit_quantize.graph.network import constant, network_from_onnx
 from resvit_quantize.qdq.plan import _widened_channels, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
+from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
 pytestmark = pytest.mark.whole
 
@@ -242,6 +243,32 @@ def test_ranges_weigh_each_channel_by_what_its_readers_make_of_it(tmp_path: Path
     channels = _widened_channels(analyse(network_from_onnx(path)), statistics)["input"]
     absmax = statistics.tensors["input"].absmax
     assert clip == pytest.approx(amax_for_output(channels, energy, "int8", absmax), rel=1e-6)
+
+
+def test_a_range_serves_all_readers_of_a_tensor(tmp_path: Path) -> None:
+    """One reader needs the channel that reaches far, the other hardly reads it: whichever comes last."""
+    random = np.random.default_rng(1)
+    far, near = random.standard_normal((2, 32, 24)).astype(np.float32)
+    far[1:] *= 0.1
+    near[0] *= 1e-4
+    images = random.standard_normal((8, 64, 32)).astype(np.float32)
+    images[..., 0] *= 50
+    energies = [np.square(weight, dtype=np.float64).sum(1) for weight in (far, near)]
+    for name, weights in {"near last": (far, near), "far last": (near, far)}.items():
+        g = Graph(8, 64, 32)
+        outputs = [
+            g.op("MatMul", "input", g.constant(f"w{i}", weight), name=f"fc{i}") for i, weight in enumerate(weights)
+        ]
+        path = g.save(tmp_path / f"{name}.onnx", *outputs)
+        statistics = collect_statistics(path, [{"input": images}])
+        settings = replace(INT8, include=("fc*",))
+        plan = plan_quantization(path, ranges_from(statistics, "digest"), settings, statistics)
+        channels = _widened_channels(analyse(network_from_onnx(path)), statistics)["input"]
+        absmax = statistics.tensors["input"].absmax
+        alone = [amax_for_output(channels, energy, "int8", absmax) for energy in energies]
+        clip = plan.amax["input", Precision.INT8]
+        assert clip == pytest.approx(amax_for_output(channels, sum(energies), "int8", absmax), rel=1e-6), name
+        assert all(abs(clip / other - 1) > 0.01 for other in alone)  # else the example shows nothing
 
 
 def test_widened_channels_stay_within_the_tensor(tmp_path: Path) -> None:

@@ -193,10 +193,10 @@ def toy(opset: int = 20, **changes: object) -> onnx.ModelProto:
 def test_import_brings_a_foreign_model_into_our_form(tmp_path: Path) -> None:
     source, out = tmp_path / "theirs.onnx", tmp_path / "model.onnx"
     onnx.save(toy(11), source)
-    facts, report = import_onnx(source, out)
-    assert facts["input_shape"] == [3, 6, 6]
-    assert (facts["num_classes"], facts["dynamic_batch"], facts["preprocess"]) == (5, True, None)
-    assert facts["notes"] == ["converted from opset 11 to 20"]
+    network, report = import_onnx(source, out)
+    assert network.input_shape == (3, 6, 6)
+    assert (network.num_classes, network.dynamic_batch, network.preprocess) == (5, True, None)
+    assert network.notes == ("converted from opset 11 to 20",)
     assert report.opset == 20
     assert report.parity_max_abs == 0
     assert shapes_known(out)

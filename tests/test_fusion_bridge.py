@@ -316,14 +316,6 @@ def test_the_configuration_stands_on_the_node() -> None:
     assert json.loads(json.dumps(match.to_json()))["op_type"] == node.op_type
 
 
-def test_the_norm_that_a_bridge_took_in_is_no_seam_any_more() -> None:
-    lines = [CONV, TOKENS, NORM.format("t"), "v = Mul (n, level)", NORM.format("v").replace("n =", "n2 =")]
-    model = bridge(*lines, outputs="n2")
-    report = fused(model, *Kind)
-    assert sorted(match.op_type for match in report.matches) == ["ResvitBridgeNorm", "ResvitLayerNorm"]
-    assert sorted(match.name for match in report.matches) == sorted(str(node.name) for node in our_nodes(model))
-
-
 ENDS = {
     "tokens": ("t", []),
     "normalised": ("n", [NORM.format("t")]),

@@ -14,9 +14,9 @@ import pytest
 import fusion_models
 from fusion_models import Built, factory_name, plain_names, values_of
 from quantize_graphs import sqnr
+from resvit_engines.targets.table import Precision
 from resvit_quantize.fusion.fuse import config_of, fuse, our_nodes
 from resvit_quantize.fusion.match import Kind
-from resvit_quantize.settings import Precision
 
 pytestmark = pytest.mark.whole
 

@@ -196,6 +196,15 @@ def test_letterbox_fits_and_pads(padding, rows):
     assert (rest == (10, 20, 30)).all()
 
 
+def test_letterbox_rounds_to_the_nearest_pixel():
+    preprocess = Preprocess((64, 64), resize="letterbox", pad_value=255)
+    # 64 * 100 / 150 = 42.67 rows, and 64 * 100 / 151 = 42.38.
+    for width, rows in ((150, 43), (151, 42)):
+        image = np.zeros((100, width, 3), np.uint8)
+        assert int((preprocess.fit(image) == 0).all(axis=(1, 2)).sum()) == rows
+        assert 100 * preprocess.geometry(100, width).scale_y == pytest.approx(rows)
+
+
 def test_padding_with_the_mean_becomes_zero_whatever_rounding_would_do():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     preprocess = Preprocess(

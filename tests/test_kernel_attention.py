@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernel_bounds import UNIT, attention_outside, attention_slack, bytes_of_tensors, held, with_constants
 from kernel_interpreter import run_source
+from pairs import all_pairs, parametrize_by_pairs
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels import attention
 from resvit_engines.kernels.attention import (
@@ -80,6 +81,39 @@ def faults(config: AttentionConfig, inputs: list[np.ndarray], source: Source | N
     return attention_outside(config, inputs, got, FP8_UNIT)
 
 
+PAIRS = all_pairs(
+    LAYOUTS,
+    OPERANDS,
+    OUTPUTS,
+    (None, *BROADCASTS),
+    ("fp16", "bf16", "fp32"),
+    ((1, 1), (17, 40), (40, 33), (70, 9)),
+    ((8, 8), (16, 24), (40, 16), (64, 64)),
+    (1, 3),
+    (None, 20, 1000),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "operands", "out", "bias", "bias_dtype", "lengths", "sizes", "heads", "tiled"), PAIRS
+)
+def test_attention_of_all_pairs_of_options(layout, operands, out, bias, bias_dtype, lengths, sizes, heads, tiled):
+    queries, keys = lengths if layout in THREE_TENSORS else lengths[:1] * 2
+    more = {"layout": layout, "out_dtype": out, "bias": bias, "bias_dtype": bias_dtype, "value_size": sizes[1]}
+    config = config_of(queries, keys, sizes[0], *operands, heads=heads, **more)
+    inputs = inputs_of(config, 2, np.random.default_rng(0), closed=0.2)
+    source = attention_source(tiled_for(config, tiled), SM)
+    assert faults(config, inputs, source) == 0
+
+
+def tiled_for(config: AttentionConfig, tokens: int | None) -> AttentionConfig:
+    """The configuration whose tiles are those for as many tokens, where its layout does not fix how many there are."""
+    if tokens is None or config.layout == "channels":
+        return config
+    return dataclasses.replace(config, queries=tokens, keys=tokens)
+
+
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     st.sampled_from(LAYOUTS),
@@ -98,18 +132,16 @@ def faults(config: AttentionConfig, inputs: list[np.ndarray], source: Source | N
     st.integers(0, 99),
 )
 def test_attention_of_any_shape(
-    layout, operands, out, heads, size, value_size, queries, keys, batch, bias, bias_dtype, closed, tiled_for, seed
+    layout, operands, out, heads, size, value_size, queries, keys, batch, bias, bias_dtype, closed, tiled, seed
 ):
     keys = keys if layout in THREE_TENSORS else queries
     more = {"layout": layout, "out_dtype": out, "bias": bias, "bias_dtype": bias_dtype, "value_size": value_size}
     config = config_of(queries, keys, size, *operands, heads=heads, **more)
     inputs = inputs_of(config, batch, np.random.default_rng(seed), closed)
-    tiled = config
-    if tiled_for is not None and layout != "channels":
-        tiled = dataclasses.replace(config, queries=tiled_for, keys=tiled_for)
-    assert faults(config, inputs, attention_source(tiled, SM)) == 0
+    assert faults(config, inputs, attention_source(tiled_for(config, tiled), SM)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "size", "heads"),
     [(1, 64, 3), (17, 64, 3), (50, 64, 2), (197, 64, 1), (64, 36, 2), (196, 16, 1)],
@@ -120,13 +152,14 @@ def test_attention_of_the_lengths_that_networks_have(tokens, size, heads, operan
     assert faults(config, inputs_of(config, 1, np.random.default_rng(tokens))) == 0
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(577, 64), (1025, 32)])
+@pytest.mark.parametrize(("tokens", "size"), [(577, 64), pytest.param(1025, 32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operands", [("fp16", "fp16"), ("int8", "int8")], ids="-".join)
 def test_attention_of_many_tokens(tokens, size, operands):
     config = config_of(tokens, None, size, *operands, heads=1, out_dtype=operands[0])
     assert faults(config, inputs_of(config, 1, np.random.default_rng(tokens))) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 def test_attention_of_every_layout_and_type(layout, operands):
@@ -136,6 +169,7 @@ def test_attention_of_every_layout_and_type(layout, operands):
     assert faults(config, inputs_of(config, 2, np.random.default_rng(1))) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", BROADCASTS, ids=str)
 @pytest.mark.parametrize(("layout", "bias_dtype"), [("packed", "fp16"), ("channels", "fp32"), ("split", "bf16")])
 def test_attention_with_a_bias(bias, bias_dtype, layout):
@@ -222,6 +256,26 @@ def test_outputs_saturate(operands, out, low, high):
     assert np.mean((got == low) | (got == high)) > 0.3
 
 
+def only_value(out: str, values: np.ndarray) -> np.ndarray:
+    """What attention writes as ``out`` for FP16 ``values``, each that of the only key: nothing but their rounding."""
+    config = config_of(1, 1, len(values), layout="split", heads=1, out_dtype=out, out_scale=1.0)
+    inputs = [np.ones((1, 1, len(values))), np.ones((1, 1, len(values))), stored(values, "fp16")[None, None]]
+    (got,) = run_source(attention_source(config, SM), inputs)
+    return got[0, 0]
+
+
+def test_ties_go_to_even():
+    values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.5])
+    assert only_value("int8", values).tolist() == [0, 2, 2, 0, -2, -2, 126, 127]
+
+
+def test_fp8_takes_every_number_of_its_own_and_half_way_goes_to_even():
+    numbers = np.unique(stored(np.linspace(-448, 448, 1 << 14), "fp8"))
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    for values in np.resize(np.concatenate([numbers, middles]), (4, 128)):
+        assert np.array_equal(only_value("fp8", values), stored(values, "fp8"))
+
+
 @pytest.mark.parametrize("operands", [("fp16", "fp16"), ("bf16", "bf16")], ids="-".join)
 def test_what_is_no_number_stays_seen(operands):
     """A broken engine shall look broken, in the rows that are, and only there."""
@@ -276,10 +330,10 @@ def test_the_bound_is_of_the_order_of_what_a_kernel_errs_by(operands):
     assert np.median(slack) < most * scale
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
-@pytest.mark.parametrize("bias", [None, (False, True, True), (True, False, False)], ids=str)
-@pytest.mark.parametrize("out", ["fp16", "int8"])
+@parametrize_by_pairs(
+    ("layout", "operands", "bias", "out"),
+    LAYOUTS, OPERANDS, [None, (False, True, True), (True, False, False)], ["fp16", "int8"],
+)  # fmt: skip
 def test_the_stated_traffic_is_every_tensor_once(layout, operands, bias, out):
     keys = 49 if layout in THREE_TENSORS else 70
     more = {"layout": layout, "bias": bias, "bias_dtype": "fp32", "out_dtype": out, "value_size": 32}

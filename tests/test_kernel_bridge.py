@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from kernel_bounds import UNIT, bytes_of_tensors, held, norm_slack, outside, with_constants
 from kernel_interpreter import run_source
+from pairs import all_pairs
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels import bridge
-from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference, bridge_refusal, bridge_source
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference, bridge_refusal, bridge_source, layer_norm
 from resvit_engines.kernels.launch import Source
-from resvit_engines.kernels.norms import LayerNormConfig, layer_norm_reference
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 
 SM = 89
@@ -55,14 +55,36 @@ def faults(config: BridgeConfig, inputs: list[np.ndarray], source: Source) -> in
     found = outside(tokens, real, slack, config.token_dtype)
     if config.norm:
         gamma, beta = inputs[-2:]
-        plain = LayerNormConfig(config.embed, config.eps, dtype="fp32", out_dtype="fp32")
-        (z,) = layer_norm_reference(plain, tokens, np.ones_like(gamma), np.zeros_like(beta))
-        (real,) = layer_norm_reference(plain, tokens, gamma, beta)
+        z = layer_norm(tokens, np.ones_like(gamma), np.zeros_like(beta), config.eps)
+        real = layer_norm(tokens, gamma, beta, config.eps)
         slack = norm_slack(z, gamma, beta, config.embed) + 2 * UNIT * np.abs(real)
         found += outside(normal[0], real, slack, config.out_dtype, config.out_scale)
     return found
 
 
+PAIRS = all_pairs(
+    (1, 3),
+    (16, 40, 96),
+    ((1, 1), (3, 7), (9, 9)),
+    (24, 130, 192),
+    (0, 1, 2),
+    DTYPES,
+    (None, "fp16", "int8", "fp8"),
+    ("fp16", "bf16"),
+    (1, 1000),
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "sides", "embed", "prefix", "dtype", "out", "tokens", "tiled_for"), PAIRS
+)
+def test_bridge_of_all_pairs_of_options(batch, channels, sides, embed, prefix, dtype, out, tokens, tiled_for):
+    more = {"prefix": prefix, "token_dtype": tokens, "batch": tiled_for}
+    config = config_of(channels, sides, embed, dtype, out is not None, out or "fp16", **more)
+    assert faults(config, inputs_of(config, batch, np.random.default_rng(0)), bridge_source(config, SM)) == 0
+
+
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
     st.integers(1, 3),
@@ -83,6 +105,7 @@ def test_bridge_of_any_shape(batch, channels, sides, embed, prefix, dtype, out, 
     assert faults(config, inputs_of(config, batch, rng), bridge_source(config, SM)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "side", "embed"),
     [(1024, 14, 768), (2048, 7, 384), (64, 24, 192), (128, 3, 1024), (48, 5, 2100)],

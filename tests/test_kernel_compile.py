@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pairs import pairs_among
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
@@ -23,8 +24,6 @@ from resvit_engines.kernels.compile.ptx import OLDEST_PTX, entry_parameters, ser
 from resvit_engines.kernels.compile.resources import inspection, load_widths, mma_counts, require_fits
 from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Extent, Kernel, Launch, Result, Source, dim
 from resvit_engines.kernels.multiprocessors import MULTIPROCESSORS, resident_blocks
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
-from resvit_engines.kernels.residual import ResidualConfig, residual_source
 from resvit_engines.targets.table import FP8_SMS, TARGETS, find_target
 
 pytest.importorskip("triton", reason="kernels are compiled with Triton, which is for Linux")
@@ -74,60 +73,36 @@ def attention(dtype: str, size: int, *, shares: str | None = None, **more: Any) 
     return Case(lambda sm: attention_source(config, sm), operands, widths, max(widths), fp8=dtype == "fp8", spills=16)
 
 
-BOTNET = {"heads": 4, "queries": 196, "keys": 196, "area": (14, 14), "layout": "channels", "bias": (False, True, True)}
-LEVIT = {"heads": 4, "queries": 196, "keys": 196, "value_size": 32, "layout": "per_head", "bias": (False, True, True)}
+BIAS = (False, True, True)
+BOTNET = {"heads": 4, "queries": 196, "keys": 196, "area": (14, 14), "layout": "channels", "bias": BIAS}
+LEVIT = {"heads": 4, "queries": 196, "keys": 196, "value_size": 32, "layout": "per_head", "bias": BIAS}
 LEVIT_DOWN = {**LEVIT, "queries": 49, "value_size": 64, "layout": "q_kv"}
 
-GATHERED = frozenset({2, 4, 16})
-"""Beside the map a channel's gain and offset, one by one, and the one value that statistics are counted from."""
-
-CASES: dict[str, Case] = {
-    "attention-fp16-64": attention("fp16", 64),
-    "attention-bf16-32": attention("bf16", 32),
-    "attention-int8-64": attention("int8", 64),
-    "attention-int8-64-shares-fp16": attention("int8", 64, shares="fp16"),
-    "attention-fp8-64": attention("fp8", 64),
-    "attention-fp8-32": attention("fp8", 32),
-    "attention-fp16-128": attention("fp16", 128),
-    "attention-channels-bias-fp16-64": attention("fp16", 64, **BOTNET),
-    "attention-channels-bias-int8-128": attention("int8", 128, shares="fp16", **BOTNET),
-    "attention-bias-fp32-64": attention("fp16", 64, bias=(False, True, True), bias_dtype="fp32"),
-    "attention-bias-fp16-128": attention("fp16", 128, bias=(False, True, True)),
-    "attention-split-bf16-64": attention("bf16", 64, layout="split", keys=50),
-    "attention-per-head-bias-fp16-16": attention("fp16", 16, **LEVIT),
-    "attention-per-head-bias-int8-16": attention("int8", 16, shares="fp16", **LEVIT),
-    "attention-q-kv-bias-int8-16": attention("int8", 16, **LEVIT_DOWN),
-    "attention-q-kv-bias-fp8-16": attention("fp8", 16, shares="fp16", **LEVIT_DOWN),
-    "bridge-fp16": bridge("fp16", norm=False, batch=32),
-    "bridge-bf16": bridge("bf16", norm=False, batch=32),
-    "bridge-int8": bridge("int8", norm=False, batch=32),
-    "bridge-norm-int8": bridge("int8", norm=True, batch=1),
-    "bridge-norm-int8-batch32": bridge("int8", norm=True, batch=32),
-    "bridge-norm-fp8": bridge("fp8", norm=True, batch=32),
-    "group-norm-fp16": Case(
-        lambda sm: group_norm_source(GroupNormConfig(256, 32, 56 * 56, relu=True), sm), widths=GATHERED
-    ),
-    "group-norm-int8": Case(
-        lambda sm: group_norm_source(GroupNormConfig(1024, 32, 196, relu=True, out_dtype="int8"), sm), widths=GATHERED
-    ),
-    "group-norm-7x7-int8": Case(
-        lambda sm: group_norm_source(GroupNormConfig(1024, 32, 49, relu=True, out_dtype="int8"), sm), widths=GATHERED
-    ),
-    "group-norm-fp8": Case(
-        lambda sm: group_norm_source(GroupNormConfig(256, 32, 3136, out_dtype="fp8"), sm), (), GATHERED, fp8=True
-    ),
-    "layer-norm-fp16": Case(lambda sm: layer_norm_source(LayerNormConfig(768), sm)),
-    "layer-norm-add-int8": Case(lambda sm: layer_norm_source(LayerNormConfig(384, add=True, out_dtype="int8"), sm)),
-    "layer-norm-fp8": Case(lambda sm: layer_norm_source(LayerNormConfig(1024, out_dtype="fp8"), sm), fp8=True),
-    "residual-fp16": Case(lambda sm: residual_source(ResidualConfig((256, 56, 56)), sm)),
-    "residual-int8": Case(
-        lambda sm: residual_source(ResidualConfig((256, 14, 14), shortcut_dtype="int8", out_dtype="int8"), sm)
-    ),
-    "residual-fp8": Case(
-        lambda sm: residual_source(ResidualConfig((256, 14, 14), shortcut_dtype="fp8", out_dtype="fp8"), sm),
-        fp8=True,
-    ),
+CASES: dict[tuple[str, str, str, str], Case] = {
+    ("packed", "plain", "64", "fp16"): attention("fp16", 64),
+    ("packed", "plain", "32", "bf16"): attention("bf16", 32),
+    ("packed", "plain", "64", "int8"): attention("int8", 64),
+    ("packed", "plain", "64", "int8-fp16"): attention("int8", 64, shares="fp16"),
+    ("packed", "plain", "64", "fp8"): attention("fp8", 64),
+    ("packed", "plain", "32", "fp8"): attention("fp8", 32),
+    ("packed", "plain", "128", "fp16"): attention("fp16", 128),
+    ("packed", "bias-fp32", "64", "fp16"): attention("fp16", 64, bias=BIAS, bias_dtype="fp32"),
+    ("packed", "bias", "128", "fp16"): attention("fp16", 128, bias=BIAS),
+    ("channels", "bias", "64", "fp16"): attention("fp16", 64, **BOTNET),
+    ("channels", "bias", "128", "int8-fp16"): attention("int8", 128, shares="fp16", **BOTNET),
+    ("split", "plain", "64", "bf16"): attention("bf16", 64, layout="split", keys=50),
+    ("per-head", "bias", "16", "fp16"): attention("fp16", 16, **LEVIT),
+    ("per-head", "bias", "16", "int8-fp16"): attention("int8", 16, shares="fp16", **LEVIT),
+    ("q-kv", "bias", "16", "int8"): attention("int8", 16, **LEVIT_DOWN),
+    ("q-kv", "bias", "16", "fp8-fp16"): attention("fp8", 16, shares="fp16", **LEVIT_DOWN),
+    ("bridge", "plain", "batch-32", "fp16"): bridge("fp16", norm=False, batch=32),
+    ("bridge", "plain", "batch-32", "bf16"): bridge("bf16", norm=False, batch=32),
+    ("bridge", "plain", "batch-32", "int8"): bridge("int8", norm=False, batch=32),
+    ("bridge", "norm", "batch-1", "int8"): bridge("int8", norm=True, batch=1),
+    ("bridge", "norm", "batch-32", "int8"): bridge("int8", norm=True, batch=32),
+    ("bridge", "norm", "batch-32", "fp8"): bridge("fp8", norm=True, batch=32),
 }
+"""By attention's layout or the bridge, what is added or follows, a head's size or the batch, and what is multiplied."""
 
 
 def families(sm: int, operand: str) -> set[str]:
@@ -151,18 +126,20 @@ def test_every_gpu_asked_for_is_compiled_for() -> None:
     assert PTX_OF_SM[87] == "8.5"
 
 
-SIBLINGS = (86, 103, 121)
-"""GPUs that Triton writes much the same code for as for 87, 100 and 120: one of each kind of kernel will do."""
-EVERYWHERE = {
-    *("attention-fp16-64", "attention-int8-64-shares-fp16", "attention-fp8-64", "attention-channels-bias-fp16-64"),
-    *("attention-per-head-bias-int8-16", "bridge-norm-int8", "bridge-norm-fp8", "group-norm-int8"),
-    *("layer-norm-add-int8", "residual-int8"),
-}
-COMPILED = [(sm, name) for sm in PTX_OF_SM for name in CASES if sm not in SIBLINGS or name in EVERYWHERE]
+COMPILED = [(sm, *case) for sm in PTX_OF_SM for case in CASES]
+QUICK = set(pairs_among(COMPILED))
 
 
-@pytest.mark.parametrize(("sm", "name"), COMPILED)
-def test_a_kernel_compiles_into_what_it_should(sm: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("sm", "name"),
+    [
+        pytest.param(
+            sm, tuple(name), marks=() if (sm, *name) in QUICK else pytest.mark.slow, id="-".join(map(str, (sm, *name)))
+        )
+        for sm, *name in COMPILED
+    ],
+)
+def test_a_kernel_compiles_into_what_it_should(sm: int, name: tuple[str, str, str, str]) -> None:
     case = CASES[name]
     if case.fp8 and sm not in FP8_SMS:
         with pytest.raises(ResvitError) as refused:
@@ -187,9 +164,8 @@ def test_a_kernel_compiles_into_what_it_should(sm: int, name: str) -> None:
     assert set(found.mma) <= allowed
 
 
-def test_kernels_fit_the_targets_that_they_are_compiled_for() -> None:
-    source = residual_source(ResidualConfig((8,)), 87)
-    kernel = kernel_from_source(source, 87, "9.2")
+def test_kernels_fit_the_targets_that_they_are_compiled_for(program: Callable[[str], Source]) -> None:
+    kernel = kernel_from_source(program("plain"), 87, "9.2")
     assert kernel.ptx_version == "9.0"
     require_fits(kernel, find_target("jetson-orin@7.2"))
     with pytest.raises(ResvitError, match=r"PTX is version 9\.0 .* reads up to 8\.5") as error:
@@ -359,9 +335,9 @@ def test_an_interpreting_triton_is_told() -> None:
     program_ = """
 from resvit_engines.errors import ResvitError
 from resvit_engines.kernels.compile.compile import kernel_from_source
-from resvit_engines.kernels.residual import ResidualConfig, residual_source
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
 try:
-    kernel_from_source(residual_source(ResidualConfig((8,)), 87), 87, "8.5")
+    kernel_from_source(bridge_source(BridgeConfig(16, 3, 3, 16), 87), 87, "8.5")
 except ResvitError as error:
     print(error)
 """
@@ -376,8 +352,8 @@ except ResvitError as error:
     assert not done.stderr
 
 
-def test_kernels_compiled_at_the_same_time_do_not_mix() -> None:
-    sources = [residual_source(ResidualConfig((size,)), 87) for size in range(100, 108)]
+def test_kernels_compiled_at_the_same_time_do_not_mix(program: Callable[[str], Source]) -> None:
+    sources = [replace(program("plain"), constants={"BLOCK": 1 << power}) for power in range(5, 13)]
     one_by_one = [kernel_from_source(source, 87, "8.5") for source in sources]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda source: kernel_from_source(source, 87, "8.5"), sources))
@@ -433,12 +409,12 @@ def test_a_missing_assembler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.code is ExitCode.MISSING
 
 
-def test_spilled_registers_are_seen(program: Callable[[str], Source]) -> None:
-    kernel = kernel_from_source(layer_norm_source(LayerNormConfig(4096), 80), 80, "8.5")
+def test_spilled_registers_are_seen() -> None:
+    kernel = kernel_from_source(CASES["packed", "plain", "32", "bf16"].source(80), 80, "8.5")
     assert inspection(kernel).spill_bytes == 0
-    squeezed: Kernel = replace(kernel, ptx=kernel.ptx.replace(".reqntid", ".maxnreg 24\n.reqntid"))
+    squeezed: Kernel = replace(kernel, ptx=kernel.ptx.replace(".reqntid", ".maxnreg 32\n.reqntid"))
     found = inspection(squeezed)
-    assert found.registers <= 24
+    assert found.registers <= 32
     assert found.spill_store_bytes > 0
     assert found.spill_load_bytes > 0
 

@@ -14,12 +14,11 @@ import pytest
 
 from kernel_bits import bits_of, numbers_of, some_numbers
 from resvit_engines.errors import ResvitError
+from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
 from resvit_engines.kernels.compile.compile import kernel_from_source
 from resvit_engines.kernels.launch import Source
 from resvit_engines.kernels.measure.drive import load_driver, run_kernel
 from resvit_engines.kernels.measure.timing import time_kernel
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
-from resvit_engines.kernels.residual import ResidualConfig, residual_source
 from resvit_engines.targets.table import FP8_SMS, TARGETS
 
 
@@ -79,74 +78,22 @@ def test_bridge(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize(
-    ("channels", "groups", "sides", "batch"),
-    [(256, 32, (56, 56), 2), (1024, 32, (14, 14), 8), (2048, 32, (7, 7), 3), (24, 3, (5, 9), 2)],
-)
-def test_group_norm(
-    channels: int,
-    groups: int,
-    sides: tuple[int, int],
-    batch: int,
-    dtype: str,
-    sm: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    require_type(dtype, sm)
-    tests = on_gpu("test_kernel_norms", sm, monkeypatch)
-    area = sides[0] * sides[1]
-    config = GroupNormConfig(channels, groups, area, relu=True, out_dtype=dtype, out_scale=tests.scale_for(dtype))
-    rng = np.random.default_rng(0)
-    x = tests.held(rng, (batch, channels, *sides), "fp16")
-    assert tests.group_norm_faults(config, x, rng, tests.group_norm_source(config, sm)) == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("batch", "tokens", "size"), [(1, 197, 768), (32, 50, 384), (2, 577, 1024), (3, 7, 130)])
-def test_layer_norm(
-    batch: int, tokens: int, size: int, add: bool, dtype: str, sm: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_type(dtype, sm)
-    tests = on_gpu("test_kernel_norms", sm, monkeypatch)
-    config = LayerNormConfig(size, add=add, out_dtype=dtype, out_scale=tests.scale_for(dtype))
-    rng = np.random.default_rng(0)
-    terms = [tests.held(rng, (batch, tokens, size), "fp16") for _ in range(1 + add)]
-    assert tests.layer_norm_faults(config, terms, rng) == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("out", ["fp16", "bf16", "int8", "fp8"])
-@pytest.mark.parametrize("shortcut", ["fp16", "int8", "fp8"])
-@pytest.mark.parametrize("shape", [(2, 256, 56, 56), (3, 7, 13, 13), (1, 1)])
-def test_residual(shape: tuple[int, ...], shortcut: str, out: str, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_type(shortcut, sm)
-    require_type(out, sm)
-    tests = on_gpu("test_kernel_residual", sm, monkeypatch)
-    scales = (tests.scale_for(shortcut), tests.scale_for(out))
-    config = ResidualConfig(shape[1:], "fp16", shortcut, scales[0], out, scales[1])
-    rng = np.random.default_rng(0)
-    x, other = (tests.held(rng, shape, kind, 0.043) for kind in ("fp16", shortcut))
-    assert tests.faults(config, x, other, tests.residual_source(config, sm)) == 0
-
-
-@pytest.mark.gpu
 def test_a_wrong_constant_is_noticed_on_a_gpu_too(sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tests = on_gpu("test_kernel_residual", sm, monkeypatch)
-    config = ResidualConfig((8, 7, 7), "fp16", "int8", 0.043, "int8", 0.043)
-    rng = np.random.default_rng(0)
-    x, other = (tests.held(rng, (2, 8, 7, 7), kind, 0.043) for kind in ("fp16", "int8"))
-    source = residual_source(dataclasses.replace(config, shortcut_scale=0.05), sm)
-    assert tests.faults(config, x, other, source) > 0
+    tests = on_gpu("test_kernel_bridge", sm, monkeypatch)
+    config = tests.config_of(40, (3, 7), 24, "int8", True, "int8")
+    inputs = tests.inputs_of(config, 2, np.random.default_rng(0))
+    source = tests.bridge_source(dataclasses.replace(config, in_scale=0.031), sm)
+    assert tests.faults(config, inputs, source) > 0
 
 
 @pytest.mark.gpu
 def test_a_launch_takes_time(sm: int) -> None:
-    shapes = [(shape, 64, 56, 56) for shape in (1, 64)]
-    kernel = kernel_from_source(residual_source(ResidualConfig((64, 56, 56)), sm), sm, ptx_of(sm))
-    small, large = (time_kernel(kernel, [np.ones(shape, np.float16)] * 2, repeats=10, cold=True) for shape in shapes)
+    kernel = kernel_from_source(bridge_source(BridgeConfig(64, 56, 56, 64), sm), sm, ptx_of(sm))
+    weight, table = np.ones((64, 64), np.float16), np.ones((56 * 56 + 1, 64), np.float32)
+    small, large = (
+        time_kernel(kernel, [np.ones((batch, 64, 56, 56), np.float16), weight, table], repeats=10, cold=True)
+        for batch in (1, 64)
+    )
     assert 0 < small < large
 
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
-from resvit_export.cli.options import plain_values
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
 from resvit_export.loading.pt2 import program_from_pt2
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import has_dynamic_batch, program_from_module
 from resvit_export.models.reference import resvit_model
+from resvit_export.recipe.pairs import plain_values
 
 FILE = """
 import torch
@@ -109,7 +110,7 @@ def test_resvit_model_with_checkpoint(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = source(torch.from_numpy(images)).numpy()
         np.testing.assert_allclose(network.runner()({"input": images})["logits"], expected, rtol=1e-4, atol=1e-5)
-    facts = json.loads(json.dumps(network.facts()))
+    facts = json.loads(json.dumps(network.record().to_json()))
     assert facts["dynamic_batch"] is True
     assert facts["input_shape"] == list(network.input_shape)
 
@@ -163,7 +164,7 @@ def test_what_is_wrong_with_a_factory_is_said(
 
 def test_fixed_batch_is_noted(file: Path) -> None:
     network = load_network(ModelSpec(f"{file}:FixedBatch"))
-    assert network.facts()["dynamic_batch"] is False
+    assert network.record().dynamic_batch is False
     assert "one batch size only" in network.notes[0]
     images = np.ones((3, 1, 4, 4), np.float32)
     assert network.runner()({"input": images})["logits"].shape == (3, 16)  # in pieces of one
@@ -197,7 +198,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exported_program_is_taken_as_it_is(program: Path) -> None:
     network = load_network(ModelSpec(str(program)))
     assert (network.input_shape, network.num_classes) == ((3, 8, 8), 6)
-    assert network.facts()["dynamic_batch"] is True
+    assert network.record().dynamic_batch is True
     images = np.ones((3, 3, 8, 8), np.float32)
     expected = torch.export.load(program).module()(torch.from_numpy(images)).detach().numpy()
     assert np.array_equal(network.runner()({"input": images})["logits"], expected)

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from resvit_calibrate.answers.classes import Predictions, changed_answers, compare, predict, sqnr
+from resvit_calibrate.answers.classes import Predictions, changed_answers, compare, sqnr
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, score, share
 from resvit_calibrate.images.image_set import Batch, DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.errors import ResvitError
 
 
@@ -204,16 +205,20 @@ def three(arrays):
 
 @pytest.mark.parametrize("size", [1, 5, 36, 100])
 def test_predicts_every_image_once(images, size):
-    got = predict(three, images, size)
+    got = Classification({}).answers(three, images, size)
     means = np.concatenate([batch.images.mean(axis=(1, 2, 3)) for batch in images.batches(3)])
     np.testing.assert_allclose(got.logits[:, 0], means, atol=1e-6)
     assert got.labels.tolist() == images.labels.tolist()
 
 
 def test_only_output_may_have_any_name(images):
-    got = predict(lambda arrays: {"probabilities": three(arrays)["logits"].astype(np.float16)}, images, 8)
+    got = Classification({}).answers(
+        lambda arrays: {"probabilities": three(arrays)["logits"].astype(np.float16)}, images, 8
+    )
     assert got.logits.dtype == np.float32
-    big = predict(lambda arrays: {"x": three(arrays)["logits"].astype(np.float64) + 1e300}, images, 8)
+    big = Classification({}).answers(
+        lambda arrays: {"x": three(arrays)["logits"].astype(np.float64) + 1e300}, images, 8
+    )
     assert not big.finite.any()
 
 
@@ -229,7 +234,7 @@ def test_only_output_may_have_any_name(images):
 )
 def test_outputs_that_are_not_logits(images, runner, said):
     with pytest.raises(ResvitError, match=said):
-        predict(runner, images, 8)
+        Classification({}).answers(runner, images, 8)
 
 
 def test_unlabelled_images_cannot_be_scored(images):
@@ -243,4 +248,4 @@ def test_unlabelled_images_cannot_be_scored(images):
             yield Batch(np.zeros((2, 1, 4, 4), np.float32), None)
 
     with pytest.raises(ResvitError, match="no labels"):
-        predict(three, Unlabelled(), 8)
+        Classification({}).answers(three, Unlabelled(), 8)

@@ -15,7 +15,8 @@ import torch
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 

@@ -12,14 +12,14 @@ import pytest
 from device_wheels import WHEELS
 from loopback_device import loopback_device, missing
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.remote.ssh import CONFIG_VARIABLE
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
-from resvit_export.on_device import describe, images_that_fit, require_target_there
+from resvit_export.stages.device import describe, images_that_fit, require_target_there
 
-ORIN = DeviceFacts(87, "NVIDIA Jetson AGX Orin", "10.3.0.30", "6.2", "aarch64", 32000, 50000, "3.10.12", "MAXN",
+ORIN = Machine(87, "NVIDIA Jetson AGX Orin", "10.3.0.30", "6.2", "aarch64", 32000, 50000, "3.10.12", "MAXN",
                    memory_available_mib=20000)  # fmt: skip
 
 
@@ -98,8 +98,9 @@ def test_a_build_ends_on_the_device(
         assert found["rehearsal"] is True
         assert found["images"] == 300
         # ONNX Runtime answers here and there: the verdict must be the host's, image by image.
-        validated = next((workspace / "runs/there").glob("validate-*"))
-        here, there = (np.load(folder / "predictions.npz")["logits"] for folder in (validated, stage))
+        scored = next((workspace / "runs/there").glob("score-*"))
+        files = (scored / "answers.npz", stage / "predictions.npz")
+        here, there = (np.load(file)["logits"] for file in files)
         assert (here.argmax(1) == there.argmax(1)).mean() > 0.98
         assert found["verdict"]["verdict"] in ("accepted", "undecided")
         assert (tmp_path / "config" / "own.key").stat().st_mode & 0o777 == 0o600

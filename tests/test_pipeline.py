@@ -54,9 +54,9 @@ def test_int8_for_a_jetson_is_validated_and_bundled(
 
     bundle = Path(str(made["bundle"]))
     manifest = verify_bundle(bundle)
-    assert manifest["verdict"] == "accepted"
-    assert manifest["target"]["sm"] == 87
-    assert any("trtexec" in command for command in manifest["plan"]["commands"])
+    assert manifest.verdict.verdict == "accepted"
+    assert manifest.target.sm == 87
+    assert any("trtexec" in command for command in manifest.plan.commands)
     assert zipfile.is_zipfile(bundle)
     extract_bundle(bundle, workspace / "unpacked")
     golden = np.load(workspace / "unpacked" / "golden_input.npy")
@@ -65,7 +65,7 @@ def test_int8_for_a_jetson_is_validated_and_bundled(
     np.testing.assert_allclose(onnx_runner(model)({"input": golden})["logits"], expected, atol=1e-3)
     operators = {node.op_type for node in onnx.load(model).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    assert str(workspace) not in json.dumps(manifest)
+    assert str(workspace) not in json.dumps(manifest.to_json())
 
 
 @pytest.mark.whole
@@ -84,7 +84,7 @@ def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
     assert engine["bytes"] > 100_000
     assert any("Int8" in str(kernel["inputs"]) for kernel in engine["kernels"])
     manifest = read_manifest(Path(str(second["bundle"])))
-    assert "engine.plan" in {entry["path"] for entry in manifest["files"]}
+    assert "engine.plan" in {file.path for file in manifest.files}
 
 
 @pytest.mark.whole
@@ -162,8 +162,8 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     assert not list(Path("runs/embed-nano").glob("compile-*"))
     allowed = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, "--allow-rejected")
     manifest = read_manifest(Path(str(allowed["bundle"])))
-    assert manifest["verdict"] == "rejected"
-    assert "did not accept" in manifest["warning"]
+    assert manifest.verdict.verdict == "rejected"
+    assert "did not accept" in manifest.warning
 
 
 @pytest.mark.whole

@@ -17,7 +17,7 @@ from resvit_engines.plugins.names import OP_TYPES
 
 
 def test_every_kind_of_node_is_named_once_with_its_tensors() -> None:
-    assert len(OP_TYPES) == 8 + 6 + 2 + 4 + 2
+    assert len(OP_TYPES) == 8 + 6
     tensors = {name: (op.inputs, op.outputs) for name, op in OP_TYPES.items()}
     assert tensors["ResvitAttention"] == (("packed",), ("output",))
     assert tensors["ResvitAttentionSplitBiasQ"] == (("q", "k", "v", "bias"), ("output",))
@@ -26,19 +26,18 @@ def test_every_kind_of_node_is_named_once_with_its_tensors() -> None:
         ("tokens", "normalised"),
     )
     assert tensors["ResvitBridge"] == (("map", "weight", "table"), ("tokens",))
-    assert tensors["ResvitLayerNormAdd"] == (("x", "residual", "gamma", "beta"), ("sum", "normalised"))
-    assert tensors["ResvitResidualQ"] == (("x", "shortcut"), ("output",))
+    assert tensors["ResvitAttentionBiasQ"] == (("packed", "bias"), ("output",))
     assert "ResvitBridgeQ" not in tensors
 
 
 def test_the_lists_are_those_that_the_plugins_read() -> None:
-    fields = fields_from_kernel(kernel_for("ResvitLayerNormAddQ"))
+    fields = fields_from_kernel(kernel_for("ResvitBridgeNormQ"))
     assert tuple(fields) == NAMES
-    assert fields["kernel_entry"] == "resvitlayernormaddq_kernel"
+    assert fields["kernel_entry"] == "resvitbridgenormq_kernel"
     assert fields["kernel_block"] == [128, 4096]
     assert fields["kernel_grid"] == [1, 1, 0, 1, 64, 3, 1, 0, 0, 1, 1, 0]
-    assert fields["kernel_scalars"] == [2, 1, 1, 0, 1, 1, 2, 2, 0, 0, 1, 3, 2, 1]
-    assert fields["kernel_inputs"] == [1, 1, 1, 1]
+    assert fields["kernel_scalars"] == [2, 1, 1, 0, 1, 1, 2, 2, 0, 0, 1, 4, 2, 1]
+    assert fields["kernel_inputs"] == [1, 1, 1, 1, 1]
     assert fields["kernel_outputs"] == [2, 3, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 2, 3, 1, 2, 1, 1, 0, 0, 1, 7, 0]
 
 
@@ -59,7 +58,7 @@ launches = st.builds(
 
 @given(launches, st.booleans())
 def test_what_is_written_is_read(launch: Launch, as_arrays: bool) -> None:
-    kernel = dataclasses.replace(kernel_for("ResvitResidual"), launch=launch)
+    kernel = dataclasses.replace(kernel_for("ResvitAttentionBias"), launch=launch)
     fields = fields_from_kernel(kernel)
     assert all(len(fields[name]) > 0 for name in NAMES)
     if as_arrays:

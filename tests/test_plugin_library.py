@@ -102,7 +102,7 @@ def kinds(kernel: Kernel) -> str:
 
 
 def test_every_op_type_has_a_creator(built) -> None:
-    answer = drive(built, "ResvitResidual", fields_from_kernel(kernel_for("ResvitResidual")))
+    answer = drive(built, "ResvitAttentionBias", fields_from_kernel(kernel_for("ResvitAttentionBias")))
     assert sorted(answer.of("creator")) == sorted(f"{name} {VERSION} {NAMESPACE}" for name in OP_TYPES)
     assert answer.of("declared") == list(NAMES)
 
@@ -114,7 +114,7 @@ def test_the_source_lists_the_op_types_in_their_order() -> None:
     assert len(SOURCE.read_text().splitlines()) < 500
 
 
-@pytest.mark.parametrize("op_type", ["ResvitAttentionSplitBiasQ", "ResvitBridgeW8NormQ", "ResvitResidual"])
+@pytest.mark.parametrize("op_type", ["ResvitAttentionSplitBiasQ", "ResvitBridgeW8NormQ", "ResvitAttentionBias"])
 def test_it_launches_the_kernel_as_it_was_described(built, op_type) -> None:
     kernel = kernel_for(op_type)
     launch, shapes = kernel.launch, [SHAPE] * len(kernel.launch.inputs)
@@ -149,16 +149,18 @@ def test_it_launches_the_kernel_as_it_was_described(built, op_type) -> None:
 
 
 def test_much_shared_memory_is_asked_for(built) -> None:
-    fields = fields_from_kernel(kernel_for("ResvitResidual"))
-    plain = drive(built, "ResvitResidual", {**fields, "kernel_block": [128, 49152]})
+    fields = fields_from_kernel(kernel_for("ResvitAttentionBias"))
+    plain = drive(built, "ResvitAttentionBias", {**fields, "kernel_block": [128, 49152]})
     assert not any("Attribute" in line for line in plain.of("cuda"))
-    much = drive(built, "ResvitResidual", {**fields, "kernel_block": [128, 99328]})
+    much = drive(built, "ResvitAttentionBias", {**fields, "kernel_block": [128, 99328]})
     assert "cuFuncSetAttribute 8 99328" in much.of("cuda")
     assert any(re.match(r"cuLaunchKernel \S+ 128,1,1 99328 ", line) for line in much.of("cuda"))
 
 
 def test_an_empty_batch_launches_nothing(built) -> None:
-    answer = drive(built, "ResvitResidual", fields_from_kernel(kernel_for("ResvitResidual")), shape=(0, 197, 384))
+    answer = drive(
+        built, "ResvitAttentionBias", fields_from_kernel(kernel_for("ResvitAttentionBias")), shape=(0, 197, 384)
+    )
     assert answer.code == 0
     assert not any("Launch" in line for line in answer.of("cuda"))
 
@@ -167,7 +169,7 @@ def test_an_empty_batch_launches_nothing(built) -> None:
     ("function", "code", "words"),
     [
         ("cuCtxGetCurrent", 7, "cuCtxGetCurrent"),
-        ("cuModuleLoadData", 7, "loading the kernel resvitresidual_kernel"),
+        ("cuModuleLoadData", 7, "loading the kernel resvitattentionbias_kernel"),
         ("cuModuleGetFunction", 7, "finding the kernel"),
         ("cuFuncSetAttribute", 7, "99328 bytes of shared memory"),
         ("cuLaunchKernel", 8, "launching the kernel"),
@@ -175,8 +177,8 @@ def test_an_empty_batch_launches_nothing(built) -> None:
     ],
 )
 def test_every_call_to_the_driver_is_checked(built, function, code, words) -> None:
-    fields = {**fields_from_kernel(kernel_for("ResvitResidual")), "kernel_block": [128, 99328]}
-    answer = drive(built, "ResvitResidual", fields, FAIL=function)
+    fields = {**fields_from_kernel(kernel_for("ResvitAttentionBias")), "kernel_block": [128, 99328]}
+    answer = drive(built, "ResvitAttentionBias", fields, FAIL=function)
     assert answer.code == code
     assert answer.of("log")
     for line in answer.of("log"):
@@ -188,7 +190,7 @@ def test_every_call_to_the_driver_is_checked(built, function, code, words) -> No
 
 def test_without_a_driver_it_says_so(built, tmp_path) -> None:
     alone = built._replace(driver=tmp_path / "none")
-    answer = drive(alone, "ResvitResidual", fields_from_kernel(kernel_for("ResvitResidual")))
+    answer = drive(alone, "ResvitAttentionBias", fields_from_kernel(kernel_for("ResvitAttentionBias")))
     if "cuda" in "".join(answer.of("log")):
         assert answer.code == 7
         assert "the NVIDIA driver does not load" in answer.of("log")[0]
@@ -214,8 +216,8 @@ def test_without_a_driver_it_says_so(built, tmp_path) -> None:
     ],
 )
 def test_malformed_attributes_make_no_plugin(built, changes, words) -> None:
-    fields = {**fields_from_kernel(kernel_for("ResvitResidual")), **changes}
-    answer = drive(built, "ResvitResidual", {k: v for k, v in fields.items() if v is not None}, types=[1, 1])
+    fields = {**fields_from_kernel(kernel_for("ResvitAttentionBias")), **changes}
+    answer = drive(built, "ResvitAttentionBias", {k: v for k, v in fields.items() if v is not None}, types=[1, 1])
     assert answer.code == 1
     assert words in answer.of("log")[0]
     assert answer.of("log")[0].startswith("node: ")
@@ -231,11 +233,11 @@ def test_malformed_attributes_make_no_plugin(built, changes, words) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(built, shape, types, code, words) -> None:
-    fields = fields_from_kernel(kernel_for("ResvitResidual"))
-    answer = drive(built, "ResvitResidual", fields, shape=shape, types=types)
+    fields = fields_from_kernel(kernel_for("ResvitAttentionBias"))
+    answer = drive(built, "ResvitAttentionBias", fields, shape=shape, types=types)
     assert answer.code == code
     assert words in answer.of("log")[0]
-    assert answer.of("log")[0].startswith("ResvitResidual: ")
+    assert answer.of("log")[0].startswith("ResvitAttentionBias: ")
 
 
 def test_the_names_of_the_attributes_are_those_of_the_python_side() -> None:

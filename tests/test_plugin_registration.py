@@ -83,15 +83,15 @@ def test_every_op_type_registers_and_describes_itself(version, environments) -> 
         assert found["made"]["ResvitAttentionSplitBias"] == [1, ["HALF"]]
 
 
-def model(path: Path, *, functions: bool = True, kernel: bool = True, op_type: str = "ResvitResidual") -> Path:
+def model(path: Path, *, functions: bool = True, kernel: bool = True, op_type: str = "ResvitAttentionBias") -> Path:
     """x [B, 197, 384] through ReLU, and negated, into one node of ours."""
     helper, half = onnx.helper, onnx.TensorProto.FLOAT16
-    fields = fields_from_kernel(kernel_for("ResvitResidual")) if kernel else {}
+    fields = fields_from_kernel(kernel_for("ResvitAttentionBias")) if kernel else {}
     common = {"domain": DOMAIN, "plugin_namespace": NAMESPACE, "plugin_version": VERSION, "out_type": int(half)}
     nodes = [
         helper.make_node("Relu", ["x"], ["a"]),
         helper.make_node("Neg", ["x"], ["b"]),
-        helper.make_node(op_type, ["a", "b"], ["y"], name="blocks.0/tail", aot=1, **common, **fields),
+        helper.make_node(op_type, ["a", "b"], ["y"], name="blocks.0/attn", aot=1, **common, **fields),
         helper.make_node("Relu", ["y"], ["out"]),
     ]
     body = [helper.make_node("Add", ["fx", "fs"], ["fsum"]), helper.make_node("Relu", ["fsum"], ["fy"])]
@@ -107,7 +107,7 @@ def model(path: Path, *, functions: bool = True, kernel: bool = True, op_type: s
 
 
 def test_nodes_with_kernels_are_found_in_the_file(tmp_path) -> None:
-    assert plugin_nodes(model(tmp_path / "a.onnx")) == (PluginNode("blocks.0/tail", "ResvitResidual"),)
+    assert plugin_nodes(model(tmp_path / "a.onnx")) == (PluginNode("blocks.0/attn", "ResvitAttentionBias"),)
     assert plugin_nodes(model(tmp_path / "b.onnx", kernel=False)) == ()
     with pytest.raises(ResvitError, match="ResvitNovelty, which this version"):
         plugin_nodes(model(tmp_path / "c.onnx", op_type="ResvitNovelty"))
@@ -120,7 +120,7 @@ def test_nodes_with_kernels_are_found_in_the_file(tmp_path) -> None:
 def test_the_parser_takes_the_plugin_before_the_function(functions, tmp_path, environments) -> None:
     """And stops there: what stands in for TensorRT has no plugins in Python."""
     done = child(environments(NEWEST), "parse", model(tmp_path / "m.onnx", functions=functions), "aot")
-    assert "Found registered plugin: ResvitResidual. Importing this node as a plugin." in done.stdout
+    assert "Found registered plugin: ResvitAttentionBias. Importing this node as a plugin." in done.stdout
     assert "registered with an IPluginCreatorV3One creator only" in done.stdout
     assert "PARSED False" in done.stdout
 
@@ -130,7 +130,7 @@ def test_a_plugin_that_is_missing_is_an_error_with_the_name_of_the_node(tmp_path
     done = child(environments(NEWEST), "parse", model(tmp_path / "m.onnx"), "none")
     assert "PARSED True" in done.stdout
     assert "Only 0 of 1 nodes became plugins in TensorRT 11.4" in done.stderr
-    assert "'blocks.0/tail' (ResvitResidual)" in done.stderr
+    assert "'blocks.0/attn' (ResvitAttentionBias)" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,8 @@ def test_the_library_makes_a_plugin_of_what_the_real_parser_reads(tmp_path, envi
     """The stand-in's parser ends the process where it would add the layer, since its network takes none."""
     file = model(tmp_path / "m.onnx", functions=False)
     done = child(environments(NEWEST), "parse", file, "library", real_library)
-    assert "Found registered plugin: ResvitResidual. Importing this node as a plugin." in done.stdout
-    assert "Successfully created plugin: ResvitResidual" in done.stdout
+    assert "Found registered plugin: ResvitAttentionBias. Importing this node as a plugin." in done.stdout
+    assert "Successfully created plugin: ResvitAttentionBias" in done.stdout
 
 
 class Network:
@@ -168,7 +168,7 @@ TRT = SimpleNamespace(__version__="10.3.0", LayerType=SimpleNamespace(PLUGIN_V3=
 
 def test_plugin_layers_are_counted() -> None:
     network = Network(("a", "plugin"), ("x", "conv"), ("b", "plugin"))
-    nodes = [PluginNode("a", "ResvitResidual"), PluginNode("b", "ResvitBridge")]
+    nodes = [PluginNode("a", "ResvitAttentionBias"), PluginNode("b", "ResvitBridge")]
     assert require_plugin_layers(TRT, network, nodes) == ("a", "b")
     many = [*nodes, *(PluginNode(f"n{index}", "ResvitAttention") for index in range(7))]
     with pytest.raises(ResvitError, match=r"2 of 9 .* 'n0' \(ResvitAttention\).* and 2 more") as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
+from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.loading.preprocessing import preprocess_from
 
 
 def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -102,3 +105,11 @@ def test_unusable_entries_are_refused_with_a_fix(entries):
     with pytest.raises(ResvitError) as caught:
         Preprocess.from_json(entries)
     assert caught.value.fix
+
+
+def test_what_the_user_says_wins_over_the_model_and_the_rest_is_the_models():
+    own = Preprocess((8, 6), mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), resize="letterbox")
+    network = NetworkRecord((3, 8, 6), None, own, dynamic_batch=True, digest="")
+    assert preprocess_from(network, {}, None) == own
+    found = preprocess_from(network, {"resize": "crop", "mean": [0.0]}, None)
+    assert found == dataclasses.replace(own, resize="crop", mean=(0.0, 0.0, 0.0))

@@ -1,13 +1,34 @@
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
-from resvit_engines.errors import ResvitError
-from resvit_export.cli.options import preprocess_values, resolve_recipe
-from resvit_export.recipe import Recipe, absolute_reference, recipe_from_toml, recipe_to_toml
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
+from resvit_export.cli.main import cli, run
+from resvit_export.cli.options import recipe_options, resolve_recipe
+from resvit_export.recipe.choices import StageName, TaskKind
+from resvit_export.recipe.file import absolute_reference, recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.pairs import preprocess_values
+from resvit_export.recipe.recipe import SETTINGS, Recipe
+from resvit_export.recipe.setting import Setting
+from resvit_quantize.pruning.groups import Kind
 
+ROOT = Path(__file__).parent.parent
+OTHERS: dict[str, Any] = {
+    "input_shape": "3x8x8",
+    "shapes": ("image=1x3x8x8",),
+    "own_targets": {"box": {"like": "l4"}},
+    "batch": "1:2:4",
+}
+"""Values that are not the default, where the type does not say one."""
+
+EVERY = pytest.mark.parametrize("item", SETTINGS.values(), ids=list(SETTINGS))
 FULL = Recipe(
     model="timm:vit_tiny_r_s16_p8_224",
     checkpoint="/weights/a b.pth",
@@ -55,6 +76,8 @@ def test_names_are_not_taken_for_paths(name: str, tmp_path: Path) -> None:
         ("[quantize]\nexclude = 'head'\n", "wrong type"),
         ("[data\n", "TOML"),
         ("[target]\nbatch = '8:1:2'\n", "rising order"),
+        ("[target]\nbatch = '2:1:8'\n", "rising order"),
+        ("[target]\nbatch = '1:8:4'\n", "rising order"),
         ("[model]\ninput_shape = '3x0x4'\n", "CHANNELSxHEIGHTxWIDTH"),
         ("[validate]\nmax_drop = -1\n", "out of range"),
     ],
@@ -130,3 +153,131 @@ def test_a_key_in_a_recipe_is_a_path_or_the_agent(tmp_path: Path) -> None:
     for text, key in (("keys/a.key", str(tmp_path.resolve() / "keys/a.key")), ("agent:work", "agent:work")):
         (tmp_path / "recipe.toml").write_text(f'[bundle]\nkey = "{text}"\n')
         assert recipe_from_toml(tmp_path / "recipe.toml").key == key
+
+
+def another(item: Setting) -> Any:
+    """A value of the setting that is not its default."""
+    if item.name in OTHERS:
+        return OTHERS[item.name]
+    if item.kind is dict:
+        return {"mean": [0.5], "name": "x"}
+    if item.choices:
+        value = next(choice for choice in item.choices if choice not in (item.default, *(item.default or ())))
+    elif item.kind is bool:
+        value = not item.default
+    elif item.kind in (int, float):
+        value = item.kind(item.high if item.high is not None else 7)
+    else:
+        value = "/a/b.py" if item.place else "some"
+    return (value,) if item.many else value
+
+
+@EVERY
+def test_every_setting_is_on_the_command_lines_from_its_stage_on(item: Setting) -> None:
+    assert item.description.endswith((".", "…"))
+    for stage in StageName:
+        command = click.command()(recipe_options(stage)(lambda **_: None))
+        found = [option for option in command.params if option.name == item.name]
+        assert len(found) == (item.since in stage.upto)
+        for option in found:
+            assert isinstance(option, click.Option)
+            assert option.help == item.help
+            assert item.flag in option.opts
+
+
+@EVERY
+def test_every_setting_is_in_the_guide(item: Setting) -> None:
+    text = (ROOT / "docs/guide.md").read_text().partition("## The recipe file")[2]
+    tables = re.split(r"^\[(\w+)[^\]]*\]", text.split("```")[1], flags=re.MULTILINE)
+    content = dict(zip(tables[1::2], tables[2::2], strict=True))[item.table]
+    key = item.toml.partition(".")[2]
+    assert not key or re.search(rf"^(# )?{key} = ", content, flags=re.MULTILINE)
+
+
+def test_the_recipe_of_the_guide_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs/guide.md").read_text().partition("## The recipe file")[2].split("```")[1]
+    (tmp_path / "recipe.toml").write_text(text.removeprefix("toml"))
+    assert recipe_from_toml(tmp_path / "recipe.toml").task is TaskKind.AUTO
+
+
+@EVERY
+def test_every_setting_survives_being_written_and_read(item: Setting, tmp_path: Path) -> None:
+    value = another(item)
+    assert value != item.default
+    recipe = Recipe(**{item.name: value})
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    assert recipe_from_toml(tmp_path / "recipe.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("item", "wrong"),
+    [
+        pytest.param(item, wrong, id=f"{item.name} {wrong}")
+        for item in SETTINGS.values()
+        for wrong in (
+            *(["strange"] if item.choices else []),
+            *([item.low - 1, item.high + 1] if item.low is not None and item.high is not None else []),
+        )
+    ],
+)
+def test_what_a_setting_cannot_be_is_refused(
+    item: Setting, wrong: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert item.since is not None
+    line = [item.since.value, "--model", "resvit:embed-nano", "--run", str(tmp_path / "run"), item.flag, str(wrong)]
+    code = run(line)
+    said = capsys.readouterr().err
+    assert code in (ExitCode.USAGE, ExitCode.INPUT)
+    assert str(wrong) in said
+    for where in (Recipe, lambda **given: recipe_from_toml(written(tmp_path, item, given[item.name]))):
+        with pytest.raises(ResvitError, match=f"{re.escape(item.toml)}|{item.name}") as caught:
+            where(**{item.name: (wrong,) if item.many else wrong})
+        assert caught.value.code == ExitCode.INPUT
+        assert str(wrong) in caught.value.problem
+
+
+def written(folder: Path, item: Setting, value: Any) -> Path:
+    table, _, key = item.toml.partition(".")
+    shown = list(value) if isinstance(value, tuple) else value
+    (folder / "wrong.toml").write_text(f"[{table}]\n{key} = {shown!r}\n")
+    return folder / "wrong.toml"
+
+
+@EVERY
+def test_a_value_of_another_type_is_refused(item: Setting) -> None:
+    with pytest.raises(ResvitError, match=f"{item.name} = .* is of the wrong type"):
+        Recipe(**{item.name: 1j})
+
+
+def test_python_may_give_texts_and_paths() -> None:
+    recipe = Recipe(
+        model=Path("net.py:make"),  # type: ignore[arg-type]
+        precision="fp8",  # type: ignore[arg-type]
+        prune_what=["embed"],  # type: ignore[arg-type]
+        key=Path("a.key"),  # type: ignore[arg-type]
+        targets="l4",  # type: ignore[arg-type]
+        batch=8,  # type: ignore[arg-type]
+    )
+    assert (recipe.model, recipe.key, recipe.targets, recipe.batch) == ("net.py:make", "a.key", ("l4",), "8")
+    assert recipe.precision is Precision.FP8
+    assert recipe.prune_what == (Kind.EMBED,)
+    assert f"{recipe.precision} {recipe.effort} {recipe.quantizer}" == "fp8 fast resvit"
+
+
+def test_flags_that_need_no_value(tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    @click.command()
+    @recipe_options("bundle")
+    def command(**flags: Any) -> None:
+        given.update(flags)
+
+    (tmp_path / "r.toml").write_text("[target]\nstrip_weights = true\n[search]\nenabled = true\n")
+    line = f"--recipe {tmp_path}/r.toml --model resvit:embed-nano --recover --no-search --require-fused"
+    command.main(shlex.split(line), standalone_mode=False)
+    recipe, _ = resolve_recipe(given)
+    assert (recipe.recover, recipe.search, recipe.require_fused, recipe.strip_weights) == ("always", False, True, True)
+
+
+def test_every_stage_is_a_command() -> None:
+    assert {stage.value for stage in StageName} <= set(cli.list_commands(click.Context(cli)))

@@ -19,6 +19,7 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
 from resvit_quantize.placement.grid import scale_from_amax
 from resvit_quantize.qdq.plan import plan_quantization
@@ -26,7 +27,7 @@ from resvit_quantize.quantize import quantize_model
 from resvit_quantize.recovery.options import RecoverOptions, RecoverReport
 from resvit_quantize.recovery.recover import on_grid, pinned_ranges, recover_model, settings_behind_recovery
 from resvit_quantize.recovery.student import trainable_constants
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.training.standing import Stop
 
 pytestmark = pytest.mark.whole

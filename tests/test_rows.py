@@ -79,6 +79,17 @@ def test_parity_allows_for_rounding_and_for_nothing_else() -> None:
     assert not broken.same
 
 
+def test_a_network_that_rounding_throws_about_passes_with_no_translation() -> None:
+    feeds = {"input": np.random.default_rng(0).standard_normal((1, 3, 8, 8), dtype=np.float32)}
+
+    def chaotic(arrays: dict) -> dict:
+        return {"output": np.sin(1e8 * arrays["input"].astype(np.float64)).astype(np.float32)}
+
+    wrong = differences(chaotic, lambda arrays: {"output": -chaotic(arrays)["output"]}, feeds)["output"]
+    assert wrong.allowed == pytest.approx(0.01 * wrong.largest)
+    assert not wrong.same
+
+
 def test_parity_of_sets_does_not_see_their_order() -> None:
     true, feeds = answers(), {"input": np.zeros((2, 3, 4, 4), np.float32)}
     candidate = lambda _: shuffled(true)  # noqa: E731

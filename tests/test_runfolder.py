@@ -7,44 +7,75 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, write_atomic
-from resvit_engines.progress import SILENT
+from resvit_engines.progress import SILENT, Reporter
 from resvit_export.run_folder import NotFinishedError, RunFolder
+from resvit_export.stage import Artifact, Stage
 
 
 class Counter:
+    """Counts how often a stage is done."""
+
     def __init__(self, content: bytes = b"result") -> None:
-        self.calls = 0
-        self.content = content
+        self.calls, self.content = 0, content
 
     def __call__(self, folder: Path) -> None:
         self.calls += 1
         (folder / "out.bin").write_bytes(self.content)
 
 
+@dataclass(frozen=True)
+class Setting:
+    a: int = 1
+
+
+@dataclass(frozen=True)
+class Made(Stage[Artifact]):
+    name: ClassVar[str] = "fold"
+
+    setting: Setting = Setting()
+    input: str = "d"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("numpy",)
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        WORK["fold"](folder)
+
+
+WORK: dict[str, Callable[[Path], None]] = {}
+"""What the stage does: no part of its value, so that a test can count."""
+
+
+def do(folder: Path, work: Callable[[Path], None], stage: Made = Made()) -> Artifact:
+    WORK["fold"] = work
+    return RunFolder(folder, SILENT).do(stage)
+
+
 def test_an_unchanged_stage_is_not_done_again(tmp_path: Path) -> None:
     work = Counter()
-    first = RunFolder(tmp_path, SILENT).stage("fold", {"a": 1}, {"x": "d"}, ("numpy",), work)
-    second = RunFolder(tmp_path, SILENT).stage("fold", {"a": 1}, {"x": "d"}, ("numpy",), work)
+    first = do(tmp_path, work)
+    second = do(tmp_path, work)
     assert work.calls == 1
     assert (first.reused, second.reused) == (False, True)
     assert first.digest == second.digest
     assert first.path("out.bin").read_bytes() == b"result"
 
 
-@pytest.mark.parametrize(("settings", "inputs"), [({"a": 2}, {"x": "d"}), ({"a": 1}, {"x": "e"})])
-def test_other_settings_or_inputs_are_another_stage_and_the_old_one_stays(
-    tmp_path: Path, settings: dict[str, int], inputs: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("other", [Made(setting=Setting(2)), Made(input="e")])
+def test_other_settings_or_inputs_are_another_stage_and_the_old_one_stays(tmp_path: Path, other: Made) -> None:
     work = Counter()
-    run = RunFolder(tmp_path, SILENT)
-    old = run.stage("fold", {"a": 1}, {"x": "d"}, (), work)
-    new = run.stage("fold", settings, inputs, (), work)
+    old = do(tmp_path, work)
+    new = do(tmp_path, work, other)
     assert work.calls == 2
     assert old.folder != new.folder
     assert old.folder.exists()
@@ -53,8 +84,7 @@ def test_other_settings_or_inputs_are_another_stage_and_the_old_one_stays(
 @pytest.mark.parametrize("damage", ["truncate", "change", "remove", "record"])
 def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     work = Counter()
-    run = RunFolder(tmp_path, SILENT)
-    artifact = run.stage("fold", {}, {}, (), work)
+    artifact = do(tmp_path, work)
     out = artifact.path("out.bin")
     if damage == "truncate":
         out.write_bytes(b"res")
@@ -64,7 +94,7 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
         out.unlink()
     else:
         artifact.path("record.json").write_text("{")
-    again = run.stage("fold", {}, {}, (), work)
+    again = do(tmp_path, work)
     assert work.calls == 2
     assert again.path("out.bin").read_bytes() == b"result"
 
@@ -75,15 +105,16 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        RunFolder(tmp_path, SILENT).stage("fold", {}, {}, (), fail)
+        do(tmp_path, fail)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_looking_only_never_works(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, SILENT)
     work = Counter()
+    WORK["fold"] = work
     with run.looking_only(), pytest.raises(NotFinishedError):
-        run.stage("fold", {}, {}, (), work)
+        run.do(Made())
     assert work.calls == 0
 
 
@@ -102,17 +133,18 @@ def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> N
     script = textwrap.dedent(f"""
         import sys, time
         from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from resvit_engines.progress import SILENT
         from resvit_export.run_folder import RunFolder
+        from test_runfolder import do
 
         def work(folder):
             (folder / "out.bin").write_bytes(b"half")
             print("working", flush=True)
             time.sleep(60)
 
-        run = RunFolder(Path({str(tmp_path)!r}), SILENT)
-        with run.locked():
-            run.stage("fold", {{}}, {{}}, (), work)
+        with RunFolder(Path({str(tmp_path)!r}), SILENT).locked():
+            do(Path({str(tmp_path)!r}), work)
     """)
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -122,7 +154,7 @@ def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> N
     run = RunFolder(tmp_path, SILENT)
     with run.locked():
         assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
-        artifact = run.stage("fold", {}, {}, (), Counter(b"whole"))
+        artifact = do(tmp_path, Counter(b"whole"))
     assert artifact.path("out.bin").read_bytes() == b"whole"
 
 
@@ -155,8 +187,27 @@ def test_seconds_and_memory_are_recorded(tmp_path: Path) -> None:
         time.sleep(0.05)
         (folder / "out.bin").write_bytes(b"")
 
-    record = RunFolder(tmp_path, SILENT).stage("fold", {}, {}, ("numpy",), work).record
-    assert record["seconds"] >= 0.05
-    assert record["peak_mib"] > 1
-    assert record["versions"]["numpy"] != "absent"
-    assert set(record["outputs"]) == {"out.bin"}
+    record = do(tmp_path, work).record
+    assert record.seconds >= 0.05
+    assert record.peak_mib > 1
+    assert record.versions["numpy"] != "absent"
+    assert set(record.outputs) == {"out.bin"}
+
+
+def test_stages_done_together_are_as_if_done_alone(tmp_path: Path) -> None:
+    first, second = Made(input="a"), Made(input="b")
+    seen: list[list[str]] = []
+
+    def fill(missing: Sequence[tuple[Stage[Artifact], Path]]) -> None:
+        seen.append([stage.input for stage, _ in missing if isinstance(stage, Made)])
+        for stage, folder in missing:
+            assert isinstance(stage, Made)
+            (folder / "out.bin").write_text(stage.input)
+
+    folder = RunFolder(tmp_path, SILENT)
+    assert [one.path("out.bin").read_text() for one in folder.do_together([first, second], fill)] == ["a", "b"]
+    assert all(one.reused for one in folder.do_together([second, first], fill))
+    third = Made(input="c")
+    assert [one.reused for one in folder.do_together([first, third], fill)] == [True, False]
+    assert seen == [["a", "b"], ["c"]]
+    assert do(tmp_path, Counter(), first).reused

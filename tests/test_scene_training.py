@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Silent
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_config
 from resvit_export.models.training.scenes import SceneRecipe, finished, train
 
@@ -49,7 +50,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(name, metrics, tmp_path):
     assert finished(whole, recipe.key) == record
     assert finished(whole, "other") is None
     network = load_network(ModelSpec(f"resvit:{name}", whole, dict(SMALL, stage_widths="16,16,16,16")))
-    assert network.facts()["num_classes"] == recipe.config.num_classes
+    assert network.record().num_classes == recipe.config.num_classes
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from resvit_calibrate.gate.gate import Verdict, VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
-from resvit_export.recipe import Recipe
-from resvit_export.searching import _hopeless, require_searchable
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.refusals import require_searchable
+from resvit_export.settle import hopeless
 
 pytestmark = pytest.mark.whole
 
@@ -97,7 +100,7 @@ def test_what_cannot_be_searched_is_refused_at_once(settings: dict[str, str], co
 
 def test_too_few_images_for_any_network_are_not_searched_with() -> None:
     recipe = Recipe(max_drop=0.3)
-    verdict = {"chance_level": False, "images": 500}
-    assert "500 images" in _hopeless(verdict, recipe)
-    assert _hopeless({**verdict, "images": 5000}, recipe) == ""
-    assert "guessing" in _hopeless({**verdict, "images": 5000, "chance_level": True}, recipe)
+    verdict = Verdict(VerdictKind.UNDECIDED, "", 0.3, 0.95, 500, (-1.0, 1.0))
+    assert "500 images" in hopeless(verdict, recipe)
+    assert hopeless(replace(verdict, images=5000), recipe) == ""
+    assert "guessing" in hopeless(replace(verdict, images=5000, chance_level=True), recipe)

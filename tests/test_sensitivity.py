@@ -14,16 +14,19 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
-from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe import Recipe, recipe_from_toml
-from resvit_export.sensitivity_stage import exclude_snippet
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.file import recipe_from_toml
+from resvit_export.stages.decide.sensitivity import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
-from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.exclude import exclude_lists
+from resvit_quantize.sensitivity.method import Method
+from resvit_quantize.sensitivity.products import quantizable_products
 from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
-    Method,
     Sensitivity,
     brute_force_sensitivity,
     layers_to_exclude,
@@ -31,7 +34,7 @@ from resvit_quantize.sensitivity.sensitivity import (
     sensitivity_from_json,
     sqnr_db,
 )
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8)
 
@@ -131,12 +134,12 @@ def test_the_shortcut_of_a_residual_belongs_to_the_convolution_that_feeds_it(tmp
     g = Graph("batch", 3, 8, 8)
     value = basic_block(g, g.op("Relu", g.conv("input", 32, 3, name="stem/Conv")), 32, "block")
     model, x = g.save(tmp_path / "model.onnx", value), images(2, 3, 8, 8)
-    planned = plan_units(model, ranges_of(model, x), INT8, Precision.INT8)
-    unit = planned.units["block.conv2/Conv"]
-    assert [edge.node.name for edge in unit.edges] == ["block.conv2/Conv", "block/Add"]
-    assert [edge.node.name for edge in planned.units["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
-    clone = planned.plan.network.clone()
-    placed = planned.placement_of(["block.conv2/Conv"], clone)
+    quantizable = quantizable_products(model, ranges_of(model, x), INT8, Precision.INT8)
+    product = quantizable.products["block.conv2/Conv"]
+    assert [edge.node.name for edge in product.edges] == ["block.conv2/Conv", "block/Add"]
+    assert [edge.node.name for edge in quantizable.products["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
+    clone = quantizable.plan.network.clone()
+    placed = quantizable.placement_of(["block.conv2/Conv"], clone)
     assert {edge.node for edge in placed.edges} <= set(clone.graph)
     fast = measure_sensitivity(model, ranges_of(model, x), INT8, [x], probes=64)
     slow = brute_force_sensitivity(model, ranges_of(model, x), INT8, [x])
@@ -219,9 +222,24 @@ def test_the_fewest_layers_that_halve_the_damage() -> None:
     assert [item.node for item in found.ranked("int8")] == ["e", "b", "a", "c", "d"]
 
 
+def test_a_list_that_costs_much_coverage_has_one_beside_it_that_does_not() -> None:
+    costly = hand_made(layer("a", 3.0, 500), layer("b", 4.0, 490), layer("c", 2.0, 5), layer("d", 1.0, 5))
+    halving, cheap = exclude_lists(costly)
+    assert halving.title == "To halve the damage (saves 70%, leaves 1.0% of the multiply-accumulates in INT8)"
+    assert cheap.to_json() == {
+        "purpose": "To keep 98% of the arithmetic quantised "
+        "(saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
+        "layers": ["c", "d"],
+        "coverage": 0.99,
+        "saves": pytest.approx(0.3),
+    }
+    assert len(exclude_lists(hand_made(layer("a", 9.0, 1), layer("b", 1.0, 999)))) == 1
+
+
 def test_layers_without_damage_need_no_exclusion() -> None:
     found = hand_made(layer("a", 0.0), layer("b", 0.0))
     assert layers_to_exclude(found, "int8") == ()
+    assert exclude_lists(found) == ()
     assert found.share(found.layers[0], "int8") == 0.0
 
 
@@ -249,7 +267,7 @@ def test_json_and_back() -> None:
 
 
 def test_the_snippet_is_a_recipe_and_keeps_what_is_excluded_already(tmp_path: Path) -> None:
-    text = exclude_snippet(Recipe(exclude=("blocks.1*",)), [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
+    text = exclude_snippet(["blocks.1*"], [layer('odd[0]/"Conv"', 1.0), layer("b/Conv", 1.0)])
     (tmp_path / "resvit.toml").write_text(text)
     assert recipe_from_toml(tmp_path / "resvit.toml").exclude == ("blocks.1*", 'odd[[]0]/"Conv"', "b/Conv")
 

@@ -10,20 +10,24 @@ import pytest
 from rich.console import Console
 
 from resvit_calibrate.answers.replay import FirstImages, Replay
-from resvit_calibrate.gate.gate import judge
+from resvit_calibrate.gate.gate import Verdict, judge
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.golden import check_runner
 from resvit_engines.run.golden_files import golden_arrays, other_golden_outputs
-from resvit_export.cli.options import resolve_recipe, task_values
+from resvit_export.cli.options import resolve_recipe
 from resvit_export.cli.output import accuracy_table
-from resvit_export.on_device import _outputs_of
-from resvit_export.recipe import Recipe, recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.pairs import task_values
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.records.verdict import ScoreRow
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.report.sections.accuracy import accuracy_from_verdict, changed_from_run
-from resvit_export.searching import _hopeless
-from resvit_export.validation import _golden_into, _row
+from resvit_export.settle import hopeless
+from resvit_export.stages.device import outputs_of
+from resvit_export.stages.score import write_golden
 from task_images import Images, network
 from test_task_segmentation import TASK, masks, scores
 
@@ -38,7 +42,10 @@ def verdict() -> dict[str, object]:
     document = {
         **judge(comparison, 5.0).to_json(),
         "data": "scenes",
-        "stages": [_row("onnx float", TASK.compare(first, first)), _row("onnx int8", comparison)],
+        "stages": [
+            ScoreRow.of("onnx float", TASK.compare(first, first)).to_json(),
+            ScoreRow.of("onnx int8", comparison).to_json(),
+        ],
         "changed": TASK.changed(first, second),
         "class_names": [],
     }
@@ -65,21 +72,21 @@ def test_the_tables_and_the_report_name_the_metric() -> None:
         "gained",
         "no better, no worse",
     )
-    assert _hopeless(found, Recipe(max_drop=0.1)) == ""
+    assert hopeless(Verdict.from_json(found), Recipe(max_drop=0.1)) == ""
 
 
 def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:
     images = np.zeros((2, 1, 4, 4), np.float32)
     boxes, likely = np.ones((2, 5, 4), np.float32), np.full((2, 5, 3), 0.5, np.float16)
-    assert _golden_into(tmp_path, {"input": images}, {"x": likely}) == {
+    assert write_golden(tmp_path, {"input": images}, {"x": likely}).to_json() == {
         "input": "golden_input.npy",
         "output": "golden_output.npy",
     }
-    golden = _golden_into(tmp_path, {"input": images}, {"boxes": boxes, "scores": likely})
-    manifest = {"golden": golden}
-    assert golden["outputs"] == {"boxes": "golden_output.npy", "scores": "golden_output_1.npy"}
-    np.testing.assert_array_equal(golden_arrays(tmp_path, manifest)[1], boxes)
-    others = other_golden_outputs(tmp_path, manifest, 2)
+    files = write_golden(tmp_path, {"input": images}, {"boxes": boxes, "scores": likely})
+    manifest = Manifest(golden=files)
+    assert files.outputs == {"boxes": "golden_output.npy", "scores": "golden_output_1.npy"}
+    np.testing.assert_array_equal(golden_arrays(tmp_path, files)[1], boxes)
+    others = other_golden_outputs(tmp_path, files, 2)
     assert list(others) == ["scores"]
     assert others["scores"].dtype == np.float32
 
@@ -103,7 +110,7 @@ def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:
     with pytest.raises(ResvitError, match="no output depth"):
         check_runner(Runner(1.0), images, boxes, manifest, {"depth": boxes})
     with pytest.raises(ResvitError, match="hold 3 images and 2"):
-        other_golden_outputs(tmp_path, manifest, 3)
+        other_golden_outputs(tmp_path, files, 3)
 
 
 def test_what_a_device_answered_is_scored_like_what_ran_here(tmp_path) -> None:
@@ -113,7 +120,7 @@ def test_what_a_device_answered_is_scored_like_what_ran_here(tmp_path) -> None:
     for start, name in ((0, "images-0000-a"), (6, "images-0001-b")):
         np.save(tmp_path / f"{name}.npy", np.zeros((6, 2))[: 7 - start])
         np.save(tmp_path / f"{name}-out1.npy", found[start : start + 6][: 7 - start])
-    outputs = _outputs_of(sorted(tmp_path.glob("*.npy")), ["other", "masks"])
+    outputs = outputs_of(sorted(tmp_path.glob("*.npy")), ["other", "masks"])
     assert outputs["masks"].shape[0] == 7
     images = Images(known)
     images.class_names, images.task, images.preprocess, images.contents, images.digest = (

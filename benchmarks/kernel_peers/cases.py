@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resvit_engines.kernels import attention, bridge, norms, residual
+from resvit_engines.kernels import attention, bridge
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
 from resvit_engines.kernels.launch import Source
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
-from resvit_engines.kernels.residual import ResidualConfig, residual_source
 
 BATCHES = (1, 8, 32)
 DTYPES = ("fp16", "int8", "fp8")
@@ -57,13 +55,6 @@ BOTNET = (
     ("BoTNet 8x8, D 128", 8, 128),
 )
 """Side and head size; four heads and a bias of relative positions for each image and head."""
-MAPS = (
-    ("R50 stem 112", 64, 112),
-    ("R50 stage 1", 256, 56),
-    ("R50 stage 2", 512, 28),
-    ("R50 stage 3", 1024, 14),
-    ("R50 stage 4", 2048, 7),
-)
 
 
 @dataclass(frozen=True)
@@ -86,21 +77,12 @@ class Case:
         """For people."""
         return f"{self.kind} {self.model} {self.dtype} batch {self.batch}"
 
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether its arithmetic is matrix products."""
-        return self.kind in ("attention", "bridge")
-
 
 def all_cases(
     kinds: Sequence[str] = (), dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = BATCHES
 ) -> Iterator[Case]:
     """Every case of some kinds (all, if none is named)."""
-    makers = {
-        "attention": _attention, "bridge": _bridge, "group_norm": _group_norm, "layer_norm": _layer_norm,
-        "residual": _residual,
-    }  # fmt: skip
-    for kind, make in makers.items():
+    for kind, make in {"attention": _attention, "bridge": _bridge}.items():
         if not kinds or kind in kinds:
             for dtype in dtypes:
                 for batch in batches:
@@ -152,37 +134,4 @@ def _bridge(dtype: str, batch: int) -> Iterator[Case]:
         yield Case(
             "bridge", vit.name, dtype, batch, config, shapes, lambda sm, config=config: bridge_source(config, sm),
             bridge.traffic_bytes(config, shapes), bridge.operations(config, shapes),
-        )  # fmt: skip
-
-
-def _group_norm(dtype: str, batch: int) -> Iterator[Case]:
-    for name, channels, side in MAPS:
-        config = GroupNormConfig(channels, 32, side * side, relu=True, out_dtype=dtype, out_scale=_scale(dtype))
-        shapes = ((batch, channels, side, side), (channels,), (channels,))
-        yield Case(
-            "group_norm", name, dtype, batch, config, shapes, lambda sm, config=config: group_norm_source(config, sm),
-            norms.traffic_bytes(config, shapes), norms.operations(config, shapes),
-        )  # fmt: skip
-
-
-def _layer_norm(dtype: str, batch: int) -> Iterator[Case]:
-    for vit in VITS:
-        config = LayerNormConfig(vit.embed, add=True, out_dtype=dtype, out_scale=_scale(dtype))
-        tokens = (batch, vit.tokens, vit.embed)
-        shapes = (tokens, tokens, (vit.embed,), (vit.embed,))
-        yield Case(
-            "layer_norm", vit.name, dtype, batch, config, shapes,
-            lambda sm, config=config: layer_norm_source(config, sm),
-            norms.traffic_bytes(config, shapes), norms.operations(config, shapes),
-        )  # fmt: skip
-
-
-def _residual(dtype: str, batch: int) -> Iterator[Case]:
-    for name, channels, side in MAPS[1:]:
-        scale = _scale(dtype)
-        config = ResidualConfig((channels, side, side), "fp16", dtype, scale, dtype, scale)
-        shapes = ((batch, channels, side, side),) * 2
-        yield Case(
-            "residual", name, dtype, batch, config, shapes, lambda sm, config=config: residual_source(config, sm),
-            residual.traffic_bytes(config, shapes), residual.operations(config, shapes),
         )  # fmt: skip

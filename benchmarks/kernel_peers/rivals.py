@@ -121,43 +121,4 @@ def _bridge(case: Case) -> Work:
     return work
 
 
-def _group_norm(case: Case) -> Work:
-    config = case.config
-
-    def work(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-        y = F.group_norm(x, config.groups, gamma.to(x.dtype), beta.to(x.dtype), config.eps)
-        return _stored(F.relu(y) if config.relu else y, config.out_dtype, config.out_scale)
-
-    return work
-
-
-def _layer_norm(case: Case) -> Work:
-    config = case.config
-
-    def work(*inputs: torch.Tensor) -> Any:
-        *terms, gamma, beta = inputs
-        total = terms[0] + terms[1] if config.add else terms[0]
-        y = F.layer_norm(total, (config.size,), gamma.to(total.dtype), beta.to(total.dtype), config.eps)
-        y = _stored(y, config.out_dtype, config.out_scale)
-        return (total, y) if config.add else y
-
-    return work
-
-
-def _residual(case: Case) -> Work:
-    config = case.config
-
-    def work(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        y = x + _real(shortcut, config.shortcut_scale)
-        return _stored(F.relu(y) if config.relu else y, config.out_dtype, config.out_scale)
-
-    return work
-
-
-FUNCTIONS: dict[str, Callable[[Case], Work]] = {
-    "attention": _attention,
-    "bridge": _bridge,
-    "group_norm": _group_norm,
-    "layer_norm": _layer_norm,
-    "residual": _residual,
-}
+FUNCTIONS: dict[str, Callable[[Case], Work]] = {"attention": _attention, "bridge": _bridge}

@@ -23,8 +23,9 @@ from peers import coarsen
 from peers.coverage import coverage
 from peers.images import StoredImages
 from peers.methods import BY_NAME, INT8, Job, Work
-from resvit_calibrate.answers.classes import Predictions, compare, predict
+from resvit_calibrate.answers.classes import Predictions, compare
 from resvit_calibrate.runtime.runner import checked_runner
+from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.process import peak_memory_mib
@@ -140,7 +141,7 @@ def score(task: Task) -> dict[str, Any]:
             graph = coarse
         runner, remark = checked_runner(graph, {"input": next(test.batches(8)).images})
         notes += [remark] * bool(remark)
-        answers = predict(runner, test, task.batch)
+        answers = Classification({}).answers(runner, test, task.batch)
     shares = {"macs_share": share, "attention_share": attention}
     return {**compare(reference, answers).to_json(), **shares, "left": left, "notes": notes}
 
@@ -149,7 +150,7 @@ def reference_into(model: Path, test: StoredImages, batch: int, out: Path) -> Pr
     """The float graph's answers, by the runner that scores all others."""
     from resvit_calibrate.runtime.runner import onnx_runner
 
-    answers = predict(onnx_runner(model), test, batch)
+    answers = Classification({}).answers(onnx_runner(model), test, batch)
     answers.save(out)
     return answers
 

@@ -36,8 +36,6 @@ constexpr std::array kOP_TYPES{
     "ResvitAttention", "ResvitAttentionQ", "ResvitAttentionBias", "ResvitAttentionBiasQ", "ResvitAttentionSplit",
     "ResvitAttentionSplitQ", "ResvitAttentionSplitBias", "ResvitAttentionSplitBiasQ", "ResvitBridge",
     "ResvitBridgeNorm", "ResvitBridgeNormQ", "ResvitBridgeW8", "ResvitBridgeW8Norm", "ResvitBridgeW8NormQ",
-    "ResvitGroupNorm", "ResvitGroupNormQ", "ResvitLayerNorm", "ResvitLayerNormQ", "ResvitLayerNormAdd",
-    "ResvitLayerNormAddQ", "ResvitResidual", "ResvitResidualQ",
 };
 
 std::atomic<nvinfer1::ILoggerFinder*> gLoggerFinder{nullptr};

@@ -1,8 +1,7 @@
 """A run is a folder of finished stages, each named by what went into it.
 
-A stage lives in ``<stage>-<key>``, where the key digests its settings, the digests of its inputs and the versions
-of the packages that computed it. The folder appears in one step when the stage is complete, so a stage that is
-there is whole, one whose inputs and settings are unchanged is not done again, and a killed run continues where it
+A stage lives in ``<stage>-<key>`` (see ``stage.Key``). The folder appears in one step when the stage is complete, so a
+stage that is there is whole, one whose value is unchanged is not done again, and a killed run continues where it
 stopped. Stages that two targets share are therefore shared by themselves.
 """
 
@@ -10,58 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import (
-    atomic_directory,
-    canonical_json,
-    explain_os_errors,
-    pretty_json,
-    sha256_bytes,
-    sha256_file,
-)
+from resvit_engines.files import atomic_directory, explain_os_errors, pretty_json, sha256_file
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
-
-RECORD = "record.json"
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One finished stage: where it lies, and its record (settings, inputs, output digests, cost)."""
-
-    stage: str
-    folder: Path
-    record: Mapping[str, Any]
-    reused: bool
-
-    @property
-    def digest(self) -> str:
-        """Digest over the contents of all output files."""
-        return sha256_bytes(canonical_json(self.record["outputs"]))
-
-    @property
-    def seconds(self) -> float:
-        """Wall time that the stage took when it was computed."""
-        return float(self.record["seconds"])
-
-    def path(self, name: str) -> Path:
-        """Path of one output file."""
-        return self.folder / name
-
-    def json(self, name: str) -> dict[str, Any]:
-        """Content of one JSON output."""
-        value: dict[str, Any] = json.loads(self.path(name).read_bytes())
-        return value
+from resvit_export.stage import RECORD, A, Key, Output, Record, Stage
 
 
 class NotFinishedError(ResvitError):
@@ -115,72 +74,51 @@ class RunFolder:
         finally:
             os.close(lock)
 
-    def stage(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        packages: tuple[str, ...],
-        work: Callable[[Path], None],
-    ) -> Artifact:
-        """Return the stage if it stands finished and intact, else let ``work`` fill its folder.
+    def do(self, stage: Stage[A]) -> A:
+        """The finished stage: as it stands, if it is intact, else done now."""
+        return self.do_together([stage], lambda missing: stage.fill(missing[0][1], self.reporter))[0]
 
-        ``inputs`` maps a name to a digest; ``packages`` are the distributions whose versions change the result.
-        """
-        facts = {
-            "stage": name,
-            "settings": dict(settings),
-            "inputs": dict(inputs),
-            "versions": {package: package_version(package) for package in ("resvit-export", *packages)},
-        }
-        key = sha256_bytes(canonical_json(facts))
-        folder = self.path / f"{name}-{key[:12]}"
-        record = self._intact(folder, key)
-        if record is not None:
-            if not self._look_only:
-                self.reporter.say(f"{name}: unchanged ({folder.name})")
-            return Artifact(name, folder, record, reused=True)
-        if self._look_only:
-            raise NotFinishedError(name)
-        self.reporter.say(f"{name} …")
-        start = time.monotonic()
-        _reset_peak_memory()
-        with self._full_disk_explained(folder), atomic_directory(folder) as partial:
-            work(partial)
-            record = {
-                **facts,
-                "key": key,
-                "outputs": {
-                    str(file.relative_to(partial)): {
-                        "sha256": sha256_file(file),
-                        "bytes": file.stat().st_size,
-                    }
-                    for file in sorted(partial.rglob("*"))
-                    if file.is_file()
-                },
-                "seconds": round(time.monotonic() - start, 3),
-                "peak_mib": peak_memory_mib(),
-            }
-            (partial / RECORD).write_bytes(pretty_json(record))
-        self.reporter.say(f"{name}: {record['seconds']:.1f} s, peak {record['peak_mib']} MiB ({folder.name})")
-        return Artifact(name, folder, record, reused=False)
+    def do_together(
+        self, stages: Sequence[Stage[A]], fill: Callable[[Sequence[tuple[Stage[A], Path]]], None]
+    ) -> list[A]:
+        """Several finished stages that share work: ``fill`` gets those that are missing, each with its folder."""
+        keys = [Key.of(stage) for stage in stages]
+        artifacts = [self._finished(stage, key) for stage, key in zip(stages, keys, strict=True)]
+        missing = [index for index, artifact in enumerate(artifacts) if artifact is None]
+        if missing and self._look_only:
+            raise NotFinishedError(stages[missing[0]].name)
+        if missing:
+            names = ", ".join(dict.fromkeys(keys[index].stage for index in missing))
+            self.reporter.say(f"{names} …")
+            start = time.monotonic()
+            _reset_peak_memory()
+            with contextlib.ExitStack() as owned:
+                owned.enter_context(self._full_disk_explained(self._folder(keys[missing[0]])))
+                partials = [owned.enter_context(atomic_directory(self._folder(keys[index]))) for index in missing]
+                fill([(stages[index], partial) for index, partial in zip(missing, partials, strict=True)])
+                seconds, peak_mib = round((time.monotonic() - start) / len(missing), 3), peak_memory_mib()
+                for index, partial in zip(missing, partials, strict=True):
+                    record = _recorded(keys[index], partial, seconds, peak_mib)
+                    artifacts[index] = _artifact(stages[index], self._folder(keys[index]), record, reused=False)
+            places = ", ".join(self._folder(keys[index]).name for index in missing)
+            self.reporter.say(f"{names}: {seconds * len(missing):.1f} s, peak {peak_mib} MiB ({places})")
+        return [artifact for artifact in artifacts if artifact is not None]
 
-    def _intact(self, folder: Path, key: str) -> dict[str, Any] | None:
-        """The record of a finished stage, or ``None`` where there is none or a file was damaged since."""
+    def _folder(self, key: Key) -> Path:
+        return self.path / f"{key.stage}-{key.digest[:12]}"
+
+    def _finished(self, stage: Stage[A], key: Key) -> A | None:
+        """The stage as it stands, or ``None`` where there is none or a file was damaged since."""
+        folder = self._folder(key)
         if not folder.is_dir():
             return None
-        try:
-            record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-            whole = record["key"] == key and all(
-                (folder / name).stat().st_size == output["bytes"] and sha256_file(folder / name) == output["sha256"]
-                for name, output in record["outputs"].items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+        record = record_in(folder)
+        if record is None or record.key != key.digest or not _intact(folder, record):
             self.reporter.warn(f"{folder} is damaged (a file is missing or was changed); the stage is done again.")
             return None
-        return record
+        if not self._look_only:
+            self.reporter.say(f"{key.stage}: unchanged ({folder.name})")
+        return _artifact(stage, folder, record, reused=True)
 
     @contextlib.contextmanager
     def _full_disk_explained(self, folder: Path) -> Iterator[None]:
@@ -199,12 +137,37 @@ class RunFolder:
             raise
 
 
-def package_version(name: str) -> str:
-    """Installed version of a distribution, or ``absent``."""
+def record_in(folder: Path) -> Record | None:
+    """The record of a finished stage; ``None`` where there is none that can be read."""
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return Record.from_json(json.loads((folder / RECORD).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _recorded(key: Key, folder: Path, seconds: float, peak_mib: int) -> Record:
+    """Digest what lies in a folder, and write the record beside it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    outputs = {str(file.relative_to(folder)): Output(sha256_file(file), file.stat().st_size) for file in files}
+    record = Record(key.stage, key.digest, key.value, key.versions, outputs, seconds, peak_mib)
+    (folder / RECORD).write_bytes(pretty_json(record.to_json()))
+    return record
+
+
+def _artifact(stage: Stage[A], folder: Path, record: Record, *, reused: bool) -> A:
+    """Read back as the kind that the stage says."""
+    artifact: A = stage.artifact(folder, record, reused)  # type: ignore[assignment]  # a class variable holds no A
+    return artifact
+
+
+def _intact(folder: Path, record: Record) -> bool:
+    try:
+        return all(
+            (folder / name).stat().st_size == output.bytes and sha256_file(folder / name) == output.sha256
+            for name, output in record.outputs.items()
+        )
+    except OSError:
+        return False
 
 
 def _reset_peak_memory() -> None:

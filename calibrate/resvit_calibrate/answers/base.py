@@ -6,9 +6,9 @@ import abc
 import dataclasses
 import difflib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ DATA_OPTIONS = ("classes", "ignore", "depth_scale")
 """Options that say how the data is read (see ``targets.TargetOptions``): every task lets them pass."""
 _T = TypeVar("_T", bound=Target)
 _O = TypeVar("_O")
+Seen: TypeAlias = tuple[Batch, dict[str, Array]]
+"""A batch and a network's outputs for it."""
+Keeping: TypeAlias = Generator[None, "Seen | None", Any]
 _KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths"}
 
 
@@ -56,18 +59,36 @@ class Task(abc.ABC):
     unit: str
 
     @abc.abstractmethod
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Answers:
-        """Run a network on every image, and keep what comparing needs.
+    def keeping(self, image_set: ImageSet) -> Keeping:
+        """Keep what comparing needs of one network: sent each batch with its outputs, then ``None``, returns answers.
 
         Raises ``ResvitError`` for outputs that are not the task's, and images of which the task needs to know more.
         """
+
+    def answers_of(
+        self,
+        runners: Mapping[str, Runner],
+        image_set: ImageSet,
+        batch_size: int,
+        reporter: Reporter = SILENT,
+    ) -> dict[str, Any]:
+        """The answers of several networks by name, each image decoded once for all of them; raises as ``keeping``."""
+        keepers = {name: self.keeping(image_set) for name in runners}
+        for keeper in keepers.values():
+            next(keeper)
+        what = f"validate ({', '.join(runners)})"
+        any_image = False
+        for batch in reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size):
+            any_image = True
+            for name, runner in runners.items():
+                keepers[name].send((batch, _outputs(runner, batch)))
+        if not any_image:
+            raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
+        return {name: _returned(keeper) for name, keeper in keepers.items()}
+
+    def answers(self, runner: Runner, image_set: ImageSet, batch_size: int) -> Any:
+        """The answers of one network; raises as ``keeping``."""
+        return self.answers_of({"outputs": runner}, image_set, batch_size)["outputs"]
 
     @abc.abstractmethod
     def load(self, path: Path) -> Answers:
@@ -139,23 +160,25 @@ def require_between(task: str, key: str, value: float, low: float, high: float) 
         raise ResvitError(f"The option {key} = {value} of {task} is out of range.", f"Give {low:g} to {high:g}.")
 
 
-def run_batches(
-    runner: Runner, image_set: ImageSet, batch_size: int, reporter: Reporter, what: str
-) -> Iterator[tuple[Batch, dict[str, Array]]]:
-    """Each batch with the network's outputs, in which an image more or less than in the batch is refused."""
-    any_image = False
-    for batch in reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size):
-        any_image = True
-        outputs = {name: np.asarray(value) for name, value in runner(batch.feeds(INPUT)).items()}
-        for name, value in outputs.items():
-            if value.ndim and len(value) != len(batch.images):
-                raise ResvitError(
-                    f"The output {name} has the shape {list(value.shape)} for {len(batch.images)} images.",
-                    "Every output must have one entry for each image, along its first axis.",
-                )
-        yield batch, outputs
-    if not any_image:
-        raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
+def _outputs(runner: Runner, batch: Batch) -> dict[str, Array]:
+    """The network's outputs, in which an image more or less than in the batch is refused."""
+    outputs = {name: np.asarray(value) for name, value in runner(batch.feeds(INPUT)).items()}
+    for name, value in outputs.items():
+        if value.ndim and len(value) != len(batch.images):
+            raise ResvitError(
+                f"The output {name} has the shape {list(value.shape)} for {len(batch.images)} images.",
+                "Every output must have one entry for each image, along its first axis.",
+            )
+    return outputs
+
+
+def _returned(keeper: Keeping) -> Any:
+    """What a keeper returns once there is no more."""
+    try:
+        keeper.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError("a task keeps asking behind its last batch")
 
 
 def targets_of(batch: Batch, kind: type[_T], task: str, image_set: ImageSet) -> list[_T]:

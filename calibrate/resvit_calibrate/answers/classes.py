@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ import numpy.typing as npt
 
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.gate.intervals import images_to_decide, paired_difference, share
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
-from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
+    from resvit_calibrate.runtime.sessions import Arrays
 
 INPUT, OUTPUT = "input", "logits"
 _CHUNK = 4096
@@ -156,29 +155,21 @@ class ClassComparison(Comparison):
         }
 
 
-def predict(
-    runner: Runner,
-    image_set: ImageSet,
-    batch_size: int,
-    reporter: Reporter = SILENT,
-    what: str = "validate",
-) -> Predictions:
-    """Run a network on every image. The runner's array ``input`` goes in; ``logits``, or its only output, is read.
+def predictions_kept(image_set: ImageSet) -> Generator[None, tuple[Batch, Arrays] | None, Predictions]:
+    """Keep logits and labels of what is sent: batches with a network's ``logits``, or its only output, [B, K].
 
     Raises ``ResvitError`` for outputs that are not [B, K], and labels that are missing or not below K.
     """
     logits: list[npt.NDArray[np.float32]] = []
     labels: list[npt.NDArray[np.int64]] = []
-    batches = reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size)
-    for batch in batches:
+    while (seen := (yield)) is not None:
+        batch, outputs = seen
         if batch.labels is None:
             raise ResvitError(
                 f"The images have no labels ({image_set.description}).", "Validation needs labelled images."
             )
-        logits.append(_logits(runner(batch.feeds(INPUT)), len(batch.images)))
+        logits.append(_logits(outputs, len(batch.images)))
         labels.append(batch.labels)
-    if not logits:
-        raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
     found = Predictions(np.concatenate(logits), np.concatenate(labels))
     classes, highest = found.logits.shape[1], int(found.labels.max())
     if highest >= classes or int(found.labels.min()) < 0:

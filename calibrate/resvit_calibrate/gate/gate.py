@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,13 @@ class Verdict:
             "metric": self.metric,
             "unit": self.unit,
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Verdict:
+        """Read what ``to_json`` wrote; more than that is passed over."""
+        kept = ("reason", "max_drop", "confidence", "images", "images_needed", "chance_level", "metric", "unit")
+        low, high = document["interval"]
+        return cls(VerdictKind(document["verdict"]), interval=(low, high), **{name: document[name] for name in kept})
 
 
 def judge(comparison: Comparison, max_drop: float, confidence: float = 0.95) -> Verdict:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from resvit_calibrate.answers.base import Task, options_from
-from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predict
+from resvit_calibrate.answers.base import Keeping, Task, options_from
+from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predictions_kept
 from resvit_calibrate.images.image_set import ImageSet
-from resvit_engines.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -31,16 +27,9 @@ class Classification(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, self.name, options)
 
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Predictions:
-        """Logits and labels of every image; raises as ``metrics.predict``."""
-        return predict(runner, image_set, batch_size, reporter, what)
+    def keeping(self, image_set: ImageSet) -> Keeping:
+        """Logits and labels of every image."""
+        return predictions_kept(image_set)
 
     def load(self, path: Path) -> Predictions:
         """Read ``Predictions``."""

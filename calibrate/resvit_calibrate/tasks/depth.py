@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from resvit_calibrate.answers.base import (
     Array,
+    Keeping,
     Task,
     finite_images,
     options_from,
@@ -19,7 +20,6 @@ from resvit_calibrate.answers.base import (
     require_choice,
     require_finite,
     require_same_images,
-    run_batches,
     shapes_of,
     targets_of,
 )
@@ -31,10 +31,6 @@ from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
 
 _NEAR = 0.05
 """A pixel agrees where the two depths differ by at most this share of the first."""
@@ -89,17 +85,11 @@ class Depth(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(DepthOptions, self.name, options)
 
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Depths:
+    def keeping(self, image_set: ImageSet) -> Keeping:
         """Depth maps of every image and their errors."""
         maps, rows, finite, digests, keeper, step = [], [], [], [], RawKeeper(), 0
-        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+        while (seen := (yield)) is not None:
+            batch, outputs = seen
             output = self._output(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
             step = step or step_for(len(image_set), size)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,13 @@ from resvit_calibrate.answers.average_precision import Matched, matched
 from resvit_calibrate.answers.base import (
     Answers,
     Array,
+    Keeping,
     Task,
     finite_images,
     load_arrays,
     options_from,
     require_finite,
     require_same_images,
-    run_batches,
     save_arrays,
     targets_of,
 )
@@ -34,10 +34,6 @@ from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
 
 _DRAWS = 1000
 _MOST = 100
@@ -96,19 +92,13 @@ class Detection(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(DetectionOptions, self.name, options)
 
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Detections:
+    def keeping(self, image_set: ImageSet) -> Keeping:
         """The best boxes of every image, with the known ones."""
         found: list[Boxes] = []
         known: list[BoxTarget] = []
         finite, keeper, reader = [], RawKeeper(), None
-        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+        while (seen := (yield)) is not None:
+            batch, outputs = seen
             reader = reader or BoxReader(self.options, outputs, image_set.num_classes)
             targets = targets_of(batch, BoxTarget, self.name, image_set)
             known += [self.numbered(target, image_set, reader.classes) for target in targets]

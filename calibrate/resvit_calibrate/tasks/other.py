@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from resvit_calibrate.answers.base import (
     Answers,
     Array,
+    Keeping,
     Task,
     finite_images,
     load_arrays,
@@ -20,7 +21,6 @@ from resvit_calibrate.answers.base import (
     require_between,
     require_finite,
     require_same_images,
-    run_batches,
     save_arrays,
     shapes_of,
 )
@@ -30,10 +30,6 @@ from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.readers.user_loader import function_from
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
 
 _IMAGES = 1024
 _BYTES = 256 << 20
@@ -126,18 +122,13 @@ class Other(Task):
         self.metric = "SQNR" if metric is None else metric.rpartition(":")[2]
         self.unit = "dB" if metric is None else POINTS
 
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Outputs:
+    def keeping(self, image_set: ImageSet) -> Keeping:
         """The user's scores of every image, and outputs."""
+        del image_set
         keeper = RawKeeper(_IMAGES, _BYTES)
         scores, finite = [], []
-        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+        while (seen := (yield)) is not None:
+            batch, outputs = seen
             if not any(value.ndim and value.dtype.kind == "f" for value in outputs.values()):
                 raise ResvitError(
                     f"The network has no output of floating-point numbers: {shapes_of(outputs)}.",

@@ -6,19 +6,19 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Array,
+    Keeping,
     Task,
     finite_images,
     options_from,
     require_finite,
     require_same_images,
-    run_batches,
     shapes_of,
     targets_of,
 )
@@ -31,10 +31,6 @@ from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Runner
 
 _CHANGED = 0.99
 """An image of which a larger share of pixels has the same class is not called changed."""
@@ -71,19 +67,13 @@ class Segmentation(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(SegmentationOptions, self.name, options)
 
-    def answers(
-        self,
-        runner: Runner,
-        image_set: ImageSet,
-        batch_size: int,
-        reporter: Reporter = SILENT,
-        what: str = "validate",
-    ) -> Masks:
+    def keeping(self, image_set: ImageSet) -> Keeping:
         """Label maps of every image and their counts against the known masks."""
         rows: list[tuple[Array, Array, Array]] = []
         maps, finite, digests, keeper = [], [], [], RawKeeper()
         step = classes = 0
-        for batch, outputs in run_batches(runner, image_set, batch_size, reporter, what):
+        while (seen := (yield)) is not None:
+            batch, outputs = seen
             output = self._output(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
             self._fits(output, size)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim
-from resvit_engines.kernels.norms import LayerNormConfig, layer_norm_reference
 from resvit_engines.kernels.numerics import (
     EIGHT_BIT,
     FLOATS,
@@ -87,13 +86,15 @@ def bridge_reference(config: BridgeConfig, *inputs: Array) -> tuple[Array, ...]:
     tokens = stored(tokens, config.token_dtype)
     if not config.norm:
         return (tokens,)
-    return tokens, *layer_norm_reference(_norm(config), tokens, *rest)
+    gamma, beta = rest
+    return tokens, stored(layer_norm(tokens, gamma, beta, config.eps), config.out_dtype, config.out_scale)
 
 
-def _norm(config: BridgeConfig) -> LayerNormConfig:
-    return LayerNormConfig(
-        config.embed, config.eps, dtype=config.token_dtype, out_dtype=config.out_dtype, out_scale=config.out_scale
-    )
+def layer_norm(tokens: Array, gamma: Array, beta: Array, eps: float) -> Array:
+    """LayerNorm over the last dimension in float64: the definition (ONNX LayerNormalization)."""
+    distance = tokens - tokens.mean(-1, keepdims=True)
+    normalised: Array = distance / np.sqrt((distance**2).mean(-1, keepdims=True) + eps) * gamma + beta
+    return normalised
 
 
 def bridge_refusal(config: BridgeConfig, sm: int) -> str | None:

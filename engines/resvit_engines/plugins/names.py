@@ -44,20 +44,6 @@ def _bridge() -> Iterator[OpType]:
         )
 
 
-def _norms() -> Iterator[OpType]:
-    for suffixes in _chosen("Q"):
-        yield OpType("ResvitGroupNorm" + "".join(suffixes), ("x", "gamma", "beta"), ("normalised",))
-    for suffixes in _chosen("Add", "Q"):
-        residual, total = (("residual",), ("sum",)) if "Add" in suffixes else ((), ())
-        inputs = ("x", *residual, "gamma", "beta")
-        yield OpType("ResvitLayerNorm" + "".join(suffixes), inputs, (*total, "normalised"))
-
-
-def _residual() -> Iterator[OpType]:
-    for suffixes in _chosen("Q"):
-        yield OpType("ResvitResidual" + "".join(suffixes), ("x", "shortcut"), ("output",))
-
-
-OP_TYPES: Mapping[str, OpType] = {op.name: op for op in (*_attention(), *_bridge(), *_norms(), *_residual())}
+OP_TYPES: Mapping[str, OpType] = {op.name: op for op in (*_attention(), *_bridge())}
 """Every op type by name. Suffixes: ``Q`` the (normalised, else the only) output has 8 bits; ``Split`` q, k and v are
-three inputs; ``W8`` the weight has 8 bits; ``Norm`` a LayerNorm follows; ``Add`` a residual sum comes first."""
+three inputs; ``W8`` the weight has 8 bits; ``Norm`` a LayerNorm follows."""

@@ -10,10 +10,10 @@ import click
 from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ResvitError
 from resvit_export.cli.options import recipe_options
-from resvit_export.cli.stages import each, examples_text, open_pipelines
+from resvit_export.cli.stages import each, examples_text, open_runs
 
 if TYPE_CHECKING:
-    from resvit_export.pipeline import Pipeline
+    from resvit_export.run import Run
 
 
 @click.command(
@@ -49,31 +49,34 @@ def audit_command(
     if onnx is not None or fp16_layers is not None:
         raise ResvitError("--onnx and --fp16-layers belong to --layers.", "Say --layers with the layer file as well.")
 
-    def do(pipeline: Pipeline) -> tuple[dict[str, Any], int]:
+    def do(run: Run) -> tuple[dict[str, Any], int]:
         from resvit_export.cli.output import show_stage, summarize
+        from resvit_export.pipeline import Pipeline
+        from resvit_export.settle import settled
 
-        pipeline.require_target()
-        pipeline = pipeline.settled()
+        run.require_target()
+        pipeline = settled(Pipeline(run))
         artifact = pipeline.audited
         show_stage(artifact, output)
-        pipeline.require_fused()
+        if run.recipe.require_fused:
+            artifact.result.require_fused()
         return summarize(artifact), 0
 
-    with open_pipelines(flags, output) as pipelines:
-        return each(pipelines, output, do)
+    with open_runs(flags, output) as runs:
+        return each(runs, output, do)
 
 
 def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gate: bool, output: Output) -> int:
-    from resvit_engines.audit.text import require_fused
+    from resvit_engines.audit.record import record_of
     from resvit_engines.console import console, emit_json
-    from resvit_export.auditing import audit_of_layers
     from resvit_export.cli.audit_tables import audit_tables
+    from resvit_export.stages.audit import audit_of_layers
 
     if onnx is None:
         raise ResvitError(
             f"{layers} alone does not say what should have fused.", "Say --onnx with the file it was built from."
         )
-    audit = audit_of_layers(layers, onnx, fp16_layers)
+    audit = record_of(audit_of_layers(layers, onnx, fp16_layers))
     document = audit.to_json()
     if output.json:
         emit_json(document)
@@ -81,5 +84,5 @@ def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gat
         for item in audit_tables(document):
             console().print(item, soft_wrap=True)
     if gate:
-        require_fused(audit)
+        audit.require_fused()
     return 0

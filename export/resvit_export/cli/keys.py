@@ -7,18 +7,10 @@ from pathlib import Path
 
 import click
 
-from resvit_engines.console import F, emit_json, output_options
+from resvit_engines.console import emit_json, output_options
 from resvit_engines.errors import ResvitError
-
-
-def key_option(function: F) -> F:
-    """Add ``--key``, the source of the private key."""
-    return click.option(
-        "--key",
-        metavar="FILE|agent[:COMMENT]",
-        help="Private key to sign with: a file of keygen or ssh-keygen, or the OpenSSH agent.  "
-        "[default: $RESVIT_SIGNING_KEY, the key itself, or $RESVIT_SIGNING_KEY_FILE]",
-    )(function)
+from resvit_export.cli.options import option_of
+from resvit_export.recipe.recipe import SETTINGS
 
 
 @click.command(
@@ -83,7 +75,7 @@ def keygen_command(
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="File for the signed bundle.  [default: BUNDLE itself]")
-@key_option
+@option_of(SETTINGS["key"])
 @output_options
 def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, as_json: bool) -> None:
     """Sign a bundle that exists, after checking every byte of it; its signature takes the place of any before.
@@ -104,7 +96,7 @@ def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, a
     bundle = out or bundle
     if as_json:
         signed_by = {"name": signing.public.name, "keyid": signing.public.keyid}
-        emit_json({"bundle": str(bundle), "name": manifest.get("name"), "signed_by": signed_by})
+        emit_json({"bundle": str(bundle), "name": manifest.name, "signed_by": signed_by})
     elif not quiet:
         click.echo(f"{bundle} is signed by {signing.public.name} ({signing.public.keyid[:16]}…).")
 

@@ -60,6 +60,8 @@ def layers_command(
     For an engine whose outputs are not those that were validated: names the first layer that departs, and exits with
     11 where there is one. By Polygraphy, on a run's golden images, or on any --onnx and --input.
     """
+    from resvit_export.settle import settled
+    from resvit_export.stages.score import shipped_in
     from resvit_export.tools.layer_compare import compare_layers, first_departure, input_of, optimised_runner
 
     output = Output(quiet, as_json)
@@ -67,8 +69,8 @@ def layers_command(
         raise ResvitError("--onnx and --input belong together.", "Say both, or --run with a run folder.")
     if onnx is None or images is None:
         with open_pipeline(flags, output) as pipeline:
-            settled = pipeline.settled()
-            onnx, images = settled.shipped.path("model.onnx"), settled.validated.path("golden_input.npy")
+            chosen = settled(pipeline)
+            onnx, images = chosen.model.path, shipped_in(chosen.answered).path("golden_input.npy")
     runner = optimised_runner if against == "onnxruntime" else None
     found = compare_layers(onnx, input_of(onnx, images), runner, only)
     first = first_departure(found, tolerance)

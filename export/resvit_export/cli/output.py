@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -12,11 +11,11 @@ from rich.table import Table
 
 from resvit_engines.console import Output, console, mib, table
 from resvit_export.cli.audit_tables import audit_lines, audit_tables
-from resvit_export.pruning import prune_summary
+from resvit_export.stages.prune import prune_summary
 
 if TYPE_CHECKING:
-    from resvit_export.pipeline import Pipeline
-    from resvit_export.run_folder import Artifact
+    from resvit_export.api import Built
+    from resvit_export.stage import Artifact
 
 _VERDICT_STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
 
@@ -25,15 +24,15 @@ def summarize(artifact: Artifact) -> dict[str, Any]:
     """A stage for JSON output: where it lies, what it cost and what it found."""
     results = {
         file: artifact.json(file)
-        for file in artifact.record["outputs"]
-        if file.endswith(".json") and file not in ("ranges.json", "clips.json", "kernels.json")
+        for file in artifact.record.outputs
+        if file.endswith(".json") and file not in ("ranges.json", "clips.json", "kernels.json", "golden.json")
     }
     return {
         "stage": artifact.stage,
         "folder": str(artifact.folder.resolve()),
         "reused": artifact.reused,
         "seconds": artifact.seconds,
-        "peak_mib": artifact.record["peak_mib"],
+        "peak_mib": artifact.record.peak_mib,
         "results": results,
     }
 
@@ -227,7 +226,7 @@ def verdict_line(verdict: Mapping[str, Any]) -> str:
 
 
 def _fuse(artifact: Artifact) -> list[Table | str]:
-    """What became of attention, bridge and seams."""
+    """What became of attention and the bridge."""
     return list(artifact.json("fusion.json")["sentences"])
 
 
@@ -261,34 +260,30 @@ def _audit(artifact: Artifact) -> list[Table | str]:
     return audit_tables(artifact.json("audit.json"))
 
 
-def build_document(pipeline: Pipeline, stages: Sequence[Artifact], report: Path) -> dict[str, Any]:
+def build_document(built: Built) -> dict[str, Any]:
     """The result of a build for JSON output."""
-    verdict, worth = pipeline.verdict, pipeline.predicted.json("costs.json")
-    bundled = any(stage.stage == "bundle" for stage in stages)
+    verdict = built.verdict
     return {
-        "verdict": verdict["verdict"],
-        "reason": verdict["reason"],
-        "bundle": str(pipeline.bundle_path.resolve()) if bundled else None,
-        "report": str(report.resolve()),
-        "recipe": str((pipeline.run.path / "recipe.toml").resolve()),
-        "predicted": {key: worth[key] for key in ("gain", "faster", "sentence")},
-        "stages": [summarize(stage) for stage in stages],
+        "verdict": verdict.kind.value,
+        "reason": verdict.reason,
+        "bundle": str(built.bundle.resolve()) if built.bundle else None,
+        "report": str(built.report.resolve()),
+        "recipe": str((built.folder / "recipe.toml").resolve()),
+        "predicted": built.predicted.to_json(),
+        "stages": [summarize(stage) for stage in built.stages],
     }
 
 
-def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, output: Output) -> None:
+def show_build(built: Built, output: Output) -> None:
     """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
-    verdict = pipeline.verdict
-    worth = pipeline.predicted.json("costs.json")
-    bundle = next((pipeline.bundle_path for stage in stages if stage.stage == "bundle"), None)
-    screen = console()
+    pipeline, stages, screen = built.pipeline, built.stages, console()
     if not output.quiet:
-        screen.print(accuracy_table(verdict))
+        screen.print(accuracy_table(pipeline.validated.json("verdict.json")))
         screen.print(quantize_table(pipeline.quantized.json("quantize.json")))
-        if pipeline.recovers:
+        if pipeline.variant.recovers:
             for item in _recover(pipeline.recovered):
                 screen.print(item, soft_wrap=True)
-        screen.print(_sizes(pipeline, stages, bundle))
+        screen.print(_sizes(built))
         screen.print(_costs(stages), soft_wrap=True)
         for stage in stages:
             if stage.stage == "compile":
@@ -297,25 +292,30 @@ def show_build(pipeline: Pipeline, stages: Sequence[Artifact], report: Path, out
             if stage.stage == "audit":
                 for item in audit_lines(stage.json("audit.json")):
                     screen.print(item, soft_wrap=True)
-    if pipeline.search:
-        found = pipeline.search.json("search.json")
-        for line in (*found["sentences"], *found["prices"]):
-            screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    screen.print(worth["sentence"], markup=False, highlight=False, soft_wrap=True)
-    screen.print(verdict_line(verdict), soft_wrap=True)
-    if bundle:
-        screen.print(f"bundle: {bundle}", markup=False, soft_wrap=True)
-    screen.print(f"report: {report}", markup=False, soft_wrap=True)
+    for line in pipeline.variant.search.lines if pipeline.variant.search else ():
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    screen.print(built.predicted.sentence, markup=False, highlight=False, soft_wrap=True)
+    screen.print(verdict_line(pipeline.validated.json("verdict.json")), soft_wrap=True)
+    if built.bundle:
+        screen.print(f"bundle: {built.bundle}", markup=False, soft_wrap=True)
+    screen.print(f"report: {built.report}", markup=False, soft_wrap=True)
+    if built.device:
+        screen.print("\n".join(built.device.lines(str(stages[-1].path("engine.plan")))), markup=False, soft_wrap=True)
 
 
-def _sizes(pipeline: Pipeline, stages: Sequence[Artifact], bundle: Path | None) -> Table:
-    files = [("float ONNX", pipeline.exported.path("model.onnx"))]
-    files.append((f"{pipeline.recipe.precision.upper()} ONNX", pipeline.quantized.path("model.onnx")))
-    for stage in stages:
-        if stage.stage == "compile" and stage.path("engine.plan").exists():
-            files.append(("engine", stage.path("engine.plan")))
-    if bundle:
-        files.append(("bundle", bundle))
+def _sizes(built: Built) -> Table:
+    pipeline = built.pipeline
+    files = [
+        ("float ONNX", pipeline.exported.model.path),
+        (f"{pipeline.run.precision.value.upper()} ONNX", pipeline.quantized.model.path),
+    ]
+    files += [
+        ("engine", stage.path("engine.plan"))
+        for stage in built.stages
+        if stage.stage == "compile" and stage.has("engine.plan")
+    ]
+    if built.bundle:
+        files.append(("bundle", built.bundle))
     return table("Sizes", ("file", "size"), [(name, mib(path.stat().st_size)) for name, path in files])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,14 +10,15 @@ import click
 from resvit_engines.console import Output, output_options
 from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
+from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
-    from resvit_export.recipe import Recipe
-    from resvit_quantize.sensitivity.sensitivity import LayerDamage, Sensitivity
+    from resvit_export.recipe.recipe import Recipe
+    from resvit_quantize.sensitivity.exclude import ExcludeList
+    from resvit_quantize.sensitivity.sensitivity import Sensitivity
 
 _SHOWN = 15
 _BLOCKS = 8
-_METHODS = ("one-pass", "brute-force")
 
 
 @click.command(
@@ -30,8 +32,8 @@ _METHODS = ("one-pass", "brute-force")
 @output_options
 @click.option(
     "--method",
-    type=click.Choice(_METHODS),
-    default=_METHODS[0],
+    type=click.Choice([method.value for method in Method]),
+    default=Method.GRADIENT.value,
     show_default=True,
     help="Gradients, or quantising one layer at a time, which is slow and takes every operator.",
 )
@@ -53,15 +55,17 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     """
     from resvit_engines.console import console, emit_json
     from resvit_export.report.sections.sensitivity import write_sensitivity_page
-    from resvit_export.sensitivity_stage import exclude_snippet, measured_sensitivity, sensitivity_of
+    from resvit_export.settle import measured
+    from resvit_export.stages.decide.sensitivity import exclude_snippet
+    from resvit_quantize.sensitivity.exclude import exclude_lists
 
     output = Output(quiet, as_json)
     with open_pipeline(flags, output) as pipeline:
-        artifact = measured_sensitivity(pipeline, images, method)
-        found, recipe = sensitivity_of(artifact), pipeline.recipe
-        lists = _exclude_lists(found)
-        page = pipeline.run.path / "sensitivity.html"
-        snippets = [(title, exclude_snippet(recipe, layers)) for title, layers in lists]
+        artifact = measured(pipeline, images, Method(method))
+        found, recipe = artifact.sensitivity, pipeline.recipe
+        lists = exclude_lists(found)
+        page = pipeline.run.folder.path / "sensitivity.html"
+        snippets = [(item.title, exclude_snippet(recipe.exclude, item.layers)) for item in lists]
         write_sensitivity_page(page, recipe.label, found, snippets)
     if as_json:
         emit_json(_document(found, lists, recipe) | {"page": str(page.resolve()), "folder": str(artifact.folder)})
@@ -75,41 +79,13 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     return 0
 
 
-def _exclude_lists(found: Sensitivity) -> list[tuple[str, tuple[LayerDamage, ...]]]:
-    """The shortest list that halves the damage; where that costs too much coverage, also one that does not."""
-    from resvit_quantize.sensitivity.sensitivity import COVERAGE, layers_to_exclude
-
-    precision = found.precision
-    halving = layers_to_exclude(found, precision)
-    lists = [(f"To halve the damage ({_effect(found, halving)})", halving)]
-    if found.coverage(precision, halving) < COVERAGE:
-        cheap = layers_to_exclude(found, precision, coverage=COVERAGE)
-        if cheap:
-            lists.append((f"To keep {COVERAGE:.0%} of the arithmetic quantised ({_effect(found, cheap)})", cheap))
-    return [(title, layers) for title, layers in lists if layers]
-
-
-def _effect(found: Sensitivity, layers: tuple[LayerDamage, ...]) -> str:
-    saved = sum(found.share(layer, found.precision) for layer in layers)
-    left = found.coverage(found.precision, layers)
-    return f"saves {saved:.0%}, leaves {left:.1%} of the multiply-accumulates in {found.precision.upper()}"
-
-
-def _document(found: Sensitivity, lists: list[tuple[str, tuple[LayerDamage, ...]]], recipe: Recipe) -> dict[str, Any]:
+def _document(found: Sensitivity, lists: Sequence[ExcludeList], recipe: Recipe) -> dict[str, Any]:
     return {
         **found.to_json(),
         "total": {precision: found.total(precision) for precision in found.together},
         "groups": found.shares_by("group", found.precision),
         "blocks": found.shares_by("block", found.precision),
-        "exclude": [
-            {
-                "purpose": title,
-                "layers": [layer.node for layer in layers],
-                "coverage": found.coverage(found.precision, layers),
-                "saves": sum(found.share(layer, found.precision) for layer in layers),
-            }
-            for title, layers in lists
-        ],
+        "exclude": [item.to_json() for item in lists],
         "excluded_already": list(recipe.exclude),
     }
 

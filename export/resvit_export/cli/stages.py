@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +15,8 @@ from resvit_export.cli.options import device_options, recipe_options, require_on
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
-    from resvit_export.run_folder import Artifact
+    from resvit_export.run import Run
+    from resvit_export.stage import Artifact
 
 _MODEL = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt"
 _DATA = "--data fashion-mnist"
@@ -28,45 +28,46 @@ def examples_text(*lines: str) -> str:
 
 
 @contextlib.contextmanager
-def open_pipelines(flags: dict[str, Any], output: Output) -> Iterator[list[Pipeline]]:
-    """A pipeline for each target on the locked run folder, with the recipe written down."""
-    from resvit_engines.files import write_atomic
-    from resvit_export.pipeline import pipelines_for
-    from resvit_export.recipe import recipe_to_toml
+def open_runs(flags: dict[str, Any], output: Output) -> Iterator[Sequence[Run]]:
+    """A run for each target on the locked run folder, with the recipe written down."""
+    from resvit_export.api import opened
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.run import runs_for
     from resvit_export.run_folder import RunFolder
 
-    recipe, folder = resolve_recipe(flags)
+    recipe, path = resolve_recipe(flags)
     report = reporter(output.quiet or output.json)
-    run = RunFolder(folder, report)
-    pipelines = pipelines_for(recipe, run, report)
-    with run.locked():
-        write_atomic(folder / "recipe.toml", recipe_to_toml(recipe).encode())
-        yield pipelines
+    folder = RunFolder(path, report)
+    runs = runs_for(recipe, folder, report)
+    for run in runs:
+        Pipeline(run)  # what cannot be is refused before any work
+    with opened(recipe, folder, runs):
+        yield runs
 
 
 @contextlib.contextmanager
 def open_pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
-    """The same where only one target makes sense; refuses several."""
-    with open_pipelines(flags, output) as pipelines:
-        if len(pipelines) > 1:
+    """The pipeline where only one target makes sense; refuses several."""
+    from resvit_export.pipeline import Pipeline
+
+    with open_runs(flags, output) as runs:
+        if len(runs) > 1:
             raise ResvitError(
                 "This command looks at one target, and several were given.", "Name one of them with --target."
             )
-        yield pipelines[0]
+        yield Pipeline(runs[0])
 
 
-def each(pipelines: list[Pipeline], output: Output, do: Callable[[Pipeline], tuple[dict[str, Any], int]]) -> int:
+def each(runs: Sequence[Run], output: Output, do: Callable[[Run], tuple[dict[str, Any], int]]) -> int:
     """Let ``do`` work and print for every target. JSON of several is one document by target; the worst code counts."""
     from resvit_engines.console import console, emit_json
 
     documents, codes = {}, []
-    for index, pipeline in enumerate(pipelines):
-        if index:
-            pipeline.borrow(pipelines[index - 1])
-        if len(pipelines) > 1 and not output.quiet and not output.json:
-            console().rule(pipeline.require_target().title, align="left")
-        document, code = do(pipeline)
-        documents[str(pipeline.recipe.target)] = document
+    for run in runs:
+        if len(runs) > 1 and not output.quiet and not output.json:
+            console().rule(run.require_target().title, align="left")
+        document, code = do(run)
+        documents[str(run.recipe.target)] = document
         codes.append(code)
     if output.json:
         emit_json({"targets": documents} if len(documents) > 1 else next(iter(documents.values())))
@@ -80,33 +81,33 @@ def _stage_command(
     @recipe_options(last)
     def command(quiet: bool, as_json: bool, **flags: Any) -> int:
         from resvit_export.cli.output import show_stage, summarize
+        from resvit_export.pipeline import Pipeline
+        from resvit_export.settle import settled
 
         output = Output(quiet, as_json)
 
-        def do(pipeline: Pipeline) -> tuple[dict[str, Any], int]:
-            settled = pipeline.settled() if name in ("validate", "compile", "bundle") else pipeline
-            artifact = take(settled)
+        def do(run: Run) -> tuple[dict[str, Any], int]:
+            pipeline = Pipeline(run)
+            pipeline = settled(pipeline) if name in ("validate", "compile", "bundle") else pipeline
+            artifact = take(pipeline)
             show_stage(artifact, output)
-            return summarize(artifact), _exit_code(settled) if name == "validate" else 0
+            return summarize(artifact), _exit_code(pipeline) if name == "validate" else 0
 
-        with open_pipelines(flags, output) as pipelines:
-            return each(pipelines, output, do)
+        with open_runs(flags, output) as runs:
+            return each(runs, output, do)
 
     return click.command(name=name, help=help_text, epilog=examples_text(*examples))(command)
 
 
 def _exit_code(pipeline: Pipeline) -> int:
-    return {
-        "accepted": ExitCode.OK,
-        "rejected": ExitCode.OK if pipeline.recipe.allow_rejected else ExitCode.REJECTED,
-        "undecided": ExitCode.UNDECIDED,
-    }[pipeline.verdict["verdict"]]
+    code = pipeline.validated.verdict.verdict.exit_code
+    return ExitCode.OK if code == ExitCode.REJECTED and pipeline.recipe.allow_rejected else code
 
 
 prune_command = _stage_command(
     "prune",
     "prune",
-    lambda pipeline: pipeline.retrained if pipeline.retrains else pipeline.pruned,
+    lambda pipeline: pipeline.retrained if pipeline.recipe.retrains else pipeline.pruned,
     """Take out of the network what matters least, and with --train-data win the accuracy back.
 
     The share given is what remains: --prune-macs 0.5 halves the multiply-accumulates. Channels of the trunk,
@@ -159,7 +160,7 @@ quantize_command = _stage_command(
 fuse_command = _stage_command(
     "fuse",
     "fuse",
-    lambda pipeline: pipeline.require_fusion(),
+    lambda pipeline: pipeline.fused,
     """Put kernels of our own into the quantised graph, where they fit.
 
     Each attention block and each bridge from trunk to tokens becomes one node, whose function is the plain computation:
@@ -223,60 +224,26 @@ def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool
     that cost the least time on the target. What is finished in the run folder and unchanged is not done again; a
     killed build continues where it stopped.
     """
+    from resvit_export.api import Device, build_run
+
     output = Output(quiet, as_json)
-    with open_pipelines(flags, output) as pipelines:
-        pipelines[0].require_target()
-        pipelines[0].require_images()
-        pipelines[0].signing_key  # noqa: B018  (a key that cannot be used is refused before any work)
-        several = len(pipelines) > 1
-        on = require_one_device(device, rehearse, several)
-        if on is not None:
-            from resvit_export.on_device import look_at_device
+    with open_runs(flags, output) as runs:
+        runs[0].require_target()
+        several = len(runs) > 1
+        require_one_device(device, rehearse, several)
+        on = Device(device, rehearse) if device is not None else None
 
-            look_at_device(pipelines[0], *on)
-        return each(pipelines, output, lambda pipeline: _built(pipeline, several, output, on))
+        def do(run: Run) -> tuple[dict[str, Any], int]:
+            from resvit_export.cli.output import build_document, show_build
 
+            built = build_run(run, report=_report_name(run, several), device=on)
+            if not output.json:
+                show_build(built, output)
+            if built.rejection is not None:
+                click.echo(f"error: {built.rejection}", err=True)
+            return build_document(built), built.exit_code
 
-def _built(
-    pipeline: Pipeline, several: bool, output: Output, on: tuple[str, bool] | None = None
-) -> tuple[dict[str, Any], int]:
-    """Do all stages for one target, and show what came of them."""
-    from resvit_export.cli.output import build_document, show_build
-
-    pipeline = pipeline.settled()
-    stages = [pipeline.pruned] if pipeline.prunes else []
-    stages += [pipeline.retrained] if pipeline.retrains else []
-    stages += [] if pipeline.from_onnx else [pipeline.folded]
-    stages += [pipeline.exported, *([pipeline.recovered] if pipeline.recovers else [])]
-    stages += [pipeline.calibrated, *([pipeline.search] if pipeline.search else [])]
-    stages += [pipeline.quantized, *([pipeline.fused] if pipeline.fuses else [])]
-    stages += [pipeline.validated, pipeline.predicted]
-    rejection: ResvitError | None = None
-    try:
-        stages.append(pipeline.compiled)
-        stages.append(pipeline.audited)
-        stages.append(pipeline.bundled)
-        if on is not None:
-            from resvit_export.on_device import run_on_device
-
-            stages.append(run_on_device(pipeline, *on))
-    except ResvitError as error:
-        if error.code != ExitCode.REJECTED:
-            raise
-        rejection = error
-    report = _write_report(pipeline, several)
-    if not output.json:
-        show_build(pipeline, stages, report, output)
-    if rejection is not None:
-        click.echo(f"error: {rejection}", err=True)
-    code = ExitCode.REJECTED if rejection else _exit_code(pipeline)
-    if on is not None and rejection is None:
-        from resvit_export.on_device import device_code, device_lines
-
-        if not output.json:
-            click.echo("\n".join(device_lines(stages[-1])))
-        code = max(code, device_code(stages[-1], pipeline.recipe.allow_rejected))
-    return build_document(pipeline, stages, report), code
+        return each(runs, output, do)
 
 
 @click.command(
@@ -289,22 +256,24 @@ def _built(
 @recipe_options("bundle")
 def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
     """Write the HTML report of a run: one self-contained page for each target."""
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.report.gather import write_run_report
+    from resvit_export.settle import settled
+
     output = Output(quiet, as_json)
 
-    def do(pipeline: Pipeline, several: bool) -> tuple[dict[str, Any], int]:
-        with pipeline.run.looking_only(), contextlib.suppress(ResvitError):
-            pipeline = pipeline.settled()
-        path = _write_report(pipeline, several)
+    def do(run: Run, several: bool) -> tuple[dict[str, Any], int]:
+        pipeline = Pipeline(run)
+        with run.folder.looking_only(), contextlib.suppress(ResvitError):
+            pipeline = settled(pipeline)
+        path = write_run_report(pipeline, _report_name(run, several))
         if not output.json:
             click.echo(f"report: {path}")
         return {"report": str(path.resolve())}, 0
 
-    with open_pipelines(flags, output) as pipelines:
-        return each(pipelines, output, lambda pipeline: do(pipeline, len(pipelines) > 1))
+    with open_runs(flags, output) as runs:
+        return each(runs, output, lambda run: do(run, len(runs) > 1))
 
 
-def _write_report(pipeline: Pipeline, several: bool) -> Path:
-    from resvit_export.report.gather import write_run_report
-
-    name = f"report-{pipeline.require_target().name}.html" if several else "report.html"
-    return write_run_report(pipeline, name)
+def _report_name(run: Run, several: bool) -> str:
+    return f"report-{run.require_target().name}.html" if several else "report.html"

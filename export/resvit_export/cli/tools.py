@@ -9,6 +9,13 @@ from rich.text import Text
 
 from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ExitCode
+from resvit_engines.targets.table import TARGETS, Builder
+
+_BUILT = {
+    Builder.RTX: "here, by TensorRT for RTX",
+    Builder.TENSORRT: "where that GPU is",
+    Builder.DEVICE: "on the device",
+}
 
 
 @click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
@@ -16,7 +23,6 @@ from resvit_engines.errors import ExitCode
 def targets_command(quiet: bool, as_json: bool) -> None:
     """List the devices that can be built for, and what each can do."""
     from resvit_engines.console import console, emit_json, table
-    from resvit_engines.targets.table import TARGETS
 
     if as_json:
         emit_json({"targets": [target.to_json() for target in TARGETS]})
@@ -33,20 +39,12 @@ def targets_command(quiet: bool, as_json: bool) -> None:
             target.tensorrt,
             " ".join(sorted(precision.value for precision in target.precisions)),
             str(target.opset),
-            _where(target.builder.value),
+            _BUILT[target.builder],
         )
         for target in TARGETS
     ]
     columns = ("target", "device", "JetPack", "SM", "TensorRT", "precisions", "opset", "engine is built")
     console().print(table("Targets", columns, rows, left=8))
-
-
-def _where(builder: str) -> str:
-    return {
-        "tensorrt-rtx": "here, by TensorRT for RTX",
-        "tensorrt": "where that GPU is",
-        "device": "on the device",
-    }[builder]
 
 
 @click.command(

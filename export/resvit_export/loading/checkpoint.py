@@ -245,3 +245,17 @@ def _unreadable(path: Path, error: Exception) -> ResvitError:
         f"{path} cannot be read as a checkpoint ({path.stat().st_size:,} bytes): {first}",
         "The file is truncated, damaged or of another kind; copy or download it again.",
     )
+
+
+def write_network(
+    folder: Path, name: str, module: nn.Module, structure: Structure, shape: tuple[int, int, int]
+) -> None:
+    """Write ``NAME.pt``, weights and structure, and ``NAME.pt2``, a program that needs neither code nor structure."""
+    from resvit_export.loading.torch_program import program_from_module, write_by_memory
+
+    module = module.cpu().eval()
+    program, _ = program_from_module(module, shape)
+    weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    content = {"state_dict": weights, STRUCTURE: structure.to_json()}
+    write_by_memory(folder / f"{name}.pt", lambda out: torch.save(content, out))
+    write_by_memory(folder / f"{name}.pt2", lambda out: torch.export.save(program, out))

@@ -17,7 +17,8 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.libraries import import_beside_torchvision, import_timm
-from resvit_export.loading.user_code import Scalar, user_error
+from resvit_export.loading.spec import Scalar
+from resvit_export.loading.user_code import user_error
 
 
 def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
@@ -39,6 +40,11 @@ def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
             f"'{model}' does not say where the model is.",
             "Write resvit:NAME, timm:NAME, hf:FOLDER, package.module:factory, path/to/file.py:factory, a .pt2 or an "
             ".onnx file.",
+        )
+    if place == "object":
+        raise ResvitError(
+            f"{name} was given from Python, in memory, and is not there any more.",
+            "Call resvit_export.build with it again.",
         )
     torch.manual_seed(0)
     if place == "resvit":

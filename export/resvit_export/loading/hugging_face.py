@@ -18,7 +18,7 @@ from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.random_weights import draw_weights
 
 if TYPE_CHECKING:
-    from resvit_export.loading.user_code import Scalar
+    from resvit_export.loading.spec import Scalar
 
 _ANSWERS = ("logits", "pred_boxes", "predicted_depth", "class_queries_logits", "masks_queries_logits")
 """Fields of a model's output that applications read; where it has none of them, all tensors of it are kept."""

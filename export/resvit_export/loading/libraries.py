@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -53,3 +57,16 @@ def import_beside_torchvision(name: str, extra: str) -> ModuleType:
         raise ResvitError(
             f"{name} does not import: {error}", f"pip install 'resvit-export[{extra}]'.", ExitCode.MISSING
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the exporter's own warnings and log lines off the terminal: ours say what matters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)

@@ -21,7 +21,9 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
 from resvit_export.loading.inputs import NetworkInput
+from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.random_weights import draw_heads
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
     has_dynamic_batch,
     input_shape_of,
@@ -31,25 +33,10 @@ from resvit_export.loading.torch_program import (
     program_from_module,
     runner_from_program,
 )
-from resvit_export.loading.user_code import Scalar
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
     from resvit_calibrate.runtime.runner import Runner
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the user says about the model: where it is, its weights, its arguments, (C, H, W) of its image.
-
-    ``inputs`` are named as the forward's parameters, where it reads more than the image.
-    """
-
-    model: str
-    checkpoint: Path | None = None
-    model_args: Mapping[str, Scalar] = field(default_factory=dict)
-    input_shape: tuple[int, int, int] | None = None
-    inputs: tuple[NetworkInput, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,18 +63,18 @@ class Network:
         """The network in PyTorch as a function from arrays to arrays."""
         return runner_from_program(self.program)
 
-    def facts(self) -> dict[str, Any]:
-        """What later stages need to know, as plain JSON values."""
-        return {
-            "input_shape": list(self.input_shape),
-            "num_classes": self.num_classes,
-            "preprocess": self.preprocess.to_json() if self.preprocess else None,
-            "dynamic_batch": has_dynamic_batch(self.program),
-            "task_options": dict(self.task_options),
-            **({"inputs": [item.to_json() for item in self.inputs]} if len(self.inputs) > 1 else {}),
-            "digest": self.digest,
-            "notes": list(self.notes),
-        }
+    def record(self) -> NetworkRecord:
+        """What later stages need to know."""
+        return NetworkRecord(
+            input_shape=self.input_shape,
+            num_classes=self.num_classes,
+            preprocess=self.preprocess,
+            dynamic_batch=has_dynamic_batch(self.program),
+            digest=self.digest,
+            task_options=dict(self.task_options),
+            inputs=self.inputs if len(self.inputs) > 1 else (),
+            notes=self.notes,
+        )
 
 
 def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
@@ -101,7 +88,14 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
         raise ResvitError("An ONNX model has no PyTorch program.", "It goes through import_onnx.")
     if spec.model.endswith(".pt2"):
         return _network_from_pt2(spec, reporter)
-    module = module_from_name(spec.model, spec.model_args)
+    return network_from_module(module_from_name(spec.model, spec.model_args), spec, reporter)
+
+
+def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
+    """The same of a module in memory, which is changed: the checkpoint goes into it, and it computes in float32.
+
+    Without a checkpoint, a module that a name stands for has random weights, and the user is told.
+    """
     notes: list[str] = []
     if spec.checkpoint is not None:
         notes += load_checkpoint(module, spec.checkpoint)

@@ -9,10 +9,6 @@ import torch
 
 from resvit_engines.errors import ResvitError
 
-Scalar = bool | int | float | str
-"""What a factory's argument may be."""
-
-
 _HERE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
 

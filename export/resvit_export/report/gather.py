@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ResvitError
-from resvit_export.on_device import device_stage
-from resvit_export.recipe import recipe_to_toml
+from resvit_export.recipe.file import recipe_to_toml
 from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.page import write_report
-from resvit_export.run_folder import Artifact, NotFinishedError
+from resvit_export.run_folder import NotFinishedError
+from resvit_export.stage import Artifact
+from resvit_export.stages.device import newest_on_device
+from resvit_export.stages.validate import CHANGED, Validated
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -23,63 +26,50 @@ def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
 
     Raises ``ResvitError`` where not even one stage is.
     """
+    folder = pipeline.run.folder
     stages = {artifact.stage: artifact for artifact in _finished_stages(pipeline)}
     if not stages:
         raise ResvitError(
-            f"There is nothing to report in {pipeline.run.path}: no stage of this recipe is finished.",
+            f"There is nothing to report in {folder.path}: no stage of this recipe is finished.",
             "Run 'resvit-export build' with the same settings first.",
         )
-    path = pipeline.run.path / name
+    path = folder.path / name
     write_report(path, _report_data(pipeline, stages))
     return path
 
 
 def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
     """Look up the stages in order, as far as they are finished."""
-    with pipeline.run.looking_only(), contextlib.suppress(NotFinishedError):
-        if pipeline.prunes:
-            yield pipeline.pruned
-        if pipeline.retrains:
-            yield pipeline.retrained
-        if not pipeline.from_onnx:
-            yield pipeline.folded
-        yield pipeline.exported
-        if pipeline.recovers:
-            yield pipeline.recovered
-        yield pipeline.calibrated
-        if pipeline.search:
-            yield pipeline.search
-        yield pipeline.quantized
-        if pipeline.fuses:
-            yield pipeline.fused
-        yield pipeline.validated
-        if pipeline.target:
-            yield pipeline.predicted
-        rejected = pipeline.verdict["verdict"] == "rejected" and not pipeline.recipe.allow_rejected
-        if pipeline.target and not rejected:
+    with pipeline.run.folder.looking_only(), contextlib.suppress(NotFinishedError):
+        for name in pipeline.variant.order(pipeline.run):
+            if name == "quantized" and pipeline.variant.search:
+                yield pipeline.variant.search
+            yield getattr(pipeline, name)
+        rejected = pipeline.validated.verdict.kind is VerdictKind.REJECTED and not pipeline.recipe.allow_rejected
+        if pipeline.run.target and not rejected:
             yield pipeline.compiled
             # Either may be missing: without 'audit', or refused by --require-fused.
             with contextlib.suppress(ResvitError):
                 yield pipeline.audited
             with contextlib.suppress(ResvitError):
                 yield pipeline.bundled
-                if (there := device_stage(pipeline)) is not None:
-                    yield there
+                if (on_device := newest_on_device(pipeline.run.folder, pipeline.bundled.bundle)) is not None:
+                    yield on_device
 
 
-def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
+def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportData:
     def document(stage: str, file: str) -> dict[str, Any] | None:
         artifact = stages.get(stage)
-        return artifact.json(file) if artifact and artifact.path(file).exists() else None
+        return artifact.json(file) if artifact and artifact.has(file) else None
 
     versions: dict[str, str] = {}
     for artifact in stages.values():
-        versions.update(artifact.record["versions"])
-    bundle = None
+        versions.update(artifact.record.versions)
+    bundle, target = None, pipeline.run.target
     if "bundle" in stages:
         from resvit_engines.bundle.bundle import read_manifest
 
-        bundle = read_manifest(pipeline.bundle_path)
+        bundle = read_manifest(pipeline.bundled.bundle.path).to_json()
     return ReportData(
         name=_title(pipeline),
         prune=document("prune", "prune.json"),
@@ -97,7 +87,7 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
         device=document("device", "device.json"),
         bundle=bundle,
         recipe=recipe_to_toml(pipeline.recipe),
-        targets=[pipeline.target.to_json()] if pipeline.target else [],
+        targets=[target.to_json()] if target else [],
         sizes=_sizes(pipeline, stages),
         versions=versions,
         digests={name: artifact.digest for name, artifact in stages.items()},
@@ -106,41 +96,42 @@ def _report_data(pipeline: Pipeline, stages: dict[str, Artifact]) -> ReportData:
 
 
 def _title(pipeline: Pipeline) -> str:
-    where = f" for {pipeline.target.title}" if pipeline.target else ""
-    return f"{pipeline.recipe.label}{where}, {pipeline.recipe.precision.upper()}"
+    where = f" for {pipeline.run.target.title}" if pipeline.run.target else ""
+    return f"{pipeline.recipe.label}{where}, {pipeline.run.precision.value.upper()}"
 
 
-def _sizes(pipeline: Pipeline, stages: dict[str, Artifact]) -> dict[str, int]:
+def _sizes(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> dict[str, int]:
     files = {
         "float ONNX": ("export", "model.onnx"),
-        f"{pipeline.recipe.precision.upper()} ONNX": ("quantize", "model.onnx"),
+        f"{pipeline.run.precision.value.upper()} ONNX": ("quantize", "model.onnx"),
         "engine": ("compile", "engine.plan"),
     }
     return {
-        label: int(stages[stage].record["outputs"][file]["bytes"])
+        label: int(stages[stage].record.outputs[file].bytes)
         for label, (stage, file) in files.items()
-        if stage in stages and file in stages[stage].record["outputs"]
+        if stage in stages and stages[stage].has(file)
     }
 
 
 def _changed_images(artifact: Artifact) -> list[ChangedImage]:
     import numpy as np
 
-    verdict = artifact.json("verdict.json")
-    with np.load(artifact.path("changed.npz"), allow_pickle=False) as pictures:
+    assert isinstance(artifact, Validated)
+    verdict = artifact.verdict
+    with np.load(artifact.path(CHANGED), allow_pickle=False) as pictures:
         return [
             ChangedImage(
-                pictures[f"image_{item['index']}"],
-                item["label"],
-                item["float"],
-                item["quantized"],
-                verdict["class_names"] or None,
-                item.get("outcome"),
+                pictures[f"image_{item.index}"],
+                item.label,
+                item.before,
+                item.after,
+                verdict.class_names or None,
+                item.outcome,
                 *(
-                    {n.split("_", 2)[2]: pictures[n] for n in pictures if n.startswith(f"{who}_{item['index']}_")}
+                    {n.split("_", 2)[2]: pictures[n] for n in pictures if n.startswith(f"{who}_{item.index}_")}
                     for who in ("float", "quantized")
                 ),
             )
-            for item in verdict["changed"]
-            if f"image_{item['index']}" in pictures
+            for item in verdict.changed
+            if f"image_{item.index}" in pictures
         ]

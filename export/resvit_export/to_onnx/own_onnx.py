@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_export.loading.inputs import IMAGE, ShapeWish, in_order
+from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.report import (
     ExportReport,
@@ -34,8 +34,8 @@ NEWEST_OPSET = 23
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
 
-def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tuple[dict[str, Any], ExportReport]:
-    """Check the float ONNX at ``path`` and write it to ``out`` in canonical form; returns its facts and a report.
+def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tuple[NetworkRecord, ExportReport]:
+    """Check the float ONNX at ``path`` and write it to ``out`` in canonical form; returns its record and a report.
 
     Weights in external files are read from the model's own folder only. Models older than opset 20 are
     converted up. Input and outputs are renamed as our export names them, nodes get unique names, constants are
@@ -76,16 +76,16 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     )
     report = report_of(model, out, parity, batches, notes)
     classes = report.outputs[0][1][1] if single == "logits" else None
-    facts = {
-        "input_shape": shape,
-        "num_classes": classes if isinstance(classes, int) else None,
-        "preprocess": None,
-        "dynamic_batch": not isinstance(batch, int),
-        "digest": sha256_file(out),
-        "notes": notes,
-        **({"inputs": [item.to_json() for item in report.inputs]} if report.inputs else {}),
-    }
-    return facts, report
+    record = NetworkRecord(
+        input_shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        num_classes=classes if isinstance(classes, int) else None,
+        preprocess=None,
+        dynamic_batch=not isinstance(batch, int),
+        digest=sha256_file(out),
+        inputs=report.inputs,
+        notes=tuple(notes),
+    )
+    return record, report
 
 
 def refuse_branches(model: ir.Model) -> None:

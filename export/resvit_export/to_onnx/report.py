@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,27 @@ class ExportReport:
             "notes": list(self.notes),
             **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ExportReport:
+        """Read what ``to_json`` wrote."""
+        kept = ("opset", "nodes", "operators", "parity_max_abs", "parity_max_rel", "parameters", "bytes")
+        image = document["input"]
+        return cls(
+            **{name: document[name] for name in kept},
+            parity_batches=tuple(document["parity_batches"]),
+            input=(image["name"], tuple(image["shape"])),
+            outputs=tuple((item["name"], tuple(item["shape"])) for item in document["outputs"]),
+            notes=tuple(document["notes"]),
+            inputs=tuple(
+                NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in document.get("inputs", ())
+            ),
+        )
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether the graph selects its answers, so that their order means nothing."""
+        return "TopK" in self.operators
 
 
 def report_of(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.measure.results import measured_results
-from resvit_engines.targets.table import Builder, Target
+from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_export.recipe.choices import PluginAttention, Plugins
 
 if TYPE_CHECKING:
-    from resvit_export.recipe import Recipe
+    from resvit_export.recipe.recipe import Recipe
 
 
 class By(str, enum.Enum):
@@ -44,8 +45,9 @@ def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None
             is asked for and nothing of ours is used.
     """
     choice = _choice(recipe, target, builder)
-    if recipe.plugin_attention == "8bit" and (choice.by is By.NOTHING or recipe.precision == "fp16"):
-        why = "the build is FP16" if recipe.precision == "fp16" else choice.reason
+    eight_bits, half = recipe.plugin_attention is PluginAttention.EIGHT_BITS, recipe.precision is Precision.FP16
+    if eight_bits and (half or choice.by is By.NOTHING):
+        why = "the build is FP16" if half else choice.reason
         raise ResvitError(
             f"Attention in 8 bits is for our own kernels, and none is used: {why}.",
             "Say --plugins on with --precision int8 or fp8, or leave --plugin-attention out.",
@@ -55,18 +57,18 @@ def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None
 
 
 def _choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
-    if target is None or recipe.plugins == "off":
+    if target is None or recipe.plugins is Plugins.OFF:
         return PluginChoice(By.NOTHING, "", "--plugins off" if target else "no target was named")
     if (builder or target.builder) is Builder.RTX:
         why = "TensorRT for RTX takes no plugins"
-        if recipe.plugins == "on":
+        if recipe.plugins is Plugins.ON:
             raise ResvitError(
                 f"Kernels of our own cannot be built into an engine for {target.title}: {why}.",
                 "Leave --plugins out, or build where TensorRT itself is installed beside this GPU.",
                 ExitCode.IMPOSSIBLE,
             )
         return PluginChoice(By.NOTHING, "", why)
-    if recipe.plugins == "on":
+    if recipe.plugins is Plugins.ON:
         return PluginChoice(By.WISH, target.plugins, "--plugins on")
     if builder is Builder.TENSORRT:
         return PluginChoice(By.TIME, target.plugins, f"timed on this {target.title}")

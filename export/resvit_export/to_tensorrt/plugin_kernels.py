@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_refusal, bridge_source
 from resvit_engines.kernels.launch import Kernel, Source
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig, group_norm_source, layer_norm_source
-from resvit_engines.kernels.norms import refusal as norm_refusal
-from resvit_engines.kernels.residual import ResidualConfig, residual_refusal, residual_source
 from resvit_engines.plugins.fields import fields_from_kernel
 from resvit_engines.targets.table import Target
 
@@ -23,9 +20,6 @@ if TYPE_CHECKING:
 _KERNELS: dict[type, tuple[Callable[[Any, int], str | None], Callable[[Any, int], Source]]] = {
     AttentionConfig: (attention_refusal, attention_source),
     BridgeConfig: (bridge_refusal, bridge_source),
-    GroupNormConfig: (norm_refusal, group_norm_source),
-    LayerNormConfig: (norm_refusal, layer_norm_source),
-    ResidualConfig: (residual_refusal, residual_source),
 }
 """For each configuration: why a GPU has no such kernel, and the kernel before it is compiled."""
 

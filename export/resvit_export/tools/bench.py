@@ -14,10 +14,8 @@ import numpy as np
 from resvit_engines.bench.bench import BenchReport, measure
 from resvit_engines.bench.commands import golden_feeds, settings_from
 from resvit_engines.bench.compare import Comparison, compare
-from resvit_engines.builder.builder import build_engine, builder_here
-from resvit_engines.builder.settings import TITLES, BuildSettings
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import pretty_json
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.progress import Reporter
 from resvit_engines.run.engine_runner import open_engine
@@ -25,16 +23,17 @@ from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
-from resvit_export import work
-from resvit_export.run_folder import Artifact, NotFinishedError, RunFolder
-from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
+from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
+from resvit_engines.targets.table import Precision
+from resvit_export.recipe.choices import Recovery
+from resvit_export.run import Sources
+from resvit_export.run_folder import NotFinishedError, RunFolder
+from resvit_export.stage import File
+from resvit_export.stages.compile import ENGINE, Compile, Compiled
+from resvit_export.stages.score import shipped_in
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
-
-_ENGINE = "engine.plan"
-_RECORD = "engine.json"
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class Subject:
     """One network to be timed. ``engine`` builds its engine or finds it; it is opened as a runner."""
 
     name: str
-    model: Path
-    digest: str
+    model: File
     engine: Callable[[], Runner]
     golden: tuple[Array, Array, Arrays] | None = None
     """Images, what the quantised network was validated to make of them, and what is read beside them."""
@@ -104,18 +102,19 @@ def _open_run(
     folder: Path, target: str | None, runtime: str, reporter: Reporter
 ) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
-    from resvit_export.pipeline import pipelines_for
-    from resvit_export.recipe import recipe_from_toml
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.recipe.file import recipe_from_toml
+    from resvit_export.run import runs_for
 
     recipe = recipe_from_toml(folder / "recipe.toml")
-    run = RunFolder(folder, reporter)
-    with run.locked():
-        pipelines = pipelines_for(recipe, run, reporter)
-        chosen = [one for one in pipelines if target in (None, one.recipe.target)]
+    run_folder = RunFolder(folder, reporter)
+    with run_folder.locked():
+        runs = runs_for(recipe, run_folder, reporter)
+        chosen = [one for one in runs if target in (None, one.recipe.target)]
         if not chosen:
-            names = ", ".join(str(one.recipe.target) for one in pipelines)
+            names = ", ".join(str(one.recipe.target) for one in runs)
             raise ResvitError(f"{folder} was not built for {target}.", f"It was for {names}.")
-        pipeline = finished(chosen[0])
+        pipeline = finished(Pipeline(chosen[0]))
         subjects = subjects_of(pipeline)
         reason = None if runtime == RUNTIME else _why_no_engine(pipeline)
         if reason is not None and runtime != "auto":
@@ -125,14 +124,14 @@ def _open_run(
             if runtime != RUNTIME and reason is None:
                 runners[subject.name] = subject.engine()
                 continue
-            cpu = open_sound_onnx(subject.model, *(subject.golden or ()))
+            cpu = open_sound_onnx(subject.model.path, *(subject.golden or ()))
             cpu.why = reason.problem.rstrip(".") if reason else "ONNX Runtime was asked for"
             runners[subject.name] = cpu
     golden = next((subject.golden for subject in subjects if subject.golden), None)
     if golden is None:
         return runners, None
     images, _, beside = golden
-    return runners, {input_name(next(iter(runners.values())), {}): images, **beside}
+    return runners, {input_name(next(iter(runners.values())), None): images, **beside}
 
 
 def finished(pipeline: Pipeline) -> Pipeline:
@@ -141,9 +140,11 @@ def finished(pipeline: Pipeline) -> Pipeline:
     Raises:
         ResvitError: INPUT where it was not quantised yet.
     """
-    with pipeline.run.looking_only():
+    from resvit_export.settle import settled
+
+    with pipeline.run.folder.looking_only():
         with contextlib.suppress(NotFinishedError):
-            pipeline = pipeline.settled()
+            pipeline = settled(pipeline)
         pipeline.calibrated, pipeline.quantized  # noqa: B018
     return pipeline
 
@@ -151,103 +152,69 @@ def finished(pipeline: Pipeline) -> Pipeline:
 def subjects_of(pipeline: Pipeline) -> list[Subject]:
     """What of a run is timed, the FP16 baseline first: unpruned where it was pruned, then its own FP16, then it."""
     from resvit_export.pipeline import Pipeline
+    from resvit_export.run import Run
 
-    precision, recipe = pipeline.recipe.precision.upper(), pipeline.recipe
-    pruned = ", pruned" if pipeline.prunes else ""
-    found = []
-    if pipeline.prunes:
+    run, recipe = pipeline.run, pipeline.recipe
+    pruned = ", pruned" if recipe.prunes else ""
+    subjects = []
+    if recipe.prunes:
         # Its own budget would be asked of a network that is not pruned.
         plain = dataclasses.replace(
             recipe, prune_macs=None, prune_latency=None, prune_params=None, sparsity=None, measured_times=None,
-            latency_budget=None, recover="never",
+            latency_budget=None, recover=Recovery.NEVER,
         )  # fmt: skip
-        dense = Pipeline(plain, pipeline.run, pipeline.reporter)
-        dense.borrow(pipeline)
-        found.append(_half(dense, "FP16, unpruned"))
-    if recipe.precision != "fp16":
-        found.append(_half(pipeline, f"FP16{pruned}"))
-    shipped = pipeline.shipped
-    found.append(
+        dense = Pipeline(Run(plain, run.folder, run.reporter, Sources(plain, run.reporter)))
+        subjects.append(_half(dense, "FP16, unpruned"))
+    if run.precision is not Precision.FP16:
+        subjects.append(_half(pipeline, f"FP16{pruned}"))
+    subjects.append(
         Subject(
-            f"{precision}{pruned}",
-            shipped.path("model.onnx"),
-            shipped.digest,
-            lambda: (
-                _engine_of_run(pipeline)
-                or _engine(pipeline, shipped.path("model.onnx"), shipped.digest, pipeline.engine_settings)
-            ),
+            f"{run.precision.value.upper()}{pruned}",
+            pipeline.model,
+            lambda: _engine_of_run(pipeline) or _engine(pipeline, pipeline.model, pipeline.engine_settings),
             _golden(pipeline),
         )
     )
-    return found
+    return subjects
 
 
 def _half(pipeline: Pipeline, name: str) -> Subject:
-    (model, digest), calibrated, target = pipeline.float_model, pipeline.calibrated, pipeline.target
-    builder = builder_here(target) if target else None
-    artifact = pipeline.run.stage(
-        "half",
-        {"builder": builder.value if builder else None},
-        {"model": digest, "ranges": calibrated.digest},
-        ("onnx", "onnx-ir"),
-        lambda folder: work.half_into(folder, model, calibrated.path("ranges.json"), target),
-    )
-    path = artifact.path("model.onnx")
-    return Subject(
-        name, path, artifact.digest, lambda: _engine(pipeline, path, artifact.digest, pipeline.build_settings)
-    )
+    model = pipeline.run.folder.do(pipeline.half).model
+    return Subject(name, model, lambda: _engine(pipeline, model, pipeline.run.build_settings))
 
 
-def _engine(pipeline: Pipeline, model: Path, digest: str, settings: BuildSettings) -> Runner:
+def _engine(pipeline: Pipeline, model: File, settings: BuildSettings) -> Runner:
     """An engine of ``model``, built here for the GPU of this machine."""
-    target = pipeline.require_target()
-
-    def build(folder: Path) -> None:
-        copied = onnx_for_tensorrt(model, folder / TENSORRT_COPY, target, settings.plugins)
-        source = folder / TENSORRT_COPY if copied else model
-        report = build_engine(source, folder / _ENGINE, target, settings, pipeline.reporter)
-        (folder / _RECORD).write_bytes(pretty_json(report.to_json()))
-
-    artifact = pipeline.run.stage(
-        "engine",
-        {"target": target.to_json(), **settings.to_json()},
-        {"model": digest},
-        ("tensorrt-rtx-cu13-libs", "tensorrt"),
-        build,
-    )
-    return _opened(artifact, model)
+    run = pipeline.run
+    return _opened(run.folder.do(Compile(model, run.require_target(), run.builder, settings, None)), model)
 
 
 def _engine_of_run(pipeline: Pipeline) -> Runner | None:
     """The engine that the run compiled, where it did."""
     try:
-        with pipeline.run.looking_only():
+        with pipeline.run.folder.looking_only():
             compiled = pipeline.compiled
     except ResvitError:
         return None
-    return _opened(compiled, pipeline.shipped.path("model.onnx")) if _ENGINE in compiled.record["outputs"] else None
+    return _opened(compiled, pipeline.model) if compiled.engine is not None else None
 
 
-def _opened(artifact: Artifact, model: Path) -> Runner:
-    record = artifact.json(_RECORD)
-    copy = artifact.path(TENSORRT_COPY)
-    sha256 = artifact.record["outputs"][_ENGINE]["sha256"]
-    runtime = runtime_of(record)
-    assert runtime is not None
-    return open_engine(runtime, artifact.path(_ENGINE), sha256, record, copy if copy.exists() else model)
+def _opened(compiled: Compiled, model: File) -> Runner:
+    engine, report = compiled.file(ENGINE), compiled.engine
+    assert report is not None
+    return open_engine(engine.path, engine.digest, report, (compiled.copy or model).path)
 
 
 def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
     """Why no engine for the run's target can be built and run on this machine, None where it can."""
-    target = pipeline.target
-    builder = builder_here(target) if target else None
+    target, builder = pipeline.run.target, pipeline.run.builder
     if target is None or builder is None:
         return ResvitError(
             f"An engine for {target.title if target else 'no target'} cannot be built on this machine.",
             "Run 'resvit-engine bench' on the device, or leave --runtime out.",
             ExitCode.IMPOSSIBLE,
         )
-    return why_not_here({"builder": TITLES[builder], "sm": target.sm, **pipeline.build_settings.flags})
+    return why_not_here(builder, target.sm, hardware_compatible=pipeline.run.build_settings.hardware_compatible)
 
 
 def _require_alike(runners: Mapping[str, Runner]) -> None:
@@ -263,9 +230,9 @@ def _require_alike(runners: Mapping[str, Runner]) -> None:
 
 def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     try:
-        with pipeline.run.looking_only():
-            validated = pipeline.validated
+        with pipeline.run.folder.looking_only():
+            scored = shipped_in(pipeline.answered)
     except NotFinishedError:
         return None
-    images, outputs = (np.load(validated.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
-    return images, outputs, golden_inputs(validated.folder, validated.json("verdict.json"), len(images))
+    images, outputs = (np.load(scored.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
+    return images, outputs, golden_inputs(scored.folder, scored.golden, len(images))

@@ -105,14 +105,14 @@ def _operands(block: AttentionBlock) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Q, K and V as the products read them."""
     first, last = block.products[0].node, block.products[-1].node
     if first is last:
-        found = list(first.inputs[:3])
+        operands = list(first.inputs[:3])
     else:
         chain = _between(block)
         logits = chain[-1][0].outputs[0]
-        found = [*first.inputs[:2], next((v for v in last.inputs[:2] if v is not logits), None)]
+        operands = [*first.inputs[:2], next((v for v in last.inputs[:2] if v is not logits), None)]
         if last.inputs[0] is not logits:
             raise RefusedError("the shares are not the left operand of the second product")
-    q, k, v = found
+    q, k, v = operands
     if q is None or k is None or v is None or len({q, k, v}) < 3:
         raise RefusedError("it does not read three tensors")
     return q, k, v
@@ -366,7 +366,7 @@ def _end(
     Also whether it does with tokens before the batch, and its shape behind the first dimension where that is another.
     """
     heads, dv, out = config.heads, config.value_size, block.output
-    found: tuple[ir.Value, bool, tuple[int, ...] | None] | None = None
+    end: tuple[ir.Value, bool, tuple[int, ...] | None] | None = None
     for trace in behind(out, shapes):
         if trace.places.size != math.prod(shapes[str(out.name)]):
             break
@@ -387,11 +387,11 @@ def _end(
             same = trace.places.shape == expected.shape
             # Tokens may be joined with the batch, or lie in rows and columns of a window.
             if same or (config.layout != "channels" and _has_fixed_rows(trace.source, heads * dv)):
-                found = trace.source, turned, None if same else trace.places.shape[1:]
+                end = trace.source, turned, None if same else trace.places.shape[1:]
             break
-    if found is None:
+    if end is None:
         raise RefusedError("its heads are not joined behind it in the order that the kernel writes")
-    return found
+    return end
 
 
 def _has_fixed_rows(value: ir.Value, channels: int) -> bool:

@@ -37,12 +37,12 @@ def op_type_of(config: AttentionConfig) -> str:
     return "ResvitAttention" + "".join(name for name, there in parts if there)
 
 
-def match_of(found: Attention, shapes: Shapes) -> Match:
+def match_of(attention: Attention, shapes: Shapes) -> Match:
     """The block for a report."""
-    config = found.config
+    config = attention.config
     tokens: list[tuple[int, ...]] = [
         (1, config.keys if index else config.queries, shapes[str(value.name)][-1])
-        for index, value in enumerate(found.inputs)
+        for index, value in enumerate(attention.inputs)
     ]
     if config.area is not None:
         tokens = [(1, config.width, *config.area)]
@@ -51,30 +51,30 @@ def match_of(found: Attention, shapes: Shapes) -> Match:
         tokens.append((*(size if by else 1 for size, by in zip(sizes, config.bias, strict=True)), config.keys))
     return Match(
         Kind.ATTENTION,
-        name_of(found.block),
+        name_of(attention.block),
         op_type_of(config),
         config,
         tuple(tokens),
-        tuple(str(node.name) for node in found.block.nodes),
+        tuple(str(node.name) for node in attention.block.nodes),
     )
 
 
-def rewrite(model: ir.Model, found: Attention, name: str) -> ir.Node:
+def rewrite(model: ir.Model, attention: Attention, name: str) -> ir.Node:
     """Put a node of this name in place of the block; nodes that nothing reads any more are left for the caller."""
-    config, last = found.config, found.before
+    config, last = attention.config, attention.before
     builder = Inserter(model, last)
-    inputs = [builder.tokens(value, index, found) for index, value in enumerate(found.inputs)]
-    if found.bias is not None and config.bias is not None:
-        inputs.append(builder.in_four(builder.added(found.bias, config), config.bias, config))
+    inputs = [builder.tokens(value, index, attention) for index, value in enumerate(attention.inputs)]
+    if attention.bias is not None and config.bias is not None:
+        inputs.append(builder.in_four(builder.added(attention.bias, config), config.bias, config))
     node = ir.node(op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name)
     replaced = last.outputs[0]
     node.outputs[0].name, node.outputs[0].type = f"{replaced.name}/attended", replaced.type
     model.graph.insert_before(last, node)
     out = node.outputs[0]
-    if found.end_sequence_first:
+    if attention.end_sequence_first:
         out = builder.transposed(out, str(replaced.name))
-    if found.end_view is not None:
-        out = builder.reshaped(out, [-1, *found.end_view], str(replaced.name))
+    if attention.end_view is not None:
+        out = builder.reshaped(out, [-1, *attention.end_view], str(replaced.name))
     take_over(replaced, out)
     return node
 
@@ -85,10 +85,10 @@ class Inserter:
     def __init__(self, model: ir.Model, before: ir.Node) -> None:
         self.model, self.before = model, before
 
-    def tokens(self, value: ir.Value, index: int, found: Attention) -> ir.Value:
+    def tokens(self, value: ir.Value, index: int, attention: Attention) -> ir.Value:
         """An operand as [B, N, channels], where its dimensions are others."""
-        config = found.config
-        if found.sequence_first:
+        config = attention.config
+        if attention.sequence_first:
             return self.transposed(value, f"{value.name}/{index}/{self.before.name}")
         if config.layout == "channels" or (value.shape is not None and len(value.shape) == 3):
             return value

@@ -112,10 +112,10 @@ def op_type_of(config: BridgeConfig) -> str:
     return f"ResvitBridge{eight}{norm}"
 
 
-def match_of(found: Bridge) -> Match:
+def match_of(bridge: Bridge) -> Match:
     """The part for a report."""
-    config = found.config
-    scale = ((config.embed,),) if found.weight_scale is not None else ()
+    config = bridge.config
+    scale = ((config.embed,),) if bridge.weight_scale is not None else ()
     affine = ((config.embed,), (config.embed,)) if config.norm else ()
     shapes = (
         (1, config.channels, config.height, config.width),
@@ -124,36 +124,36 @@ def match_of(found: Bridge) -> Match:
         (config.tokens, config.embed),
         *affine,
     )
-    nodes = [*found.nodes, *(node for node in (found.norm, found.quantizer) if node is not None)]
+    nodes = [*bridge.nodes, *(node for node in (bridge.norm, bridge.quantizer) if node is not None)]
     return Match(
-        Kind.BRIDGE, name_of(found), op_type_of(config), config, shapes, tuple(str(node.name) for node in nodes)
+        Kind.BRIDGE, name_of(bridge), op_type_of(config), config, shapes, tuple(str(node.name) for node in nodes)
     )
 
 
-def name_of(found: Bridge) -> str:
+def name_of(bridge: Bridge) -> str:
     """After the convolution."""
-    return named_after(found.conv, "ResvitBridge")
+    return named_after(bridge.conv, "ResvitBridge")
 
 
-def rewrite(model: ir.Model, found: Bridge, name: str) -> ir.Node:
+def rewrite(model: ir.Model, bridge: Bridge, name: str) -> ir.Node:
     """Put a node of this name in place; nodes that nothing reads any more are left for the caller to remove."""
-    config = found.config
+    config = bridge.config
 
     def kept(what: str, array: np.ndarray) -> ir.Value:
         return add_initializer(model, f"{name}/{what}", np.ascontiguousarray(array))
 
-    inputs = [found.image, kept("weight", found.weight)]
-    if found.weight_scale is not None:
-        inputs.append(kept("weight_scale", found.weight_scale.astype(np.float32)))
-    inputs.append(kept("table", found.table.astype(np.float32)))
-    outputs = [found.tokens]
-    last = found.tokens.producer()
-    if found.norm is not None:
+    inputs = [bridge.image, kept("weight", bridge.weight)]
+    if bridge.weight_scale is not None:
+        inputs.append(kept("weight_scale", bridge.weight_scale.astype(np.float32)))
+    inputs.append(kept("table", bridge.table.astype(np.float32)))
+    outputs = [bridge.tokens]
+    last = bridge.tokens.producer()
+    if bridge.norm is not None:
         for index, what in ((1, "gamma"), (2, "beta")):
-            array = constant(found.norm.inputs[index]) if len(found.norm.inputs) > index else None
+            array = constant(bridge.norm.inputs[index]) if len(bridge.norm.inputs) > index else None
             filled = np.zeros(config.embed) if array is None else array
             inputs.append(kept(what, filled.astype(np.float32)))
-        outputs.append((found.quantizer or found.norm).outputs[0])
+        outputs.append((bridge.quantizer or bridge.norm).outputs[0])
     assert last is not None
     node = ir.node(
         op_type_of(config), inputs, attributes_of(config), domain=DOMAIN, name=name, num_outputs=len(outputs)
@@ -206,11 +206,11 @@ def _operands(conv: ir.Node) -> tuple[ir.Value, np.ndarray, np.ndarray | None, f
 def _as_tokens(conv: ir.Node, shape: tuple[int, ...], shapes: Shapes) -> ir.Value | None:
     """The view of the convolution's map that is [B, h w, E]; the last of them."""
     wanted = np.arange(math.prod(shape)).reshape(shape[0], shape[1], -1).swapaxes(1, 2)
-    found = None
+    tokens = None
     for trace in behind(conv.outputs[0], shapes):
         if trace.places.shape == wanted.shape and np.array_equal(trace.places, wanted):
-            found = trace.source
-    return found
+            tokens = trace.source
+    return tokens
 
 
 def _absorbed(tokens: ir.Value, table: np.ndarray, shapes: Shapes) -> tuple[ir.Value, np.ndarray, list[ir.Node]]:

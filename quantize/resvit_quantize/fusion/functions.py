@@ -123,50 +123,6 @@ _NORM = """
  again = Cast <to = 1> (tokens)
  result = LayerNormalization <axis = -1, epsilon: float = @eps> (again, gamma, beta)
 """
-_GROUP_NORM = """
- x32 = Cast <to = 1> (x)
- rows = Constant <value_ints: ints = @rows> ()
- by_group = Reshape (x32, rows)
- last = Constant <value_ints = [-1]> ()
- mean = ReduceMean (by_group, last)
- centred = Sub (by_group, mean)
- squares = Mul (centred, centred)
- variance = ReduceMean (squares, last)
- eps = Constant <value_float: float = @eps> ()
- padded = Add (variance, eps)
- deviation = Sqrt (padded)
- unit = Div (centred, deviation)
- shape = Shape (x)
- whole = Reshape (unit, shape)
- by_channel = Constant <value_ints: ints = @by_channel> ()
- gamma4 = Reshape (gamma, by_channel)
- beta4 = Reshape (beta, by_channel)
- scaled = Mul (whole, gamma4)
- shifted = Add (scaled, beta4)
- floor = Constant <value_float: float = @floor> ()
- result = Max (shifted, floor)
-"""
-_ALONE = """
- total = Cast <to = 1> (x)
-"""
-_SUM = """
- x32 = Cast <to = 1> (x)
- residual32 = Cast <to = 1> (residual)
- total = Add (x32, residual32)
- sum = Cast <to: int = @sum_type> (total)
-"""
-_LAYER_NORM = """
- result = LayerNormalization <axis = -1, epsilon: float = @eps> (total, gamma, beta)
-"""
-_RESIDUAL = """
- x32 = Cast <to = 1> (x)
- shortcut32 = Cast <to = 1> (shortcut)
- scale_in = Constant <value_float: float = @shortcut_scale> ()
- grown = Mul (shortcut32, scale_in)
- total = Add (x32, grown)
- floor = Constant <value_float: float = @floor> ()
- result = Max (total, floor)
-"""
 _NARROW = """
  OUTPUT = Cast <to: int = @out_type> (result)
 """
@@ -210,19 +166,6 @@ def _bridge(op_type: str) -> str:
     return body
 
 
-def _group_norm(op_type: str) -> str:
-    return _GROUP_NORM + _end(op_type, "normalised")
-
-
-def _layer_norm(op_type: str) -> str:
-    total = _SUM if op_type.removeprefix("ResvitLayerNorm").startswith("Add") else _ALONE
-    return total + _LAYER_NORM + _end(op_type, "normalised")
-
-
-def _residual(op_type: str) -> str:
-    return _RESIDUAL + _end(op_type, "output")
-
-
 def _end(op_type: str, output: str) -> str:
     return (_QUANTIZED if op_type.endswith("Q") else _NARROW).replace("OUTPUT", output)
 
@@ -230,9 +173,6 @@ def _end(op_type: str, output: str) -> str:
 _BODIES: Mapping[str, Callable[[str], str]] = {
     "ResvitAttention": _attention,
     "ResvitBridge": _bridge,
-    "ResvitGroupNorm": _group_norm,
-    "ResvitLayerNorm": _layer_norm,
-    "ResvitResidual": _residual,
 }
 
 

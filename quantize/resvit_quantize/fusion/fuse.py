@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -14,34 +15,21 @@ from onnx_ir.passes import common
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
-from resvit_engines.kernels.residual import ResidualConfig
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion import attention_node, bridge, seams
+from resvit_quantize.fusion import attention_node, bridge
 from resvit_quantize.fusion.attention import attention_of
 from resvit_quantize.fusion.functions import function_of
 from resvit_quantize.fusion.layout import BATCH
-from resvit_quantize.fusion.match import WORTH_ASKING, Config, FusionReport, Kind, Match, Refusal, RefusedError
+from resvit_quantize.fusion.match import Config, FusionReport, Kind, Match, Refusal, RefusedError
 from resvit_quantize.fusion.operands import Amax, insert, narrowed
 from resvit_quantize.graph.analysis import analyse
 from resvit_quantize.graph.network import opset_of, static_shapes
 from resvit_quantize.graph.regions import AttentionBlock, attention_blocks
-from resvit_quantize.qdq.rtx_norms import GroupNorm
-
-__all__ = [
-    "WORTH_ASKING",
-    "Config",
-    "FusionReport",
-    "Kind",
-    "Match",
-    "Operands",
-    "Refusal",
-    "config_of",
-    "fuse",
-    "our_nodes",
-]
 
 Decide = Callable[[Match], "str | None"]
+"""A reason to leave a match alone; None to take it."""
+Rewrite = Callable[[str], object]
+"""Puts a node of the name given in place."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Operands:
 
 def fuse(
     model: ir.Model,
-    kinds: frozenset[Kind] = WORTH_ASKING,
+    kinds: frozenset[Kind] = frozenset(Kind),
     decide: Decide = lambda _: None,
     operands: Operands | None = None,
 ) -> FusionReport:
@@ -66,9 +54,9 @@ def fuse(
     matches: list[Match] = []
     refusals: list[Refusal] = []
     shapes = static_shapes(model, BATCH)
-    for kind, name, find in _candidates(model, shapes, kinds, operands):
+    for kind, name, check in _candidates(model, shapes, kinds, operands):
         try:
-            match, rewrite = find()
+            match, rewrite = check()
             reason = decide(match)
             if reason is not None:
                 raise RefusedError(reason)
@@ -105,13 +93,7 @@ def config_of(node: ir.Node) -> Config:
 _CONFIGS: dict[str, type[Config]] = {
     "ResvitAttention": AttentionConfig,
     "ResvitBridge": BridgeConfig,
-    "ResvitGroupNorm": GroupNormConfig,
-    "ResvitLayerNorm": LayerNormConfig,
-    "ResvitResidual": ResidualConfig,
 }
-
-
-_Found = Callable[[], tuple[Match, Callable[[str], object]]]
 
 
 def _new_name(name: str, matches: list[Match]) -> str:
@@ -123,40 +105,29 @@ def _new_name(name: str, matches: list[Match]) -> str:
 
 def _candidates(
     model: ir.Model, shapes: dict[str, tuple[int, ...]], kinds: frozenset[Kind], operands: Operands | None
-) -> Iterator[tuple[Kind, str, _Found]]:
+) -> Iterator[tuple[Kind, str, Callable[[], tuple[Match, Rewrite]]]]:
+    """Everything of these kinds, fit or not: with its name, and with what checks it (and raises ``RefusedError``)."""
     if Kind.ATTENTION in kinds:
         for block in attention_blocks(analyse(model)):
-
-            def found_attention(block: AttentionBlock = block) -> tuple[Match, Callable[[str], object]]:
-                part = attention_of(block, shapes)
-                if operands is None:
-                    return attention_node.match_of(part, shapes), lambda name: attention_node.rewrite(model, part, name)
-                narrow, factors = narrowed(part, operands.amax, operands.dtype)
-                return attention_node.match_of(narrow, shapes), lambda name: attention_node.rewrite(
-                    model, insert(model, narrow, factors), name
-                )
-
-            yield Kind.ATTENTION, attention_node.name_of(block).rpartition("/")[0], found_attention
+            name = attention_node.name_of(block).rpartition("/")[0]
+            yield Kind.ATTENTION, name, partial(_checked_attention, model, block, shapes, operands)
     if Kind.BRIDGE in kinds:
         for conv in [node for node in model.graph if bridge.is_bridge(node, shapes)]:
+            yield Kind.BRIDGE, str(conv.name), partial(_checked_bridge, model, conv, shapes)
 
-            def found_bridge(conv: ir.Node = conv) -> tuple[Match, Callable[[str], object]]:
-                part = bridge.bridge_of(conv, shapes)
-                return bridge.match_of(part), lambda name: bridge.rewrite(model, part, name)
 
-            yield Kind.BRIDGE, str(conv.name), found_bridge
-    # After the others: what they took in is no seam any more.
-    for kind in (Kind.GROUP_NORM, Kind.LAYER_NORM, Kind.RESIDUAL):
-        if kind not in kinds:
-            continue
-        common.RemoveUnusedNodesPass()(model)
-        for name, part in list(seams.seam_candidates(model, kind)):
+def _checked_attention(
+    model: ir.Model, block: AttentionBlock, shapes: dict[str, tuple[int, ...]], operands: Operands | None
+) -> tuple[Match, Rewrite]:
+    attention = attention_of(block, shapes)
+    if operands is None:
+        return attention_node.match_of(attention, shapes), lambda name: attention_node.rewrite(model, attention, name)
+    narrow, factors = narrowed(attention, operands.amax, operands.dtype)
+    return attention_node.match_of(narrow, shapes), lambda name: attention_node.rewrite(
+        model, insert(model, narrow, factors), name
+    )
 
-            def found_seam(
-                kind: Kind = kind, part: ir.Node | GroupNorm = part
-            ) -> tuple[Match, Callable[[str], object]]:
-                seam = seams.seam_of(kind, part, shapes)
-                # Named after a node, of which no other has the name.
-                return seams.match_of(seam, shapes), lambda _: seams.rewrite(model, seam)
 
-            yield kind, name, found_seam
+def _checked_bridge(model: ir.Model, conv: ir.Node, shapes: dict[str, tuple[int, ...]]) -> tuple[Match, Rewrite]:
+    part = bridge.bridge_of(conv, shapes)
+    return bridge.match_of(part), lambda name: bridge.rewrite(model, part, name)

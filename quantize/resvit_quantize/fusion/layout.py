@@ -33,7 +33,7 @@ def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] 
 
     Nodes in ``through`` scale; the elements pass them in place. What lies between two of them is left out.
     """
-    found: list[Traced] = []
+    traced: list[Traced] = []
     chain: list[ir.Node] = []
     source = value
     while source is not None:
@@ -42,15 +42,15 @@ def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] 
             break
         # Where a cast lies between, the numbers are others.
         if value is None or source.dtype == value.dtype:
-            found.append(Traced(source, places))
+            traced.append(Traced(source, places))
         node = source.producer()
         if node is None or not (is_view(node) or node in through):
             break
         if node in through:
-            found.clear()
+            traced.clear()
         chain.insert(0, node)
         source = _data_of(node)
-    return found
+    return traced
 
 
 def _data_of(node: ir.Node) -> ir.Value | None:
@@ -63,21 +63,21 @@ def behind(value: ir.Value, shapes: Shapes) -> list[Traced]:
 
     ``source`` is then the view, and ``places`` its elements as numbers of ``value``.
     """
-    found: list[Traced] = []
+    traced: list[Traced] = []
     chain: list[ir.Node] = []
     end = value
     while True:
         places = _run(value, chain, end, shapes)
         if places is None:
-            return found
+            return traced
         if end.dtype == value.dtype:
-            found.append(Traced(end, places))
+            traced.append(Traced(end, places))
         uses = list(end.uses())
         if len(uses) != 1 or end.is_graph_output() or not is_view(uses[0].node) or uses[0].idx != 0:
-            return found
+            return traced
         chain.append(uses[0].node)
         if len(chain[-1].outputs) != 1:
-            return found
+            return traced
         end = chain[-1].outputs[0]
 
 

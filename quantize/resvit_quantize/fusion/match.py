@@ -11,12 +11,10 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
-from resvit_engines.kernels.norms import GroupNormConfig, LayerNormConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT
-from resvit_engines.kernels.residual import ResidualConfig
 from resvit_quantize.graph.network import constant
 
-Config: TypeAlias = AttentionConfig | BridgeConfig | GroupNormConfig | LayerNormConfig | ResidualConfig
+Config: TypeAlias = AttentionConfig | BridgeConfig
 
 
 class Kind(str, enum.Enum):
@@ -24,13 +22,6 @@ class Kind(str, enum.Enum):
 
     ATTENTION = "attention"
     BRIDGE = "bridge"
-    GROUP_NORM = "group_norm"
-    LAYER_NORM = "layer_norm"
-    RESIDUAL = "residual"
-
-
-WORTH_ASKING = frozenset({Kind.ATTENTION, Kind.BRIDGE})
-"""What a user who asks for our kernels gets: compilers fuse the others by themselves, so those must be measured."""
 
 
 class RefusedError(Exception):

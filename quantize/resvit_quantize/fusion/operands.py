@@ -32,24 +32,24 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
-def narrowed(found: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple[float, ...]]:
+def narrowed(attention: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple[float, ...]]:
     """The same attention with operands in ``int8`` or ``fp8``, and the scale of each tensor that it reads.
 
     Raises:
         RefusedError: where the range of an operand is not known, or is nothing.
     """
-    names = [str(value.name) for value in found.block.operands]
+    names = [str(value.name) for value in attention.block.operands]
     try:
         clips = [amax(name) for name in names]
     except KeyError as error:
         raise RefusedError(f"the range of {error} was not calibrated") from error
     largest = _LARGEST[dtype]
     reach = f"its operands reach to {', '.join(f'{clip:.3g}' for clip in clips)}"
-    if found.config.dtype != "fp16":
-        raise RefusedError(f"its operands are {found.config.dtype.upper()}, and only FP16 is quantised for it")
+    if attention.config.dtype != "fp16":
+        raise RefusedError(f"its operands are {attention.config.dtype.upper()}, and only FP16 is quantised for it")
     if not all(0.0 < clip < 60000.0 for clip in clips):
         raise RefusedError(reach)
-    shared = {"split": (0, 1, 2), "q_kv": (0, 1, 1)}.get(found.config.layout, (0, 0, 0))
+    shared = {"split": (0, 1, 2), "q_kv": (0, 1, 1)}.get(attention.config.layout, (0, 0, 0))
     # The scale of the tensor that holds a part is that of the largest part in it.
     held = [max(clip for clip, other in zip(clips, shared, strict=True) if other == holder) for holder in shared]
     rounded = [_scale(clip, largest) for clip in held]
@@ -60,28 +60,30 @@ def narrowed(found: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple
         for clip, whole, scale in zip(clips, held, rounded, strict=True)
     ]
     own = [scale / factor for scale, factor in zip(rounded, factors, strict=True)]
-    config = dataclasses.replace(found.config, dtype=dtype, pv="fp16", q_scale=own[0], k_scale=own[1], v_scale=own[2])
-    return dataclasses.replace(found, config=config), tuple(factors)
+    config = dataclasses.replace(
+        attention.config, dtype=dtype, pv="fp16", q_scale=own[0], k_scale=own[1], v_scale=own[2]
+    )
+    return dataclasses.replace(attention, config=config), tuple(factors)
 
 
-def insert(model: ir.Model, found: Attention, factors: tuple[float, ...]) -> Attention:
-    """Put the factors and quantisers behind the tensors that ``found`` (as ``narrowed`` gave it) reads.
+def insert(model: ir.Model, attention: Attention, factors: tuple[float, ...]) -> Attention:
+    """Put the factors and quantisers behind the tensors that ``attention`` (as ``narrowed`` gave it) reads.
 
     What must be rearranged is so in 16 bits: ONNX Runtime neither transposes nor reshapes FP8.
     """
-    config, inserter = found.config, Inserter(model, found.before)
+    config, inserter = attention.config, Inserter(model, attention.before)
     scales = [config.q_scale * factors[0], config.k_scale * factors[1], config.v_scale * factors[2]]
     made: dict[ir.Value, ir.Value] = {}
-    for index, value in enumerate(found.inputs):
+    for index, value in enumerate(attention.inputs):
         if value in made:
             continue
-        source, name = inserter.tokens(value, index, found), f"{value.name}/attention/{found.before.name}"
+        source, name = inserter.tokens(value, index, attention), f"{value.name}/attention/{attention.before.name}"
         vector = _vector(config, factors, index)
         if np.any(vector != 1.0):
             factor = add_initializer(model, f"{name}/factor", vector.astype(np.float16))
             source = inserter.node("Mul", [source, factor], name)
         made[value] = inserter.quantised(source, scales[index], _STORED[config.dtype], name)
-    return dataclasses.replace(found, inputs=tuple(made[value] for value in found.inputs), sequence_first=False)
+    return dataclasses.replace(attention, inputs=tuple(made[value] for value in attention.inputs), sequence_first=False)
 
 
 def _scale(clip: float, largest: float) -> float:

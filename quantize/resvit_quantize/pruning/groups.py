@@ -29,6 +29,9 @@ class Kind(str, enum.Enum):
     BLOCKS = "blocks"
     """Residual blocks that become the identity; a group of one unit each."""
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 class Role(str, enum.Enum):
     """Which side of a channel a tensor is on."""

@@ -6,7 +6,6 @@
 import triton
 import triton.language as tl
 
-from resvit_engines.kernels.triton.norms import normalised
 from resvit_engines.kernels.triton.numerics import stored
 
 
@@ -84,7 +83,7 @@ def bridge(
                 known = (columns < EMBED)[None, :]
                 token = tl.load(table + at, mask=known, other=0.0).to(tokens.dtype.element_ty)
                 tl.store(tokens + at, token, mask=known)
-                values = normalised(token.to(tl.float32), gamma, beta, columns, EMBED, EPS)
+                values = _normalised(token.to(tl.float32), gamma, beta, columns, EMBED, EPS)
                 tl.store(normal + at, stored(values, INVERSE, normal.dtype.element_ty), mask=known)
 
 
@@ -123,3 +122,16 @@ def _projected(
     return values + tl.load(
         table + (PREFIX + place)[:, None] * EMBED + columns[None, :], mask=inside[:, None] & known[None, :], other=0.0
     )
+
+
+@triton.jit
+def _normalised(values, gamma, beta, columns, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of whole FP32 rows, padded with zeros, by the corrected two-pass method."""
+    real = columns[None, :] < SIZE
+    values = tl.where(real, values - (tl.sum(values, 1) / SIZE)[:, None], 0.0)
+    # What rounding left of the mean (Chan, Golub and LeVeque 1983).
+    values = tl.where(real, values - (tl.sum(values, 1) / SIZE)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(values * values, 1) / SIZE + EPS)
+    scale = tl.load(gamma + columns, mask=columns < SIZE, other=0.0)
+    shift = tl.load(beta + columns, mask=columns < SIZE, other=0.0)
+    return values * inverse[:, None] * scale[None, :] + shift[None, :]

@@ -1,4 +1,4 @@
-"""Rounding and centring, as every kernel here does them."""
+"""Rounding, as every kernel here does it."""
 # mypy: ignore-errors
 # ruff: noqa: N803
 # Triton's language: parameters have its types, and constants are in capitals.
@@ -17,9 +17,3 @@ def stored(values, INVERSE: tl.constexpr, dtype: tl.constexpr):
     if dtype == tl.float8e4nv:
         return tl.minimum(tl.maximum(values * INVERSE, -448.0), 448.0).to(dtype)
     return values.to(dtype)
-
-
-@triton.jit
-def rectified(values):
-    """ReLU, through which NaN stays NaN, as ONNX has it: a broken engine shall look broken."""
-    return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)

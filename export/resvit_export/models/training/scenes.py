@@ -201,7 +201,9 @@ def scores_of(model: Hybrid, scenes: int, report: Reporter) -> dict[str, float]:
         return {name: value.numpy() for name, value in named.items()}
 
     task = task_named(config.task.value, {})
-    answers = task.answers(run, StreamImageSet(factory, "validation", preprocess, None), _TEST_BATCH, report, "test")
+    answers = task.answers_of(
+        {"test": run}, StreamImageSet(factory, "validation", preprocess, None), _TEST_BATCH, report
+    )["test"]
     return dict(task.compare(answers, answers).reference)
 
 

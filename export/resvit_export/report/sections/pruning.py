@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from resvit_export.pruning import prune_summary
 from resvit_export.report.layout import wording
 from resvit_export.report.layout.data import Json
+from resvit_export.stages.prune import prune_summary
 
 WIDTH, HEIGHT = 240, 72
 """Of a curve's box."""

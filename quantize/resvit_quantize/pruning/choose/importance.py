@@ -42,6 +42,9 @@ class Importance(str, enum.Enum):
     (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning"). In nats per image for a
     classifier, else in error to signal of the outputs."""
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 Batches = Iterable[tuple["Tensor", "Tensor | None"]]
 """Images [B, C, H, W] as the module wants them, and labels int64 [B] where there are any (negative: unknown)."""

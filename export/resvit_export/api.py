@@ -1,0 +1,214 @@
+"""Building from Python: what a notebook or a training script calls, and what the command line calls too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import write_atomic
+from resvit_engines.progress import SILENT, Reporter
+from resvit_export.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resvit_engines.builder.device_plan import DevicePlan
+    from resvit_engines.builder.engine_report import EngineReport
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.records.device import DeviceResult
+    from resvit_export.records.verdict import VerdictRecord
+    from resvit_export.run import Run
+    from resvit_export.stage import Artifact
+    from resvit_export.stages.device import RunOnDevice
+    from resvit_export.to_onnx.report import ExportReport
+    from resvit_quantize.qdq.report import QuantizeReport
+    from resvit_quantize.search.search import Worth
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where an engine is built, validated and timed: ``ssh://user@host``; a rehearsal only tries the way there."""
+
+    address: str
+    rehearse: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of a build for one target. ``rejection`` says why it ended at the gate, where it did.
+
+    ``stages`` are the finished stages in order, each with its folder, its record and its files by name.
+    """
+
+    pipeline: Pipeline
+    stages: tuple[Artifact, ...]
+    report: Path
+    rejection: ResvitError | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.pipeline.run.folder.path
+
+    @property
+    def verdict(self) -> VerdictRecord:
+        """The verdict, with the accuracy stage by stage."""
+        return self.pipeline.validated.verdict
+
+    @property
+    def predicted(self) -> Worth:
+        """Whether quantising is predicted to be worth it on the target, as a factor over FP16."""
+        return self.pipeline.predicted.worth
+
+    @property
+    def exported(self) -> ExportReport:
+        """The float ONNX in figures."""
+        return self.pipeline.exported.report
+
+    @property
+    def quantized(self) -> QuantizeReport:
+        """What became of each matrix product."""
+        return self.pipeline.quantized.report
+
+    @property
+    def onnx(self) -> Path:
+        """The ONNX that was validated and ships."""
+        return self.pipeline.model.path
+
+    @property
+    def engine(self) -> EngineReport | None:
+        """The engine; None where it was not built here, or the model was rejected."""
+        return None if self.rejection else self.pipeline.compiled.engine
+
+    @property
+    def plan(self) -> DevicePlan | None:
+        """How to build the engine where it can be; None where it was built here, or the model was rejected."""
+        return None if self.rejection else self.pipeline.compiled.plan
+
+    @property
+    def bundle(self) -> Path | None:
+        """The bundle for the device; None where the model was rejected."""
+        return None if self.rejection else self.pipeline.bundled.bundle.path
+
+    @cached_property
+    def device(self) -> DeviceResult | None:
+        """What came back from the device; None without one."""
+        from resvit_export.stages.device import OnDevice
+
+        return next((stage.result for stage in self.stages if isinstance(stage, OnDevice)), None)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the command line returns."""
+        allowed = self.pipeline.recipe.allow_rejected
+        code = ExitCode.OK if allowed and self.rejection is None else ExitCode.REJECTED
+        verdict = self.verdict.verdict.exit_code
+        code = code if verdict is ExitCode.REJECTED else verdict
+        return max(code, self.device.exit_code(allow_rejected=allowed)) if self.device else code
+
+
+def build(
+    model: str | nn.Module,
+    data: str,
+    target: str,
+    *,
+    run: str | Path | None = None,
+    reporter: Reporter = SILENT,
+    **settings: Any,
+) -> Built:
+    """Take a trained network to a validated bundle for ``target``; what is finished in ``run`` is not done again.
+
+    ``model`` is a module in memory, with its weights, or a name as ``--model`` takes it. ``settings`` are fields of
+    :class:`Recipe`: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the gate does not
+    accept is no error: see ``Built.verdict`` and ``Built.rejection``.
+
+    Raises:
+        ResvitError: where model, data or a setting cannot be used, with the sentence that the command line prints.
+    """
+    from resvit_export.run import runs_for
+    from resvit_export.run_folder import RunFolder
+
+    module, name = (None, model) if isinstance(model, str) else (model, f"object:{type(model).__name__}")
+    recipe = Recipe(model=name, data=data, targets=(target,), **settings)
+    folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
+    with opened(recipe, folder, runs_for(recipe, folder, reporter, module)) as runs:
+        return build_run(runs[0])
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, folder: Any, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+    """The runs on their locked folder, with the recipe written down."""
+    from resvit_export.recipe.file import recipe_to_toml
+
+    with folder.locked():
+        write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())
+        yield runs
+
+
+def build_run(run: Run, *, report: str = "report.html", device: Device | None = None) -> Built:
+    """Do every stage for one target, and write the report; ``device`` then builds, validates and times there."""
+    from resvit_export.pipeline import Pipeline
+    from resvit_export.report.gather import write_run_report
+    from resvit_export.settle import settled
+    from resvit_export.stages.device import look_at_device
+
+    run.require_target()
+    run.sources.require_images()
+    run.signing_key()  # a key that cannot be used is refused before any work
+    if device is not None:
+        if device.rehearse and run.fuses:
+            raise ResvitError(
+                f"Kernels of our own ({run.plugins.reason}) cannot be rehearsed: TensorRT for RTX takes no plugins.",
+                "Rehearse with --plugins off.",
+                ExitCode.IMPOSSIBLE,
+            )
+        look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
+    pipeline = settled(Pipeline(run))
+    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
+    rejection: ResvitError | None = None
+    try:
+        stages += [pipeline.compiled, pipeline.audited, pipeline.bundled]
+        if device is not None:
+            stages.append(run.folder.do(_on_device(pipeline, device)))
+    except ResvitError as error:
+        if error.code != ExitCode.REJECTED:
+            raise
+        rejection = error
+    return Built(pipeline, tuple(stages), write_run_report(pipeline, report), rejection)
+
+
+def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
+    """The stage that builds, validates and times on the device, as it is found there."""
+    from resvit_export.stages.bundle import signer_of
+    from resvit_export.stages.device import KEY_FACTS, RunOnDevice, images_that_fit, look_at_device
+
+    run, questions = pipeline.run, pipeline.questions
+    bundle = pipeline.bundled.bundle
+    machine = look_at_device(device.address, run.require_target(), device.rehearse, run.reporter, quiet=True)
+    count = images_that_fit(pipeline.network.input_shape, len(questions.images), machine)
+    if pipeline.network.inputs:
+        run.reporter.warn(
+            "The network reads more than images: the device builds, times and checks the golden outputs, and is "
+            "not validated on the whole set."
+        )
+        count = 0
+    known = machine.to_json()
+    return RunOnDevice(
+        address=device.address,
+        device={name: known[name] for name in KEY_FACTS},
+        rehearse=device.rehearse,
+        bundle=bundle,
+        signer=signer_of(run),
+        questions=questions,
+        count=count,
+        original=pipeline.answered.get("reference") or pipeline.answered["baseline"],
+        outputs=tuple(name for name, _ in pipeline.exported.report.outputs),
+        max_drop=pipeline.recipe.max_drop,
+        confidence=pipeline.variant.confidence,
+        audit=pipeline.audit_of(own=True),
+    )

@@ -1,0 +1,66 @@
+"""What the loader knows of a network, as later stages read it from ``network.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_export.loading.inputs import NetworkInput
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """(C, H, W) of its image, its classes and preprocessing where they are known, and what else it reads.
+
+    ``inputs`` is empty for a network that reads one image alone. ``digest`` is over graph and weights.
+    """
+
+    input_shape: tuple[int, int, int]
+    num_classes: int | None
+    preprocess: Preprocess | None
+    dynamic_batch: bool
+    digest: str
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[NetworkInput, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images_per_call(self) -> int:
+        """How many images go through a runner at once: 16 of 3 x 224 x 224, more of smaller ones, at most 128.
+
+        Enough to keep the cores busy and calls rare; memory stays far below what one engine build takes.
+        """
+        return max(1, min(128, 2_500_000 // math.prod(self.input_shape)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "input_shape": list(self.input_shape),
+            "num_classes": self.num_classes,
+            "preprocess": self.preprocess.to_json() if self.preprocess else None,
+            "dynamic_batch": self.dynamic_batch,
+            "task_options": dict(self.task_options),
+            **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
+            "digest": self.digest,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> NetworkRecord:
+        """Read what ``to_json`` wrote."""
+        channels, height, width = document["input_shape"]
+        return cls(
+            input_shape=(channels, height, width),
+            num_classes=document["num_classes"],
+            preprocess=Preprocess.from_json(document["preprocess"]) if document["preprocess"] else None,
+            dynamic_batch=document["dynamic_batch"],
+            digest=document["digest"],
+            task_options=document["task_options"],
+            inputs=tuple(
+                NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in document.get("inputs", ())
+            ),
+            notes=tuple(document["notes"]),
+        )

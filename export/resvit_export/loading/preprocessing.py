@@ -1,0 +1,69 @@
+"""Which preprocessing a run uses: what the model says, with the user's settings on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.errors import ResvitError
+from resvit_export.loading.network_record import NetworkRecord
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.preprocess import Preprocess
+
+
+def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str | None) -> Preprocess:
+    """Merge the model's own preprocessing with what is ``wished``; ``data`` names the images.
+
+    Mean and standard deviation are never guessed: a wrong pair costs accuracy without a sign. Data that a user's
+    factory yields is preprocessed already, and needs neither.
+
+    Raises ``ResvitError`` where they are missing, or a setting does not exist or does not fit.
+    """
+    from resvit_calibrate.images.preprocess import Preprocess
+
+    channels, height, width = network.input_shape
+    known = network.preprocess.to_json() if network.preprocess else {}
+    names = [item.name for item in dataclasses.fields(Preprocess)]
+    for key in wished:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise ResvitError(
+                f"There is no preprocessing setting '{key}'.",
+                f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}.",
+            )
+    settings: dict[str, Any] = {
+        "size": [height, width],
+        "channels": channels,
+        "resize": "stretch",
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
+        "channel_order": "rgb",
+        **known,
+        **wished,
+    }
+    if "mean" not in settings or "std" not in settings:
+        if _is_factory(data):
+            settings.update(mean=[0.0] * channels, std=[1.0] * channels, resize="none")
+        else:
+            raise ResvitError(
+                "The model does not say how its images are normalised, and guessing would cost accuracy silently.",
+                "Say what it was trained with, for example --preprocess mean=0.485,0.456,0.406 "
+                "--preprocess std=0.229,0.224,0.225.",
+            )
+    preprocess = Preprocess.from_json(settings)
+    if tuple(preprocess.size) != (height, width) or preprocess.channels != channels:
+        raise ResvitError(
+            f"Preprocessing makes images of {preprocess.channels}x{preprocess.size[0]}x{preprocess.size[1]}, "
+            f"but the model takes {channels}x{height}x{width}.",
+            f"Leave size and channels out of the preprocessing, or say size={height}x{width}.",
+        )
+    return preprocess
+
+
+def _is_factory(data: str | None) -> bool:
+    from resvit_calibrate.data.sources import is_factory
+
+    return data is not None and is_factory(data)

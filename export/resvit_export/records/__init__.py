@@ -1,0 +1,1 @@
+"""What stages leave behind for people, reports and the gate, as values."""

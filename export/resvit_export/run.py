@@ -1,0 +1,270 @@
+"""One recipe for one target in one run folder; network, images and task are loaded once for all that share them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resvit_engines.builder.builder import builder_here
+from resvit_engines.builder.limits import require_buildable
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import Reporter
+from resvit_engines.targets.own import resolve_target
+from resvit_engines.targets.table import Builder, Precision, Target, require_precision
+from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
+from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.loading.source import NetworkSource, metric_identity
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.choices import Calibrator, TaskKind
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.run_folder import RunFolder
+from resvit_export.stage import File
+from resvit_export.task_choice import TaskChoice
+from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice, plugin_choice
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_engines.keys.private import SigningKey
+    from resvit_quantize.settings import QuantizeSettings
+
+RECOVERY_IMAGES = 20_000
+MOST_IMAGES = 100_000_000
+
+
+class Sources:
+    """What every target of a recipe shares: the network and the images, each loaded once."""
+
+    def __init__(self, recipe: Recipe, reporter: Reporter, module: nn.Module | None = None) -> None:
+        self.recipe, self.reporter, self._module = recipe, reporter, module
+        self._network: NetworkSource | None = None
+        self._sets: tuple[ImageSet, ImageSet] | None = None
+        self._training: dict[int, TrainingImages] = {}
+
+    @property
+    def network(self) -> NetworkSource:
+        """The user's network; raises ``ResvitError`` where a file that the recipe names does not exist."""
+        if self._network is None:
+            recipe = self.recipe
+            spec = ModelSpec(
+                model=str(recipe.model),
+                checkpoint=Path(recipe.checkpoint) if recipe.checkpoint else None,
+                model_args=dict(recipe.model_args),
+                input_shape=recipe.shape,
+                inputs=tuple(wish.input for wish in recipe.shape_wishes),
+            )
+            self._network = NetworkSource(spec, self._module)
+        return self._network
+
+    def require_images(self) -> str:
+        """The data set, or an error that says to name one, or one that exists."""
+        from resvit_calibrate.data.sources import require_source
+
+        recipe = self.recipe
+        if recipe.data is None:
+            raise ResvitError(
+                "No images were given, and calibration never invents any.",
+                "Say --data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
+            )
+        for data in (recipe.data, recipe.validation_data, recipe.train_data):
+            if data is not None:
+                require_source(data)
+        return recipe.data
+
+    def image_sets(self, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
+        """Calibration and validation images: seeded, disjoint."""
+        if self._sets is None:
+            from resvit_calibrate.data.image_sets import open_image_sets
+            from resvit_calibrate.images.image_set import DataSpec
+            from resvit_calibrate.images.targets import TargetOptions
+
+            recipe = self.recipe
+            spec = DataSpec(
+                data=self.require_images(),
+                validation_data=recipe.validation_data,
+                calibration_images=recipe.calibration_images,
+                validation_images=recipe.validation_images,
+                seed=recipe.seed,
+                reading=TargetOptions.from_options(recipe.task_options),
+                unlabelled=recipe.task is TaskKind.OTHER or recipe.metric is not None,
+            )
+            self._sets = open_image_sets(spec, preprocess, self.reporter)
+        return self._sets
+
+    def training_images(self, preprocess: Preprocess, most: int) -> TrainingImages:
+        """Images to train on, at most so many where the recipe does not say; none of them is a validation image."""
+        count = self.recipe.train_images or most
+        if count not in self._training:
+            from resvit_calibrate.data.image_sets import open_training_images
+
+            validation = self.image_sets(preprocess)[1]
+            self._training[count] = open_training_images(
+                str(self.recipe.train_data), validation, count, self.recipe.seed, preprocess, self.reporter
+            )
+        return self._training[count]
+
+
+class Run:
+    """A recipe for one target. What the target cannot do is refused at construction, before any work.
+
+    ``sources`` are shared by the runs of all targets.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, reporter: Reporter, sources: Sources) -> None:
+        self.recipe, self.folder, self.reporter = recipe, folder, reporter
+        self.sources = sources
+        self.target: Target | None = None
+        self.builder: Builder | None = None
+        if recipe.target is not None:
+            self.target = resolve_target(recipe.target, recipe.jetpack, recipe.own_targets)
+            self.builder = builder_here(self.target)
+            require_precision(self.target, self.precision)
+            require_buildable(self.target, self.build_settings, self.builder)
+        self.plugins: PluginChoice = plugin_choice(recipe, self.target, self.builder)
+
+    @property
+    def precision(self) -> Precision:
+        """What the recipe asks for."""
+        return self.recipe.precision
+
+    @property
+    def network(self) -> NetworkSource:
+        """The user's network."""
+        return self.sources.network
+
+    def require_target(self) -> Target:
+        """The target, or an error that says to name one."""
+        if self.target is None:
+            raise ResvitError(
+                "No target was given.",
+                "Say --target, for example --target jetson-orin or --target l4; 'resvit-export targets' lists them.",
+            )
+        return self.target
+
+    @property
+    def build_settings(self) -> BuildSettings:
+        """What the recipe says of the build."""
+        recipe = self.recipe
+        return BuildSettings(
+            batch=recipe.batch_range,
+            workspace_mib=recipe.workspace_mib,
+            optimization_level=recipe.optimization_level,
+            sparse=recipe.sparsity is not None,
+            hardware_compatible=recipe.hardware_compatible,
+            version_compatible=recipe.version_compatible,
+            strip_weights=recipe.strip_weights,
+            timing_cache=Path(recipe.timing_cache) if recipe.timing_cache else None,
+        )
+
+    def quantize_settings(self, precisions: Mapping[str, str]) -> QuantizeSettings:
+        """The recipe's part on quantising; ``precisions`` by node are what the search chose."""
+        from resvit_calibrate.ranges.estimators import Estimator
+        from resvit_quantize.settings import Methods, QuantizeSettings
+
+        recipe = self.recipe
+        at_output = recipe.calibrator is Calibrator.OUTPUT
+        return QuantizeSettings(
+            precision=Precision(recipe.precision),
+            estimator=Estimator.MSE if at_output else Estimator(recipe.calibrator.value),
+            effort=recipe.effort,
+            methods=Methods(output_ranges=at_output),
+            include=recipe.include,
+            exclude=recipe.exclude,
+            precisions={node: Precision(name) for node, name in precisions.items()},
+        )
+
+    @property
+    def fuses(self) -> bool:
+        """Whether nodes of the graph may become kernels of our own."""
+        return self.plugins.by is not By.NOTHING
+
+    @property
+    def measured_times(self) -> File | None:
+        """The user's file of layer times."""
+        return File.of(Path(self.recipe.measured_times)) if self.recipe.measured_times else None
+
+    @property
+    def label(self) -> str:
+        """What people read of the ONNX that ships."""
+        return f"onnx {self.precision.value}"
+
+    @property
+    def bundle_name(self) -> str:
+        """File name of the bundle."""
+        return f"{self.recipe.label}-{self.require_target().name}-{self.precision.value}.resvit"
+
+    def signing_key(self) -> SigningKey | None:
+        """What the bundle is signed with; ``None`` where neither recipe nor environment names a key."""
+        from resvit_engines.keys.private import load_signing_key
+
+        return load_signing_key(self.recipe.key)
+
+    def preprocess(self, network: NetworkRecord) -> Preprocess:
+        """How images become input: from the model where it knows, with the recipe's settings on top."""
+        return preprocess_from(network, self.recipe.preprocess, self.recipe.data)
+
+    def image_sets(self, network: NetworkRecord) -> tuple[ImageSet, ImageSet]:
+        """Calibration and validation images; refuses data that lacks what the network reads beside images."""
+        sets = self.sources.image_sets(self.preprocess(network))
+        if not self.recipe.prunes:
+            for images in sets:
+                batch = next(images.batches(1))
+                if network.inputs or batch.inputs:
+                    image = NetworkInput(IMAGE, network.input_shape)
+                    require_fed(network.inputs or (image,), batch.feeds(IMAGE), images.description)
+        return sets
+
+    def task(self, network: NetworkRecord, outputs: Sequence[Mapping[str, Any]]) -> TaskChoice:
+        """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs."""
+        from resvit_calibrate.tasks.kinds import task_of
+
+        recipe = self.recipe
+        kind = recipe.task
+        if kind is TaskKind.AUTO:
+            kind = TaskKind(task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name)
+        own = network.task_options if kind is TaskKind.DETECTION else {}
+        # What the user says of the outputs goes before what a detector says of its own.
+        return TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+
+    def require_images_alone(self, network: NetworkRecord, what: str) -> None:
+        """Refuse ``what`` for a network that reads more than images."""
+        if network.inputs:
+            names = ", ".join(item.name for item in network.inputs)
+            raise ResvitError(
+                f"{what} works for networks that read images alone, and this one reads {names}.",
+                "Wrap the network in a module that makes the others constants, or leave that out.",
+                ExitCode.IMPOSSIBLE,
+            )
+
+
+def runs_for(recipe: Recipe, folder: RunFolder, reporter: Reporter, module: nn.Module | None = None) -> list[Run]:
+    """One run for each target of the recipe, all in one folder: stages that do not differ are done once.
+
+    ``module`` is a network in memory, where the recipe names none. A JetPack goes to the Jetsons among several targets.
+    Raises ``ResvitError``, before anything is done, where one of the targets cannot do what is asked for.
+    """
+    from resvit_engines.targets.table import Kind
+
+    names = list(dict.fromkeys(recipe.targets))
+    sources = Sources(recipe, reporter, module)
+    if len(names) < 2:
+        return [Run(recipe, folder, reporter, sources)]
+    jetsons = {name for name in names if resolve_target(name, None, recipe.own_targets).kind is Kind.JETSON}
+    return [
+        Run(
+            dataclasses.replace(
+                recipe, targets=(name,), jetpack=recipe.jetpack if name in jetsons or not jetsons else None
+            ),
+            folder,
+            reporter,
+            sources,
+        )
+        for name in names
+    ]

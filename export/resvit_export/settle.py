@@ -1,0 +1,133 @@
+"""What follows a rejection: weights are trained, layers are raised to a higher precision, where the recipe allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resvit_calibrate.gate.gate import Verdict, VerdictKind
+from resvit_engines.targets.table import Precision
+from resvit_export.pipeline import Pipeline
+from resvit_export.recipe.choices import Recovery
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.refusals import recoverable, require_own_quantizer
+from resvit_export.stages.decide.predict import pricing_of
+from resvit_export.stages.decide.search import SENSITIVITY_IMAGES, Question, Search
+from resvit_export.stages.decide.sensitivity import Measure, Measured
+from resvit_quantize.sensitivity.method import Method
+
+if TYPE_CHECKING:
+    from resvit_quantize.search.assignments import Assignment
+    from resvit_quantize.search.search import Answer
+
+_ALONE = "sensitivity is measured for networks that read images alone."
+
+
+def settled(pipeline: Pipeline) -> Pipeline:
+    """The pipeline, or the one that recovers or was searched, where the gate or the recipe asks for it.
+
+    Does the stages up to ``validate`` where that question is open.
+    """
+    return searched(recovered_if_rejected(pipeline))
+
+
+def recovered_if_rejected(pipeline: Pipeline) -> Pipeline:
+    """The pipeline that recovers, where ``auto`` finds that calibration alone is rejected."""
+    recipe = pipeline.recipe
+    if recipe.recover is not Recovery.AUTO or recipe.train_data is None or not recoverable(recipe):
+        return pipeline
+    verdict = pipeline.validated.verdict
+    if verdict.kind is not VerdictKind.REJECTED or pipeline.network.inputs:
+        return pipeline
+    pipeline.run.reporter.say(f"calibration alone is rejected ({verdict.reason}): recovery follows")
+    return pipeline.vary(recovers=True)
+
+
+def searched(pipeline: Pipeline) -> Pipeline:
+    """The pipeline, or where its plain recipe is not accepted or a latency budget is set, the one that was searched."""
+    recipe, reporter = pipeline.recipe, pipeline.run.reporter
+    if pipeline.run.target is None or not recoverable(recipe):
+        return pipeline
+    if recipe.latency_budget is None:
+        if not recipe.search:
+            return pipeline
+        verdict = pipeline.validated.verdict
+        if verdict.kind is VerdictKind.ACCEPTED:
+            return pipeline
+        why = _ALONE if pipeline.network.inputs else hopeless(verdict.verdict, recipe)
+        if why:
+            reporter.warn(f"No precisions are searched for: {why}")
+            return pipeline
+        reporter.say(f"the plain recipe is {verdict.kind.value}: the search follows")
+    question = Question(
+        pricing_of(pipeline.run, pipeline.float_model), measured(pipeline, SENSITIVITY_IMAGES), pipeline.run.precision
+    )
+    answers = {} if recipe.latency_budget else answers_of_the_gate(pipeline, question)
+    search = pipeline.run.folder.do(Search(question, recipe.latency_budget, recipe.confidence, answers))
+    return pipeline.vary(precisions=search.assignment, confidence=search.confidence, search=search)
+
+
+def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) -> Measured:
+    """Which layers the accuracy loss comes from, on the first ``images`` of the calibration images."""
+    run, plain = pipeline.run, pipeline.vary(recovers=False)
+    require_own_quantizer(run.recipe)
+    run.sources.require_images()
+    run.require_images_alone(plain.network, "Sensitivity")
+    known = run.target.precisions if run.target else (Precision.INT8, Precision.FP8)
+    eight_bits = [p.value for p in (Precision.INT8, Precision.FP8) if p in known]
+    return run.folder.do(
+        Measure(
+            model=plain.exported.model,
+            ranges=plain.calibrated.ranges,
+            settings=run.quantize_settings({}),
+            precisions=tuple(dict.fromkeys([run.precision.value, *eight_bits])),
+            images=plain.images[0],
+            preprocess=plain.preprocess,
+            count=min(images, len(plain.images[0])),
+            method=method,
+            task=plain.questions.task,
+            seed=run.recipe.seed,
+        )
+    )
+
+
+def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Answer]:
+    """What the gate says of every assignment that the search looks at, by digest.
+
+    Each look is a chain of finished stages, so that a killed search goes on where it stopped.
+    """
+    from resvit_quantize.search.search import Answer, search_max_drop
+
+    problem = question.problem()
+    plain, answers = problem.plain_assignment().digest, dict[str, Answer]()
+
+    def look(assignment: Assignment, confidence: float) -> Answer:
+        verdict = pipeline.validated.verdict
+        if assignment.digest != plain:
+            verdict = pipeline.vary(precisions=assignment.precision_names, confidence=confidence).validated.verdict
+            pipeline.run.reporter.say(f"search: {assignment.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
+        kept = verdict.verdict.to_json()
+        document = {key: kept[key] for key in ("verdict", "reason", "interval")}
+        answers[assignment.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
+        return answers[assignment.digest]
+
+    search_max_drop(problem, look, pipeline.recipe.confidence)
+    return answers
+
+
+def hopeless(verdict: Verdict, recipe: Recipe) -> str:
+    """Why no network at all could be accepted on these images, empty if one could."""
+    from resvit_calibrate.gate.intervals import paired_difference
+    from resvit_quantize.search.search import confidence_of_look
+
+    if verdict.chance_level:
+        return "the float network itself cannot be told from guessing."
+    if verdict.metric != "top-1":
+        # Only of classes is it known without a candidate how wide the interval will be.
+        return ""
+    _, high = paired_difference(0, 0, verdict.images, confidence_of_look(recipe.confidence, 2))
+    if 100 * high <= recipe.max_drop:
+        return ""
+    return (
+        f"on {verdict.images} images even a perfect copy of the float network could not be told to lose at most "
+        f"{recipe.max_drop:g} percentage points; give more validation images or a larger --max-drop."
+    )

@@ -1,0 +1,211 @@
+"""What a stage is: a value that holds all it may see, its key, and what it leaves behind.
+
+A stage is a frozen dataclass. Its fields are the artefacts that it reads, the settings that change its result and the
+user's code that it runs; ``fill`` gets that value, a folder and a reporter, and nothing else. The key digests the value
+together with the versions of the libraries that compute it, so that nothing can change a result without changing
+the key.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import functools
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
+from resvit_engines.progress import Reporter
+
+RECORD = "record.json"
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """Anything that one text tells from all that differs: images, files, artefacts, the user's network."""
+
+    @property
+    def digest(self) -> str:
+        """That text."""
+        ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A file and the SHA-256 of its content; where it lies is no part of what it is."""
+
+    path: Path = dataclasses.field(compare=False)
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """Read the file's digest."""
+        return cls(path, sha256_file(path))
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file of a finished stage."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a finished stage: its key and all that went into it, its files, and what it cost.
+
+    ``value`` is the stage as :func:`plain` writes it, ``seconds`` wall time, ``peak_mib`` peak memory in MiB.
+    """
+
+    stage: str
+    key: str
+    value: Any
+    versions: Mapping[str, str]
+    outputs: Mapping[str, Output]
+    seconds: float
+    peak_mib: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as in ``record.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Record:
+        """Read what ``to_json`` wrote; ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
+        outputs = {
+            str(name): Output(str(item["sha256"]), int(item["bytes"])) for name, item in document["outputs"].items()
+        }
+        return cls(
+            stage=str(document["stage"]),
+            key=str(document["key"]),
+            value=document["value"],
+            versions={str(name): str(version) for name, version in document["versions"].items()},
+            outputs=outputs,
+            seconds=float(document["seconds"]),
+            peak_mib=int(document["peak_mib"]),
+        )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished stage: where it lies, and its record. Each stage has its own kind, with what it holds by name."""
+
+    folder: Path
+    record: Record
+    reused: bool
+
+    @property
+    def stage(self) -> str:
+        """The name of the stage."""
+        return self.record.stage
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest over the contents of all files."""
+        outputs = {name: dataclasses.asdict(output) for name, output in self.record.outputs.items()}
+        return sha256_bytes(canonical_json(outputs))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time that the stage took when it was computed."""
+        return self.record.seconds
+
+    def path(self, name: str) -> Path:
+        """Path of one file."""
+        return self.folder / name
+
+    def has(self, name: str) -> bool:
+        """Whether the stage wrote that file."""
+        return name in self.record.outputs
+
+    def file(self, name: str) -> File:
+        """One file, with the digest that it had when it was written."""
+        return File(self.path(name), self.record.outputs[name].sha256)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Content of one JSON file."""
+        document: dict[str, Any] = json.loads(self.path(name).read_bytes())
+        return document
+
+
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass(frozen=True)
+class Stage(abc.ABC, Generic[A]):
+    """The value of one stage. ``artifact`` is the kind that a finished one is read back as."""
+
+    name: ClassVar[str]
+    artifact: ClassVar[type[Artifact]] = Artifact
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The distributions whose versions change the result."""
+        return ()
+
+    @abc.abstractmethod
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Compute the stage and write its files into ``folder``, which nobody sees before it is whole."""
+
+
+def plain(value: object) -> Any:
+    """A value as JSON that differs wherever it does: what computes a digest of itself is that, a dataclass its fields.
+
+    Raises:
+        TypeError: for what can be told apart by nothing, such as a function: it has no place in a stage.
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    # A digest that is a field like the others tells only what it was taken of.
+    if isinstance(value, Digested) and not any(item.name == "digest" for item in fields):
+        return value.digest
+    if dataclasses.is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in fields if item.compare}
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=canonical_json)
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a stage cannot hold {type(value).__name__}: nothing tells one from another")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes a stage this one: its value, and the versions of what computes it."""
+
+    stage: str
+    value: Any
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, stage: Stage[Any]) -> Key:
+        """The one place where a key is made."""
+        packages = ("resvit-export", *stage.packages)
+        value = {"is": type(stage).__name__, **plain(stage)}
+        return cls(stage.name, value, {package: package_version(package) for package in packages})
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The key as 64 hexadecimal digits."""
+        return sha256_bytes(canonical_json({"stage": self.stage, "value": self.value, "versions": dict(self.versions)}))
+
+
+@functools.cache
+def package_version(name: str) -> str:
+    """Installed version of a distribution, or ``absent``."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

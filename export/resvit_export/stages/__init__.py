@@ -1,0 +1,1 @@
+"""The stages: each one value and one function."""

@@ -1,0 +1,107 @@
+"""The stage ``calibrate``: the ranges of all activations, from one pass over the calibration images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_export.stage import Artifact, File, Stage
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
+
+RANGES = "ranges.json"
+STATISTICS = "statistics.npz"
+IMAGES = "images.json"
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """How many images were used, which, and what is doubtful about them."""
+
+    description: str
+    images: int
+    digest: str
+    skipped: tuple[str, ...]
+    remarks: tuple[Mapping[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as in ``images.json``."""
+        return {
+            "description": self.description,
+            "images": self.images,
+            "digest": self.digest,
+            "skipped": list(self.skipped),
+            "remarks": list(self.remarks),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> CalibrationImages:
+        """Read what ``to_json`` wrote."""
+        return cls(**{**document, "skipped": tuple(document["skipped"]), "remarks": tuple(document["remarks"])})
+
+
+@dataclass(frozen=True)
+class Calibrated(Artifact):
+    """``ranges.json``, ``statistics.npz`` and ``images.json``."""
+
+    @property
+    def ranges(self) -> File:
+        """The range of every activation."""
+        return self.file(RANGES)
+
+    @property
+    def statistics(self) -> File:
+        """The histograms that the ranges were chosen from."""
+        return self.file(STATISTICS)
+
+    @functools.cached_property
+    def images(self) -> CalibrationImages:
+        """Which images it was."""
+        return CalibrationImages.from_json(self.json(IMAGES))
+
+
+@dataclass(frozen=True)
+class Calibrate(Stage[Calibrated]):
+    """Run the float model on the images, ``batch_size`` at a time, and remember what every activation held."""
+
+    name: ClassVar[str] = "calibrate"
+    artifact: ClassVar[type[Artifact]] = Calibrated
+
+    model: File
+    images: ImageSet
+    preprocess: Preprocess
+    batch_size: int
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What runs the model and counts."""
+        return ("onnxruntime", "numpy")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write ranges and statistics; what is doubtful about the images is said, and kept in ``images.json``."""
+        from resvit_calibrate.ranges.collect import collect_statistics
+        from resvit_calibrate.ranges.diagnostics import remarks_from_statistics, tell
+        from resvit_calibrate.ranges.ranges import ranges_from, save_ranges
+        from resvit_calibrate.ranges.statistics import save_statistics
+
+        images = self.images
+        statistics = collect_statistics(self.model.path, images.batches(self.batch_size), reporter, len(images))
+        save_statistics(statistics, folder / STATISTICS)
+        save_ranges(ranges_from(statistics, images.digest), folder / RANGES)
+        remarks = remarks_from_statistics(statistics)
+        tell(remarks, reporter)
+        record = CalibrationImages(
+            images.description,
+            statistics.images,
+            images.digest,
+            tuple(images.skipped),
+            tuple(remark.to_json() for remark in remarks),
+        )
+        (folder / IMAGES).write_bytes(pretty_json(record.to_json()))

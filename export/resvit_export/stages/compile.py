@@ -1,0 +1,124 @@
+"""The stage ``compile``: an engine where one can be built here, else the plan to build it where it can."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.device_plan import DevicePlan, plan_for_device
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
+from resvit_engines.targets.table import Builder, Target
+from resvit_export.stage import Artifact, File, Stage
+from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
+
+if TYPE_CHECKING:
+    from resvit_export.to_onnx.report import ExportReport
+
+ENGINE = "engine.plan"
+ENGINE_REPORT = "engine.json"
+PLAN = "plan.json"
+LAYERS = "layers.json"
+
+
+@dataclass(frozen=True)
+class Compiled(Artifact):
+    """``engine.plan`` and ``engine.json`` where there was a builder, else ``plan.json``; the copy TensorRT reads."""
+
+    @functools.cached_property
+    def engine(self) -> EngineReport | None:
+        """What came out of the build; None where only a plan did."""
+        return (
+            EngineReport.from_json(Record(self.json(ENGINE_REPORT), ENGINE_REPORT)) if self.has(ENGINE_REPORT) else None
+        )
+
+    @functools.cached_property
+    def plan(self) -> DevicePlan | None:
+        """How to build it where it can be; None where it was built."""
+        return DevicePlan.from_json(Record(self.json(PLAN), PLAN)) if self.has(PLAN) else None
+
+    @property
+    def copy(self) -> File | None:
+        """What TensorRT reads, where that is not the validated file itself."""
+        return self.file(TENSORRT_COPY) if self.has(TENSORRT_COPY) else None
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """What the plan says of the graph's inputs: the image [C, H, W], and others by name, without the batch."""
+
+    name: str
+    shape: tuple[int, int, int]
+    beside: Mapping[str, tuple[int, ...]]
+    dynamic_batch: bool
+    bundle: str
+    """File name of the bundle, which the plan's commands name."""
+
+
+def planned_input(report: ExportReport, bundle: str) -> PlannedInput:
+    """What the export says of the graph's inputs."""
+    name, (batch, *shape) = report.input
+    channels, height, width = (int(size) for size in shape)
+    beside = {item.name: item.shape for item in report.inputs if item.name != name}
+    return PlannedInput(name, (channels, height, width), beside, not isinstance(batch, int), bundle)
+
+
+@dataclass(frozen=True)
+class Compile(Stage[Compiled]):
+    """Build the engine with ``builder``; ``planned`` is set where there is none on this machine."""
+
+    name: ClassVar[str] = "compile"
+    artifact: ClassVar[type[Artifact]] = Compiled
+
+    model: File
+    target: Target
+    builder: Builder | None
+    settings: BuildSettings
+    planned: PlannedInput | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What builds, and what compiles kernels of our own."""
+        plugins = ("triton",) if self.settings.plugins != "off" else ()
+        return ("tensorrt-rtx-cu13-libs", "tensorrt", *plugins)
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the engine and its report, or the plan."""
+        model, settings, copy = self.model.path, self.settings, folder / TENSORRT_COPY
+        if onnx_for_tensorrt(model, copy, self.target, settings.plugins):
+            model = copy
+        if self.planned is None:
+            report = build_engine(model, folder / ENGINE, self.target, settings, reporter, folder / "build.log")
+            (folder / ENGINE_REPORT).write_bytes(pretty_json(report.to_json()))
+            return
+        image = self.planned
+        plan = plan_for_device(
+            self.target,
+            settings,
+            image.shape,
+            dynamic_batch=image.dynamic_batch,
+            bundle=image.bundle,
+            onnx=model.name,
+            onnx_sha256=File.of(model).digest,
+            input_name=image.name,
+            beside=image.beside,
+        )
+        (folder / PLAN).write_bytes(pretty_json(plan.to_json()))
+
+
+def lasting(report: EngineReport) -> EngineReport:
+    """What is true of the engine whenever it is built: without the time and memory that this build took."""
+    return dataclasses.replace(report, seconds=None, peak_mib=None)
+
+
+def for_batch(settings: BuildSettings, batch: int) -> BuildSettings:
+    """The same build for one batch."""
+    return dataclasses.replace(settings, batch=(batch, batch, batch))

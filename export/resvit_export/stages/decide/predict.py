@@ -1,0 +1,89 @@
+"""The stage ``predict``: the time of every layer on the target, against all FP16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency, LayerKind
+from resvit_engines.targets.layer_times import measured_times_from_json
+from resvit_engines.targets.table import Precision, Target
+from resvit_export.run import Run
+from resvit_export.stage import Artifact, File, Stage
+
+if TYPE_CHECKING:
+    from resvit_quantize.search.search import Worth
+
+RESULT = "costs.json"
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What a prediction depends on: the float graph, the device, the batch, and times that were measured on it."""
+
+    model: File
+    target: Target
+    batch: int
+    measured: File | None
+    efficiency: Efficiency = EFFICIENCY
+    accumulators: Mapping[LayerKind, int] = field(default_factory=lambda: dict(ACCUMULATOR_BYTES))
+
+    def cost_model(self) -> CostModel:
+        """The graph's fused layers with their prices; raises ``ResvitError`` for times of layers it does not have."""
+        from resvit_quantize.graph.fused_layers import layers_from_graph
+        from resvit_quantize.graph.network import network_from_onnx
+
+        layers = layers_from_graph(network_from_onnx(self.model.path), self.batch)
+        measured = measured_times_from_json(self.measured.path) if self.measured else None
+        if measured is not None:
+            measured.require_known(name for layer in layers for name in (layer.name, *layer.nodes))
+        return CostModel(layers, self.target, measured)
+
+
+def pricing_of(run: Run, model: File) -> Pricing:
+    """What predictions for a run depend on."""
+    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times)
+
+
+@dataclass(frozen=True)
+class Predicted(Artifact):
+    """``costs.json``."""
+
+    @functools.cached_property
+    def worth(self) -> Worth:
+        """Whether quantising is predicted to be worth it."""
+        from resvit_quantize.search.search import Worth
+
+        return Worth.from_json(self.json(RESULT))
+
+
+@dataclass(frozen=True)
+class Predict(Stage[Predicted]):
+    """Price the precisions that the products of the quantised graph have, by name."""
+
+    name: ClassVar[str] = "predict"
+    artifact: ClassVar[type[Artifact]] = Predicted
+
+    pricing: Pricing
+    precisions: Mapping[str, Precision]
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What reads the graph."""
+        return ("onnx-ir",)
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the prices of both, and what that is worth."""
+        del reporter
+        from resvit_quantize.search.search import worth_it
+
+        costs = self.pricing.cost_model()
+        chosen, fp16 = costs.predict(self.precisions), costs.predict({})
+        worth = worth_it(fp16, chosen, self.pricing.target)
+        document: dict[str, Any] = {**worth.to_json(), "fp16": fp16.to_json(), "chosen": chosen.to_json()}
+        (folder / RESULT).write_bytes(pretty_json(document))

@@ -1,0 +1,89 @@
+"""The stage ``recover``: the float ONNX with its weights trained, the quantisers in the loop."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from resvit_engines.bundle.parts import Recovery
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
+from resvit_export.stage import Artifact, File, Stage
+
+if TYPE_CHECKING:
+    from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_quantize.settings import QuantizeSettings
+
+MODEL = "recovered.onnx"
+CLIPS = "clips.json"
+RESULT = "recover.json"
+RESUME = "recover.resume"
+"""In the run's folder: where a killed training stands."""
+
+
+@dataclass(frozen=True)
+class Recovered(Artifact):
+    """``recovered.onnx``, ``clips.json`` and ``recover.json``."""
+
+    @property
+    def model(self) -> File:
+        """The float ONNX of the same nodes, with other constants."""
+        return self.file(MODEL)
+
+    @property
+    def clips(self) -> File:
+        """The clip of each activation that was learned with the weights."""
+        return self.file(CLIPS)
+
+    @functools.cached_property
+    def recovery(self) -> Recovery:
+        """How much was trained, without what differs from run to run."""
+        return Recovery.from_json(Record(self.json(RESULT), RESULT))
+
+
+@dataclass(frozen=True)
+class Recover(Stage[Recovered]):
+    """Train the weights against the float model, for the quantisers that ``settings`` put into the graph."""
+
+    name: ClassVar[str] = "recover"
+    artifact: ClassVar[type[Artifact]] = Recovered
+
+    model: File
+    ranges: File
+    statistics: File
+    settings: QuantizeSettings
+    images: TrainingImages
+    preprocess: Preprocess
+    epochs: int
+    seed: int
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What trains, and what writes the graph."""
+        return ("torch", "onnx-ir")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the trained model, its clips, and how it was trained."""
+        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_quantize.recovery.options import RecoverOptions
+        from resvit_quantize.recovery.recover import recover_model
+
+        report = recover_model(
+            self.model.path,
+            load_ranges(self.ranges.path),
+            self.settings,
+            self.images,
+            folder / MODEL,
+            folder.parent / RESUME,
+            RecoverOptions(epochs=self.epochs, seed=self.seed),
+            reporter,
+            statistics=load_statistics(self.statistics.path),
+        )
+        document = report.to_json()
+        (folder / CLIPS).write_bytes(pretty_json(document.pop("clips")))
+        (folder / RESULT).write_bytes(pretty_json(document))

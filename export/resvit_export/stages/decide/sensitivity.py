@@ -1,0 +1,99 @@
+"""The stage ``sensitivity``: which layers the accuracy loss comes from."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_export.stage import Artifact, File, Stage
+from resvit_export.task_choice import TaskChoice
+from resvit_quantize.sensitivity.method import Method
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_quantize.sensitivity.sensitivity import LayerDamage, Sensitivity
+    from resvit_quantize.settings import QuantizeSettings
+
+RESULT = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Measured(Artifact):
+    """``sensitivity.json``."""
+
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
+        """The damage of every layer."""
+        from resvit_quantize.sensitivity.sensitivity import sensitivity_from_json
+
+        return sensitivity_from_json(self.json(RESULT))
+
+
+@dataclass(frozen=True)
+class Measure(Stage[Measured]):
+    """Measure the noise that quantising each layer adds, on the first ``count`` of the calibration images.
+
+    ``precisions`` are those that are measured, the recipe's first; ``task`` is set where its loss, not the outputs,
+    tells the damage.
+    """
+
+    name: ClassVar[str] = "sensitivity"
+    artifact: ClassVar[type[Artifact]] = Measured
+
+    model: File
+    ranges: File
+    settings: QuantizeSettings
+    precisions: tuple[str, ...]
+    images: ImageSet
+    preprocess: Preprocess
+    count: int
+    method: Method
+    task: TaskChoice
+    seed: int
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What differentiates, and what runs the model."""
+        return ("torch", "onnx", "onnx-ir", "onnxruntime")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the damage of every layer; a graph without gradients is refused unless the method is brute force."""
+        from resvit_calibrate.answers.replay import FirstImages
+        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
+        from resvit_quantize.sensitivity.task_loss import task_loss
+
+        ranges = load_ranges(self.ranges.path)
+        if self.method is Method.BRUTE_FORCE:
+            few = self.images.first(self.count, 16)
+            damage = brute_force_sensitivity(
+                self.model.path, ranges, self.settings, few, reporter, precisions=self.precisions
+            )
+        else:
+            loss = task_loss(self.task.task(), self.images)
+            damage = measure_sensitivity(
+                self.model.path,
+                ranges,
+                self.settings,
+                self.images.first(self.count, 16) if loss is None else FirstImages(self.images, self.count).batches(16),
+                reporter,
+                self.count,
+                precisions=self.precisions,
+                seed=self.seed,
+                loss=loss,
+            )
+        (folder / RESULT).write_bytes(pretty_json(damage.to_json()))
+
+
+def exclude_snippet(excluded: Sequence[str], layers: Sequence[LayerDamage]) -> str:
+    """Lines for the recipe file that leave out these layers, and what it leaves out already."""
+    patterns = dict.fromkeys([*excluded, *(glob.escape(layer.node) for layer in layers)])
+    return "[quantize]\nexclude = [\n" + "".join(f"    {json.dumps(pattern)},\n" for pattern in patterns) + "]"

@@ -1,0 +1,104 @@
+"""The stage ``export``: the float ONNX in canonical form, from the folded program or the user's own file."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_export.loading.inputs import ShapeWish
+from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.loading.source import NetworkSource
+from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.load import Loaded, write_network_record
+
+if TYPE_CHECKING:
+    from resvit_export.to_onnx.report import ExportReport
+
+MODEL = "model.onnx"
+REPORT = "export.json"
+
+
+@dataclass(frozen=True)
+class Exported(Loaded):
+    """``model.onnx``, ``export.json`` and ``network.json``."""
+
+    @property
+    def model(self) -> File:
+        """The float ONNX."""
+        return self.file(MODEL)
+
+    @functools.cached_property
+    def report(self) -> ExportReport:
+        """The float ONNX in figures."""
+        from resvit_export.to_onnx.report import ExportReport
+
+        return ExportReport.from_json(self.json(REPORT))
+
+
+@dataclass(frozen=True)
+class Export(Stage[Exported]):
+    """Export a folded program, and check its parity with PyTorch; ``batch`` None leaves the batch dynamic."""
+
+    name: ClassVar[str] = "export"
+    artifact: ClassVar[type[Artifact]] = Exported
+
+    program: File
+    network: NetworkRecord
+    opset: int
+    batch: int | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What writes and checks the graph."""
+        return ("torch", "onnx", "onnxscript", "onnxruntime")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the float ONNX, its report, and what is known of the network."""
+        del reporter
+        from resvit_export.loading.libraries import quiet_libraries
+        from resvit_export.loading.pt2 import program_from_pt2
+        from resvit_export.to_onnx.export import onnx_from_program
+
+        with quiet_libraries():
+            program = program_from_pt2(self.program.path)
+            report = onnx_from_program(program, folder / MODEL, opset=self.opset, batch=self.batch)
+        write_network_record(folder, self.network)
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+
+@dataclass(frozen=True)
+class Import(Stage[Exported]):
+    """Take the user's own ONNX, checked; ``opset`` is the newest that ``reader`` reads, None where nothing asks."""
+
+    name: ClassVar[str] = "export"
+    artifact: ClassVar[type[Artifact]] = Exported
+
+    source: NetworkSource
+    wishes: tuple[ShapeWish, ...]
+    opset: int | None
+    reader: str
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What reads and checks the graph."""
+        return ("onnx", "onnx-ir", "onnxruntime")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the same files as ``Export``; refuse an opset that the target's TensorRT does not read."""
+        del reporter
+        from resvit_export.to_onnx.own_onnx import import_onnx
+
+        network, report = import_onnx(Path(self.source.spec.model), folder / MODEL, self.wishes)
+        if self.opset is not None and report.opset > self.opset:
+            raise ResvitError(
+                f"The model is of opset {report.opset}, and {self.reader} reads up to opset {self.opset}.",
+                f"Export it with opset {self.opset}, or choose a target with a newer TensorRT.",
+                ExitCode.IMPOSSIBLE,
+            )
+        write_network_record(folder, network)
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))

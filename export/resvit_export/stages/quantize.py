@@ -1,0 +1,164 @@
+"""The stage ``quantize``: the ONNX with Q/DQ and FP16 in the graph."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_engines.targets.table import Builder, Precision
+from resvit_export.stage import Artifact, File, Stage
+from resvit_export.to_tensorrt.copy import suit_builder
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_quantize.qdq.report import QuantizeReport
+    from resvit_quantize.settings import QuantizeSettings
+
+MODEL = "model.onnx"
+REPORT = "quantize.json"
+
+
+@dataclass(frozen=True)
+class Quantized(Artifact):
+    """``model.onnx`` and ``quantize.json``."""
+
+    @property
+    def model(self) -> File:
+        """The ONNX with its precision in the graph."""
+        return self.file(MODEL)
+
+    @functools.cached_property
+    def report(self) -> QuantizeReport:
+        """What the graph holds."""
+        from resvit_quantize.qdq.report import QuantizeReport
+
+        return QuantizeReport.from_json(self.json(REPORT))
+
+    @property
+    def eight_bit_products(self) -> dict[str, Precision]:
+        """The precision of every product that runs in 8 bits, by name."""
+        eight_bits = (Precision.INT8.value, Precision.FP8.value)
+        return {node.name: Precision(node.precision) for node in self.report.nodes if node.precision in eight_bits}
+
+
+@dataclass(frozen=True)
+class Quantize(Stage[Quantized]):
+    """Quantise a float model with our own quantiser, in the form that ``builder`` does best.
+
+    ``clips`` are what recovery learned with the weights; where there are any, no statistics are used. ``images``, of
+    ``batch_size`` at a time, are what ``--effort best`` learns from.
+    """
+
+    name: ClassVar[str] = "quantize"
+    artifact: ClassVar[type[Artifact]] = Quantized
+
+    model: File
+    ranges: File
+    statistics: File
+    clips: File | None
+    settings: QuantizeSettings
+    images: ImageSet
+    batch_size: int
+    builder: Builder | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What reads and writes the graph."""
+        return ("onnx", "onnx-ir")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the quantised model and its report."""
+        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_quantize.quantize import quantize_model
+        from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
+
+        settings, ranges = self.settings, load_ranges(self.ranges.path)
+        if self.clips is not None:
+            settings = settings_behind_recovery(settings)
+            ranges = pinned_ranges(ranges, json.loads(self.clips.path.read_bytes()))
+        report = quantize_model(
+            self.model.path,
+            ranges,
+            settings,
+            folder / MODEL,
+            reporter,
+            statistics=load_statistics(self.statistics.path) if self.clips is None else None,
+            images=lambda count: self.images.first(count, self.batch_size),
+        )
+        suit_builder(folder / MODEL, self.builder)
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+
+@dataclass(frozen=True)
+class QuantizeByModelOpt(Stage[Quantized]):
+    """The same with NVIDIA ModelOpt's own placement and ranges, from the images."""
+
+    name: ClassVar[str] = "quantize"
+    artifact: ClassVar[type[Artifact]] = Quantized
+
+    model: File
+    settings: QuantizeSettings
+    images: ImageSet
+    batch_size: int
+    builder: Builder | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What quantises, and what reads and writes the graph."""
+        return ("onnx", "onnx-ir", "nvidia-modelopt")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the quantised model and its report."""
+        from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
+
+        batches = self.images.batches(self.batch_size)
+        report = quantize_with_modelopt(self.model.path, batches, self.settings, folder / MODEL, reporter)
+        suit_builder(folder / MODEL, self.builder)
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+
+@dataclass(frozen=True)
+class Halve(Stage[Quantized]):
+    """The float network in FP16, by the way that ``--precision fp16`` goes: what quantised engines are held against."""
+
+    name: ClassVar[str] = "half"
+    artifact: ClassVar[type[Artifact]] = Quantized
+
+    model: File
+    ranges: File
+    statistics: File
+    builder: Builder | None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What reads and writes the graph."""
+        return ("onnx", "onnx-ir")
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the model in FP16."""
+        del reporter
+        report = self.write(folder / MODEL)
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+    def write(self, out: Path) -> QuantizeReport:
+        """Write it to any path; returns the report."""
+        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_quantize.quantize import quantize_model
+        from resvit_quantize.settings import QuantizeSettings
+
+        report = quantize_model(
+            self.model.path,
+            load_ranges(self.ranges.path),
+            QuantizeSettings(Precision.FP16),
+            out,
+            statistics=load_statistics(self.statistics.path),
+        )
+        suit_builder(out, self.builder)
+        return report

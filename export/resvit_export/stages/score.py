@@ -1,0 +1,257 @@
+"""The stages ``reference``, ``baseline`` and ``score``: what each network answers on the validation images.
+
+The original network in PyTorch, the float ONNX and the ONNX that ships are asked together, batch by batch, so that each
+image is decoded once; what is there already, from another target or another limit of the gate, is not asked again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from resvit_engines.bundle.parts import GoldenFiles
+from resvit_engines.files import pretty_json
+from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
+from resvit_export.loading.source import NetworkSource
+from resvit_export.run import Run
+from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.export import Exported
+from resvit_export.stages.prune import Pruned
+from resvit_export.task_choice import TaskChoice
+
+if TYPE_CHECKING:
+    from resvit_calibrate.answers.base import Answers
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_calibrate.runtime.runner import Runner
+    from resvit_calibrate.runtime.sessions import Arrays
+
+ANSWERS = "answers.npz"
+GOLDEN = "golden.json"
+GOLDEN_IMAGES = 4
+"""Images that travel with the bundle, with the outputs that were validated."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The validation images, how many are asked at once, and what is kept of the answers."""
+
+    images: ImageSet
+    preprocess: Preprocess
+    batch_size: int
+    task: TaskChoice
+
+
+@dataclass(frozen=True)
+class Answered(Artifact):
+    """``answers.npz``: all that is kept of one network's answers."""
+
+    def answers(self, task: TaskChoice) -> Answers:
+        """Read them."""
+        return task.task().load(self.path(ANSWERS))
+
+
+@dataclass(frozen=True)
+class Asked(Stage[Answered]):
+    """One network that is asked. ``title`` is what people read of it."""
+
+    questions: Questions
+
+    @property
+    def title(self) -> str:
+        """What people read of it."""
+        return self.name
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The network as a function from arrays to arrays; it may write more into the stage's folder."""
+        raise NotImplementedError
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Ask this network alone."""
+        ask_together([(self, folder)], reporter)
+
+
+def ask_together(missing: Sequence[tuple[Stage[Answered], Path]], reporter: Reporter) -> None:
+    """Ask several networks the same questions, each batch decoded once; write each one's answers into its folder."""
+    asked = [(stage, folder) for stage, folder in missing if isinstance(stage, Asked)]
+    questions = asked[0][0].questions
+    runners = {stage.title: stage.runner(folder, reporter) for stage, folder in asked}
+    answers = questions.task.task().answers_of(runners, questions.images, questions.batch_size, reporter)
+    for stage, folder in asked:
+        answers[stage.title].save(folder / ANSWERS)
+
+
+@dataclass(frozen=True)
+class AskReference(Asked):
+    """What the original network predicts in PyTorch; the same for all targets."""
+
+    name: ClassVar[str] = "reference"
+    artifact: ClassVar[type[Artifact]] = Answered
+
+    source: NetworkSource
+
+    @property
+    def title(self) -> str:
+        """What people read of it."""
+        return "PyTorch"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What computes it."""
+        return ("torch",)
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The original network."""
+        del folder
+        return self.source.network(reporter).runner()
+
+
+@dataclass(frozen=True)
+class AskPruned(Asked):
+    """What the pruned network predicts before anything is trained behind it."""
+
+    name: ClassVar[str] = "pruned"
+    artifact: ClassVar[type[Artifact]] = Answered
+
+    program: File
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What computes it."""
+        return ("torch",)
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The pruned program."""
+        del folder, reporter
+        from resvit_export.loading.pt2 import program_from_pt2
+        from resvit_export.loading.torch_program import runner_from_program
+
+        return runner_from_program(program_from_pt2(self.program.path))
+
+
+@dataclass(frozen=True)
+class AskFloat(Asked):
+    """What the float ONNX predicts."""
+
+    name: ClassVar[str] = "baseline"
+    artifact: ClassVar[type[Artifact]] = Answered
+
+    model: File
+
+    @property
+    def title(self) -> str:
+        """What people read of it."""
+        return "ONNX float"
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What computes it."""
+        return ("onnxruntime",)
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The float ONNX."""
+        del folder, reporter
+        from resvit_calibrate.runtime.runner import onnx_runner
+
+        return onnx_runner(self.model.path)
+
+
+@dataclass(frozen=True)
+class Scored(Answered):
+    """The answers of the ONNX that ships, and golden images with its outputs."""
+
+    @functools.cached_property
+    def golden(self) -> GoldenFiles:
+        """Which file holds which golden array."""
+        return GoldenFiles.from_json(self._record().record("files"))
+
+    @property
+    def runtime_note(self) -> str:
+        """What is to be said of the runtime that computed the answers."""
+        return self._record().text("note")
+
+    def _record(self) -> Record:
+        return Record(self.json(GOLDEN), GOLDEN)
+
+
+@dataclass(frozen=True)
+class AskQuantized(Asked):
+    """What the ONNX that ships predicts. ``sets`` says that the graph selects its answers."""
+
+    name: ClassVar[str] = "score"
+    artifact: ClassVar[type[Artifact]] = Scored
+
+    model: File
+    label: str
+    sets: bool
+
+    @property
+    def title(self) -> str:
+        """What people read of it."""
+        return self.label
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What computes it."""
+        return ("onnxruntime",)
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The ONNX that ships, once the runtime has proven on known numbers that it quantises rightly.
+
+        Writes golden images and outputs on the way.
+        """
+        from resvit_calibrate.answers.classes import INPUT
+        from resvit_calibrate.runtime.runner import checked_runner
+        from resvit_calibrate.runtime.selftest import runtime_note, self_test
+
+        self_test()
+        feeds = next(self.questions.images.batches(GOLDEN_IMAGES)).feeds(INPUT)
+        runner, remark = checked_runner(self.model.path, feeds, sets=self.sets)
+        if remark:
+            reporter.warn(remark)
+        golden = write_golden(folder, feeds, runner(feeds), self.sets)
+        document = {"files": golden.to_json(), "note": f"{runtime_note()} {remark}".strip()}
+        (folder / GOLDEN).write_bytes(pretty_json(document))
+        return runner
+
+
+def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False) -> GoldenFiles:
+    """Write golden images and outputs as ``golden_input.npy``, ``golden_output.npy``, and ``…_1.npy`` and so on."""
+    from resvit_calibrate.answers.classes import INPUT
+
+    first = "logits" if "logits" in outputs else next(iter(outputs))
+    files = {first: "golden_output.npy"}
+    files |= {name: f"golden_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
+    beside = {name: f"golden_input_{i}.npy" for i, name in enumerate((n for n in feeds if n != INPUT), 1)}
+    np.save(folder / "golden_input.npy", feeds[INPUT])
+    for name, file in beside.items():
+        np.save(folder / file, feeds[name])
+    for name, file in files.items():
+        value = outputs[name]
+        np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
+    return GoldenFiles("golden_input.npy", "golden_output.npy", beside, files if len(files) > 1 else {}, sets)
+
+
+def answers_of(
+    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File
+) -> dict[str, Answered]:
+    """What every network of a run answers, by stage: what is there is read, the rest is asked together."""
+    asked: list[Asked] = [AskFloat(questions, exported.model)]
+    asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
+    asked += [AskPruned(questions, pruned.program)] if pruned else []
+    asked.append(AskQuantized(questions, model, run.label, exported.report.selects_rows))
+    artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
+    return {artifact.stage: artifact for artifact in artifacts}
+
+
+def shipped_in(answered: Mapping[str, Answered]) -> Scored:
+    """Of all answers, those of the ONNX that ships."""
+    scored = answered[AskQuantized.name]
+    assert isinstance(scored, Scored)
+    return scored

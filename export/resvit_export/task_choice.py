@@ -1,0 +1,26 @@
+"""What a network is for, as a value: kind, options and the user's metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resvit_calibrate.answers.base import Task
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """``options`` say how outputs are read; ``metric`` names a function, whose code ``metric_digest`` tells apart."""
+
+    kind: str
+    options: Mapping[str, Any]
+    metric: str | None = None
+    metric_digest: str | None = None
+
+    def task(self) -> Task:
+        """The task; raises as ``task_named``."""
+        from resvit_calibrate.tasks.kinds import task_named
+
+        return task_named(self.kind, self.options, self.metric)
