@@ -25,6 +25,8 @@ from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
+pytestmark = pytest.mark.whole
+
 pytest.importorskip("torch")
 
 INT8 = QuantizeSettings(Precision.INT8)

@@ -31,6 +31,8 @@ from resvit_quantize.recovery.student import trainable_constants
 from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.training.standing import Stop
 
+pytestmark = pytest.mark.whole
+
 COARSE = QuantizeSettings(Precision.INT8, Estimator.MAX, bits=3)
 FAST = RecoverOptions(epochs=2, batch=16, learning_rate=1e-2, evaluate_every=8)
 
@@ -275,7 +277,6 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--target", "jetson-orin", *MODEL, "--calibration-images", "128", "--no-search"]
@@ -307,7 +308,6 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     assert run(["report", "--run", "runs/x", "-q"]) == 0
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported")
 def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "validate", "--target", "l4", *MODEL, *TRAIN)
@@ -315,7 +315,6 @@ def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsy
     assert not list(Path("runs/embed-nano").glob("recover-*"))
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_rejection_says_that_training_images_are_missing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["build", "--target", "l4", *MODEL, "--calibration-images", "64", "--no-search", "-q"])
