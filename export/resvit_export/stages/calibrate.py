@@ -73,16 +73,12 @@ class Calibrate(Stage[Calibrated]):
 
     name: ClassVar[str] = "calibrate"
     artifact: ClassVar[type[Artifact]] = Calibrated
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
 
     model: File
     images: ImageSet
     preprocess: Preprocess
     batch_size: int
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What runs the model and counts."""
-        return ("onnxruntime", "numpy")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write ranges and statistics; what is doubtful about the images is said, and kept in ``images.json``."""

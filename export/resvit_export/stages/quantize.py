@@ -56,6 +56,7 @@ class Quantize(Stage[Quantized]):
 
     name: ClassVar[str] = "quantize"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     model: File
     ranges: File
@@ -65,11 +66,6 @@ class Quantize(Stage[Quantized]):
     images: ImageSet
     batch_size: int
     builder: Builder | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads and writes the graph."""
-        return ("onnx", "onnx-ir")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
@@ -101,17 +97,13 @@ class QuantizeByModelOpt(Stage[Quantized]):
 
     name: ClassVar[str] = "quantize"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "nvidia-modelopt")
 
     model: File
     settings: QuantizeSettings
     images: ImageSet
     batch_size: int
     builder: Builder | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What quantises, and what reads and writes the graph."""
-        return ("onnx", "onnx-ir", "nvidia-modelopt")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
@@ -129,16 +121,12 @@ class Halve(Stage[Quantized]):
 
     name: ClassVar[str] = "half"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     model: File
     ranges: File
     statistics: File
     builder: Builder | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads and writes the graph."""
-        return ("onnx", "onnx-ir")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the model in FP16."""

@@ -53,6 +53,7 @@ class Validate(Stage[Validated]):
 
     name: ClassVar[str] = "validate"
     artifact: ClassVar[type[Artifact]] = Validated
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     questions: Questions
     label: str
@@ -65,11 +66,6 @@ class Validate(Stage[Validated]):
     quantize_report: File
     max_drop: float
     confidence: float
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What measures the clipping."""
-        return ("onnxruntime",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""

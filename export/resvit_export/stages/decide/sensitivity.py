@@ -47,6 +47,7 @@ class Measure(Stage[Measured]):
 
     name: ClassVar[str] = "sensitivity"
     artifact: ClassVar[type[Artifact]] = Measured
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnx-ir", "onnxruntime")
 
     model: File
     ranges: File
@@ -58,11 +59,6 @@ class Measure(Stage[Measured]):
     method: Method
     task: TaskChoice
     seed: int
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What differentiates, and what runs the model."""
-        return ("torch", "onnx", "onnx-ir", "onnxruntime")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the damage of every layer; a graph without gradients is refused unless the method is brute force."""
