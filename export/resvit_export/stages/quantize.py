@@ -86,8 +86,8 @@ class Quantize(Stage[Quantized]):
             reporter,
             statistics=load_statistics(self.statistics.path) if self.clips is None else None,
             images=lambda count: self.images.first(count, self.batch_size),
+            suit=lambda out: suit_builder(out, self.builder),
         )
-        suit_builder(folder / MODEL, self.builder)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
 
 
@@ -110,8 +110,14 @@ class QuantizeByModelOpt(Stage[Quantized]):
         from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
 
         batches = self.images.batches(self.batch_size)
-        report = quantize_with_modelopt(self.model.path, batches, self.settings, folder / MODEL, reporter)
-        suit_builder(folder / MODEL, self.builder)
+        report = quantize_with_modelopt(
+            self.model.path,
+            batches,
+            self.settings,
+            folder / MODEL,
+            reporter,
+            lambda out: suit_builder(out, self.builder),
+        )
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
 
 
@@ -141,12 +147,11 @@ class Halve(Stage[Quantized]):
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.settings import QuantizeSettings
 
-        report = quantize_model(
+        return quantize_model(
             self.model.path,
             load_ranges(self.ranges.path),
             QuantizeSettings(Precision.FP16),
             out,
             statistics=load_statistics(self.statistics.path),
+            suit=lambda model: suit_builder(model, self.builder),
         )
-        suit_builder(out, self.builder)
-        return report
