@@ -1,6 +1,7 @@
 # make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an L4
-# make test   the whole test suite
-# Both set up everything that they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
+# make test   lint, types and the test suite
+# make check  the same without whole builds and compiles: two minutes
+# All set up what they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,9 +15,9 @@ DEMO := runs/demo
 CHECKPOINT := $(DEMO)/embed-nano.pt
 BUILD := $(BIN)/resvit-export build --precision int8
 
-.PHONY: help setup data demo test lint clean bindings device-wheels sshd
+.PHONY: help setup data demo test check lint clean bindings device-wheels sshd
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
@@ -41,8 +42,16 @@ demo: setup data
 	$(BUILD) --target l4 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/l4
 	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
 
+# A module's tests share what they built, so a module stays with one worker; tests/conftest.py has the order.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+# TESTS= also runs the full forms of tests that are shortened otherwise.
+TESTS := not slow
+
 test: setup data bindings device-wheels sshd lint
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -m "$(TESTS)"
+
+check: setup data bindings lint
+	$(PYTEST) -m "not slow and not whole"
 
 # Python bindings of the TensorRT versions that are served: small, without TensorRT's libraries; their names are tested.
 BINDINGS := cu12-bindings==10.3.0 cu12-bindings==10.13.3.9 cu12-bindings==10.16.1.11 cu13-bindings==11.4.0.106

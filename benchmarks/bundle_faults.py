@@ -35,6 +35,7 @@ import click
 from machine import write_result
 
 from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.unpacked import read_trusted_folder
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ExitCode, ResvitError
@@ -42,14 +43,14 @@ from resvit_engines.install.install import install_bundle
 from resvit_engines.install.state import current_version, read_state
 from resvit_engines.keys.private import load_signing_key, make_key_pair
 from resvit_engines.keys.public import PublicKey, TrustStore, load_trust
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
+from resvit_engines.targets.table import find_target
 
 NAME = "net"
-FACTS = DeviceFacts(
+MACHINE = Machine(
     sm=89, gpu="L4", tensorrt=None, jetpack=None, arch="x86_64", memory_mib=1 << 20, free_disk_mib=1 << 20,
     python="3.10.12", rtx="1.7.1.116",
 )  # fmt: skip
-TARGET = {"name": "l4", "title": "L4", "sm": 89, "arch": "x86_64", "builder": "tensorrt-rtx", "tensorrt": "1.7"}
 REFUSALS = (ExitCode.INPUT, ExitCode.UNTRUSTED)
 DIED = 77
 STEPS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "os.link", "os.truncate"}
@@ -78,7 +79,7 @@ class Bench:
     def install(self, bundle: Path, calls: list[Path] | None = None) -> None:
         """Install with a check of golden outputs that only notes that it was called."""
         noted: list[Path] = [] if calls is None else calls
-        install_bundle(bundle, self.root, self.trust, check=lambda at, _: noted.append(at), facts=FACTS)
+        install_bundle(bundle, self.root, self.trust, check=lambda at, _: noted.append(at), machine=MACHINE)
 
     def current(self) -> int:
         """The release that runs; raises where ``current`` is not a whole version, by signature and digests."""
@@ -88,7 +89,7 @@ class Bench:
         read_state(model)
         found = read_trusted_folder(model / "current", self.trust)
         assert found.digest.startswith(version[:12])
-        return int(found.manifest["number"])
+        return int(found.manifest.other["number"])
 
     def forget_others(self) -> None:
         """Remove all versions but the current one, so that the other must be unpacked again."""
@@ -113,7 +114,9 @@ def prepared(folder: Path, payload: int = 200) -> Bench:
             "golden/input.npy": bytes(range(64)),
             "empty": b"",
         }
-        write_bundle(bench.bundle(version), {"name": NAME, "target": TARGET, "number": version}, files, key)
+        write_bundle(
+            bench.bundle(version), Manifest(NAME, target=find_target("l4"), other={"number": version}), files, key
+        )
     bench.install(bench.bundle(1))
     return bench
 

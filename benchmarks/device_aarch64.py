@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ensurepip
-import json
 import os
 import shutil
 import subprocess
@@ -24,9 +23,11 @@ import numpy as np
 from machine import write_result
 
 from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.keys.private import load_signing_key, make_key_pair
 from resvit_engines.keys.public import PublicKey
-from resvit_engines.machine import facts_from_json
+from resvit_engines.machine import Machine
+from resvit_engines.records import record_from_bytes
 from resvit_engines.remote.wheel import write_device_wheel
 from resvit_engines.remote.wheelhouse import download_wheels
 from resvit_engines.targets.table import find_target
@@ -77,7 +78,7 @@ def signed_bundle(folder: Path) -> Path:
     """A small bundle for a Jetson Orin, with its key beside it."""
     make_key_pair(folder / "release.key", folder / "release.pub", lambda raw: PublicKey(raw, "release"))
     np.save(folder / "golden_input.npy", np.zeros((1, 1, 12, 12), np.float32))
-    manifest = {"name": "small", "target": find_target("jetson-orin").to_json()}
+    manifest = Manifest("small", target=find_target("jetson-orin"))
     files = {"golden_input.npy": folder / "golden_input.npy", "model.onnx": b"\x00" * 100_000}
     write_bundle(folder / "small.resvit", manifest, files, load_signing_key(str(folder / "release.key")))
     return folder / "small.resvit"
@@ -93,8 +94,9 @@ def main() -> None:
     try:
         device = Emulated(folder)
         wheel = write_device_wheel(folder)
-        facts = facts_from_json(json.loads(device.run("-m", "resvit_engines.machine", path=str(wheel)).stdout))
-        download_wheels(facts, folder / "wheels")
+        printed = device.run("-m", "resvit_engines.machine", path=str(wheel)).stdout
+        machine = Machine.from_json(record_from_bytes(printed.encode(), "the emulated device"))
+        download_wheels(machine, folder / "wheels")
         pip = next((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
         begin = time.monotonic()
         device.run(
@@ -102,7 +104,7 @@ def main() -> None:
             *("--target", str(device.site), str(wheel)),
             path=str(pip),
         )
-        print(f"{facts.arch}, Python {facts.python}: {wheel.name} installed in {time.monotonic() - begin:.0f} s")
+        print(f"{machine.arch}, Python {machine.python}: {wheel.name} installed in {time.monotonic() - begin:.0f} s")
         versions = device.run("-c", "import numpy, cryptography; print(numpy.__version__, cryptography.__version__)")
         print(f"numpy, cryptography: {versions.stdout.strip()}")
         bundle = signed_bundle(folder)
@@ -115,7 +117,7 @@ def main() -> None:
         tampered.write_bytes(data)
         bad = device.run(*verify, str(tampered), check=False)
         print(f"verify, one bit flipped: exit code {bad.returncode}: {bad.stderr.strip()}")
-        emulated = {"arch": facts.arch, "python": facts.python, "install_exit": 0, "wheel": wheel.name}
+        emulated = {"arch": machine.arch, "python": machine.python, "install_exit": 0, "wheel": wheel.name}
         codes = {"verify_exit": good.returncode, "verify_one_bit_flipped_exit": bad.returncode}
         write_result("device_aarch64", {"emulated": emulated, "packages": versions.stdout.split(), **codes})
         sys.exit(0 if good.returncode == 0 and bad.returncode in (3, 10) else "the aarch64 device is wrong")

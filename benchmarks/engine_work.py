@@ -81,10 +81,11 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
     from resvit_calibrate.ranges.estimators import Estimator
     from resvit_calibrate.ranges.ranges import load_ranges, ranges_from, save_ranges
     from resvit_calibrate.ranges.statistics import load_statistics, save_statistics
+    from resvit_engines.targets.table import Precision
     from resvit_export.to_tensorrt.copy import onnx_for_tensorrt, suit_builder
     from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
     from resvit_quantize.quantize import quantize_model
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_quantize.settings import QuantizeSettings
 
     out = folder / f"{variant.name}.onnx"
     if variant.modelopt:

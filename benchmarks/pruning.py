@@ -50,9 +50,9 @@ from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.choose.budget import Budget
-from resvit_quantize.pruning.choose.choice import Choice, choose, uniform
-from resvit_quantize.pruning.choose.costs import Work
+from resvit_quantize.pruning.choose.choice import Choice, choose_widths, uniform_widths
 from resvit_quantize.pruning.choose.importance import Importance, importance_of
+from resvit_quantize.pruning.choose.recorder import costs_from_module
 from resvit_quantize.pruning.distill.distill import distill
 from resvit_quantize.pruning.distill.options import DistillOptions
 from resvit_quantize.pruning.find.discover import groups_from_module
@@ -61,7 +61,6 @@ from resvit_quantize.pruning.sparsity.report import SparseMethod
 from resvit_quantize.pruning.sparsity.sparsity import sparsify
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, QuantizeSettings
-from resvit_quantize.settings import Precision as Format
 
 BATCH = 128
 KINDS = frozenset({Kind.CHANNELS, Kind.HEADS, Kind.MLP})
@@ -119,18 +118,18 @@ def onnx_of(case: Case, module: nn.Module, path: Path, batch: int | None = None)
 
 def macs_of(case: Case, module: nn.Module) -> int:
     """Multiply-accumulates of one image."""
-    return Work.of(module, torch.zeros(1, *case.shape), ()).macs({})
+    return costs_from_module(module, torch.zeros(1, *case.shape), ()).macs({})
 
 
-def ours(importance: Importance, pick: Callable[..., Choice] = choose) -> Callable[[Case, float], nn.Module]:
+def ours(importance: Importance, pick: Callable[..., Choice] = choose_widths) -> Callable[[Case, float], nn.Module]:
     """Our groups; importance and choice as said."""
 
     def make(case: Case, share: float) -> nn.Module:
         module, example = copy.deepcopy(case.module), torch.zeros(2, *case.shape)
         groups = groups_from_module(module, example, KINDS).groups
-        work = Work.of(module, example[:1], groups)
+        costs = costs_from_module(module, example[:1], groups)
         values = importance_of(module, groups, importance, case.batches(IMPORTANCE_IMAGES), images=IMPORTANCE_IMAGES)
-        prune(module, groups, pick(groups, values, work, Budget(macs=share, precision=Precision.FP16)).kept)
+        prune(module, groups, pick(groups, values, costs, Budget(macs=share, precision=Precision.FP16)).kept)
         return module
 
     return make
@@ -199,7 +198,7 @@ METHODS: dict[str, tuple[str, Callable[[Case, float], nn.Module]]] = {
     "ours": ("resvit, Hessian-aware, chosen widths", ours(Importance.HESSIAN)),
     "ours-taylor": ("resvit, Taylor, chosen widths", ours(Importance.TAYLOR)),
     "ours-magnitude": ("resvit, magnitude, chosen widths", ours(Importance.MAGNITUDE)),
-    "uniform": ("magnitude, one ratio for all", ours(Importance.MAGNITUDE, uniform)),
+    "uniform": ("magnitude, one ratio for all", ours(Importance.MAGNITUDE, uniform_widths)),
     "torch-pruning": ("Torch-Pruning as it comes", torch_pruning),
     "torch-pruning-trunk": ("Torch-Pruning, attention left alone", partial(torch_pruning, attention=False)),
     "modelopt": ("ModelOpt, FastNAS", modelopt),
@@ -228,7 +227,7 @@ def int8_score(case: Case, module: nn.Module, folder: Path) -> dict[str, Any]:
     """Our INT8, effort best, of a network."""
     model = onnx_of(case, module, folder / "int8-source.onnx")
     seen = collect_statistics(model, case.calibration.batches(BATCH))
-    settings = QuantizeSettings(Format.INT8, effort=Effort.BEST)
+    settings = QuantizeSettings(Precision.INT8, effort=Effort.BEST)
     ranges = ranges_from(seen, case.calibration.digest)
     images: ImageSet = case.calibration
     out = folder / "int8.onnx"

@@ -56,8 +56,9 @@ def ours(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
     """Statistics, ranges, smoothing, bias correction, Q/DQ and FP16: what ``--effort fast`` does."""
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.ranges import ranges_from
+    from resvit_engines.targets.table import Precision
     from resvit_quantize.quantize import quantize_model
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_quantize.settings import QuantizeSettings
 
     def work() -> None:
         seen = collect_statistics(model, feed)
@@ -72,8 +73,9 @@ def modelopt(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None
     import modelopt.onnx.quantization  # noqa: F401  (imported before the clock starts)
 
     from resvit_calibrate.ranges.estimators import Estimator
+    from resvit_engines.targets.table import Precision
     from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_quantize.settings import QuantizeSettings
 
     def work() -> None:
         quantize_with_modelopt(model, feed, QuantizeSettings(Precision.INT8, Estimator.ENTROPY), out)

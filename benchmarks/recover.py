@@ -30,11 +30,12 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.progress import Reporter, reporter
+from resvit_engines.targets.table import Precision
 from resvit_export.models.reference import resvit_config
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.recovery.options import RecoverOptions
 from resvit_quantize.recovery.recover import pinned_ranges, recover_model, settings_behind_recovery
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 BATCH = 128
 

@@ -30,14 +30,16 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.tasks.kinds import task_named
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_engines.targets.table import Precision
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.qdq.insert import insert_qdq
-from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.products import quantizable_products
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity
 from resvit_quantize.sensitivity.task_loss import DetectionLoss
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 ASSETS = Path(__file__).parent.parent / "tests" / "assets"
 CASES = {
@@ -86,14 +88,14 @@ def measured(kind: str, bits: int) -> dict[str, Any]:
 
 def real_drops(model: Path, ranges: Any, settings: QuantizeSettings, task: Task, images: ImageSet) -> dict[str, float]:
     """The drop of the task's metric with each layer alone quantised, in points, by node."""
-    plan = plan_units(model, ranges, settings, Precision.INT8)
+    quantizable = quantizable_products(model, ranges, settings, Precision.INT8)
     reference = task.answers(onnx_runner(model), images, 64)
     drops = {}
-    for unit in plan.units:
-        network = plan.plan.network.clone()
-        insert_qdq(network, plan.placement_of([unit], network), plan.plan.amax, {}, settings.bits)
+    for product in quantizable.products:
+        network = quantizable.plan.network.clone()
+        insert_qdq(network, quantizable.placement_of([product], network), quantizable.plan.amax, {}, settings.bits)
         runner = onnx_runner(bytes(ir.serde.serialize_model(network).SerializeToString()))
-        drops[unit] = float(task.compare(reference, task.answers(runner, images, 64)).drop)
+        drops[product] = float(task.compare(reference, task.answers(runner, images, 64)).drop)
     return drops
 
 

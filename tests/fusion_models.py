@@ -15,6 +15,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_engines.progress import SILENT
+from resvit_engines.targets.table import Precision
 from resvit_export.loading.libraries import import_timm
 from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
@@ -23,7 +24,7 @@ from resvit_export.stages.export import Export
 from resvit_export.stages.fold import PROGRAM, Fold
 from resvit_quantize.fusion.fuse import Operands
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 PRECISIONS = (Precision.FP16, Precision.INT8)
 WIDTH, HEADS = 32, 2

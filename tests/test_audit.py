@@ -13,12 +13,14 @@ import pytest
 from attention_graphs import ALL_PLACES, attention_graph
 from resvit_engines.audit.attention_rules import breaches_of
 from resvit_engines.audit.audit import audit_engine
-from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair, expectation_from_json
+from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
 from resvit_engines.audit.findings import Fate, FusionAudit, Subject
 from resvit_engines.audit.kernels import Kernel
-from resvit_engines.audit.text import failures_of, require_fused, sentences_of
+from resvit_engines.audit.record import audit_from_json, record_of
+from resvit_engines.audit.text import failures_of, sentences_of
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
 from resvit_engines.targets.table import find_target
 from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
@@ -128,10 +130,10 @@ def test_plugins_that_are_missing_fail() -> None:
     there = kernel("attn/ResvitAttention", "PluginV3", "Half", "Half", "attn/ResvitAttention")
     plugins = (Plugin("attn/ResvitAttention", "ResvitAttention"), Plugin("b/ResvitNorm", "ResvitNorm"))
     found = audit(there, plugins=plugins)
-    assert (found.plugins_found, [plugin.node for plugin in found.plugins_missing]) == (1, ["b/ResvitNorm"])
+    assert (found.plugin_layers, [plugin.node for plugin in found.plugins_missing]) == (1, ["b/ResvitNorm"])
     with pytest.raises(ResvitError, match="b/ResvitNorm"):
-        require_fused(found)
-    require_fused(audit(there, plugins=plugins[:1]))
+        record_of(found).require_fused()
+    record_of(audit(there, plugins=plugins[:1])).require_fused()
 
 
 def test_the_gate_names_products_that_are_not_in_8_bits_and_the_stand_in() -> None:
@@ -139,11 +141,15 @@ def test_the_gate_names_products_that_are_not_in_8_bits_and_the_stand_in() -> No
     found = audit(kernel("__myl_CastMul_myl0_0", "kgen", "Int8", "Half", "x/DQ"), half, pairs=(pair("x", CONV),))
     found = dataclasses.replace(found, subject=dataclasses.replace(SUBJECT, stands_in="SM 8.6 stands in."))
     with pytest.raises(ResvitError, match="stands in") as caught:
-        require_fused(found)
+        record_of(found).require_fused()
     assert caught.value.code is ExitCode.REJECTED
     assert "conv" in caught.value.problem
     assert "--exclude" in caught.value.fix
-    assert found.to_json()["fused"] is False
+    written = json.loads(pretty_json(record_of(found, ["a note"]).to_json()))
+    assert written["fused"] is False
+    assert audit_from_json(written, "audit.json") == record_of(found, ["a note"])
+    with pytest.raises(ResvitError, match=r"pairs\[0\].fate of audit.json is 'lost'"):
+        audit_from_json({**written, "pairs": [{**written["pairs"][0], "fate": "lost"}]}, "audit.json")
 
 
 def test_a_quantised_weight_alone_is_no_quantised_product() -> None:
@@ -246,7 +252,7 @@ def test_the_rules_are_those_of_the_compiler(
     else:
         assert any(rule in breach.rule for breach in block.breaches)
         with pytest.raises(ResvitError, match="attention attn takes"):
-            require_fused(found)
+            record_of(found).require_fused()
 
 
 @rtx
@@ -265,10 +271,3 @@ def test_the_input_and_output_of_the_network_are_no_fp32_between_layers(tmp_path
     found = audit_engine(SUBJECT, expectation_from_onnx(tmp_path / "m.onnx"), report.kernels, {"x", "y"})
     assert found.fp32 == ()
     assert len(audit_engine(SUBJECT, Expectation((), (), ()), report.kernels, ()).fp32) == 2
-
-
-def test_expectations_survive_json(tmp_path: Path) -> None:
-    made = expectation_from_onnx(attention_graph(tmp_path / "m.onnx", places=ALL_PLACES, mask="computed"))
-    assert len(made.pairs) == 5
-    assert made.attention[0].quantized == ALL_PLACES
-    assert expectation_from_json(json.loads(json.dumps(made.to_json()))) == made

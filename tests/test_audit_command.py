@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import numpy as np
 import pytest
 
 from attention_graphs import ALL_PLACES, attention_graph
+from engine_reports import engine_report
 from quantize_graphs import Graph
-from resvit_engines.audit.kernels import Kernel, kernel_from_json
+from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
 from resvit_engines.progress import SILENT
+from resvit_engines.records import Record
 from resvit_engines.targets.table import find_target
+from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
 from resvit_export.stage import File
 from resvit_export.stages.audit import Audit, stand_in_sentence
@@ -60,7 +65,11 @@ def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> 
     return path
 
 
-def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_the_engine_built_here_is_audited_beside_fp16(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/x", "l4", stages=("fold", "export"))
     made = answer(capsys, "audit", "--target", "l4", *MODEL, *FAST)
     audit = made["results"]["audit.json"]
     assert (audit["sm"], audit["stands_in"], audit["fused"]) == (89, "", True)
@@ -74,13 +83,15 @@ def test_the_engine_built_here_is_audited_beside_fp16(workspace: Path, capsys: p
     assert any("norm/LayerNormalization" in moved["layers"] for moved in audit["fp32"])
     listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
     assert list(listing) == ["fp16"]
-    assert len([kernel_from_json(kernel) for kernel in listing["fp16"]]) == audit["fp16"]["kernels"]
+    assert len(Record(listing, "kernels.json").records("fp16")) == audit["fp16"]["kernels"]
     assert answer(capsys, "audit", "--run", "runs/x")["reused"]
 
 
+@pytest.mark.whole
 def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/x", "jetson-orin", stages=("fold", "export"))
     made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
     stages = {stage["stage"]: stage for stage in made["stages"]}
     audit = stages["audit"]["results"]["audit.json"]
@@ -102,9 +113,12 @@ def test_what_is_its_own_target_has_no_stand_in() -> None:
     assert "SM 8.9 stands in for H100 (SM 9.0)" in stand_in_sentence(find_target("h100"))
 
 
+@pytest.mark.whole
 def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/x", "jetson-orin", stages=("fold", "export"))
+
     def missing(*_: Any, **__: Any) -> None:
         raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
 
@@ -134,6 +148,7 @@ def unfusable(path: Path) -> Path:
     return g.save(path, g.linear(pooled, 16, 10, "head"))
 
 
+@pytest.mark.whole
 def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = unfusable(workspace / "toy.onnx")
     scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
@@ -155,13 +170,13 @@ def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytes
     assert Path(through["bundle"]).exists()
 
 
+@pytest.mark.whole
 def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tmp_path: Path) -> None:
     back = tmp_path / "device"
     back.mkdir()
     shutil.copy(engine / "int8.json", back / "layers.json")
-    ends = {"inputs": [{"name": "x"}], "outputs": [{"name": "y"}]}
-    document = {"sm": 87, "builder": "TensorRT", "builder_version": "10.3.0", "layers": "layers.json", **ends}
-    (back / "engine.json").write_text(json.dumps(document))
+    ends = {"inputs": (IoTensor("x", (1,)),), "outputs": (IoTensor("y", (1,)),)}
+    (back / "engine.json").write_bytes(pretty_json(engine_report(layers="layers.json", **ends).to_json()))
     onnx, not_read, target = File.of(engine / "int8.onnx"), File(tmp_path / "none", ""), find_target("jetson-orin")
     half = Halve(onnx, not_read, not_read, None)
     Audit(onnx, half, target, target, BuildSettings(), None, "").write(tmp_path, back, SILENT)
@@ -182,6 +197,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.whole
 def test_a_users_own_layer_file(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = ["--layers", str(engine / "int8.json"), "--onnx", str(engine / "int8.onnx")]
     audit = answer(capsys, "audit", *layers, "--fp16-layers", str(engine / "fp16.json"))
@@ -197,6 +213,7 @@ def test_a_users_own_layer_file(engine: Path, capsys: pytest.CaptureFixture[str]
     assert run(["audit", *half, "--require-fused"]) == 0
 
 
+@pytest.mark.whole
 def test_layer_files_need_their_onnx_and_belong_together(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["audit", "--layers", str(engine / "int8.json")]) == ExitCode.INPUT
     assert "--onnx" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from resvit_engines.bench import clocks
 from resvit_engines.bench.bench import BenchReport, BenchSettings, Stopwatch, bench_feeds, measure, percentiles
-from resvit_engines.bench.clocks import NOT_REPORTED, Conditions, conditions_now, remarks_about, smi_numbers
+from resvit_engines.bench.clocks import NOT_REPORTED, Conditions, clock_warnings, conditions_now, smi_numbers
 from resvit_engines.bench.compare import compare, paired_ratio, verdict
 from resvit_engines.bench.text import comparison_lines, report_lines
 from resvit_engines.errors import ExitCode, ResvitError
@@ -34,7 +34,7 @@ class Paced:
         self.random = np.random.default_rng(seed)
         self.log = log if log is not None else []
         self.open_lanes = 0
-        self.describe = {"device_mib": 12.5}
+        self.device_mib = 12.5
 
     def lane(self, batch: int, *, cuda_graph: bool = False):
         return PacedLane(self)
@@ -217,7 +217,7 @@ def test_onnx_runtime_is_timed_by_wall_clock_and_says_what_it_is(tmp_path) -> No
     assert found.latency_ms["p50"] <= found.latency_ms["p99"]
     assert found.images_per_second > 0
     assert found.before == Conditions()
-    assert any("no streams on a processor" in remark for remark in found.remarks)
+    assert any("no streams on a processor" in remark for remark in found.warnings)
     json.dumps(found.to_json(), allow_nan=False)
     assert any(isinstance(line, str) and "not the engine" in line for line in report_lines(found))
 
@@ -248,21 +248,21 @@ def test_nvidia_smi_is_read_and_what_it_does_not_say_is_left_out() -> None:
 
 
 def test_conditions_come_from_the_machine(monkeypatch) -> None:
-    facts = clocks.device_facts()
+    facts = clocks.this_machine()
     fields = {**facts.to_json(), "power_mode": "MAXN", "clocks": "not locked: 306 to 1300 MHz, now 306"}
-    monkeypatch.setattr(clocks, "device_facts", lambda: type(facts)(**fields))
+    monkeypatch.setattr(clocks, "this_machine", lambda: type(facts)(**fields))
     monkeypatch.setattr(clocks, "_smi", lambda: SMI)
     found = conditions_now(on_gpu=True)
     assert (found.power_mode, found.sm_mhz, found.max_sm_mhz, found.gpu_c) == ("MAXN", 1410.0, 1980.0, 41.0)
     assert found.locked is False
-    assert "jetson_clocks" in remarks_about(found, found)[0]
+    assert "jetson_clocks" in clock_warnings(found, found)[0]
     assert conditions_now(on_gpu=False).power_mode == NOT_REPORTED
 
 
 def test_a_clock_that_moved_is_told() -> None:
     before, after = (Conditions(clocks="locked at 1300 MHz", sm_mhz=mhz) for mhz in (1980.0, 1410.0))
-    assert "1980 to 1410 MHz" in remarks_about(before, after)[0]
-    assert remarks_about(before, before) == ()
+    assert "1980 to 1410 MHz" in clock_warnings(before, after)[0]
+    assert clock_warnings(before, before) == ()
     assert before.locked is True
     assert Conditions().locked is None
 

@@ -15,16 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resvit_engines.audit.kernels import kernel_from_json, kernels_from_log
+from engine_reports import engine_report
+from resvit_engines.audit.kernels import kernels_from_log
 from resvit_engines.builder import builder as build
 from resvit_engines.builder import child as build_child
 from resvit_engines.builder.builder import build_engine, builder_here
 from resvit_engines.builder.device_plan import plan_for_device
+from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.bundle.engine_file import describe_engine_file
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder, find_target
+from resvit_engines.trt.io_tensor import IoTensor
 
 onnx = pytest.importorskip("onnx")
 rtx = pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
@@ -122,8 +128,8 @@ def test_convolutions_come_out_in_the_precision_of_the_graph(tmp_path, name, sm,
     assert report.sm == sm
     assert report.builder is Builder.RTX
     assert report.builder_version.startswith("1.")
-    assert report.inputs == ({"name": "input", "shape": [1, 32, 8, 8], "dtype": "float32"},)
-    assert report.outputs == ({"name": "logits", "shape": [1, 10], "dtype": "float32"},)
+    assert report.inputs == (IoTensor("input", (1, 32, 8, 8), "float32"),)
+    assert report.outputs == (IoTensor("logits", (1, 10), "float32"),)
     assert report.bytes == engine.stat().st_size > 10_000
     assert report.seconds > 0
     assert 50 < report.peak_mib < 2000
@@ -132,7 +138,7 @@ def test_convolutions_come_out_in_the_precision_of_the_graph(tmp_path, name, sm,
 
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert plain["builder"] == "TensorRT for RTX"
-    assert tuple(kernel_from_json(kernel) for kernel in plain["kernels"]) == report.kernels
+    assert EngineReport.from_json(Record(plain, "engine.json")).to_json() == plain
 
 
 @rtx
@@ -141,7 +147,7 @@ def test_a_batch_range_stays_dynamic_and_the_bytes_repeat(tmp_path, int8) -> Non
         build_engine(int8, tmp_path / f"{index}.plan", find_target("l4"), BuildSettings(batch=(1, 4, 8)))
         for index in range(2)
     ]
-    assert reports[0].inputs[0]["shape"] == [-1, 32, 8, 8]
+    assert reports[0].inputs[0].shape == (-1, 32, 8, 8)
     assert all(k.bytes_moved is None for k in reports[0].kernels if "layer1_sum/Conv" in k.layers)
     assert reports[0].sha256 == reports[1].sha256
 
@@ -151,7 +157,7 @@ def test_the_batch_must_fit_the_graph(tmp_path) -> None:
     fixed = small_model(tmp_path / "fixed.onnx", batch=2)
     engine, target = tmp_path / "engine.plan", find_target("l4")
     assert "fixed batch of 2, but a batch of 1 to 8" in str(refusal(fixed, engine, target, BuildSettings((1, 4, 8))))
-    assert build_engine(fixed, engine, target, BuildSettings((2, 2, 2))).inputs[0]["shape"] == [2, 32, 8, 8]
+    assert build_engine(fixed, engine, target, BuildSettings((2, 2, 2))).inputs[0].shape == (2, 32, 8, 8)
 
 
 @rtx
@@ -398,10 +404,8 @@ def test_options_beyond_a_plain_engine_reach_trtexec() -> None:
 
 
 def test_the_unpack_command_and_the_check_really_work(tmp_path) -> None:
-    from resvit_engines.bundle.bundle import write_bundle
-
-    manifest = write_bundle(tmp_path / "net.resvit", {}, {"model.onnx": b"graph"})
-    digest = manifest["files"][0]["sha256"]
+    manifest = write_bundle(tmp_path / "net.resvit", Manifest(), {"model.onnx": b"graph"})
+    digest = manifest.files[0].sha256
     target, shape = find_target("jetson-orin"), (3, 8, 8)
     plan = plan_for_device(target, BuildSettings(), shape, dynamic_batch=True, bundle="net.resvit", onnx_sha256=digest)
     script = " && ".join(["set -e", *plan.commands[:-1]])
@@ -444,16 +448,16 @@ def test_an_engine_file_is_described_without_reading_it_as_one(tmp_path) -> None
     engine = tmp_path / "engine.plan"
     engine.write_bytes(b"vtrt" + bytes(20) + bytes([1, 7, 1, 116]) + b"rest")
     facts = describe_engine_file(engine)
-    assert (facts["format"], facts["version"], facts["bytes"]) == ("tensorrt-rtx", "1.7.1.116", 32)
-    assert (facts["sidecar"], facts["sidecar_matches"]) == (None, None)
+    assert (facts.format, facts.version, facts.bytes) == ("tensorrt-rtx", "1.7.1.116", 32)
+    assert (facts.sidecar, facts.sidecar_matches) == (None, None)
 
-    (tmp_path / "engine.json").write_text(json.dumps({"target": "l4", "sha256": facts["sha256"]}))
+    (tmp_path / "engine.json").write_text(json.dumps(engine_report(target="l4", sha256=facts.sha256).to_json()))
     facts = describe_engine_file(engine)
-    assert (facts["sidecar"], facts["sidecar_matches"], facts["target"]) == ("engine.json", True, "l4")
+    assert (facts.sidecar, facts.sidecar_matches, facts.target) == ("engine.json", True, "l4")
 
     engine.write_bytes(b"something else entirely, that is longer")
     facts = describe_engine_file(engine)
-    assert (facts["format"], facts["version"], facts["sidecar_matches"]) == ("unknown", None, False)
+    assert (facts.format, facts.version, facts.sidecar_matches) == ("unknown", None, False)
 
 
 @pytest.mark.parametrize("content", [None, b""])
@@ -469,5 +473,5 @@ def test_a_real_engines_header_names_its_builder(tmp_path, int8) -> None:
     report = build_engine(int8, tmp_path / "engine.plan", find_target("l4"))
     (tmp_path / "engine.json").write_text(json.dumps(report.to_json()))
     facts = describe_engine_file(tmp_path / "engine.plan")
-    assert (facts["format"], facts["version"]) == ("tensorrt-rtx", report.builder_version)
-    assert facts["sidecar_matches"] is True
+    assert (facts.format, facts.version) == ("tensorrt-rtx", report.builder_version)
+    assert facts.sidecar_matches is True

@@ -14,7 +14,7 @@ import pytest
 from resvit_engines.builder import builder as build
 from resvit_engines.builder import child as build_child
 from resvit_engines.builder.builder import build_engine
-from resvit_engines.builder.memory import available_mib, choose_workspace, oom_kills
+from resvit_engines.builder.memory import available_mib, oom_kills, workspace_for
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
@@ -49,7 +49,7 @@ class Notes(Silent):
     ],
 )
 def test_the_workspace_fits_what_is_free(name, asked, onnx_mib, free, mib, says) -> None:
-    chosen = choose_workspace(find_target(name), asked, onnx_mib * MIB, free)
+    chosen = workspace_for(find_target(name), asked, onnx_mib * MIB, free)
     assert chosen.mib == mib
     assert (says in chosen.notes[0]) if says else chosen.notes == ()
 
@@ -119,7 +119,8 @@ fits = workspace <= {fits}
 if not fits and {killed}:
     os.kill(os.getpid(), 9)
 result = dict(version="10.3.0", seconds=1.0, peak_mib=1, inputs=[], outputs=[], kernels=[], warnings=[], notes=[],
-    timing_cache=None) if fits else dict(problem="The builder failed: out of memory.", fix="-", code=8, memory=True)
+    plugin_layers=[], timing_cache=None) if fits else dict(problem="The builder failed: out of memory.", fix="-",
+    code=8, memory=True)
 open(request["engine"], "wb").write(b"engine")
 json.dump(result, open(request["result"], "w"))
 """

@@ -150,7 +150,7 @@ def test_a_damaged_line_changes_nothing(line) -> None:
 def test_a_byte_or_the_parents_end_stops_the_child() -> None:
     for stop in (StepsFromChild.stop, StepsFromChild.close):
         steps = StepsFromChild()
-        child = StepsToParent(socket.socket(fileno=steps.there.detach()))
+        child = StepsToParent(socket.socket(fileno=steps.child_end.detach()))
         child.started("build", None, 3)
         assert child.stepped("build", 0) is True
         stop(steps)

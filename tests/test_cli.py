@@ -1,80 +1,43 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import _COMMANDS, run
 
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "onnx_ir", "PIL", "modelopt", "jinja2"}
 
 
-def examples(command: str) -> list[str]:
-    help_text = subprocess.run(
-        [sys.executable, "-m", "resvit_export", *([command] if command else []), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "400", "PATH": "/usr/bin:/bin"},
-    ).stdout
-    return re.findall(r"^\s+(resvit-export .+)$", help_text.partition("Examples:")[2], flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("arguments", [[], *([name] for name in _COMMANDS)])
-def test_help_comes_up_without_heavy_imports(arguments: list[str]) -> None:
+@pytest.fixture(scope="module")
+def helps() -> dict[str, dict[str, object]]:
+    """What each ``--help`` ends with and prints, and the heavy imports that are there by then; all in one process."""
     script = (
-        "import sys\nfrom resvit_export.cli.main import run\n"
-        f"code = run({[*arguments, '--help']!r})\n"
-        f"heavy = {HEAVY!r} & set(sys.modules)\n"
-        "sys.exit(f'{code} {heavy}' if code or heavy else 0)\n"
+        "import contextlib, io, json, sys\n"
+        "from resvit_export.cli.main import run\n"
+        "found = {}\n"
+        f"for name in {['', *_COMMANDS]!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as said:\n"
+        "        code = run([*([name] if name else []), '--help'])\n"
+        f"    heavy = sorted({HEAVY!r} & set(sys.modules))\n"
+        "    found[name] = {'code': code, 'heavy': heavy, 'text': said.getvalue()}\n"
+        "print(json.dumps(found))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Examples:" in done.stdout
+    found: dict[str, dict[str, object]] = json.loads(done.stdout)
+    return found
 
 
-def test_the_examples_of_every_help_run(workspace: Path) -> None:
-    ran = 0
-    for command in ("", *_COMMANDS):
-        found = examples(command)
-        assert found, f"{command} --help has no examples"
-        for line in found:
-            assert run(shlex.split(line)[1:]) == 0, line
-            ran += 1
-    assert ran >= 2 * len(_COMMANDS)
-
-
-def test_the_commands_of_the_readme_run(workspace: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    lines = [
-        line
-        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-        for line in block.splitlines()
-        if line.startswith("resvit-export")
-    ]
-    assert len(lines) >= 12
-    for line in lines:
-        assert run(shlex.split(line)[1:]) == 0, line
-
-
-def test_the_make_targets_of_the_readme_exist() -> None:
-    targets = re.findall(r"^make (\w+)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert targets == ["demo", "test"]
-    for target in targets:
-        subprocess.run(["make", "--dry-run", "--directory", str(ROOT), target], check=True, capture_output=True)
-
-
-def test_every_exit_code_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    for code in ExitCode:
-        assert re.search(rf"^\| {int(code)} \|", text, flags=re.MULTILINE), code
+@pytest.mark.parametrize("command", ["", *_COMMANDS])
+def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict[str, object]]) -> None:
+    found = helps[command]
+    assert (found["code"], found["heavy"]) == (0, [])
+    assert "Examples:" in str(found["text"])
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from quantize_graphs import Graph, outputs_of, sqnr
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import largest_level, quantise_weight
 from resvit_quantize.placement.placement import Weight, weight_key
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.quantize import mean_errors
-from resvit_quantize.settings import Methods, Precision, QuantizeSettings
+from resvit_quantize.settings import Methods, QuantizeSettings
 
 torch = pytest.importorskip("torch")
 

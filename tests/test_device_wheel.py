@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_platforms, write_device_wheel
 from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
 from resvit_export.cli.main import run
@@ -87,8 +87,8 @@ def test_platforms_that_a_jetson_takes() -> None:
 
 
 def test_conditions_are_those_of_the_device_and_not_of_this_python(tmp_path: Path) -> None:
-    orin = DeviceFacts(87, None, None, "6.2", "aarch64", 1, 1, "3.10.12")
-    thor = DeviceFacts(110, None, None, "7.1", "aarch64", 1, 1, "3.12.3")
+    orin = Machine(87, None, None, "6.2", "aarch64", 1, 1, "3.10.12")
+    thor = Machine(110, None, None, "7.1", "aarch64", 1, 1, "3.12.3")
     assert "tomli>=2.0" in needed(REQUIREMENTS, device_environment(orin))
     assert "tomli>=2.0" not in needed(REQUIREMENTS, device_environment(thor))
     with zipfile.ZipFile(tmp_path / "Some_Thing-1.0-py3-none-any.whl", "w") as wheel:
@@ -104,7 +104,7 @@ def test_conditions_are_those_of_the_device_and_not_of_this_python(tmp_path: Pat
 def test_the_command_writes_it_and_fetches_for_a_jetson(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[DeviceFacts] = []
+    asked: list[Machine] = []
     monkeypatch.setattr("resvit_engines.remote.wheelhouse.download_wheels", lambda facts, folder: asked.append(facts))
     assert run(["wheel", str(tmp_path / "out"), "--target", "jetson-orin", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -16,12 +16,13 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import analyse
 from resvit_quantize.graph.network import constant, network_from_onnx
 from resvit_quantize.qdq.plan import _widened_channels, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Effort, Methods, Precision, QuantizeSettings
+from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
 pytest.importorskip("torch")
 

@@ -12,12 +12,13 @@ import pytest
 
 from quantize_graphs import Graph, ranges_of
 from resvit_engines.audit.kernel_totals import kernel_totals
-from resvit_engines.audit.kernels import Kernel, Work, kernel_from_json, kernels_from_log
+from resvit_engines.audit.kernels import Kernel, Operation, kernels_from_log
 from resvit_engines.builder.builder import build_engine
-from resvit_engines.targets.table import Builder, find_target
+from resvit_engines.records import Record
+from resvit_engines.targets.table import Builder, Precision, find_target
 from resvit_export.to_tensorrt.copy import suit_builder
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 rtx = pytest.mark.skipif(
@@ -41,30 +42,30 @@ def kernel(name: str, kind: str = "kgen", inputs: tuple[str, ...] = ("Half",), o
 
 def test_kernels_and_their_constants_are_read_and_signals_are_no_kernels() -> None:
     conv, quantise = kernels_from_log([LISTING])
-    assert (conv.work, conv.precision) == (Work.CONV, "Int8")
+    assert (conv.operation, conv.precision) == (Operation.CONV, "Int8")
     assert conv.bytes_moved == 4 * 64 + 2 * 16 * 64
     assert conv.constant_bytes == 16 * 4 * 9 + 4 * 16
-    assert quantise.work is Work.REFORMAT
-    assert kernel_from_json(conv.to_json()) == conv
+    assert quantise.operation is Operation.REFORMAT
+    assert Kernel.from_json(Record(conv.to_json(), "a kernel")) == conv
 
 
 @pytest.mark.parametrize(
     ("found", "work", "precision"),
     [
-        (kernel("__myl_FcAddAdd_myl0_12", "runtime_fusion", ("Half", "Half")), Work.GEMM, "Half"),
+        (kernel("__myl_FcAddAdd_myl0_12", "runtime_fusion", ("Half", "Half")), Operation.GEMM, "Half"),
         # The weight is dequantised on the way: an FP16 product, though the activation is INT8.
-        (kernel("__myl_CastMulFc_myl0_2", "runtime_fusion", ("Int8", "Half")), Work.GEMM, "Half"),
-        (kernel("blocks.0/MatMul_myl0_1", "gemm", ("FP8",)), Work.GEMM, "FP8"),
-        (kernel("_gemm_mha_v2_myl0_16", outputs="Int8"), Work.ATTENTION, "Half"),
-        (kernel("__myl_MoveReshTran_myl0_4"), Work.REFORMAT, "Half"),
-        (kernel("__myl_Mul_myl0_4"), Work.OTHER, "Half"),
-        (kernel("__myl_MulMinMaxRounCast_myl0_4", outputs="Int8"), Work.REFORMAT, "Half"),
-        (kernel("__myl_AddReluMulMinMaxRounCast_myl0_4", outputs="Int8"), Work.OTHER, "Half"),
-        (kernel("Reformatting CopyNode", "Reformat"), Work.REFORMAT, "Half"),
+        (kernel("__myl_CastMulFc_myl0_2", "runtime_fusion", ("Int8", "Half")), Operation.GEMM, "Half"),
+        (kernel("blocks.0/MatMul_myl0_1", "gemm", ("FP8",)), Operation.GEMM, "FP8"),
+        (kernel("_gemm_mha_v2_myl0_16", outputs="Int8"), Operation.ATTENTION, "Half"),
+        (kernel("__myl_MoveReshTran_myl0_4"), Operation.REFORMAT, "Half"),
+        (kernel("__myl_Mul_myl0_4"), Operation.OTHER, "Half"),
+        (kernel("__myl_MulMinMaxRounCast_myl0_4", outputs="Int8"), Operation.REFORMAT, "Half"),
+        (kernel("__myl_AddReluMulMinMaxRounCast_myl0_4", outputs="Int8"), Operation.OTHER, "Half"),
+        (kernel("Reformatting CopyNode", "Reformat"), Operation.REFORMAT, "Half"),
     ],
 )
-def test_what_a_kernel_does_is_read_from_its_name(found: Kernel, work: Work, precision: str) -> None:
-    assert (found.work, found.precision) == (work, precision)
+def test_what_a_kernel_does_is_read_from_its_name(found: Kernel, work: Operation, precision: str) -> None:
+    assert (found.operation, found.precision) == (work, precision)
 
 
 def test_the_table_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,5 +128,5 @@ def test_the_form_for_rtx_makes_int8_do_less_than_fp16(tmp_path: Path) -> None:
     assert moved["int8", True] < 0.85 * moved["fp16", True]
     # The last convolution's scale and bias have no kernel behind to go into.
     assert len(kernels["int8", True]) <= len(kernels["fp16", True]) + 1
-    convs = [kernel for kernel in kernels["int8", True] if kernel.work is Work.CONV]
+    convs = [kernel for kernel in kernels["int8", True] if kernel.operation is Operation.CONV]
     assert [(kernel.precision, kernel.outputs) for kernel in convs] == [("Int8", ("Half",))] * 6

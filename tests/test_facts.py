@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.machine import (
+    Machine,
     clocks_from_devfreq,
-    device_facts,
-    facts_from_json,
     jetpack_from_l4t,
     l4t_from_release,
     memory_from_meminfo,
     oom_kills_from_vmstat,
     power_mode_from_nvpmodel,
+    this_machine,
     versions_from_dpkg,
 )
+from resvit_engines.records import Record
 
 RELEASE = (
     "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan 8 01:49:37 2025\n"
@@ -65,23 +66,23 @@ def test_a_jetson_is_read_from_its_files(tmp_path: Path) -> None:
         asked.append(command[0])
         return "NV Power Mode: MODE_30W\n2\n" if command[0] == "nvpmodel" else ""
 
-    facts = device_facts(jetson(tmp_path), run)
+    facts = this_machine(jetson(tmp_path), run)
     assert (facts.gpu, facts.l4t, facts.jetpack) == ("NVIDIA Jetson AGX Orin Developer Kit", "36.4.3", "6.2")
     assert (facts.tensorrt, facts.power_mode, facts.oom_kills) == ("10.3.0.30", "MODE_30W", 2)
     assert (facts.memory_mib, facts.memory_available_mib) == (31405, 23552)
     assert facts.clocks == "not locked: 306 to 1300 MHz, now 612"
     assert facts.free_disk_mib > 0
     assert asked == ["nvpmodel"]
-    assert facts_from_json({**facts.to_json(), "later": 1}) == facts
+    assert Machine.from_json(Record({**facts.to_json(), "later": 1}, "a device")) == facts
 
 
 def test_the_jetpack_package_is_believed_before_the_table(tmp_path: Path) -> None:
     package = "\nPackage: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2.1+b38\n"
-    assert device_facts(jetson(tmp_path, dpkg=DPKG + package), lambda command: "").jetpack == "6.2.1"
+    assert this_machine(jetson(tmp_path, dpkg=DPKG + package), lambda command: "").jetpack == "6.2.1"
 
 
 def test_a_machine_with_nothing_of_nvidia_is_no_error(tmp_path: Path) -> None:
-    facts = device_facts(tmp_path, lambda command: "")
+    facts = this_machine(tmp_path, lambda command: "")
     assert (facts.gpu, facts.tensorrt, facts.jetpack, facts.power_mode, facts.clocks) == (None,) * 5
     assert facts.memory_mib == 0
 
@@ -90,12 +91,12 @@ def test_a_gpu_of_a_server_is_named_by_its_driver(tmp_path: Path) -> None:
     file = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0/information"
     file.parent.mkdir(parents=True)
     file.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 104\n")
-    facts = device_facts(tmp_path, lambda command: "1755, 1980\n" if command[0] == "nvidia-smi" else "")
+    facts = this_machine(tmp_path, lambda command: "1755, 1980\n" if command[0] == "nvidia-smi" else "")
     assert (facts.gpu, facts.clocks) == ("NVIDIA H100 80GB HBM3", "1755 MHz now, 1980 MHz at most")
 
 
 def test_this_machine_reads_itself() -> None:
-    facts = device_facts()
+    facts = this_machine()
     assert facts.python == platform.python_version()
     assert facts.memory_mib >= facts.memory_available_mib > 0
 

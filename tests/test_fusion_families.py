@@ -14,9 +14,9 @@ import pytest
 import fusion_models
 from fusion_models import Built, factory_name, plain_names, values_of
 from quantize_graphs import sqnr
+from resvit_engines.targets.table import Precision
 from resvit_quantize.fusion.fuse import config_of, fuse, our_nodes
 from resvit_quantize.fusion.match import Kind
-from resvit_quantize.settings import Precision
 
 ALIKE = {Precision.FP16: 45.0, Precision.INT8: 25.0}
 """dB between the plain graph and ours. In FP16 each rounding is 66 dB below its value or better, and up to a hundred

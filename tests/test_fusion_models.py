@@ -15,9 +15,9 @@ import fusion_large_models as models
 from fusion_models import Built, plain_names, values_of
 from quantize_graphs import sqnr
 from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_engines.targets.table import Precision
 from resvit_quantize.fusion.fuse import fuse, our_nodes
 from resvit_quantize.fusion.match import FusionReport, Kind
-from resvit_quantize.settings import Precision
 
 BOTH = frozenset({Kind.ATTENTION, Kind.BRIDGE})
 

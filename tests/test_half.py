@@ -10,9 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize_graphs import Graph, hybrid, outputs_of, ranges_from_extremes, ranges_of, sqnr
 from resvit_calibrate.ranges.ranges import Ranges
+from resvit_engines.targets.table import Precision
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 FP16 = QuantizeSettings(Precision.FP16)
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT

@@ -19,8 +19,9 @@ from resvit_engines.progress import SILENT
 from resvit_export.cli.main import run
 from resvit_export.loading.hugging_face import hugging_face_model
 from resvit_export.loading.libraries import import_transformers
-from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe_file import absolute_reference
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.file import absolute_reference
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 

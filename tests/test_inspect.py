@@ -16,7 +16,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
+from engine_reports import engine_report
 from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_export.tools.inspect import ROWS, describe_file, render
 
@@ -174,7 +176,9 @@ def test_engine(tmp_path: Path) -> None:
     engine.write_bytes(b"vtrt" + bytes(20) + bytes([1, 7, 1, 116]) + bytes(100))
     found = describe_file(engine)
     assert (found["kind"], found["format"], found["version"]) == ("engine", "tensorrt-rtx", "1.7.1.116")
-    (tmp_path / "engine.json").write_text(json.dumps({"sha256": found["sha256"], "target": "rtx-4090"}))
+    (tmp_path / "engine.json").write_text(
+        json.dumps(engine_report(sha256=found["sha256"], target="rtx-4090").to_json())
+    )
     assert describe_file(engine)["target"] == "rtx-4090"
     engine.write_bytes(engine.read_bytes()[:-1])
     with pytest.raises(ResvitError, match="digests differ"):
@@ -183,7 +187,7 @@ def test_engine(tmp_path: Path) -> None:
 
 def test_bundle(tmp_path: Path) -> None:
     path = tmp_path / "b.resvit"
-    write_bundle(path, {"name": "demo"}, {"model.onnx": b"weights"})
+    write_bundle(path, Manifest("demo"), {"model.onnx": b"weights"})
     found = describe_file(path)
     assert (found["kind"], found["whole"], found["signed_by"], found["name"]) == ("bundle", True, [], "demo")
     assert "model.onnx" in shown(path)
@@ -203,10 +207,10 @@ def test_truncated_empty_and_foreign_files_are_refused(kind: str, tmp_path: Path
     elif kind == "q.onnx":
         quantized_onnx(path)
     elif kind == "b.resvit":
-        write_bundle(path, {}, {"model.onnx": b"weights" * 100})
+        write_bundle(path, Manifest(), {"model.onnx": b"weights" * 100})
     else:
         path.write_bytes(b"vtrt" + bytes(200))
-        (tmp_path / "engine.json").write_text(json.dumps({"sha256": "0" * 64}))
+        (tmp_path / "engine.json").write_text(json.dumps(engine_report().to_json()))
     whole = path.read_bytes()
     for content in (whole[: len(whole) * 2 // 3], whole[:40], b"", b"\x00" * 300, b"hello, world\n" * 20):
         path.write_bytes(content)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resvit_engines.audit.inspector import data_type, layers_from_file, layers_from_json
-from resvit_engines.audit.kernels import Work
+from resvit_engines.audit.kernels import Operation
 from resvit_engines.errors import ExitCode, ResvitError
 
 
@@ -112,16 +112,16 @@ def test_the_form_of_tensorrt_10() -> None:
     assert found.form == "10.x"
     assert found.io_names == {"image", "logits"}
     quantise, conv, attention, plugin = found.kernels
-    assert (quantise.work, quantise.inputs, quantise.outputs) == (Work.REFORMAT, ("Float",), ("Int8",))
+    assert (quantise.operation, quantise.inputs, quantise.outputs) == (Operation.REFORMAT, ("Float",), ("Int8",))
     assert quantise.layers == ("stem/Q",)
-    assert (conv.work, conv.precision) == (Work.CONV, "Int8")
+    assert (conv.operation, conv.precision) == (Operation.CONV, "Int8")
     assert (conv.inputs, conv.outputs) == (("Int8", "Half"), ("Half",))
     assert conv.bytes_moved == 3 * 64 + 2 * 32 * 64 + 2 * 32 * 64
     assert conv.constant_bytes == 864 + 4 * 32
     assert conv.layers == ("stem/DQ", "stem/Conv", "stem/Relu")
-    assert (attention.work, attention.precision) == (Work.ATTENTION, "Int8")
+    assert (attention.operation, attention.precision) == (Operation.ATTENTION, "Int8")
     assert attention.layers == ("attn/MatMul", "attn/Softmax", "attn/MatMul_1")
-    assert plugin.work is Work.PLUGIN
+    assert plugin.operation is Operation.PLUGIN
     assert plugin.output_names == ("logits",)
 
 
@@ -130,7 +130,7 @@ def test_the_form_of_tensorrt_11() -> None:
     assert found.form == "11.x"
     assert found.io_names == {"image", "logits"}
     (gemm,) = found.kernels
-    assert (gemm.work, gemm.precision, gemm.outputs) == (Work.GEMM, "FP8", ("BFloat16",))
+    assert (gemm.operation, gemm.precision, gemm.outputs) == (Operation.GEMM, "FP8", ("BFloat16",))
     assert gemm.constant_bytes == 640 + 4
     assert gemm.bytes_moved is None  # the batch is dynamic
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ from typing import Any
 import pytest
 
 from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.cli.main import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.install.install import Installed, install_bundle, installed_version, rollback, status
 from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import PublicKey, TrustStore
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.targets.table import find_target
 from test_signing import KEY, TRUST, repacked, signing_key
 
-FACTS = DeviceFacts(
+FACTS = Machine(
     sm=89, gpu="NVIDIA L4", tensorrt=None, jetpack=None, arch="x86_64", memory_mib=60_000, free_disk_mib=10_000,
     python="3.11.7", rtx="1.7.1.116",
 )  # fmt: skip
@@ -32,7 +32,7 @@ FACTS = DeviceFacts(
 def bundle(
     path: Path, content: bytes = b"weights", key: SigningKey | None = KEY, target: str = "l4", **manifest: Any
 ) -> Path:
-    full = {"name": "net", "target": find_target(target).to_json(), **manifest}
+    full = Manifest(**{"name": "net", "target": find_target(target), **manifest})
     write_bundle(path, full, {"model.onnx": content, "data/golden.npy": b"golden"}, key)
     return path
 
@@ -43,19 +43,19 @@ class Device:
 
     root: Path
     trust: TrustStore = TRUST
-    facts: DeviceFacts = FACTS
+    facts: Machine = FACTS
     checked: list[Path] = dataclasses.field(default_factory=list)
     outputs_differ: bool = False
 
-    def check(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def check(self, folder: Path, manifest: Manifest) -> None:
         self.checked.append(folder)
         assert (folder / "model.onnx").exists()
-        assert manifest["name"]
+        assert manifest.name
         if self.outputs_differ:
             raise ResvitError("The outputs differ.", "Build again.", ExitCode.MISMATCH)
 
     def install(self, path: Path, **options: Any) -> Installed:
-        return install_bundle(path, self.root, self.trust, check=self.check, facts=self.facts, **options)
+        return install_bundle(path, self.root, self.trust, check=self.check, machine=self.facts, **options)
 
     def rollback(self, name: str = "net") -> Installed:
         return rollback(self.root, name, self.trust, check=self.check)
@@ -90,7 +90,7 @@ def test_install_update_and_roll_back(device: Device, tmp_path: Path) -> None:
     assert device.runs() == b"one"
     assert "no earlier version" in refused(device.rollback, code=ExitCode.INPUT)
     found = installed_version(device.root, "net", TRUST)
-    assert found.manifest["release"] == 1
+    assert found.manifest.release == 1
     (state,) = status(device.root)
     assert (state.name, state.running, state.previous) == ("net", first.version, None)
     # The one that was rolled back does not come back by itself, and an older one than it needs to be asked for.
@@ -219,7 +219,7 @@ def test_expired_and_revoked_keys(device: Device, tmp_path: Path) -> None:
     device.trust = TrustStore((expired,))
     assert "expired" in refused(device.install, bundle(tmp_path / "3", b"three"), code=ExitCode.UNTRUSTED)
     # What was installed while the key was good goes on.
-    assert installed_version(device.root, "net", device.trust).manifest["name"] == "net"
+    assert installed_version(device.root, "net", device.trust).manifest.name == "net"
     device.rollback()
     assert device.runs() == b"one"
     device.trust = TrustStore((PublicKey(KEY.public.raw, "release", revoked=True),))
@@ -238,11 +238,11 @@ def test_outputs_that_differ_stop_an_installation_and_a_rollback(device: Device,
 
 
 def test_a_check_that_breaks_leaves_nothing(device: Device, tmp_path: Path) -> None:
-    def broken(folder: Path, manifest: Mapping[str, Any]) -> None:
+    def broken(folder: Path, manifest: Manifest) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError):
-        install_bundle(bundle(tmp_path / "1"), device.root, TRUST, check=broken, facts=FACTS)
+        install_bundle(bundle(tmp_path / "1"), device.root, TRUST, check=broken, machine=FACTS)
     assert device.versions() == []
     assert not (device.root / "net/current").exists()
     assert status(device.root)[0].current is None
@@ -254,7 +254,7 @@ def test_models_do_not_touch_each_other(device: Device, tmp_path: Path) -> None:
     assert (device.runs(), device.runs("other")) == (b"one", b"two")
     assert [state.name for state in status(device.root)] == ["net", "other"]
     (device.root / "other/state.json").write_bytes((device.root / "net/state.json").read_bytes())
-    assert "of 'net'" in refused(device.install, tmp_path / "2", code=ExitCode.INPUT)
+    assert "is 'net', where other belongs" in refused(device.install, tmp_path / "2", code=ExitCode.INPUT)
     assert [bool(state.problem) for state in status(device.root)] == [False, True]
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way, and the device wing stays free of what a Jetson does not have."""
+"""Imports run one way, by one list; and the device wing stays free of what a Jetson does not have."""
 
 from __future__ import annotations
 
@@ -12,34 +12,57 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WINGS = {
-    "resvit_engines": ROOT / "engines",
-    "resvit_calibrate": ROOT / "calibrate",
-    "resvit_quantize": ROOT / "quantize",
     "resvit_export": ROOT / "export",
+    "resvit_quantize": ROOT / "quantize",
+    "resvit_calibrate": ROOT / "calibrate",
+    "resvit_engines": ROOT / "engines",
 }
-ALLOWED = {
+ORDER = {
+    "resvit_export": (
+        "__main__", "cli", "tools", "api", "settle", "report", "report.sections", "report.layout",
+        "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage", "records",
+        "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
+    ),
+    "resvit_quantize": (
+        "quantize", "rounding", "recovery", "sensitivity", "search", "pruning.distill", "pruning.sparsity",
+        "pruning.choose", "pruning.find", "pruning", "training", "modelopt", "torch_graph", "qdq", "equalize", "fusion",
+        "placement", "graph", "fold", "settings",
+    ),
+    "resvit_calibrate": (
+        "tasks", "data", "ranges", "answers", "readers", "observe", "gate", "images", "runtime",
+    ),
+    "resvit_engines": (
+        "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
+        "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
+        "records", "console", "files", "process", "progress", "gpu", "onnx_wire", "rows", "version", "errors",
+    ),
+}  # fmt: skip
+"""Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
+GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "progress", "rows")}
+BETWEEN = {
+    "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},
+    "resvit_quantize": {
+        "resvit_calibrate", *GROUND, "resvit_engines.targets", "resvit_engines.kernels", "resvit_engines.plugins.names",
+    },
+    "resvit_calibrate": GROUND,
     "resvit_engines": set(),
-    "resvit_calibrate": set(),
-    "resvit_quantize": {"resvit_calibrate"},
-    "resvit_export": {"resvit_calibrate", "resvit_quantize", "resvit_engines"},
-}
-SHARED = {f"resvit_engines.{name}" for name in ("errors", "files", "measured", "progress", "costs", "rows", "targets")}
-# What a node of ours computes, and what it is called, is said once.
-SHARED |= {"resvit_engines.kernels", "resvit_engines.plugins"}
+}  # fmt: skip
+"""What a wing takes of the others."""
+INSIDE_KERNELS = {f"resvit_engines.kernels.{name}" for name in ("compile", "measure", "triton")}
 NOT_ON_A_JETSON = {"torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "PIL"}
 NOT_ON_A_JETSON.add("triton")
-COMPILES_KERNELS = "compile.py"
-"""The one module that imports Triton, and the kernels written in it, where it uses them."""
-TORCH_MODULES = {
-    *("best", "compensate", "fake_quant", "layer_rows"),
-    # Of the pruning of modules:
-    *("apply", "attention_heads", "dependencies", "discover", "exactness", "residual_blocks", "slices", "structure"),
-}
+ABOUT_TORCH = ("torch_graph", "fold", "pruning", "recovery", "rounding", "sensitivity", "training")
+"""Rooms that are about torch graphs and tensors; others import them where they use them."""
 FILES = [
     pytest.param(wing, file, id=str(file.relative_to(folder)))
     for wing, folder in WINGS.items()
     for file in sorted((folder / wing).rglob("*.py"))
 ]
+
+
+def name_of(wing: str, file: Path) -> str:
+    """The module's name within its wing; a package by its own name."""
+    return ".".join(file.relative_to(WINGS[wing] / wing).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
@@ -68,67 +91,137 @@ def is_in(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def computes_with_torch(file: Path) -> bool:
-    """Modules that are about torch graphs and tensors."""
-    return file.stem.startswith(("fold", "torch_")) or file.stem in TORCH_MODULES
+def room_of(wing: str, name: str) -> str | None:
+    """The room of ``ORDER`` that a name within a wing is in: the most particular one; None for the wing itself."""
+    return max((room for room in ORDER[wing] if is_in(name, {room})), key=len, default=None)
 
 
 def test_there_are_files_to_check() -> None:
-    assert len(FILES) > 10
+    assert len(FILES) > 300
     assert {param.values[0] for param in FILES} == set(WINGS)
 
 
-@pytest.mark.parametrize(("wing", "file"), FILES)
-def test_imports_run_one_way(wing: str, file: Path) -> None:
-    others = set(WINGS) - ALLOWED[wing] - {wing}
-    for node, name in imports_of(ast.parse(file.read_text())):
-        assert not is_in(name, others) or is_in(name, SHARED), f"line {node.lineno}: {wing} may not import {name}"
+@pytest.mark.parametrize("wing", WINGS)
+def test_every_module_has_its_place_in_the_order(wing: str) -> None:
+    files = [param.values[1] for param in FILES if param.values[0] == wing]
+    names = [name_of(wing, file) for file in files if name_of(wing, file) != "__init__"]
+    assert [name for name in names if room_of(wing, name) is None] == []
+    assert [room for room in ORDER[wing] if not any(is_in(name, {room}) for name in names)] == []
 
 
-@pytest.mark.parametrize(("wing", "file"), FILES)
-def test_every_file_reads_on_python_3_10(wing: str, file: Path) -> None:
-    ast.parse(file.read_text(), feature_version=(3, 10))
+@pytest.mark.parametrize("wing", WINGS)
+def test_imports_run_one_way(wing: str) -> None:
+    wrong: list[str] = []
+    for file in (param.values[1] for param in FILES if param.values[0] == wing):
+        here = name_of(wing, file)
+        for node, name in imports_of(ast.parse(file.read_text())):
+            other, _, inside = name.partition(".")
+            if other not in WINGS:
+                continue
+            if other != wing:
+                allowed = is_in(name, BETWEEN[wing]) and not (wing == "resvit_quantize" and is_in(name, INSIDE_KERNELS))
+            elif here in ("__init__", ""):
+                allowed = True  # what the package hands on
+            else:
+                mine, theirs = room_of(wing, here), room_of(wing, inside)
+                assert mine, here
+                allowed = theirs is not None and ORDER[wing].index(mine) <= ORDER[wing].index(theirs)
+            if not allowed:
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} may not import {name}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize(("wing", "file"), [param for param in FILES if param.values[0] == "resvit_engines"])
-def test_the_device_wing_imports_nothing_that_a_jetson_lacks(wing: str, file: Path) -> None:
-    tree = ast.parse(file.read_text())
-    first = at_module_level(tree)
-    for node, name in imports_of(tree):
-        kernel = is_in(name, {"triton"}) and (
-            file.stem.endswith("_triton") or (file.name == COMPILES_KERNELS and node not in first)
-        )
-        assert kernel or not is_in(name, NOT_ON_A_JETSON), f"line {node.lineno} imports {name}"
-        assert not name.partition("kernels.")[2].split(".")[0].endswith("_triton") or file.stem.endswith("_triton")
+def test_no_import_goes_in_a_circle() -> None:
+    modules = {f"{wing}.{name_of(wing, file)}": (wing, file) for wing, file in (p.values for p in FILES)}
+    reads: dict[str, set[str]] = {}
+    for module, (_, file) in modules.items():
+        names = {name for _, name in imports_of(ast.parse(file.read_text()))}
+        reads[module] = {
+            other for name in names for other in (name, name.rpartition(".")[0]) if other in modules and other != module
+        }
+    finished: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' -> '.join((*path[path.index(module) :], module))}"
+        if module not in finished:
+            for other in sorted(reads[module]):
+                walk(other, (*path, module))
+            finished.add(module)
+
+    for module in modules:
+        walk(module, ())
 
 
-@pytest.mark.parametrize(
-    ("wing", "file"), [param for param in FILES if param.values[0] in ("resvit_calibrate", "resvit_quantize")]
-)
-def test_torch_waits_until_it_is_needed(wing: str, file: Path) -> None:
-    if wing == "resvit_quantize" and computes_with_torch(file):
-        return  # the others import it where they use it
-    late = {"torch", "timm", "torchvision"}
-    late |= {
-        f"resvit_quantize.{other.stem}"
-        for other in (WINGS["resvit_quantize"]).rglob("*.py")
-        if computes_with_torch(other)
-    }
-    tree = ast.parse(file.read_text())
-    first = at_module_level(tree)
-    for node, name in imports_of(tree):
-        assert node not in first or not is_in(name, late), f"line {node.lineno}: {name}"
-        assert not is_in(name, {"resvit_quantize.fold.program"}), f"line {node.lineno}: only resvit_export imports fold"
+def test_folders_stay_small_and_packages_hold_no_logic() -> None:
+    folders: dict[Path, int] = {}
+    for wing, file in (param.values for param in FILES):
+        folders[file.parent] = folders.get(file.parent, 0) + 1
+        if file.name == "__init__.py":
+            body = ast.parse(file.read_text()).body
+            kinds = (ast.Expr, ast.ImportFrom) if wing == "resvit_export" else (ast.Expr,)
+            names = [
+                node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            ]
+            assert all(isinstance(node, kinds) or node in names for node in body), file
+    assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_every_file_reads_on_python_3_10(wing: str) -> None:
+    for file in (param.values[1] for param in FILES if param.values[0] == wing):
+        ast.parse(file.read_text(), filename=str(file), feature_version=(3, 10))
+
+
+def test_the_device_wing_imports_nothing_that_a_jetson_lacks() -> None:
+    wrong = []
+    for file in (param.values[1] for param in FILES if param.values[0] == "resvit_engines"):
+        tree = ast.parse(file.read_text())
+        first = at_module_level(tree)
+        written_in_triton = file.parent.name == "triton"
+        for node, name in imports_of(tree):
+            # Kernels are compiled where Triton is: it is imported there, when a kernel is.
+            compiles = file.parent.name == "compile" and node not in first
+            if is_in(name, NOT_ON_A_JETSON) and not (is_in(name, {"triton"}) and (written_in_triton or compiles)):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {name}")
+            if is_in(name, {"resvit_engines.kernels.triton"}) and not written_in_triton:
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {name}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("wing", ["resvit_calibrate", "resvit_quantize"])
+def test_torch_waits_until_it_is_needed(wing: str) -> None:
+    late = {"torch", "timm", "torchvision", *(f"resvit_quantize.{room}" for room in ("torch_graph", "fold"))}
+    wrong = []
+    for file in (param.values[1] for param in FILES if param.values[0] == wing):
+        if wing == "resvit_quantize" and is_in(name_of(wing, file), set(ABOUT_TORCH)):
+            continue
+        tree = ast.parse(file.read_text())
+        first = at_module_level(tree)
+        wrong += [
+            f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
+            for node, name in imports_of(tree)
+            if node in first and is_in(name, late)
+        ]
+    assert wrong == []
+
+
+def loaded_by(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() + done.stderr
 
 
 def test_importing_the_device_wing_loads_none_of_it() -> None:
-    files = [
-        file for file in sorted((ROOT / "engines/resvit_engines").rglob("*.py")) if not file.stem.endswith("_triton")
-    ]
+    files = [file for file in sorted((ROOT / "engines/resvit_engines").rglob("*.py")) if file.parent.name != "triton"]
     modules = [".".join(file.relative_to(ROOT / "engines").with_suffix("").parts) for file in files]
+    modules = [name for name in modules if not name.endswith(("__main__", "__init__"))]
     code = (
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print(sorted({NOT_ON_A_JETSON | {'tensorrt', 'tensorrt_rtx_bindings'}!r} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert loaded_by(code) == "[]"
+
+
+def test_the_package_and_its_help_load_no_torch() -> None:
+    code = "import sys, resvit_export, resvit_export.cli.main\n"
+    code += f"print(sorted({NOT_ON_A_JETSON!r} & set(sys.modules)))"
+    assert loaded_by(code) == "[]"

@@ -16,11 +16,12 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
 from resvit_export.loading.pt2 import program_from_pt2
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import has_dynamic_batch, program_from_module
 from resvit_export.models.reference import resvit_model
-from resvit_export.pairs import plain_values
+from resvit_export.recipe.pairs import plain_values
 
 FILE = """
 import torch

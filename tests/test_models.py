@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -154,18 +155,28 @@ def test_configs_survive_json(name):
 
 
 def test_names_and_configs_need_no_torch():
-    code = "import sys, resvit_export.models as m; m.resvit_config('dual-nano'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, resvit_export.models.reference as m\n"
+        "m.resvit_config('dual-nano')\n"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@functools.cache
+def traced(name):
+    """The network of random weights and its program for any batch; both opsets are written from one."""
+    torch.manual_seed(0)
+    model = resvit_model(name).eval()
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    return model, torch.export.export(model, (torch.randn(2, 1, 28, 28),), dynamic_shapes=shapes)
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("name", NANO)
 def test_export_is_plain_and_right_at_any_batch(name, opset, tmp_path):
-    torch.manual_seed(0)
-    model = resvit_model(name).eval()
-    program = torch.export.export(
-        model, (torch.randn(2, 1, 28, 28),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
+    model, program = traced(name)
     path = tmp_path / "model.onnx"
     torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False).save(path)
     ops = Counter(node.op_type for node in onnx.load(path).graph.node)

@@ -15,16 +15,24 @@ import torch
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "transunet"
 
 
-def test_torchvisions_vit_says_its_size_itself(tmp_path: Path) -> None:
-    arguments = {"image_size": 32, "num_classes": 7}
-    network = load_network(ModelSpec("torchvision.models:vit_b_16", model_args=arguments))
+SMALL_VIT = {"patch_size": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("VisionTransformer", SMALL_VIT), pytest.param("vit_b_16", {}, marks=pytest.mark.slow)],
+)
+def test_torchvisions_vit_says_its_size_itself(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    arguments = {"image_size": 32, "num_classes": 7, **sizes}
+    network = load_network(ModelSpec(f"torchvision.models:{name}", model_args=arguments))
     assert (network.input_shape, network.num_classes) == ((3, 32, 32), 7)
     report = onnx_from_program(fold_program(network.program)[0], tmp_path / "model.onnx", opset=20)
     assert report.outputs == (("logits", ("batch", 7)),)
@@ -68,6 +76,7 @@ def test_the_real_faster_rcnn_is_refused() -> None:
         load_network(ModelSpec(name, model_args={"num_classes": 5}))
 
 
+@pytest.mark.whole
 def test_the_transunet_example_from_its_readme(workspace: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     train = [sys.executable, str(EXAMPLE / "train.py"), "--out", "runs/transunet.pt", "--scenes", "640", "--quiet"]

@@ -11,7 +11,8 @@ from torch import nn
 from resvit_calibrate.readers.scenes import Scenes, normalised
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import output_names, program_from_module
 from resvit_export.models.heads import Features, RawDetections, TokensOnMaps, cells
 from resvit_export.models.presets import preset

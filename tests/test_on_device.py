@@ -12,14 +12,14 @@ import pytest
 from device_wheels import WHEELS
 from loopback_device import loopback_device, missing
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.remote.ssh import CONFIG_VARIABLE
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
 from resvit_export.stages.device import describe, images_that_fit, require_target_there
 
-ORIN = DeviceFacts(87, "NVIDIA Jetson AGX Orin", "10.3.0.30", "6.2", "aarch64", 32000, 50000, "3.10.12", "MAXN",
+ORIN = Machine(87, "NVIDIA Jetson AGX Orin", "10.3.0.30", "6.2", "aarch64", 32000, 50000, "3.10.12", "MAXN",
                    memory_available_mib=20000)  # fmt: skip
 
 

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.targets.own import resolve_target, target_here
 from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Precision, find_target, proxy_target
 
 OURS = {"like": "jetson-orin", "title": "Our box", "memory_mib": 65536, "int8": 85.0, "fp16": 42.5, "jetpack": "7.2"}
 
 
-def facts(gpu: str | None, sm: int | None, jetpack: str | None = None, memory: int = 30_000) -> DeviceFacts:
-    return DeviceFacts(sm, gpu, None, jetpack, "aarch64", memory, 10_000, "3.10.12")
+def facts(gpu: str | None, sm: int | None, jetpack: str | None = None, memory: int = 30_000) -> Machine:
+    return Machine(sm, gpu, None, jetpack, "aarch64", memory, 10_000, "3.10.12")
 
 
 def test_an_own_target_is_its_row_with_what_differs() -> None:
@@ -73,25 +73,25 @@ def test_an_own_target_does_not_hide_one_of_the_table() -> None:
     ],
 )
 def test_auto_is_the_gpu_that_is_there(gpu: str, sm: int, name: str) -> None:
-    found = target_here(facts=facts(gpu, sm))
+    found = target_here(machine=facts(gpu, sm))
     assert (found.name, found.sm) == (name, sm)
     if name not in {row.name for row in TARGETS}:
         assert "wrong by what the two differ" in found.notes[-1]
 
 
 def test_auto_on_a_jetson_takes_its_release_and_memory() -> None:
-    found = target_here(facts=facts("NVIDIA Jetson AGX Orin Developer Kit", 87, "7.2.1", memory=62_000))
+    found = target_here(machine=facts("NVIDIA Jetson AGX Orin Developer Kit", 87, "7.2.1", memory=62_000))
     assert (found.jetpack, found.tensorrt, found.memory_mib) == ("7.2", "10.16", 62_000)
     with pytest.raises(ResvitError, match=r"TensorRT 8\.5"):
-        target_here(facts=facts("NVIDIA Jetson AGX Orin Developer Kit", 87, "5.1"))
+        target_here(machine=facts("NVIDIA Jetson AGX Orin Developer Kit", 87, "5.1"))
 
 
 def test_auto_without_a_gpu_or_with_a_foreign_one() -> None:
     with pytest.raises(ResvitError) as caught:
-        target_here(facts=facts(None, None))
+        target_here(machine=facts(None, None))
     assert caught.value.code is ExitCode.MISSING
     with pytest.raises(ResvitError) as caught:
-        target_here(facts=facts("NVIDIA GeForce GTX 1080", 61))
+        target_here(machine=facts("NVIDIA GeForce GTX 1080", 61))
     assert caught.value.code is ExitCode.IMPOSSIBLE
 
 

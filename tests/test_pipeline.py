@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from conftest import BEFORE_QUANTIZE
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.errors import ExitCode
@@ -32,7 +34,11 @@ def stage(document: dict[str, object], name: str) -> dict[str, object]:
     return next(item for item in stages if item["stage"] == name)
 
 
-def test_int8_for_a_jetson_is_validated_and_bundled(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_int8_for_a_jetson_is_validated_and_bundled(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/embed-nano", "jetson-orin")
     made = result(capsys, "build", "--precision", "int8", "--target", "jetson-orin", *MODEL)
     assert made["verdict"] == "accepted"
     verdict = stage(made, "validate")["results"]["verdict.json"]  # type: ignore[index]
@@ -48,9 +54,9 @@ def test_int8_for_a_jetson_is_validated_and_bundled(workspace: Path, capsys: pyt
 
     bundle = Path(str(made["bundle"]))
     manifest = verify_bundle(bundle)
-    assert manifest["verdict"] == "accepted"
-    assert manifest["target"]["sm"] == 87
-    assert any("trtexec" in command for command in manifest["plan"]["commands"])
+    assert manifest.verdict.verdict == "accepted"
+    assert manifest.target.sm == 87
+    assert any("trtexec" in command for command in manifest.plan.commands)
     assert zipfile.is_zipfile(bundle)
     extract_bundle(bundle, workspace / "unpacked")
     golden = np.load(workspace / "unpacked" / "golden_input.npy")
@@ -59,12 +65,16 @@ def test_int8_for_a_jetson_is_validated_and_bundled(workspace: Path, capsys: pyt
     np.testing.assert_allclose(onnx_runner(model)({"input": golden})["logits"], expected, atol=1e-3)
     operators = {node.op_type for node in onnx.load(model).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
-    assert str(workspace) not in json.dumps(manifest)
+    assert str(workspace) not in json.dumps(manifest.to_json())
 
 
+@pytest.mark.whole
 def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/x", "jetson-orin")
+    # All that is an L4's own but the folded network: that must be the Jetson's.
+    seeded("runs/x", "l4", stages=("export", "calibrate", "baseline", "reference"))
     first = result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", "runs/x")
     second = result(capsys, "build", "--target", "l4", *MODEL, "--run", "runs/x")
     assert stage(second, "fold")["reused"]
@@ -74,20 +84,27 @@ def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
     assert engine["bytes"] > 100_000
     assert any("Int8" in str(kernel["inputs"]) for kernel in engine["kernels"])
     manifest = read_manifest(Path(str(second["bundle"])))
-    assert "engine.plan" in {entry["path"] for entry in manifest["files"]}
+    assert "engine.plan" in {file.path for file in manifest.files}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
-def test_other_precisions(workspace: Path, capsys: pytest.CaptureFixture[str], precision: str) -> None:
+def test_other_precisions(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str], precision: str
+) -> None:
+    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
     made = result(capsys, "build", "--target", "l4", "--precision", precision, *MODEL)
     assert made["verdict"] == "accepted"
     quantized = stage(made, "validate")["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]
     assert quantized["sqnr_db"] > {"fp8": 20, "fp16": 45}[precision]
 
 
+@pytest.mark.whole
 def test_the_same_inputs_give_the_same_bundle_and_a_second_build_does_nothing(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
+    # One begins with what was built elsewhere, in another folder and process; the other from nothing.
+    seeded("one/same", "jetson-orin")
     bundles = [
         Path(str(result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", f"{place}/same")["bundle"]))
         for place in ("one", "two")
@@ -97,7 +114,12 @@ def test_the_same_inputs_give_the_same_bundle_and_a_second_build_does_nothing(
     assert all(item["reused"] for item in again["stages"])  # type: ignore[attr-defined]
 
 
-def test_the_recipe_of_a_run_reproduces_it(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_the_recipe_of_a_run_reproduces_it(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    for folder in ("runs/a", "runs/b"):
+        seeded(folder, "l4", stages=BEFORE_QUANTIZE)
     first = result(capsys, "quantize", "--target", "l4", "--exclude", "blocks.1*", *MODEL, "--run", "runs/a")
     second = result(capsys, "quantize", "--recipe", "runs/a/recipe.toml", "--run", "runs/b")
     assert Path(str(first["folder"])).name == Path(str(second["folder"])).name
@@ -106,7 +128,11 @@ def test_the_recipe_of_a_run_reproduces_it(workspace: Path, capsys: pytest.Captu
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_an_onnx_model_skips_the_torch_stages(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_an_onnx_model_skips_the_torch_stages(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/torch", "l4", stages=("fold", "export"))
     exported = result(capsys, "export", "--target", "l4", *MODEL[:4], "--run", "runs/torch")
     model = Path(str(exported["folder"])) / "model.onnx"
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
@@ -117,9 +143,11 @@ def test_an_onnx_model_skips_the_torch_stages(workspace: Path, capsys: pytest.Ca
     assert made["verdict"] == "accepted"
 
 
+@pytest.mark.whole
 def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
     # A quantiser that clips all activations to a hundredth: what a bad calibration does, made certain.
     from resvit_quantize.qdq import insert as qdq
 
@@ -134,13 +162,15 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     assert not list(Path("runs/embed-nano").glob("compile-*"))
     allowed = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, "--allow-rejected")
     manifest = read_manifest(Path(str(allowed["bundle"])))
-    assert manifest["verdict"] == "rejected"
-    assert "did not accept" in manifest["warning"]
+    assert manifest.verdict.verdict == "rejected"
+    assert "did not accept" in manifest.warning
 
 
+@pytest.mark.whole
 def test_too_few_images_are_undecided_and_the_number_needed_is_said(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
+    seeded("runs/embed-nano", "l4", stages=("fold", "export", "calibrate", "quantize"))
     few = ["--validation-images", "40"]
     found = result(capsys, "validate", "--target", "l4", *MODEL, *few, code=ExitCode.UNDECIDED)
     verdict = found["results"]["verdict.json"]  # type: ignore[index]
@@ -149,6 +179,7 @@ def test_too_few_images_are_undecided_and_the_number_needed_is_said(
     assert str(verdict["images_needed"]) in verdict["reason"].replace(",", "")
 
 
+@pytest.mark.whole
 def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = ["--model", "resvit:embed-nano", "--data", "fashion-mnist"]
     found = result(capsys, "validate", "--target", "l4", *random, code=ExitCode.UNDECIDED)
@@ -156,8 +187,12 @@ def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytes
     assert verdict["chance_level"]
 
 
-def test_the_modelopt_quantizer_goes_through_the_same_gate(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_the_modelopt_quantizer_goes_through_the_same_gate(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
     pytest.importorskip("modelopt")
+    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
     made = result(capsys, "build", "--target", "l4", "--quantizer", "modelopt", *MODEL)
     assert made["verdict"] == "accepted"
     report = stage(made, "quantize")["results"]["quantize.json"]  # type: ignore[index]
@@ -165,13 +200,16 @@ def test_the_modelopt_quantizer_goes_through_the_same_gate(workspace: Path, caps
     assert report["macs_share"] > 0.5
 
 
-def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]) -> None:
+    seeded("runs/embed-nano", "l4", stages=("fold", "reference"))
     made = result(capsys, "build", "--target", "l4", "--batch", "1:4:8", *MODEL)
     assert made["verdict"] == "accepted"
     engine = stage(made, "compile")["results"]["engine.json"]  # type: ignore[index]
     assert engine["inputs"][0]["shape"][0] == -1
 
 
+@pytest.mark.whole
 def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every way of naming data and model, looked for in all of the bundle's bytes."""
     from resvit_calibrate.readers.fashion_mnist import read_split
@@ -191,7 +229,13 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
     assert keyid == read_public_key(Path("my.pub")).keyid
 
 
-def test_two_targets_share_what_does_not_differ(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_two_targets_share_what_does_not_differ(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    # Each target's own; what they share is still to be made, and by one of them only.
+    for target in ("jetson-orin", "l4"):
+        seeded("both", target, stages=("export", "calibrate", "quantize"))
     line = "build --json --target l4 --target jetson-orin --precision int8 --model resvit:embed-nano "
     line += "--checkpoint runs/demo/embed-nano.pt --data fashion-mnist --validation-images 400 --run both"
     assert run([*shlex.split(line), "--max-drop", "3"]) == 0

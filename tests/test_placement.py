@@ -6,10 +6,10 @@ import pytest
 
 from quantize_graphs import Graph, basic_block, hybrid
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import network_from_onnx
 from resvit_quantize.placement.placement import Placement, Shortcuts, place
-from resvit_quantize.settings import Precision
 
 
 def analysed(path: Path) -> Analysis:
@@ -27,7 +27,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
 
 
 def test_groups_and_macs_by_hand(parts: Analysis) -> None:
-    found = {p.name: (p.group.value, p.macs) for p in parts.products}
+    found = {p.name: (p.part.value, p.macs) for p in parts.products}
     assert found == {
         "stem/Conv": ("stem", 16 * 16 * 32 * 3 * 9),
         "trunk.0.conv1/Conv": ("trunk", 8 * 8 * 32 * 32 * 9),
@@ -49,7 +49,7 @@ def test_attention_operator_counts_both_products(tmp_path: Path) -> None:
     mixed = g.op("Attention", *parts, name="attn/Attention", q_num_heads=3, kv_num_heads=3)
     analysis = analysed(g.save(tmp_path / "model.onnx", g.linear(mixed, 96, 96, "out")))
     assert {p.name: p.macs for p in analysis.products}["attn/Attention"] == 2 * 16 * 16 * 96
-    assert {p.group.value for p in analysis.products if p.name != "out/MatMul"} == {"transformer"}
+    assert {p.part.value for p in analysis.products if p.name != "out/MatMul"} == {"transformer"}
 
 
 def test_every_weighted_input_and_nothing_else(parts: Analysis) -> None:

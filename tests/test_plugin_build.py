@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.builder import build_engine
+from resvit_engines.builder.engine_report import EngineReport, LibraryRecord
 from resvit_engines.builder.limits import require_buildable
-from resvit_engines.builder.settings import BuildSettings, EngineReport
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.cli.main import run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
@@ -154,7 +155,7 @@ def test_the_record_names_plugins_and_library() -> None:
     record = {"name": LIBRARY, "sha256": "b"}
     with_library = EngineReport(
         "t", Builder.TENSORRT, "10.3.0", 87, 1, "a", 1.0, 1, (), (), (), (),
-        plugins="library", plugin_layers=("x",), plugin_library=record,
+        plugins="library", plugin_layers=("x",), plugin_library=LibraryRecord(LIBRARY, "b"),
     )  # fmt: skip
     found = with_library.to_json()
     assert (found["plugins"], found["plugin_layers"], found["plugin_library"]) == ("library", ["x"], record)
@@ -162,7 +163,7 @@ def test_the_record_names_plugins_and_library() -> None:
 
 def test_only_the_library_of_the_record_is_loaded(tmp_path) -> None:
     engine, path = tmp_path / "engine.plan", tmp_path / LIBRARY
-    record = {"name": f"../../{LIBRARY}", "sha256": sha256_bytes(b"code")}
+    record = LibraryRecord(LIBRARY, sha256_bytes(b"code"))
     with pytest.raises(ResvitError, match="cannot be read") as caught:
         _library_beside(engine, record)
     assert caught.value.code is ExitCode.MISSING

@@ -8,7 +8,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.measure import results as measured
 from resvit_engines.kernels.measure.results import Measured, measured_result
 from resvit_engines.targets.table import Builder, find_target
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.to_tensorrt import plugin_choice as module
 from resvit_export.to_tensorrt.plugin_choice import By, plugin_choice
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,11 +15,6 @@ from resvit_export.cli.main import run
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 OURS = "ai.resvit"
-
-
-def built(*arguments: str, run_folder: str = "runs/r", code: int = 0) -> Path:
-    assert run(["build", *MODEL, "--run", run_folder, "--quiet", *arguments]) == code
-    return Path(run_folder)
 
 
 def stage(folder: Path, name: str, file: str) -> Path:
@@ -44,9 +40,12 @@ def from_bundle(folder: Path, name: str) -> onnx.ModelProto:
         return onnx.load_from_string(archive.read(name))
 
 
-def test_every_attention_block_and_the_bridge_is_one_node_and_the_gate_scores_that_file(workspace: Path) -> None:
-    plain = built("--target", "jetson-orin", "--plugins", "off", run_folder="runs/off")
-    folder = built("--target", "jetson-orin", "--plugins", "on")
+@pytest.mark.whole
+def test_every_attention_block_and_the_bridge_is_one_node_and_the_gate_scores_that_file(
+    finished_run: Callable[..., Path],
+) -> None:
+    plain = finished_run("jetson-orin", "--plugins", "off")
+    folder = finished_run("jetson-orin", "--plugins", "on")
     found = document(folder, "fuse", "fusion.json")
     assert sorted(match["op_type"] for match in found["matches"]) == [
         *["ResvitAttentionQ"] * 3,
@@ -66,8 +65,9 @@ def test_every_attention_block_and_the_bridge_is_one_node_and_the_gate_scores_th
     assert with_ours["stages"][-1]["agreement"] > 0.99
 
 
-def test_jetpack_6_gets_each_kernel_in_its_node_and_no_functions(workspace: Path) -> None:
-    folder = built("--target", "jetson-orin", "--plugins", "on")
+@pytest.mark.whole
+def test_jetpack_6_gets_each_kernel_in_its_node_and_no_functions(finished_run: Callable[..., Path]) -> None:
+    folder = finished_run("jetson-orin", "--plugins", "on")
     copy = from_bundle(folder, "model.tensorrt.onnx")
     assert not copy.functions
     for node in ours(copy):
@@ -85,8 +85,9 @@ def test_jetpack_6_gets_each_kernel_in_its_node_and_no_functions(workspace: Path
     assert any("4 kernels of our own" in text for text in document(folder, "audit", "audit.json")["sentences"])
 
 
-def test_newer_tensorrt_gets_them_ahead_of_time(workspace: Path) -> None:
-    folder = built("--target", "jetson-thor", "--plugins", "on")
+@pytest.mark.whole
+def test_newer_tensorrt_gets_them_ahead_of_time(finished_run: Callable[..., Path]) -> None:
+    folder = finished_run("jetson-thor", "--plugins", "on")
     copy = from_bundle(folder, "model.tensorrt.onnx")
     assert {function.name for function in copy.functions} == {node.op_type for node in ours(copy)}
     assert len(ours(copy)) == 4
@@ -97,8 +98,9 @@ def test_newer_tensorrt_gets_them_ahead_of_time(workspace: Path) -> None:
     assert plan["commands"] == ["resvit-engine build embed-nano-jetson-thor-int8.resvit --trust KEY.pub"]
 
 
-def test_attention_in_8_bits_has_scales_of_its_own_and_passes_the_gate(workspace: Path) -> None:
-    folder = built("--target", "jetson-orin", "--plugins", "on", "--plugin-attention", "8bit")
+@pytest.mark.whole
+def test_attention_in_8_bits_has_scales_of_its_own_and_passes_the_gate(finished_run: Callable[..., Path]) -> None:
+    folder = finished_run("jetson-orin", "--plugins", "on", "--plugin-attention", "8bit")
     model = onnx.load(stage(folder, "fuse", "model.onnx"))
     attention = [json.loads(fields(node)["config"]) for node in ours(model) if "Attention" in node.op_type]
     assert len(attention) == 3
@@ -108,8 +110,9 @@ def test_attention_in_8_bits_has_scales_of_its_own_and_passes_the_gate(workspace
     assert document(folder, "validate", "verdict.json")["verdict"] == "accepted"
 
 
-def test_auto_says_which_way_was_taken(workspace: Path) -> None:
-    folder = built("--target", "jetson-orin")
+@pytest.mark.whole
+def test_auto_says_which_way_was_taken(finished_run: Callable[..., Path]) -> None:
+    folder = finished_run("jetson-orin")
     assert not list(folder.glob("fuse-*"))
     sentences = document(folder, "audit", "audit.json")["sentences"]
     assert any(
@@ -135,6 +138,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not list(Path("runs/r").glob("fold-*"))
 
 
+@pytest.mark.whole
 def test_a_kernel_that_does_not_fit_leaves_the_plain_graph(workspace: Path) -> None:
     Path("net.py").write_text(
         "from torch import nn\n"

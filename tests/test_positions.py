@@ -11,7 +11,9 @@ from torch import nn
 from torch.export import Dim, export
 
 from hf_models import folder_of
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_engines.targets.table import Precision
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_model
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
@@ -19,7 +21,6 @@ from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import network_from_onnx
 from resvit_quantize.placement.placement import place
 from resvit_quantize.placement.positions import position_products
-from resvit_quantize.settings import Precision
 
 
 def analysed(module: nn.Module, shape: tuple[int, ...], folder: Path) -> Analysis:

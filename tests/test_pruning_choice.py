@@ -17,12 +17,13 @@ from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.models.reference import resvit_model
 from resvit_quantize.pruning.choose.budget import Budget, cost_of, legal_widths
-from resvit_quantize.pruning.choose.choice import choose, uniform
-from resvit_quantize.pruning.choose.costs import Work, layer_us, widths_of
+from resvit_quantize.pruning.choose.choice import choose_widths, uniform_widths
+from resvit_quantize.pruning.choose.costs import Costs, layer_us, widths_of
+from resvit_quantize.pruning.choose.recorder import costs_from_module
 from resvit_quantize.pruning.groups import Group, Kind
 
 
-def two_mlps(first: int = 32, second: int = 32) -> tuple[nn.Module, tuple[Group, Group], Work]:
+def two_mlps(first: int = 32, second: int = 32) -> tuple[nn.Module, tuple[Group, Group], Costs]:
     """Hidden layers ``a`` on 4 positions and ``b`` on one: a unit of ``a`` costs four times as much."""
 
     class TwoMlps(nn.Module):
@@ -36,7 +37,7 @@ def two_mlps(first: int = 32, second: int = 32) -> tuple[nn.Module, tuple[Group,
 
     module = TwoMlps()
     groups = (hidden("a", "a1", "a2", first), hidden("b", "b1", "b2", second))
-    return module, groups, Work.of(module, torch.zeros(1, 4, 8), groups)
+    return module, groups, costs_from_module(module, torch.zeros(1, 4, 8), groups)
 
 
 def flops(module: nn.Module, image: torch.Tensor) -> int:
@@ -49,32 +50,32 @@ def flops(module: nn.Module, image: torch.Tensor) -> int:
 @pytest.mark.parametrize("name", ["embed-nano", "fpn-nano", "dual-nano"])
 def test_macs_and_params_are_those_that_torch_counts(name: str) -> None:
     module, image = resvit_model(name).eval(), torch.zeros(1, 1, 28, 28)
-    work = Work.of(module, image, ())
-    assert work.macs({}) == flops(module, image)
-    assert work.params({}) == sum(parameter.numel() for parameter in module.parameters())
+    costs = costs_from_module(module, image, ())
+    assert costs.macs({}) == flops(module, image)
+    assert costs.params({}) == sum(parameter.numel() for parameter in module.parameters())
     with sdpa_kernel(SDPBackend.MATH):
-        assert Work.of(module, image, ()).macs({}) == work.macs({})
+        assert costs_from_module(module, image, ()).macs({}) == costs.macs({})
 
 
 def test_macs_of_narrower_widths_are_those_of_a_narrower_network() -> None:
     image = torch.zeros(2, 3, 8, 8)
     wide, narrow = ConvNet(8), ConvNet(3)
-    work = Work.of(wide, image, wide.groups())
-    assert work.macs({"conv1": 3}) == flops(narrow, image[:1])
-    assert work.params({"conv1": 3}) == sum(parameter.numel() for parameter in narrow.parameters())
+    costs = costs_from_module(wide, image, wide.groups())
+    assert costs.macs({"conv1": 3}) == flops(narrow, image[:1])
+    assert costs.params({"conv1": 3}) == sum(parameter.numel() for parameter in narrow.parameters())
 
 
 def test_a_hybrid_with_fewer_heads_hidden_units_and_blocks() -> None:
     module, image = resvit_model("embed-nano").eval(), torch.zeros(1, 1, 28, 28)
-    work = Work.of(module, image, embed_groups(module))
+    costs = costs_from_module(module, image, embed_groups(module))
     widths = {"blocks.0.attn.qkv": 1, "blocks.1.mlp.fc1": 32, "blocks.2": 0}
     tokens, dim = 50, 64
     heads = tokens * dim * (96 + 32) + tokens * tokens * 32 * 2
     mlp = tokens * dim * 2 * (128 - 32)
     block = tokens * dim * dim * 4 + tokens * tokens * dim * 2 + tokens * dim * 2 * 128
-    assert work.macs({}) - work.macs(widths) == heads + mlp + block
+    assert costs.macs({}) - costs.macs(widths) == heads + mlp + block
     block_params = sum(parameter.numel() for parameter in module.blocks[2].parameters())
-    assert work.params({}) - work.params(widths) == (96 * 65 + 32 * 64) + 96 * (64 + 1 + 64) + block_params
+    assert costs.params({}) - costs.params(widths) == (96 * 65 + 32 * 64) + 96 * (64 + 1 + 64) + block_params
 
 
 def test_depthwise_and_shared_weights() -> None:
@@ -83,17 +84,17 @@ def test_depthwise_and_shared_weights() -> None:
     module.append(nn.Conv2d(4, 4, 1, bias=False))
     module[4].weight = module[3].weight
     group = hidden("0", "0", "2", 8, "1")
-    work = Work.of(module, torch.zeros(1, 3, 5, 5), [group])
-    assert work.macs({}) == 25 * (3 * 8 + 9 * 8 + 8 * 4 + 16 * 2)
-    assert work.macs({"0": 2}) == 25 * (3 * 2 + 9 * 2 + 2 * 4 + 16 * 2)
-    assert work.params({"0": 2}) == (3 * 2 + 2) + (9 * 2 + 2) + (2 * 4 + 4) + 16
+    costs = costs_from_module(module, torch.zeros(1, 3, 5, 5), [group])
+    assert costs.macs({}) == 25 * (3 * 8 + 9 * 8 + 8 * 4 + 16 * 2)
+    assert costs.macs({"0": 2}) == 25 * (3 * 2 + 9 * 2 + 2 * 4 + 16 * 2)
+    assert costs.params({"0": 2}) == (3 * 2 + 2) + (9 * 2 + 2) + (2 * 4 + 4) + 16
 
 
 def test_recording_leaves_the_module_as_it_was() -> None:
     module = ConvNet()
     module.norm.train()
     before = copy.deepcopy(module.state_dict())
-    Work.of(module, torch.randn(1, 3, 8, 8), module.groups())
+    costs_from_module(module, torch.randn(1, 3, 8, 8), module.groups())
     assert module.norm.training
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert not module.conv1._forward_hooks
@@ -101,7 +102,7 @@ def test_recording_leaves_the_module_as_it_was() -> None:
 
 def test_a_group_of_another_network_is_refused() -> None:
     with pytest.raises(ResvitError, match=r"conv9\.weight"):
-        Work.of(ConvNet(), torch.zeros(1, 3, 8, 8), [hidden("g", "conv9", "fc", 4)])
+        costs_from_module(ConvNet(), torch.zeros(1, 3, 8, 8), [hidden("g", "conv9", "fc", 4)])
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -109,21 +110,21 @@ def test_a_group_of_another_network_is_refused() -> None:
 def test_latency_never_rises_where_units_go(precision: Precision, target: str) -> None:
     module = resvit_model("embed-nano").eval()
     groups = embed_groups(module)
-    work = Work.of(module, torch.zeros(1, 1, 28, 28), groups)
+    costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
     device = find_target(target)
     for group in groups:
         least = 0 if group.kind is Kind.BLOCKS else 1
-        times = [work.latency_us({group.name: n}, device, precision) for n in range(least, group.units + 1)]
+        times = [costs.latency_us({group.name: n}, device, precision) for n in range(least, group.units + 1)]
         assert times == sorted(times)
         assert group.kind not in (Kind.BLOCKS, Kind.HEADS) or times[0] < times[-1]
 
 
 def test_odd_widths_cost_as_much_as_whole_tiles() -> None:
-    _, _, work = two_mlps(128, 128)
+    _, _, costs = two_mlps(128, 128)
     device = find_target("l4")
     for precision, odd, tile in ((Precision.FP16, 33, 40), (Precision.FP8, 33, 48), (Precision.INT8, 33, 64)):
-        assert work.latency_us({"a": odd}, device, precision) == work.latency_us({"a": tile}, device, precision)
-        assert work.latency_us({"a": tile}, device, precision) < work.latency_us({"a": 2 * tile}, device, precision)
+        assert costs.latency_us({"a": odd}, device, precision) == costs.latency_us({"a": tile}, device, precision)
+        assert costs.latency_us({"a": tile}, device, precision) < costs.latency_us({"a": 2 * tile}, device, precision)
 
 
 def group_of(units: int, width: int = 1, kind: Kind = Kind.CHANNELS) -> Group:
@@ -151,9 +152,9 @@ def test_legal_widths(group: Group, precision: Precision, widths: tuple[int, ...
 
 
 def test_the_dear_layer_goes_where_both_matter_alike() -> None:
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.ones(32)}
-    choice = choose(groups, importance, work, Budget(macs=0.8))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.8))
     assert widths_of(choice.kept) == {"a": 24}
     assert choice.before.macs == 2 * 8 * 32 * 5
     assert choice.after.macs == choice.before.macs * 4 // 5
@@ -164,35 +165,35 @@ def test_the_dear_layer_goes_where_both_matter_alike() -> None:
 
 
 def test_the_cheap_layer_goes_where_the_dear_one_matters_more() -> None:
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     importance = {"a": np.full(32, 100.0), "b": np.ones(32)}
-    assert widths_of(choose(groups, importance, work, Budget(macs=0.86)).kept) == {"b": 8}
+    assert widths_of(choose_widths(groups, importance, costs, Budget(macs=0.86)).kept) == {"b": 8}
 
 
 def test_the_least_important_units_go_and_of_equals_the_last() -> None:
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     values = np.ones(32)
     values[[3, 30]] = 5.0
     importance = {"a": values, "b": np.full(32, 1e9)}
-    kept = choose(groups, importance, work, Budget(macs=0.4)).kept["a"]
+    kept = choose_widths(groups, importance, costs, Budget(macs=0.4)).kept["a"]
     assert kept.tolist() == [0, 1, 2, 3, 4, 5, 6, 30]
 
 
 def test_what_still_fits_is_given_back() -> None:
     """``b`` goes first, being worth nothing; then a step of ``a`` is needed, after which most of ``b`` fits again."""
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.full(32, 1e-3)}
-    choice = choose(groups, importance, work, Budget(macs=0.8))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.8))
     assert widths_of(choice.kept) == {"a": 24}
 
 
 def test_a_block_goes_where_skipping_it_costs_least() -> None:
     module = resvit_model("embed-nano").eval()
     groups = embed_groups(module)
-    work = Work.of(module, torch.zeros(1, 1, 28, 28), groups)
+    costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
     importance = {group.name: np.ones(group.units) for group in groups}
     importance["blocks.1"] = np.array([1e-3])
-    choice = choose(groups, importance, work, Budget(macs=0.87))
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.87))
     assert choice.kept["blocks.1"].tolist() == []
     assert widths_of(choice.kept) == {"blocks.1": 0}
     assert "blocks.1" in choice.notes[-1]
@@ -201,9 +202,9 @@ def test_a_block_goes_where_skipping_it_costs_least() -> None:
 def test_one_block_of_several_always_stays() -> None:
     module = resvit_model("embed-nano").eval()
     groups = embed_groups(module)
-    work = Work.of(module, torch.zeros(1, 1, 28, 28), groups)
+    costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
     importance = {g.name: np.full(g.units, 1e-6 if g.kind is Kind.BLOCKS else 1.0) for g in groups}
-    choice = choose(groups, importance, work, Budget(params=0.35))
+    choice = choose_widths(groups, importance, costs, Budget(params=0.35))
     assert sum(len(choice.kept.get(f"blocks.{i}", [0])) for i in range(3)) == 1
 
 
@@ -217,20 +218,20 @@ def test_one_block_of_several_always_stays() -> None:
 def test_budgets_are_met(share: float, measure: str, seed: int, precision: Precision) -> None:
     module, image = NANO
     groups = embed_groups(module)
-    work = Work.of(module, image, groups)
+    costs = costs_from_module(module, image, groups)
     random = np.random.default_rng(seed)
     importance = {group.name: random.exponential(random.exponential(), group.units) for group in groups}
     budget = Budget(**{measure: share}, precision=precision)
-    choice = choose(groups, importance, work, budget)
+    choice = choose_widths(groups, importance, costs, budget)
     assert getattr(choice.after, measure) <= share * getattr(choice.before, measure) * (1 + 1e-6)
-    assert choice.after == cost_of(work, widths_of(choice.kept), budget)
+    assert choice.after == cost_of(costs, widths_of(choice.kept), budget)
     for group in groups:
         kept, values = choice.kept.get(group.name, np.arange(group.units)), importance[group.name]
         assert len(kept) in legal_widths(group, budget)
         assert (np.diff(kept) > 0).all()
         gone = np.setdiff1d(np.arange(group.units), kept)
         assert values[gone].max(initial=0) <= values[kept].min(initial=np.inf)
-    again = choose(groups, importance, work, budget)
+    again = choose_widths(groups, importance, costs, budget)
     assert widths_of(again.kept) == widths_of(choice.kept)
     # As near below as the steps allow: nothing but blocks can be widened.
     for group in groups:
@@ -240,7 +241,7 @@ def test_budgets_are_met(share: float, measure: str, seed: int, precision: Preci
             for g in groups
         )
         if wider and group.kind is not Kind.BLOCKS and not inside_gone_block:
-            cost = cost_of(work, {**widths_of(choice.kept), group.name: wider[0]}, budget)
+            cost = cost_of(costs, {**widths_of(choice.kept), group.name: wider[0]}, budget)
             assert getattr(cost, measure) > share * getattr(choice.before, measure)
 
 
@@ -250,11 +251,11 @@ NANO = (resvit_model("embed-nano").eval(), torch.zeros(1, 1, 28, 28))
 def test_a_latency_budget_is_met_on_a_wide_network() -> None:
     module = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(1024, 4096), nn.Linear(4096, 1024))))
     groups = [hidden(f"{i}", f"{i}", f"{i + 1}", 4096) for i in (0, 2, 4)]
-    work = Work.of(module, torch.zeros(1, 256, 1024), groups)
+    costs = costs_from_module(module, torch.zeros(1, 256, 1024), groups)
     importance = {group.name: np.random.default_rng(int(group.name)).random(4096) for group in groups}
     for target, precision in (("jetson-orin-nano", Precision.INT8), ("l4", Precision.FP8), ("h100", Precision.FP16)):
         budget = Budget(latency=0.7, precision=precision, target=find_target(target))
-        choice = choose(groups, importance, work, budget)
+        choice = choose_widths(groups, importance, costs, budget)
         assert choice.before.latency_us is not None
         assert choice.after.latency_us is not None
         assert 0.65 < choice.after.latency_us / choice.before.latency_us <= 0.7
@@ -263,45 +264,45 @@ def test_a_latency_budget_is_met_on_a_wide_network() -> None:
 def test_measured_times_take_the_place_of_predicted_ones() -> None:
     module = nn.Sequential(*(layer for _ in range(2) for layer in (nn.Linear(1024, 4096), nn.Linear(4096, 1024))))
     groups = [hidden(f"{i}", f"{i}", f"{i + 1}", 4096) for i in (0, 2)]
-    work = Work.of(module, torch.zeros(1, 256, 1024), groups)
+    costs = costs_from_module(module, torch.zeros(1, 256, 1024), groups)
     importance = {group.name: np.ones(4096) for group in groups}
     target = find_target("l4")
-    plain = {layer.name: work.latency_us({}, target, Precision.INT8) / 4 for layer in work.layers}
+    plain = {layer.name: costs.latency_us({}, target, Precision.INT8) / 4 for layer in costs.layers}
     # The second pair takes ten times as long on the device as was thought.
     times = {f"{name}/MatMul": {Precision.INT8: us * (10 if name in "23" else 1)} for name, us in plain.items()}
     measured = MeasuredTimes("here", times)
-    assert work.latency_us({}, target, Precision.INT8, measured) == pytest.approx(22 * plain["0"], rel=0.01)
+    assert costs.latency_us({}, target, Precision.INT8, measured) == pytest.approx(22 * plain["0"], rel=0.01)
     budget = Budget(latency=0.7, precision=Precision.INT8, target=target, measured=measured)
-    kept = widths_of(choose(groups, importance, work, budget).kept)
+    kept = widths_of(choose_widths(groups, importance, costs, budget).kept)
     assert kept["2"] < kept.get("0", 4096) == 4096
     # What was not measured is off by as much as what was.
-    predicted = layer_us(work.layers[0], {}, target, Precision.INT8)
+    predicted = layer_us(costs.layers[0], {}, target, Precision.INT8)
     partly = MeasuredTimes("here", {"0/MatMul": {Precision.INT8: 3 * predicted}})
-    whole = work.latency_us({}, target, Precision.INT8)
-    assert work.latency_us({}, target, Precision.INT8, partly) == pytest.approx(3 * whole)
+    whole = costs.latency_us({}, target, Precision.INT8)
+    assert costs.latency_us({}, target, Precision.INT8, partly) == pytest.approx(3 * whole)
     with pytest.raises(ResvitError, match="None of the 1 layers"):
-        work.latency_us({}, target, Precision.INT8, MeasuredTimes("", {"other/MatMul": {Precision.INT8: 1.0}}))
+        costs.latency_us({}, target, Precision.INT8, MeasuredTimes("", {"other/MatMul": {Precision.INT8: 1.0}}))
 
 
 def test_a_budget_out_of_reach_names_the_nearest() -> None:
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     importance = {"a": np.ones(32), "b": np.ones(32)}
     with pytest.raises(ResvitError) as caught:
-        choose(groups, importance, work, Budget(macs=0.1))
+        choose_widths(groups, importance, costs, Budget(macs=0.1))
     assert "At most 0.750 of the multiply-accumulates can go, and 0.900 should" in caught.value.problem
     assert "0.250" in caught.value.fix
-    assert choose(groups, importance, work, Budget(macs=0.25)).after.macs == 640
+    assert choose_widths(groups, importance, costs, Budget(macs=0.25)).after.macs == 640
     with pytest.raises(ResvitError, match=r"At most 0\.750"):
-        uniform(groups, importance, work, Budget(macs=0.1))
+        uniform_widths(groups, importance, costs, Budget(macs=0.1))
 
 
 def test_uniform_takes_the_same_share_of_every_group() -> None:
-    _, groups, work = two_mlps(32, 64)
+    _, groups, costs = two_mlps(32, 64)
     importance = {"a": np.full(32, 100.0), "b": np.arange(64.0)}
-    choice = uniform(groups, importance, work, Budget(macs=0.5))
+    choice = uniform_widths(groups, importance, costs, Budget(macs=0.5))
     assert widths_of(choice.kept) == {"a": 16, "b": 32}
     assert choice.kept["b"].tolist() == list(range(32, 64))
-    assert uniform(groups, importance, work, Budget(macs=1.0)).kept == {}
+    assert uniform_widths(groups, importance, costs, Budget(macs=1.0)).kept == {}
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_budgets_that_make_no_sense(values: dict[str, object], found: str) -> No
 
 
 def test_importance_must_fit_the_groups() -> None:
-    _, groups, work = two_mlps()
+    _, groups, costs = two_mlps()
     for values in (np.ones(31), np.full(32, np.nan), np.full(32, -1.0)):
         with pytest.raises(ResvitError, match="importance of a"):
-            choose(groups, {"a": values, "b": np.ones(32)}, work, Budget(macs=0.5))
+            choose_widths(groups, {"a": values, "b": np.ones(32)}, costs, Budget(macs=0.5))

@@ -60,7 +60,7 @@ def test_build_prunes_trains_quantises_and_judges_against_the_unpruned_network(
     (weights,) = workspace.glob("runs/p/retrain-*/retrained.pt")
     code = (
         "import sys; sys.modules['torch_pruning'] = None\n"
-        "from resvit_export.loading.load import ModelSpec, load_network\n"
+        "from resvit_export.loading.spec import ModelSpec; from resvit_export.loading.load import load_network\n"
         "from pathlib import Path\n"
         f"network = load_network(ModelSpec('resvit:embed-nano', Path({str(weights)!r})))\n"
         "print(sum(p.numel() for p in network.module.parameters()))"

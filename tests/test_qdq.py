@@ -14,9 +14,10 @@ from quantize_graphs import Graph, basic_block, hybrid, outputs_of, ranges_from_
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.grid import quantise_weight, scale_from_amax
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8, Estimator.MAX)
 FP8 = QuantizeSettings(Precision.FP8, Estimator.MAX)

@@ -11,8 +11,9 @@ from quantize_graphs import Graph, hybrid, outputs_of, sqnr
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8, Estimator.MAX)
 

@@ -10,13 +10,13 @@ import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import Precision
-from resvit_export.choices import StageName, TaskKind
 from resvit_export.cli.main import cli, run
 from resvit_export.cli.options import recipe_options, resolve_recipe
-from resvit_export.pairs import preprocess_values
-from resvit_export.recipe import SETTINGS, Recipe
-from resvit_export.recipe_file import absolute_reference, recipe_from_toml, recipe_to_toml
-from resvit_export.setting import Setting
+from resvit_export.recipe.choices import StageName, TaskKind
+from resvit_export.recipe.file import absolute_reference, recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.pairs import preprocess_values
+from resvit_export.recipe.recipe import SETTINGS, Recipe
+from resvit_export.recipe.setting import Setting
 from resvit_quantize.pruning.groups import Kind
 
 ROOT = Path(__file__).parent.parent

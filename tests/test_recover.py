@@ -19,6 +19,7 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
 from resvit_quantize.placement.grid import scale_from_amax
 from resvit_quantize.qdq.plan import plan_quantization
@@ -26,7 +27,7 @@ from resvit_quantize.quantize import quantize_model
 from resvit_quantize.recovery.options import RecoverOptions, RecoverReport
 from resvit_quantize.recovery.recover import on_grid, pinned_ranges, recover_model, settings_behind_recovery
 from resvit_quantize.recovery.student import trainable_constants
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.training.standing import Stop
 
 COARSE = QuantizeSettings(Precision.INT8, Estimator.MAX, bits=3)
@@ -273,7 +274,8 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
 
 
-@pytest.mark.usefixtures("coarse")
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported", "coarse")
 def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--target", "jetson-orin", *MODEL, "--calibration-images", "128", "--no-search"]
     rejected = result(capsys, "build", *arguments, "--run", "runs/x", code=ExitCode.REJECTED)
@@ -304,13 +306,16 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     assert run(["report", "--run", "runs/x", "-q"]) == 0
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "validate", "--target", "l4", *MODEL, *TRAIN)
     assert found["results"]["verdict.json"]["verdict"] == "accepted"  # type: ignore[index]
     assert not list(Path("runs/embed-nano").glob("recover-*"))
 
 
-@pytest.mark.usefixtures("coarse")
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported", "coarse")
 def test_a_rejection_says_that_training_images_are_missing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["build", "--target", "l4", *MODEL, "--calibration-images", "64", "--no-search", "-q"])
     assert code == ExitCode.REJECTED

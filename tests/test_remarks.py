@@ -19,8 +19,8 @@ from resvit_calibrate.ranges.estimators import PRECISIONS, Estimator, amax_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
+from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.grid import scale_from_amax
-from resvit_quantize.settings import Precision
 from test_estimators import seen
 
 

@@ -5,6 +5,7 @@ TensorRT for RTX stands where TensorRT would, and ONNX Runtime where the GPU wou
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,18 +23,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from device_wheels import WHEELS
 from loopback_device import LoopbackDevice, loopback_device, missing
+from resvit_engines.builder.device_plan import DevicePlan, plan_for_device
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.bundle import extract_bundle, write_bundle
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
 from resvit_engines.keys.public import PublicKey
 from resvit_engines.progress import Silent
+from resvit_engines.records import Record
 from resvit_engines.remote.device import ROOT, Device, RemoteJob
-from resvit_engines.remote.job import settings_from_manifest, target_from_json
+from resvit_engines.remote.job_result import JobResult
 from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, UnreachableError, address_from
 from resvit_engines.remote.ssh_files import upload
-from resvit_engines.targets.table import find_target
+from resvit_engines.targets.table import Builder, Target, find_target
+from resvit_engines.trt.io_tensor import IoTensor
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -101,15 +107,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     answers = np.concatenate([session.run(None, {"input": image[None]})[0] for image in images[:4]])
     np.save(folder / "golden_input.npy", images[:4])
     np.save(folder / "golden_output.npy", answers)
-    manifest = {
-        "name": "small-jetson-orin-fp16",
-        "target": find_target("jetson-orin").to_json(),
-        "precision": "fp16",
-        "build": BuildSettings(optimization_level=0).to_json(),
-        "input": {"name": "input", "shape": [1, 1, 12, 12], "dtype": "float32"},
-        "outputs": [{"name": "logits", "shape": [1, 10], "dtype": "float32"}],
-        "golden": {"input": "golden_input.npy", "output": "golden_output.npy"},
-    }
+    manifest = Manifest(
+        "small-jetson-orin-fp16",
+        target=find_target("jetson-orin"),
+        precision="fp16",
+        build=BuildSettings(optimization_level=0),
+        input=IoTensor("input", (1, 1, 12, 12), "float32"),
+        outputs=(IoTensor("logits", (1, 10), "float32"),),
+        golden=GoldenFiles(),
+    )
     key = signing_key(folder, "release")
     files = {name: folder / name for name in ("model.onnx", "golden_input.npy", "golden_output.npy")}
     write_bundle(folder / "small.resvit", manifest, files, key)
@@ -125,7 +131,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackDevic
         try:
             with Connection(address_from(device.address)) as connection:
                 there = Device(connection)
-                facts = there.facts()
+                facts = there.machine()
                 assert there.prepare(facts, WHEELS)
                 assert not there.prepare(facts, WHEELS), "it was installed twice"
             yield device
@@ -143,7 +149,7 @@ def device(prepared: LoopbackDevice, monkeypatch: pytest.MonkeyPatch) -> Iterato
     prepared.start()
 
 
-def run(device: LoopbackDevice, job: RemoteJob, reporter: Silent | None = None, patience: float = 60.0) -> dict:
+def run(device: LoopbackDevice, job: RemoteJob, reporter: Silent | None = None, patience: float = 60.0) -> JobResult:
     reporter = reporter or Silent()
     with Connection(address_from(device.address), reporter, patience) as connection:
         return Device(connection, reporter).run(job)
@@ -156,18 +162,18 @@ def job_of(bundle: Bundle, path: Path | None = None, key: SigningKey | None = No
 def test_the_device_builds_checks_answers_and_times(device: LoopbackDevice, bundle: Bundle, tmp_path: Path) -> None:
     heard, job = Heard(), job_of(bundle)
     result = run(device, job, heard)
-    assert result["rehearsal"] is True
+    assert result.rehearsal is True
     assert any(line.startswith("REHEARSAL") for line in heard.lines)
-    assert result["engine"]["builder"] == "TensorRT for RTX"
-    assert result["engine"]["sm"] == 86
-    assert result["golden"]["images"] == 4
-    assert "CPU" in result["golden"]["label"]
-    assert result["bench"]["latency_ms"]["p50"] > 0
+    assert result.engine.builder is Builder.RTX
+    assert result.engine.sm == 86
+    assert result.golden.images == 4
+    assert "CPU" in result.golden.label
+    assert result.bench.latency_ms["p50"] > 0
     with Connection(address_from(device.address)) as connection:
         Device(connection).fetch(job, tmp_path)
         assert connection.run(f"{ROOT}/venv/bin/python -c 'import torch'").code == 1
         assert connection.run(f"ls {job.folder}/images-*").code != 0, "the images were left there"
-    assert sha256_file(tmp_path / "engine.plan") == result["engine"]["sha256"]
+    assert sha256_file(tmp_path / "engine.plan") == result.engine.sha256
     assert json.loads((tmp_path / "engine.json").read_text())["rehearsal"] is True
     assert (tmp_path / "build.log").stat().st_size > 1000
     answers = np.load(tmp_path / "outputs" / bundle.images.name)
@@ -180,16 +186,16 @@ def test_the_built_bundle_is_signed_by_the_device_and_says_where_it_is_from(
     device: LoopbackDevice, bundle: Bundle
 ) -> None:
     result, job = run(device, job_of(bundle)), job_of(bundle)
-    built = device.home / job.folder / result["bundle"]["name"]
+    built = device.home / job.folder / result.bundle.name
     with zipfile.ZipFile(built) as archive:
         manifest, signature = (json.loads(archive.read(name)) for name in ("manifest.json", "signature.json"))
         assert "engine.plan" in archive.namelist()
     assert manifest["built_from"]["bundle"] == sha256_file(bundle.path)
     assert manifest["rehearsal"] is True
-    assert signature["signatures"][0]["keyid"] == result["bundle"]["keyid"] != bundle.key.public.keyid
+    assert signature["signatures"][0]["keyid"] == result.bundle.keyid != bundle.key.public.keyid
     secret = device.home / ".config/resvit/own.key"
     assert secret.stat().st_mode & 0o777 == 0o600
-    assert (device.trust / "own.pub").read_text() == result["bundle"]["key"]
+    assert (device.trust / "own.pub").read_text() == result.bundle.key
 
 
 def test_by_hand_without_ssh_or_host(device: LoopbackDevice, bundle: Bundle) -> None:
@@ -255,7 +261,7 @@ def test_a_connection_cut_during_the_build_is_taken_up_again(device: LoopbackDev
     with device.frozen_at("Building"):
         result = run(device, job_of(bundle), heard)
     away.join()
-    assert result["engine"]["bytes"] > 0
+    assert result.engine.bytes > 0
     assert any("was lost" in line for line in heard.lines)
     assert sum(line.startswith("Building") for line in heard.lines) == 1, "it was built or told twice"
 
@@ -270,7 +276,7 @@ def test_a_host_that_went_away_follows_the_job_that_runs(device: LoopbackDevice,
     with device.frozen_at("Building"), pytest.raises(GoneError):
         run(device, job_of(bundle), Heard(Building=leave))
     heard = Heard(**{"The job is running": device.thaw_jobs})
-    assert run(device, job_of(bundle), heard)["engine"]["bytes"] > 0
+    assert run(device, job_of(bundle), heard).engine.bytes > 0
     assert any("following it" in line for line in heard.lines)
 
 
@@ -285,7 +291,7 @@ def test_a_device_that_disappears_during_the_build_goes_on_when_it_is_back(
     assert not (folder / "built").exists(), "half an engine was taken for one"
     extracted = (folder / "phases/extract.json").stat().st_mtime_ns
     device.start()
-    assert run(device, job)["engine"]["bytes"] > 0
+    assert run(device, job).engine.bytes > 0
     assert (folder / "phases/extract.json").stat().st_mtime_ns == extracted, "a finished phase was repeated"
 
 
@@ -299,7 +305,7 @@ def test_a_job_that_was_killed_gives_a_sentence_and_can_go_on(device: LoopbackDe
     with device.frozen_at("Building"), pytest.raises(ResvitError, match="ended without a result") as caught:
         run(device, job, Heard(Building=kill))
     assert caught.value.code == ExitCode.BUILD
-    assert run(device, job)["engine"]["bytes"] > 0
+    assert run(device, job).engine.bytes > 0
 
 
 def test_ctrl_c_here_stops_the_job_there(device: LoopbackDevice, bundle: Bundle) -> None:
@@ -319,21 +325,22 @@ def test_the_device_installs_runs_refuses_and_rolls_back(
 ) -> None:
     """What the device built goes into use there; one whose golden outputs differ does not."""
     result, job = run(device, job_of(bundle)), job_of(bundle)
-    built = f"{job.folder}/{result['bundle']['name']}"
+    built = f"{job.folder}/{result.bundle.name}"
     upload_of = {name: tmp_path / f"{name}.resvit" for name in ("second", "wrong")}
-    extract_bundle(bundle.path, tmp_path / "model")
-    manifest = json.loads((tmp_path / "model/manifest.json").read_text())
-    base = {name: value for name, value in manifest.items() if name not in ("format", "format_version", "files")}
+    manifest = extract_bundle(bundle.path, tmp_path / "model")
     files: dict[str, Path | bytes] = {
         name: tmp_path / "model" / name for name in ("model.onnx", "golden_input.npy", "golden_output.npy")
     }
-    write_bundle(upload_of["second"], {**base, "release": 2}, files, bundle.key)
+    write_bundle(upload_of["second"], dataclasses.replace(manifest, release=2), files, bundle.key)
     np.save(tmp_path / "other.npy", -np.load(tmp_path / "model/golden_output.npy"))
     write_bundle(
-        upload_of["wrong"], {**base, "release": 3}, {**files, "golden_output.npy": tmp_path / "other.npy"}, bundle.key
+        upload_of["wrong"],
+        dataclasses.replace(manifest, release=3),
+        {**files, "golden_output.npy": tmp_path / "other.npy"},
+        bundle.key,
     )
     (device.trust / "release.pub").write_text(bundle.key.public.to_text())
-    engine, name = f"{ROOT}/venv/bin/resvit-engine", manifest["name"]
+    engine, name = f"{ROOT}/venv/bin/resvit-engine", manifest.name
     with Connection(address_from(device.address)) as connection:
         for what, file in upload_of.items():
             upload(connection, file, f"{what}.resvit")
@@ -361,12 +368,14 @@ def test_the_device_installs_runs_refuses_and_rolls_back(
 def test_what_a_manifest_says_of_the_build() -> None:
     for name in ("jetson-orin", "l4", "dgx-spark"):
         target = find_target(name)
-        assert target_from_json(json.loads(json.dumps(target.to_json()))) == target
-    with pytest.raises(ResvitError, match="not understood"):
-        target_from_json({**find_target("l4").to_json(), "kind": "toaster"})
+        assert Target.from_json(Record(json.loads(json.dumps(target.to_json())), "a manifest")) == target
+    with pytest.raises(ResvitError, match="kind of a manifest is 'toaster'"):
+        Target.from_json(Record({**find_target("l4").to_json(), "kind": "toaster"}, "a manifest"))
     settings = BuildSettings(batch=(1, 8, 32), workspace_mib=512, sparse=True)
-    assert settings_from_manifest({"build": settings.to_json()}) == settings
-    assert settings_from_manifest({"plan": {"settings": settings.to_json()}}) == settings
-    assert settings_from_manifest({"settings": {"batch": "1:8:32", "sparsity": "2:4"}}) == BuildSettings(
-        batch=(1, 8, 32), sparse=True
-    )
+    assert BuildSettings.from_json(Record(settings.to_json(), "a manifest")) == settings
+    assert Manifest(build=settings).build_settings == settings
+    plan = plan_for_device(find_target("jetson-orin"), settings, (3, 8, 8), dynamic_batch=True)
+    assert Manifest(plan=plan).build_settings == settings
+    assert DevicePlan.from_json(Record(plan.to_json(), "plan.json")) == plan
+    with pytest.raises(ResvitError, match="how the engine is built"):
+        _ = Manifest().build_settings

@@ -8,6 +8,7 @@ from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
 from resvit_engines.audit.findings import Subject
 from resvit_engines.audit.kernels import Kernel
+from resvit_engines.audit.record import record_of
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.report.sections.audit import fusion_from_audit
@@ -25,7 +26,7 @@ BLOCK = Attention("a", ("a/MatMul", "a/Softmax", "a/MatMul_1"), 12, 50, 60, "fp1
 
 def audit(stands_in: str = "", fp16: tuple[Kernel, ...] | None = (HALF,)) -> dict[str, Any]:
     subject = Subject("l4", 89, "TensorRT for RTX", "1.7", 1, stands_in)
-    return audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16).to_json()
+    return record_of(audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16)).to_json()
 
 
 def test_figures_stand_beside_those_of_fp16_and_trouble_comes_first() -> None:

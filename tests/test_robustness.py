@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import BEFORE_QUANTIZE
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
@@ -39,9 +41,10 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
     return errors
 
 
-def test_killed_at_any_moment_a_run_continues_to_the_same_result(workspace: Path) -> None:
-    undisturbed = [*BUILD[:-1], "runs/whole/r"]
-    subprocess.run(command(*undisturbed, "--quiet"), check=True, capture_output=True)
+@pytest.mark.whole
+def test_killed_at_any_moment_a_run_continues_to_the_same_result(workspace: Path, seeded: Callable[..., str]) -> None:
+    undisturbed = [*BUILD[:-1], seeded("runs/whole/r", "jetson-orin")]
+    assert run([*undisturbed, "--quiet"]) == 0
     expected = next(Path("runs/whole/r").glob("bundle-*/*.resvit")).read_bytes()
     dice = random.Random(0)
     kills = 0
@@ -63,6 +66,7 @@ def test_killed_at_any_moment_a_run_continues_to_the_same_result(workspace: Path
     assert not [path for path in Path("runs/r").rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
     reason="needs a mount namespace of its own",
@@ -144,6 +148,7 @@ def test_a_truncated_data_file(workspace: Path, capfd: pytest.CaptureFixture[str
     assert "cut.npz" in said(capfd, "calibrate", *MODEL, "--data", "cut.npz", code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
 def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
     for index in range(48):
@@ -156,6 +161,7 @@ def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFi
     assert "grey" in capfd.readouterr().err.lower()
 
 
+@pytest.mark.whole
 def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
     for index in range(330):
@@ -170,7 +176,11 @@ def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytes
     assert "1%" in said(capfd, "calibrate", *MODEL, "--data", "images", code=ExitCode.INPUT).replace(" %", "%")
 
 
-def test_an_onnx_with_external_data(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_an_onnx_with_external_data(
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/torch", "jetson-orin", stages=("fold", "export"))
     assert run(["export", *MODEL, "--run", "runs/torch"]) == 0
     source = next(Path("runs/torch").glob("export-*/model.onnx"))
     Path("big").mkdir()
@@ -183,22 +193,34 @@ def test_an_onnx_with_external_data(workspace: Path, capfd: pytest.CaptureFixtur
     assert "m.onnx.data" in said(capfd, "export", "--model", "alone.onnx", "--run", "runs/alone", code=ExitCode.INPUT)
 
 
-def test_an_onnx_that_is_quantised_already(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_an_onnx_that_is_quantised_already(
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/q", "jetson-orin")
     assert run(["quantize", *MODEL, "--data", "fashion-mnist", "--target", "jetson-orin", "--run", "runs/q"]) == 0
     model = next(Path("runs/q").glob("quantize-*/model.onnx"))
     message = said(capfd, "export", "--model", str(model), "--run", "runs/again", code=ExitCode.INPUT)
     assert "quantised" in message
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(scorable_opset() < 23, reason="this ONNX Runtime scores no opset 23, so none is exported")
-def test_an_onnx_too_new_for_the_target(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_onnx_too_new_for_the_target(
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/new", "l4", stages=("fold", "export"))
     assert run(["export", *MODEL, "--target", "l4", "--run", "runs/new"]) == 0
     model = next(Path("runs/new").glob("export-*/model.onnx"))
     arguments = ["export", "--model", str(model), "--target", "jetson-orin", "--run", "runs/old"]
     assert "opset 20" in said(capfd, *arguments, code=ExitCode.IMPOSSIBLE)
 
 
-def test_patterns_must_match_something(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.whole
+def test_patterns_must_match_something(
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
     arguments = ["quantize", *MODEL, "--data", "fashion-mnist", "--target", "l4", "--exclude", "blocks.9*"]
     assert "blocks.9*" in said(capfd, *arguments, code=ExitCode.INPUT)
 

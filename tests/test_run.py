@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,14 +15,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from engine_reports import engine_report
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import BundledFile, GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.onnx_wire import with_float32_quantizers
+from resvit_engines.records import Record
 from resvit_engines.run import golden_files, onnx_on_cpu
 from resvit_engines.run import runner as run
 from resvit_engines.run.golden import TOLERANCE_DB, check_runner, golden_check
 from resvit_engines.run.onnx_on_cpu import open_onnx
 from resvit_engines.run.runner import open_runner
+from resvit_engines.trt.io_tensor import IoTensor
 
 
 def small_model(path: Path, batch: int | None = None, seed: int = 0, target=np.int8) -> Path:
@@ -76,18 +82,13 @@ def folder(tmp_path) -> Path:
     return place
 
 
-MANIFEST = {
-    "input": {"name": "input", "shape": ["B", 3, 8, 8]},
-    "golden": {"input": "golden_input.npy", "output": "golden_output.npy"},
-    "files": [],
-}
+MANIFEST = Manifest(input=IoTensor("input", ("B", 3, 8, 8)), golden=GoldenFiles())
 
 
-def with_engine(folder: Path, **record) -> dict:
+def with_engine(folder: Path, **record) -> Manifest:
     (folder / "engine.plan").write_bytes(b"engine")
-    facts = {"builder": "TensorRT", "sm": 87, **record}
-    entry = {"path": "engine.plan", "bytes": 6, "sha256": sha256_file(folder / "engine.plan")}
-    return {**MANIFEST, "engine": facts, "files": [entry]}
+    file = BundledFile("engine.plan", 6, sha256_file(folder / "engine.plan"))
+    return dataclasses.replace(MANIFEST, engine=engine_report(**record), files=(file,))
 
 
 @pytest.fixture
@@ -243,16 +244,16 @@ def test_auto_takes_the_engine_where_it_can_run(folder, gpu, monkeypatch) -> Non
     monkeypatch.setattr(run, "open_engine", lambda *arguments: taken.append(arguments) or "the engine")
     manifest = with_engine(folder)
     assert open_runner(folder, manifest) == open_runner(folder, manifest, "tensorrt") == "the engine"
-    assert taken[0][:3] == ("tensorrt", folder / "engine.plan", manifest["files"][0]["sha256"])
-    assert taken[0][4] == folder / "model.onnx"
+    assert taken[0][:3] == (folder / "engine.plan", manifest.files[0].sha256, manifest.engine)
+    assert taken[0][3] == folder / "model.onnx"
     shutil.copy(folder / "model.onnx", folder / "model.tensorrt.onnx")
     open_runner(folder, manifest)
-    assert taken[-1][4] == folder / "model.tensorrt.onnx"
+    assert taken[-1][3] == folder / "model.tensorrt.onnx"
 
 
 def test_a_compatible_engine_runs_on_newer_gpus_alone(folder, gpu, monkeypatch) -> None:
     monkeypatch.setattr(run, "open_engine", lambda *arguments: "the engine")
-    manifest = with_engine(folder, sm=80, hardware_compatible=True)
+    manifest = with_engine(folder, sm=80, flags=("hardware_compatible",))
     gpu(89, "tensorrt", "cuda.bindings")
     assert open_runner(folder, manifest) == "the engine"
     gpu(75, "tensorrt", "cuda.bindings")
@@ -268,11 +269,11 @@ def test_an_engine_is_run_by_what_built_it(folder, gpu) -> None:
         open_runner(folder, with_engine(folder), "trt")
 
 
-@pytest.mark.parametrize("files", [[], [{"path": "engine.plan", "sha256": "0" * 64}], None, "engine.plan"])
+@pytest.mark.parametrize("files", [(), (BundledFile("engine.plan", 6, "0" * 64),)])
 def test_an_engine_that_the_manifest_does_not_hold_is_never_read(folder, gpu, files) -> None:
     """And there is no falling back: a changed engine is no reason to run something else."""
     gpu(87, "tensorrt", "cuda.bindings")
-    manifest = {**with_engine(folder), "files": files}
+    manifest = dataclasses.replace(with_engine(folder), files=files)
     for runtime in ("auto", "tensorrt"):
         with pytest.raises(ResvitError) as caught:
             open_runner(folder, manifest, runtime)
@@ -291,7 +292,7 @@ def test_a_graph_that_the_optimiser_breaks_runs_as_written(folder, monkeypatch) 
 
     monkeypatch.setattr(run, "open_onnx", broken)
     with open_runner(folder, MANIFEST, "onnxruntime") as runner:
-        assert not runner.describe["optimized"]
+        assert not runner.optimized
     assert golden_check(folder, MANIFEST).sqnr_db > 60
 
 
@@ -384,9 +385,9 @@ def test_another_model_is_a_mismatch(folder) -> None:
 
 
 @pytest.mark.parametrize("name", ["../golden_input.npy", "/etc/passwd", 7, None, ""])
-def test_golden_files_lie_in_the_folder(folder, name) -> None:
-    with pytest.raises(ResvitError, match="no file name"):
-        golden_check(folder, {**MANIFEST, "golden": {"input": name, "output": "golden_output.npy"}})
+def test_golden_files_lie_in_the_folder(name) -> None:
+    with pytest.raises(ResvitError, match=r"where a (file name|text) belongs"):
+        GoldenFiles.from_json(Record({"input": name, "output": "golden_output.npy"}, "the manifest"))
 
 
 def test_damaged_golden_files_are_a_sentence(folder) -> None:
@@ -398,4 +399,4 @@ def test_damaged_golden_files_are_a_sentence(folder) -> None:
         golden_check(folder, MANIFEST)
     np.save(folder / "golden_output.npy", np.zeros((3, 5)))
     with pytest.raises(ResvitError, match="8 images and 3 outputs"):
-        golden_files.golden_arrays(folder, MANIFEST)
+        golden_files.golden_arrays(folder, MANIFEST.golden)

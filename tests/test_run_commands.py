@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from engine_reports import engine_report
 from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.cli.main import run as engine_cli
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
-from resvit_engines.targets.table import find_target
+from resvit_engines.targets.table import Builder, find_target
 from resvit_export.cli.main import run as export_cli
 from resvit_export.tools import bench as benching
 from test_run import MANIFEST, by_numpy, pictures, small_model
@@ -44,8 +45,7 @@ def bundle(path: Path, key=KEY, name: str = "net", seed: int = 0) -> Path:
     for end, array in (("input", pictures(4)), ("output", by_numpy(model, pictures(4)))):
         np.save(path.with_name(f"golden_{end}.npy"), array)
         golden[f"golden_{end}.npy"] = path.with_name(f"golden_{end}.npy")
-    manifest = {key: value for key, value in MANIFEST.items() if key != "files"}
-    manifest |= {"name": name, "target": find_target("l4").to_json()}
+    manifest = dataclasses.replace(MANIFEST, name=name, target=find_target("l4"))
     write_bundle(path, manifest, {"model.onnx": model, **golden}, key)
     for file in (model, *golden.values()):
         file.unlink()
@@ -181,7 +181,7 @@ def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch
     assert export_cli(["bench", "--run", str(quantized_run), "--target", "a10"]) == ExitCode.INPUT
     assert "It was for l4" in capfd.readouterr().err
     code = export_cli(["bench", "--run", str(quantized_run), "--runtime", "tensorrt-rtx"])
-    assert code == (ExitCode.IMPOSSIBLE if benching.why_not_here({"builder": "tensorrt-rtx", "sm": 89}) else 0)
+    assert code == (ExitCode.IMPOSSIBLE if benching.why_not_here(Builder.RTX, 89) else 0)
     capfd.readouterr()
 
     # With a GPU: every network gets its engine, and what is opened is the file that was built.
@@ -190,19 +190,19 @@ def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch
 
     def build(onnx, engine, *rest):
         engine.write_bytes(b"engine of " + onnx.parent.name.encode())
-        return SimpleNamespace(to_json=lambda: {"builder": "TensorRT for RTX", "sm": 89, "sha256": "?"})
+        return engine_report(builder=Builder.RTX, sm=89)
 
-    def open_engine(runtime, engine, sha256, record, onnx):
-        opened.append((runtime, engine.read_bytes(), sha256))
+    def open_engine(engine, sha256, report, onnx):
+        opened.append((report.builder, engine.read_bytes(), sha256))
         assert onnx.name == "model.tensorrt.onnx"  # with what TensorRT alone reads, for an engine without weights
         return benching.open_onnx(small)
 
-    monkeypatch.setattr(benching, "why_not_here", lambda record: None)
+    monkeypatch.setattr(benching, "why_not_here", lambda *_, **__: None)
     monkeypatch.setattr(benching, "build_engine", build)
     monkeypatch.setattr(benching, "open_engine", open_engine)
     runners, _ = benching._open_run(quantized_run, None, "auto", SILENT)
     assert list(runners) == ["FP16, unpruned", "FP16, pruned", "INT8, pruned"]
-    assert [runtime for runtime, _, _ in opened] == ["tensorrt-rtx"] * 3
+    assert [builder for builder, _, _ in opened] == [Builder.RTX] * 3
     assert len({content for _, content, _ in opened}) == len({sha256 for _, _, sha256 in opened}) == 3
 
     shutil.rmtree(next(quantized_run.glob("quantize-*")))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cuda_standin import Error, FakeCuda, FakeEngine, FakeTensorRT
+from engine_reports import engine_report
 from resvit_engines.bench.bench import BenchSettings, measure
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
@@ -43,7 +44,7 @@ def opened(api, tmp_path, monkeypatch):
         path = tmp_path / "engine.plan"
         path.write_bytes(content)
         digest = sha256 or sha256_bytes(content)
-        runner = engine_runner.open_engine("tensorrt", path, digest, record or {}, tmp_path / "model.onnx")
+        runner = engine_runner.open_engine(path, digest, record or engine_report(), tmp_path / "model.onnx")
         return runner, fakes
 
     return opener
@@ -254,7 +255,7 @@ def test_a_graph_that_cannot_be_is_in_the_report(opened) -> None:
     with runner:
         report = measure(runner, BenchSettings(iterations=10, warmup=0.0))
     assert not report.cuda_graph
-    assert any("no CUDA graph" in remark for remark in report.remarks)
+    assert any("no CUDA graph" in remark for remark in report.warnings)
 
 
 def test_every_name_of_cuda_exists() -> None:
@@ -293,11 +294,11 @@ def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> N
         pytest.skip(f"TensorRT for RTX has no code generator for SM {sm}")
     model = small_model(tmp_path / "model.onnx", batch=None if batch[0] != batch[2] else batch[0])
     engine = tmp_path / "engine.plan"
-    record = build_engine(model, engine, target, BuildSettings(batch=batch)).to_json()
+    record = build_engine(model, engine, target, BuildSettings(batch=batch))
     pictures = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
     with open_onnx(model) as cpu:
         reference = cpu({"input": pictures})["logits"]
-    with engine_runner.open_engine("tensorrt-rtx", engine, sha256_file(engine), record, model) as runner:
+    with engine_runner.open_engine(engine, sha256_file(engine), record, model) as runner:
         np.testing.assert_allclose(runner({"input": pictures})["logits"], reference, rtol=2e-2, atol=2e-2)
         for graph in (False, True):
             report = measure(

@@ -7,10 +7,11 @@ import onnx_ir as ir
 import pytest
 
 from quantize_graphs import Graph, outputs_of, ranges_of
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.qdq.rtx_scales import move_channel_scales
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 IMAGES = np.random.default_rng(1).standard_normal((2, 24, 8, 8)).astype(np.float32)
 

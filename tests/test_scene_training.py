@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Silent
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_config
 from resvit_export.models.training.scenes import SceneRecipe, finished, train
 

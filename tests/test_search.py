@@ -12,12 +12,12 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
 from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.search.assignments import (
-    Plan,
+    Assignment,
     Problem,
     best_within,
-    distinct_plans,
-    fastest_assignment,
-    nested_plans,
+    distinct_assignments,
+    fastest_precisions,
+    nested_assignments,
     raised_products,
 )
 from resvit_quantize.search.search import (
@@ -42,9 +42,9 @@ def problem_of(
         works.append(LayerWork(f"c{index}", LayerKind.CONV, read, f"t{index}", 64, work, 64, nodes=(f"c{index}",)))
     names = [f"c{index}" for index in range(len(macs))]
     allowed = {name: frozenset({FP16, *known}) for name, known in zip(names, damage, strict=True)}
-    plain_assignment = {name: plain if plain in allowed[name] else FP16 for name in names}
+    plain_precisions = {name: plain if plain in allowed[name] else FP16 for name in names}
     costs = CostModel(works, find_target(target))
-    return Problem(costs, allowed, dict(zip(names, damage, strict=True)), plain_assignment)
+    return Problem(costs, allowed, dict(zip(names, damage, strict=True)), plain_precisions)
 
 
 BIG = 4_000_000_000
@@ -63,13 +63,13 @@ problems = st.lists(st.tuples(st.integers(0, 10**9), damages), min_size=1, max_s
 )
 
 
-def gate(limit: float, asked: list[tuple[Plan, float]] | None = None):
+def gate(limit: float, asked: list[tuple[Assignment, float]] | None = None):
     """Accepts what damages at most ``limit``."""
 
-    def accepts(plan: Plan, confidence: float) -> Answer:
+    def accepts(assignment: Assignment, confidence: float) -> Answer:
         if asked is not None:
-            asked.append((plan, confidence))
-        accepted = plan.damage <= limit
+            asked.append((assignment, confidence))
+        accepted = assignment.damage <= limit
         return Answer(accepted, {"verdict": "accepted" if accepted else "rejected"})
 
     return accepts
@@ -78,31 +78,31 @@ def gate(limit: float, asked: list[tuple[Plan, float]] | None = None):
 @settings(deadline=None, max_examples=60)
 @given(problems)
 def test_the_plans_are_nested_and_neither_slower_and_worse(problem: Problem) -> None:
-    plans = nested_plans(problem)
-    assert plans == nested_plans(problem)
-    assert plans[0].latency_us <= problem.plain_plan().latency_us + 1e-6
-    assert set(plans[-1].assignment.values()) == {FP16}
-    for before, after in itertools.pairwise(plans):
+    assignments = nested_assignments(problem)
+    assert assignments == nested_assignments(problem)
+    assert assignments[0].latency_us <= problem.plain_assignment().latency_us + 1e-6
+    assert set(assignments[-1].precisions.values()) == {FP16}
+    for before, after in itertools.pairwise(assignments):
         assert before.latency_us < after.latency_us
         assert before.damage >= after.damage - 1e-12
         for node, precision in before.assignment.items():
             assert problem.damage_of(node, after.assignment[node]) <= problem.damage_of(node, precision)
-    for plan in plans:
-        assert plan.latency_us == pytest.approx(problem.costs.total_us(plan.assignment))
-        assert all(p in problem.allowed[node] for node, p in plan.assignment.items())
-        raised = raised_products(problem, plan, plans[0])
-        assert sum(plan.paid.values()) - sum(plans[0].paid.values()) == pytest.approx(
-            plan.latency_us - plans[0].latency_us, abs=1e-6
+    for assignment in assignments:
+        assert assignment.latency_us == pytest.approx(problem.costs.total_us(assignment.precisions))
+        assert all(p in problem.allowed[node] for node, p in assignment.precisions.items())
+        raised = raised_products(problem, assignment, assignments[0])
+        assert sum(assignment.paid.values()) - sum(assignments[0].paid.values()) == pytest.approx(
+            assignment.latency_us - assignments[0].latency_us, abs=1e-6
         )
-        assert {item.node for item in raised} <= set(plan.paid)
-    kept = distinct_plans(plans)
-    assert (kept[0], kept[-1]) == (plans[0], plans[-1])
+        assert {item.node for item in raised} <= set(assignment.paid)
+    kept = distinct_assignments(assignments)
+    assert (kept[0], kept[-1]) == (assignments[0], assignments[-1])
 
 
 @settings(deadline=None, max_examples=60)
 @given(problems, st.floats(0.0, 0.2))
 def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit: float) -> None:
-    plain = problem.plain_plan()
+    plain = problem.plain_assignment()
     result = search_max_drop(problem, gate(limit), 0.95)
     assert result.accepted
     assert result.chosen.damage <= limit
@@ -111,9 +111,13 @@ def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit
         assert len(result.looks) == 1
     else:
         looked = [look.plan for look in result.looks if look.answer.accepted]
-        assert result.chosen == min(looked, key=lambda plan: plan.latency_us)
-        accepted = [plan for plan in result.plans if plan.damage <= limit and plan.digest != plain.digest]
-        assert result.chosen.latency_us == min(plan.latency_us for plan in accepted)
+        assert result.chosen == min(looked, key=lambda assignment: assignment.latency_us)
+        accepted = [
+            assignment
+            for assignment in result.assignments
+            if assignment.damage <= limit and assignment.digest != plain.digest
+        ]
+        assert result.chosen.latency_us == min(assignment.latency_us for assignment in accepted)
     json.dumps(result.to_json(), allow_nan=False)
 
 
@@ -121,7 +125,7 @@ def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit
 @given(problems, st.floats(0.3, 1.2))
 def test_a_budget_is_kept_or_the_nearest_is_named(problem: Problem, share: float) -> None:
     fp16_us = problem.costs.total_us({})
-    fastest = nested_plans(problem)[0].latency_us
+    fastest = nested_assignments(problem)[0].latency_us
     budget = latency_budget_from(f"{share:.4f}x")
     if fastest > budget.microseconds(fp16_us):
         with pytest.raises(ResvitError) as caught:
@@ -133,7 +137,7 @@ def test_a_budget_is_kept_or_the_nearest_is_named(problem: Problem, share: float
     result = search_latency_budget(problem, budget)
     assert result.accepted is None
     assert result.chosen.latency_us <= budget.microseconds(fp16_us) + 1e-6
-    plain = problem.plain_plan()
+    plain = problem.plain_assignment()
     if plain.latency_us <= budget.microseconds(fp16_us):
         assert result.chosen.damage <= plain.damage + 1e-15
 
@@ -141,42 +145,42 @@ def test_a_budget_is_kept_or_the_nearest_is_named(problem: Problem, share: float
 def test_the_layer_that_saves_most_per_microsecond_is_raised_first() -> None:
     # Equal damage: the smaller layers cost less to raise. FP16 of c0 costs four times that of c1.
     problem = problem_of([4 * BIG, BIG, 2 * BIG], [{INT8: 0.01}, {INT8: 0.01}, {INT8: 0.01}])
-    order = [[n for n, p in plan.assignment.items() if p is FP16] for plan in nested_plans(problem)]
+    order = [[n for n, p in assignment.precisions.items() if p is FP16] for assignment in nested_assignments(problem)]
     assert order == [[], ["c1"], ["c1", "c2"], ["c0", "c1", "c2"]]
     # Ten times the damage outweighs four times the time.
     problem = problem_of([4 * BIG, BIG], [{INT8: 0.1}, {INT8: 0.01}])
-    assert list(nested_plans(problem)[1].assignment.values()) == [FP16, INT8]
+    assert list(nested_assignments(problem)[1].precisions.values()) == [FP16, INT8]
     # Twice the damage does not.
     problem = problem_of([4 * BIG, BIG], [{INT8: 0.02}, {INT8: 0.01}])
-    assert list(nested_plans(problem)[1].assignment.values()) == [INT8, FP16]
+    assert list(nested_assignments(problem)[1].precisions.values()) == [INT8, FP16]
 
 
 def test_fp8_serves_where_it_does_less_damage() -> None:
     problem = problem_of([BIG, BIG], [{INT8: 0.01, FP8: 0.001}, {INT8: 0.001, FP8: 0.01}])
-    plans = nested_plans(problem)
+    assignments = nested_assignments(problem)
     # Equally fast and less damaging: INT8 for c0 is in no plan at all.
-    assert plans[0].assignment == {"c0": FP8, "c1": INT8}
-    assert all(plan.assignment["c0"] is not INT8 for plan in plans)
+    assert assignments[0].precisions == {"c0": FP8, "c1": INT8}
+    assert all(assignment.precisions["c0"] is not INT8 for assignment in assignments)
     result = search_max_drop(problem, gate(0.005), 0.95)
     assert result.chosen.assignment == {"c0": FP8, "c1": INT8}
 
 
 def test_small_layers_are_fastest_in_fp16_where_8_bits_add_kernels() -> None:
     problem = problem_of([10, BIG], [{INT8: 0.01}, {INT8: 0.01}], target="l4")
-    assert fastest_assignment(problem) == {"c0": FP16, "c1": INT8}
+    assert fastest_precisions(problem) == {"c0": FP16, "c1": INT8}
 
 
 def test_each_look_is_stricter_and_all_together_err_as_once() -> None:
     assert confidence_of_look(0.95, 1) == pytest.approx(0.95)
-    asked: list[tuple[Plan, float]] = []
+    asked: list[tuple[Assignment, float]] = []
     layers = 40
     damage = [{INT8: 10.0 ** (-index / 4)} for index in range(layers)]
     result = search_max_drop(problem_of([BIG] * layers, damage), gate(1e-4, asked), 0.95)
     assert [c for _, c in asked] == [confidence_of_look(0.95, k + 1) for k in range(len(asked))]
     assert 4 < len(asked) < 9
     assert sum((1 - c) / 2 for _, c in asked) <= 0.05
-    assert result.confidence == next(c for plan, c in asked if plan == result.chosen)
-    assert len({plan.digest for plan, _ in asked}) == len(asked)
+    assert result.confidence == next(c for assignment, c in asked if assignment == result.chosen)
+    assert len({assignment.digest for assignment, _ in asked}) == len(asked)
 
 
 def test_several_looks_rarely_accept_what_is_above_the_limit() -> None:
@@ -191,7 +195,9 @@ def test_several_looks_rarely_accept_what_is_above_the_limit() -> None:
 
 def test_nothing_accepted_ends_in_all_fp16_with_its_answer() -> None:
     problem = problem_of([BIG, BIG], [{INT8: 0.1}, {INT8: 0.1}])
-    result = search_max_drop(problem, lambda plan, _: Answer(accepted=False, document={"damage": plan.damage}), 0.95)
+    result = search_max_drop(
+        problem, lambda assignment, _: Answer(accepted=False, document={"damage": assignment.damage}), 0.95
+    )
     assert result.accepted is False
     assert set(result.chosen.assignment.values()) == {FP16}
     assert result.looks[-1].answer.document == {"damage": 0.0}
@@ -199,14 +205,14 @@ def test_nothing_accepted_ends_in_all_fp16_with_its_answer() -> None:
 
 def test_what_is_left_high_is_named_with_its_price() -> None:
     problem = problem_of([4 * BIG, BIG], [{INT8: 0.1}, {INT8: 0.01}])
-    fastest, plan = nested_plans(problem)[:2]
-    assert plan.assignment == {"c0": FP16, "c1": INT8}
-    (item,) = raised_products(problem, plan, fastest)
+    fastest, assignment = nested_assignments(problem)[:2]
+    assert assignment.precisions == {"c0": FP16, "c1": INT8}
+    (item,) = raised_products(problem, assignment, fastest)
     assert (item.node, item.precision, item.instead_of, item.saves) == ("c0", FP16, INT8, 0.1)
     # 4 x 4e9 MACs at 989 and 1979 TFLOPS, half of it reached: 64.7 us less 32.3; 2 us for the kernel that makes
     # INT8 of what an FP16 convolution writes.
     assert item.costs_us == pytest.approx(34.4, abs=0.1)
-    assert best_within(problem, fastest, plan.latency_us) == plan
+    assert best_within(problem, fastest, assignment.latency_us) == assignment
     assert best_within(problem, fastest, fastest.latency_us - 1) is None
 
 

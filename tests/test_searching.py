@@ -12,7 +12,7 @@ from resvit_calibrate.gate.gate import Verdict, VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import require_searchable
 from resvit_export.settle import hopeless
 
@@ -38,6 +38,8 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return document
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,15 +14,17 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
-from resvit_export.loading.load import ModelSpec, load_network
-from resvit_export.recipe_file import recipe_from_toml
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.file import recipe_from_toml
 from resvit_export.stages.decide.sensitivity import exclude_snippet
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.exclude import exclude_lists
 from resvit_quantize.sensitivity.method import Method
-from resvit_quantize.sensitivity.products import plan_units
+from resvit_quantize.sensitivity.products import quantizable_products
 from resvit_quantize.sensitivity.sensitivity import (
     LayerDamage,
     Sensitivity,
@@ -32,7 +34,7 @@ from resvit_quantize.sensitivity.sensitivity import (
     sensitivity_from_json,
     sqnr_db,
 )
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8)
 
@@ -132,12 +134,12 @@ def test_the_shortcut_of_a_residual_belongs_to_the_convolution_that_feeds_it(tmp
     g = Graph("batch", 3, 8, 8)
     value = basic_block(g, g.op("Relu", g.conv("input", 32, 3, name="stem/Conv")), 32, "block")
     model, x = g.save(tmp_path / "model.onnx", value), images(2, 3, 8, 8)
-    planned = plan_units(model, ranges_of(model, x), INT8, Precision.INT8)
-    unit = planned.units["block.conv2/Conv"]
-    assert [edge.node.name for edge in unit.edges] == ["block.conv2/Conv", "block/Add"]
-    assert [edge.node.name for edge in planned.units["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
-    clone = planned.plan.network.clone()
-    placed = planned.placement_of(["block.conv2/Conv"], clone)
+    quantizable = quantizable_products(model, ranges_of(model, x), INT8, Precision.INT8)
+    product = quantizable.products["block.conv2/Conv"]
+    assert [edge.node.name for edge in product.edges] == ["block.conv2/Conv", "block/Add"]
+    assert [edge.node.name for edge in quantizable.products["block.conv1/Conv"].edges] == ["block.conv1/Conv"]
+    clone = quantizable.plan.network.clone()
+    placed = quantizable.placement_of(["block.conv2/Conv"], clone)
     assert {edge.node for edge in placed.edges} <= set(clone.graph)
     fast = measure_sensitivity(model, ranges_of(model, x), INT8, [x], probes=64)
     slow = brute_force_sensitivity(model, ranges_of(model, x), INT8, [x])
@@ -156,8 +158,8 @@ def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path)
     mean = g.op("Unsqueeze", g.op("ReduceMean", value, g.ints(1, 2, 3), keepdims=0), g.ints(1))
     model, x = g.save(tmp_path / "model.onnx", mean), images(6, 3, 8, 8)
     ranges = ranges_of(model, x)
-    unit = plan_units(model, ranges, INT8, Precision.INT8).units["main/Conv"]
-    assert {edge.node.name for edge in unit.edges} == {"main/Conv", "add"}
+    product = quantizable_products(model, ranges, INT8, Precision.INT8).products["main/Conv"]
+    assert {edge.node.name for edge in product.edges} == {"main/Conv", "add"}
     fast = measure_sensitivity(model, ranges, INT8, [x], probes=1, precisions=("int8",))
     slow = brute_force_sensitivity(model, ranges, INT8, [x], precisions=("int8",))
     for one, two in zip(fast.layers, slow.layers, strict=True):
@@ -244,7 +246,8 @@ def test_a_list_that_costs_much_coverage_has_one_beside_it_that_does_not() -> No
     halving, cheap = exclude_lists(costly)
     assert halving.title == "To halve the damage (saves 70%, leaves 1.0% of the multiply-accumulates in INT8)"
     assert cheap.to_json() == {
-        "purpose": "To keep 98% of the arithmetic quantised (saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
+        "purpose": "To keep 98% of the arithmetic quantised "
+        "(saves 30%, leaves 99.0% of the multiply-accumulates in INT8)",
         "layers": ["c", "d"],
         "coverage": 0.99,
         "saves": pytest.approx(0.3),
@@ -292,6 +295,8 @@ MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.p
 SMALL = [*MODEL, "--calibration-images", "64"]
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_the_command_ends_with_a_list_that_the_quantiser_takes(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +320,8 @@ def test_the_command_ends_with_a_list_that_the_quantiser_takes(
     assert "sensitivity: unchanged" in capsys.readouterr().err
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_the_command_as_json(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["sensitivity", *SMALL, "--images", "4", "--target", "jetson-orin", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

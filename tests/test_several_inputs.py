@@ -14,14 +14,15 @@ import torch
 from resvit_engines.bench.commands import arrays_from, golden_feeds
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.manifest import manifest_from_bytes
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.run.golden import golden_check
 from resvit_engines.run.runner import open_runner
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run
 from resvit_export.loading.inputs import NetworkInput, in_order, random_feeds, shape_wish, shape_wishes
-from resvit_export.recipe import Recipe
-from resvit_export.recipe_file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.recipe import Recipe
 from two_inputs import network
 
 HERE = Path(__file__).parent / "two_inputs.py"
@@ -72,8 +73,8 @@ def test_the_bundle_runs_on_the_device_side(built: Path, tmp_path: Path) -> None
     bundle = next(path for path in built.glob("bundle-*/*.resvit") if "jetson" in path.name)
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
-    assert [item["name"] for item in manifest["inputs"]] == ["input", "sizes"]
+    manifest = manifest_from_bytes((tmp_path / "manifest.json").read_bytes(), bundle)
+    assert [item.name for item in manifest.inputs] == ["input", "sizes"]
     assert golden_check(tmp_path, manifest, "onnxruntime").images == 4
     with open_runner(tmp_path, manifest, "onnxruntime") as runner:
         feeds = golden_feeds(tmp_path, manifest, runner)
@@ -197,7 +198,7 @@ def test_the_image_comes_first() -> None:
 def test_a_plan_with_one_input_is_as_it_was() -> None:
     settings = BuildSettings(batch=(1, 2, 4))
     plan = plan_for_device(find_target("jetson-orin"), settings, (3, 8, 8), dynamic_batch=True)
-    assert "inputs" not in plan.settings
+    assert "inputs" not in plan.to_json()["settings"]
     assert "--optShapes=input:2x3x8x8 " in f"{plan.commands[-1]} "
 
 

@@ -14,10 +14,11 @@ from resvit_calibrate.observe.histogram import GrowingChannels
 from resvit_calibrate.ranges.channels import shifted
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Methods, Precision, QuantizeSettings
+from resvit_quantize.settings import Methods, QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8, include=("*",))
 SHAPE = (8, 16, 32)

@@ -28,6 +28,7 @@ from resvit_engines.bundle.bundle import (
     verify_bundle,
     write_bundle,
 )
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
@@ -36,7 +37,7 @@ from resvit_engines.keys.signing import PAYLOAD_TYPE, pae
 from resvit_export.cli.main import run
 
 SEED = bytes(range(32))
-MANIFEST = {"name": "net", "note": "Größe"}
+MANIFEST = Manifest("net", other={"note": "Größe"})
 FILES: dict[str, Path | bytes] = {"model.onnx": b"weights" * 10, "golden.npy": b"\x93NUMPY"}
 
 
@@ -133,7 +134,7 @@ def test_the_envelope_is_dsse_with_its_payload_kept_beside_it(bundle: Path) -> N
 
 
 def test_the_bytes_depend_on_content_and_key_alone(bundle: Path, tmp_path: Path) -> None:
-    write_bundle(tmp_path / "again", dict(reversed(MANIFEST.items())), dict(reversed(FILES.items())), signing_key())
+    write_bundle(tmp_path / "again", MANIFEST, dict(reversed(FILES.items())), signing_key())
     assert (tmp_path / "again").read_bytes() == bundle.read_bytes()
     assert hashlib.sha256(bundle.read_bytes()).hexdigest() == DIGEST
 
@@ -236,7 +237,7 @@ def test_one_good_signature_of_several_is_enough(bundle: Path) -> None:
 
     repacked(bundle, signature=envelope(pairs))
     for trusted in (KEY, other):
-        assert read_trusted_manifest(bundle, TrustStore((trusted.public,)))["name"] == "net"
+        assert read_trusted_manifest(bundle, TrustStore((trusted.public,))).name == "net"
     # The signature of one under the id of the other is none.
     swapped = [{**pairs[0], "keyid": pairs[1]["keyid"]}, {**pairs[1], "keyid": pairs[0]["keyid"]}]
     repacked(bundle, signature=envelope(swapped))
@@ -429,7 +430,7 @@ def test_an_openssh_key_signs_by_file_and_by_agent_alike(tmp_path: Path, monkeyp
         for source in ("agent", "agent:me@desk", str(tmp_path / "first.pub")):
             write_bundle(tmp_path / "agent.resvit", MANIFEST, FILES, load_signing_key(source))
             assert (tmp_path / "agent.resvit").read_bytes() == expected
-            assert read_trusted_manifest(tmp_path / "agent.resvit", trust)["name"] == "net"
+            assert read_trusted_manifest(tmp_path / "agent.resvit", trust).name == "net"
         said = refused(load_signing_key, "agent:nobody", code=ExitCode.MISSING)
         assert "me@desk" in said
         refused(load_signing_key, str(tmp_path / "second.pub"), code=ExitCode.MISSING)
@@ -513,7 +514,7 @@ def test_sign_takes_a_folder_with_one_bundle(tmp_path: Path, capsys: pytest.Capt
     write_bundle(tmp_path / "run/bundle-1/net.resvit", MANIFEST, FILES)
     key = secret_file(tmp_path / "a.key")
     assert run(["sign", str(tmp_path / "run"), "--key", str(key), "--out", str(tmp_path / "signed")]) == 0
-    assert read_trusted_manifest(tmp_path / "signed", TRUST)["name"] == "net"
+    assert read_trusted_manifest(tmp_path / "signed", TRUST).name == "net"
     assert run(["sign", str(tmp_path / "run")]) == ExitCode.INPUT
     write_bundle(tmp_path / "run/other.resvit", MANIFEST, FILES)
     assert run(["sign", str(tmp_path / "run"), "--key", str(key)]) == ExitCode.INPUT

@@ -15,13 +15,14 @@ from quantize_graphs import Graph, outputs_of, sqnr, vit_block
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.channel_flow import channel_flow
 from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
 from resvit_quantize.graph.analysis import analyse
 from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.placement.placement import place
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Methods, Precision, QuantizeSettings
+from resvit_quantize.settings import Methods, QuantizeSettings
 
 NO_SMOOTHING = Methods(smoothing=False)
 

@@ -18,12 +18,14 @@ from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.readers.scenes import detection
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_engines.targets.table import Precision
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity, sensitivity_from_json
 from resvit_quantize.sensitivity.task_loss import DetectionLoss, task_loss
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 from task_images import Images
 
 ASSET = Path(__file__).parent / "assets" / "fpn-nano-det.pt"

@@ -12,14 +12,15 @@ from rich.console import Console
 from resvit_calibrate.answers.replay import FirstImages, Replay
 from resvit_calibrate.gate.gate import Verdict, judge
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.golden import check_runner
 from resvit_engines.run.golden_files import golden_arrays, other_golden_outputs
 from resvit_export.cli.options import resolve_recipe
 from resvit_export.cli.output import accuracy_table
-from resvit_export.pairs import task_values
-from resvit_export.recipe import Recipe
-from resvit_export.recipe_file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.pairs import task_values
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import ScoreRow
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
@@ -81,11 +82,11 @@ def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:
         "input": "golden_input.npy",
         "output": "golden_output.npy",
     }
-    golden = write_golden(tmp_path, {"input": images}, {"boxes": boxes, "scores": likely}).to_json()
-    manifest = {"golden": golden}
-    assert golden["outputs"] == {"boxes": "golden_output.npy", "scores": "golden_output_1.npy"}
-    np.testing.assert_array_equal(golden_arrays(tmp_path, manifest)[1], boxes)
-    others = other_golden_outputs(tmp_path, manifest, 2)
+    files = write_golden(tmp_path, {"input": images}, {"boxes": boxes, "scores": likely})
+    manifest = Manifest(golden=files)
+    assert files.outputs == {"boxes": "golden_output.npy", "scores": "golden_output_1.npy"}
+    np.testing.assert_array_equal(golden_arrays(tmp_path, files)[1], boxes)
+    others = other_golden_outputs(tmp_path, files, 2)
     assert list(others) == ["scores"]
     assert others["scores"].dtype == np.float32
 
@@ -109,7 +110,7 @@ def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:
     with pytest.raises(ResvitError, match="no output depth"):
         check_runner(Runner(1.0), images, boxes, manifest, {"depth": boxes})
     with pytest.raises(ResvitError, match="hold 3 images and 2"):
-        other_golden_outputs(tmp_path, manifest, 3)
+        other_golden_outputs(tmp_path, files, 3)
 
 
 def test_what_a_device_answered_is_scored_like_what_ran_here(tmp_path) -> None:

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from conftest import CHECKPOINT
 from quantize_graphs import Graph, hybrid, outputs_of
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_export.loading.load import ModelSpec, load_network
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 from resvit_quantize.graph.network import network_from_onnx

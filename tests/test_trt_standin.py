@@ -22,6 +22,7 @@ from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Builder, find_target
 from resvit_engines.trt import api as trt_api
 from resvit_engines.trt import config as trt_config
+from resvit_engines.trt.io_tensor import IoTensor
 from test_build import small_model
 
 CACHE = "jetson-orin-sm87-tensorrt-11.4.0.106.timing"
@@ -70,7 +71,7 @@ def test_it_builds_and_says_what_it_found(tmp_path, model, gpu) -> None:
     assert (report.builder, report.builder_version, report.sm) == (Builder.TENSORRT, "11.4.0.106", 87)
     convs = [k for k in report.kernels if any(layer.endswith("_sum/Conv") for layer in k.layers)]
     assert [kernel.inputs for kernel in convs] == [("Int8",), ("Int8",)]
-    assert report.inputs == ({"name": "input", "shape": [1, 32, 8, 8], "dtype": "float32"},)
+    assert report.inputs == (IoTensor("input", (1, 32, 8, 8), "float32"),)
     assert (tmp_path / "engine.plan").stat().st_size == report.bytes > 10_000
     assert any("Built with TensorRT 11.4.0.106, but JetPack 6.2" in note for note in notes.said)
     # There is no driver, so the engine cannot be read: that is no failed build.
@@ -82,7 +83,7 @@ def test_it_builds_and_says_what_it_found(tmp_path, model, gpu) -> None:
 def test_a_range_of_batches_becomes_a_profile(tmp_path, model, gpu) -> None:
     gpu(87)
     report = build_engine(model, tmp_path / "e.plan", find_target("jetson-orin"), BuildSettings(batch=(1, 4, 8)))
-    assert report.inputs[0]["shape"] == [-1, 32, 8, 8]
+    assert report.inputs[0].shape == (-1, 32, 8, 8)
 
 
 def test_the_timing_cache_is_kept_and_read_again(tmp_path, model, gpu) -> None:

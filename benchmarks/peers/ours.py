@@ -35,8 +35,9 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
 
 def quantize_settings(precision: str, effort: str, bits: int, without: tuple[str, ...] = ()) -> Any:
     """``QuantizeSettings`` for one row; raises ``ResvitError`` where this version has no such setting."""
+    from resvit_engines.targets.table import Precision
     from resvit_quantize import settings
-    from resvit_quantize.settings import Precision, QuantizeSettings
+    from resvit_quantize.settings import QuantizeSettings
 
     known = {field.name for field in dataclasses.fields(QuantizeSettings)}
     extra: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """What this machine is: GPU, TensorRT, JetPack, memory, disk, power mode. Read from files, without importing TensorRT.
 
-Imports the standard library only and reads on Python 3.8 too, so that a device can be asked before anything is
-installed on it, and one that is too old can say so.
+Imports the standard library and modules that do no more, and reads on Python 3.8 too, so that a device can be asked
+before anything is installed on it, and one that is too old can say so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.gpu import local_sm
+from resvit_engines.records import Record
 
 # Jetson Linux (L4T) release to JetPack, from NVIDIA's JetPack archive: the first row that is of the same minor release
 # and not newer.
@@ -44,7 +45,7 @@ _TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer11", "libnvinfer10", "lib
 
 
 @dataclass(frozen=True)
-class DeviceFacts:
+class Machine:
     """A device as it is now. Memory and disk are in MiB; what could not be found out is None.
 
     ``memory_mib`` is all of it (shared with the GPU on a Jetson), ``memory_available_mib`` what is free for new
@@ -72,16 +73,36 @@ class DeviceFacts:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, record: Record) -> Machine:
+        """What :meth:`to_json` wrote, or an older or newer version on the device.
 
-def facts_from_json(document: Mapping[str, Any]) -> DeviceFacts:
-    """What :meth:`DeviceFacts.to_json` wrote; fields that this version does not know are left out."""
-    names = {field.name for field in dataclasses.fields(DeviceFacts)}
-    return DeviceFacts(**{name: value for name, value in document.items() if name in names})
+        Raises:
+            ResvitError: INPUT, naming the key, where it is malformed.
+        """
+        return cls(
+            sm=record.optional("sm", lambda key: record.whole(key, 10, 999)),
+            gpu=record.optional("gpu", record.text),
+            tensorrt=record.optional("tensorrt", record.text),
+            jetpack=record.optional("jetpack", record.text),
+            arch=record.text("arch"),
+            memory_mib=record.whole("memory_mib"),
+            free_disk_mib=record.whole("free_disk_mib"),
+            python=record.text("python"),
+            power_mode=record.optional("power_mode", record.text),
+            clocks=record.optional("clocks", record.text),
+            rtx=record.optional("rtx", record.text),
+            l4t=record.optional("l4t", record.text),
+            memory_available_mib=record.optional("memory_available_mib", record.whole) or 0,
+            oom_kills=record.optional("oom_kills", record.whole),
+            libc=record.optional("libc", record.text),
+            host=record.optional("host", record.text) or "",
+        )
 
 
-def device_facts(
+def this_machine(
     root: Path = Path("/"), run: Callable[[Sequence[str]], str] | None = None, disk: Path | None = None
-) -> DeviceFacts:
+) -> Machine:
     """Read this machine. ``root`` is where its file system begins, ``disk`` a folder on the disk that is asked about.
 
     ``run`` runs a program and returns what it printed, an empty text where there is none or it fails; no program but
@@ -94,7 +115,7 @@ def device_facts(
     memory, available = memory_from_meminfo(_text(root / "proc/meminfo"))
     free = shutil.disk_usage(disk or (Path.home() if here else root)).free >> 20
     libc = platform.libc_ver()[1] if here else ""
-    return DeviceFacts(
+    return Machine(
         sm=local_sm() if here else None,
         gpu=_gpu_name(root),
         tensorrt=(_distribution(_TENSORRT_DISTRIBUTIONS) if here else None) or _first(packages, _TENSORRT_PACKAGES),
@@ -226,8 +247,8 @@ def _printed(command: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Print the facts as JSON: what a host asks a device that has nothing installed yet."""
-    sys.stdout.write(json.dumps(device_facts().to_json()) + "\n")
+    """Print this machine as JSON: what a host asks a device that has nothing installed yet."""
+    sys.stdout.write(json.dumps(this_machine().to_json()) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
     from resvit_engines.builder.device_plan import DevicePlan
-    from resvit_engines.builder.settings import EngineReport
+    from resvit_engines.builder.engine_report import EngineReport
     from resvit_export.pipeline import Pipeline
     from resvit_export.records.device import DeviceResult
     from resvit_export.records.verdict import VerdictRecord
@@ -143,7 +143,7 @@ def build(
 @contextlib.contextmanager
 def opened(recipe: Recipe, folder: Any, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     """The runs on their locked folder, with the recipe written down."""
-    from resvit_export.recipe_file import recipe_to_toml
+    from resvit_export.recipe.file import recipe_to_toml
 
     with folder.locked():
         write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())
@@ -169,7 +169,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
     pipeline = settled(Pipeline(run))
-    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.before_the_gate]
+    stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
     rejection: ResvitError | None = None
     try:
         stages += [pipeline.compiled, pipeline.audited, pipeline.bundled]
@@ -184,26 +184,26 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
 
 def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
     """The stage that builds, validates and times on the device, as it is found there."""
-    from resvit_export.stages.bundle import Signer
+    from resvit_export.stages.bundle import signer_of
     from resvit_export.stages.device import KEY_FACTS, RunOnDevice, images_that_fit, look_at_device
 
     run, questions = pipeline.run, pipeline.questions
     bundle = pipeline.bundled.bundle
-    facts = look_at_device(device.address, run.require_target(), device.rehearse, run.reporter, quiet=True)
-    count = images_that_fit(pipeline.network.input_shape, len(questions.images), facts)
+    machine = look_at_device(device.address, run.require_target(), device.rehearse, run.reporter, quiet=True)
+    count = images_that_fit(pipeline.network.input_shape, len(questions.images), machine)
     if pipeline.network.inputs:
         run.reporter.warn(
             "The network reads more than images: the device builds, times and checks the golden outputs, and is "
             "not validated on the whole set."
         )
         count = 0
-    known, key = facts.to_json(), run.signing_key()
+    known = machine.to_json()
     return RunOnDevice(
         address=device.address,
         device={name: known[name] for name in KEY_FACTS},
         rehearse=device.rehearse,
         bundle=bundle,
-        signer=Signer(key) if key else None,
+        signer=signer_of(run),
         questions=questions,
         count=count,
         original=pipeline.answered.get("reference") or pipeline.answered["baseline"],

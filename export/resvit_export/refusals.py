@@ -8,9 +8,9 @@ from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
-from resvit_export.choices import Quantizer, Recovery
 from resvit_export.loading.source import NetworkSource
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.choices import Quantizer, Recovery
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import Run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,13 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Precision, Target, require_precision
-from resvit_export.choices import Calibrator, TaskKind
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
 from resvit_export.loading.source import NetworkSource, metric_identity
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.choices import Calibrator, TaskKind
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.run_folder import RunFolder
 from resvit_export.stage import File
 from resvit_export.task_choice import TaskChoice
@@ -38,14 +37,6 @@ if TYPE_CHECKING:
 
 RECOVERY_IMAGES = 20_000
 MOST_IMAGES = 100_000_000
-
-
-def images_per_call(shape: Sequence[int]) -> int:
-    """How many images [C, H, W] go through a runner at once: 16 of 224 x 224, more of smaller ones, at most 128.
-
-    Enough to keep the cores busy and calls rare; memory stays far below what one engine build takes.
-    """
-    return max(1, min(128, 2_500_000 // math.prod(shape)))
 
 
 class Sources:
@@ -175,7 +166,7 @@ class Run:
     def quantize_settings(self, precisions: Mapping[str, str]) -> QuantizeSettings:
         """The recipe's part on quantising; ``precisions`` by node are what the search chose."""
         from resvit_calibrate.ranges.estimators import Estimator
-        from resvit_quantize.settings import Methods, Precision, QuantizeSettings
+        from resvit_quantize.settings import Methods, QuantizeSettings
 
         recipe = self.recipe
         at_output = recipe.calibrator is Calibrator.OUTPUT
@@ -198,6 +189,11 @@ class Run:
     def measured_times(self) -> File | None:
         """The user's file of layer times."""
         return File.of(Path(self.recipe.measured_times)) if self.recipe.measured_times else None
+
+    @property
+    def label(self) -> str:
+        """What people read of the ONNX that ships."""
+        return f"onnx {self.precision.value}"
 
     @property
     def bundle_name(self) -> str:

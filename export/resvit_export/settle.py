@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
-from resvit_export.choices import Recovery
+from resvit_engines.targets.table import Precision
 from resvit_export.pipeline import Pipeline
-from resvit_export.recipe import Recipe
-from resvit_export.refusals import recoverable
+from resvit_export.recipe.choices import Recovery
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.refusals import recoverable, require_own_quantizer
+from resvit_export.stages.decide.predict import pricing_of
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES, Question, Search
+from resvit_export.stages.decide.sensitivity import Measure, Measured
+from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
-    from resvit_quantize.search.assignments import Plan
+    from resvit_quantize.search.assignments import Assignment
     from resvit_quantize.search.search import Answer
 
 _ALONE = "sensitivity is measured for networks that read images alone."
@@ -54,10 +58,36 @@ def searched(pipeline: Pipeline) -> Pipeline:
             reporter.warn(f"No precisions are searched for: {why}")
             return pipeline
         reporter.say(f"the plain recipe is {verdict.kind.value}: the search follows")
-    question = Question(pipeline.pricing, pipeline.measured(SENSITIVITY_IMAGES), pipeline.run.precision)
+    question = Question(
+        pricing_of(pipeline.run, pipeline.float_model), measured(pipeline, SENSITIVITY_IMAGES), pipeline.run.precision
+    )
     answers = {} if recipe.latency_budget else answers_of_the_gate(pipeline, question)
     search = pipeline.run.folder.do(Search(question, recipe.latency_budget, recipe.confidence, answers))
     return pipeline.vary(precisions=search.assignment, confidence=search.confidence, search=search)
+
+
+def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) -> Measured:
+    """Which layers the accuracy loss comes from, on the first ``images`` of the calibration images."""
+    run, plain = pipeline.run, pipeline.vary(recovers=False)
+    require_own_quantizer(run.recipe)
+    run.sources.require_images()
+    run.require_images_alone(plain.network, "Sensitivity")
+    known = run.target.precisions if run.target else (Precision.INT8, Precision.FP8)
+    eight_bits = [p.value for p in (Precision.INT8, Precision.FP8) if p in known]
+    return run.folder.do(
+        Measure(
+            model=plain.exported.model,
+            ranges=plain.calibrated.ranges,
+            settings=run.quantize_settings({}),
+            precisions=tuple(dict.fromkeys([run.precision.value, *eight_bits])),
+            images=plain.images[0],
+            preprocess=plain.preprocess,
+            count=min(images, len(plain.images[0])),
+            method=method,
+            task=plain.questions.task,
+            seed=run.recipe.seed,
+        )
+    )
 
 
 def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Answer]:
@@ -68,17 +98,17 @@ def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Ans
     from resvit_quantize.search.search import Answer, search_max_drop
 
     problem = question.problem()
-    plain, answers = problem.plain_plan().digest, dict[str, Answer]()
+    plain, answers = problem.plain_assignment().digest, dict[str, Answer]()
 
-    def look(plan: Plan, confidence: float) -> Answer:
+    def look(assignment: Assignment, confidence: float) -> Answer:
         verdict = pipeline.validated.verdict
-        if plan.digest != plain:
-            verdict = pipeline.vary(precisions=plan.plain_assignment, confidence=confidence).validated.verdict
-            pipeline.run.reporter.say(f"search: {plan.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
+        if assignment.digest != plain:
+            verdict = pipeline.vary(precisions=assignment.precision_names, confidence=confidence).validated.verdict
+            pipeline.run.reporter.say(f"search: {assignment.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
         kept = verdict.verdict.to_json()
         document = {key: kept[key] for key in ("verdict", "reason", "interval")}
-        answers[plan.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
-        return answers[plan.digest]
+        answers[assignment.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
+        return answers[assignment.digest]
 
     search_max_drop(problem, look, pipeline.recipe.confidence)
     return answers

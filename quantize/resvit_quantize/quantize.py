@@ -11,6 +11,7 @@ from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
 from resvit_quantize.graph.network import onnx_from_network
@@ -19,7 +20,7 @@ from resvit_quantize.qdq.half import half_from_network
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, report_from_graph
-from resvit_quantize.settings import Effort, Precision, QuantizeSettings
+from resvit_quantize.settings import Effort, QuantizeSettings
 
 
 def quantize_model(

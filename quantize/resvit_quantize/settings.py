@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ResvitError
-
-
-class Precision(str, enum.Enum):
-    """The number format of the quantised matrix products; everything else is FP16 in all three."""
-
-    FP16 = "fp16"
-    INT8 = "int8"
-    FP8 = "fp8"
-    """E4M3: four exponent and three mantissa bits, largest value 448."""
+from resvit_engines.targets.table import Precision
 
 
 class Effort(str, enum.Enum):
@@ -73,8 +65,5 @@ class QuantizeSettings:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        # Other wings have their own enumeration with the same values.
-        object.__setattr__(self, "precision", Precision(str(getattr(self.precision, "value", self.precision))))
-        object.__setattr__(self, "effort", Effort(str(getattr(self.effort, "value", self.effort))))
         if not 2 <= self.bits <= 8 or (self.bits < 8 and self.precision is not Precision.INT8):
             raise ResvitError(f"bits = {self.bits} cannot be simulated.", "Use 2 to 8, below 8 with int8 only.")

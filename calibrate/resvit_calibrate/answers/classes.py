@@ -19,7 +19,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 
 if TYPE_CHECKING:
-    from resvit_calibrate.runtime.runner import Arrays
+    from resvit_calibrate.runtime.sessions import Arrays
 
 INPUT, OUTPUT = "input", "logits"
 _CHUNK = 4096

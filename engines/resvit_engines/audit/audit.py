@@ -8,7 +8,7 @@ from resvit_engines.audit.attention_rules import breaches_of
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
 from resvit_engines.audit.findings import AttentionAudit, Fate, FusionAudit, Moved, PairAudit, Subject
 from resvit_engines.audit.kernel_totals import PRODUCTS, kernel_totals
-from resvit_engines.audit.kernels import EIGHT_BITS, Kernel, Work
+from resvit_engines.audit.kernels import EIGHT_BITS, Kernel, Operation
 
 _OPAQUE = ("myelin",)
 """Layer types that hold kernels which the listing does not show."""
@@ -30,17 +30,19 @@ def audit_engine(
     for kernel in kernels:
         for layer in kernel.layers:
             by_node.setdefault(layer, []).append(kernel)
-    plugins = [kernel for kernel in kernels if kernel.work is Work.PLUGIN]
+    plugins = [kernel for kernel in kernels if kernel.operation is Operation.PLUGIN]
     named = {name for kernel in plugins for name in (kernel.name, *kernel.layers)}
     return FusionAudit(
         subject=subject,
         pairs=tuple(_pair(pair, by_node) for pair in expectation.pairs),
         attention=tuple(_attention(block, by_node) for block in expectation.attention),
-        reformats=tuple(_moved(kernel, _movement(kernel)) for kernel in kernels if kernel.work is Work.REFORMAT),
+        reformats=tuple(
+            _moved(kernel, _movement(kernel)) for kernel in kernels if kernel.operation is Operation.REFORMAT
+        ),
         fp32=tuple(_moved(kernel, what) for kernel in kernels if (what := _full_precision(kernel, io_names))),
         plugins_expected=expectation.plugins,
         plugins_missing=tuple(plugin for plugin in expectation.plugins if plugin.node not in named),
-        plugins_found=len(plugins),
+        plugin_layers=len(plugins),
         totals=kernel_totals(kernels),
         fp16=kernel_totals(fp16) if fp16 is not None else None,
     )
@@ -48,16 +50,16 @@ def audit_engine(
 
 def _pair(pair: QdqPair, by_node: dict[str, list[Kernel]]) -> PairAudit:
     quantizers = by_node.get(pair.quantize, []) if pair.quantize else []
-    alone = quantizers[0].name if quantizers and all(k.work is Work.REFORMAT for k in quantizers) else ""
+    alone = quantizers[0].name if quantizers and all(k.operation is Operation.REFORMAT for k in quantizers) else ""
     return PairAudit(pair, tuple((reader, *_fate(pair, reader, by_node)) for reader in pair.consumers), alone)
 
 
 def _fate(pair: QdqPair, reader: Consumer, by_node: dict[str, list[Kernel]]) -> tuple[Fate, str]:
     """What happened at one reader, and the kernel that tells."""
-    computing = [kernel for kernel in by_node.get(reader.node, []) if kernel.work is not Work.REFORMAT]
+    computing = [kernel for kernel in by_node.get(reader.node, []) if kernel.operation is not Operation.REFORMAT]
     dequantizers = by_node.get(pair.dequantize, [])
     if reader.product:
-        products = [kernel for kernel in computing if kernel.work in PRODUCTS] or computing
+        products = [kernel for kernel in computing if kernel.operation in PRODUCTS] or computing
         eight = next((kernel for kernel in products if kernel.precision in EIGHT_BITS), None)
         if eight is not None:
             return Fate.CONSUMED, eight.name
@@ -70,7 +72,7 @@ def _fate(pair: QdqPair, reader: Consumer, by_node: dict[str, list[Kernel]]) -> 
         reads = next((kernel for kernel in computing if EIGHT_BITS & {*kernel.inputs}), None)
         if reads and not dequantizers:
             return Fate.CONSUMED, reads.name
-    own = [k for k in dequantizers if k.work is Work.REFORMAT and not EIGHT_BITS & {*k.outputs}]
+    own = [k for k in dequantizers if k.operation is Operation.REFORMAT and not EIGHT_BITS & {*k.outputs}]
     if own:
         return Fate.SEPARATE, own[0].name
     if reader.product and products:
@@ -82,9 +84,9 @@ def _attention(block: Attention, by_node: dict[str, list[Kernel]]) -> AttentionA
     touching = list(dict.fromkeys(kernel for node in block.nodes for kernel in by_node.get(node, [])))
     ends = {block.nodes[0], block.nodes[-1]}
     opaque = [kernel for kernel in touching if kernel.type.lower() in _OPAQUE]
-    whole = [k for k in touching if k.work is Work.ATTENTION]
+    whole = [k for k in touching if k.operation is Operation.ATTENTION]
     if not whole and not block.whole:
-        candidates = [k for k in touching if k.work is not Work.REFORMAT and k not in opaque]
+        candidates = [k for k in touching if k.operation is not Operation.REFORMAT and k not in opaque]
         whole = [k for k in candidates if ends <= {*k.layers}]
     fused = True if whole else (None if opaque or not touching else False)
     return AttentionAudit(
@@ -93,7 +95,7 @@ def _attention(block: Attention, by_node: dict[str, list[Kernel]]) -> AttentionA
         whole[0].name if whole else "",
         whole[0].precision if whole else "",
         len(touching),
-        sum(kernel.work is Work.REFORMAT for kernel in touching),
+        sum(kernel.operation is Operation.REFORMAT for kernel in touching),
         () if fused else breaches_of(block),
     )
 

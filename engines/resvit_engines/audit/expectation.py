@@ -5,10 +5,7 @@ Written from the graph where ONNX can be read (``resvit_export.to_tensorrt.expec
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,26 +70,3 @@ class Expectation:
     pairs: tuple[QdqPair, ...]
     attention: tuple[Attention, ...]
     plugins: tuple[Plugin, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
-
-def expectation_from_json(plain: Mapping[str, Any]) -> Expectation:
-    """Undo ``Expectation.to_json``."""
-    return Expectation(
-        tuple(_pair(pair) for pair in plain["pairs"]),
-        tuple(_attention(block) for block in plain["attention"]),
-        tuple(Plugin(**plugin) for plugin in plain["plugins"]),
-    )
-
-
-def _pair(plain: Mapping[str, Any]) -> QdqPair:
-    values: dict[str, Any] = {**plain, "consumers": tuple(Consumer(**reader) for reader in plain["consumers"])}
-    return QdqPair(**values)
-
-
-def _attention(plain: Mapping[str, Any]) -> Attention:
-    values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in plain.items()}
-    return Attention(**values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 from resvit_engines.audit.attention_rules import Breach
 from resvit_engines.audit.expectation import Attention, Consumer, Plugin, QdqPair
@@ -43,17 +42,6 @@ class Subject:
     batch: int
     stands_in: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "target": self.target,
-            "sm": self.sm,
-            "builder": self.builder,
-            "builder_version": self.version,
-            "batch": self.batch,
-            "stands_in": self.stands_in,
-        }
-
 
 @dataclass(frozen=True)
 class PairAudit:
@@ -68,20 +56,6 @@ class PairAudit:
         """The worst of its readers'."""
         fates = {fate for _, fate, _ in self.readers}
         return next((fate for fate in _WORST if fate in fates), Fate.UNLISTED)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "tensor": self.pair.tensor,
-            "precision": self.pair.precision,
-            "weight": self.pair.weight,
-            "fate": self.fate.value,
-            "quantized_alone_by": self.alone,
-            "readers": [
-                {"node": reader.node, "op": reader.op, "fate": fate.value, "kernel": kernel}
-                for reader, fate, kernel in self.readers
-            ],
-        }
 
 
 @dataclass(frozen=True)
@@ -99,23 +73,6 @@ class AttentionAudit:
     moves: int
     breaches: tuple[Breach, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        block = self.block
-        return {
-            "name": block.name,
-            "fused": self.fused,
-            "kernel": self.kernel,
-            "precision": self.precision,
-            "kernels": self.kernels,
-            "moves": self.moves,
-            "head_size": block.head_size,
-            "lengths": [block.query_length, block.key_length],
-            "mask": block.mask,
-            "expected_precision": block.precision,
-            "breaches": [{"rule": b.rule, "problem": b.problem, "mend": b.mend} for b in self.breaches],
-        }
-
 
 @dataclass(frozen=True)
 class Moved:
@@ -125,10 +82,6 @@ class Moved:
     what: str
     bytes: int | None
     layers: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"kernel": self.kernel, "what": self.what, "bytes": self.bytes, "layers": list(self.layers)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +95,7 @@ class FusionAudit:
     fp32: tuple[Moved, ...]
     plugins_expected: tuple[Plugin, ...]
     plugins_missing: tuple[Plugin, ...]
-    plugins_found: int
+    plugin_layers: int
     totals: KernelTotals
     fp16: KernelTotals | None = None
 
@@ -155,26 +108,3 @@ class FusionAudit:
                 if reader.product and not audit.pair.weight:
                     found[reader.node] = found.get(reader.node, True) and fate is Fate.CONSUMED
         return found
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as in a run's ``audit.json``; with the sentences that people read."""
-        from resvit_engines.audit.text import failures_of, sentences_of
-
-        failures = failures_of(self)
-        return {
-            **self.subject.to_json(),
-            "pairs": [pair.to_json() for pair in self.pairs],
-            "attention": [block.to_json() for block in self.attention],
-            "reformats": [moved.to_json() for moved in self.reformats],
-            "fp32": [moved.to_json() for moved in self.fp32],
-            "plugins": {
-                "expected": [plugin.node for plugin in self.plugins_expected],
-                "missing": [plugin.node for plugin in self.plugins_missing],
-                "layers_found": self.plugins_found,
-            },
-            "totals": self.totals.to_json(),
-            "fp16": self.fp16.to_json() if self.fp16 else None,
-            "sentences": list(sentences_of(self)),
-            "fused": not failures,
-            "failures": [{"problem": problem, "mend": mend} for problem, mend in failures],
-        }

@@ -1,4 +1,4 @@
-"""What an engine does, counted: kernels by their work and precision, and the bytes that they move."""
+"""What an engine does, counted: kernels by their operation and precision, and the bytes that they move."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resvit_engines.audit.kernels import EIGHT_BITS, Kernel, Work
+from resvit_engines.audit.kernels import EIGHT_BITS, Kernel, Operation
+from resvit_engines.records import Record
 
-PRODUCTS = (Work.CONV, Work.GEMM, Work.ATTENTION)
+PRODUCTS = (Operation.CONV, Operation.GEMM, Operation.ATTENTION)
 """What tensor cores do."""
 
 
@@ -44,27 +45,48 @@ class KernelTotals:
             "by_kind": {kind: {"kernels": count, "bytes": size} for kind, (count, size) in self.by_kind.items()},
         }
 
+    @classmethod
+    def from_json(cls, record: Record) -> KernelTotals:
+        """What :meth:`to_json` wrote."""
+        kinds = record.record("by_kind")
+        return cls(
+            record.whole("kernels"),
+            _counts(record.record("of")),
+            _counts(record.record("in_8_bits")),
+            record.whole("reformats"),
+            record.whole("activation_bytes"),
+            record.whole("constant_bytes"),
+            record.whole("unknown_bytes"),
+            {kind: (kinds.record(kind).whole("kernels"), kinds.record(kind).whole("bytes")) for kind in kinds.names},
+        )
+
 
 def kernel_totals(kernels: Sequence[Kernel]) -> KernelTotals:
     """Count the kernels of one engine."""
     number: Counter[str] = Counter()
     traffic: Counter[str] = Counter()
-    products = {work.value: 0 for work in PRODUCTS}
+    products = {operation.value: 0 for operation in PRODUCTS}
     eight_bits = dict(products)
     for kernel in kernels:
-        kind = f"{kernel.work.value}: {'+'.join(sorted({*kernel.inputs}))} -> {'+'.join(sorted({*kernel.outputs}))}"
+        kind = (
+            f"{kernel.operation.value}: {'+'.join(sorted({*kernel.inputs}))} -> {'+'.join(sorted({*kernel.outputs}))}"
+        )
         number[kind] += 1
         traffic[kind] += kernel.bytes_moved or 0
-        if kernel.work in PRODUCTS:
-            products[kernel.work.value] += 1
-            eight_bits[kernel.work.value] += kernel.precision in EIGHT_BITS
+        if kernel.operation in PRODUCTS:
+            products[kernel.operation.value] += 1
+            eight_bits[kernel.operation.value] += kernel.precision in EIGHT_BITS
     return KernelTotals(
         kernels=len(kernels),
         products=products,
         eight_bits=eight_bits,
-        reformats=sum(kernel.work is Work.REFORMAT for kernel in kernels),
+        reformats=sum(kernel.operation is Operation.REFORMAT for kernel in kernels),
         activation_bytes=sum(traffic.values()),
         constant_bytes=sum(kernel.constant_bytes for kernel in kernels),
         unknown=sum(kernel.bytes_moved is None for kernel in kernels),
         by_kind={kind: (number[kind], size) for kind, size in traffic.most_common()},
     )
+
+
+def _counts(record: Record) -> dict[str, int]:
+    return {name: record.whole(name) for name in record.names}

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from resvit_engines.records import Record
+
 _BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1, "UInt8": 1}
 
 # TensorRT for RTX, and TensorRT where it prints the inspector's lines.
@@ -35,7 +37,7 @@ _MOVES = frozenset({"Move", "Resh", "Tran", "Cast", "Conc", "Slic", "Repl", "Squ
 _QUANTISES = frozenset({"Mul", "Div", "Min", "Max", "Roun"})
 
 
-class Work(str, enum.Enum):
+class Operation(str, enum.Enum):
     """What a kernel does, as far as its type and name tell."""
 
     CONV = "conv"
@@ -71,24 +73,24 @@ class Kernel:
     tactic: str = ""
 
     @property
-    def work(self) -> Work:
+    def operation(self) -> Operation:
         """What it does."""
         kind, tactic = self.type.lower(), self.tactic.lower()
         if "plugin" in kind:
-            return Work.PLUGIN
+            return Operation.PLUGIN
         if "mha" in self.name or "mha" in tactic:
-            return Work.ATTENTION
+            return Operation.ATTENTION
         if kind == "correlation" or "conv" in kind or "_fprop_" in tactic:
-            return Work.CONV
+            return Operation.CONV
         if kind == "reformat":
-            return Work.REFORMAT
+            return Operation.REFORMAT
         generated = _GENERATED.match(self.name)
         operations = re.findall("[A-Z][a-z]+", generated.group(1)) if generated else []
         if "gemm" in kind or "matrixmultiply" in kind or "Fc" in operations or "_gemm_" in tactic:
-            return Work.GEMM
+            return Operation.GEMM
         quantises = EIGHT_BITS & {*self.inputs, *self.outputs}
         idle = _MOVES | _QUANTISES if quantises else _MOVES
-        return Work.REFORMAT if operations and idle.issuperset(operations) else Work.OTHER
+        return Operation.REFORMAT if operations and idle.issuperset(operations) else Operation.OTHER
 
     @property
     def precision(self) -> str:
@@ -100,7 +102,7 @@ class Kernel:
         for kind, named in (("Int8", _INT8_TACTIC), ("FP8", _FP8_TACTIC)):
             if not weights and kind in self.inputs and named.search(self.tactic):
                 return kind
-        if self.work is Work.ATTENTION:
+        if self.operation is Operation.ATTENTION:
             eight = [t for t in self.inputs if t in EIGHT_BITS]
             if len(eight) >= 3:  # Q, K and V; a mask beside them may have any type.
                 return eight[0]
@@ -142,23 +144,23 @@ class Kernel:
             "bytes": self.bytes_moved,
         }
 
-
-def kernel_from_json(plain: dict[str, Any]) -> Kernel:
-    """Undo ``Kernel.to_json``."""
-    return Kernel(
-        plain["name"],
-        plain["type"],
-        tuple(plain["inputs"]),
-        tuple(plain["outputs"]),
-        tuple(tuple(shape) for shape in plain["input_shapes"]),
-        tuple(tuple(shape) for shape in plain["output_shapes"]),
-        tuple(plain["layers"]),
-        tuple(plain.get("constants", ())),
-        tuple(tuple(shape) for shape in plain.get("constant_shapes", ())),
-        tuple(plain.get("input_names", ())),
-        tuple(plain.get("output_names", ())),
-        plain.get("tactic", ""),
-    )
+    @classmethod
+    def from_json(cls, record: Record) -> Kernel:
+        """What :meth:`to_json` wrote."""
+        return cls(
+            record.text("name"),
+            record.text("type"),
+            record.texts("inputs"),
+            record.texts("outputs"),
+            record.shapes("input_shapes"),
+            record.shapes("output_shapes"),
+            record.texts("layers"),
+            record.texts("constants"),
+            record.shapes("constant_shapes"),
+            record.texts("input_names"),
+            record.texts("output_names"),
+            record.text("tactic"),
+        )
 
 
 def kernels_from_log(messages: Iterable[str]) -> tuple[Kernel, ...]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from resvit_engines.audit.findings import AttentionAudit, Fate, FusionAudit, Moved
 from resvit_engines.errors import ExitCode, ResvitError
-
-if TYPE_CHECKING:
-    from resvit_engines.audit.findings import AttentionAudit, FusionAudit, Moved, PairAudit
 
 _SHOWN = 3
 _PRECISIONS = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "Int8": "INT8"}
@@ -55,7 +52,7 @@ def failures_of(audit: FusionAudit) -> tuple[tuple[str, str], ...]:
                 "--exclude them, or quantise their weights as well",
             )
         )
-    alone = [item.pair.tensor for item in audit.pairs if not item.pair.weight and _is_separate(item)]
+    alone = [item.pair.tensor for item in audit.pairs if not item.pair.weight and item.fate is Fate.SEPARATE]
     if alone:
         found.append(
             (
@@ -74,17 +71,12 @@ def failures_of(audit: FusionAudit) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def require_fused(audit: FusionAudit) -> None:
-    """The gate of ``--require-fused``.
+def refuse_unfused(failures: Sequence[tuple[str, str]], stands_in: str = "") -> None:
+    """The gate of ``--require-fused``, on failures as ``failures_of`` has them.
 
     Raises:
         ResvitError: REJECTED, with what did not fuse and what would mend it.
     """
-    refuse_unfused(failures_of(audit), audit.subject.stands_in)
-
-
-def refuse_unfused(failures: Sequence[tuple[str, str]], stands_in: str = "") -> None:
-    """Raise for failures as an audit has them; see :func:`require_fused`."""
     if not failures:
         return
     problems = "; ".join(problem for problem, _ in failures)
@@ -126,8 +118,6 @@ def _products(audit: FusionAudit) -> str:
 
 
 def _pairs(audit: FusionAudit) -> list[str]:
-    from resvit_engines.audit.findings import Fate
-
     activations = [item for item in audit.pairs if not item.pair.weight]
     if not activations:
         return []
@@ -182,9 +172,9 @@ def _refusal(item: AttentionAudit) -> str:
 
 def _plugins(audit: FusionAudit) -> str:
     expected, missing = len(audit.plugins_expected), len(audit.plugins_missing)
-    if not expected and not audit.plugins_found:
+    if not expected and not audit.plugin_layers:
         return ""
-    text = f"{audit.plugins_found} plugin layers found, {expected} expected"
+    text = f"{audit.plugin_layers} plugin layers found, {expected} expected"
     return f"{text}; missing: {_some([plugin.node for plugin in audit.plugins_missing])}." if missing else f"{text}."
 
 
@@ -213,10 +203,6 @@ def _shared_layers(kernels: Sequence[Moved]) -> list[str]:
     shares = Counter(layer for kernel in kernels for layer in kernel.layers)
     named = [max(kernel.layers, key=lambda layer: shares[layer], default=kernel.kernel) for kernel in kernels]
     return list(dict.fromkeys(named))
-
-
-def _is_separate(item: PairAudit) -> bool:
-    return item.fate.value == "separate"
 
 
 def _megabytes(size: int) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from resvit_engines.bench.clocks import Conditions, conditions_now, remarks_about
+from resvit_engines.bench.clocks import Conditions, clock_warnings, conditions_now
 from resvit_engines.errors import ResvitError
 from resvit_engines.process import peak_memory_mib
+from resvit_engines.records import Record
 from resvit_engines.run.feeds import Arrays, checked_feeds
 from resvit_engines.run.onnx_on_cpu import RUNTIME
 from resvit_engines.run.runner import Lane, Runner
@@ -87,7 +88,7 @@ class BenchReport:
     host_peak_mib: int
     before: Conditions
     after: Conditions
-    remarks: tuple[str, ...] = field(default_factory=tuple)
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -104,8 +105,29 @@ class BenchReport:
             "device_mib": self.device_mib,
             "host_peak_mib": self.host_peak_mib,
             "conditions": {"before": self.before.to_json(), "after": self.after.to_json()},
-            "remarks": list(self.remarks),
+            "remarks": list(self.warnings),
         }
+
+    @classmethod
+    def from_json(cls, record: Record) -> BenchReport:
+        """What :meth:`to_json` wrote; ``ResvitError`` INPUT, naming the key, where it is malformed."""
+        conditions = record.record("conditions")
+        return cls(
+            label=record.text("label"),
+            runtime=record.text("runtime"),
+            batch=record.whole("batch", 1),
+            streams=record.whole("streams", 1),
+            cuda_graph=record.flag("cuda_graph"),
+            iterations=record.whole("iterations", 1),
+            latency_ms=record.numbers_by_name("latency_ms"),
+            gpu_ms=record.optional("gpu_ms", record.numbers_by_name),
+            images_per_second=record.number("images_per_second", 0),
+            device_mib=record.optional("device_mib", lambda key: record.number(key, 0)),
+            host_peak_mib=record.whole("host_peak_mib"),
+            before=Conditions.from_json(conditions.record("before")),
+            after=Conditions.from_json(conditions.record("after")),
+            warnings=record.texts("remarks"),
+        )
 
 
 class Stopwatch:
@@ -133,7 +155,7 @@ class Stopwatch:
         self._owned.close()
 
     @property
-    def remarks(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What could not be done as it was asked for."""
         found = dict.fromkeys(lane.note for lane in self._lanes if lane.note and self.on_gpu)
         if self.settings.streams > self.streams:
@@ -225,11 +247,11 @@ def report_from(watch: Stopwatch, samples: Samples, before: Conditions, after: C
         percentiles(samples.wall_ms),
         percentiles(samples.gpu_ms) if samples.gpu_ms else None,
         settings.batch * len(samples.wall_ms) / samples.seconds,
-        runner.describe["device_mib"],
+        runner.device_mib,
         peak_memory_mib(),
         before,
         after,
-        (*watch.remarks, *remarks_about(before, after)),
+        (*watch.warnings, *clock_warnings(before, after)),
     )
 
 

@@ -11,7 +11,8 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resvit_engines.machine import device_facts
+from resvit_engines.machine import this_machine
+from resvit_engines.records import Record
 
 NOT_REPORTED = "not reported"
 _QUERY = ("clocks.sm", "clocks.max.sm", "power.limit", "power.max_limit", "temperature.gpu")
@@ -47,16 +48,28 @@ class Conditions:
         """Plain JSON values."""
         return {**asdict(self), "locked": self.locked}
 
+    @classmethod
+    def from_json(cls, record: Record) -> Conditions:
+        """What :meth:`to_json` wrote."""
+        return cls(
+            record.text("power_mode"),
+            record.text("clocks"),
+            record.optional("sm_mhz", record.number),
+            record.optional("max_sm_mhz", record.number),
+            record.optional("power_limit_w", record.number),
+            record.optional("gpu_c", record.number),
+        )
+
 
 def conditions_now(*, on_gpu: bool) -> Conditions:
     """Read power mode and clocks. What is not to be had says "not reported"; without a GPU nothing is asked for."""
     if not on_gpu:
         return Conditions()
-    facts = device_facts()
+    machine = this_machine()
     numbers = smi_numbers(_smi())
     return Conditions(
-        facts.power_mode or NOT_REPORTED,
-        facts.clocks or NOT_REPORTED,
+        machine.power_mode or NOT_REPORTED,
+        machine.clocks or NOT_REPORTED,
         numbers.get("clocks.sm"),
         numbers.get("clocks.max.sm"),
         numbers.get("power.limit"),
@@ -75,7 +88,7 @@ def smi_numbers(line: str) -> dict[str, float]:
     return found
 
 
-def remarks_about(before: Conditions, after: Conditions) -> tuple[str, ...]:
+def clock_warnings(before: Conditions, after: Conditions) -> tuple[str, ...]:
     """What speaks against trusting a timing made between the two."""
     found = []
     if before.locked is False:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from resvit_engines.bench.bench import BenchSettings
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.run.feeds import Array, Arrays
@@ -16,14 +19,34 @@ from resvit_engines.run.golden_files import golden_inputs, input_name, output_of
 from resvit_engines.run.runner import Runner
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a runner made of images: the output that was written, its shape and type, the file, and what computed it.
+
+    ``why`` says why that was not the engine.
+    """
+
+    images: int
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+    path: str
+    label: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+
+
 def outputs_into(
     path: Path,
     runner: Runner,
     images: Array,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     output_name: str | None = None,
     beside: Mapping[str, Array] | None = None,
-) -> dict[str, Any]:
+) -> Answered:
     """Run ``images`` [N, …], with what is read ``beside`` them by name; returns what was done.
 
     One output [N, …] is written to ``path``, whole or not at all.
@@ -37,24 +60,17 @@ def outputs_into(
         raise ResvitError(f"The model has no output {name!r}.", f"It has {', '.join(outputs)}.")
     with atomic_file(path) as partial, partial.open("wb") as stream:
         np.save(stream, outputs[name])
-    return {
-        "images": len(images),
-        "output": name,
-        "shape": list(outputs[name].shape),
-        "dtype": outputs[name].dtype.name,
-        "path": str(path),
-        "label": runner.label,
-        "why": runner.why,
-    }
+    written = outputs[name]
+    return Answered(len(images), name, written.shape, written.dtype.name, str(path), runner.label, runner.why)
 
 
-def golden_feeds(folder: Path, manifest: Mapping[str, Any], runner: Runner) -> Arrays | None:
+def golden_feeds(folder: Path, manifest: Manifest, runner: Runner) -> Arrays | None:
     """The golden images of an unpacked bundle, to be timed with; None where there are none."""
     path = folder / "golden_input.npy"
     if not path.is_file():
         return None
     images = read_array(path, "golden")
-    return {input_name(runner, manifest): images, **golden_inputs(folder, manifest, len(images))}
+    return {input_name(runner, manifest): images, **golden_inputs(folder, manifest.golden, len(images))}
 
 
 def arrays_from(sources: Sequence[str]) -> tuple[Array, Arrays]:

@@ -45,9 +45,9 @@ def _notes(reports: list[BenchReport]) -> list[str]:
     streams = "" if first.streams == 1 else f", {first.streams} streams"
     graph = ", by CUDA graph" if all(report.cuda_graph for report in reports) else ""
     conditions = first.before.sentence if first.gpu_ms else "on the processor: power mode and GPU clocks do not apply"
-    remarks = dict.fromkeys(remark for report in reports for remark in report.remarks)
+    warnings = dict.fromkeys(warning for report in reports for warning in report.warnings)
     return [
         *dict.fromkeys(report.label for report in reports),
         f"batch {first.batch}{streams}{graph}; {conditions}; host memory at most {first.host_peak_mib} MiB",
-        *remarks,
+        *warnings,
     ]

@@ -8,19 +8,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from resvit_engines.audit.kernels import kernel_from_json
+from resvit_engines.audit.kernels import Kernel
 from resvit_engines.builder.child import run_child
+from resvit_engines.builder.engine_report import EngineReport, LibraryRecord
 from resvit_engines.builder.limits import compute_capabilities, require_buildable
-from resvit_engines.builder.memory import SMALLEST_WORKSPACE_MIB, available_mib, choose_workspace, shares_memory
-from resvit_engines.builder.settings import TITLES, BuildSettings, EngineReport
+from resvit_engines.builder.memory import SMALLEST_WORKSPACE_MIB, available_mib, shares_memory, workspace_for
+from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.files import atomic_file, sha256_file, write_atomic
 from resvit_engines.gpu import local_sm
-from resvit_engines.plugins.library import LIBRARY, cached_library, record_of
+from resvit_engines.plugins.library import LIBRARY, cached_library
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.records import Record
 from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Target, version_of
-
-__all__ = ["BuildSettings", "EngineReport", "build_engine", "builder_here", "refit_engine"]
+from resvit_engines.trt.io_tensor import io_tensors_from_json
 
 _MODULES = {Builder.RTX: "tensorrt_rtx_bindings", Builder.TENSORRT: "tensorrt"}
 
@@ -96,26 +97,27 @@ def build_engine(
                 listing.write_bytes(described.read_bytes())
         if library and library.resolve() != engine.with_name(LIBRARY).resolve():
             write_atomic(engine.with_name(LIBRARY), library.read_bytes())
+        built = Record(result, "the builder's result")
         report = EngineReport(
-            target.name,
-            builder,
-            result["version"],
-            target.sm,
-            partial.stat().st_size,
-            sha256_file(partial),
-            result["seconds"],
-            result["peak_mib"],
-            tuple(result["inputs"]),
-            tuple(result["outputs"]),
-            tuple(kernel_from_json(kernel) for kernel in result["kernels"]),
-            tuple(result["warnings"]),
-            workspace_mib,
-            result["timing_cache"],
-            layers.name if described.is_file() else None,
-            tuple(settings.flags),
-            settings.plugins,
-            tuple(result.get("plugin_layers", ())),
-            record_of(library) if library else None,
+            target=target.name,
+            builder=builder,
+            builder_version=built.text("version"),
+            sm=target.sm,
+            bytes=partial.stat().st_size,
+            sha256=sha256_file(partial),
+            seconds=built.number("seconds"),
+            peak_mib=built.whole("peak_mib"),
+            inputs=io_tensors_from_json(built.records("inputs")),
+            outputs=io_tensors_from_json(built.records("outputs")),
+            kernels=tuple(map(Kernel.from_json, built.records("kernels"))),
+            warnings=built.texts("warnings"),
+            workspace_mib=workspace_mib,
+            timing_cache=built.optional("timing_cache", built.text),
+            layers=layers.name if described.is_file() else None,
+            flags=tuple(settings.flags),
+            plugins=settings.plugins,
+            plugin_layers=built.texts("plugin_layers"),
+            plugin_library=LibraryRecord(LIBRARY, sha256_file(library)) if library else None,
         )
     for note in result["notes"]:
         reporter.say(note)
@@ -128,7 +130,7 @@ def _built(
     request: dict[str, Any], onnx: Path, target: Target, settings: BuildSettings, scratch: Path, reporter: Reporter
 ) -> tuple[dict[str, Any], int]:
     """Build with the workspace that fits, and with half of it where it does not; returns what it was in the end."""
-    chosen = choose_workspace(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
+    chosen = workspace_for(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
     for note in chosen.notes:
         reporter.warn(note)
     workspace_mib = chosen.mib

@@ -38,7 +38,7 @@ def run_child(request: dict[str, Any], scratch: Path, reporter: Reporter, what: 
     result_file = scratch / "result.json"
     result_file.unlink(missing_ok=True)
     steps, kills = StepsFromChild(), oom_kills()
-    whole = {**request, "result": str(result_file), "steps": steps.there.fileno(), "parent": os.getpid()}
+    whole = {**request, "result": str(result_file), "steps": steps.child_end.fileno(), "parent": os.getpid()}
     request_file.write_text(json.dumps(whole))
     with contextlib.closing(steps), output.open("wb") as stream:
         child = _start(request_file, scratch, stream.fileno(), steps)
@@ -72,7 +72,7 @@ def _start(request_file: Path, scratch: Path, output: int, steps: StepsFromChild
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        pass_fds=(steps.there.fileno(),),
+        pass_fds=(steps.child_end.fileno(),),
         env={**os.environ, "PYTHONSAFEPATH": "1"} if sys.version_info >= (3, 11) else None,
     )
     steps.started()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.plugins.library import LIBRARY
+from resvit_engines.records import Record
 from resvit_engines.targets.table import RTX_SMS, Kind, Target
 
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
@@ -24,7 +26,14 @@ class DevicePlan:
     why: str
     commands: tuple[str, ...]
     notes: tuple[str, ...]
-    settings: dict[str, Any]
+    settings: BuildSettings
+    """With the workspace that the target takes where none was asked for."""
+    input_name: str
+    input_shape: tuple[int, ...]
+    """[C, H, W]."""
+    dynamic_batch: bool
+    inputs: Mapping[str, tuple[int, ...]]
+    """Shapes without the batch by name, where the network reads more than images; else empty."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as in a run's ``plan.json``."""
@@ -33,8 +42,31 @@ class DevicePlan:
             "why": self.why,
             "commands": list(self.commands),
             "notes": list(self.notes),
-            "settings": self.settings,
+            "settings": {
+                **self.settings.to_json(),
+                "input": self.input_name,
+                "input_shape": list(self.input_shape),
+                "dynamic_batch": self.dynamic_batch,
+                **({"inputs": {name: list(shape) for name, shape in self.inputs.items()}} if self.inputs else {}),
+            },
         }
+
+    @classmethod
+    def from_json(cls, record: Record) -> DevicePlan:
+        """What :meth:`to_json` wrote; ``ResvitError`` INPUT, naming the key, where it is malformed."""
+        settings = record.record("settings")
+        inputs = settings.optional("inputs", settings.record)
+        return cls(
+            record.text("target"),
+            record.text("why"),
+            record.texts("commands"),
+            record.texts("notes"),
+            BuildSettings.from_json(settings),
+            settings.text("input"),
+            settings.wholes("input_shape", 1),
+            settings.flag("dynamic_batch"),
+            {name: inputs.wholes(name, 1) for name in inputs.names} if inputs else {},
+        )
 
 
 def plan_for_device(
@@ -72,11 +104,22 @@ def plan_for_device(
         commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
     else:
         commands.append(_trtexec(target, settings, shapes if dynamic_batch else {}, onnx))
-    described: dict[str, Any] = {"input": input_name, "input_shape": list(input_shape), "dynamic_batch": dynamic_batch}
-    if beside:
-        described["inputs"] = {name: list(shape) for name, shape in shapes.items()}
-    shown = {**settings.to_json(), "workspace_mib": settings.workspace_mib or target.workspace_mib, **described}
-    return DevicePlan(target.name, _why(target), tuple(commands), _notes(target, settings), shown)
+    return DevicePlan(
+        target.name,
+        _why(target),
+        tuple(commands),
+        _notes(target, settings),
+        dataclasses.replace(
+            settings,
+            workspace_mib=settings.workspace_mib or target.workspace_mib,
+            timing_cache=None,
+            plugin_library=None,
+        ),
+        input_name,
+        input_shape,
+        dynamic_batch,
+        {name: tuple(shape) for name, shape in shapes.items()} if beside else {},
+    )
 
 
 def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Sequence[int]], onnx: str) -> str:

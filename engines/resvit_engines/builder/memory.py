@@ -32,7 +32,7 @@ def shares_memory(target: Target) -> bool:
     return target.kind is Kind.JETSON or target.name == "dgx-spark"
 
 
-def choose_workspace(target: Target, asked_mib: int | None, onnx_bytes: int, available_mib: int | None) -> Workspace:
+def workspace_for(target: Target, asked_mib: int | None, onnx_bytes: int, available_mib: int | None) -> Workspace:
     """The target's workspace, or as much of it as fits into the memory that is free on a device that shares it.
 
     A limit that was asked for is kept; a note says where it does not fit.

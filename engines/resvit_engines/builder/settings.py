@@ -1,4 +1,4 @@
-"""What a build is told, and what it tells."""
+"""What a build is told."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resvit_engines.audit.kernels import Kernel
 from resvit_engines.errors import ResvitError
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder
 
 TITLES = {Builder.RTX: "TensorRT for RTX", Builder.TENSORRT: "TensorRT"}
 PLUGINS = ("off", "aot", "library")
 """How kernels of our own reach an engine: not at all, inside it (ahead of time), or by a library that it needs."""
-_FLAGS = ("sparse", "hardware_compatible", "version_compatible", "strip_weights")
+FLAGS = ("sparse", "hardware_compatible", "version_compatible", "strip_weights")
+"""What may be asked for beyond a plain build; in records only those that were."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class BuildSettings:
     @property
     def flags(self) -> dict[str, bool]:
         """What is asked for beyond a plain build."""
-        return {name: True for name in _FLAGS if getattr(self, name)}
+        return {name: True for name in FLAGS if getattr(self, name)}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of what makes another engine; the timing cache only makes a faster build.
@@ -76,63 +77,24 @@ class BuildSettings:
             **({"plugins": self.plugins} if self.plugins != "off" else {}),
         }
 
+    @classmethod
+    def from_json(cls, record: Record) -> BuildSettings:
+        """What :meth:`to_json` wrote; without the folders and files of the machine that wrote it.
 
-@dataclass(frozen=True)
-class EngineReport:
-    """What came out of a build, without reading the engine: its kernels are from the builder's log.
-
-    ``seconds`` is wall-clock time, ``peak_mib`` the child's peak resident memory in MiB, ``bytes`` the size of the
-    engine file. ``inputs`` and ``outputs`` hold name, shape (-1: dynamic) and dtype of each. ``workspace_mib`` is the
-    limit that the build succeeded with. ``timing_cache`` and ``layers`` are names of files: of the cache in its
-    folder, and beside the engine of TensorRT's own JSON about its layers (only where the engine's GPU is).
-    ``flags`` are those of the settings. ``plugin_layers`` are the names of the layers that are kernels of ours, and
-    ``plugin_library`` is name and digest of the library that must be loaded before the engine is read, if any.
-    """
-
-    target: str
-    builder: Builder
-    builder_version: str
-    sm: int
-    bytes: int
-    sha256: str
-    seconds: float
-    peak_mib: int
-    inputs: tuple[dict[str, Any], ...]
-    outputs: tuple[dict[str, Any], ...]
-    kernels: tuple[Kernel, ...]
-    warnings: tuple[str, ...]
-    workspace_mib: int | None = None
-    timing_cache: str | None = None
-    layers: str | None = None
-    flags: tuple[str, ...] = ()
-    plugins: str = "off"
-    plugin_layers: tuple[str, ...] = ()
-    plugin_library: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as in a run's ``engine.json``."""
-        return {
-            "target": self.target,
-            "builder": TITLES[self.builder],
-            "builder_version": self.builder_version,
-            "sm": self.sm,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "seconds": round(self.seconds, 3),
-            "peak_mib": self.peak_mib,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "kernels": [kernel.to_json() for kernel in self.kernels],
-            "warnings": list(self.warnings),
-            "workspace_mib": self.workspace_mib,
-            "timing_cache": self.timing_cache,
-            "layers": self.layers,
-            **dict.fromkeys(self.flags, True),
-            **self._plugins(),
-        }
-
-    def _plugins(self) -> dict[str, Any]:
-        if self.plugins == "off":
-            return {}
-        library = {"plugin_library": self.plugin_library} if self.plugin_library else {}
-        return {"plugins": self.plugins, "plugin_layers": list(self.plugin_layers), **library}
+        Raises:
+            ResvitError: INPUT, naming the key, where it is malformed.
+        """
+        batch = record.wholes("batch", 1)
+        if len(batch) != 3:
+            raise record.refusal("batch", "the smallest, usual and largest batch")
+        sparse, hardware, version, strip = (bool(record.optional(flag, record.flag)) for flag in FLAGS)
+        return cls(
+            batch=(batch[0], batch[1], batch[2]),
+            workspace_mib=record.optional("workspace_mib", record.whole),
+            optimization_level=record.whole("optimization_level"),
+            sparse=sparse,
+            hardware_compatible=hardware,
+            version_compatible=version,
+            strip_weights=strip,
+            plugins=record.optional("plugins", record.text) or "off",
+        )

@@ -84,14 +84,14 @@ class StepsFromChild:
     """The parent's end of the socket."""
 
     def __init__(self) -> None:
-        self._here, self.there = socket.socketpair()
+        self._here, self.child_end = socket.socketpair()
         self._here.setblocking(False)
         self._rest = b""
         self._ended = False
 
     def started(self) -> None:
         """Close the child's end here, once the child has its own."""
-        self.there.close()
+        self.child_end.close()
 
     def stop(self) -> None:
         """Ask the child to stop at its next step."""
@@ -113,5 +113,5 @@ class StepsFromChild:
 
     def close(self) -> None:
         """Let both ends go."""
-        self.there.close()
+        self.child_end.close()
         self._here.close()

@@ -55,12 +55,12 @@ def read_timing_cache(folder: Path, owner: Owner) -> Cached:
         return Cached(refusal=f"The timing cache {path} cannot be read ({error.strerror}): starting with an empty one.")
     head, _, content = whole.partition(b"\n")
     try:
-        facts = json.loads(head)
+        header = json.loads(head)
     except ValueError:
-        facts = None
-    if not isinstance(facts, dict) or facts.pop("sha256", None) != sha256_bytes(content):
+        header = None
+    if not isinstance(header, dict) or header.pop("sha256", None) != sha256_bytes(content):
         return Cached(refusal=f"The timing cache {path} is damaged: starting with an empty one.")
-    if facts != asdict(owner):
+    if header != asdict(owner):
         return Cached(refusal=f"The timing cache {path} is of another device or version: starting with an empty one.")
     return Cached(content)
 
@@ -75,8 +75,8 @@ def write_timing_cache(folder: Path, owner: Owner, content: bytes) -> None:
     # Whoever died while writing held the lock that we hold now.
     for left in folder.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
-    facts = {**asdict(owner), "sha256": sha256_bytes(content)}
-    write_atomic(path, json.dumps(facts).encode() + b"\n" + content)
+    header = {**asdict(owner), "sha256": sha256_bytes(content)}
+    write_atomic(path, json.dumps(header).encode() + b"\n" + content)
 
 
 @contextlib.contextmanager

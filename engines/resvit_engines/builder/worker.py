@@ -73,7 +73,7 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
     folder = request["timing_cache"] and Path(request["timing_cache"])
     owner = timing_cache.Owner(**request["owner"], version=str(trt.__version__))
     notes = _start_from_cache(config, folder, owner) if folder else []
-    inputs, outputs = trt_api.tensor_facts(network)
+    inputs, outputs = trt_api.io_tensors(network)
     engine = trt_api.engine_from_network(builder, network, config, log)
     if folder:
         notes += _keep_cache(config, folder, owner)
@@ -82,8 +82,8 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
         "version": str(trt.__version__),
         "seconds": time.monotonic() - start,
         "peak_mib": peak_memory_mib(),
-        "inputs": inputs,
-        "outputs": outputs,
+        "inputs": [tensor.to_json() for tensor in inputs],
+        "outputs": [tensor.to_json() for tensor in outputs],
         "kernels": [kernel.to_json() for kernel in kernels_from_log(log.messages)],
         "warnings": log.warnings,
         "timing_cache": owner.file_name if folder else None,

@@ -8,15 +8,17 @@ and refuses every byte that it would not have written itself.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from resvit_engines.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, SIGNATURE, check_names, release_of
+from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, Manifest, check_names
+from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.bundle.reader import OpenBundle, opened_bundle, pieces
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ResvitError
@@ -25,35 +27,24 @@ from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import PublicKey, TrustStore
 from resvit_engines.keys.signing import envelope_from_manifest, require_signature, signatures_in
 
-_RESERVED = ("format", "format_version", "files")
 _CHUNK = 1 << 20
 
 
 def write_bundle(
-    path: Path, manifest: Mapping[str, Any], files: Mapping[str, Path | bytes], key: SigningKey | None = None
-) -> dict[str, Any]:
+    path: Path, manifest: Manifest, files: Mapping[str, Path | bytes], key: SigningKey | None = None
+) -> Manifest:
     """Write ``manifest`` and ``files`` (name in the bundle → content) to ``path``, signed by ``key`` if there is one.
 
-    The same inputs and key give the same bytes. Returns the manifest as written, with ``format``, ``format_version``,
-    ``files``, and ``release`` (1 unless given) added.
+    The same inputs and key give the same bytes. Returns the manifest as written, which lists these files.
 
     Raises:
         ResvitError: INPUT for a name that could leave the folder, a missing file, or one that changes meanwhile.
     """
-    if taken := [name for name in _RESERVED if name in manifest]:
-        raise ResvitError(f"The manifest may not set {', '.join(taken)}.", "The bundle fills these in itself.")
     check_names([MANIFEST, SIGNATURE, *files], f"{path.name} cannot be written")
-    release_of(manifest, path)
     ordered = sorted(files.items())
     described = [_described(name, content) for name, content in ordered]
-    full = {
-        "release": 1,
-        **manifest,
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "files": [entry for entry, _ in described],
-    }
-    head = pretty_json(full)
+    full = dataclasses.replace(manifest, files=tuple(file for file, _ in described))
+    head = pretty_json(full.to_json())
     first: list[tuple[str, Path | bytes]] = [(MANIFEST, head)]
     if key is not None:
         first.append((SIGNATURE, envelope_from_manifest(head, key)))
@@ -68,7 +59,7 @@ def write_bundle(
     return full
 
 
-def sign_bundle(path: Path, key: SigningKey, out: Path | None = None) -> dict[str, Any]:
+def sign_bundle(path: Path, key: SigningKey, out: Path | None = None) -> Manifest:
     """Sign a bundle, in place or as the file ``out``, in one step. Returns the manifest.
 
     The signature of ``key`` takes the place of any that it has.
@@ -92,7 +83,7 @@ def sign_bundle(path: Path, key: SigningKey, out: Path | None = None) -> dict[st
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """Read a bundle's manifest, signed or not. The files themselves are not looked at: see ``verify_bundle``.
 
     Raises:
@@ -102,7 +93,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return bundle.manifest()
 
 
-def verify_bundle(path: Path) -> dict[str, Any]:
+def verify_bundle(path: Path) -> Manifest:
     """Check every byte against the manifest, whoever wrote it: damage is found, forgery is not. Returns the manifest.
 
     Raises:
@@ -120,7 +111,7 @@ def signers(path: Path) -> list[str]:
         return [] if bundle.envelope is None else [keyid for keyid, _ in signatures_in(bundle.envelope, path.name)]
 
 
-def extract_bundle(path: Path, into: Path) -> dict[str, Any]:
+def extract_bundle(path: Path, into: Path) -> Manifest:
     """Unpack into the new folder ``into``, checking every file on the way, whoever wrote it. Returns the manifest.
 
     On any fault nothing is left there.
@@ -136,7 +127,7 @@ def extract_bundle(path: Path, into: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_trusted_manifest(path: Path, trust: TrustStore) -> dict[str, Any]:
+def read_trusted_manifest(path: Path, trust: TrustStore) -> Manifest:
     """Read the manifest of a bundle whose signature holds. Only manifest and signature are read before that.
 
     Raises:
@@ -146,7 +137,7 @@ def read_trusted_manifest(path: Path, trust: TrustStore) -> dict[str, Any]:
         return bundle.manifest
 
 
-def extract_trusted(path: Path, into: Path, trust: TrustStore) -> dict[str, Any]:
+def extract_trusted(path: Path, into: Path, trust: TrustStore) -> Manifest:
     """Unpack a bundle whose signature holds into the new folder ``into``. Returns the manifest.
 
     Raises:
@@ -162,7 +153,7 @@ def extract_trusted(path: Path, into: Path, trust: TrustStore) -> dict[str, Any]
 class TrustedBundle:
     """An open bundle whose signature held. ``digest`` is the SHA-256 of its manifest, which holds all the others."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     digest: str
     key: PublicKey
     _bundle: OpenBundle
@@ -188,7 +179,7 @@ def trusted_bundle(path: Path, trust: TrustStore) -> Iterator[TrustedBundle]:
         yield TrustedBundle(bundle.manifest(), sha256_bytes(bundle.head), key, bundle)
 
 
-def _described(name: str, content: Path | bytes) -> tuple[dict[str, Any], Member]:
+def _described(name: str, content: Path | bytes) -> tuple[BundledFile, Member]:
     digest, crc, size = hashlib.sha256(), 0, 0
     if isinstance(content, Path) and not content.is_file():
         raise ResvitError(f"{content}, which belongs into the bundle as {name}, is not there.", "Run its stage again.")
@@ -196,7 +187,7 @@ def _described(name: str, content: Path | bytes) -> tuple[dict[str, Any], Member
         digest.update(chunk)
         crc = zlib.crc32(chunk, crc)
         size += len(chunk)
-    return {"path": name, "bytes": size, "sha256": digest.hexdigest()}, Member(name, size, crc)
+    return BundledFile(name, size, digest.hexdigest()), Member(name, size, crc)
 
 
 def _copied(content: Path | bytes, out: BinaryIO) -> int:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
+from resvit_engines.records import record_from_file
 
 _RTX_MAGIC = b"vtrt"
 _FAMILY = b"trt"
 _VERSION_AT = 24  # major, minor, patch, build, one byte each (NVIDIA/TensorRT issue 3073)
 
 
-def describe_engine_file(path: Path) -> dict[str, Any]:
-    """Size, digest, and what the first bytes and the sidecar say. Nothing of the file is executed.
+@dataclass(frozen=True)
+class EngineFile:
+    """Size, digest, and what the first bytes and the sidecar say.
 
     ``format`` is ``tensorrt-rtx``, ``tensorrt`` or ``unknown``; ``version`` is the builder's, from the header, or
     None; ``sidecar`` is the name of the JSON record beside it (``engine.json`` for ``engine.plan``) or None;
-    ``sidecar_matches`` tells whether the record holds this file's digest (None where it holds none).
+    ``sidecar_matches`` tells whether the record holds this file's digest, and ``target`` is the record's.
+    """
+
+    magic: str
+    format: str
+    version: str | None
+    bytes: int
+    sha256: str
+    sidecar: str | None
+    sidecar_matches: bool | None
+    target: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def describe_engine_file(path: Path) -> EngineFile:
+    """Describe an engine; nothing of the file is executed.
 
     Raises:
         ResvitError: INPUT where the file is absent or empty.
@@ -31,23 +53,22 @@ def describe_engine_file(path: Path) -> dict[str, Any]:
     known = head[1:4] == _FAMILY
     digest = sha256_file(path)
     sidecar = path.with_suffix(".json")
-    record = _record(sidecar)
-    recorded = record.get("sha256") if record else None
-    return {
-        "magic": head[:4].hex(),
-        "format": ("tensorrt-rtx" if head[:4] == _RTX_MAGIC else "tensorrt") if known else "unknown",
-        "version": ".".join(map(str, head[_VERSION_AT:])) if known and len(head) == _VERSION_AT + 4 else None,
-        "bytes": path.stat().st_size,
-        "sha256": digest,
-        "sidecar": sidecar.name if record is not None else None,
-        "sidecar_matches": recorded == digest if recorded else None,
-        "target": record.get("target") if record else None,
-    }
+    report = _report(sidecar)
+    return EngineFile(
+        magic=head[:4].hex(),
+        format=("tensorrt-rtx" if head[:4] == _RTX_MAGIC else "tensorrt") if known else "unknown",
+        version=".".join(map(str, head[_VERSION_AT:])) if known and len(head) == _VERSION_AT + 4 else None,
+        bytes=path.stat().st_size,
+        sha256=digest,
+        sidecar=sidecar.name if report else None,
+        sidecar_matches=report.sha256 == digest if report else None,
+        target=report.target if report else None,
+    )
 
 
-def _record(sidecar: Path) -> dict[str, Any] | None:
+def _report(sidecar: Path) -> EngineReport | None:
+    """The record beside an engine; None where that file is none of ours."""
     try:
-        record = json.loads(sidecar.read_text())
-    except (OSError, ValueError):
+        return EngineReport.from_json(record_from_file(sidecar))
+    except ResvitError:
         return None
-    return record if isinstance(record, dict) else None

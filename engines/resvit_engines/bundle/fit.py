@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import TITLES
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts
-from resvit_engines.targets.table import version_of
+from resvit_engines.machine import Machine
+from resvit_engines.targets.table import Builder, Target, version_of
 
 _SPARE_MIB = 64
 """Disk that stays free beside what is unpacked."""
-_RTX = "TensorRT for RTX"
 _AMPERE = 80
 """Hardware-compatible engines run from Ampere on (NVIDIA's ``HardwareCompatibilityLevel.AMPERE_PLUS``)."""
 
 
-def require_fit(manifest: Mapping[str, Any], facts: DeviceFacts, *, rehearse: bool = False) -> None:
+def require_fit(manifest: Manifest, machine: Machine, *, rehearse: bool = False) -> None:
     """Refuse a bundle that was made for another device.
 
     An engine is bound to the GPU and the TensorRT that built it; a bundle without an engine, to be built here, only
@@ -26,99 +27,87 @@ def require_fit(manifest: Mapping[str, Any], facts: DeviceFacts, *, rehearse: bo
         ResvitError: IMPOSSIBLE for another processor, GPU, JetPack or TensorRT, SYSTEM for too little memory or
             disk; INPUT where the manifest does not say what it is for.
     """
-    for problem, fix, code in misfits(manifest, facts, rehearse=rehearse):
+    for problem, fix, code in misfits(manifest, machine, rehearse=rehearse):
         raise ResvitError(problem, fix, code)
 
 
-def misfits(
-    manifest: Mapping[str, Any], facts: DeviceFacts, *, rehearse: bool = False
-) -> Iterator[tuple[str, str, ExitCode]]:
+def misfits(manifest: Manifest, machine: Machine, *, rehearse: bool = False) -> Iterator[tuple[str, str, ExitCode]]:
     """Every reason why the bundle is not for this device, as problem, fix and exit code."""
-    target, engine = manifest.get("target"), manifest.get("engine")
-    if not isinstance(target, Mapping) or not isinstance(engine, Mapping | None):
+    target = manifest.target
+    if target is None:
         yield "The manifest does not say which device it is for.", "Make the bundle again.", ExitCode.INPUT
         return
     if not rehearse:
-        for problem in _other_device(target, engine, facts):
-            yield problem, _rebuild(target, facts), ExitCode.IMPOSSIBLE
-    needed = need_mib(manifest)
-    if 0 < facts.memory_mib < needed:
+        for problem in _other_device(target, manifest.engine, machine):
+            yield problem, _rebuild(target, machine), ExitCode.IMPOSSIBLE
+    needed = _memory_mib(manifest)
+    if 0 < machine.memory_mib < needed:
         yield (
-            f"The engine needs {needed:,} MiB of memory, and this device has {facts.memory_mib:,} MiB.",
+            f"The engine needs {needed:,} MiB of memory, and this device has {machine.memory_mib:,} MiB.",
             "Build a smaller model, or with a smaller --batch.",
             ExitCode.SYSTEM,
         )
-    unpacked = sum(int(entry["bytes"]) for entry in manifest["files"]) >> 20
-    if facts.free_disk_mib < unpacked + _SPARE_MIB:
+    unpacked = sum(file.bytes for file in manifest.files) >> 20
+    if machine.free_disk_mib < unpacked + _SPARE_MIB:
         yield (
-            f"Unpacking needs {unpacked + _SPARE_MIB:,} MiB of disk, and {facts.free_disk_mib:,} MiB are free.",
+            f"Unpacking needs {unpacked + _SPARE_MIB:,} MiB of disk, and {machine.free_disk_mib:,} MiB are free.",
             "Free some space, or choose a --root on another disk.",
             ExitCode.SYSTEM,
         )
 
 
-def need_mib(manifest: Mapping[str, Any]) -> int:
-    """Memory in MiB that running takes at the least: the engine with its weights, and its activations if recorded."""
-    sizes = {entry["path"]: int(entry["bytes"]) for entry in manifest["files"]}
-    engine = manifest.get("engine") or {}
-    plan = sizes.get("engine.plan", sizes.get("model.onnx", 0))
-    return (plan >> 20) + _whole(engine.get("device_memory_mib"))
+def _memory_mib(manifest: Manifest) -> int:
+    """Memory in MiB that running takes at the least: the engine, or the model, with its weights."""
+    engine = manifest.size_of("engine.plan")
+    return (engine if engine is not None else manifest.size_of("model.onnx") or 0) >> 20
 
 
-def _other_device(target: Mapping[str, Any], engine: Mapping[str, Any] | None, facts: DeviceFacts) -> Iterator[str]:
-    title = target.get("title") or target.get("name") or "another device"
-    made = f"This bundle is for {title}"
-    if target.get("arch") not in (None, facts.arch):
-        yield f"{made} with an {target['arch']} processor, and this machine is {facts.arch}."
-    if engine and engine.get("rehearsal"):
-        yield f"The engine of this bundle comes from a rehearsal: it is not for {title}, but for a stand-in."
-    yield from _other_gpu(made, target, engine, facts)
-    jetpack = target.get("jetpack")
-    if jetpack and facts.jetpack and version_of(jetpack)[:2] != version_of(facts.jetpack)[:2]:
-        yield f"{made} with JetPack {jetpack}, and this device has JetPack {facts.jetpack}."
-    yield from _other_tensorrt(made, target, engine, facts)
+def _other_device(target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
+    made = f"This bundle is for {target.title}"
+    if target.arch != machine.arch:
+        yield f"{made} with an {target.arch} processor, and this machine is {machine.arch}."
+    if engine and engine.rehearsal:
+        yield f"The engine of this bundle comes from a rehearsal: it is not for {target.title}, but for a stand-in."
+    yield from _other_gpu(made, target, engine, machine)
+    jetpack = target.jetpack
+    if jetpack and machine.jetpack and version_of(jetpack)[:2] != version_of(machine.jetpack)[:2]:
+        yield f"{made} with JetPack {jetpack}, and this device has JetPack {machine.jetpack}."
+    yield from _other_tensorrt(made, target, engine, machine)
 
 
-def _other_gpu(
-    made: str, target: Mapping[str, Any], engine: Mapping[str, Any] | None, facts: DeviceFacts
-) -> Iterator[str]:
-    sm = _whole((engine or {}).get("sm") or target.get("sm"))
-    if facts.sm is None:
+def _other_gpu(made: str, target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
+    sm = engine.sm if engine else target.sm
+    if machine.sm is None:
         yield f"{made} (SM {sm / 10:.1f}), and this machine shows no NVIDIA GPU."
-    elif engine and engine.get("hardware_compatible"):
-        if facts.sm < _AMPERE:
-            yield f"{made} or another GPU from SM 8.0 on, and this one is SM {facts.sm / 10:.1f}."
-    elif facts.sm != sm:
-        yield f"{made} (SM {sm / 10:.1f}), and this GPU is {facts.gpu or 'another'} (SM {facts.sm / 10:.1f})."
+    elif engine and engine.hardware_compatible:
+        if machine.sm < _AMPERE:
+            yield f"{made} or another GPU from SM 8.0 on, and this one is SM {machine.sm / 10:.1f}."
+    elif machine.sm != sm:
+        yield f"{made} (SM {sm / 10:.1f}), and this GPU is {machine.gpu or 'another'} (SM {machine.sm / 10:.1f})."
 
 
-def _other_tensorrt(
-    made: str, target: Mapping[str, Any], engine: Mapping[str, Any] | None, facts: DeviceFacts
-) -> Iterator[str]:
-    builder = str((engine or {}).get("builder") or (_RTX if target.get("builder") == "tensorrt-rtx" else "TensorRT"))
-    wanted = str((engine or {}).get("builder_version") or target.get("tensorrt") or "")
-    found = facts.rtx if builder == _RTX else facts.tensorrt
-    if found is None:
-        yield f"{made} and needs {builder} {wanted}, which is not installed here."
+def _other_tensorrt(made: str, target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
+    rtx = (engine.builder if engine else target.builder) is Builder.RTX
+    title = TITLES[Builder.RTX if rtx else Builder.TENSORRT]
+    wanted = engine.builder_version if engine else target.tensorrt
+    installed = machine.rtx if rtx else machine.tensorrt
+    if installed is None:
+        yield f"{made} and needs {title} {wanted}, which is not installed here."
         return
-    ours, theirs = version_of(found), version_of(wanted)
-    if engine and engine.get("version_compatible"):
+    ours, theirs = version_of(installed), version_of(wanted)
+    if engine and engine.version_compatible:
         fits = ours[:1] == theirs[:1] and ours[:3] >= theirs[:3]
     else:
         # An engine is for one build of TensorRT; a model to be built, for one minor version. Texts differ in length.
         digits = min(len(ours), len(theirs)) if engine else 2
         fits = ours[:digits] == theirs[:digits]
     if not fits:
-        yield f"{made}, made with {builder} {wanted}, and here is {builder} {found}."
+        yield f"{made}, made with {title} {wanted}, and here is {title} {installed}."
 
 
-def _rebuild(target: Mapping[str, Any], facts: DeviceFacts) -> str:
-    jetpack = f" --jetpack {facts.jetpack}" if target.get("jetpack") and facts.jetpack else ""
+def _rebuild(target: Target, machine: Machine) -> str:
+    jetpack = f" --jetpack {machine.jetpack}" if target.jetpack and machine.jetpack else ""
     return (
         f"Build one for this device: resvit-export build --target NAME{jetpack} (resvit-export targets lists the "
         "names; resvit-engine facts says what this machine is)."
     )
-
-
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0

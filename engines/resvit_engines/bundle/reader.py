@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from resvit_engines.bundle.manifest import FIX_DAMAGED, MANIFEST, SIGNATURE, manifest_from_bytes
+from resvit_engines.bundle.manifest import FIX_DAMAGED, MANIFEST, SIGNATURE, Manifest, manifest_from_bytes
+from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.bundle.zip_layout import LOCAL_MAGIC, Member, directory, local_header, read_local_header, total_size
 from resvit_engines.errors import ExitCode, ResvitError
 
@@ -30,10 +31,10 @@ class OpenBundle:
     envelope: bytes | None
     contents_at: int
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Parse the manifest, and hold the bundle's size against it."""
         manifest = manifest_from_bytes(self.head, self.path)
-        expected = total_size([*self._first(), *((entry["path"], entry["bytes"]) for entry in manifest["files"])])
+        expected = total_size([*self._first(), *((file.path, file.bytes) for file in manifest.files)])
         size = os.fstat(self.stream.fileno()).st_size
         if size != expected:
             raise ResvitError(
@@ -42,7 +43,7 @@ class OpenBundle:
             )
         return manifest
 
-    def check(self, manifest: Mapping[str, Any], into: Path | None = None) -> list[Member]:
+    def check(self, manifest: Manifest, into: Path | None = None) -> list[Member]:
         """Read everything, compare it with the manifest, and write it ``into`` a folder if one is given."""
         members = [
             Member(name, size, zlib.crc32(data))
@@ -53,36 +54,34 @@ class OpenBundle:
             if self.envelope is not None:
                 (into / SIGNATURE).write_bytes(self.envelope)
         self.stream.seek(self.contents_at)
-        for entry in manifest["files"]:
+        for file in manifest.files:
             member, header = _next_header(self.stream, self.path)
-            if header != local_header(Member(entry["path"], entry["bytes"], member.crc)):
-                raise _rewritten(self.path, f"the header of {entry['path']}")
+            if header != local_header(Member(file.path, file.bytes, member.crc)):
+                raise _rewritten(self.path, f"the header of {file.path}")
             members.append(member)
-            self._check_file(entry, member.crc, into)
+            self._check_file(file, member.crc, into)
         if self.stream.read() != directory(members):
             raise _rewritten(self.path, "the directory at its end")
         return members
 
-    def _check_file(self, entry: Mapping[str, Any], crc: int, into: Path | None) -> None:
-        digest, found = hashlib.sha256(), 0
+    def _check_file(self, file: BundledFile, crc: int, into: Path | None) -> None:
+        digest, checksum = hashlib.sha256(), 0
         out: BinaryIO | None = None
         if into is not None:
-            file = into / PurePosixPath(entry["path"])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            out = file.open("xb")
+            target = into / PurePosixPath(file.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            out = target.open("xb")
         try:
-            for chunk in pieces(self.stream, entry["bytes"]):
+            for chunk in pieces(self.stream, file.bytes):
                 digest.update(chunk)
-                found = zlib.crc32(chunk, found)
+                checksum = zlib.crc32(chunk, checksum)
                 if out is not None:
                     out.write(chunk)
         finally:
             if out is not None:
                 out.close()
-        if digest.hexdigest() != entry["sha256"] or found != crc:
-            raise ResvitError(
-                f"{entry['path']} in {self.path} is damaged: it is not what the manifest says.", FIX_DAMAGED
-            )
+        if digest.hexdigest() != file.sha256 or checksum != crc:
+            raise ResvitError(f"{file.path} in {self.path} is damaged: it is not what the manifest says.", FIX_DAMAGED)
 
     def _first(self) -> list[tuple[str, int]]:
         signature = [] if self.envelope is None else [(SIGNATURE, len(self.envelope))]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, manifest_from_bytes
+from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, Manifest, manifest_from_bytes
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes, sha256_file
 from resvit_engines.keys.public import PublicKey, TrustStore
@@ -21,7 +20,7 @@ class TrustedFolder:
     """An unpacked bundle whose signature and digests held. ``digest`` is the SHA-256 of its manifest."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     digest: str
     key: PublicKey
 
@@ -40,13 +39,13 @@ def read_trusted_folder(folder: Path, trust: TrustStore, *, expired_ok: bool = F
         raise ResvitError(f"{folder} is no unpacked bundle: it has no {MANIFEST}.", "Install the bundle again.")
     key = require_signature(head, _read(folder, SIGNATURE), trust, str(folder), expired_ok=expired_ok)
     manifest = manifest_from_bytes(head, folder)
-    listed = {entry["path"]: entry for entry in manifest["files"]}
-    found = set(_files(folder)) - {MANIFEST, SIGNATURE}
-    if odd := sorted(found ^ set(listed)):
+    listed = {entry.path: entry for entry in manifest.files}
+    there = set(_files(folder)) - {MANIFEST, SIGNATURE}
+    if odd := sorted(there ^ set(listed)):
         raise _changed(folder, odd[0])
     for name, entry in listed.items():
         file = folder / PurePosixPath(name)
-        if file.is_symlink() or file.stat().st_size != entry["bytes"] or sha256_file(file) != entry["sha256"]:
+        if file.is_symlink() or file.stat().st_size != entry.bytes or sha256_file(file) != entry.sha256:
             raise _changed(folder, name)
     return TrustedFolder(folder, manifest, sha256_bytes(head), key)
 

@@ -14,14 +14,14 @@ from resvit_engines.progress import reporter
 @output_options
 def facts_command(quiet: bool, as_json: bool) -> None:
     """Say what this machine is: GPU, TensorRT, JetPack, memory, disk, power mode, clocks."""
-    from resvit_engines.machine import device_facts
+    from resvit_engines.machine import this_machine
 
-    facts = device_facts().to_json()
+    machine = this_machine().to_json()
     if as_json:
-        emit_json(facts)
+        emit_json(machine)
         return
     rows = [(name.replace("_mib", " (MiB)").replace("_", " "), "unknown" if value is None else str(value))
-            for name, value in facts.items() if not quiet or value is not None]  # fmt: skip
+            for name, value in machine.items() if not quiet or value is not None]  # fmt: skip
     console().print(table("This device", ("what", "found"), rows, left=2))
 
 
@@ -55,10 +55,10 @@ def build_command(
     folder = job or bundle.with_name(f"{bundle.stem}-engine")
     result = run_job(Job(bundle, folder, rehearse), load_trust(trust), reporter(output.quiet or output.json))
     if output.json:
-        emit_json({"folder": str(folder.resolve()), **result})
+        emit_json({"folder": str(folder.resolve()), **result.to_json()})
         return
-    engine = result["engine"]
-    click.echo(f"engine: {folder / 'built' / 'engine.plan'} ({mib(engine['bytes'])}, {engine['seconds']:.1f} s)")
-    click.echo(f"bundle: {folder / result['bundle']['name']}")
+    engine = result.engine
+    click.echo(f"engine: {folder / 'built' / 'engine.plan'} ({mib(engine.bytes)}, {engine.seconds or 0.0:.1f} s)")
+    click.echo(f"bundle: {folder / result.bundle.name}")
     if rehearse:
         click.echo("This was a rehearsal: TensorRT for RTX stood in for TensorRT.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from resvit_engines.console import F, Output, console, emit_json, output_options
 
 if TYPE_CHECKING:
     from resvit_engines.install.install import Check, Installed
+    from resvit_engines.install.state import State
 
 
 def trust_option(function: F) -> F:
@@ -59,20 +59,19 @@ def verify_command(bundle: Path, trust: Path | None, quiet: bool, as_json: bool)
     """
     from resvit_engines.bundle.bundle import trusted_bundle
     from resvit_engines.bundle.fit import misfits
-    from resvit_engines.bundle.manifest import release_of
     from resvit_engines.keys.public import load_trust
-    from resvit_engines.machine import device_facts
+    from resvit_engines.machine import this_machine
 
     with trusted_bundle(bundle, load_trust(trust)) as opened:
         opened.check()
         manifest, key = opened.manifest, opened.key
-    reasons = [problem for problem, _, _ in misfits(manifest, device_facts())]
+    reasons = [problem for problem, _, _ in misfits(manifest, this_machine())]
     document = {
         "bundle": str(bundle),
-        "name": manifest.get("name"),
-        "release": release_of(manifest, bundle),
+        "name": manifest.name,
+        "release": manifest.release,
         "digest": opened.digest,
-        "files": len(manifest["files"]),
+        "files": len(manifest.files),
         "signed_by": {"name": key.name, "keyid": key.keyid, "expires": str(key.expires) if key.expires else None},
         "fits": not reasons,
         "why_not": reasons,
@@ -190,13 +189,15 @@ def status_command(root: Path | None, quiet: bool, as_json: bool) -> None:
         console().print(table(f"Installed under {folder}", columns, rows, left=6))
 
 
-def _described(state: Any) -> dict[str, Any]:
-    document = dataclasses.asdict(state)
+def _described(state: State) -> dict[str, Any]:
     running, previous = state.running, state.previous
     return {
-        **{key: document[key] for key in ("name", "current", "highest_release", "problem")},
-        "running": dataclasses.asdict(running) if running else None,
-        "previous": dataclasses.asdict(previous) if previous else None,
+        "name": state.name,
+        "current": state.current,
+        "highest_release": state.highest_release,
+        "problem": state.problem,
+        "running": running.to_json() if running else None,
+        "previous": previous.to_json() if previous else None,
     }
 
 
@@ -215,8 +216,8 @@ def _show(done: Installed, what: str, output: Output) -> None:
         return
     version, note = done.version, " (a rehearsal)" if done.version.rehearsal else ""
     click.echo(f"{done.name} {version.version}, release {version.release}, signed by {version.key}, {what}{note}.")
-    if sentence := getattr(done.golden, "sentence", ""):
-        click.echo(sentence)
+    if done.golden:
+        click.echo(done.golden.sentence)
     if done.before:
         click.echo(
             f"Before it ran {done.before.version}, release {done.before.release}: resvit-engine rollback {done.name}"

@@ -76,13 +76,13 @@ def run_command(
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
         done = outputs_into(target, runner, images, manifest, output_name, beside)
     if as_json:
-        emit_json(done)
+        emit_json(done.to_json())
     elif quiet:
         click.echo(str(target))
     else:
-        if done["why"]:
-            click.echo(f"Not by the engine: {done['why']}.")
-        click.echo(f"{done['images']} images by {done['label']}: {done['output']} {done['shape']} in {target}")
+        if done.why:
+            click.echo(f"Not by the engine: {done.why}.")
+        click.echo(f"{done.images} images by {done.label}: {done.output} {list(done.shape)} in {target}")
 
 
 @click.command(

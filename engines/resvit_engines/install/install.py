@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from resvit_engines.bundle.bundle import TrustedBundle, trusted_bundle
 from resvit_engines.bundle.fit import require_fit
-from resvit_engines.bundle.manifest import release_of
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.unpacked import TrustedFolder, read_trusted_folder
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors
@@ -32,10 +31,24 @@ from resvit_engines.install.state import (
     write_state,
 )
 from resvit_engines.keys.public import TrustStore
-from resvit_engines.machine import DeviceFacts, device_facts
+from resvit_engines.machine import Machine, this_machine
 from resvit_engines.progress import SILENT, Reporter
 
-Check = Callable[[Path, Mapping[str, Any]], object]
+
+class GoldenResult(Protocol):
+    """What a check of golden outputs tells, such as ``run.golden.GoldenReport``."""
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
+
+
+Check = Callable[[Path, Manifest], "GoldenResult | None"]
 """Runs the golden inputs of an unpacked bundle; raises MISMATCH where the outputs are not those of the manifest."""
 
 
@@ -48,18 +61,17 @@ class Installed:
     version: Version
     before: Version | None
     removed: tuple[str, ...]
-    golden: object
+    golden: GoldenResult | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        golden = self.golden.to_json() if hasattr(self.golden, "to_json") else None
         return {
             "name": self.name,
             "folder": str(self.folder),
-            "version": dataclasses.asdict(self.version),
-            "before": dataclasses.asdict(self.before) if self.before else None,
+            "version": self.version.to_json(),
+            "before": self.before.to_json() if self.before else None,
             "removed": list(self.removed),
-            "golden": golden,
+            "golden": self.golden.to_json() if self.golden else None,
         }
 
 
@@ -69,7 +81,7 @@ def install_bundle(
     trust: TrustStore,
     *,
     check: Check,
-    facts: DeviceFacts | None = None,
+    machine: Machine | None = None,
     allow_downgrade: bool = False,
     expect: str | None = None,
     rehearse: bool = False,
@@ -77,7 +89,7 @@ def install_bundle(
 ) -> Installed:
     """Install a bundle under ``root`` and switch to it, after it has passed everything.
 
-    ``check`` runs the golden inputs in the unpacked folder; ``facts`` are those of this machine unless given.
+    ``check`` runs the golden inputs in the unpacked folder; ``machine`` is this one unless given.
     ``expect`` is the one name that is wanted; ``rehearse`` is as in ``fit.require_fit``. Versions before the last
     three are removed.
 
@@ -85,13 +97,13 @@ def install_bundle(
         ResvitError: UNTRUSTED, MISMATCH, IMPOSSIBLE, INPUT or SYSTEM; the version that ran before still does.
     """
     with trusted_bundle(path, trust) as bundle:
-        name = bundle.manifest.get("name")
+        name = bundle.manifest.name
         folder = model_folder(root, name)
         if expect is not None and name != expect:
             raise ResvitError(
                 f"{path.name} holds the model {name}, and {expect} was expected.", "Give the bundle of that model."
             )
-        require_fit(bundle.manifest, facts or device_facts(disk=_nearest(root)), rehearse=rehearse)
+        require_fit(bundle.manifest, machine or this_machine(disk=_nearest(root)), rehearse=rehearse)
         with locked(folder, lambda: reporter.warn(f"Waiting for another installation of {name} to end.")):
             clean(folder)
             state = read_state(folder)
@@ -125,10 +137,10 @@ def rollback(root: Path, name: str, trust: TrustStore, *, check: Check, reporter
             raise ResvitError(
                 f"{name} has no earlier version to return to.", "resvit-engine status lists what is there."
             )
-        found = read_trusted_folder(folder / "versions" / previous.version, trust, expired_ok=True)
-        golden = check(found.folder, found.manifest)
+        earlier = read_trusted_folder(folder / "versions" / previous.version, trust, expired_ok=True)
+        golden = check(earlier.folder, earlier.manifest)
         switch_current(folder, previous.version)
-    return Installed(name, found.folder, previous, state.running, (), golden)
+    return Installed(name, earlier.folder, previous, state.running, (), golden)
 
 
 def status(root: Path) -> list[State]:
@@ -157,7 +169,7 @@ def installed_version(root: Path, name: str, trust: TrustStore) -> TrustedFolder
 
 def _unpacked(
     bundle: TrustedBundle, folder: Path, trust: TrustStore, check: Check, reporter: Reporter
-) -> tuple[str, object]:
+) -> tuple[str, GoldenResult | None]:
     """Bring the bundle to its place among the versions, checked and on the disk; returns its name there."""
     version = bundle.digest[:12]
     place = folder / "versions" / version
@@ -170,7 +182,7 @@ def _unpacked(
         version = next(name for n in range(1, 10_000) if not (place.with_name(name := f"{version}.{n}")).exists())
         place = place.with_name(version)
     with scratch_version(folder) as scratch:
-        reporter.say(f"Unpacking {len(bundle.manifest['files'])} files")
+        reporter.say(f"Unpacking {len(bundle.manifest.files)} files")
         bundle.extract(scratch)
         reporter.say("Running the golden inputs")
         golden = check(scratch, bundle.manifest)
@@ -190,7 +202,7 @@ def _is_whole(place: Path, digest: str, trust: TrustStore) -> bool:
 
 
 def _require_newer(bundle: TrustedBundle, state: State, allow_downgrade: bool) -> None:
-    release = release_of(bundle.manifest, "The bundle")
+    release = bundle.manifest.release
     if release < state.highest_release and not allow_downgrade:
         raise ResvitError(
             f"This is release {release} of {state.name}, and release {state.highest_release} has been installed here.",
@@ -200,7 +212,7 @@ def _require_newer(bundle: TrustedBundle, state: State, allow_downgrade: bool) -
 
 
 def _recorded(bundle: TrustedBundle, state: State, version: str, rehearsal: bool) -> State:
-    release = release_of(bundle.manifest, "The bundle")
+    release = bundle.manifest.release
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     entry = Version(version, release, bundle.digest, bundle.key.name, bundle.key.keyid, now, rehearsal)
     before = state.history[:-1] if state.running and state.current == version else state.history

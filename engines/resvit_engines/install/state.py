@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -24,9 +23,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import explain_os_errors, pretty_json, write_atomic
+from resvit_engines.records import Record, record_from_file
 
 ROOT_VARIABLE = "RESVIT_ROOT"
 KEEP = 3
@@ -51,6 +52,26 @@ class Version:
     keyid: str
     installed: str
     rehearsal: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Record) -> Version:
+        """What :meth:`to_json` wrote."""
+        version = record.text("version")
+        if not _VERSION.fullmatch(version):
+            raise record.refusal("version", "the name of a version")
+        return cls(
+            version,
+            record.whole("release"),
+            record.sha256("digest"),
+            record.text("key"),
+            record.text("keyid"),
+            record.text("installed"),
+            record.optional("rehearsal", record.flag) or False,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,15 +132,14 @@ def read_state(folder: Path) -> State:
     if not path.exists():
         return State(folder.name, current, (), -1)
     try:
-        document = json.loads(path.read_text())
-        history = tuple(Version(**entry) for entry in document["history"])
-        highest = max([int(document["highest_release"]), *(entry.release for entry in history)])
-        if document["name"] != folder.name:
-            raise ValueError(f"it is of {document['name']!r}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ResvitError(
-            f"{path} does not read: {error}.", f"Look at {folder}; to begin anew, move it away and install again."
-        ) from error
+        record = record_from_file(path)
+        history = tuple(map(Version.from_json, record.records("history")))
+        highest = max([record.whole("highest_release"), *(entry.release for entry in history)])
+        if record.text("name") != folder.name:
+            raise record.refusal("name", folder.name)
+    except ResvitError as error:
+        fix = f"Look at {folder}; to begin anew, move it away and install again."
+        raise ResvitError(error.problem, fix) from error
     while history and history[-1].version != current:
         history = history[:-1]
     history = tuple(entry for entry in history if (folder / "versions" / entry.version).is_dir())
@@ -132,7 +152,7 @@ def write_state(folder: Path, state: State) -> None:
         "format": 1,
         "name": state.name,
         "highest_release": state.highest_release,
-        "history": [dataclasses.asdict(entry) for entry in state.history[-_HISTORY:]],
+        "history": [entry.to_json() for entry in state.history[-_HISTORY:]],
     }
     write_atomic(folder / _STATE, pretty_json(document))
     sync_folder(folder)

@@ -57,8 +57,8 @@ def load_signing_key(source: str | None = None) -> SigningKey | None:
     return _key_from_file(Path(source).expanduser())
 
 
-def make_key_pair(private: Path, public: Path, facts: Callable[[bytes], PublicKey]) -> PublicKey:
-    """Make an Ed25519 key: ``private`` (PKCS#8 PEM, mode 0600) and ``public``; ``facts`` names the raw public key.
+def make_key_pair(private: Path, public: Path, public_key: Callable[[bytes], PublicKey]) -> PublicKey:
+    """Make an Ed25519 key: ``private`` (PKCS#8 PEM, mode 0600) and ``public``; ``public_key`` names the raw public key.
 
     Raises:
         ResvitError: INPUT where one of the files exists: a key is never overwritten.
@@ -70,7 +70,7 @@ def make_key_pair(private: Path, public: Path, facts: Callable[[bytes], PublicKe
     pem = secret.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    key = facts(_raw(secret))
+    key = public_key(_raw(secret))
     _write_secret(private, pem)
     write_atomic(public, key.to_text().encode())
     return key

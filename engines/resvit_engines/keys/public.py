@@ -1,6 +1,6 @@
 """Public keys, and the folder of those that a device trusts.
 
-A key file is PEM with lines of facts before it::
+A key file is PEM with lines of headers before it::
 
     Name: release
     Created: 2026-11-25
@@ -63,16 +63,16 @@ class PublicKey:
         """The content of its file."""
         key = Ed25519PublicKey.from_public_bytes(self.raw)
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-        facts = [("Name", " ".join(self.name.split())), ("Created", self.created), ("Expires", self.expires)]
-        facts += [("Revoked", "yes")] if self.revoked else []
-        return "".join(f"{title}: {value}\n" for title, value in facts if value is not None) + pem
+        headers = [("Name", " ".join(self.name.split())), ("Created", self.created), ("Expires", self.expires)]
+        headers += [("Revoked", "yes")] if self.revoked else []
+        return "".join(f"{title}: {value}\n" for title, value in headers if value is not None) + pem
 
 
 def read_public_key(path: Path) -> PublicKey:
-    """Read a key file: PEM with or without facts, or OpenSSH's ``ssh-ed25519 …``.
+    """Read a key file: PEM with or without headers, or OpenSSH's ``ssh-ed25519 …``.
 
     Raises:
-        ResvitError: INPUT where it is none, holds a private key, is of another kind than Ed25519 or has facts that
+        ResvitError: INPUT where it is none, holds a private key, is of another kind than Ed25519 or has headers that
             are not understood: a misspelt ``Expires`` must not become a key for ever.
     """
     text = _text(path)
@@ -103,13 +103,13 @@ def public_key_from_text(text: str, path: Path) -> PublicKey:
         raise ResvitError(
             f"{path} is not an Ed25519 public key.", "Give a .pub file of resvit-export keygen or of ssh-keygen."
         ) from error
-    facts = _facts(lines, path)
+    headers = _headers(lines, path)
     return PublicKey(
         key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw),
-        facts.get("name") or comment or path.stem,
-        _date(facts.get("created"), path),
-        _date(facts.get("expires"), path),
-        facts.get("revoked", "no") != "no",
+        headers.get("name") or comment or path.stem,
+        _date(headers.get("created"), path),
+        _date(headers.get("expires"), path),
+        headers.get("revoked", "no") != "no",
     )
 
 
@@ -207,8 +207,8 @@ def _require_unexpired(key: PublicKey, what: str, now: datetime) -> None:
         )
 
 
-def _facts(lines: Iterable[str], path: Path) -> dict[str, str]:
-    facts: dict[str, str] = {}
+def _headers(lines: Iterable[str], path: Path) -> dict[str, str]:
+    headers: dict[str, str] = {}
     for line in lines:
         title, colon, value = line.partition(":")
         if not line.strip() or line.startswith("#"):
@@ -218,8 +218,8 @@ def _facts(lines: Iterable[str], path: Path) -> dict[str, str]:
                 f"{path} has a line that is not understood: {line.strip()[:70]!r}.",
                 f"Before the key stand lines of {', '.join(fact.title() for fact in _FACTS)}, each with a colon.",
             )
-        facts[title.strip().lower()] = value.strip()
-    return facts
+        headers[title.strip().lower()] = value.strip()
+    return headers
 
 
 def _date(text: str | None, path: Path) -> date | None:

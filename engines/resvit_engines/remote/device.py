@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,10 @@ from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes, sha256_file, write_atomic
-from resvit_engines.machine import DeviceFacts, facts_from_json
+from resvit_engines.machine import Machine
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.records import record_from_bytes
+from resvit_engines.remote.job_result import JobResult, result_from_json
 from resvit_engines.remote.progress_events import replay
 from resvit_engines.remote.ssh import Connection, quoted
 from resvit_engines.remote.ssh_files import download, upload
@@ -56,7 +57,7 @@ class Device:
         self.reporter = reporter
         self._wheel: tuple[str, str] | None = None
 
-    def facts(self) -> DeviceFacts:
+    def machine(self) -> Machine:
         """Ask what the device is; before anything is installed there, from the wheel that is copied for it.
 
         Raises ``ResvitError`` MISSING without Python, IMPOSSIBLE where it is older than 3.10.
@@ -70,19 +71,20 @@ class Device:
                 ExitCode.MISSING,
             )  # fmt: skip
         try:
-            found = facts_from_json(json.loads(answer.stdout.splitlines()[-1]))
-        except (ValueError, IndexError, TypeError) as error:
+            last = answer.stdout.splitlines()[-1]
+            machine = Machine.from_json(record_from_bytes(last.encode(), f"the answer of {self.connection.address}"))
+        except (ResvitError, IndexError) as error:
             raise self._failed("could not be asked what it is", answer.stderr) from error
-        if version_of(found.python) < (3, 10):
-            jetpack = f" (JetPack {found.jetpack})" if found.jetpack else ""
+        if version_of(machine.python) < (3, 10):
+            jetpack = f" (JetPack {machine.jetpack})" if machine.jetpack else ""
             raise ResvitError(
-                f"{self.connection.address} has Python {found.python}{jetpack}, and 3.10 or newer is needed.",
+                f"{self.connection.address} has Python {machine.python}{jetpack}, and 3.10 or newer is needed.",
                 "Flash it with JetPack 6.1 or newer, or install a newer Python as python3.",
                 ExitCode.IMPOSSIBLE,
             )
-        return found
+        return machine
 
-    def prepare(self, facts: DeviceFacts, wheels: Path | None = None) -> bool:
+    def prepare(self, machine: Machine, wheels: Path | None = None) -> bool:
         """Install the slim wheel and what it needs there, in a virtual environment; False where it was installed.
 
         ``wheels`` is a folder on this machine that is used instead of any network. Otherwise the device's own pip is
@@ -91,7 +93,7 @@ class Device:
         Raises ``ResvitError`` MISSING with the command that mends it.
         """
         wheel, digest = self._copied_wheel()
-        mark = sha256_bytes(f"{digest} {requirements_for(facts)}".encode())
+        mark = sha256_bytes(f"{digest} {requirements_for(machine)}".encode())
         if self._run(f"cat {_INSTALLED}").stdout.strip() == mark:
             return False
         self.reporter.say(f"Installing the device's side on {self.connection.address}")
@@ -105,14 +107,14 @@ class Device:
                     ExitCode.MISSING,
                 )
             raise self._failed("could not make a virtual environment", made.stderr)
-        if wheels is not None or not self._pip(("--timeout", "15", "--retries", "1", *requirements_for(facts))):
-            self._install_offline(facts, wheels)
+        if wheels is not None or not self._pip(("--timeout", "15", "--retries", "1", *requirements_for(machine))):
+            self._install_offline(machine, wheels)
         if not self._pip(("--no-index", "--no-deps", "--force-reinstall", wheel)):
             raise self._failed("could not install the wheel", self._pip_said)
         self._run(f"echo {mark} > {_INSTALLED}")
         return True
 
-    def run(self, job: RemoteJob) -> dict[str, Any]:
+    def run(self, job: RemoteJob) -> JobResult:
         """Copy what the job needs, start it unless it runs, show its progress, and return its result.
 
         Raises:
@@ -165,18 +167,18 @@ class Device:
         self._pip_said = answer.stderr
         return bool(answer.code == 0)
 
-    def _install_offline(self, facts: DeviceFacts, wheels: Path | None) -> None:
+    def _install_offline(self, machine: Machine, wheels: Path | None) -> None:
         with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
             if wheels is None:
                 self.reporter.say("The device's pip finds no network: downloading its wheels here")
                 wheels = Path(scratch)
-                download_wheels(facts, wheels)
+                download_wheels(machine, wheels)
             elif not wheels.is_dir():
                 raise ResvitError(f"There is no folder {wheels}.", f"Let {WHEELS_VARIABLE} name a folder of wheels.")
             files = sorted(wheels.glob("*.whl"))
             for file in self.reporter.track(files, "copy wheels", len(files)):
                 upload(self.connection, file, f"{ROOT}/wheels/{file.name}")
-        if not self._pip(("--no-index", "--find-links", f"{ROOT}/wheels", *requirements_for(facts))):
+        if not self._pip(("--no-index", "--find-links", f"{ROOT}/wheels", *requirements_for(machine))):
             raise self._failed("could not install the wheels that were copied", self._pip_said)
 
     def _copy_images(self, job: RemoteJob, folder: str) -> None:
@@ -185,11 +187,11 @@ class Device:
             path = piece()
             upload(self.connection, path, f"{folder}/{path.name}")
             kept.add(path.name)
-        here = self._run(f"cd {folder} && ls images-*.npy").stdout.split()
-        if stale := [f"{folder}/{name}" for name in here if name not in kept]:
+        copied = self._run(f"cd {folder} && ls images-*.npy").stdout.split()
+        if stale := [f"{folder}/{name}" for name in copied if name not in kept]:
             self._run(f"rm -f {quoted(*stale)}")
 
-    def _follow(self, folder: str) -> dict[str, Any]:
+    def _follow(self, folder: str) -> JobResult:
         replay(self._lines(folder), self.reporter)
         answer = self._run(f"cat {folder}/result.json")
         if answer.code != 0:
@@ -202,14 +204,9 @@ class Device:
                 "close other programs or give a smaller --workspace-mib.",
                 ExitCode.BUILD,
             )
-        document = json.loads(answer.stdout)
-        if "error" in document:
-            error = document["error"]
-            raise ResvitError(
-                f"On {self.connection.address}: {error['problem']}", error["fix"], ExitCode(error["exit_code"])
-            )
-        result: dict[str, Any] = document["result"]
-        return result
+        address = str(self.connection.address)
+        record = record_from_bytes(answer.stdout.encode(), f"the result of the job on {address}")
+        return result_from_json(record, address)
 
     def _lines(self, folder: str) -> Iterator[str]:
         """The lines of the job's progress as they come, until it has ended and all were read."""

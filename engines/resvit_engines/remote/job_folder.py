@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import explain_os_errors, pretty_json, write_atomic
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record, record_from_file
+from resvit_engines.remote.job_result import JobResult, document_of
 from resvit_engines.remote.progress_events import EventLog
 
 STATE, PROGRESS, RESULT, LOCK = "state.json", "progress.log", "result.json", ".lock"
 _TRIES = 20
+
+
+class Written(Protocol):
+    """The result of a phase, which can be written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
+
+
+T = TypeVar("T", bound=Written)
 
 
 class JobFolder:
@@ -47,13 +59,15 @@ class JobFolder:
             try:
                 yield events
             except ResvitError as error:
-                self._fail(error.problem, error.fix, error.code)
+                self._fail(error)
                 raise
             except KeyboardInterrupt:
-                self._fail("The job was interrupted.", "The same command continues it.", ExitCode.INTERRUPTED)
+                fix = "The same command continues it."
+                self._fail(ResvitError("The job was interrupted.", fix, ExitCode.INTERRUPTED))
                 raise
             except Exception as error:
-                self._fail(f"Unexpected {type(error).__name__}: {error}", "This is a bug; report it.", ExitCode.BUG)
+                problem = f"Unexpected {type(error).__name__}: {error}"
+                self._fail(ResvitError(problem, "This is a bug; report it.", ExitCode.BUG))
                 raise
             finally:
                 events.close()
@@ -76,22 +90,22 @@ class JobFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             write_atomic(known, key.encode())
 
-    def phase(self, name: str, work: Callable[[], dict[str, Any]], *, always: bool = False) -> dict[str, Any]:
-        """The result of a phase: as it was written when it finished, or by doing it now."""
+    def phase(self, name: str, do: Callable[[], T], read: Callable[[Record], T]) -> T:
+        """The result of a phase: as ``read`` makes it of what was written when it finished, or by doing it now."""
         done = self.path / "phases" / f"{name}.json"
-        if not always and done.exists():
-            known: dict[str, Any] = json.loads(done.read_bytes())
-            return known
+        return read(record_from_file(done)) if done.exists() else self.repeated_phase(name, do)
+
+    def repeated_phase(self, name: str, do: Callable[[], T]) -> T:
+        """The result of a phase that is done whether it was done before or not."""
         write_atomic(self.path / STATE, pretty_json({"phase": name, "pid": os.getpid()}))
-        result = work()
-        write_atomic(done, pretty_json(result))
+        result = do()
+        write_atomic(self.path / "phases" / f"{name}.json", pretty_json(result.to_json()))
         return result
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: JobResult) -> None:
         """Write the result: the job is done."""
-        write_atomic(self.path / RESULT, pretty_json({"result": dict(result)}))
+        write_atomic(self.path / RESULT, pretty_json(document_of(result)))
 
-    def _fail(self, problem: str, fix: str, code: ExitCode) -> None:
-        document = {"error": {"problem": problem, "fix": fix, "exit_code": int(code)}}
+    def _fail(self, error: ResvitError) -> None:
         with contextlib.suppress(ResvitError, OSError):
-            write_atomic(self.path / RESULT, pretty_json(document))
+            write_atomic(self.path / RESULT, pretty_json(document_of(error)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.plugins.library import SOURCE_FOLDER, source_files
 from resvit_engines.version import own_version
 
@@ -48,7 +48,7 @@ def write_device_wheel(folder: Path) -> Path:
     content[f"{info}/WHEEL"] = (
         b"Wheel-Version: 1.0\nGenerator: resvit-export\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
-    content[f"{info}/entry_points.txt"] = b"[console_scripts]\nresvit-engine = resvit_engines.cli:main\n"
+    content[f"{info}/entry_points.txt"] = b"[console_scripts]\nresvit-engine = resvit_engines.cli.main:main\n"
     rows = [f"{name},sha256={_record_digest(data)},{len(data)}" for name, data in content.items()]
     content[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
     path = folder / f"{stem}-py3-none-any.whl"
@@ -61,9 +61,9 @@ def write_device_wheel(folder: Path) -> Path:
     return path
 
 
-def requirements_for(facts: DeviceFacts) -> tuple[str, ...]:
-    """What is installed beside the wheel on the device that ``facts`` describe."""
-    return REQUIREMENTS if facts.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
+def requirements_for(machine: Machine) -> tuple[str, ...]:
+    """What is installed beside the wheel on this machine."""
+    return REQUIREMENTS if machine.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
 
 
 def pip_platforms(arch: str, libc: str | None) -> tuple[str, ...]:

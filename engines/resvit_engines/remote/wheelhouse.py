@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.remote.wheel import pip_platforms, requirements_for
 from resvit_engines.targets.table import version_of
 
@@ -21,27 +21,27 @@ WHEELS_VARIABLE = "RESVIT_DEVICE_WHEELS"
 """Names a folder on this machine with the wheels that a device without a network needs."""
 
 
-def download_wheels(facts: DeviceFacts, folder: Path) -> None:
-    """Fill ``folder`` with everything that the device that ``facts`` describe needs.
+def download_wheels(machine: Machine, folder: Path) -> None:
+    """Fill ``folder`` with everything that ``machine`` needs.
 
     pip judges conditions such as ``python_version < '3.11'`` by the Python that runs it, also when it downloads for
     another; so they are judged here, until nothing is missing.
 
     Raises ``ResvitError`` MISSING where pip cannot download.
     """
-    environment = device_environment(facts)
-    wanted = needed(requirements_for(facts), environment)
+    environment = device_environment(machine)
+    wanted = needed(requirements_for(machine), environment)
     while wanted:
-        _download(wanted, facts, folder)
+        _download(wanted, machine, folder)
         wanted = missing_requirements(folder, environment)
 
 
-def device_environment(facts: DeviceFacts) -> dict[str, str]:
+def device_environment(machine: Machine) -> dict[str, str]:
     """What the markers of requirements (PEP 508) ask about, as it is on the device."""
     return {
-        "python_version": ".".join(str(part) for part in version_of(facts.python)[:2]),
-        "python_full_version": facts.python,
-        "platform_machine": facts.arch,
+        "python_version": ".".join(str(part) for part in version_of(machine.python)[:2]),
+        "python_full_version": machine.python,
+        "platform_machine": machine.arch,
         "platform_system": "Linux",
         "sys_platform": "linux",
         "os_name": "posix",
@@ -73,9 +73,9 @@ def missing_requirements(folder: Path, environment: Mapping[str, str]) -> list[s
     return sorted({text for text in wanted if canonicalize_name(Requirement(text).name) not in here})
 
 
-def _download(requirements: Sequence[str], facts: DeviceFacts, folder: Path) -> None:
-    version = "".join(str(part) for part in version_of(facts.python)[:2])
-    platforms = [part for tag in pip_platforms(facts.arch, facts.libc) for part in ("--platform", tag)]
+def _download(requirements: Sequence[str], machine: Machine, folder: Path) -> None:
+    version = "".join(str(part) for part in version_of(machine.python)[:2])
+    platforms = [part for tag in pip_platforms(machine.arch, machine.libc) for part in ("--platform", tag)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"),
@@ -87,7 +87,7 @@ def _download(requirements: Sequence[str], facts: DeviceFacts, folder: Path) -> 
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        names = ", ".join(requirements_for(facts))
+        names = ", ".join(requirements_for(machine))
         raise ResvitError(
             f"Neither the device nor this machine could download what the device needs ({last}).",
             f"Download the wheels of {names} elsewhere and name their folder in {WHEELS_VARIABLE}.",

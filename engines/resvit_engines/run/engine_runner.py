@@ -9,34 +9,37 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from resvit_engines.builder.engine_report import EngineReport, LibraryRecord
+from resvit_engines.builder.settings import TITLES
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes
 from resvit_engines.run.cuda import Cuda, load_cuda
 from resvit_engines.run.engine_lane import EngineLane, open_lane
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
+from resvit_engines.targets.table import Builder
 from resvit_engines.trt.api import Log, load_tensorrt, logger_into, said_by
 from resvit_engines.trt.engine import engine_from_bytes, refit_from_onnx
 from resvit_engines.trt.plugin_library import load_plugin_library
 from resvit_engines.trt.running import EngineTensors, TensorSpec, tensors_of_engine
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+MODULES = {Builder.TENSORRT: "tensorrt", Builder.RTX: "tensorrt_rtx_bindings"}
+"""By what built an engine, the Python module that runs it."""
 
 
 class EngineRunner:
     """A deserialised engine. For one thread at a time; closing it gives the GPU's memory back."""
 
-    def __init__(self, runtime: str, trt: Any, cuda: Cuda, engine: Any, log: Log, facts: Mapping[str, Any]) -> None:
-        self.runtime = runtime
+    def __init__(self, report: EngineReport, trt: Any, cuda: Cuda, engine: Any, log: Log, free_before: int) -> None:
+        self.runtime = report.builder.value
         self.why = ""
         self.tensors: EngineTensors = tensors_of_engine(trt, engine)
-        self.label = f"{TITLES[runtime]} {trt.__version__}"
-        if facts.get("rehearsal"):
+        self.label = f"{TITLES[report.builder]} {trt.__version__}"
+        if report.rehearsal:
             self.label += ", a rehearsal"
+        self.device_mib: float | None = None
+        """By how many MiB the GPU's free memory had shrunk with the first lane; None before it has run."""
         self._cuda, self._engine, self._log = cuda, engine, log
-        self._facts = facts
-        self._free_before: int = facts["free_before"]
-        self._device_mib: float | None = None
+        self._free_before = free_before
         self._owned = contextlib.ExitStack()
         self._lane: EngineLane | None = None
 
@@ -54,21 +57,6 @@ class EngineRunner:
     def batch(self) -> tuple[int, int]:
         """The smallest and largest batch that run in one piece."""
         return self.tensors.batch
-
-    @property
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON values. ``device_mib`` is by how many MiB the GPU's free memory had shrunk with the first lane."""
-        return {
-            "runtime": self.runtime,
-            "label": self.label,
-            "why": self.why,
-            "engine_bytes": self._facts["bytes"],
-            "engine_sha256": self._facts["sha256"],
-            "device_mib": self._device_mib,
-            "inputs": [spec.to_json() for spec in self.inputs],
-            "outputs": [spec.to_json() for spec in self.outputs],
-            "batch": list(self.batch),
-        }
 
     def __call__(self, arrays: Mapping[str, Array]) -> Arrays:
         """Run any number of images; more than the largest batch run in pieces.
@@ -126,15 +114,15 @@ class EngineRunner:
         return self._lane.results()
 
     def _note_memory(self) -> None:
-        if self._device_mib is None:
-            self._device_mib = round(max(self._free_before - self._cuda.memory().free, 0) / (1 << 20), 1)
+        if self.device_mib is None:
+            self.device_mib = round(max(self._free_before - self._cuda.memory().free, 0) / (1 << 20), 1)
 
 
-def open_engine(runtime: str, engine: Path, sha256: str, facts: Mapping[str, Any], onnx: Path) -> EngineRunner:
+def open_engine(engine: Path, sha256: str, report: EngineReport, onnx: Path) -> EngineRunner:
     """Deserialise an engine, if it is the file whose digest is ``sha256``, and make a runner of it.
 
     Reading an engine runs code from it, so the digest must come from a manifest whose signature was verified, or be
-    of an engine that was built here. ``facts`` is its record (``engine.json``); ``onnx`` gives the weights where the
+    of an engine that was built here. ``report`` is its record (``engine.json``); ``onnx`` gives the weights where the
     engine was built without. A plugin library that the record names lies beside the engine, and is held to its digest.
 
     Raises:
@@ -154,23 +142,22 @@ def open_engine(runtime: str, engine: Path, sha256: str, facts: Mapping[str, Any
         )
     cuda = load_cuda()
     free_before = cuda.memory().free
-    trt = load_tensorrt(MODULES[runtime])
+    trt = load_tensorrt(MODULES[report.builder])
     log = Log()
     logger = logger_into(trt, log)
-    host_code = bool(facts.get("version_compatible"))
-    if facts.get("plugin_library"):
-        load_plugin_library(trt, _library_beside(engine, facts["plugin_library"]))
+    host_code = report.version_compatible
+    if report.plugin_library:
+        load_plugin_library(trt, _library_beside(engine, report.plugin_library))
     loaded = engine_from_bytes(trt, logger, log, content, host_code=host_code)
-    if facts.get("strip_weights"):
+    if report.strip_weights:
         whole = refit_from_onnx(trt, loaded, logger, log, onnx)
         loaded = engine_from_bytes(trt, logger, log, whole, host_code=host_code)
-    known = {**facts, "free_before": free_before, "bytes": len(content), "sha256": sha256}
-    return EngineRunner(runtime, trt, cuda, loaded, log, known)
+    return EngineRunner(report, trt, cuda, loaded, log, free_before)
 
 
-def _library_beside(engine: Path, record: Mapping[str, Any]) -> bytes:
+def _library_beside(engine: Path, library: LibraryRecord) -> bytes:
     """The plugin library that an engine needs: like the engine, code that runs here, so only with its digest."""
-    path = engine.with_name(Path(str(record["name"])).name)
+    path = engine.with_name(library.name)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -179,7 +166,7 @@ def _library_beside(engine: Path, record: Mapping[str, Any]) -> bytes:
             "Install the bundle again, or build the engine again on this device.",
             ExitCode.MISSING,
         ) from error
-    if sha256_bytes(content) != record["sha256"]:
+    if sha256_bytes(content) != library.sha256:
         raise ResvitError(
             f"{path.name} is not the plugin library that the engine was built with: it is not loaded.",
             "Install the bundle again, from a copy whose signature holds.",

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.records import Record
 from resvit_engines.rows import paired_rows
 from resvit_engines.run.feeds import Array
 from resvit_engines.run.golden_files import (
@@ -57,6 +59,19 @@ class GoldenReport:
             "why": self.why,
         }
 
+    @classmethod
+    def from_json(cls, record: Record) -> GoldenReport:
+        """What :meth:`to_json` wrote; ``ResvitError`` INPUT, naming the key, where it is malformed."""
+        return cls(
+            record.whole("images", 1),
+            record.number("max_abs", 0),
+            record.optional("sqnr_db", record.number),
+            record.optional("agreement", lambda key: record.number(key, 0, 1)),
+            record.number("tolerance_db"),
+            record.text("label"),
+            record.text("why"),
+        )
+
     @property
     def sentence(self) -> str:
         """The result in words."""
@@ -65,7 +80,7 @@ class GoldenReport:
         return f"{self.images} golden images: {near}{answers} ({self.label})"
 
 
-def golden_check(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto") -> GoldenReport:
+def golden_check(folder: Path, manifest: Manifest, runtime: str = "auto") -> GoldenReport:
     """Run the golden images of an unpacked, verified bundle and compare with the outputs that were validated.
 
     The validated outputs are ONNX Runtime's of the same Q/DQ graph. An engine rounds its FP16 sums differently, and
@@ -78,17 +93,18 @@ def golden_check(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto
         ResvitError: MISMATCH where the outputs differ by more; INPUT for golden files that are missing or do not
             fit; whatever ``open_runner`` raises.
     """
-    images, expected = golden_arrays(folder, manifest)
-    others = other_golden_outputs(folder, manifest, len(images))
+    images, expected = golden_arrays(folder, manifest.golden)
+    others = other_golden_outputs(folder, manifest.golden, len(images))
     with open_runner(folder, manifest, runtime) as runner:
-        return check_runner(runner, images, expected, manifest, others, golden_inputs(folder, manifest, len(images)))
+        beside = golden_inputs(folder, manifest.golden, len(images))
+        return check_runner(runner, images, expected, manifest, others, beside)
 
 
 def check_runner(
     runner: Runner,
     images: Array,
     expected: Array,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     others: Mapping[str, Array] | None = None,
     beside: Mapping[str, Array] | None = None,
 ) -> GoldenReport:
@@ -102,8 +118,7 @@ def check_runner(
         ResvitError: MISMATCH as ``golden_check``.
     """
     outputs = runner({input_name(runner, manifest): images, **(beside or {})})
-    golden = manifest.get("golden")
-    if isinstance(golden, Mapping) and golden.get("sets"):
+    if manifest.golden and manifest.golden.sets:
         outputs = paired_rows({output_of(outputs): expected, **(others or {})}, outputs)
     reports = [_compared(runner, images, outputs[output_of(outputs)], expected)]
     for name, array in (others or {}).items():
@@ -113,16 +128,16 @@ def check_runner(
     return min(reports, key=lambda report: math.inf if report.sqnr_db is None else report.sqnr_db)
 
 
-def _compared(runner: Runner, images: Array, found: Array, expected: Array, which: str = "") -> GoldenReport:
+def _compared(runner: Runner, images: Array, output: Array, expected: Array, which: str = "") -> GoldenReport:
     """Compare one output with what was validated."""
-    if found.shape != expected.shape:
+    if output.shape != expected.shape:
         raise _mismatch(
-            f"{which}the output is {list(found.shape)} and that which was validated {list(expected.shape)}",
+            f"{which}the output is {list(output.shape)} and that which was validated {list(expected.shape)}",
             runner.label,
         )
-    if not np.isfinite(found).all():
-        raise _mismatch(f"{which}{int((~np.isfinite(found)).sum())} of its outputs are NaN or infinite", runner.label)
-    wide, true = found.astype(np.float64), expected.astype(np.float64)
+    if not np.isfinite(output).all():
+        raise _mismatch(f"{which}{int((~np.isfinite(output)).sum())} of its outputs are NaN or infinite", runner.label)
+    wide, true = output.astype(np.float64), expected.astype(np.float64)
     noise = float(np.linalg.norm(wide - true))
     sqnr = sqnr_db(true, wide)
     answers = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.trt.running import TensorSpec
@@ -20,12 +22,11 @@ class _Runner(Protocol):
     def __call__(self, arrays: Mapping[str, Array]) -> Arrays: ...
 
 
-def input_name(runner: _Runner, manifest: Mapping[str, Any]) -> str:
+def input_name(runner: _Runner, manifest: Manifest | None) -> str:
     """The input that images go to: the one that the manifest names, or the only or first one."""
-    declared = manifest.get("input")
     names = [spec.name for spec in runner.inputs]
-    name = declared.get("name") if isinstance(declared, Mapping) else None
-    return name if name in names else names[0]
+    declared = manifest.input if manifest else None
+    return declared.name if declared and declared.name in names else names[0]
 
 
 def output_of(outputs: Arrays) -> str:
@@ -34,7 +35,7 @@ def output_of(outputs: Arrays) -> str:
 
 
 def golden_output(
-    runner: _Runner, images: Array, manifest: Mapping[str, Any], beside: Mapping[str, Array] | None = None
+    runner: _Runner, images: Array, manifest: Manifest | None, beside: Mapping[str, Array] | None = None
 ) -> Array:
     """What ``runner`` makes of the golden images and of what is read ``beside`` them."""
     outputs = runner({input_name(runner, manifest): images, **(beside or {})})
@@ -50,15 +51,14 @@ def sqnr_db(reference: Array, other: Array) -> float | None:
     return 20.0 * float(np.log10(max(signal, 1e-300) / noise))
 
 
-def golden_arrays(folder: Path, manifest: Mapping[str, Any]) -> tuple[Array, Array]:
+def golden_arrays(folder: Path, golden: GoldenFiles | None) -> tuple[Array, Array]:
     """The golden images [N, C, H, W] of an unpacked bundle, and the outputs [N, …] that were validated.
 
     Raises:
         ResvitError: INPUT where they are missing, damaged, or not the same number.
     """
-    named = manifest.get("golden")
-    names = named if isinstance(named, Mapping) else {"input": "golden_input.npy", "output": "golden_output.npy"}
-    images, expected = (read_array(folder / _plain(names.get(key)), "golden") for key in ("input", "output"))
+    golden = golden or GoldenFiles()
+    images, expected = (read_array(folder / name, "golden") for name in (golden.input, golden.output))
     if len(images) == 0 or len(images) != len(expected):
         raise ResvitError(
             f"The bundle's golden files hold {len(images)} images and {len(expected)} outputs.",
@@ -67,44 +67,34 @@ def golden_arrays(folder: Path, manifest: Mapping[str, Any]) -> tuple[Array, Arr
     return images, expected
 
 
-def other_golden_outputs(folder: Path, manifest: Mapping[str, Any], images: int) -> dict[str, Array]:
+def other_golden_outputs(folder: Path, golden: GoldenFiles | None, images: int) -> dict[str, Array]:
     """The validated outputs [N, …] by name, beside the one that is judged, of a network that has several.
 
     Raises:
         ResvitError: INPUT where one is missing, damaged, or not of as many ``images``.
     """
-    named = manifest.get("golden")
-    listed = named.get("outputs") if isinstance(named, Mapping) else None
-    if not isinstance(named, Mapping) or not isinstance(listed, Mapping):
+    if golden is None:
         return {}
-    return _listed(folder, {name: file for name, file in listed.items() if file != named.get("output")}, images)
+    return _listed(folder, {name: file for name, file in golden.outputs.items() if file != golden.output}, images)
 
 
-def golden_inputs(folder: Path, manifest: Mapping[str, Any], images: int) -> dict[str, Array]:
+def golden_inputs(folder: Path, golden: GoldenFiles | None, images: int) -> dict[str, Array]:
     """What the network reads beside the golden images, [N, …] by name; empty where it reads images alone.
 
     Raises:
         ResvitError: INPUT where one is missing, damaged, or not of as many ``images``.
     """
-    named = manifest.get("golden")
-    listed = named.get("inputs") if isinstance(named, Mapping) else None
-    return _listed(folder, listed, images) if isinstance(listed, Mapping) else {}
+    return _listed(folder, golden.inputs, images) if golden else {}
 
 
-def _listed(folder: Path, listed: Mapping[Any, Any], images: int) -> dict[str, Array]:
-    found = {str(name): read_array(folder / _plain(file), "golden") for name, file in listed.items()}
-    for name, array in found.items():
+def _listed(folder: Path, files: Mapping[str, str], images: int) -> dict[str, Array]:
+    arrays = {name: read_array(folder / file, "golden") for name, file in files.items()}
+    for name, array in arrays.items():
         if len(array) != images:
             raise ResvitError(
                 f"The bundle's golden files hold {images} images and {len(array)} of {name}.", "Make the bundle again."
             )
-    return found
-
-
-def _plain(name: object) -> str:
-    if not isinstance(name, str) or not name or PurePosixPath(name).name != name:
-        raise ResvitError(f"The manifest names the golden file {name!r}, which is no file name.", "Make it again.")
-    return name
+    return arrays
 
 
 def read_array(path: Path, what: str) -> Array:

@@ -45,6 +45,8 @@ class OnnxOnCpu:
     def __init__(self, session: Any, version: str, optimized: bool) -> None:
         self.runtime = RUNTIME
         self.why = ""
+        self.device_mib = None
+        """Nothing is on a device."""
         self.optimized = optimized
         self.label = f"ONNX Runtime {version} on the CPU, not the engine"
         self.inputs = tuple(map(_spec, session.get_inputs()))
@@ -52,20 +54,6 @@ class OnnxOnCpu:
         first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else -1
         self.batch = (1, _ANY_BATCH) if first < 0 else (first, first)
         self._session: Any = session
-
-    @property
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON values; no ``device_mib``, for nothing is on a device."""
-        return {
-            "runtime": self.runtime,
-            "label": self.label,
-            "why": self.why,
-            "optimized": self.optimized,
-            "device_mib": None,
-            "inputs": [spec.to_json() for spec in self.inputs],
-            "outputs": [spec.to_json() for spec in self.outputs],
-            "batch": list(self.batch),
-        }
 
     def __call__(self, arrays: Mapping[str, Array]) -> Arrays:
         """Run any number of images, in pieces.

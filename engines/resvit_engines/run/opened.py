@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resvit_engines.bundle.bundle import extract_trusted
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.install.install import installed_version
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.run.runner import Runner, open_runner
 
@@ -15,9 +17,7 @@ BUNDLE_SUFFIX = ".resvit"
 
 
 @contextlib.contextmanager
-def opened(
-    what: str, root: Path, trust: TrustStore, runtime: str = "auto"
-) -> Iterator[tuple[Runner, Path, dict[str, object]]]:
+def opened(what: str, root: Path, trust: TrustStore, runtime: str = "auto") -> Iterator[tuple[Runner, Path, Manifest]]:
     """The runner, unpacked folder and manifest of a bundle's path, or of the current version of an installed name.
 
     The signature is checked first, then every file. A bundle is unpacked into a temporary folder.
@@ -31,8 +31,6 @@ def opened(
             folder = Path(scratch) / "bundle"
             manifest = extract_trusted(Path(what), folder, trust)
         else:
-            from resvit_engines.install.install import installed_version
-
             installed = installed_version(root, what, trust)
             folder, manifest = installed.folder, installed.manifest
         yield owned.enter_context(open_runner(folder, manifest, runtime)), folder, manifest

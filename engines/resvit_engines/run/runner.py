@@ -10,19 +10,23 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import TITLES
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.gpu import local_sm
-from resvit_engines.run.engine_runner import MODULES, TITLES, open_engine
+from resvit_engines.run.engine_runner import MODULES, open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, golden_output, read_array, sqnr_db
 from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_onnx
+from resvit_engines.targets.table import Builder
 from resvit_engines.trt.running import TensorSpec
 
-RUNTIMES = ("auto", "tensorrt", "tensorrt-rtx", RUNTIME)
+RUNTIMES = ("auto", Builder.TENSORRT.value, Builder.RTX.value, RUNTIME)
 ENGINE = "engine.plan"
 MODEL = "model.onnx"
 _ENGINE_MODEL = "model.tensorrt.onnx"
@@ -64,6 +68,11 @@ class Runner(Protocol):
     """Why it is not the engine, empty where it is."""
 
     @property
+    def device_mib(self) -> float | None:
+        """How much of the GPU's memory engine and buffers took, in MiB; None where nothing ran on one."""
+        ...
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What goes in."""
         ...
@@ -76,11 +85,6 @@ class Runner(Protocol):
     @property
     def batch(self) -> tuple[int, int]:
         """The smallest and largest batch that run in one piece."""
-        ...
-
-    @property
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON values about the runner."""
         ...
 
     def __call__(self, arrays: Mapping[str, Array]) -> Arrays:
@@ -104,7 +108,7 @@ class Runner(Protocol):
         ...
 
 
-def open_runner(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto") -> Runner:
+def open_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runner:
     """A runner of an unpacked bundle whose signature was verified; ``manifest`` is that bundle's.
 
     ``auto`` takes the engine where there is one for this machine, and ONNX Runtime on the CPU elsewhere; the
@@ -118,62 +122,55 @@ def open_runner(folder: Path, manifest: Mapping[str, Any], runtime: str = "auto"
         raise ResvitError(f"There is no runtime {runtime!r}.", f"Use one of {', '.join(RUNTIMES)}.")
     if runtime == RUNTIME:
         return _onnx(folder, manifest, "ONNX Runtime was asked for")
-    record = manifest.get("engine")
-    record = record if isinstance(record, Mapping) else {}
-    reason = why_not_here(record, None if runtime == "auto" else runtime)
+    report = manifest.engine
+    reason = why_no_engine(report, None if runtime == "auto" else Builder(runtime))
     if reason is not None and runtime != "auto":
         raise reason
-    if reason is not None:
-        return _onnx(folder, manifest, reason.problem.rstrip("."))
+    if report is None or reason is not None:
+        return _onnx(folder, manifest, reason.problem.rstrip(".") if reason else "")
     onnx = folder / _ENGINE_MODEL
-    return open_engine(
-        runtime_of(record) or "",
-        folder / ENGINE,
-        _digest(manifest),
-        record,
-        onnx if onnx.is_file() else folder / MODEL,
-    )
+    return open_engine(folder / ENGINE, manifest.digest_of(ENGINE), report, onnx if onnx.is_file() else folder / MODEL)
 
 
-def runtime_of(record: Mapping[str, Any]) -> str | None:
-    """``tensorrt`` or ``tensorrt-rtx``, by the builder that an engine's record names; None where it names neither."""
-    builder = record.get("builder")
-    return next((runtime for runtime, title in TITLES.items() if builder in (runtime, title)), None)
-
-
-def why_not_here(record: Mapping[str, Any], wanted: str | None = None) -> ResvitError | None:
-    """Why the engine with this record cannot run on this machine, or None where nothing speaks against it.
+def why_no_engine(report: EngineReport | None, wanted: Builder | None = None) -> ResvitError | None:
+    """Why the engine of this record cannot run on this machine, or None where nothing speaks against it.
 
     ``wanted`` is the runtime that was asked for. Nothing is loaded.
     """
-    needs = runtime_of(record)
-    if needs is None:
+    if report is None:
         return ResvitError(
             "There is no engine in this bundle.",
             "Build one on the device with 'resvit-engine build', or use --runtime onnxruntime.",
             ExitCode.MISSING,
         )
-    if wanted not in (None, needs):
+    if wanted not in (None, report.builder):
         return ResvitError(
-            f"The engine was built by {TITLES[needs]}, and {TITLES[str(wanted)]} cannot run it.",
-            f"Use --runtime {needs}.",
+            f"The engine was built by {TITLES[report.builder]}, and {TITLES[wanted]} cannot run it.",
+            f"Use --runtime {report.builder.value}.",
             ExitCode.IMPOSSIBLE,
         )
-    here, built_for = local_sm(), record.get("sm")
+    return why_not_here(report.builder, report.sm, hardware_compatible=report.hardware_compatible)
+
+
+def why_not_here(builder: Builder, sm: int, *, hardware_compatible: bool = False) -> ResvitError | None:
+    """Why what ``builder`` makes for a GPU cannot run on this machine, or None where nothing speaks against it.
+
+    ``hardware_compatible`` is whether newer GPUs run it too. Nothing is loaded.
+    """
+    here = local_sm()
     if here is None:
         return ResvitError(
             "There is no NVIDIA GPU here, or no driver for it.",
             "Run on the device that the engine is for, or use --runtime onnxruntime.",
             ExitCode.IMPOSSIBLE,
         )
-    newer = bool(record.get("hardware_compatible")) and here >= _AMPERE
-    if isinstance(built_for, int) and built_for != here and not newer:
+    if sm != here and not (hardware_compatible and here >= _AMPERE):
         return ResvitError(
-            f"The engine is for SM {built_for / 10:.1f}, and this GPU has SM {here / 10:.1f}.",
+            f"The engine is for SM {sm / 10:.1f}, and this GPU has SM {here / 10:.1f}.",
             "Run on the device that the engine is for, or use --runtime onnxruntime.",
             ExitCode.IMPOSSIBLE,
         )
-    for module, title in ((MODULES[needs], TITLES[needs]), ("cuda.bindings", "cuda-bindings")):
+    for module, title in ((MODULES[builder], TITLES[builder]), ("cuda.bindings", "cuda-bindings")):
         if not installed(module):
             return ResvitError(
                 f"{title} is not installed (Python module {module}).",
@@ -209,7 +206,7 @@ def open_sound_onnx(
     runner = open_onnx(model)
     if images is None or expected is None:
         return runner
-    found = golden_output(runner, images, {}, beside)
+    found = golden_output(runner, images, None, beside)
     near = found.shape == expected.shape and bool(np.isfinite(found).all())
     if near and ((sqnr := sqnr_db(expected, found)) is None or sqnr >= _BROKEN_DB):
         return runner
@@ -217,21 +214,12 @@ def open_sound_onnx(
     return open_onnx(model, optimize=False)
 
 
-def _onnx(folder: Path, manifest: Mapping[str, Any], why: str) -> OnnxOnCpu:
+def _onnx(folder: Path, manifest: Manifest, why: str) -> OnnxOnCpu:
     golden = (folder / "golden_input.npy", folder / "golden_output.npy")
     if all(path.is_file() for path in golden):
         images, expected = (read_array(path, "golden") for path in golden)
-        runner = open_sound_onnx(folder / MODEL, images, expected, golden_inputs(folder, manifest, len(images)))
+        runner = open_sound_onnx(folder / MODEL, images, expected, golden_inputs(folder, manifest.golden, len(images)))
     else:
         runner = open_sound_onnx(folder / MODEL)
     runner.why = why
     return runner
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """The digest of the engine in the manifest's list of files; one that matches nothing where it is not listed."""
-    entries = manifest.get("files")
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, Mapping) and entry.get("path") == ENGINE:
-            return str(entry.get("sha256"))
-    return ""

@@ -20,7 +20,7 @@ from typing import Any
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Builder, Precision, Target
 
-Assignment = Mapping[str, Precision]
+Precisions = Mapping[str, Precision]
 """Precision by the name of a product's node; FP16 for nodes not named."""
 
 BYTES = {Precision.FP16: 2, Precision.INT8: 1, Precision.FP8: 1}
@@ -89,7 +89,7 @@ class LayerWork:
     moved: int = 0
     nodes: tuple[str, ...] = ()
 
-    def precision(self, assignment: Assignment) -> Precision:
+    def precision(self, assignment: Precisions) -> Precision:
         """The precision that it computes in."""
         if self.kind not in (LayerKind.CONV, LayerKind.GEMM):
             return Precision.FP16
@@ -183,15 +183,15 @@ class CostModel:
                 self._readers.setdefault(read.value, []).append((work, read))
         self._scale = self._measured_scale()
 
-    def predict(self, assignment: Assignment) -> Prediction:
+    def predict(self, assignment: Precisions) -> Prediction:
         """The time of every layer, in order."""
         return Prediction(self.target.name, tuple(self._time(work, assignment) for work in self.works))
 
-    def total_us(self, assignment: Assignment) -> float:
+    def total_us(self, assignment: Precisions) -> float:
         """Microseconds per call."""
         return sum(self._time(work, assignment).total_us for work in self.works)
 
-    def change_us(self, assignment: Assignment, node: str, precision: Precision) -> float:
+    def change_us(self, assignment: Precisions, node: str, precision: Precision) -> float:
         """Microseconds added where ``node`` alone goes to ``precision``: its layer and those it reads from change."""
         layer = self._layer_of[node]
         changed = {layer, *(self._writer[r.value] for r in self.works[layer].reads if r.value in self._writer)}
@@ -201,7 +201,7 @@ class CostModel:
             for i in sorted(changed)
         )
 
-    def _time(self, work: LayerWork, assignment: Assignment) -> LayerTime:
+    def _time(self, work: LayerWork, assignment: Precisions) -> LayerTime:
         time = self._predicted(work, assignment)
         if self.measured is None:
             return time
@@ -213,7 +213,7 @@ class CostModel:
             time, total_us=total, reformat_us=time.reformat_us * scale, measured=found is not None
         )
 
-    def _predicted(self, work: LayerWork, assignment: Assignment) -> LayerTime:
+    def _predicted(self, work: LayerWork, assignment: Precisions) -> LayerTime:
         precision = work.precision(assignment)
         peak = self.target.peak(precision)
         if peak is None:
@@ -251,7 +251,7 @@ class CostModel:
         return 1, 2 * work.written * accumulator
 
     def _formats(
-        self, work: LayerWork, precision: Precision, assignment: Assignment, *, several: bool
+        self, work: LayerWork, precision: Precision, assignment: Precisions, *, several: bool
     ) -> tuple[list[Precision], list[Precision]]:
         """The formats in which a layer itself writes its output, and those that take a kernel of their own.
 
@@ -286,7 +286,7 @@ class CostModel:
 
 
 def layer_times(
-    works: Sequence[LayerWork], assignment: Assignment, target: Target, measured: MeasuredTimes | None = None
+    works: Sequence[LayerWork], assignment: Precisions, target: Target, measured: MeasuredTimes | None = None
 ) -> Prediction:
     """Predict the time of each layer on ``target``, its products in the precisions of ``assignment``."""
     return CostModel(works, target, measured).predict(assignment)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.machine import DeviceFacts, device_facts
+from resvit_engines.machine import Machine, this_machine
 from resvit_engines.targets.speeds import Speed
 from resvit_engines.targets.table import PTX_OF_CUDA, TARGETS, Kind, Target, find_target
 
@@ -75,18 +75,18 @@ def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
     return made
 
 
-def target_here(jetpack: str | None = None, facts: DeviceFacts | None = None) -> Target:
-    """The target of this machine's first GPU, or of the one that ``facts`` describe.
+def target_here(jetpack: str | None = None, machine: Machine | None = None) -> Target:
+    """The target of this machine's first GPU, or of ``machine``.
 
     Raises:
         ResvitError: MISSING without a GPU or its driver; IMPOSSIBLE for one that is not served.
     """
-    facts = facts or device_facts()
-    name, sm = facts.gpu or "", facts.sm
+    machine = machine or this_machine()
+    name, sm = machine.gpu or "", machine.sm
     module = next((module for words, module in _MODULES if "jetson" in name.lower() and words in name.lower()), None)
     if module is not None:
-        row = find_target(module, jetpack or facts.jetpack)
-        memory = facts.memory_mib or row.memory_mib
+        row = find_target(module, jetpack or machine.jetpack)
+        memory = machine.memory_mib or row.memory_mib
         return dataclasses.replace(row, memory_mib=memory, workspace_mib=min(row.workspace_mib, memory // 4))
     if sm is None:
         raise ResvitError(
@@ -112,7 +112,7 @@ def target_here(jetpack: str | None = None, facts: DeviceFacts | None = None) ->
     return dataclasses.replace(rows[0], name=short, title=name or short, notes=(*rows[0].notes, note))
 
 
-def facts_of_jetson(target: Target) -> DeviceFacts:
+def jetson_machine(target: Target) -> Machine:
     """What a Jetson with its usual software is, as far as installing on it goes.
 
     Raises:
@@ -126,6 +126,6 @@ def facts_of_jetson(target: Target) -> DeviceFacts:
         )
     libc = _LIBC_OF_PYTHON[target.python]
     memory = target.memory_mib
-    return DeviceFacts(
+    return Machine(
         target.sm, target.title, target.tensorrt, target.jetpack, target.arch, memory, 0, target.python, libc=libc
     )

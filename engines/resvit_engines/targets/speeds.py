@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resvit_engines.records import Record
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -26,6 +28,23 @@ class Speed:
     kernel_us: float
     source: str
     note: str = ""
+
+    @classmethod
+    def from_json(cls, record: Record) -> Speed:
+        """What ``dataclasses.asdict`` made of it."""
+
+        def rate(key: str) -> float:
+            return record.number(key, 0)
+
+        return cls(
+            rate("fp16"),
+            rate("int8"),
+            record.optional("fp8", rate),
+            rate("bandwidth"),
+            rate("kernel_us"),
+            record.text("source"),
+            record.text("note"),
+        )
 
 
 GPU_KERNEL_US = 2.0

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.records import Record
 from resvit_engines.targets.speeds import SPEEDS, Speed
 
 
 class Precision(str, enum.Enum):
-    """The number format of the quantised layers; everything else runs in FP16."""
+    """The number format of the quantised matrix products; everything else is FP16 in all three."""
 
     FP16 = "fp16"
     INT8 = "int8"
     FP8 = "fp8"
-    """E4M3."""
+    """E4M3: four exponent and three mantissa bits, largest value 448."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -196,6 +197,30 @@ class Target:
             unified_memory=self.unified_memory,
         )
         return plain
+
+    @classmethod
+    def from_json(cls, record: Record) -> Target:
+        """What :meth:`to_json` wrote: a target of the user's own comes to the device this way.
+
+        Raises:
+            ResvitError: INPUT, naming the key, where it is malformed or of a kind that this version does not know.
+        """
+        return cls(
+            record.text("name"),
+            record.text("title"),
+            record.whole("sm", 10, 999),
+            record.choice("kind", Kind),
+            record.choice("builder", Builder),
+            record.text("tensorrt"),
+            record.text("cuda"),
+            record.whole("memory_mib", 1),
+            record.whole("workspace_mib", 1),
+            Speed.from_json(record.record("speed")),
+            record.optional("jetpack", record.text),
+            record.optional("python", record.text),
+            record.text("arch"),
+            record.texts("notes"),
+        )
 
 
 def version_of(text: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
+from resvit_engines.trt.io_tensor import IoTensor
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8e4m3fn"}
 _FIX_GRAPH = "The ONNX file holds something that this builder cannot compile; the message names it."
@@ -237,14 +238,14 @@ def _fix_for(said: str) -> str:
     return _FIX_FP8 if "fp8" in lower and "target" in lower else _FIX_GRAPH
 
 
-def tensor_facts(network: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Name, shape (-1: dynamic) and data type of the network's inputs and outputs."""
+def io_tensors(network: Any) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+    """The network's inputs and outputs; a dynamic dimension is -1."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    return [_facts(tensor) for tensor in inputs], [_facts(tensor) for tensor in outputs]
+    return tuple(map(_io_tensor, inputs)), tuple(map(_io_tensor, outputs))
 
 
-def _facts(tensor: Any) -> dict[str, Any]:
+def _io_tensor(tensor: Any) -> IoTensor:
     dtype = tensor.dtype
     name = dtype.name
-    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": _DTYPES.get(name, name.lower())}
+    return IoTensor(tensor.name, tuple(int(size) for size in tensor.shape), _DTYPES.get(name, name.lower()))

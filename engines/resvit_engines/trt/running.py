@@ -35,10 +35,6 @@ class TensorSpec:
         sizes = ", ".join("B" if size < 0 else str(size) for size in self.shape)
         return f"{self.name} {self.dtype.name}[{sizes}]"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
-
 
 @dataclass(frozen=True)
 class EngineTensors:

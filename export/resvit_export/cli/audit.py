@@ -58,7 +58,8 @@ def audit_command(
         pipeline = settled(Pipeline(run))
         artifact = pipeline.audited
         show_stage(artifact, output)
-        pipeline.require_fused()
+        if run.recipe.require_fused:
+            artifact.result.require_fused()
         return summarize(artifact), 0
 
     with open_runs(flags, output) as runs:
@@ -66,7 +67,7 @@ def audit_command(
 
 
 def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gate: bool, output: Output) -> int:
-    from resvit_engines.audit.text import require_fused
+    from resvit_engines.audit.record import record_of
     from resvit_engines.console import console, emit_json
     from resvit_export.cli.audit_tables import audit_tables
     from resvit_export.stages.audit import audit_of_layers
@@ -75,7 +76,7 @@ def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gat
         raise ResvitError(
             f"{layers} alone does not say what should have fused.", "Say --onnx with the file it was built from."
         )
-    audit = audit_of_layers(layers, onnx, fp16_layers)
+    audit = record_of(audit_of_layers(layers, onnx, fp16_layers))
     document = audit.to_json()
     if output.json:
         emit_json(document)
@@ -83,5 +84,5 @@ def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gat
         for item in audit_tables(document):
             console().print(item, soft_wrap=True)
     if gate:
-        require_fused(audit)
+        audit.require_fused()
     return 0

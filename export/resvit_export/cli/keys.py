@@ -10,7 +10,7 @@ import click
 from resvit_engines.console import emit_json, output_options
 from resvit_engines.errors import ResvitError
 from resvit_export.cli.options import option_of
-from resvit_export.recipe import SETTINGS
+from resvit_export.recipe.recipe import SETTINGS
 
 
 @click.command(
@@ -96,7 +96,7 @@ def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, a
     bundle = out or bundle
     if as_json:
         signed_by = {"name": signing.public.name, "keyid": signing.public.keyid}
-        emit_json({"bundle": str(bundle), "name": manifest.get("name"), "signed_by": signed_by})
+        emit_json({"bundle": str(bundle), "name": manifest.name, "signed_by": signed_by})
     elif not quiet:
         click.echo(f"{bundle} is signed by {signing.public.name} ({signing.public.keyid[:16]}…).")
 

@@ -61,6 +61,7 @@ def layers_command(
     11 where there is one. By Polygraphy, on a run's golden images, or on any --onnx and --input.
     """
     from resvit_export.settle import settled
+    from resvit_export.stages.score import shipped_in
     from resvit_export.tools.layer_compare import compare_layers, first_departure, input_of, optimised_runner
 
     output = Output(quiet, as_json)
@@ -69,7 +70,7 @@ def layers_command(
     if onnx is None or images is None:
         with open_pipeline(flags, output) as pipeline:
             chosen = settled(pipeline)
-            onnx, images = chosen.model.path, chosen.scored.path("golden_input.npy")
+            onnx, images = chosen.model.path, shipped_in(chosen.answered).path("golden_input.npy")
     runner = optimised_runner if against == "onnxruntime" else None
     found = compare_layers(onnx, input_of(onnx, images), runner, only)
     first = first_departure(found, tolerance)

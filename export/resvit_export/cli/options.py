@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import click
 
 from resvit_engines.errors import ResvitError
-from resvit_export.choices import StageName
-from resvit_export.pairs import read_pairs
-from resvit_export.recipe import SETTINGS, Recipe
-from resvit_export.recipe_file import absolute, recipe_from_toml
-from resvit_export.setting import Setting
+from resvit_export.recipe.choices import StageName
+from resvit_export.recipe.file import absolute, recipe_from_toml
+from resvit_export.recipe.pairs import read_pairs
+from resvit_export.recipe.recipe import SETTINGS, Recipe
+from resvit_export.recipe.setting import Setting
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from resvit_export.cli.stages import examples_text, open_pipeline
 from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
-    from resvit_export.recipe import Recipe
+    from resvit_export.recipe.recipe import Recipe
     from resvit_quantize.sensitivity.exclude import ExcludeList
     from resvit_quantize.sensitivity.sensitivity import Sensitivity
 
@@ -55,12 +55,13 @@ def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **
     """
     from resvit_engines.console import console, emit_json
     from resvit_export.report.sections.sensitivity import write_sensitivity_page
+    from resvit_export.settle import measured
     from resvit_export.stages.decide.sensitivity import exclude_snippet
     from resvit_quantize.sensitivity.exclude import exclude_lists
 
     output = Output(quiet, as_json)
     with open_pipeline(flags, output) as pipeline:
-        artifact = pipeline.measured(images, Method(method))
+        artifact = measured(pipeline, images, Method(method))
         found, recipe = artifact.sensitivity, pipeline.recipe
         lists = exclude_lists(found)
         page = pipeline.run.folder.path / "sensitivity.html"

@@ -28,12 +28,12 @@ def wheel_command(folder: Path, target: str | None, jetpack: str | None, quiet: 
     from resvit_engines.files import explain_os_errors
     from resvit_engines.remote.wheel import write_device_wheel
     from resvit_engines.remote.wheelhouse import download_wheels
-    from resvit_engines.targets.own import facts_of_jetson
+    from resvit_engines.targets.own import jetson_machine
     from resvit_engines.targets.table import find_target
 
     if target is None and jetpack is not None:
         raise ResvitError("--jetpack says what is on a Jetson.", "Say --target too.")
-    facts = facts_of_jetson(find_target(target, jetpack)) if target else None
+    facts = jetson_machine(find_target(target, jetpack)) if target else None
     with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     wheel = write_device_wheel(folder)

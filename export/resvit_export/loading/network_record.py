@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,14 @@ class NetworkRecord:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[NetworkInput, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def images_per_call(self) -> int:
+        """How many images go through a runner at once: 16 of 3 x 224 x 224, more of smaller ones, at most 128.
+
+        Enough to keep the cores busy and calls rare; memory stays far below what one engine build takes.
+        """
+        return max(1, min(128, 2_500_000 // math.prod(self.input_shape)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

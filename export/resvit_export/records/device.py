@@ -1,4 +1,4 @@
-"""What came back from the device: what it is, the engine that it built, its answers and its times."""
+"""What came back from the device: what the job there did, and the gate's verdict on its answers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
-from resvit_engines.builder.settings import EngineReport
+from resvit_engines.bench.bench import BenchReport
+from resvit_engines.builder.settings import TITLES
 from resvit_engines.errors import ExitCode
-from resvit_engines.machine import DeviceFacts, facts_from_json
+from resvit_engines.records import Record
+from resvit_engines.remote.job_result import JobResult
 
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """What ``device.json`` holds. ``images`` were answered; without any there is no verdict.
+    """What ``device.json`` holds. ``images`` were answered, by ``runner``; without any there is no verdict."""
 
-    ``bench`` and ``golden`` are as the device reports them, ``runner`` says what computed the answers.
-    """
-
-    device: DeviceFacts
-    engine: EngineReport
-    bench: Mapping[str, Any]
-    golden: Mapping[str, Any]
-    rehearsal: bool
+    job: JobResult
     images: int
     verdict: Verdict | None
     runner: str | None
@@ -32,14 +27,10 @@ class DeviceResult:
     def from_json(cls, document: Mapping[str, Any]) -> DeviceResult:
         """Read what the stage ``device`` wrote."""
         return cls(
-            device=facts_from_json(document["facts"]),
-            engine=EngineReport.from_json(document["engine"]),
-            bench=document["bench"],
-            golden=document["golden"],
-            rehearsal=document["rehearsal"],
-            images=document["images"],
-            verdict=Verdict.from_json(document["verdict"]) if document["verdict"] else None,
-            runner=document.get("runner"),
+            JobResult.from_json(Record(document, "device.json")),
+            document["images"],
+            Verdict.from_json(document["verdict"]) if document["verdict"] else None,
+            document.get("runner"),
         )
 
     def exit_code(self, *, allow_rejected: bool) -> ExitCode:
@@ -50,20 +41,20 @@ class DeviceResult:
 
     def lines(self, engine: str) -> tuple[str, ...]:
         """What came of it, for people; ``engine`` says where the engine lies."""
+        machine, built, bench = self.job.machine, self.job.engine, self.job.bench
         lines = [
-            f"device: {self.device.gpu or self.device.host}, {self.engine.builder} {self.engine.builder_version}: "
-            f"{self.engine.bytes} bytes in {self.engine.seconds:.1f} s ({engine})"
+            f"device: {machine.gpu or machine.host}, {TITLES[built.builder]} {built.builder_version}: {built.bytes} "
+            f"bytes in {built.seconds or 0.0:.1f} s ({engine})"
         ]
         if self.verdict:
             lines.append(f"device verdict: {self.verdict.kind.value}; {self.verdict.reason} ({self.runner})")
-        if "latency_ms" in self.bench:
-            times = self.bench["latency_ms"]
+        if isinstance(bench, BenchReport):
             lines.append(
-                f"device time: median {times['p50']:.2f} ms, 99% below {times['p99']:.2f} ms at batch "
-                f"{self.bench['batch']} ({self.bench['label']})"
+                f"device time: median {bench.latency_ms['p50']:.2f} ms, 99% below {bench.latency_ms['p99']:.2f} ms at "
+                f"batch {bench.batch} ({bench.label})"
             )
-            lines += [f"device: {remark}" for remark in self.bench["remarks"]]
-        if self.rehearsal:
+            lines += [f"device: {warning}" for warning in bench.warnings]
+        if self.job.rehearsal:
             lines.append(
                 "device: this was a REHEARSAL; TensorRT for RTX stood in, and nothing of it is true of the device"
             )

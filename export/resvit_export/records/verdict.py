@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
+from resvit_engines.bundle.parts import GoldenFiles
+from resvit_engines.records import Record
 
 if TYPE_CHECKING:
     from resvit_calibrate.gate.comparison import Comparison
@@ -83,7 +85,7 @@ class VerdictRecord:
     data_digest: str
     runtime_note: str
     remarks: tuple[Mapping[str, Any], ...]
-    golden: Mapping[str, Any]
+    golden: GoldenFiles
     class_names: tuple[str, ...]
     rows: tuple[ScoreRow, ...]
     changed_total: int
@@ -108,7 +110,7 @@ class VerdictRecord:
             "data_digest": self.data_digest,
             "runtime_note": self.runtime_note,
             "remarks": list(self.remarks),
-            "golden": dict(self.golden),
+            "golden": self.golden.to_json(),
             "class_names": list(self.class_names),
             "stages": [row.to_json() for row in self.rows],
             "changed_total": self.changed_total,
@@ -125,7 +127,7 @@ class VerdictRecord:
             data_digest=document["data_digest"],
             runtime_note=document["runtime_note"],
             remarks=tuple(document["remarks"]),
-            golden=document["golden"],
+            golden=GoldenFiles.from_json(Record(document["golden"], "verdict.json", "golden")),
             class_names=tuple(document["class_names"]),
             rows=tuple(ScoreRow.from_json(row) for row in document["stages"]),
             changed_total=document["changed_total"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ResvitError
-from resvit_export.recipe_file import recipe_to_toml
+from resvit_export.recipe.file import recipe_to_toml
 from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.page import write_report
 from resvit_export.run_folder import NotFinishedError
@@ -41,7 +41,7 @@ def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
 def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
     """Look up the stages in order, as far as they are finished."""
     with pipeline.run.folder.looking_only(), contextlib.suppress(NotFinishedError):
-        for name in pipeline.before_the_gate:
+        for name in pipeline.variant.order(pipeline.run):
             if name == "quantized" and pipeline.variant.search:
                 yield pipeline.variant.search
             yield getattr(pipeline, name)
@@ -69,7 +69,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
     if "bundle" in stages:
         from resvit_engines.bundle.bundle import read_manifest
 
-        bundle = read_manifest(pipeline.bundled.bundle.path)
+        bundle = read_manifest(pipeline.bundled.bundle.path).to_json()
     return ReportData(
         name=_title(pipeline),
         prune=document("prune", "prune.json"),

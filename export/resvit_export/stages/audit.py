@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.findings import FusionAudit, Subject
 from resvit_engines.audit.inspector import layers_from_file
-from resvit_engines.audit.kernels import Kernel, kernel_from_json
-from resvit_engines.audit.text import refuse_unfused
+from resvit_engines.audit.kernels import Kernel
+from resvit_engines.audit.record import AuditRecord, SkippedAudit, audit_from_json, record_of
 from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.table import Target, proxy_target
+from resvit_engines.records import record_from_file
+from resvit_engines.targets.table import Precision, Target, proxy_target
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
-from resvit_export.stages.compile import Compiled
+from resvit_export.stages.compile import Compiled, for_batch
 from resvit_export.stages.fuse import Fused
-from resvit_export.stages.quantize import Halve
+from resvit_export.stages.quantize import Halve, Quantized
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 from resvit_export.to_tensorrt.plugin_choice import PluginChoice
 
@@ -34,6 +37,11 @@ KERNELS = "kernels.json"
 @dataclass(frozen=True)
 class Audited(Artifact):
     """``audit.json`` and ``kernels.json``."""
+
+    @functools.cached_property
+    def result(self) -> AuditRecord | SkippedAudit:
+        """What fused, or why nothing was audited."""
+        return audit_from_json(self.json(RESULT), RESULT)
 
 
 @dataclass(frozen=True)
@@ -71,24 +79,23 @@ class Audit(Stage[Audited]):
 
         try:
             with tempfile.TemporaryDirectory(prefix="resvit-audit-") as scratch:
-                document, kernels = self._quantized(engine, Path(scratch), reporter)
+                report, kernels = self._quantized(engine, Path(scratch), reporter)
                 fp16, note = self._fp16(engine, Path(scratch), reporter)
         except ResvitError as error:
             if engine is not None or error.code not in (ExitCode.MISSING, ExitCode.BUILD, ExitCode.IMPOSSIBLE):
                 raise
             reporter.warn(f"Nothing was audited for {self.target.title}: {error.problem}")
-            (folder / RESULT).write_bytes(pretty_json(_skipped(self.target, error)))
+            skipped = SkippedAudit(self.target.name, f"{error.problem} {error.fix}")
+            (folder / RESULT).write_bytes(pretty_json(skipped.to_json()))
             return
         batch = self.settings.batch[1]
         stands_in = "" if engine is not None else stand_in_sentence(self.target)
-        subject = Subject(
-            self.target.name, document["sm"], document["builder"], document["builder_version"], batch, stands_in
-        )
-        io_names = [tensor["name"] for side in ("inputs", "outputs") for tensor in document[side]]
+        subject = Subject(self.target.name, report.sm, TITLES[report.builder], report.builder_version, batch, stands_in)
+        io_names = [tensor.name for tensor in (*report.inputs, *report.outputs)]
         expectation = expectation_from_onnx(self.quantized.path, batch)
-        result = audit_engine(subject, expectation, kernels, io_names, fp16).to_json()
-        result["sentences"] += [text for text in (note, self.remark) if text]
-        (folder / RESULT).write_bytes(pretty_json(result))
+        audit = audit_engine(subject, expectation, kernels, io_names, fp16)
+        record = record_of(audit, [text for text in (note, self.remark) if text])
+        (folder / RESULT).write_bytes(pretty_json(record.to_json()))
         listed = {"quantized": kernels} if engine is None else {}
         listed |= {"fp16": fp16} if fp16 is not None else {}
         listing = {name: [kernel.to_json() for kernel in each] for name, each in listed.items()}
@@ -96,16 +103,14 @@ class Audit(Stage[Audited]):
 
     def _quantized(
         self, engine: Path | None, scratch: Path, reporter: Reporter
-    ) -> tuple[dict[str, Any], tuple[Kernel, ...]]:
-        """The engine's document and kernels: from TensorRT's own layer file where there is one."""
+    ) -> tuple[EngineReport, tuple[Kernel, ...]]:
+        """The engine's record and kernels: from TensorRT's own layer file where there is one."""
         if engine is None:
             model, plan = self.quantized.path, scratch / "engine.plan"
             report = build_engine(model, plan, proxy_target(self.target), self.settings, reporter)
-            return report.to_json(), report.kernels
-        document: dict[str, Any] = json.loads((engine / "engine.json").read_bytes())
-        if document.get("layers"):
-            return document, layers_from_file(engine / document["layers"]).kernels
-        return document, tuple(kernel_from_json(kernel) for kernel in document["kernels"])
+            return report, report.kernels
+        report = EngineReport.from_json(record_from_file(engine / "engine.json"))
+        return report, layers_from_file(engine / report.layers).kernels if report.layers else report.kernels
 
     def _fp16(self, engine: Path | None, scratch: Path, reporter: Reporter) -> tuple[tuple[Kernel, ...] | None, str]:
         """The kernels of the FP16 engine, by the same builder; or None, and why where that is no choice."""
@@ -148,20 +153,26 @@ def _batch_of(kernels: tuple[Kernel, ...], io_names: frozenset[str]) -> int:
     return 1
 
 
-def refuse_if_unfused(audited: Audited) -> None:
-    """The gate of ``--require-fused``.
-
-    Raises:
-        ResvitError: REJECTED where something did not fuse, MISSING where nothing could be audited.
-    """
-    audit = audited.json(RESULT)
-    if "skipped" in audit:
-        raise ResvitError(
-            f"--require-fused cannot be answered: {audit['skipped']}",
-            "Install what is missing, or leave --require-fused out.",
-            ExitCode.MISSING,
-        )
-    refuse_unfused([(item["problem"], item["mend"]) for item in audit["failures"]], audit["stands_in"])
+def audit_of(
+    run: Run, quantized: Quantized, half: Halve, fused: Fused | None, compiled: Compiled, *, own: bool
+) -> Audit:
+    """The audit of the target's ``own`` engine, or of what stands in: the graph without kernels of ours."""
+    target, recipe = run.require_target(), run.recipe
+    ours = fused is not None and fused.model is not None
+    settings = BuildSettings(
+        workspace_mib=recipe.workspace_mib or target.workspace_mib,
+        optimization_level=recipe.optimization_level,
+        sparse=recipe.sparsity is not None,
+    )
+    return Audit(
+        quantized=(compiled.copy if own or not ours else None) or quantized.model,
+        half=None if run.precision is Precision.FP16 else half,
+        target=target,
+        stand_in=proxy_target(target),
+        settings=for_batch(settings, recipe.batch_range[1]),
+        compiled=compiled if own else None,
+        remark=remark_about_plugins(run.plugins, fused, own=own),
+    )
 
 
 def remark_about_plugins(choice: PluginChoice, fused: Fused | None, *, own: bool) -> str:
@@ -182,8 +193,3 @@ def stand_in_sentence(target: Target) -> str:
         f"SM {proxy.sm / 10:.1f} stands in for {target.title} (SM {target.sm / 10:.1f}) and {TITLES[proxy.builder]} "
         f"for {target.software}: what is built on the device may fuse otherwise."
     )
-
-
-def _skipped(target: Target, error: ResvitError) -> dict[str, Any]:
-    why = f"{error.problem} {error.fix}"
-    return {"target": target.name, "skipped": why, "sentences": [f"Not audited: {why}"], "failures": []}

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import ImageCount, ManifestVerdict
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.table import Target
+from resvit_engines.records import Record
+from resvit_engines.targets.table import Precision, Target
+from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
+from resvit_export.loading.source import NetworkSource
+from resvit_export.recipe.choices import Quantizer
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage, package_version
 from resvit_export.stages.calibrate import Calibrated
 from resvit_export.stages.compile import Compiled, lasting
@@ -39,6 +47,12 @@ class Signer:
         return self.key.public.keyid
 
 
+def signer_of(run: Run) -> Signer | None:
+    """The key that the recipe or the environment names; raises ``ResvitError`` for one that cannot be used."""
+    key = run.signing_key()
+    return Signer(key) if key else None
+
+
 @dataclass(frozen=True)
 class Bundled(Artifact):
     """One ``.resvit`` file."""
@@ -50,7 +64,7 @@ class Bundled(Artifact):
         return self.file(name)
 
     @functools.cached_property
-    def manifest(self) -> Mapping[str, Any]:
+    def manifest(self) -> Manifest:
         """What it says of itself."""
         from resvit_engines.bundle.bundle import read_manifest
 
@@ -58,23 +72,29 @@ class Bundled(Artifact):
 
 
 @dataclass(frozen=True)
-class Bundle(Stage[Bundled]):
-    """Pack the finished stages of a run. ``model`` is what ships.
+class Naming:
+    """What the bundle is called, and what the user said; ``recipe`` holds its settings without paths."""
 
-    ``identity`` names the network without paths, ``settings`` are the recipe's without paths.
-    """
-
-    name: ClassVar[str] = "bundle"
-    artifact: ClassVar[type[Artifact]] = Bundled
-
-    file_name: str
-    identity: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    precision: str
-    quantizer: str
+    network: NetworkSource
+    recipe: Mapping[str, Any]
+    precision: Precision
+    quantizer: Quantizer
     target: Target
     release: int
-    preprocess: Preprocess
+    file_name: str
+
+
+def naming_of(run: Run) -> Naming:
+    """As the recipe says."""
+    recipe = run.recipe
+    said = (recipe.settings_without_paths(), recipe.precision, recipe.quantizer)
+    return Naming(run.network, *said, run.require_target(), recipe.release, run.bundle_name)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The finished stages that are packed. ``model`` is what ships, ``build`` how its engine is built."""
+
     exported: Exported
     recovered: Recovered | None
     calibrated: Calibrated
@@ -83,87 +103,97 @@ class Bundle(Stage[Bundled]):
     scored: Scored
     validated: Validated
     compiled: Compiled
-    build: Mapping[str, Any]
+    build: BuildSettings
     signer: Signer | None
+
+
+@dataclass(frozen=True)
+class Bundle(Stage[Bundled]):
+    """Pack the finished stages of a run."""
+
+    name: ClassVar[str] = "bundle"
+    artifact: ClassVar[type[Artifact]] = Bundled
+
+    naming: Naming
+    preprocess: Preprocess
+    contents: Contents
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the file. The manifest holds no time, host name or path: the same inputs give the same bytes."""
         del reporter
         from resvit_engines.bundle.bundle import write_bundle
 
-        key = self.signer.key if self.signer else None
-        write_bundle(folder / self.file_name, self.manifest(), self.files(), key=key)
+        key = self.contents.signer.key if self.contents.signer else None
+        write_bundle(folder / self.naming.file_name, self.manifest(), self.files(), key=key)
 
     def files(self) -> dict[str, Path | bytes]:
         """What goes in, by name."""
-        scored, compiled = self.scored, self.compiled
+        scored, compiled = self.contents.scored, self.contents.compiled
         files: dict[str, Path | bytes] = {
-            "model.onnx": self.model.path,
-            "ranges.json": self.calibrated.ranges.path,
-            "quantize.json": self.quantized.path("quantize.json"),
-            "verdict.json": self.validated.path("verdict.json"),
+            "model.onnx": self.contents.model.path,
+            "ranges.json": self.contents.calibrated.ranges.path,
+            "quantize.json": self.contents.quantized.path("quantize.json"),
+            "verdict.json": self.contents.validated.path("verdict.json"),
             **{name: scored.path(name) for name in scored.record.outputs if name.startswith("golden_")},
         }
         for name in ("engine.plan", "plan.json", "layers.json", TENSORRT_COPY):
             if compiled.has(name):
                 files[name] = compiled.path(name)
         if compiled.engine is not None:
-            files["engine.json"] = pretty_json(lasting(compiled.engine))
+            files["engine.json"] = pretty_json(lasting(compiled.engine).to_json())
         if compiled.plan is not None:
             files["README.txt"] = self.readme().encode()
         return files
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What the bundle says of itself."""
-        verdict, report = self.validated.verdict, self.exported.report.to_json()
-        chain: list[Artifact] = [self.exported, self.calibrated, self.quantized, self.validated]
-        manifest: dict[str, Any] = {
-            "name": self.file_name.removesuffix(".resvit"),
-            "release": self.release,
-            "versions": {"resvit-export": package_version("resvit-export"), **self.quantized.record.versions},
-            "model": dict(self.identity),
-            "precision": self.precision,
-            "quantizer": self.quantizer,
-            "target": self.target.to_json(),
-            "settings": dict(self.settings),
-            "build": dict(self.build),
-            "preprocess": self.preprocess.to_json(),
-            "class_names": list(verdict.class_names),
-            "input": report["input"],
-            **({"inputs": report["inputs"]} if "inputs" in report else {}),
-            "outputs": report["outputs"],
-            "calibration": {"images": self.calibrated.images.images, "digest": self.calibrated.images.digest},
-            "validation": {"images": verdict.verdict.images, "digest": verdict.data_digest},
-            "verdict": verdict.kind.value,
-            "verdict_reason": verdict.reason,
-            "task": verdict.task,
-            "golden": dict(verdict.golden),
-            "stages": {artifact.stage: artifact.record.key for artifact in chain},
-        }
-        if self.recovered is not None:
-            manifest["stages"]["recover"] = self.recovered.record.key
-            manifest["recovery"] = dict(self.recovered.lasting)
-        if verdict.kind is not VerdictKind.ACCEPTED:
-            manifest["warning"] = f"Validation did not accept this model ({verdict.kind.value}): {verdict.reason}"
-        if self.compiled.engine is not None:
-            manifest["engine"] = lasting(self.compiled.engine)
-        if self.compiled.plan is not None:
-            manifest["plan"] = self.compiled.plan.to_json()
-        return manifest
+        record, report = self.contents.validated.verdict, Record(self.contents.exported.report.to_json(), "export.json")
+        chain: list[Artifact] = [
+            self.contents.exported,
+            self.contents.calibrated,
+            self.contents.quantized,
+            self.contents.validated,
+        ]
+        chain += [self.contents.recovered] if self.contents.recovered else []
+        warning = f"Validation did not accept this model ({record.kind.value}): {record.reason}"
+        validation = ImageCount(record.verdict.images, record.data_digest)
+        return Manifest(
+            name=self.naming.file_name.removesuffix(".resvit"),
+            release=self.naming.release,
+            target=self.naming.target,
+            engine=lasting(self.contents.compiled.engine) if self.contents.compiled.engine else None,
+            plan=self.contents.compiled.plan,
+            build=self.contents.build,
+            precision=self.naming.precision.value,
+            quantizer=self.naming.quantizer.value,
+            input=IoTensor.from_json(report.record("input")),
+            inputs=io_tensors_from_json(report.optional("inputs", report.records) or ()),
+            outputs=io_tensors_from_json(report.records("outputs")),
+            golden=record.golden,
+            calibration=ImageCount(self.contents.calibrated.images.images, self.contents.calibrated.images.digest),
+            verdict=ManifestVerdict(record.kind.value, record.reason, record.task, record.class_names, validation),
+            recovery=self.contents.recovered.recovery if self.contents.recovered else None,
+            warning=None if record.kind is VerdictKind.ACCEPTED else warning,
+            model=dict(self.naming.network.identity),
+            settings=dict(self.naming.recipe),
+            preprocess=self.preprocess.to_json(),
+            versions={"resvit-export": package_version("resvit-export"), **self.contents.quantized.record.versions},
+            stages={artifact.stage: artifact.record.key for artifact in chain},
+        )
 
     def readme(self) -> str:
         """What stands beside a plan, for whoever has only the bundle."""
-        plan, verdict = self.compiled.plan, self.validated.verdict
+        plan, verdict = self.contents.compiled.plan, self.contents.validated.verdict
         assert plan is not None
         commands = "\n".join(f"    {command}" for command in plan.commands)
         notes = "\n".join(plan.notes)
-        return f"""{self.file_name}
+        return f"""{self.naming.file_name}
 
 {plan.why}
 
-On the {self.target.title} ({self.target.software}), with the wheel of resvit_engines and the public key of whoever signed this:
+On the {self.naming.target.title} ({self.naming.target.software}), with the wheel of resvit_engines and the public key of whoever signed this:
 
-    resvit-engine build {self.file_name} --trust KEY.pub
+    resvit-engine build {self.naming.file_name} --trust KEY.pub
 
 which also checks the engine and packs it for 'resvit-engine install'. Or with TensorRT's own program alone:
 

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.device_plan import DevicePlan, plan_for_device
-from resvit_engines.builder.settings import BuildSettings, EngineReport
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder, Target
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -34,12 +36,14 @@ class Compiled(Artifact):
     @functools.cached_property
     def engine(self) -> EngineReport | None:
         """What came out of the build; None where only a plan did."""
-        return EngineReport.from_json(self.json(ENGINE_REPORT)) if self.has(ENGINE_REPORT) else None
+        return (
+            EngineReport.from_json(Record(self.json(ENGINE_REPORT), ENGINE_REPORT)) if self.has(ENGINE_REPORT) else None
+        )
 
     @functools.cached_property
     def plan(self) -> DevicePlan | None:
         """How to build it where it can be; None where it was built."""
-        return DevicePlan.from_json(self.json(PLAN)) if self.has(PLAN) else None
+        return DevicePlan.from_json(Record(self.json(PLAN), PLAN)) if self.has(PLAN) else None
 
     @property
     def copy(self) -> File | None:
@@ -110,9 +114,9 @@ class Compile(Stage[Compiled]):
         (folder / PLAN).write_bytes(pretty_json(plan.to_json()))
 
 
-def lasting(report: EngineReport) -> dict[str, Any]:
+def lasting(report: EngineReport) -> EngineReport:
     """What is true of the engine whenever it is built: without the time and memory that this build took."""
-    return {key: value for key, value in report.to_json().items() if key not in ("seconds", "peak_mib")}
+    return dataclasses.replace(report, seconds=None, peak_mib=None)
 
 
 def for_batch(settings: BuildSettings, batch: int) -> BuildSettings:

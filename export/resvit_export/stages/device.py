@@ -17,7 +17,7 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
-from resvit_engines.machine import DeviceFacts
+from resvit_engines.machine import Machine
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target, version_of
 from resvit_export.records.device import DeviceResult
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_engines.keys.private import SigningKey
     from resvit_engines.remote.device import RemoteJob
+    from resvit_engines.remote.job_result import JobResult
 
 RESULT = "device.json"
 IMAGES_MIB_VARIABLE = "RESVIT_DEVICE_IMAGES_MIB"
@@ -85,7 +86,7 @@ class RunOnDevice(Stage[OnDevice]):
         with Connection(address_from(self.address), reporter) as connection:
             device = Device(connection, reporter)
             wheels = os.environ.get(WHEELS_VARIABLE)
-            device.prepare(device.facts(), Path(wheels) if wheels else None)
+            device.prepare(device.machine(), Path(wheels) if wheels else None)
             with tempfile.TemporaryDirectory(prefix="resvit-device-") as scratch:
                 job = self._job(Path(scratch), reporter)
                 result = device.run(job)
@@ -106,12 +107,12 @@ class RunOnDevice(Stage[OnDevice]):
         takers: list[Callable[[], Path]] = [functools.partial(next, pieces) for _ in range(-(-self.count // per_piece))]
         return RemoteJob(bundle, key, tuple(takers), self.rehearse)
 
-    def _judge(self, folder: Path, result: dict[str, Any]) -> None:
+    def _judge(self, folder: Path, result: JobResult) -> None:
         """Write ``device.json``; the outputs of the device become ``predictions.npz`` and a verdict of the gate."""
         from resvit_calibrate.answers.replay import FirstImages, Replay
         from resvit_calibrate.gate.gate import judge
 
-        document: dict[str, Any] = {**result, "images": self.count, "verdict": None}
+        document: dict[str, Any] = {**result.to_json(), "images": self.count, "verdict": None}
         files = sorted((folder / "outputs").glob("*.npy"))
         if files:
             task, questions = self.questions.task.task(), self.questions
@@ -129,7 +130,7 @@ class RunOnDevice(Stage[OnDevice]):
                 self.original.answers(questions.task).first(self.count), candidate, self.confidence
             )
             verdict = judge(comparison, self.max_drop, self.confidence)
-            document.update(verdict=verdict.to_json(), runner=result["outputs"]["runner"])
+            document.update(verdict=verdict.to_json(), runner=result.outputs.runner)
             for file in files:
                 file.unlink()
             (folder / "outputs").rmdir()
@@ -145,9 +146,7 @@ def newest_on_device(run: RunFolder, bundle: File) -> OnDevice | None:
     return None
 
 
-def look_at_device(
-    address: str, target: Target, rehearse: bool, reporter: Reporter, *, quiet: bool = False
-) -> DeviceFacts:
+def look_at_device(address: str, target: Target, rehearse: bool, reporter: Reporter, *, quiet: bool = False) -> Machine:
     """Ask the device what it is and say so, before hours of work end at one that is not there or not the target.
 
     Raises:
@@ -157,7 +156,7 @@ def look_at_device(
     from resvit_engines.remote.ssh import Connection, address_from
 
     with Connection(address_from(address), reporter) as connection:
-        facts = Device(connection, reporter).facts()
+        facts = Device(connection, reporter).machine()
     if not quiet:
         reporter.say(describe(facts, address))
     if not rehearse:
@@ -165,7 +164,7 @@ def look_at_device(
     return facts
 
 
-def describe(facts: DeviceFacts, name: str) -> str:
+def describe(facts: Machine, name: str) -> str:
     """One line about a device for people."""
     parts = [
         facts.gpu or "no NVIDIA GPU",
@@ -179,7 +178,7 @@ def describe(facts: DeviceFacts, name: str) -> str:
     return f"{name}: {', '.join(part for part in parts if part)}"
 
 
-def require_target_there(target: Target, facts: DeviceFacts, device: str) -> None:
+def require_target_there(target: Target, facts: Machine, device: str) -> None:
     """Refuse a device that is not what the bundle was made for, before anything large is copied.
 
     Raises:
@@ -205,7 +204,7 @@ def require_target_there(target: Target, facts: DeviceFacts, device: str) -> Non
         )
 
 
-def images_that_fit(shape: Sequence[int], most: int, facts: DeviceFacts) -> int:
+def images_that_fit(shape: Sequence[int], most: int, facts: Machine) -> int:
     """How many validation images [C, H, W] in FP32 are copied: all, or as many as a share of the device takes."""
     limit = int(os.environ.get(IMAGES_MIB_VARIABLE, _IMAGES_MIB))
     limit = min(limit, facts.memory_available_mib // _SHARE, facts.free_disk_mib // _SHARE)

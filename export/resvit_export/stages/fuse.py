@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.files import atomic_file, pretty_json
-from resvit_engines.kernels.measure.results import case_of, measured_result
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.stage import Artifact, File, Stage
-from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice
+from resvit_export.to_tensorrt.fused_network import fused_network
+from resvit_export.to_tensorrt.plugin_choice import PluginChoice
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from resvit_quantize.fusion.fuse import Operands
-    from resvit_quantize.fusion.match import FusionReport, Kind, Match
+    from resvit_quantize.fusion.match import FusionReport
 
 MODEL = "model.onnx"
 RESULT = "fusion.json"
@@ -80,23 +78,6 @@ class Fuse(Stage[Fused]):
         (folder / RESULT).write_bytes(pretty_json(document))
 
 
-def fused_network(
-    model: Path, kinds: frozenset[Kind], target: Target, *, by: By = By.WISH, operands: Operands | None = None
-) -> tuple[ir.Model, FusionReport]:
-    """The model with every part of these kinds that a kernel serves on the target as a node of ours."""
-    import onnx_ir
-
-    from resvit_export.to_tensorrt.plugin_kernels import refusal
-    from resvit_quantize.fusion.fuse import fuse
-
-    network = onnx_ir.load(model)
-
-    def decide(match: Match) -> str | None:
-        return refusal(match.config, target) or (_not_faster(match, target) if by is By.TABLE else None)
-
-    return network, fuse(network, kinds, decide, operands)
-
-
 def sentences_of(report: FusionReport, choice: PluginChoice) -> list[str]:
     """What became of the parts, for people."""
     taken = [match.kind.value for match in report.matches]
@@ -104,16 +85,6 @@ def sentences_of(report: FusionReport, choice: PluginChoice) -> list[str]:
     first = f"kernels of our own ({choice.reason}): {counted or 'none'}"
     left = [f"{refusal.kind.value} {refusal.name} stays as it is: {refusal.reason}" for refusal in report.refusals]
     return [first, *left]
-
-
-def _not_faster(match: Match, target: Target) -> str | None:
-    case = case_of(match.config, match.shapes)
-    result = measured_result(target.sm, match.kind.value, case)
-    if result is None:
-        return f"nobody measured it on SM {target.sm / 10:.1f}"
-    if result.faster:
-        return None
-    return f"on {result.device} it took {result.ours_us:.1f} µs, and {result.other} {result.other_us:.1f} µs"
 
 
 def _operands(ranges: Path, precision: Precision) -> Operands:

@@ -20,7 +20,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.source import NetworkSource
-from resvit_export.recipe import Recipe
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.stage import Artifact, File, Stage
 from resvit_quantize.pruning.choose.importance import Importance
 from resvit_quantize.pruning.groups import Kind
@@ -152,9 +152,9 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     from resvit_export.loading.checkpoint import structure_in, write_network
     from resvit_export.loading.torch_program import write_by_memory
     from resvit_quantize.pruning.apply import prune
-    from resvit_quantize.pruning.choose.choice import choose
-    from resvit_quantize.pruning.choose.costs import Work
+    from resvit_quantize.pruning.choose.choice import choose_widths
     from resvit_quantize.pruning.choose.importance import importance_of
+    from resvit_quantize.pruning.choose.recorder import costs_from_module
     from resvit_quantize.pruning.find.discover import groups_from_module
     from resvit_quantize.pruning.structure import Structure
 
@@ -176,14 +176,14 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
                 "Leave the --prune options out, or allow more kinds with --prune-what.",
                 ExitCode.IMPOSSIBLE,
             )
-        work = Work.of(module, example[:1], found.groups)
+        costs = costs_from_module(module, example[:1], found.groups)
         method = budget.importance
         if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
             document["notes"].append("no images were given: importance is told by magnitude")
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=stage.seed)
-        choice = choose(found.groups, importance, work, budget.of_choice())
-        curves = _curves(module, found.groups, importance, batches, work.macs({}), reporter)
+        choice = choose_widths(found.groups, importance, costs, budget.of_choice())
+        curves = _curves(module, found.groups, importance, batches, costs.macs({}), reporter)
         structure = prune(module, found.groups, choice.kept, structure)
         document |= {
             "importance": method.value,

@@ -6,26 +6,31 @@ image is decoded once; what is there already, from another target or another lim
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_export.loading.source import NetworkSource
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.export import Exported
+from resvit_export.stages.prune import Pruned
 from resvit_export.task_choice import TaskChoice
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Answers
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
-    from resvit_calibrate.runtime.runner import Arrays, Runner
+    from resvit_calibrate.runtime.runner import Runner
+    from resvit_calibrate.runtime.sessions import Arrays
 
 ANSWERS = "answers.npz"
 GOLDEN = "golden.json"
@@ -158,36 +163,21 @@ class AskFloat(Asked):
 
 
 @dataclass(frozen=True)
-class GoldenRecord:
-    """Which files hold golden images and outputs, and what is to be said of the runtime that computed them.
-
-    ``output`` is the output that is judged, ``logits`` or the first; of several, ``outputs`` names the file of each,
-    and ``inputs`` those of what is read beside the images. Of ``sets``, the order of the rows is not compared.
-    """
-
-    input: str
-    output: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-    sets: bool
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """As the verdict and the manifest hold it, without the note."""
-        golden: dict[str, Any] = {"input": self.input, "output": self.output}
-        golden |= {"inputs": dict(self.inputs)} if self.inputs else {}
-        golden |= {"sets": True} if self.sets else {}
-        return golden | ({"outputs": dict(self.outputs)} if len(self.outputs) > 1 else {})
-
-
-@dataclass(frozen=True)
 class Scored(Answered):
     """The answers of the ONNX that ships, and golden images with its outputs."""
 
     @functools.cached_property
-    def golden(self) -> GoldenRecord:
-        """Which file holds what."""
-        return GoldenRecord(**self.json(GOLDEN))
+    def golden(self) -> GoldenFiles:
+        """Which file holds which golden array."""
+        return GoldenFiles.from_json(self._record().record("files"))
+
+    @property
+    def runtime_note(self) -> str:
+        """What is to be said of the runtime that computed the answers."""
+        return self._record().text("note")
+
+    def _record(self) -> Record:
+        return Record(self.json(GOLDEN), GOLDEN)
 
 
 @dataclass(frozen=True)
@@ -226,12 +216,12 @@ class AskQuantized(Asked):
         if remark:
             reporter.warn(remark)
         golden = write_golden(folder, feeds, runner(feeds), self.sets)
-        golden = dataclasses.replace(golden, note=f"{runtime_note()} {remark}".strip())
-        (folder / GOLDEN).write_bytes(pretty_json(dataclasses.asdict(golden)))
+        document = {"files": golden.to_json(), "note": f"{runtime_note()} {remark}".strip()}
+        (folder / GOLDEN).write_bytes(pretty_json(document))
         return runner
 
 
-def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False) -> GoldenRecord:
+def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False) -> GoldenFiles:
     """Write golden images and outputs as ``golden_input.npy``, ``golden_output.npy``, and ``…_1.npy`` and so on."""
     from resvit_calibrate.answers.classes import INPUT
 
@@ -245,4 +235,23 @@ def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = Fals
     for name, file in files.items():
         value = outputs[name]
         np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
-    return GoldenRecord("golden_input.npy", "golden_output.npy", beside, files, sets)
+    return GoldenFiles("golden_input.npy", "golden_output.npy", beside, files if len(files) > 1 else {}, sets)
+
+
+def answers_of(
+    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File
+) -> dict[str, Answered]:
+    """What every network of a run answers, by stage: what is there is read, the rest is asked together."""
+    asked: list[Asked] = [AskFloat(questions, exported.model)]
+    asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
+    asked += [AskPruned(questions, pruned.program)] if pruned else []
+    asked.append(AskQuantized(questions, model, run.label, exported.report.selects_rows))
+    artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
+    return {artifact.stage: artifact for artifact in artifacts}
+
+
+def shipped_in(answered: Mapping[str, Answered]) -> Scored:
+    """Of all answers, those of the ONNX that ships."""
+    scored = answered[AskQuantized.name]
+    assert isinstance(scored, Scored)
+    return scored

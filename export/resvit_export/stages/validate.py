@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,13 +16,13 @@ from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_export.records.verdict import ChangedAnswer, ScoreRow, VerdictRecord
 from resvit_export.stage import Artifact, File, Stage
-from resvit_export.stages.score import Answered, Questions, Scored
+from resvit_export.stages.score import Answered, Questions, Scored, shipped_in
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.ranges.diagnostics import Remark
-    from resvit_calibrate.runtime.runner import Array
+    from resvit_calibrate.runtime.sessions import Array
 
 VERDICT = "verdict.json"
 CHANGED = "changed.npz"
@@ -100,9 +100,9 @@ class Validate(Stage[Validated]):
             task=task.name,
             data=images.description,
             data_digest=images.digest,
-            runtime_note=self.candidate.golden.note,
+            runtime_note=self.candidate.runtime_note,
             remarks=tuple(item.to_json() for item in remarks),
-            golden=self.candidate.golden.to_json(),
+            golden=self.candidate.golden,
             class_names=tuple(images.class_names or ()),
             rows=tuple(rows),
             changed_total=len(changed),
@@ -126,6 +126,11 @@ class Validate(Stage[Validated]):
         few = itertools.islice(batches, max(CLIPPING_IMAGES // batch_size, 1))
         seen = load_statistics(self.statistics.path)
         return clipping_remarks(clipped_shares(self.floating.path, clips, few), shares_from_statistics(seen, clips))
+
+
+def sides(answered: Mapping[str, Answered]) -> tuple[Answered | None, Answered | None, Answered, Scored]:
+    """Who is held against whom: original and pruned network in PyTorch, float ONNX, and the ONNX that ships."""
+    return answered.get("reference"), answered.get("pruned"), answered["baseline"], shipped_in(answered)
 
 
 def _pictures(

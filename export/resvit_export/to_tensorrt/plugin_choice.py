@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.measure.results import measured_results
 from resvit_engines.targets.table import Builder, Precision, Target
-from resvit_export.choices import PluginAttention, Plugins
+from resvit_export.recipe.choices import PluginAttention, Plugins
 
 if TYPE_CHECKING:
-    from resvit_export.recipe import Recipe
+    from resvit_export.recipe.recipe import Recipe
 
 
 class By(str, enum.Enum):

@@ -14,7 +14,7 @@ import numpy as np
 from resvit_engines.bench.bench import BenchReport, measure
 from resvit_engines.bench.commands import golden_feeds, settings_from
 from resvit_engines.bench.compare import Comparison, compare
-from resvit_engines.builder.settings import TITLES, BuildSettings
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.progress import Reporter
@@ -23,13 +23,14 @@ from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.runner import Runner, open_sound_onnx, runtime_of, why_not_here
+from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
 from resvit_engines.targets.table import Precision
-from resvit_export.choices import Recovery
+from resvit_export.recipe.choices import Recovery
 from resvit_export.run import Sources
 from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stage import File
-from resvit_export.stages.compile import ENGINE, ENGINE_REPORT, Compile, Compiled
+from resvit_export.stages.compile import ENGINE, Compile, Compiled
+from resvit_export.stages.score import shipped_in
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
@@ -102,7 +103,7 @@ def _open_run(
 ) -> tuple[dict[str, Runner], Arrays | None]:
     """Prepare what a run's networks need, and open them all by the same runtime."""
     from resvit_export.pipeline import Pipeline
-    from resvit_export.recipe_file import recipe_from_toml
+    from resvit_export.recipe.file import recipe_from_toml
     from resvit_export.run import runs_for
 
     recipe = recipe_from_toml(folder / "recipe.toml")
@@ -130,7 +131,7 @@ def _open_run(
     if golden is None:
         return runners, None
     images, _, beside = golden
-    return runners, {input_name(next(iter(runners.values())), {}): images, **beside}
+    return runners, {input_name(next(iter(runners.values())), None): images, **beside}
 
 
 def finished(pipeline: Pipeline) -> Pipeline:
@@ -178,7 +179,7 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
 
 
 def _half(pipeline: Pipeline, name: str) -> Subject:
-    model = pipeline.run.folder.do(pipeline.halved).model
+    model = pipeline.run.folder.do(pipeline.half).model
     return Subject(name, model, lambda: _engine(pipeline, model, pipeline.run.build_settings))
 
 
@@ -199,10 +200,9 @@ def _engine_of_run(pipeline: Pipeline) -> Runner | None:
 
 
 def _opened(compiled: Compiled, model: File) -> Runner:
-    engine, record = compiled.file(ENGINE), compiled.json(ENGINE_REPORT)
-    runtime = runtime_of(record)
-    assert runtime is not None
-    return open_engine(runtime, engine.path, engine.digest, record, (compiled.copy or model).path)
+    engine, report = compiled.file(ENGINE), compiled.engine
+    assert report is not None
+    return open_engine(engine.path, engine.digest, report, (compiled.copy or model).path)
 
 
 def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
@@ -214,7 +214,7 @@ def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
             "Run 'resvit-engine bench' on the device, or leave --runtime out.",
             ExitCode.IMPOSSIBLE,
         )
-    return why_not_here({"builder": TITLES[builder], "sm": target.sm, **pipeline.run.build_settings.flags})
+    return why_not_here(builder, target.sm, hardware_compatible=pipeline.run.build_settings.hardware_compatible)
 
 
 def _require_alike(runners: Mapping[str, Runner]) -> None:
@@ -231,8 +231,8 @@ def _require_alike(runners: Mapping[str, Runner]) -> None:
 def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     try:
         with pipeline.run.folder.looking_only():
-            scored, validated = pipeline.scored, pipeline.validated
+            scored = shipped_in(pipeline.answered)
     except NotFinishedError:
         return None
     images, outputs = (np.load(scored.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
-    return images, outputs, golden_inputs(scored.folder, validated.json("verdict.json"), len(images))
+    return images, outputs, golden_inputs(scored.folder, scored.golden, len(images))

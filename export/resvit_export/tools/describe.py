@@ -114,14 +114,14 @@ def describe_engine(path: Path) -> dict[str, Any]:
     from resvit_engines.bundle.engine_file import describe_engine_file
 
     description = describe_engine_file(path)
-    if description["format"] == "unknown":
+    if description.format == "unknown":
         raise damaged(path, "a TensorRT engine", "its first bytes are not those of one")
-    if description["sidecar_matches"] is False:
+    if description.sidecar_matches is False:
         raise ResvitError(
-            f"{path} is not the engine that {description['sidecar']} describes: their digests differ.",
+            f"{path} is not the engine that {description.sidecar} describes: their digests differ.",
             "Copy both files again from the run folder, or build the engine again.",
         )
-    return {"kind": "engine", **description}
+    return {"kind": "engine", **description.to_json()}
 
 
 def describe_bundle(path: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle",
         "whole": True,
         "signed_by": signers(path),
-        **{key: value for key, value in manifest.items() if key != "kind"},
+        **{key: value for key, value in manifest.to_json().items() if key != "kind"},
     }
 
 

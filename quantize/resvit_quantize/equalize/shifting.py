@@ -19,11 +19,11 @@ import onnx_ir as ir
 from resvit_calibrate.observe.histogram import ChannelStatistics
 from resvit_calibrate.ranges.channels import channel_error, shifted
 from resvit_calibrate.ranges.ranges import TensorRange
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
 from resvit_quantize.graph.network import add_initializer, constant, int_attribute
 from resvit_quantize.placement.placement import Edge, Placement
-from resvit_quantize.settings import Precision
 
 _POINTWISE = frozenset(
     {"Gelu", "Mul", "HardSwish", "Mish", "Swish", "Elu", "Celu", "Selu", "Softplus", "Sigmoid", "HardSigmoid"}

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
 from resvit_calibrate.ranges.channels import channel_error
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.channel_flow import Flow, channel_flow
 from resvit_quantize.graph.network import add_initializer, constant, int_attribute
 from resvit_quantize.placement.grid import largest_level
 from resvit_quantize.placement.placement import Placement, channel_axis, edge_key
-from resvit_quantize.settings import Precision
 
 _STRENGTHS = (0.5, 0.75, 1.0)
 _FURTHEST = 64.0
@@ -112,7 +112,7 @@ def smooth(
     gains = np.zeros(len(flow.free))
     for variables in _groups(flow):
         group = _Group(flow, placement, channels, variables, bits)
-        if found := group.best():
+        if found := group.factors():
             scales[variables], strengths[variables], gains[variables] = found
     if not gains.any():
         return ()
@@ -183,7 +183,7 @@ class _Group:
                 total += energy / max(float(energy @ power), 1e-30)
         return total if total.any() else np.full(len(power), 1.0 / max(float(power.sum()), 1e-30))
 
-    def best(self) -> tuple[np.ndarray, float, float] | None:
+    def factors(self) -> tuple[np.ndarray, float, float] | None:
         """(factors of the group's variables, strength, gain in dB) with the least predicted error."""
         reach, weigh = np.zeros(self.count), np.zeros(self.count)
         for name, variables in self.tensors.items():

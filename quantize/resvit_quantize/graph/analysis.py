@@ -22,7 +22,7 @@ _JOIN = frozenset({"Add", "Sub", "Mul", "Div", "Concat", "Sum", "Where", "Max", 
 _POOL = frozenset({"MaxPool", "AveragePool"})
 
 
-class Group(str, enum.Enum):
+class HybridPart(str, enum.Enum):
     """Parts of a ResNet+ViT hybrid."""
 
     STEM = "stem"
@@ -38,7 +38,7 @@ class Product:
     """A node that multiplies matrices: by a weight, or (``weight`` is ``None``) two computed tensors."""
 
     node: ir.Node
-    group: Group
+    part: HybridPart
     macs: int
     """Multiply-accumulates for one image; 0 where the shapes cannot be told."""
     rows: int | None
@@ -71,12 +71,12 @@ class Analysis:
 
 
 def analyse(model: ir.Model) -> Analysis:
-    """Find the products of a float graph, their groups, and their multiply-accumulates for one image."""
+    """Find the products of a float graph, their parts, and their multiply-accumulates for one image."""
     flow = _Flow(model)
     shapes = static_shapes(model)
-    groups = _groups(flow)
+    parts = _parts(flow)
     products = tuple(
-        Product(n, groups[n], _macs(n, shapes), _rows(n, shapes), n.inputs[1] if n in flow.weighted else None)
+        Product(n, parts[n], _macs(n, shapes), _rows(n, shapes), n.inputs[1] if n in flow.weighted else None)
         for n in flow.products
     )
     return Analysis(products, {p.node: p for p in products}, flow.depth, shapes, frozenset(flow.data))
@@ -153,7 +153,7 @@ def _product_kind(node: ir.Node, data: set[ir.Value]) -> str | None:
     return None
 
 
-def _groups(flow: _Flow) -> dict[ir.Node, Group]:
+def _parts(flow: _Flow) -> dict[ir.Node, HybridPart]:
     attention = [n for n in flow.products if n not in flow.weighted]
     attention_bits = sum(flow.bit[n] for n in attention)
     around = 0
@@ -161,28 +161,28 @@ def _groups(flow: _Flow) -> dict[ir.Node, Group]:
         around |= flow.next_weighted[node]
         for value in node.inputs[:3]:
             around |= flow.nearest.get(value, 0) if value is not None else 0
-    groups: dict[ir.Node, Group] = {}
+    parts: dict[ir.Node, HybridPart] = {}
     for node in flow.products:
         above = flow.above[node.outputs[0]] & ~flow.bit[node]
         if node not in flow.weighted:
-            groups[node] = Group.TRANSFORMER
+            parts[node] = HybridPart.TRANSFORMER
         elif above and not flow.below[node] and _is_head(node, flow):
-            groups[node] = Group.HEAD
+            parts[node] = HybridPart.HEAD
         elif around & flow.bit[node] or (node.op_type in _LINEAR and above & attention_bits):
-            groups[node] = Group.TRANSFORMER
-    inside = sum(flow.bit[n] for n, g in groups.items() if g is Group.TRANSFORMER)
+            parts[node] = HybridPart.TRANSFORMER
+    inside = sum(flow.bit[n] for n, part in parts.items() if part is HybridPart.TRANSFORMER)
     stem = _stem(flow)
     for node in flow.products:
-        if node in groups:
+        if node in parts:
             continue
         behind = flow.nearest.get(node.inputs[0], 0) if node.inputs[0] is not None else 0
         if node in stem:
-            groups[node] = Group.STEM
+            parts[node] = HybridPart.STEM
         elif (flow.next_weighted[node] | behind) & inside:
-            groups[node] = Group.BRIDGE
+            parts[node] = HybridPart.BRIDGE
         else:
-            groups[node] = Group.TRUNK
-    return groups
+            parts[node] = HybridPart.TRUNK
+    return parts
 
 
 def _is_head(node: ir.Node, flow: _Flow) -> bool:

@@ -60,7 +60,7 @@ class _Grouping:
         self.order = {node: i for i, node in enumerate(model.graph)}
         self.root: dict[ir.Value, ir.Value] = {}
         self.owner: dict[ir.Node, _Layer] = {}
-        self.found: list[_Layer] = []
+        self.fused: list[_Layer] = []
         self.born: dict[ir.Value, tuple[int, int]] = {}
         """Of each root: weighted layers before it, and its place in the graph."""
 
@@ -77,10 +77,10 @@ class _Grouping:
                 continue
             layer = self._layer(node, blocks.get(node))
             self.owner.update(dict.fromkeys(layer.nodes, layer))
-            self.found.append(layer)
+            self.fused.append(layer)
             self._absorb(layer)
         inputs = [self._input(v) for v in self.model.graph.inputs if v in self.analysis.data]
-        return (*inputs, *(self._work(layer) for layer in self.found))
+        return (*inputs, *(self._work(layer) for layer in self.fused))
 
     def _layer(self, node: ir.Node, block: AttentionBlock | None) -> _Layer:
         if block is not None:

@@ -22,6 +22,7 @@ from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Analysis, analyse
 from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.graph.schema import is_float
@@ -29,7 +30,7 @@ from resvit_quantize.modelopt.quiet import quiet_modelopt
 from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.qdq.half import KeptFloat
 from resvit_quantize.qdq.report import QuantizeReport, report_from_graph
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 _AUTOCAST_BATCHES = 8
 _ESTIMATORS = {Estimator.MAX: "max", Estimator.ENTROPY: "entropy"}

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import constant
 from resvit_quantize.placement.placement import Weight
-from resvit_quantize.settings import Precision
 
 LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}
 """What the largest magnitude maps to: the symmetric INT8 grid leaves -128 out, E4M3 ends at 448."""

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from resvit_quantize.graph.analysis import Analysis, Group, Product
+from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysis import Analysis, HybridPart, Product
 from resvit_quantize.graph.network import constant, int_attribute
 from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.placement.positions import position_products
-from resvit_quantize.settings import Precision
 
 _SMALL = 16
 _FP8_FILTER = 32
@@ -123,7 +123,7 @@ def place(
         if why_not is not None:
             reasons[product.name] = why_not
             continue
-        reason = "included by the recipe" if node in wanted else f"weighted {node.op_type} of the {product.group.value}"
+        reason = "included by the recipe" if node in wanted else f"weighted {node.op_type} of the {product.part.value}"
         reasons[product.name] = reason
         chosen[node] = used
         edges.append(Edge(node, 0, reason, used))
@@ -161,7 +161,7 @@ def _unwise(product: Product, precision: Precision) -> str | None:
     weight = constant(product.weight)
     assert weight is not None
     node = product.node
-    if product.group is Group.HEAD:
+    if product.part is HybridPart.HEAD:
         return "the head costs nothing in FP16 and often hurts in 8 bits"
     if node.op_type in ("MatMul", "Gemm"):
         if product.rows == 1:
@@ -191,7 +191,7 @@ def channel_axis(node: ir.Node) -> int:
 def _residual_adds(analysis: Analysis, shortcuts: Shortcuts) -> dict[ir.Node, tuple[int, ir.Node]]:
     """Adds of two image tensors that a trunk convolution feeds: shortcut's index, and the convolution."""
     found: dict[ir.Node, tuple[int, ir.Node]] = {}
-    trunk = {p.node for p in analysis.products if p.node.op_type == "Conv" and p.group is not Group.TRANSFORMER}
+    trunk = {p.node for p in analysis.products if p.node.op_type == "Conv" and p.part is not HybridPart.TRANSFORMER}
     for conv in trunk:
         for end in _ends(conv, shortcuts):
             for use in end.uses():

@@ -40,31 +40,36 @@ def position_products(analysis: Analysis) -> dict[ir.Node, str]:
         return {}
     graph = analysis.products[0].node.graph
     assert isinstance(graph, ir.Graph)
-    found: dict[ir.Node, str] = {}
+    reasons: dict[ir.Node, str] = {}
     for node in graph:
         if node.op_type == "GridSample":
-            _mark(found, [node.inputs[1]], analysis, "its output says where GridSample reads")
+            _mark(reasons, [node.inputs[1]], analysis, "its output says where GridSample reads")
         elif node.op_type == "TopK":
-            _mark(found, [node.inputs[0]], analysis, "its output selects the queries", deep=False)
+            _mark(reasons, [node.inputs[0]], analysis, "its output selects the queries", deep=False)
     for value, what in _detections(graph):
-        _mark(found, [value], analysis, f"its output is the detector's {what}", deep=what == "boxes")
+        _mark(reasons, [value], analysis, f"its output is the detector's {what}", deep=what == "boxes")
     for product in analysis.products:
         weight = constant(product.weight)
         if product.node.op_type in _LINEAR and weight is not None and min(weight.shape[:1]) <= _COORDINATES:
             for node in _behind(product.node, analysis):
-                found.setdefault(node, "it codes a position")
-    return found
+                reasons.setdefault(node, "it codes a position")
+    return reasons
 
 
 def _mark(
-    found: dict[ir.Node, str], values: Iterable[ir.Value | None], analysis: Analysis, reason: str, *, deep: bool = True
+    reasons: dict[ir.Node, str],
+    values: Iterable[ir.Value | None],
+    analysis: Analysis,
+    reason: str,
+    *,
+    deep: bool = True,
 ) -> None:
     """Name the first products behind ``values``, and with ``deep`` all linear layers of the same head."""
     for node in _first_products(values, analysis):
-        found.setdefault(node, reason)
+        reasons.setdefault(node, reason)
         if deep and node.op_type in _LINEAR:
             for before in _head_of(node, analysis):
-                found.setdefault(before, reason)
+                reasons.setdefault(before, reason)
 
 
 def _first_products(values: Iterable[ir.Value | None], analysis: Analysis) -> list[ir.Node]:

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import add_initializer
 from resvit_quantize.placement.grid import StoredWeight, largest_level, quantise_weight, require_finite, scale_from_amax
 from resvit_quantize.placement.placement import EdgeKey, Placement, Weight, WeightKey, edge_key, weight_key
-from resvit_quantize.settings import Precision
 
 _STORED: dict[Precision, Any] = {Precision.INT8: np.int8, Precision.FP8: ml_dtypes.float8_e4m3fn}
 

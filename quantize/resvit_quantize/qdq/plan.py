@@ -14,6 +14,7 @@ from resvit_calibrate.ranges.channels import amax_for_output
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
+from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.shifting import Opened, close_activations, open_activations
 from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
 from resvit_quantize.graph.analysis import Analysis, analyse
@@ -21,7 +22,7 @@ from resvit_quantize.graph.network import constant, network_from_onnx
 from resvit_quantize.placement.grid import LARGEST, LARGEST_SCALE, SMALLEST_SCALE
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.placement.placement import Edge, EdgeKey, Placement, edge_key, place
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 _SPARED = 0.02
 """The share of the multiply-accumulates that may stay in FP16 for accuracy's sake."""

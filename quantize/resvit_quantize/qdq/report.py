@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from resvit_quantize.graph.analysis import Analysis, Group
+from resvit_quantize.graph.analysis import Analysis, HybridPart
 from resvit_quantize.qdq.half import KeptFloat
 
 _NAMES = {
@@ -23,7 +23,7 @@ _VIEWS = frozenset({"Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsq
 
 
 @dataclass(frozen=True)
-class GroupReport:
+class PartReport:
     """Convolutions and weighted matrix products of one part of the network, counted for one image."""
 
     nodes: int
@@ -62,7 +62,7 @@ class QuantizeReport:
     precision: str
     quantizer: str
     estimator: str
-    groups: dict[str, GroupReport]
+    groups: dict[str, PartReport]
     macs_share: float
     """Share of the multiply-accumulates of convolutions and weighted products that run in 8 bits, 0 to 1."""
     nodes: tuple[NodeReport, ...]
@@ -87,7 +87,7 @@ class QuantizeReport:
     def from_json(cls, document: Mapping[str, Any]) -> QuantizeReport:
         """Read what ``to_json`` wrote."""
         parts = {
-            "groups": {name: GroupReport(**item) for name, item in document["groups"].items()},
+            "groups": {name: PartReport(**item) for name, item in document["groups"].items()},
             "nodes": tuple(NodeReport(**item) for item in document["nodes"]),
             "fp32": tuple(KeptFloat(**item) for item in document["fp32"]),
             "smoothed": tuple(SmoothedTensor(**item) for item in document["smoothed"]),
@@ -123,21 +123,21 @@ def report_from_graph(
             NodeReport(
                 product.name,
                 product.node.op_type,
-                product.group.value,
+                product.part.value,
                 product.macs,
                 product.weight is not None,
                 kind,
                 reasons.get(product.name, ""),
             )
         )
-    groups = {group.value: _count([n for n in nodes if n.weighted and n.group == group.value]) for group in Group}
-    macs = sum(group.macs for group in groups.values())
-    quantized = sum(group.quantized_macs for group in groups.values())
+    parts = {part.value: _count([n for n in nodes if n.weighted and n.group == part.value]) for part in HybridPart}
+    macs = sum(part.macs for part in parts.values())
+    quantized = sum(part.quantized_macs for part in parts.values())
     return QuantizeReport(
         precision=precision,
         quantizer=quantizer,
         estimator=estimator,
-        groups=groups,
+        groups=parts,
         macs_share=quantized / macs if macs else 0.0,
         nodes=tuple(nodes),
         fp32=tuple(fp32),
@@ -149,9 +149,9 @@ def report_from_graph(
     )
 
 
-def _count(nodes: list[NodeReport]) -> GroupReport:
+def _count(nodes: list[NodeReport]) -> PartReport:
     quantized = [node for node in nodes if node.precision in ("int8", "fp8")]
-    return GroupReport(len(nodes), len(quantized), sum(n.macs for n in nodes), sum(n.macs for n in quantized))
+    return PartReport(len(nodes), len(quantized), sum(n.macs for n in nodes), sum(n.macs for n in quantized))
 
 
 def _operand_precision(node: ir.Node, weighted: bool) -> str:

@@ -92,7 +92,7 @@ def compensate(
                 run.step(node)
     finally:
         torch.set_num_threads(threads)
-    return run.found
+    return run.compensation
 
 
 Chunks: TypeAlias = "list[Tensor]"
@@ -110,7 +110,7 @@ class _Run:
         importance: Mapping[ir.Node, Tensor],
     ) -> None:
         self.graph, self.settings, self.importance = graph, settings, importance
-        self.found = Compensation(amax=dict(plan.amax))
+        self.compensation = Compensation(amax=dict(plan.amax))
         self.edges = {(edge.node, edge.index): edge for edge in plan.placement.edges}
         self.weights = {weight.node: weight for weight in plan.placement.weights}
         self.products = {p.node for p in plan.analysis.products if p.weight is not None}
@@ -138,7 +138,7 @@ class _Run:
                     noisy[index], same = [self._quantized(edge, chunk) for chunk in chunks], False
         if not same:
             outcome = self._evaluated(node, noisy)
-            if (added := self.found.bias.get(str(node.name))) is not None:
+            if (added := self.compensation.bias.get(str(node.name))) is not None:
                 bias = _per_channel(node, torch.from_numpy(added), outcome[0][0])
                 outcome = [[chunk + bias for chunk in outcome[0]]]
         self._keep(self.noisy, node, outcome)
@@ -172,7 +172,7 @@ class _Run:
         values.update({str(v.name): chunks for v, chunks in zip(node.outputs, outputs, strict=False)})
 
     def _quantized(self, edge: Edge, value: Tensor) -> Tensor:
-        clip, bits = self.found.amax[edge_key(edge)], self.settings.bits
+        clip, bits = self.compensation.amax[edge_key(edge)], self.settings.bits
         scale = torch.tensor(scale_from_amax(clip, edge.precision, bits))
         return fake_quantize(value, scale, edge.precision, bits)
 
@@ -191,11 +191,11 @@ class _Run:
             fits = target.shape[1] >= _FEWEST_ROWS
         if fits:
             if self.settings.methods.output_ranges and self.readers[edge_key(edge)] == 1:
-                self.found.amax[edge_key(edge)] = self._clip(reaching, weight, target, rows.weights(), edge)
+                self.compensation.amax[edge_key(edge)] = self._clip(reaching, weight, target, rows.weights(), edge)
             self._fit(place, self._quantized(edge, reaching), target, weight, rows.weights())
-        elif identity not in self.found.stored:
-            self.found.stored[identity] = self._nearest(place)
-        restored = torch.from_numpy(self.found.stored[identity].restored(place.axis))
+        elif identity not in self.compensation.stored:
+            self.compensation.stored[identity] = self._nearest(place)
+        restored = torch.from_numpy(self.compensation.stored[identity].restored(place.axis))
         quantized = [self._quantized(edge, chunk) for chunk in reached]
         return [quantized, [restored] * self.count, *noisy[2:]]
 
@@ -213,26 +213,26 @@ class _Run:
         if target.shape[1] < _FEWEST_ROWS:
             return noisy
         fit = _Fit(inputs, target, trained, rows.weights(), self.settings.methods.bias_correction)
-        best = fit.best()
-        if best is trained:
+        fitted = fit.fitted()
+        if fitted is trained:
             return noisy
-        weight = ungrouped_weight(node, best, array.shape).contiguous()
-        self.found.fitted[str(value.name)] = weight.numpy()
-        self._correct(node, fit, best)
+        weight = ungrouped_weight(node, fitted, array.shape).contiguous()
+        self.compensation.fitted[str(value.name)] = weight.numpy()
+        self._correct(node, fit, fitted)
         return [noisy[0], [weight] * self.count, *noisy[2:]]
 
     def _correct(self, node: ir.Node, fit: _Fit, weight: Tensor) -> None:
         """Keep the bias that goes with a weight [G, K, O/G]."""
         if self.settings.methods.bias_correction:
             alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
-            self.found.bias[str(node.name)] = (alpha * fit.bias(weight)).reshape(-1).numpy()
+            self.compensation.bias[str(node.name)] = (alpha * fit.bias(weight)).reshape(-1).numpy()
 
     def _nearest(self, place: Weight) -> StoredWeight:
         return StoredWeight(*quantise_weight(require_finite(place), place.axis, place.precision, self.settings.bits))
 
     def _clip(self, noisy: Tensor, weight: Tensor, target: Tensor, counts: Tensor, edge: Edge) -> float:
         """The range with the least error at the layer's output, each row of which counts ``counts`` [R, 1]."""
-        calibrated = chosen = self.found.amax[edge_key(edge)]
+        calibrated = chosen = self.compensation.amax[edge_key(edge)]
         best = np.inf
         part = slice(None, None, max(noisy.shape[1] // 2048, 1))
         for share in _CLIPS:
@@ -259,12 +259,12 @@ class _Run:
             return grouped_weight(node, torch.from_numpy(stored.restored(place.axis)))
 
         plain = self._nearest(place)
-        best = round_weight(fit.best(), fit.regular(_DAMPING), place, bits)
+        best = round_weight(fit.fitted(), fit.regular(_DAMPING), place, bits)
         before, after = fit.error(matrices(plain)) / fit.power, fit.error(matrices(best)) / fit.power
         if not after < before:
             best, after = plain, before
-        self.found.stored[weight_key(place)] = best
-        self.found.errors[str(node.name)] = before, after
+        self.compensation.stored[weight_key(place)] = best
+        self.compensation.errors[str(node.name)] = before, after
         self._correct(node, fit, matrices(best))
 
 
@@ -300,7 +300,7 @@ class _Fit:
         inputs, outputs = self.held
         return float((inputs @ weight - outputs).square().sum())
 
-    def best(self) -> Tensor:
+    def fitted(self) -> Tensor:
         """The weights with the least error: the trained ones or one of the fits."""
         fits = [self.trained]
         for ridge in _RIDGES:

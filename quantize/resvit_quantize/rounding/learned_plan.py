@@ -14,13 +14,14 @@ from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Analysis
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.rounding.compensate import Compensation, compensate
 from resvit_quantize.rounding.layer_rows import columns_of, rows_for
 from resvit_quantize.sensitivity.sensitivity import COVERAGE, layers_to_exclude, measure_sensitivity
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 _SENSED = 32
 """Images that decide which layers are spared."""

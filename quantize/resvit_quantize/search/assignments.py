@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resvit_engines.files import canonical_json, sha256_bytes
-from resvit_engines.targets.costs import Assignment, CostModel
+from resvit_engines.targets.costs import CostModel, Precisions
 from resvit_engines.targets.table import Precision
 
 _PASSES = 8
 _TIE_US = 1e-9
 DISTINCT = 0.8
-"""Plans whose damages are nearer than this ratio (1 dB) are not looked at both: the gate could not tell them apart."""
+"""Of assignments whose damages are nearer than this ratio (1 dB) one is asked about: the gate tells them not apart."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,32 @@ class Problem:
     costs: CostModel
     allowed: Mapping[str, frozenset[Precision]]
     damage: Mapping[str, Mapping[Precision, float]]
-    plain: Assignment
+    plain: Precisions
 
-    def plan(self, assignment: Assignment, paid: Mapping[str, float] | None = None) -> Plan:
-        """An assignment with its predicted latency and damage; ``paid`` as :class:`Plan` has it."""
-        complete = {node: assignment.get(node, Precision.FP16) for node in self.allowed}
+    def assignment(self, precisions: Precisions, paid: Mapping[str, float] | None = None) -> Assignment:
+        """An assignment with its predicted latency and damage; ``paid`` as :class:`Assignment` has it."""
+        complete = {node: precisions.get(node, Precision.FP16) for node in self.allowed}
         damage = math.fsum(self.damage_of(node, precision) for node, precision in complete.items())
-        return Plan(complete, self.costs.total_us(complete), damage, dict(paid or {}))
+        return Assignment(complete, self.costs.total_us(complete), damage, dict(paid or {}))
 
     def damage_of(self, node: str, precision: Precision) -> float:
         """Noise-to-signal power that ``node`` causes in this precision."""
         return 0.0 if precision is Precision.FP16 else self.damage.get(node, {}).get(precision, 0.0)
 
-    def plain_plan(self) -> Plan:
+    def plain_assignment(self) -> Assignment:
         """What the recipe does without a search."""
-        return self.plan(self.plain)
+        return self.assignment(self.plain)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Assignment:
     """One assignment, with its predicted microseconds per call and damage.
 
     ``paid`` gives the microseconds that raising each node added when it was raised, after those before it; they sum
-    up to what the plan takes longer than the fastest one.
+    up to what the assignment takes longer than the fastest one.
     """
 
-    assignment: Mapping[str, Precision]
+    precisions: Precisions
     latency_us: float
     damage: float
     paid: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -68,16 +68,16 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the assignment: 12 hexadecimal digits."""
-        return sha256_bytes(canonical_json(self.plain_assignment))[:12]
+        return sha256_bytes(canonical_json(self.precision_names))[:12]
 
     @property
-    def plain_assignment(self) -> dict[str, str]:
+    def precision_names(self) -> dict[str, str]:
         """Plain JSON values: precision by node."""
-        return {node: precision.value for node, precision in self.assignment.items()}
+        return {node: precision.value for node, precision in self.precisions.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, without the assignment."""
-        counts = {p.value: sum(q is p for q in self.assignment.values()) for p in Precision}
+        counts = {p.value: sum(q is p for q in self.precisions.values()) for p in Precision}
         return {"digest": self.digest, "ms": self.latency_us / 1e3, "damage": self.damage, "products": counts}
 
 
@@ -102,7 +102,7 @@ class Raised:
         }
 
 
-def fastest_assignment(problem: Problem) -> dict[str, Precision]:
+def fastest_precisions(problem: Problem) -> dict[str, Precision]:
     """For each product the precision with the least predicted time, the others given; on a tie 8 bits.
 
     A tensor's format depends on both of its ends, so products are gone through until nothing changes, from the
@@ -123,67 +123,68 @@ def fastest_assignment(problem: Problem) -> dict[str, Precision]:
     return current
 
 
-def nested_plans(problem: Problem) -> tuple[Plan, ...]:
+def nested_assignments(problem: Problem) -> tuple[Assignment, ...]:
     """From the fastest assignment to all FP16, raising what saves most damage per microsecond first.
 
-    No plan is both slower and more damaging than another. Deterministic: ties go by name.
+    No assignment is both slower and more damaging than another. Deterministic: ties go by name.
     """
-    plans = [problem.plan(fastest_assignment(problem))]
-    while (step := _best_step(problem, plans[-1].assignment)) is not None:
-        plans.append(_raise(problem, plans[-1], *step))
-    kept = [plans[-1]]
-    for plan in reversed(plans[:-1]):
-        if plan.latency_us < kept[-1].latency_us:
-            kept.append(plan)
+    assignments = [problem.assignment(fastest_precisions(problem))]
+    while (step := _best_step(problem, assignments[-1].precisions)) is not None:
+        assignments.append(_raise(problem, assignments[-1], *step))
+    kept = [assignments[-1]]
+    for assignment in reversed(assignments[:-1]):
+        if assignment.latency_us < kept[-1].latency_us:
+            kept.append(assignment)
     return tuple(reversed(kept))
 
 
-def distinct_plans(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
-    """Every plan that does clearly less damage than the one kept before it; always the first and the last."""
-    kept = [plans[0]]
-    for plan in plans[1:]:
-        if plan.damage <= DISTINCT * kept[-1].damage:
-            kept.append(plan)
-    if kept[-1] is not plans[-1]:
-        kept.append(plans[-1])
+def distinct_assignments(assignments: tuple[Assignment, ...]) -> tuple[Assignment, ...]:
+    """Every assignment that does clearly less damage than the one kept before it; always the first and the last."""
+    kept = [assignments[0]]
+    for assignment in assignments[1:]:
+        if assignment.damage <= DISTINCT * kept[-1].damage:
+            kept.append(assignment)
+    if kept[-1] is not assignments[-1]:
+        kept.append(assignments[-1])
     return tuple(kept)
 
 
-def best_within(problem: Problem, fastest: Plan, budget_us: float) -> Plan | None:
-    """The least damaging plan found with a predicted latency of at most ``budget_us``; ``None`` if even the fastest
-    is slower.
+def best_within(problem: Problem, fastest: Assignment, budget_us: float) -> Assignment | None:
+    """The least damaging assignment found that is predicted to take at most ``budget_us``.
+
+    ``None`` if even the fastest is slower.
 
     Greedy from the fastest: raises, of the layers that still fit, the one that saves most per microsecond.
     """
     if fastest.latency_us > budget_us:
         return None
-    plan = fastest
-    while (step := _best_step(problem, plan.assignment, budget_us - plan.latency_us)) is not None:
-        plan = _raise(problem, plan, *step)
-    plain = problem.plain_plan()
-    fits = plain.latency_us <= budget_us and plain.damage < plan.damage
-    return plain if fits else plan
+    assignment = fastest
+    while (step := _best_step(problem, assignment.precisions, budget_us - assignment.latency_us)) is not None:
+        assignment = _raise(problem, assignment, *step)
+    plain = problem.plain_assignment()
+    fits = plain.latency_us <= budget_us and plain.damage < assignment.damage
+    return plain if fits else assignment
 
 
-def raised_products(problem: Problem, chosen: Plan, fastest: Plan) -> tuple[Raised, ...]:
+def raised_products(problem: Problem, chosen: Assignment, fastest: Assignment) -> tuple[Raised, ...]:
     """What is left above the fastest precision, the dearest first.
 
     ``costs_us`` is what raising the product added after those raised before it: negative where its neighbours were
     raised already, so that formats need no change any more.
     """
     found = []
-    for node, precision in chosen.assignment.items():
-        low = fastest.assignment[node]
+    for node, precision in chosen.precisions.items():
+        low = fastest.precisions[node]
         if problem.damage_of(node, precision) < problem.damage_of(node, low) and precision is not low:
-            costs = chosen.paid.get(node, -problem.costs.change_us(chosen.assignment, node, low))
+            costs = chosen.paid.get(node, -problem.costs.change_us(chosen.precisions, node, low))
             saves = problem.damage_of(node, low) - problem.damage_of(node, precision)
             found.append(Raised(node, precision, low, costs, saves))
     return tuple(sorted(found, key=lambda item: (-item.costs_us, item.node)))
 
 
-def _raise(problem: Problem, plan: Plan, node: str, precision: Precision) -> Plan:
-    added = plan.paid.get(node, 0.0) + problem.costs.change_us(plan.assignment, node, precision)
-    return problem.plan({**plan.assignment, node: precision}, {**plan.paid, node: added})
+def _raise(problem: Problem, assignment: Assignment, node: str, precision: Precision) -> Assignment:
+    added = assignment.paid.get(node, 0.0) + problem.costs.change_us(assignment.precisions, node, precision)
+    return problem.assignment({**assignment.precisions, node: precision}, {**assignment.paid, node: added})
 
 
 def _preference(precision: Precision, plain: Precision | None) -> int:
@@ -193,7 +194,7 @@ def _preference(precision: Precision, plain: Precision | None) -> int:
     return 0 if precision is plain else 1 if precision is Precision.INT8 else 2
 
 
-def _best_step(problem: Problem, current: Assignment, spare_us: float = math.inf) -> tuple[str, Precision] | None:
+def _best_step(problem: Problem, current: Precisions, spare_us: float = math.inf) -> tuple[str, Precision] | None:
     """The raise that saves most damage per microsecond; what costs no time comes first, most saved before less."""
     best: tuple[tuple[float, float, float, str], str, Precision] | None = None
     for node, precision in _steps(problem, current):
@@ -208,7 +209,7 @@ def _best_step(problem: Problem, current: Assignment, spare_us: float = math.inf
     return None if best is None else (best[1], best[2])
 
 
-def _steps(problem: Problem, current: Assignment) -> Iterator[tuple[str, Precision]]:
+def _steps(problem: Problem, current: Precisions) -> Iterator[tuple[str, Precision]]:
     """All raises: to another 8-bit format that does less damage, and to FP16."""
     for node, precision in current.items():
         if precision is Precision.FP16:

@@ -1,4 +1,4 @@
-"""The mixed-precision search: the fastest plan that the accuracy gate accepts, or the most accurate in a time.
+"""The mixed-precision search: the fastest assignment that the accuracy gate accepts, or the most accurate in a time.
 
 The gate looks at one validation set several times, and each look is a chance to accept a bad network by luck. So the
 error that the confidence level leaves, alpha = 1 - confidence, is spent over the looks: look k may wrongly accept with
@@ -19,12 +19,12 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import Prediction
 from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.search.assignments import (
-    Plan,
+    Assignment,
     Problem,
     Raised,
     best_within,
-    distinct_plans,
-    nested_plans,
+    distinct_assignments,
+    nested_assignments,
     raised_products,
 )
 
@@ -34,54 +34,54 @@ _NOTABLE = 1.02
 
 @dataclass(frozen=True)
 class Answer:
-    """What the gate said of a plan; undecided and rejected both count as not accepted."""
+    """What the gate said of an assignment; undecided and rejected both count as not accepted."""
 
     accepted: bool
     document: Mapping[str, Any]
     """The verdict, as plain JSON values."""
 
 
-Accepts = Callable[[Plan, float], Answer]
-"""Asks the gate about a plan at a confidence."""
+Accepts = Callable[[Assignment, float], Answer]
+"""Asks the gate about an assignment at a confidence."""
 
 
 @dataclass(frozen=True)
 class Look:
     """One question to the gate."""
 
-    plan: Plan
+    assignment: Assignment
     confidence: float
     answer: Answer
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**self.plan.to_json(), "confidence": self.confidence, **self.answer.document}
+        return {**self.assignment.to_json(), "confidence": self.confidence, **self.answer.document}
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """What was chosen, and everything that was looked at on the way.
 
-    ``confidence`` is that of the look at the chosen plan; ``accepted`` is ``None`` where the gate was not asked.
+    ``confidence`` is that of the look at the chosen assignment; ``accepted`` is ``None`` where the gate was not asked.
     """
 
-    chosen: Plan
+    chosen: Assignment
     confidence: float
     accepted: bool | None
     looks: tuple[Look, ...]
     raised: tuple[Raised, ...]
-    plans: tuple[Plan, ...] = ()
+    assignments: tuple[Assignment, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "chosen": self.chosen.to_json(),
-            "assignment": self.chosen.plain_assignment,
+            "assignment": self.chosen.precision_names,
             "confidence": self.confidence,
             "accepted": self.accepted,
             "looks": [look.to_json() for look in self.looks],
             "raised": [item.to_json() for item in self.raised],
-            "plans": [plan.to_json() for plan in self.plans],
+            "plans": [each.to_json() for each in self.assignments],
         }
 
 
@@ -91,33 +91,33 @@ def confidence_of_look(confidence: float, look: int) -> float:
 
 
 def search_max_drop(problem: Problem, accepts: Accepts, confidence: float) -> SearchResult:
-    """Find the fastest plan that the gate accepts, by bisection over the nested plans.
+    """Find the fastest assignment that the gate accepts, by bisection over the nested assignments.
 
-    The plain recipe is asked about first; accepted, it is the result. If no plan is accepted, all FP16 is the
+    The plain recipe is asked about first; accepted, it is the result. If no assignment is accepted, all FP16 is the
     result, with the answer that belongs to it.
     """
     looks: list[Look] = []
 
-    def look(plan: Plan) -> bool:
+    def look(assignment: Assignment) -> bool:
         tightened = confidence_of_look(confidence, len(looks) + 1)
-        looks.append(Look(plan, tightened, accepts(plan, tightened)))
+        looks.append(Look(assignment, tightened, accepts(assignment, tightened)))
         return looks[-1].answer.accepted
 
-    plain = problem.plain_plan()
+    plain = problem.plain_assignment()
     if look(plain):
         return SearchResult(plain, confidence, accepted=True, looks=tuple(looks), raised=())
-    plans = distinct_plans(nested_plans(problem))
+    assignments = distinct_assignments(nested_assignments(problem))
     found: Look | None = None
-    low, high = 0, len(plans) - 1
+    low, high = 0, len(assignments) - 1
     while low <= high:
         middle = (low + high) // 2
-        if plans[middle].digest != plain.digest and look(plans[middle]):
+        if assignments[middle].digest != plain.digest and look(assignments[middle]):
             found, high = looks[-1], middle - 1
         else:
             low = middle + 1
-    last = found or next(item for item in looks if item.plan.digest == plans[-1].digest)
-    raised = raised_products(problem, last.plan, plans[0])
-    return SearchResult(last.plan, last.confidence, last.answer.accepted, tuple(looks), raised, plans)
+    last = found or next(item for item in looks if item.assignment.digest == assignments[-1].digest)
+    raised = raised_products(problem, last.assignment, assignments[0])
+    return SearchResult(last.assignment, last.confidence, last.answer.accepted, tuple(looks), raised, assignments)
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,16 @@ def latency_budget_from(text: str) -> LatencyBudget:
 
 
 def search_latency_budget(problem: Problem, budget: LatencyBudget) -> SearchResult:
-    """The least damaging plan whose predicted latency is within the budget; the gate is not asked.
+    """The least damaging assignment whose predicted latency is within the budget; the gate is not asked.
 
     Raises:
-        ResvitError: IMPOSSIBLE where even the fastest plan is slower, with what can be reached.
+        ResvitError: IMPOSSIBLE where even the fastest assignment is slower, with what can be reached.
     """
     fp16_us = problem.costs.total_us({})
-    plans = nested_plans(problem)
-    plan = best_within(problem, plans[0], budget.microseconds(fp16_us))
-    if plan is None:
-        target, fastest = problem.costs.target, plans[0].latency_us
+    assignments = nested_assignments(problem)
+    assignment = best_within(problem, assignments[0], budget.microseconds(fp16_us))
+    if assignment is None:
+        target, fastest = problem.costs.target, assignments[0].latency_us
         wanted = budget.microseconds(fp16_us) / 1e3
         # Rounded up, so that what is suggested can be reached.
         reach = -(-fastest // 1) / 1e3
@@ -168,8 +168,10 @@ def search_latency_budget(problem: Problem, budget: LatencyBudget) -> SearchResu
             f"The nearest is --latency-budget {reach:.3f}ms or {share:.3f}x; a smaller model or input goes further.",
             ExitCode.IMPOSSIBLE,
         )
-    raised = raised_products(problem, plan, plans[0])
-    return SearchResult(plan, 0.0, accepted=None, looks=(), raised=raised, plans=distinct_plans(plans))
+    raised = raised_products(problem, assignment, assignments[0])
+    return SearchResult(
+        assignment, 0.0, accepted=None, looks=(), raised=raised, assignments=distinct_assignments(assignments)
+    )
 
 
 @dataclass(frozen=True)

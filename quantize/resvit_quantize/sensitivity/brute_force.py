@@ -12,33 +12,33 @@ from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_run
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.qdq.insert import insert_qdq
-from resvit_quantize.sensitivity.products import UnitPlan
+from resvit_quantize.sensitivity.products import QuantizableProducts
 
 Outputs = dict[str, npt.NDArray[np.float64]]
 """Float outputs by name, [N, elements], each image's less their mean."""
 
 
 def measured_noise(
-    plans: Sequence[UnitPlan],
+    formats: Sequence[QuantizableProducts],
     bits: int,
     batches: Sequence[npt.NDArray[np.float32]],
     reporter: Reporter = SILENT,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Noise-to-signal power by precision: of each layer quantised alone, and of all that the rules quantise."""
-    runs = [(plan, name) for plan in plans for name in plan.units]
-    damage: dict[str, dict[str, float]] = {plan.precision.value: {} for plan in plans}
+    runs = [(each, name) for each in formats for name in each.products]
+    damage: dict[str, dict[str, float]] = {each.precision.value: {} for each in formats}
     together: dict[str, float] = {}
     references: dict[str, tuple[Outputs, bool]] = {}
-    for plan in plans:
-        precision = plan.precision.value
-        clean = _outputs(onnx_runner(_bytes(plan.plan.network)), batches)
-        optimize = _survives_optimizing(_quantized(plan, plan.units, bits), batches)
-        noisy = _outputs(onnx_runner(_quantized(plan, sorted(plan.chosen), bits), optimize=optimize), batches)
+    for each in formats:
+        precision = each.precision.value
+        clean = _outputs(onnx_runner(_bytes(each.plan.network)), batches)
+        optimize = _survives_optimizing(_quantized(each, each.products, bits), batches)
+        noisy = _outputs(onnx_runner(_quantized(each, sorted(each.chosen), bits), optimize=optimize), batches)
         references[precision], together[precision] = (clean, optimize), noise_to_signal(clean, noisy)
-    for plan, name in reporter.track(runs, "sensitivity (layers)", len(runs)):
-        clean, optimize = references[plan.precision.value]
-        noisy = _outputs(onnx_runner(_quantized(plan, [name], bits), optimize=optimize), batches)
-        damage[plan.precision.value][name] = noise_to_signal(clean, noisy)
+    for each, name in reporter.track(runs, "sensitivity (layers)", len(runs)):
+        clean, optimize = references[each.precision.value]
+        noisy = _outputs(onnx_runner(_quantized(each, [name], bits), optimize=optimize), batches)
+        damage[each.precision.value][name] = noise_to_signal(clean, noisy)
     return damage, together
 
 
@@ -51,9 +51,9 @@ def noise_to_signal(reference: Outputs, candidate: Outputs) -> float:
     return ratio
 
 
-def _quantized(plan: UnitPlan, names: Iterable[str], bits: int) -> bytes:
-    network = plan.plan.network.clone()
-    insert_qdq(network, plan.placement_of(names, network), plan.plan.amax, {}, bits)
+def _quantized(each: QuantizableProducts, names: Iterable[str], bits: int) -> bytes:
+    network = each.plan.network.clone()
+    insert_qdq(network, each.placement_of(names, network), each.plan.amax, {}, bits)
     return _bytes(network)
 
 

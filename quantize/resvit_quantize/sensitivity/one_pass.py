@@ -13,11 +13,11 @@ from torch import Tensor
 
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite, scale_from_amax
 from resvit_quantize.placement.placement import WeightKey, edge_key, weight_key
-from resvit_quantize.sensitivity.products import UnitPlan
+from resvit_quantize.sensitivity.products import QuantizableProducts
 from resvit_quantize.sensitivity.task_loss import TaskLoss
-from resvit_quantize.settings import Precision
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
 from resvit_quantize.torch_graph.graph import Reading, TorchGraph
 
@@ -58,16 +58,16 @@ def threads_for(macs: int) -> Iterator[None]:
 
 
 class DamageEstimate:
-    """Sums over images, for plans that share one float network."""
+    """Sums over images, for formats that share one float network."""
 
     def __init__(
-        self, plans: Sequence[UnitPlan], bits: int, probes: int, seed: int, loss: TaskLoss | None = None
+        self, formats: Sequence[QuantizableProducts], bits: int, probes: int, seed: int, loss: TaskLoss | None = None
     ) -> None:
-        self.plans, self.bits, self.loss = plans, bits, loss
-        network = plans[0].plan.network
+        self.formats, self.bits, self.loss = formats, bits, loss
+        network = formats[0].plan.network
         self.graph = TorchGraph(network)
         self.batch = _fixed_batch(network)
-        self.sites = _sites(plans, bits)
+        self.sites = _sites(formats, bits)
         self.generator = torch.Generator().manual_seed(seed)
         floats = [v for v in network.graph.outputs if v.dtype is None or v.dtype.is_floating_point()]
         self.outputs = [str(value.name) for value in floats]
@@ -80,7 +80,7 @@ class DamageEstimate:
             self.outputs = [_LOSS]
             self.signal, self.probed = {_LOSS: 0.0}, {_LOSS: 0}
         self.moved = {name: {key: 0.0 for site in self.sites.values() for key in _keys(site)} for name in self.outputs}
-        self.noise = {plan.precision.value: dict.fromkeys(self.outputs, 0.0) for plan in plans}
+        self.noise = {each.precision.value: dict.fromkeys(self.outputs, 0.0) for each in formats}
 
     def add(self, batch: Batch) -> None:
         """Take in ``self.batch`` images or fewer.
@@ -104,11 +104,11 @@ class DamageEstimate:
             self.probed[name] += count
             for key, dot in dots.items():
                 self.moved[name][key] += dot**2
-        for plan in self.plans:
+        for each in self.formats:
             with torch.no_grad():
-                noisy = self._measured(self.graph(images, self._quantized_reading(plan)), batch)
+                noisy = self._measured(self.graph(images, self._quantized_reading(each)), batch)
             for name, value in clean.items():
-                self.noise[plan.precision.value][name] += _power(noisy[name] - value.detach())
+                self.noise[each.precision.value][name] += _power(noisy[name] - value.detach())
         self.images += count
 
     def _measured(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class DamageEstimate:
     def damage(self) -> dict[str, dict[str, float]]:
         """Noise-to-signal power by precision and product."""
         found: dict[str, dict[str, float]] = {
-            plan.precision.value: dict.fromkeys(plan.units, 0.0) for plan in self.plans
+            each.precision.value: dict.fromkeys(each.products, 0.0) for each in self.formats
         }
         for name in self.outputs:
             if not (self.signal[name] and self.probed[name]):
@@ -179,31 +179,31 @@ class DamageEstimate:
                 )
         return clean
 
-    def _quantized_reading(self, plan: UnitPlan) -> Reading:
+    def _quantized_reading(self, quantized: QuantizableProducts) -> Reading:
         def reading(node: ir.Node, index: int, value: Tensor) -> Tensor:
             for site in self.sites.get(node, ()):
-                if site.precision is plan.precision and site.key[1] in plan.chosen:
+                if site.precision is quantized.precision and site.key[1] in quantized.chosen:
                     return site.read(index, value, self.bits)
             return value
 
         return reading
 
 
-def _sites(plans: Sequence[UnitPlan], bits: int) -> dict[ir.Node, list[_Site]]:
-    """Every node of the first plan's network that reads something quantised, once for each precision."""
-    nodes = {str(node.name): node for node in plans[0].plan.network.graph}
+def _sites(formats: Sequence[QuantizableProducts], bits: int) -> dict[ir.Node, list[_Site]]:
+    """Every node of the first format's network that reads something quantised, once for each precision."""
+    nodes = {str(node.name): node for node in formats[0].plan.network.graph}
     found: dict[ir.Node, list[_Site]] = {}
-    for plan in plans:
+    for each in formats:
         kept: dict[WeightKey, Tensor] = {}
         here: dict[ir.Node, _Site] = {}
-        for name, unit in plan.units.items():
-            for owner in (*(edge.node for edge in unit.edges), *(weight.node for weight in unit.weights)):
+        for name, product in each.products.items():
+            for owner in (*(edge.node for edge in product.edges), *(weight.node for weight in product.weights)):
                 node = nodes[str(owner.name)]
-                here.setdefault(node, _Site((plan.precision.value, name), plan.precision, {}, {}))
-            for edge in unit.edges:
-                scale = scale_from_amax(plan.plan.amax[edge_key(edge)], edge.precision, bits)
+                here.setdefault(node, _Site((each.precision.value, name), each.precision, {}, {}))
+            for edge in product.edges:
+                scale = scale_from_amax(each.plan.amax[edge_key(edge)], edge.precision, bits)
                 here[nodes[str(edge.node.name)]].scales[edge.index] = torch.from_numpy(np.asarray(scale))
-            for weight in unit.weights:
+            for weight in product.weights:
                 identity = weight_key(weight)
                 if identity not in kept:
                     array = require_finite(weight)

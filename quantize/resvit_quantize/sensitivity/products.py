@@ -10,14 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.ranges.ranges import Ranges
+from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.analysis import Product
 from resvit_quantize.placement.placement import Edge, Placement, Weight
 from resvit_quantize.qdq.plan import Plan, plan_quantization
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class QuantizedProduct:
     """One product with all that is in 8 bits only if it is.
 
     The Q/DQ on the shortcut of a residual Add belongs to the convolution that feeds the Add: the placement puts it
@@ -30,19 +31,19 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class UnitPlan:
+class QuantizableProducts:
     """One precision: everything that it can quantise, by product name, and what the rules and the recipe choose."""
 
     precision: Precision
     plan: Plan
-    units: dict[str, Unit]
+    products: dict[str, QuantizedProduct]
     chosen: frozenset[str]
 
     def placement_of(self, names: Iterable[str], network: ir.Model | None = None) -> Placement:
         """The placement that quantises these products alone, in ``network``: a clone of the plan's, or that itself."""
-        units = [self.units[name] for name in names]
-        edges = tuple(edge for unit in units for edge in unit.edges)
-        weights = tuple(weight for unit in units for weight in unit.weights)
+        products = [self.products[name] for name in names]
+        edges = tuple(edge for product in products for edge in product.edges)
+        weights = tuple(weight for product in products for weight in product.weights)
         if network is not None:
             nodes = {str(node.name): node for node in network.graph}
             edges = tuple(replace(edge, node=nodes[str(edge.node.name)]) for edge in edges)
@@ -50,7 +51,9 @@ class UnitPlan:
         return Placement(edges, weights, {})
 
 
-def plan_units(model: Path, ranges: Ranges, settings: QuantizeSettings, precision: Precision) -> UnitPlan:
+def quantizable_products(
+    model: Path, ranges: Ranges, settings: QuantizeSettings, precision: Precision
+) -> QuantizableProducts:
     """Plan for every product that can be quantised at all, also where the rules or the recipe leave it in FP16.
 
     Raises :class:`ResvitError` as :func:`plan_quantization` does.
@@ -60,25 +63,25 @@ def plan_units(model: Path, ranges: Ranges, settings: QuantizeSettings, precisio
     ruled = plan_quantization(model, ranges, settings)
     every = {product.name: precision for product in ruled.analysis.products if product.weight is not None}
     plan = plan_quantization(model, ranges, replace(settings, include=(), exclude=(), precisions=every))
-    units = _units(plan)
+    products = _products(plan)
     chosen = {str(weight.node.name) for weight in ruled.placement.weights if weight.precision is precision}
-    return UnitPlan(precision, plan, units, frozenset(chosen & set(units)))
+    return QuantizableProducts(precision, plan, products, frozenset(chosen & set(products)))
 
 
-def sharing_a_network(plans: Iterable[UnitPlan]) -> list[list[UnitPlan]]:
-    """Plans whose float networks are equal to the bit, so that one pass serves all of them."""
-    groups: list[list[UnitPlan]] = []
-    for plan in plans:
+def sharing_a_network(formats: Iterable[QuantizableProducts]) -> list[list[QuantizableProducts]]:
+    """Formats whose float networks are equal to the bit, so that one pass serves all of them."""
+    groups: list[list[QuantizableProducts]] = []
+    for each in formats:
         for group in groups:
-            if _same_network(group[0], plan):
-                group.append(plan)
+            if _same_network(group[0], each):
+                group.append(each)
                 break
         else:
-            groups.append([plan])
+            groups.append([each])
     return groups
 
 
-def _same_network(first: UnitPlan, second: UnitPlan) -> bool:
+def _same_network(first: QuantizableProducts, second: QuantizableProducts) -> bool:
     one, two = first.plan.network.graph, second.plan.network.graph
     if [node.name for node in one] != [node.name for node in two] or set(one.initializers) != set(two.initializers):
         return False
@@ -91,7 +94,7 @@ def _same_network(first: UnitPlan, second: UnitPlan) -> bool:
     return True
 
 
-def _units(plan: Plan) -> dict[str, Unit]:
+def _products(plan: Plan) -> dict[str, QuantizedProduct]:
     edges: dict[ir.Node, list[Edge]] = {}
     weights: dict[ir.Node, list[Weight]] = {}
     for edge in plan.placement.edges:
@@ -105,7 +108,9 @@ def _units(plan: Plan) -> dict[str, Unit]:
     for weight in plan.placement.weights:
         weights.setdefault(weight.node, []).append(weight)
     return {
-        product.name: Unit(product, tuple(edges.get(product.node, ())), tuple(weights.get(product.node, ())))
+        product.name: QuantizedProduct(
+            product, tuple(edges.get(product.node, ())), tuple(weights.get(product.node, ()))
+        )
         for product in plan.analysis.products
         if product.node in weights or product.node in edges
     }

@@ -32,9 +32,10 @@ from resvit_calibrate.readers.user_batch import Item
 from resvit_calibrate.readers.user_loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.table import Precision
 from resvit_quantize.sensitivity.method import Method
-from resvit_quantize.sensitivity.products import UnitPlan, plan_units, sharing_a_network
-from resvit_quantize.settings import Precision, QuantizeSettings
+from resvit_quantize.sensitivity.products import QuantizableProducts, quantizable_products, sharing_a_network
+from resvit_quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
     from resvit_quantize.sensitivity.task_loss import TaskLoss
@@ -179,11 +180,11 @@ def measure_sensitivity(
     """
     from resvit_quantize.sensitivity.one_pass import DamageEstimate, threads_for
 
-    plans = _plans(model, ranges, settings, precisions)
-    estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(plans)]
+    formats = _formats(model, ranges, settings, precisions)
+    estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(formats)]
     count = 0
     size = estimates[0].batch
-    with threads_for(sum(product.macs for product in plans[0].plan.analysis.products)):
+    with threads_for(sum(product.macs for product in formats[0].plan.analysis.products)):
         for batch in reporter.track(_batches_of(images, size), "sensitivity", total, size):
             for estimate in estimates:
                 estimate.add(batch)
@@ -194,7 +195,7 @@ def measure_sensitivity(
     for estimate in estimates:
         damage.update(estimate.damage())
         together.update(estimate.together())
-    found = _sensitivity(Method.GRADIENT, settings, count, plans, damage, together)
+    found = _sensitivity(Method.GRADIENT, settings, count, formats, damage, together)
     return found if loss is None else replace(found, measure="loss")
 
 
@@ -217,14 +218,14 @@ def brute_force_sensitivity(
     batches = [np.ascontiguousarray(batch, np.float32) for batch in images]
     count = sum(map(len, batches))
     _require_images(count)
-    plans = _plans(model, ranges, settings, precisions)
-    damage, together = measured_noise(plans, settings.bits, batches, reporter)
-    return _sensitivity(Method.BRUTE_FORCE, settings, count, plans, damage, together)
+    formats = _formats(model, ranges, settings, precisions)
+    damage, together = measured_noise(formats, settings.bits, batches, reporter)
+    return _sensitivity(Method.BRUTE_FORCE, settings, count, formats, damage, together)
 
 
-def _plans(
+def _formats(
     model: Path, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
-) -> tuple[UnitPlan, ...]:
+) -> tuple[QuantizableProducts, ...]:
     wanted = [Precision(name) for name in dict.fromkeys(precisions)]
     if not wanted or Precision.FP16 in wanted or settings.precision is Precision.FP16:
         raise ResvitError(
@@ -232,7 +233,7 @@ def _plans(
         )
     if settings.bits < 8:
         wanted = [Precision.INT8]
-    return tuple(plan_units(model, ranges, settings, precision) for precision in wanted)
+    return tuple(quantizable_products(model, ranges, settings, precision) for precision in wanted)
 
 
 def _batches_of(images: Images | Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -258,20 +259,22 @@ def _sensitivity(
     method: Method,
     settings: QuantizeSettings,
     images: int,
-    plans: tuple[UnitPlan, ...],
+    formats: tuple[QuantizableProducts, ...],
     damage: Mapping[str, Mapping[str, float]],
     together: dict[str, float],
 ) -> Sensitivity:
-    products = plans[0].plan.analysis.products
+    products = formats[0].plan.analysis.products
     layers = []
     for product in products:
-        inside = {plan.precision.value: product.name in plan.chosen for plan in plans if product.name in plan.units}
+        inside = {
+            each.precision.value: product.name in each.chosen for each in formats if product.name in each.products
+        }
         if inside:
             layers.append(
                 LayerDamage(
                     node=product.name,
                     module=product.module,
-                    group=product.group.value,
+                    group=product.part.value,
                     op=product.node.op_type,
                     macs=product.macs,
                     quantized=tuple(precision for precision, chosen in inside.items() if chosen),

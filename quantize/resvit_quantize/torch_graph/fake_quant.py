@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.grid import largest_level
-from resvit_quantize.settings import Precision
 
 
 def fake_quantize(x: Tensor, scale: Tensor, precision: Precision, bits: int = 8) -> Tensor:

@@ -13,6 +13,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency, LayerKind
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Pricing:
         if measured is not None:
             measured.require_known(name for layer in layers for name in (layer.name, *layer.nodes))
         return CostModel(layers, self.target, measured)
+
+
+def pricing_of(run: Run, model: File) -> Pricing:
+    """What predictions for a run depend on."""
+    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times)
 
 
 @dataclass(frozen=True)

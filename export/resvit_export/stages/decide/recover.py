@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from resvit_engines.bundle.parts import Recovery
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ class Recovered(Artifact):
         return self.file(CLIPS)
 
     @functools.cached_property
-    def lasting(self) -> Mapping[str, Any]:
+    def recovery(self) -> Recovery:
         """How much was trained, without what differs from run to run."""
-        result = self.json(RESULT)
-        return {key: result[key] for key in ("images", "steps", "kept_step", "before", "after")}
+        return Recovery.from_json(Record(self.json(RESULT), RESULT))
 
 
 @dataclass(frozen=True)

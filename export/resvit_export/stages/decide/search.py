@@ -102,11 +102,11 @@ class Search(Stage[Searched]):
             result = search_latency_budget(problem, latency_budget_from(self.latency_budget))
             result = dataclasses.replace(result, confidence=self.confidence)
         else:
-            result = search_max_drop(problem, lambda plan, _: self.answers[plan.digest], self.confidence)
+            result = search_max_drop(problem, lambda assignment, _: self.answers[assignment.digest], self.confidence)
         fp16_us = problem.costs.total_us({})
         document: dict[str, Any] = {
             **result.to_json(),
-            "plain": problem.plain_plan().to_json(),
+            "plain": problem.plain_assignment().to_json(),
             "fp16_ms": fp16_us / 1e3,
             "sentences": _sentences(result, problem, fp16_us),
             "prices": _prices(result),
@@ -116,8 +116,8 @@ class Search(Stage[Searched]):
 
 def _sentences(result: SearchResult, problem: Problem, fp16_us: float) -> list[str]:
     """What was found, for people."""
-    chosen, plain = result.chosen, problem.plain_plan()
-    counts = {p: sum(q is p for q in chosen.assignment.values()) for p in Precision}
+    chosen, plain = result.chosen, problem.plain_assignment()
+    counts = {p: sum(q is p for q in chosen.precisions.values()) for p in Precision}
     shares = ", ".join(f"{count} in {p.value.upper()}" for p, count in counts.items() if count)
     lines = [
         f"The search chose {shares}: predicted {chosen.latency_us / 1e3:.3f} ms, against {plain.latency_us / 1e3:.3f} "

@@ -16,7 +16,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.run.engine_runner import open_engine
-from resvit_engines.run.runner import Runner, runtime_of
+from resvit_engines.run.runner import Runner
 from resvit_engines.targets.table import Target
 from resvit_export.stage import Artifact, File, Stage
 
@@ -123,8 +123,8 @@ def _runner(
     """
     import onnx_ir
 
-    from resvit_export.stages.fuse import fused_network
     from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
+    from resvit_export.to_tensorrt.fused_network import fused_network
 
     name = "-".join(kind.value for kind in kinds) or PLAIN
     source, copy, engine = (scratch / f"{name}.{end}" for end in ("onnx", "tensorrt.onnx", "plan"))
@@ -138,8 +138,5 @@ def _runner(
         source = model
     read = copy if onnx_for_tensorrt(source, copy, target, plugins) else source
     reporter.say(f"an engine with {name} kernels of ours" if kinds else "an engine without kernels of ours")
-    report_of_build = build_engine(read, engine, target, dataclasses.replace(settings, plugins=plugins), reporter)
-    record = report_of_build.to_json()
-    runtime = runtime_of(record)
-    assert runtime is not None
-    return open_engine(runtime, engine, report_of_build.sha256, record, read)
+    built = build_engine(read, engine, target, dataclasses.replace(settings, plugins=plugins), reporter)
+    return open_engine(engine, built.sha256, built, read)

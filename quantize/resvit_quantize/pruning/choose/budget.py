@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, Target
-from resvit_quantize.pruning.choose.costs import TILES, Attending, Weighted, Weights, Widths, Work, layer_us
+from resvit_quantize.pruning.choose.costs import TILES, Attending, Costs, Weighted, Weights, Widths, layer_us
 from resvit_quantize.pruning.groups import Group, Kind
 
 
@@ -87,12 +87,12 @@ class Cost:
     latency_us: float | None = None
 
 
-def cost_of(work: Work, widths: Widths, budget: Budget) -> Cost:
+def cost_of(costs: Costs, widths: Widths, budget: Budget) -> Cost:
     """All measures at these widths."""
     latency = (
-        None if budget.target is None else work.latency_us(widths, budget.target, budget.precision, budget.measured)
+        None if budget.target is None else costs.latency_us(widths, budget.target, budget.precision, budget.measured)
     )
-    return Cost(work.macs(widths), work.params(widths), latency)
+    return Cost(costs.macs(widths), costs.params(widths), latency)
 
 
 def legal_widths(group: Group, budget: Budget) -> tuple[int, ...]:
@@ -115,13 +115,15 @@ def legal_widths(group: Group, budget: Budget) -> tuple[int, ...]:
 class Meter:
     """The budget's measure at any widths, and how it changes; layers are costed once for each of their widths."""
 
-    def __init__(self, work: Work, groups: Iterable[Group], budget: Budget) -> None:
+    def __init__(self, costs: Costs, groups: Iterable[Group], budget: Budget) -> None:
         self.budget = budget
         self.units = {group.name: group.units for group in groups}
         self._parts: tuple[Weighted | Attending | Weights, ...] = (
-            work.parameters if budget.measure == "params" else work.layers
+            costs.parameters if budget.measure == "params" else costs.layers
         )
-        self._scale = {} if budget.target is None else work.time_scale(budget.target, budget.precision, budget.measured)
+        self._scale = (
+            {} if budget.target is None else costs.time_scale(budget.target, budget.precision, budget.measured)
+        )
         self._names = [tuple(sorted(part.groups & self.units.keys())) for part in self._parts]
         self._touched: dict[str, list[int]] = {name: [] for name in self.units}
         for i, names in enumerate(self._names):

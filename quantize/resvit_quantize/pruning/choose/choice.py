@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.choose.budget import Budget, Cost, Meter, cost_of, legal_widths
-from resvit_quantize.pruning.choose.costs import TILES, Work
+from resvit_quantize.pruning.choose.costs import TILES, Costs
 from resvit_quantize.pruning.groups import Group, Kept, Kind
 
 Values = Mapping[str, npt.NDArray[np.float64]]
@@ -44,7 +44,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(groups: Sequence[Group], importance: Values, work: Work, budget: Budget) -> Choice:
+def choose_widths(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
     """The widths that keep the budget's measure at its share or below, by least importance lost for what is saved.
 
     Greedy over marginal gains: the step goes first that loses least importance per cost saved; every step changes
@@ -58,20 +58,20 @@ def choose(groups: Sequence[Group], importance: Values, work: Work, budget: Budg
     fit the groups.
     """
     _check(groups, importance)
-    search = _Search(groups, importance, work, budget)
+    search = _Search(groups, importance, costs, budget)
     widths = search.widths()
-    return _choice(groups, importance, work, budget, widths)
+    return _choice(groups, importance, costs, budget, widths)
 
 
-def uniform(groups: Sequence[Group], importance: Values, work: Work, budget: Budget) -> Choice:
+def uniform_widths(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
     """The same share of units from every group, the largest that meets the budget, to its nearest width; blocks stay.
 
-    Which units go is by importance, as in :func:`choose`. Raises as that does.
+    Which units go is by importance, as in :func:`choose_widths`. Raises as that does.
     """
     _check(groups, importance)
     narrowing = [group for group in groups if group.kind is not Kind.BLOCKS]
     legal = {group.name: legal_widths(group, budget) for group in narrowing}
-    meter = Meter(work, groups, budget)
+    meter = Meter(costs, groups, budget)
     limit = budget.share * meter.total({})
     # Each group takes its width nearest to the share; between these shares no group changes.
     middles = {g.name: [(a + b) / 2 / g.units for a, b in itertools.pairwise(legal[g.name])] for g in narrowing}
@@ -87,7 +87,7 @@ def uniform(groups: Sequence[Group], importance: Values, work: Work, budget: Bud
         middle = (low + high + 1) // 2
         fits = meter.total(widths_at(shares[middle])) <= limit * (1 + _SLACK)
         low, high = (middle, high) if fits else (low, middle - 1)
-    return _choice(groups, importance, work, budget, widths_at(shares[low]))
+    return _choice(groups, importance, costs, budget, widths_at(shares[low]))
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class _Step:
 
 
 class _Search:
-    def __init__(self, groups: Sequence[Group], importance: Values, work: Work, budget: Budget) -> None:
+    def __init__(self, groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> None:
         self.budget = budget
         self.groups = {group.name: group for group in groups}
-        self.meter = Meter(work, groups, budget)
+        self.meter = Meter(costs, groups, budget)
         self.legal = {group.name: legal_widths(group, budget) for group in groups}
         self.lost = {group.name: _curve(importance[group.name]) for group in groups}
         self.inside = {group.name: _inside(group, groups) for group in groups if group.kind is Kind.BLOCKS}
@@ -188,7 +188,7 @@ class _Search:
 
 
 def _curve(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Importance lost at each number of units kept, [units + 1]; see :func:`choose` for the weights."""
+    """Importance lost at each number of units kept, [units + 1]; see :func:`choose_widths` for the weights."""
     units = len(values)
     weighted = np.sort(values) * units / np.arange(units, 0, -1)
     return np.asarray(np.concatenate([[0.0], np.cumsum(weighted)])[::-1], np.float64)
@@ -240,7 +240,7 @@ def _unmet(budget: Budget, nearest: float) -> ResvitError:
 
 
 def _choice(
-    groups: Sequence[Group], importance: Values, work: Work, budget: Budget, widths: Mapping[str, int]
+    groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget, widths: Mapping[str, int]
 ) -> Choice:
     kept: dict[str, npt.NDArray[np.int64]] = {}
     rows = []
@@ -253,7 +253,7 @@ def _choice(
         rows.append(Width(group.name, group.kind, group.units, after, min(max(lost, 0.0), 1.0)))
     counts = {name: len(units) for name, units in kept.items()}
     return Choice(
-        kept, cost_of(work, {}, budget), cost_of(work, counts, budget), tuple(rows), _notes(groups, widths, budget)
+        kept, cost_of(costs, {}, budget), cost_of(costs, counts, budget), tuple(rows), _notes(groups, widths, budget)
     )
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kept, Kind
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 Widths: TypeAlias = Mapping[str, int]
 """Units kept by the group's name; groups that are not named are whole. A block is 1, or 0 once it is gone."""
@@ -87,7 +84,7 @@ class Weighted:
         """Multiply-accumulates per image."""
         return 0 if self.kind is LayerKind.NORM else self.written * self.weights.elements(widths)
 
-    def work(self, widths: Widths, tile: int) -> LayerWork | None:
+    def layer_work(self, widths: Widths, tile: int) -> LayerWork | None:
         """Its work with channels rounded up to whole tiles; ``None`` once its block is gone."""
         if self.weights.gone(widths):
             return None
@@ -134,7 +131,7 @@ class Attending:
         """Multiply-accumulates per image."""
         return self._part(self.whole, widths)
 
-    def work(self, widths: Widths, tile: int) -> LayerWork | None:
+    def layer_work(self, widths: Widths, tile: int) -> LayerWork | None:
         """One fused kernel in FP16; ``None`` once its block is gone."""
         del tile
         if any(widths.get(block, 1) == 0 for block in self.blocks):
@@ -158,7 +155,7 @@ class Attending:
 
 
 @dataclass(frozen=True)
-class Work:
+class Costs:
     """One image's way through a network, as a function of the units that each group keeps.
 
     Convolutions, linear layers, attention and norms are seen; pooling, and pointwise layers that do not fuse, are
@@ -167,16 +164,6 @@ class Work:
 
     layers: tuple[Weighted | Attending, ...]
     parameters: tuple[Weights, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module, example: Tensor, groups: Iterable[Group]) -> Work:
-        """Record one call of ``module`` on the first image of ``example`` [B, C, H, W].
-
-        Raises ``ResvitError`` where a group names a tensor that the module lacks.
-        """
-        from resvit_quantize.pruning.choose.recorder import recorded
-
-        return recorded(module, example, tuple(groups))
 
     def macs(self, widths: Widths) -> int:
         """Multiply-accumulates per image, products of activations among them."""
@@ -220,7 +207,7 @@ class Work:
 
 def layer_us(layer: Weighted | Attending, widths: Widths, target: Target, precision: Precision) -> float:
     """Predicted microseconds of one layer."""
-    work = layer.work(widths, TILES[precision])
+    work = layer.layer_work(widths, TILES[precision])
     if work is None:
         return 0.0
     return CostModel([work], target).total_us({layer.name: precision})

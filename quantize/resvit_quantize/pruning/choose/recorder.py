@@ -1,9 +1,9 @@
-"""One call of a module, recorded as :class:`~resvit_quantize.pruning.choose.costs.Work`."""
+"""What a module costs at any widths, from one recorded call of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.costs import LayerKind
-from resvit_quantize.pruning.choose.costs import Attending, Axis, Weighted, Weights, Work, heads_over
+from resvit_quantize.pruning.choose.costs import Attending, Axis, Costs, Weighted, Weights, heads_over
 from resvit_quantize.pruning.groups import Group, Kind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,8 +37,12 @@ class _Product:
     written: int
 
 
-def recorded(module: nn.Module, example: Tensor, groups: tuple[Group, ...]) -> Work:
-    """Run the first image through, and note every layer and what its widths hang on."""
+def costs_from_module(module: nn.Module, example: Tensor, groups: Iterable[Group]) -> Costs:
+    """Record one call of ``module`` on the first image of ``example`` [B, C, H, W].
+
+    Raises ``ResvitError`` where a group names a tensor that the module lacks.
+    """
+    groups = tuple(groups)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     state = module.state_dict()
     for group in groups:
@@ -59,7 +63,7 @@ def recorded(module: nn.Module, example: Tensor, groups: tuple[Group, ...]) -> W
         by_module.setdefault(product.path, []).append(product)
     layers += [_attending(path, each, groups) for path, each in by_module.items()]
     unique = {id(parameter): name for name, parameter in reversed(parameters.items())}
-    return Work(tuple(layers), tuple(weights[name] for name in reversed(unique.values())))
+    return Costs(tuple(layers), tuple(weights[name] for name in reversed(unique.values())))
 
 
 def _weights(name: str, parameter: nn.Parameter, groups: Sequence[Group]) -> Weights:

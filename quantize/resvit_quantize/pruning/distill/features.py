@@ -72,16 +72,16 @@ def feature_paths(student: nn.Module, teacher: nn.Module, images: Tensor) -> tup
     """
     every = [name for name, _ in teacher.named_modules() if name]
     shared = {name for name, _ in student.named_modules()}
-    with torch.no_grad(), outputs_of(teacher, tuple(n for n in every if n in shared)) as there:
+    with torch.no_grad(), outputs_of(teacher, tuple(n for n in every if n in shared)) as teacher_outputs:
         returned = {leaf.data_ptr() for leaf in answers(teacher, images)}
-    with torch.no_grad(), outputs_of(student, tuple(there)) as here:
+    with torch.no_grad(), outputs_of(student, tuple(teacher_outputs)) as student_outputs:
         answers(student, images)
     parts = dict(teacher.named_modules())
     # In the order in which they finished; a stage and its last block return one tensor, and count once.
     chosen: dict[int, str] = {}
-    for path, output in there.items():
-        same = path in here and here[path].shape == output.shape and output.ndim >= 2
-        if same and output.data_ptr() not in returned and _is_milestone(path, parts, there):
+    for path, output in teacher_outputs.items():
+        same = path in student_outputs and student_outputs[path].shape == output.shape and output.ndim >= 2
+        if same and output.data_ptr() not in returned and _is_milestone(path, parts, teacher_outputs):
             chosen.setdefault(output.data_ptr(), path)
     found = list(chosen.values())
     count = min(MOST_FEATURES, len(found))

@@ -155,14 +155,14 @@ def _group(
     search: _Search,
     name: str,
     kind: Kind,
-    found: list[Placed],
+    placed: list[Placed],
     channels: int,
     more: tuple[list[Slice], list[Count]] = ([], []),
 ) -> Group:
     trace = search.trace
     slices, counts = list(more[0]), list(more[1])
     exact = True
-    for each in found:
+    for each in placed:
         slices += each.slices()
         counts += each.counts()
         if isinstance(each.module, nn.Parameter):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_export.recipe import SETTINGS, Recipe
-from resvit_export.setting import Place, Setting
+from resvit_export.recipe.recipe import SETTINGS, Recipe
+from resvit_export.recipe.setting import Place, Setting
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,7 +11,8 @@ from typing import Any
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.table import Precision
-from resvit_export.choices import (
+from resvit_export.loading.inputs import ShapeWish, shape_wishes
+from resvit_export.recipe.choices import (
     Calibrator,
     PluginAttention,
     Plugins,
@@ -21,9 +22,8 @@ from resvit_export.choices import (
     StageName,
     TaskKind,
 )
-from resvit_export.loading.inputs import ShapeWish, shape_wishes
-from resvit_export.pairs import plain_values, preprocess_values, task_values
-from resvit_export.setting import Place, setting, settings_of
+from resvit_export.recipe.pairs import plain_values, preprocess_values, task_values
+from resvit_export.recipe.setting import Place, setting, settings_of
 from resvit_quantize.pruning.choose.importance import Importance
 from resvit_quantize.pruning.groups import Kind
 from resvit_quantize.settings import Effort

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_export.choices import StageName
-from resvit_export.pairs import ReadValue
+from resvit_export.recipe.choices import StageName
+from resvit_export.recipe.pairs import ReadValue
 
 _ACCEPTED: dict[type, Any] = {str: str, bool: bool, int: numbers.Integral, float: numbers.Real, dict: Mapping}
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table"}
