@@ -150,6 +150,9 @@ def test_the_layer_that_saves_most_per_microsecond_is_raised_first() -> None:
     # Ten times the damage outweighs four times the time.
     problem = problem_of([4 * BIG, BIG], [{INT8: 0.1}, {INT8: 0.01}])
     assert list(nested_assignments(problem)[1].precisions.values()) == [FP16, INT8]
+    # Twice the damage does not.
+    problem = problem_of([4 * BIG, BIG], [{INT8: 0.02}, {INT8: 0.01}])
+    assert list(nested_assignments(problem)[1].precisions.values()) == [INT8, FP16]
 
 
 def test_fp8_serves_where_it_does_less_damage() -> None:

@@ -150,6 +150,25 @@ def test_the_shortcut_of_a_residual_belongs_to_the_convolution_that_feeds_it(tmp
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=0.4)
 
 
+def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path) -> None:
+    """A residual without activations: one number an image, linear in every error, so that both ways must agree."""
+    g = Graph("batch", 3, 8, 8)
+    value = g.conv("input", 32, 3, name="stem/Conv")
+    # So small that the shortcut's error is the larger one.
+    weight = g.constant("main.weight", 0.2 * g.random.standard_normal((32, 32, 1, 1)).astype(np.float32) / 32)
+    main = g.op("Conv", value, weight, name="main/Conv")
+    value = g.op("Add", main, value, name="add")
+    mean = g.op("Unsqueeze", g.op("ReduceMean", value, g.ints(1, 2, 3), keepdims=0), g.ints(1))
+    model, x = g.save(tmp_path / "model.onnx", mean), images(6, 3, 8, 8)
+    ranges = ranges_of(model, x)
+    product = quantizable_products(model, ranges, INT8, Precision.INT8).products["main/Conv"]
+    assert {edge.node.name for edge in product.edges} == {"main/Conv", "add"}
+    fast = measure_sensitivity(model, ranges, INT8, [x], probes=1, precisions=("int8",))
+    slow = brute_force_sensitivity(model, ranges, INT8, [x], precisions=("int8",))
+    for one, two in zip(fast.layers, slow.layers, strict=True):
+        assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=1e-2)
+
+
 def test_excluded_layers_are_measured_and_not_counted(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(2, 3, 16, 16)
     ranges = ranges_of(model, x)
