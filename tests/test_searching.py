@@ -48,7 +48,7 @@ def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
 
     honest = Ranges.amax
     # What the patch projection reads is clipped to a fiftieth, in INT8 and FP8; nothing may move it out of the way.
-    monkeypatch.setattr("resvit_quantize.quantize.smooth", lambda *_: ())
+    monkeypatch.setattr("resvit_quantize.qdq.plan.smooth", lambda *_: ())
     spoilt = "trunk.stages.1.0.relu/Relu_output"
     monkeypatch.setattr(
         Ranges, "amax", lambda self, name, *rest: honest(self, name, *rest) / (50 if name == spoilt else 1)

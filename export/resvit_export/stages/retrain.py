@@ -75,3 +75,4 @@ class Retrain(Stage[Retrained]):
         report = distill(student, teacher.module, self.images, options, state, key, reporter, masks=masks)
         write_network(folder, "retrained", student, structure_in(self.weights.path) or Structure(), teacher.input_shape)
         (folder / "retrain.json").write_bytes(pretty_json(report.to_json()))
+        state.unlink(missing_ok=True)
