@@ -33,6 +33,8 @@ def test_the_page_on_architecture_names_every_folder() -> None:
 def test_the_page_on_architecture_names_files_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for name in re.findall(r"`([\w/]+\.(?:py|md))`", text):
+        if "NAME" in name:
+            continue
         places = [ROOT, *WINGS.values()]
         assert any((place / name).exists() for place in places), name
 

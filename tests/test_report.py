@@ -14,6 +14,13 @@ import numpy as np
 import pytest
 
 from resvit_calibrate.ranges.ranges import Ranges, TensorRange
+from resvit_engines.builder.device_plan import DevicePlan
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import BundledFile, GoldenFiles
+from resvit_engines.records import Record
+from resvit_engines.targets.table import TARGETS
+from resvit_export.records.verdict import VerdictRecord
 from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.layout.pictures import png_from_pixels, share_beyond, steps_from_histogram, ticks_between
 from resvit_export.report.layout.wording import number, operations, percent, significant, size, small_percent
@@ -21,12 +28,21 @@ from resvit_export.report.page import html_from_run, write_report
 from resvit_export.report.sections.accuracy import accuracy_from_verdict
 from resvit_export.report.sections.network import kept_from_quantize
 from resvit_export.report.sections.ranges import pictures_from_ranges
+from resvit_export.to_onnx.report import ExportReport
+from resvit_quantize.fold.program import FoldReport
+from resvit_quantize.qdq.report import QuantizeReport
 
 VOID = {"meta", "img", "wbr", "br", "link", "hr", "input"}
 NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def verdict(kind: str = "accepted") -> dict[str, Any]:
+def stage(name: str, top1: float | None, agreement: float | None, sqnr_db: float | None, *drop: Any) -> dict[str, Any]:
+    named = {"stage": name, "metric": "top-1", "unit": "percentage points", "agreement_of": "images"}
+    found = {"value": top1, "values": {"top-1": top1}, "top1": top1, "agreement": agreement, "sqnr_db": sqnr_db}
+    return {**named, **found, "drop": drop[0], "interval": list(drop[1:])}
+
+
+def verdict(kind: str = "accepted", **changes: Any) -> VerdictRecord:
     drop, interval, reason = {
         "accepted": (0.21, [-0.02, 0.44], "within the limit of 1"),
         "rejected": (2.84, [2.31, 3.41], "above the limit of 1"),
@@ -37,9 +53,15 @@ def verdict(kind: str = "accepted") -> dict[str, Any]:
         f"the accuracy drop is {drop:.2f} percentage points, between {interval[0]:.2f} and {interval[1]:.2f} "
         f"at 95% confidence on {count} images: {reason}"
     )
-    return {
+    document = {
         "verdict": kind,
         "reason": reason,
+        "interval": interval,
+        "metric": "top-1",
+        "unit": "percentage points",
+        "task": "classification",
+        "remarks": [],
+        "golden": GoldenFiles().to_json(),
         "max_drop": 1.0,
         "confidence": 0.95,
         "images": count,
@@ -49,30 +71,9 @@ def verdict(kind: str = "accepted") -> dict[str, Any]:
         "images_needed": 24_000 if kind == "undecided" else None,
         "runtime_note": "",
         "stages": [
-            {
-                "stage": "pytorch",
-                "top1": 0.9121,
-                "agreement": 1.0,
-                "sqnr_db": None,
-                "drop": 0.0,
-                "interval": [-0.04, 0.04],
-            },
-            {
-                "stage": "onnx float",
-                "top1": 0.9121,
-                "agreement": 1.0,
-                "sqnr_db": 118.2,
-                "drop": 0.0,
-                "interval": [-0.01, 0.01],
-            },
-            {
-                "stage": "onnx int8",
-                "top1": 0.9121 - drop / 100,
-                "agreement": 0.9842,
-                "sqnr_db": 24.7,
-                "drop": drop,
-                "interval": interval,
-            },
+            stage("pytorch", 0.9121, 1.0, None, 0.0, -0.04, 0.04),
+            stage("onnx float", 0.9121, 1.0, 118.2, 0.0, -0.01, 0.01),
+            stage("onnx int8", 0.9121 - drop / 100, 0.9842, 24.7, drop, *interval),
         ],
         "class_names": [],
         "changed_total": 158,
@@ -81,15 +82,17 @@ def verdict(kind: str = "accepted") -> dict[str, Any]:
             {"index": 42, "label": 4, "float": 2, "quantized": 4},
         ],
     }
+    return VerdictRecord.from_json({**document, **changes})
 
 
-def quantize() -> dict[str, Any]:
+def quantize(**changes: Any) -> QuantizeReport:
     nodes: list[dict[str, Any]] = [
         {
             "name": f"blocks.{block}.{part}/MatMul",
             "op": "MatMul",
             "group": "transformer",
             "macs": 29_000_000,
+            "weighted": True,
             "precision": "int8",
             "reason": "",
         }
@@ -102,6 +105,7 @@ def quantize() -> dict[str, Any]:
             "op": "MatMul",
             "group": "transformer",
             "macs": 7_450_000,
+            "weighted": True,
             "precision": "fp16",
             "reason": "attention matmul: FP16 is faster than INT8 on Orin",
         }
@@ -114,6 +118,7 @@ def quantize() -> dict[str, Any]:
             "op": "Gemm",
             "group": "head",
             "macs": 3840,
+            "weighted": True,
             "precision": "fp16",
             "reason": "classifier head: costs nothing in FP16",
         },
@@ -122,11 +127,12 @@ def quantize() -> dict[str, Any]:
             "op": "Conv",
             "group": "stem",
             "macs": 118_000_000,
+            "weighted": True,
             "precision": "fp16",
             "reason": "excluded by the pattern 'backbone.stem.*'",
         },
     ]
-    return {
+    document = {
         "precision": "int8",
         "quantizer": "resvit",
         "estimator": "mse",
@@ -140,12 +146,16 @@ def quantize() -> dict[str, Any]:
         "macs_share": 0.9232,
         "nodes": nodes,
         "fp32": [{"name": "blocks.7.norm1/LayerNormalization", "reason": "an activation reaches 91,204, beyond FP16"}],
+        "effort": "fast",
+        "clips": {},
+        "smoothed": [],
         "bytes_before": 104_017_973,
         "bytes_after": 26_742_769,
     }
+    return QuantizeReport.from_json({**document, **changes})
 
 
-def ranges(tensors: int = 30) -> dict[str, Any]:
+def ranges(tensors: int = 30) -> Ranges:
     random = np.random.default_rng(0)
     found = {}
     for index in range(tensors):
@@ -158,35 +168,46 @@ def ranges(tensors: int = 30) -> dict[str, Any]:
         found[f"blocks.{index}.mlp.fc1/Gelu_output_0"] = tensor
     found["blocks.3.mlp.fc1/Reshape_output_0"] = found["blocks.3.mlp.fc1/Gelu_output_0"]
     found["logits"] = TensorRange(-4.0, 9.0, {}, (), 0.0)
-    return Ranges(found, 512, "4c" * 32).to_json()
+    return Ranges(found, 512, "4c" * 32)
 
 
-def engine() -> dict[str, Any]:
+def engine() -> EngineReport:
     kernels = [
         {
             "name": f"_gemm_mha_v2_0x{index:04x}",
             "type": "gemm" if index % 3 else "kgen",
             "inputs": ["Int8"] if index % 3 else ["Half", "Half"],
             "outputs": ["Half"],
+            "input_shapes": [[1, 150_528]] if index % 3 else [[1, 37_632], [1, 37_632]],
+            "output_shapes": [[1, 75_264]],
             "layers": [f"blocks.{index}.attn.qkv/MatMul", f"blocks.{index}.attn.qkv/Add"],
-            "bytes": 301_056,
+            "constants": [],
+            "constant_shapes": [],
+            "input_names": [],
+            "output_names": [],
+            "tactic": "",
         }
         for index in range(40)
     ]
-    return {
+    document = {
         "target": "rtx-4090",
-        "builder": "tensorrt-rtx",
+        "builder": "TensorRT for RTX",
         "builder_version": "1.7.1",
         "sm": 89,
         "bytes": 27_911_040,
         "seconds": 7.31,
         "peak_mib": 1204,
+        "sha256": "3d" * 32,
+        "inputs": [],
+        "outputs": [],
+        "warnings": [],
         "kernels": kernels,
     }
+    return EngineReport.from_json(Record(document, "engine.json"))
 
 
-def plan() -> dict[str, Any]:
-    return {
+def plan(**changes: Any) -> DevicePlan:
+    document = {
         "target": "jetson-orin",
         "why": "An engine is bound to the GPU that built it, and an x86 machine cannot build for Orin. Run this there.",
         "commands": [
@@ -196,8 +217,16 @@ def plan() -> dict[str, Any]:
             "--memPoolSize=workspace:1024 --saveEngine=resvit-small.plan",
         ],
         "notes": ["Lock the clocks before timing."],
-        "settings": {"batch": [1, 1, 8], "workspace_mib": 1024, "optimization_level": 3},
+        "settings": {
+            "batch": [1, 1, 8],
+            "workspace_mib": 1024,
+            "optimization_level": 3,
+            "input": "input",
+            "input_shape": [3, 224, 224],
+            "dynamic_batch": True,
+        },
     }
+    return DevicePlan.from_json(Record({**document, **changes}, "plan.json"))
 
 
 def images() -> list[ChangedImage]:
@@ -218,47 +247,37 @@ def images() -> list[ChangedImage]:
 def full(kind: str = "accepted") -> ReportData:
     return ReportData(
         name="resvit_small_r26 on jetson-orin",
-        fold={
-            "items": [{"kind": "weight_standardisation", "where": f"backbone.stages.{i}.conv1"} for i in range(9)]
-            + [{"kind": "batch_norm", "where": f"backbone.stages.{i}.bn"} for i in range(3)],
-            "max_abs_error": 3.1e-6,
-            "max_rel_error": 4.4e-7,
-        },
-        export={
-            "opset": 20,
-            "nodes": 612,
-            "parity_max_abs": 1.9e-5,
-            "parity_max_rel": 2.2e-6,
-            "input": {"name": "input", "shape": ["batch", 3, 224, 224]},
-            "outputs": [{"name": "logits", "shape": ["batch", 10]}],
-            "parameters": 25_912_330,
-            "bytes": 104_017_973,
-        },
+        fold=FoldReport.from_json(
+            {
+                "items": [{"kind": "weight_standardisation", "where": f"backbone.stages.{i}.conv1"} for i in range(9)]
+                + [{"kind": "batch_norm", "where": f"backbone.stages.{i}.bn"} for i in range(3)],
+                "max_abs_error": 3.1e-6,
+                "max_rel_error": 4.4e-7,
+            }
+        ),
+        export=ExportReport.from_json(
+            {
+                "opset": 20,
+                "operators": {"Conv": 27},
+                "parity_batches": [1, 2],
+                "notes": [],
+                "nodes": 612,
+                "parity_max_abs": 1.9e-5,
+                "parity_max_rel": 2.2e-6,
+                "input": {"name": "input", "shape": ["batch", 3, 224, 224]},
+                "outputs": [{"name": "logits", "shape": ["batch", 10]}],
+                "parameters": 25_912_330,
+                "bytes": 104_017_973,
+            }
+        ),
         ranges=ranges(),
         quantize=quantize(),
         verdict=verdict(kind),
         engine=engine(),
         plan=plan(),
-        bundle={"files": [{"path": "model.onnx", "sha256": "be" * 32, "bytes": 5}]},
+        bundle=Manifest(files=(BundledFile("model.onnx", 5, "be" * 32),)),
         recipe='[model]\nname = "resvit-small"\n\n[quantize]\nprecision = "int8"\nestimator = "mse"\n',
-        targets=[
-            {
-                "name": "jetson-orin",
-                "title": "Jetson AGX Orin",
-                "sm": 87,
-                "jetpack": "6.2",
-                "tensorrt": "10.3",
-                "precisions": ["int8", "fp16"],
-            },
-            {
-                "name": "rtx-4090",
-                "title": "GeForce RTX 4090",
-                "sm": 89,
-                "jetpack": None,
-                "tensorrt": "RTX 1.7",
-                "precisions": ["fp16", "int8", "fp8"],
-            },
-        ],
+        targets=[target for target in TARGETS if target.name in ("jetson-orin", "rtx-4090")],
         versions={"resvit-export": "0.1.0", "torch": "2.13.0", "onnx": "1.23.2", "onnxruntime": "1.32.0"},
         digests={"checkpoint": "1f" * 32, "float ONNX": "2e" * 32, "engine": "3d" * 32},
         images=images(),
@@ -301,9 +320,7 @@ class _Outline(HTMLParser):
 def test_the_verdict_comes_first_in_words(kind: str, word: str) -> None:
     page = _Outline(html_from_run(full(kind)))
     assert (
-        page.text.index(word)
-        < page.text.index(verdict(kind)["reason"][1:] + ".")
-        < page.text.index("Accuracy by stage")
+        page.text.index(word) < page.text.index(verdict(kind).reason[1:] + ".") < page.text.index("Accuracy by stage")
     )
     header = dict(page.attributes)["header"]
     assert header["class"] == f"hero {kind}"
@@ -360,20 +377,15 @@ def test_the_page_asks_the_network_for_nothing() -> None:
 
 def test_everything_is_escaped() -> None:
     evil = "<script>alert('&')</script>"
-    data = full()
-    assert data.quantize
-    assert data.verdict
+    node = {"name": evil, "op": evil, "group": evil, "macs": 1, "weighted": True, "precision": "fp16", "reason": evil}
     data = dataclasses.replace(
-        data,
+        full(),
         name=evil,
         recipe=evil,
-        quantize={
-            **data.quantize,
-            "nodes": [{"name": evil, "op": evil, "group": evil, "macs": 1, "precision": "fp16", "reason": evil}],
-        },
-        verdict={**data.verdict, "reason": evil, "data": evil},
+        quantize=quantize(nodes=[node]),
+        verdict=verdict(reason=evil, data=evil),
         images=[dataclasses.replace(image, names=[evil] * 10) for image in images()],
-        plan={"target": evil, "why": evil, "commands": [evil], "settings": {evil: evil}},
+        plan=plan(target=evil, why=evil, commands=[evil], notes=[evil]),
         digests={evil: evil},
     )
     page = html_from_run(data)
@@ -418,26 +430,14 @@ def test_drop_intervals_share_one_axis_with_the_limit() -> None:
 
 
 def test_a_verdict_without_numbers_still_renders() -> None:
-    broken = {
-        **verdict("rejected"),
-        "reason": "The quantised network returns NaN.",
-        "stages": [
-            {
-                "stage": "onnx int8",
-                "top1": None,
-                "agreement": None,
-                "sqnr_db": None,
-                "drop": None,
-                "interval": [None, None],
-            }
-        ],
-    }
+    rows = [stage("onnx int8", None, None, None, None, None, None)]
+    broken = verdict("rejected", reason="The quantised network returns NaN.", stages=rows)
     text = _Outline(html_from_run(ReportData(name="run", verdict=broken))).text
     assert "returns NaN" in text
 
 
 def test_chance_level_is_said_in_words() -> None:
-    page = html_from_run(ReportData(name="run", verdict={**verdict("undecided"), "chance_level": True}))
+    page = html_from_run(ReportData(name="run", verdict=verdict("undecided", chance_level=True)))
     assert "no drop can be measured" in page
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
+from engine_reports import engine_report
+from resvit_calibrate.gate.gate import Verdict, VerdictKind
 from resvit_engines.audit.audit import audit_engine
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, QdqPair
 from resvit_engines.audit.findings import Subject
 from resvit_engines.audit.kernels import Kernel
-from resvit_engines.audit.record import record_of
+from resvit_engines.audit.record import AuditRecord, SkippedAudit, audit_from_json, record_of
+from resvit_engines.bench.bench import BenchReport
+from resvit_engines.bench.clocks import Conditions
+from resvit_engines.machine import Machine
+from resvit_engines.remote.job_result import Answers, DeviceBundle, JobResult, Skipped
+from resvit_engines.run.golden import GoldenReport
+from resvit_export.records.device import DeviceResult
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.report.sections.audit import fusion_from_audit
@@ -24,9 +32,9 @@ PAIRS = (
 BLOCK = Attention("a", ("a/MatMul", "a/Softmax", "a/MatMul_1"), 12, 50, 60, "fp16", "constant", False)
 
 
-def audit(stands_in: str = "", fp16: tuple[Kernel, ...] | None = (HALF,)) -> dict[str, Any]:
+def audit(stands_in: str = "", fp16: tuple[Kernel, ...] | None = (HALF,)) -> AuditRecord:
     subject = Subject("l4", 89, "TensorRT for RTX", "1.7", 1, stands_in)
-    return record_of(audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16)).to_json()
+    return record_of(audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16))
 
 
 def test_figures_stand_beside_those_of_fp16_and_trouble_comes_first() -> None:
@@ -51,36 +59,35 @@ def test_the_page_has_the_section_and_names_the_stand_in() -> None:
 
 
 def test_an_audit_that_was_skipped_says_why() -> None:
-    skipped = {"target": "jetson-orin", "skipped": "why", "sentences": ["Not audited: why"], "failures": []}
+    skipped = audit_from_json(SkippedAudit("jetson-orin", "why").to_json(), "audit.json")
     assert "Not audited: why" in html_from_run(ReportData("x", audit=skipped))
     assert "What fused" not in html_from_run(ReportData("x"))
 
 
 def test_what_the_device_said_is_laid_out() -> None:
-    facts = {"gpu": "Jetson AGX Orin", "host": "orin", "jetpack": "6.2", "tensorrt": "10.3.0", "power_mode": "MAXN"}
-    device = {
-        "facts": {**facts, "clocks": None},
-        "engine": {"builder": "TensorRT", "builder_version": "10.3.0", "seconds": 61.25, "bytes": 3 << 20},
-        "golden": {"sqnr_db": 31.06},
-        "bench": {"batch": 1, "latency_ms": {"p50": 1.234, "p99": 2.0}},
-        "verdict": {"reason": "within the limit"},
-        "images": 1000,
-        "runner": "TensorRT 10.3.0",
-    }
+    orin = Machine(87, "Jetson AGX Orin", "10.3.0", "6.2", "aarch64", 1, 1, "3.10", power_mode="MAXN", host="orin")
+    quiet = Conditions()
+    times = BenchReport("x", "tensorrt", 1, 1, False, 9, {"p50": 1.234, "p99": 2.0}, None, 1.0, None, 1, quiet, quiet)
+    job = JobResult(
+        engine=engine_report(seconds=61.25, bytes=3 << 20),
+        rehearsal=False,
+        machine=orin,
+        golden=GoldenReport(4, 0.1, 31.06, 1.0, 20.0, "TensorRT"),
+        outputs=Answers(1000, "TensorRT 10.3.0"),
+        bench=times,
+        bundle=DeviceBundle("x.resvit", "0" * 64, "key", "id"),
+    )
+    verdict = Verdict(VerdictKind.ACCEPTED, "within the limit", 1.0, 0.95, 1000, (0.0, 0.5))
+    device = DeviceResult(job, 1000, verdict, "TensorRT 10.3.0")
     rows = dict(facts_from_device(device))
     assert rows["Software"] == "JetPack 6.2, TensorRT 10.3.0"
     assert rows["Power mode, clocks"] == "MAXN, not reported"
     assert rows["Verdict on 1,000 images"] == "within the limit"
     assert rows["Time at batch 1"] == "median 1.23 ms, 99% below 2.00 ms"
     assert rows["Golden outputs"] == "31.1 dB from those that were validated"
-    bare = {
-        **device,
-        "verdict": None,
-        "bench": {},
-        "golden": {},
-        "runner": None,
-        "facts": dict.fromkeys(facts) | {"host": "orin", "clocks": None},
-    }
+    nobody = dataclasses.replace(orin, gpu=None, tensorrt=None, jetpack=None, power_mode=None)
+    unknown = dataclasses.replace(job, machine=nobody, golden=Skipped("none"), bench=Skipped("none"))
+    bare = DeviceResult(unknown, 1000, None, None)
     rows = dict(facts_from_device(bare))
     assert rows["Device"] == "orin"
     assert not any(term.startswith(("Verdict", "Time", "Golden")) for term in rows)

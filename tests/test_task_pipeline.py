@@ -53,8 +53,8 @@ def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_
     assert (verdict["metric"], verdict["chance_level"]) == ("mAP 50:95", True)
     (exported,) = Path("runs/det").glob("export-*/export.json")
     assert [output["name"] for output in json.loads(exported.read_bytes())["outputs"]] == ["boxes", "scores"]
-    (validated,) = Path("runs/det").glob("validate-*")
-    assert (validated / "golden_output_1.npy").exists()
+    (scored,) = Path("runs/det").glob("score-*")
+    assert (scored / "golden_output_1.npy").exists()
 
 
 def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Path) -> None:

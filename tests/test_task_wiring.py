@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from resvit_calibrate.answers.replay import FirstImages, Replay
-from resvit_calibrate.gate.gate import Verdict, judge
+from resvit_calibrate.gate.gate import judge
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.golden import check_runner
 from resvit_engines.run.golden_files import golden_arrays, other_golden_outputs
@@ -21,7 +22,7 @@ from resvit_export.cli.output import accuracy_table
 from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.pairs import task_values
 from resvit_export.recipe.recipe import Recipe
-from resvit_export.records.verdict import ScoreRow
+from resvit_export.records.verdict import ScoreRow, VerdictRecord
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
 from resvit_export.report.sections.accuracy import accuracy_from_verdict, changed_from_run
@@ -32,7 +33,7 @@ from task_images import Images, network
 from test_task_segmentation import TASK, masks, scores
 
 
-def verdict() -> dict[str, object]:
+def verdict() -> VerdictRecord:
     random = np.random.default_rng(0)
     known = masks(random, 30)
     clean = scores(random, known, 0.35)
@@ -41,15 +42,21 @@ def verdict() -> dict[str, object]:
     comparison = TASK.compare(first, second)
     document = {
         **judge(comparison, 5.0).to_json(),
+        "task": TASK.name,
         "data": "scenes",
+        "data_digest": "0" * 64,
+        "runtime_note": "",
+        "remarks": [],
+        "golden": GoldenFiles().to_json(),
         "stages": [
             ScoreRow.of("onnx float", TASK.compare(first, first)).to_json(),
             ScoreRow.of("onnx int8", comparison).to_json(),
         ],
+        "changed_total": 30,
         "changed": TASK.changed(first, second),
         "class_names": [],
     }
-    return json.loads(json.dumps(document, allow_nan=False))
+    return VerdictRecord.from_json(json.loads(json.dumps(document, allow_nan=False)))
 
 
 def test_the_tables_and_the_report_name_the_metric() -> None:
@@ -72,7 +79,7 @@ def test_the_tables_and_the_report_name_the_metric() -> None:
         "gained",
         "no better, no worse",
     )
-    assert hopeless(Verdict.from_json(found), Recipe(max_drop=0.1)) == ""
+    assert hopeless(found.verdict, Recipe(max_drop=0.1)) == ""
 
 
 def test_golden_outputs_of_one_and_of_several(tmp_path) -> None:

@@ -13,6 +13,7 @@ from resvit_engines.bench.bench import BenchReport, BenchSettings, Samples, Stop
 from resvit_engines.bench.clocks import conditions_now
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.records import Record
 from resvit_engines.run.feeds import Arrays
 from resvit_engines.run.runner import Runner
 
@@ -44,6 +45,11 @@ class Ratio:
     def to_json(self) -> dict[str, float]:
         """Plain JSON values."""
         return {"value": round(self.value, 4), "low": round(self.low, 4), "high": round(self.high, 4)}
+
+    @classmethod
+    def from_json(cls, record: Record) -> Ratio:
+        """What :meth:`to_json` wrote."""
+        return cls(record.number("value"), record.number("low"), record.number("high"))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,17 @@ class DevicePlan:
     inputs: Mapping[str, tuple[int, ...]]
     """Shapes without the batch by name, where the network reads more than images; else empty."""
 
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """How to build, and what the network reads, by name as plain JSON values."""
+        return {
+            **self.settings.to_json(),
+            "input": self.input_name,
+            "input_shape": list(self.input_shape),
+            "dynamic_batch": self.dynamic_batch,
+            **({"inputs": {name: list(shape) for name, shape in self.inputs.items()}} if self.inputs else {}),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as in a run's ``plan.json``."""
         return {
@@ -42,13 +53,7 @@ class DevicePlan:
             "why": self.why,
             "commands": list(self.commands),
             "notes": list(self.notes),
-            "settings": {
-                **self.settings.to_json(),
-                "input": self.input_name,
-                "input_shape": list(self.input_shape),
-                "dynamic_batch": self.dynamic_batch,
-                **({"inputs": {name: list(shape) for name, shape in self.inputs.items()}} if self.inputs else {}),
-            },
+            "settings": self.all_settings,
         }
 
     @classmethod

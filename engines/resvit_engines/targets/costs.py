@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resvit_engines.records import Record
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.table import Builder, Precision, Target
 
@@ -113,6 +114,24 @@ class LayerTime:
     weight_bytes: int
     measured: bool = False
 
+    @classmethod
+    def from_json(cls, record: Record) -> LayerTime:
+        """What :meth:`Prediction.to_json` wrote of a layer."""
+        return cls(
+            record.text("name"),
+            record.choice("kind", LayerKind),
+            record.choice("precision", Precision),
+            record.number("compute_us"),
+            record.number("memory_us"),
+            record.number("fixed_us"),
+            record.number("reformat_us"),
+            record.number("total_us"),
+            record.whole("kernels"),
+            record.whole("activation_bytes"),
+            record.whole("weight_bytes"),
+            record.flag("measured"),
+        )
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -159,6 +178,11 @@ class Prediction:
             "measured_layers": sum(layer.measured for layer in self.layers),
             "layers": layers,
         }
+
+    @classmethod
+    def from_json(cls, record: Record) -> Prediction:
+        """What :meth:`to_json` wrote; ``ResvitError`` INPUT, naming the key, where it is malformed."""
+        return cls(record.text("target"), tuple(map(LayerTime.from_json, record.records("layers"))))
 
 
 class CostModel:

@@ -77,11 +77,10 @@ def _audit_layers(layers: Path, onnx: Path | None, fp16_layers: Path | None, gat
             f"{layers} alone does not say what should have fused.", "Say --onnx with the file it was built from."
         )
     audit = record_of(audit_of_layers(layers, onnx, fp16_layers))
-    document = audit.to_json()
     if output.json:
-        emit_json(document)
+        emit_json(audit.to_json())
     elif not output.quiet:
-        for item in audit_tables(document):
+        for item in audit_tables(audit):
             console().print(item, soft_wrap=True)
     if gate:
         audit.require_fused()

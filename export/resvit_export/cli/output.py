@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.builder.settings import TITLES
 from resvit_engines.console import Output, console, mib, table
 from resvit_export.cli.audit_tables import audit_lines, audit_tables
-from resvit_export.stages.prune import prune_summary
+from resvit_export.stages.audit import Audited
+from resvit_export.stages.calibrate import Calibrated
+from resvit_export.stages.compile import Compiled
+from resvit_export.stages.decide.recover import Recovered
+from resvit_export.stages.export import Exported
+from resvit_export.stages.fold import Folded
+from resvit_export.stages.fuse import Fused
+from resvit_export.stages.prune import Pruned
+from resvit_export.stages.quantize import Quantized
+from resvit_export.stages.retrain import Retrained
+from resvit_export.stages.validate import Validated
 
 if TYPE_CHECKING:
+    from resvit_calibrate.ranges.ranges import Ranges
     from resvit_export.api import Built
+    from resvit_export.records.prune import PruneRecord
+    from resvit_export.records.verdict import ScoreRow, VerdictRecord
     from resvit_export.stage import Artifact
+    from resvit_export.to_onnx.report import ExportReport
+    from resvit_quantize.fold.program import FoldReport
+    from resvit_quantize.pruning.distill.options import DistillReport
+    from resvit_quantize.qdq.report import QuantizeReport
+    from resvit_quantize.recovery.options import RecoverReport
 
-_VERDICT_STYLE = {"accepted": "bold green", "rejected": "bold red", "undecided": "bold yellow"}
+_VERDICT_STYLE = {
+    VerdictKind.ACCEPTED: "bold green",
+    VerdictKind.REJECTED: "bold red",
+    VerdictKind.UNDECIDED: "bold yellow",
+}
 
 
 def summarize(artifact: Artifact) -> dict[str, Any]:
@@ -48,216 +72,200 @@ def show_stage(artifact: Artifact, output: Output) -> None:
 
 
 def _tables(artifact: Artifact) -> list[Table | str]:
-    makers = {
-        "prune": _prune,
-        "retrain": _retrain,
-        "fold": _fold,
-        "export": _export,
-        "recover": _recover,
-        "calibrate": _ranges,
-        "quantize": _quantize,
-        "fuse": _fuse,
-        "validate": _validate,
-        "compile": _compile,
-        "audit": _audit,
-    }
-    maker = makers.get(artifact.stage)
-    return maker(artifact) if maker else []
+    match artifact:
+        case Pruned():
+            return _prune(artifact.report)
+        case Retrained():
+            return _retrain(artifact.report)
+        case Folded():
+            return _fold(artifact.report)
+        case Exported():
+            return _export(artifact.report)
+        case Recovered():
+            return _recover(artifact.report)
+        case Calibrated():
+            return _ranges(artifact.known)
+        case Quantized():
+            return _quantize(artifact.report)
+        case Fused():
+            return list(artifact.result.sentences)
+        case Validated():
+            return _validate(artifact.verdict)
+        case Compiled():
+            return _compile(artifact)
+        case Audited():
+            return audit_tables(artifact.result)
+    return []
 
 
-def _prune(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("prune.json")
+def _prune(report: PruneRecord) -> list[Table | str]:
     shown: list[Table | str] = []
-    if "widths" in report:
+    if (chosen := report.widths) is not None:
         rows = [
-            (item["group"], item["kind"], str(item["before"]), str(item["after"]), f"{item['importance_lost']:.1%}")
-            for item in report["widths"]
-            if item["before"] != item["after"]
+            (item.group, item.kind.value, str(item.before), str(item.after), f"{item.importance_lost:.1%}")
+            for item in chosen.groups
+            if item.before != item.after
         ]
         columns = ("group", "of", "before", "after", "importance lost")
-        shown.append(table(f"Pruned by {report['importance']}", columns, rows, left=2))
-        shown.append(f"{len(report['widths']) - len(rows)} groups stay as they are")
-        shown.append(prune_summary(report))
-        shown += [f"left alone: {path}: {reason}" for path, reason in report["left_alone"].items()]
-    if "sparsity" in report:
-        sparse = report["sparsity"]
+        shown.append(table(f"Pruned by {report.importance.value}", columns, rows, left=2))
+        shown.append(f"{len(chosen.groups) - len(rows)} groups stay as they are")
+        shown.append(chosen.summary)
+        shown += [f"left alone: {path}: {reason}" for path, reason in chosen.left_alone.items()]
+    if (sparse := report.sparsity) is not None:
         shown.append(
-            f"2:4 sparsity by {sparse['method']}: {len(sparse['sparse'])} layers, {sparse['share']:.1%} of weights"
+            f"2:4 sparsity by {sparse.method.value}: {len(sparse.sparse)} layers, {sparse.share:.1%} of weights"
         )
-    return [*shown, *report["notes"]]
+    return [*shown, *report.notes]
 
 
-def _retrain(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("retrain.json")
+def _retrain(report: DistillReport) -> list[Table | str]:
     rows = [
-        (when, str(score["step"]), _share(score["agreement"]), _share(score["top1"]), f"{score['loss']:.4f}")
-        for when, score in (("pruned", report["before"]), ("retrained", report["after"]))
+        (when, str(score.step), _share(score.agreement), _share(score.top1), f"{score.loss:.4f}")
+        for when, score in (("pruned", report.before), ("retrained", report.after))
     ]
-    title = f"Trained on {report['images']:,} images, against the unpruned model on {report['held_out']:,} others"
-    return [
-        table(title, ("weights", "step", "agreement", "top-1", "loss"), rows),
-        f"{report['stop']}, after {report['steps']} steps in {report['seconds']:.0f} s",
-    ]
+    title = f"Trained on {report.images:,} images, against the unpruned model on {report.held_out:,} others"
+    return [table(title, ("weights", "step", "agreement", "top-1", "loss"), rows), _stop(report)]
+
+
+def _stop(report: DistillReport | RecoverReport) -> str:
+    return f"{report.stop.value}, after {report.steps} steps in {report.seconds:.0f} s"
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
 
-def _fold(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("fold.json")
+def _fold(report: FoldReport) -> list[Table | str]:
     counts: dict[str, list[str]] = {}
-    for item in report["items"]:
-        counts.setdefault(item["kind"], []).append(item["where"])
+    for item in report.items:
+        counts.setdefault(item.kind, []).append(item.where)
     rows = [(kind, str(len(where)), _shorten(where)) for kind, where in counts.items()]
     return [
         table("Folded", ("what", "count", "where"), rows, left=3),
-        f"largest error {report['max_abs_error']:.2g} absolute, {report['max_rel_error']:.2g} relative",
+        f"largest error {report.max_abs_error:.2g} absolute, {report.max_rel_error:.2g} relative",
     ]
 
 
-def _export(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("export.json")
+def _export(report: ExportReport) -> list[Table | str]:
+    name, shape = report.input
     rows = [
-        ("opset", str(report["opset"])),
-        ("nodes", str(report["nodes"])),
-        ("input", f"{report['input']['name']} {report['input']['shape']}"),
-        ("outputs", ", ".join(f"{item['name']} {item['shape']}" for item in report["outputs"])),
-        ("parity with PyTorch", _parity(report)),
-        ("size", mib(report["bytes"])),
+        ("opset", str(report.opset)),
+        ("nodes", str(report.nodes)),
+        ("input", f"{name} {list(shape)}"),
+        ("outputs", ", ".join(f"{name} {list(shape)}" for name, shape in report.outputs)),
+        ("parity with PyTorch", f"{report.parity_max_abs:.2g} absolute, {report.parity_max_rel:.2g} relative"),
+        ("size", mib(report.bytes)),
     ]
     return [table("Float ONNX", ("what", "value"), rows, left=2)]
 
 
-def _parity(report: Mapping[str, Any]) -> str:
-    if report.get("parity_max_abs") is None:
-        return "not applicable: the model came as ONNX"
-    return f"{report['parity_max_abs']:.2g} absolute, {report['parity_max_rel']:.2g} relative"
-
-
-def _recover(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("recover.json")
-    rows = []
-    for when, score in (("before", report["before"]), ("after", report["after"])):
-        agreement = "" if score["agreement"] is None else f"{score['agreement']:.2%}"
-        rows.append((when, str(score["step"]), agreement, f"{-10 * math.log10(max(score['nsr'], 1e-30)):.1f} dB"))
-    title = f"Recovery on {report['images']:,} images, against the float model on {report['held_out']:,} others"
-    return [
-        table(title, ("weights", "step", "agreement", "SQNR"), rows),
-        f"{report['stop']}, after {report['steps']} steps in {report['seconds']:.0f} s",
+def _recover(report: RecoverReport) -> list[Table | str]:
+    rows = [
+        (when, str(score.step), _share(score.agreement), f"{-10 * math.log10(max(score.nsr, 1e-30)):.1f} dB")
+        for when, score in (("before", report.before), ("after", report.after))
     ]
+    title = f"Recovery on {report.images:,} images, against the float model on {report.held_out:,} others"
+    return [table(title, ("weights", "step", "agreement", "SQNR"), rows), _stop(report)]
 
 
-def _ranges(artifact: Artifact) -> list[Table | str]:
-    ranges = artifact.json("ranges.json")
+def _ranges(ranges: Ranges) -> list[Table | str]:
+    estimators = ("max", "percentile", "mse", "entropy")
     rows = []
-    for name, item in ranges["tensors"].items():
-        amax = item["amax"].get("int8")
+    for name, item in ranges.tensors.items():
+        amax = item.amax.get("int8")
         if amax:
-            cells = [f"{amax[kind]:.4g}" for kind in ("max", "percentile", "mse", "entropy")]
-            rows.append((name, f"{item['min']:.4g}", f"{item['max']:.4g}", *cells))
-    title = f"Ranges of {len(rows)} tensors from {ranges['images']} images (amax for INT8 by estimator)"
-    columns = ("tensor", "min", "max", "max", "percentile", "mse", "entropy")
-    return [table(title, columns, rows)]
+            cells = [f"{amax[kind]:.4g}" for kind in estimators]
+            rows.append((name, f"{item.minimum:.4g}", f"{item.maximum:.4g}", *cells))
+    title = f"Ranges of {len(rows)} tensors from {ranges.images} images (amax for INT8 by estimator)"
+    return [table(title, ("tensor", "min", "max", *estimators), rows)]
 
 
-def _quantize(artifact: Artifact) -> list[Table | str]:
-    report = artifact.json("quantize.json")
-    shown: list[Table | str] = [quantize_table(report)]
-    shown += [f"FP32: {item['name']} — {item['reason']}" for item in report["fp32"]]
-    return shown
+def _quantize(report: QuantizeReport) -> list[Table | str]:
+    return [quantize_table(report), *(f"FP32: {item.name} — {item.reason}" for item in report.fp32)]
 
 
-def quantize_table(report: Mapping[str, Any]) -> Table:
+def quantize_table(report: QuantizeReport) -> Table:
     """Nodes and multiply-accumulates quantised, by group."""
     rows = []
-    for group, item in report["groups"].items():
-        share = item["quantized_macs"] / item["macs"] if item["macs"] else 0.0
-        rows.append(
-            (group, f"{item['quantized_nodes']}/{item['nodes']}", f"{item['macs'] / 1e6:.2f} M", f"{share:.1%}")
-        )
-    groups = report["groups"].values()
-    nodes, done = sum(i["nodes"] for i in groups), sum(i["quantized_nodes"] for i in groups)
-    total = sum(item["macs"] for item in groups)
-    rows.append(("all", f"{done}/{nodes}", f"{total / 1e6:.2f} M", f"{report['macs_share']:.1%}"))
+    for group, item in report.groups.items():
+        share = item.quantized_macs / item.macs if item.macs else 0.0
+        rows.append((group, f"{item.quantized_nodes}/{item.nodes}", f"{item.macs / 1e6:.2f} M", f"{share:.1%}"))
+    groups = report.groups.values()
+    nodes, done = sum(item.nodes for item in groups), sum(item.quantized_nodes for item in groups)
+    total = sum(item.macs for item in groups)
+    rows.append(("all", f"{done}/{nodes}", f"{total / 1e6:.2f} M", f"{report.macs_share:.1%}"))
     return table(
-        f"Quantised to {report['precision'].upper()} by {report['quantizer']}",
+        f"Quantised to {report.precision.upper()} by {report.quantizer}",
         ("group", "nodes", "multiply-accumulates", "share quantised"),
         rows,
     )
 
 
-def accuracy_table(verdict: Mapping[str, Any]) -> Table:
+def accuracy_table(record: VerdictRecord) -> Table:
     """Accuracy stage by stage, each against the original network."""
-    original, *others = verdict["stages"]
-    names = list(original.get("values") or {"top-1": original.get("top1")})
-    unit = original.get("unit", "percentage points")
-    rows = [(original["stage"], *(metric_value(original, name) for name in names), "", "", "", "")]
+    original, *others = record.rows
+    names = list(original.values)
+    rows = [(original.stage, *(metric_value(original, name) for name in names), "", "", "", "")]
     rows += [
         (
-            item["stage"],
+            item.stage,
             *(metric_value(item, name) for name in names),
-            f"{item['drop']:+.2f}",
-            f"{item['interval'][0]:+.2f} … {item['interval'][1]:+.2f}",
-            "" if item["agreement"] is None else f"{item['agreement']:.2%}",
-            "∞" if item["sqnr_db"] is None else f"{item['sqnr_db']:.1f} dB",
+            _points(item.drop),
+            " … ".join(_points(edge) for edge in item.interval),
+            _share(item.agreement),
+            "∞" if item.sqnr_db is None else f"{item.sqnr_db:.1f} dB",
         )
         for item in others
     ]
-    title = f"Accuracy on {verdict['data']}"
-    interval = f"{verdict['confidence']:.0%} interval"
-    drop = "drop, points" if unit.endswith("points") else f"drop, {unit}"
-    return table(title, ("stage", *names, drop, interval, "agreement", "SQNR"), rows)
+    interval = f"{record.verdict.confidence:.0%} interval"
+    drop = "drop, points" if original.unit.endswith("points") else f"drop, {original.unit}"
+    columns = ("stage", *names, drop, interval, "agreement", "SQNR")
+    return table(f"Accuracy on {record.data}", columns, rows)
 
 
-def metric_value(stage: Mapping[str, Any], name: str) -> str:
+def _points(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:+.2f}"
+
+
+def metric_value(row: ScoreRow, name: str) -> str:
     """One metric of a stage of a verdict: top-1 and top-5 in %, the others as they are usually written."""
-    value = (stage.get("values") or {"top-1": stage.get("top1")}).get(name)
+    value = row.values.get(name)
     if value is None:
         return ""
     if name in ("top-1", "top-5"):
         return f"{value:.2%}"
-    return f"{value:.1f} dB" if stage.get("unit") == "dB" else f"{value:.4f}"
+    return f"{value:.1f} dB" if row.unit == "dB" else f"{value:.4f}"
 
 
-def verdict_line(verdict: Mapping[str, Any]) -> str:
+def verdict_line(record: VerdictRecord) -> str:
     """The verdict as rich markup."""
-    return f"[{_VERDICT_STYLE[verdict['verdict']]}]{verdict['verdict'].upper()}[/]: {escape(verdict['reason'])}"
+    return f"[{_VERDICT_STYLE[record.kind]}]{record.kind.value.upper()}[/]: {escape(record.reason)}"
 
 
-def _fuse(artifact: Artifact) -> list[Table | str]:
-    """What became of attention and the bridge."""
-    return list(artifact.json("fusion.json")["sentences"])
+def _validate(record: VerdictRecord) -> list[Table | str]:
+    note = [record.runtime_note] if record.runtime_note else []
+    return [accuracy_table(record), verdict_line(record), *note]
 
 
-def _validate(artifact: Artifact) -> list[Table | str]:
-    verdict = artifact.json("verdict.json")
-    note = [verdict["runtime_note"]] if verdict["runtime_note"] else []
-    return [accuracy_table(verdict), verdict_line(verdict), *note]
-
-
-def _compile(artifact: Artifact) -> list[Table | str]:
-    if artifact.path("engine.json").exists():
-        report = artifact.json("engine.json")
+def _compile(compiled: Compiled) -> list[Table | str]:
+    if (report := compiled.engine) is not None:
+        seconds, peak = report.seconds or 0.0, report.peak_mib
         rows = [
-            ("target", f"{report['target']} (SM {report['sm']})"),
-            ("builder", f"{report['builder']} {report['builder_version']}"),
-            ("engine", mib(report["bytes"])),
-            ("kernels", str(len(report["kernels"]))),
-            ("built in", f"{report['seconds']:.1f} s, peak {report['peak_mib']} MiB"),
+            ("target", f"{report.target} (SM {report.sm})"),
+            ("builder", f"{TITLES[report.builder]} {report.builder_version}"),
+            ("engine", mib(report.bytes)),
+            ("kernels", str(len(report.kernels))),
+            ("built in", f"{seconds:.1f} s, peak {peak} MiB"),
         ]
         return [table("Engine", ("what", "value"), rows, left=2)]
-    plan = artifact.json("plan.json")
+    plan = compiled.plan
+    assert plan is not None
     return [
-        plan["why"],
-        *[f"  {command}" for command in plan["commands"]],
+        plan.why,
+        *[f"  {command}" for command in plan.commands],
         "With the device on the network, --device ssh://USER@HOST does all of it from here. By hand, 'resvit-engine "
         "build BUNDLE --trust KEY.pub' there also checks the engine and packs it for 'resvit-engine install'.",
     ]
-
-
-def _audit(artifact: Artifact) -> list[Table | str]:
-    return audit_tables(artifact.json("audit.json"))
 
 
 def build_document(built: Built) -> dict[str, Any]:
@@ -278,24 +286,24 @@ def show_build(built: Built, output: Output) -> None:
     """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
     pipeline, stages, screen = built.pipeline, built.stages, console()
     if not output.quiet:
-        screen.print(accuracy_table(pipeline.validated.json("verdict.json")))
-        screen.print(quantize_table(pipeline.quantized.json("quantize.json")))
+        screen.print(accuracy_table(built.verdict))
+        screen.print(quantize_table(built.quantized))
         if pipeline.variant.recovers:
-            for item in _recover(pipeline.recovered):
+            for item in _recover(pipeline.recovered.report):
                 screen.print(item, soft_wrap=True)
         screen.print(_sizes(built))
         screen.print(_costs(stages), soft_wrap=True)
         for stage in stages:
-            if stage.stage == "compile":
+            if isinstance(stage, Compiled):
                 for item in _compile(stage):
                     screen.print(item, markup=False, soft_wrap=True)
-            if stage.stage == "audit":
-                for item in audit_lines(stage.json("audit.json")):
+            if isinstance(stage, Audited):
+                for item in audit_lines(stage.result):
                     screen.print(item, soft_wrap=True)
     for line in pipeline.variant.search.lines if pipeline.variant.search else ():
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
     screen.print(built.predicted.sentence, markup=False, highlight=False, soft_wrap=True)
-    screen.print(verdict_line(pipeline.validated.json("verdict.json")), soft_wrap=True)
+    screen.print(verdict_line(built.verdict), soft_wrap=True)
     if built.bundle:
         screen.print(f"bundle: {built.bundle}", markup=False, soft_wrap=True)
     screen.print(f"report: {built.report}", markup=False, soft_wrap=True)
@@ -312,7 +320,7 @@ def _sizes(built: Built) -> Table:
     files += [
         ("engine", stage.path("engine.plan"))
         for stage in built.stages
-        if stage.stage == "compile" and stage.has("engine.plan")
+        if isinstance(stage, Compiled) and stage.engine is not None
     ]
     if built.bundle:
         files.append(("bundle", built.bundle))

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One stage of the network against the original; ``top1`` is None for tasks other than classification."""
+    """One stage of the network against the original; ``top1`` is None for tasks other than classification.
+
+    None stands for what is no finite number, and is an edge of the interval where there is none.
+    """
 
     stage: str
     metric: str
@@ -28,7 +31,7 @@ class ScoreRow:
     agreement_of: str
     sqnr_db: float | None
     drop: float | None
-    interval: tuple[float, float]
+    interval: tuple[float | None, float | None]
     top1: float | None = None
 
     @classmethod

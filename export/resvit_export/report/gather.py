@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ResvitError
@@ -14,11 +14,24 @@ from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.page import write_report
 from resvit_export.run_folder import NotFinishedError
 from resvit_export.stage import Artifact
-from resvit_export.stages.device import newest_on_device
+from resvit_export.stages.audit import Audited
+from resvit_export.stages.bundle import Bundled
+from resvit_export.stages.calibrate import Calibrated
+from resvit_export.stages.compile import Compiled
+from resvit_export.stages.decide.predict import Predicted
+from resvit_export.stages.decide.search import Searched
+from resvit_export.stages.device import OnDevice, newest_on_device
+from resvit_export.stages.export import Exported
+from resvit_export.stages.fold import Folded
+from resvit_export.stages.prune import Pruned
+from resvit_export.stages.quantize import Quantized
+from resvit_export.stages.retrain import Retrained
 from resvit_export.stages.validate import CHANGED, Validated
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
+
+A = TypeVar("A", bound=Artifact)
 
 
 def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
@@ -58,41 +71,43 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
 
 
 def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportData:
-    def document(stage: str, file: str) -> dict[str, Any] | None:
-        artifact = stages.get(stage)
-        return artifact.json(file) if artifact and artifact.has(file) else None
-
+    found = tuple(stages.values())
+    pruned, retrained, folded = _one(found, Pruned), _one(found, Retrained), _one(found, Folded)
+    exported, calibrated, quantized = _one(found, Exported), _one(found, Calibrated), _one(found, Quantized)
+    validated, predicted, searched = _one(found, Validated), _one(found, Predicted), _one(found, Searched)
+    compiled, audited, bundled = _one(found, Compiled), _one(found, Audited), _one(found, Bundled)
+    on_device, target = _one(found, OnDevice), pipeline.run.target
     versions: dict[str, str] = {}
-    for artifact in stages.values():
+    for artifact in found:
         versions.update(artifact.record.versions)
-    bundle, target = None, pipeline.run.target
-    if "bundle" in stages:
-        from resvit_engines.bundle.bundle import read_manifest
-
-        bundle = read_manifest(pipeline.bundled.bundle.path).to_json()
     return ReportData(
         name=_title(pipeline),
-        prune=document("prune", "prune.json"),
-        retrain=document("retrain", "retrain.json"),
-        fold=document("fold", "fold.json"),
-        export=document("export", "export.json"),
-        ranges=document("calibrate", "ranges.json"),
-        quantize=document("quantize", "quantize.json"),
-        verdict=document("validate", "verdict.json"),
-        costs=document("predict", "costs.json"),
-        search=document("search", "search.json"),
-        engine=document("compile", "engine.json"),
-        plan=document("compile", "plan.json"),
-        audit=document("audit", "audit.json"),
-        device=document("device", "device.json"),
-        bundle=bundle,
+        prune=pruned.report if pruned else None,
+        retrain=retrained.report if retrained else None,
+        fold=folded.report if folded else None,
+        export=exported.report if exported else None,
+        ranges=calibrated.known if calibrated else None,
+        quantize=quantized.report if quantized else None,
+        verdict=validated.verdict if validated else None,
+        costs=predicted.costs if predicted else None,
+        search=searched.result if searched else None,
+        engine=compiled.engine if compiled else None,
+        plan=compiled.plan if compiled else None,
+        audit=audited.result if audited else None,
+        device=on_device.result if on_device else None,
+        bundle=bundled.manifest if bundled else None,
         recipe=recipe_to_toml(pipeline.recipe),
-        targets=[target.to_json()] if target else [],
+        targets=[target] if target else [],
         sizes=_sizes(pipeline, stages),
         versions=versions,
         digests={name: artifact.digest for name, artifact in stages.items()},
-        images=_changed_images(stages["validate"]) if "validate" in stages else (),
+        images=_changed_images(validated) if validated else (),
     )
+
+
+def _one(artifacts: Iterable[Artifact], kind: type[A]) -> A | None:
+    """The artefact of that kind; None where its stage is not finished."""
+    return next((artifact for artifact in artifacts if isinstance(artifact, kind)), None)
 
 
 def _title(pipeline: Pipeline) -> str:
@@ -113,12 +128,11 @@ def _sizes(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> dict[str, int]
     }
 
 
-def _changed_images(artifact: Artifact) -> list[ChangedImage]:
+def _changed_images(validated: Validated) -> list[ChangedImage]:
     import numpy as np
 
-    assert isinstance(artifact, Validated)
-    verdict = artifact.verdict
-    with np.load(artifact.path(CHANGED), allow_pickle=False) as pictures:
+    verdict = validated.verdict
+    with np.load(validated.path(CHANGED), allow_pickle=False) as pictures:
         return [
             ChangedImage(
                 pictures[f"image_{item.index}"],

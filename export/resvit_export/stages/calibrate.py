@@ -15,6 +15,7 @@ from resvit_export.stage import Artifact, File, Stage
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_calibrate.ranges.ranges import Ranges
 
 RANGES = "ranges.json"
 STATISTICS = "statistics.npz"
@@ -56,6 +57,13 @@ class Calibrated(Artifact):
     def ranges(self) -> File:
         """The range of every activation."""
         return self.file(RANGES)
+
+    @functools.cached_property
+    def known(self) -> Ranges:
+        """The same, read."""
+        from resvit_calibrate.ranges.ranges import load_ranges
+
+        return load_ranges(self.path(RANGES))
 
     @property
     def statistics(self) -> File:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_export.loading.source import NetworkSource
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.stages.load import Loaded, write_network_record
+
+if TYPE_CHECKING:
+    from resvit_quantize.fold.program import FoldReport
 
 PROGRAM = "folded.pt2"
 REPORT = "fold.json"
@@ -24,6 +28,13 @@ class Folded(Loaded):
     def program(self) -> File:
         """The folded program."""
         return self.file(PROGRAM)
+
+    @functools.cached_property
+    def report(self) -> FoldReport:
+        """What was folded."""
+        from resvit_quantize.fold.program import FoldReport
+
+        return FoldReport.from_json(self.json(REPORT))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +13,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.fused_network import fused_network
-from resvit_export.to_tensorrt.plugin_choice import PluginChoice
+from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice
 
 if TYPE_CHECKING:
     from resvit_quantize.fusion.fuse import Operands
@@ -19,6 +21,37 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 RESULT = "fusion.json"
+
+
+@dataclass(frozen=True)
+class OwnNode:
+    """A node of ours, and the names of the nodes that it replaces."""
+
+    kind: str
+    name: str
+    op_type: str
+    replaces: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> OwnNode:
+        """Read what a ``Match`` writes of itself."""
+        return cls(document["kind"], document["name"], document["op_type"], tuple(document["replaces"]))
+
+
+@dataclass(frozen=True)
+class FusionRecord:
+    """What is read of ``fusion.json``: what decided and why, the nodes of ours, and all of it for people."""
+
+    by: By
+    why: str
+    nodes: tuple[OwnNode, ...]
+    sentences: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> FusionRecord:
+        """Read what the stage ``fuse`` wrote; the refusals are passed over, since the sentences tell them."""
+        nodes = tuple(OwnNode.from_json(item) for item in document["matches"])
+        return cls(By(document["by"]), document["why"], nodes, tuple(document["sentences"]))
 
 
 @dataclass(frozen=True)
@@ -33,7 +66,12 @@ class Fused(Artifact):
     @property
     def count(self) -> int:
         """How many nodes are ours."""
-        return len(self.json(RESULT)["matches"])
+        return len(self.result.nodes)
+
+    @functools.cached_property
+    def result(self) -> FusionRecord:
+        """What was found, and what became of it."""
+        return FusionRecord.from_json(self.json(RESULT))
 
 
 @dataclass(frozen=True)

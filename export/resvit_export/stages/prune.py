@@ -7,7 +7,7 @@ the shapes that the original architecture takes on for it. ``load_checkpoint`` r
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.source import NetworkSource
 from resvit_export.recipe.recipe import Recipe
+from resvit_export.records.prune import GroupCurve, GroupWidth, PruneRecord, SparsityRecord, WidthsRecord
 from resvit_export.stage import Artifact, File, Stage
 from resvit_quantize.pruning.choose.importance import Importance
 from resvit_quantize.pruning.groups import Kind
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_quantize.pruning.choose.budget import Budget
-    from resvit_quantize.pruning.choose.choice import Choice
     from resvit_quantize.pruning.groups import Group
 
+REPORT = "prune.json"
 IMPORTANCE_IMAGES = 512
 """What importance is told by, at most."""
 SPARSE_BATCHES = 4
@@ -110,6 +111,11 @@ class Pruned(Artifact):
         """The pruned network as a program of its own."""
         return self.file("pruned.pt2")
 
+    @functools.cached_property
+    def report(self) -> PruneRecord:
+        """What was taken out."""
+        return PruneRecord.from_json(self.json(REPORT))
+
     @property
     def masks(self) -> File | None:
         """Which weights 2:4 sparsity keeps."""
@@ -161,7 +167,10 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     assert network.module is not None
     budget, batches = stage.budget, _tensors_of(stage.images)
     module, example = copy.deepcopy(network.module).eval(), torch.zeros(2, *network.input_shape)
-    document: dict[str, Any] = {"importance": budget.importance if budget else "magnitude", "notes": []}
+    method = budget.importance if budget else Importance.MAGNITUDE
+    notes: list[str] = []
+    widths: WidthsRecord | None = None
+    sparsity: SparsityRecord | None = None
     checkpoint = stage.source.spec.checkpoint
     structure = (structure_in(checkpoint) if checkpoint else None) or Structure()
     if budget is not None:
@@ -176,29 +185,32 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
                 ExitCode.IMPOSSIBLE,
             )
         costs = costs_from_module(module, example[:1], found.groups)
-        method = budget.importance
         if not batches and method is not Importance.MAGNITUDE:
             method = Importance.MAGNITUDE
-            document["notes"].append("no images were given: importance is told by magnitude")
+            notes.append("no images were given: importance is told by magnitude")
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=stage.seed)
         choice = choose_widths(found.groups, importance, costs, budget.of_choice())
         curves = _curves(module, found.groups, importance, batches, costs.macs({}), reporter)
         structure = prune(module, found.groups, choice.kept, structure)
-        document |= {
-            "importance": method.value,
-            "left_alone": dict(found.left_alone),
-            "curves": curves,
-            **_choice_to_json(choice, found.groups, budget.share),
-        }
-        document["notes"] += choice.notes
-        reporter.say(prune_summary(document))
+        channels = {group.name: group.width for group in found.groups}
+        widths = WidthsRecord(
+            share=budget.share,
+            before=choice.before,
+            after=choice.after,
+            groups=tuple(GroupWidth(**vars(item), channels=channels[item.group]) for item in choice.widths),
+            curves=curves,
+            left_alone=dict(found.left_alone),
+        )
+        notes += choice.notes
+        reporter.say(widths.summary)
     if stage.sparse:
-        masks, document["sparsity"] = _sparsified(module, batches, example[:1], reporter)
+        masks, sparsity = _sparsified(module, batches, example[:1], reporter)
         write_by_memory(folder / "masks.pt", lambda out: torch.save(masks, out))
     if not stage.trained:
         reporter.warn("Nothing is trained behind pruning: there is no --train-data, and the gate decides as it is.")
     write_network(folder, "pruned", module, structure, network.input_shape)
-    (folder / "prune.json").write_bytes(pretty_json(document))
+    record = PruneRecord(method, tuple(notes), widths, sparsity)
+    (folder / REPORT).write_bytes(pretty_json(record.to_json()))
 
 
 def _tensors_of(images: ImageSet | None) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -218,7 +230,7 @@ def _sparsified(
     batches: list[tuple[torch.Tensor, torch.Tensor | None]],
     example: torch.Tensor,
     reporter: Reporter,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+) -> tuple[dict[str, torch.Tensor], SparsityRecord]:
     from resvit_quantize.pruning.sparsity.report import SparseMethod
     from resvit_quantize.pruning.sparsity.sparsity import sparsify
 
@@ -226,32 +238,7 @@ def _sparsified(
     pictures = [images for images, _ in batches[:SPARSE_BATCHES]] or [example]
     report = sparsify(module, method, pictures, reporter)
     reporter.say(f"2:4 sparsity: {report.share:.1%} of the weights of linear and convolutional layers")
-    return report.masks, {"method": method.value, **report.to_json()}
-
-
-def _choice_to_json(choice: Choice, groups: tuple[Group, ...], share: float) -> dict[str, Any]:
-    width = {group.name: group.width for group in groups}
-    return {
-        "share": share,
-        "before": dataclasses.asdict(choice.before),
-        "after": dataclasses.asdict(choice.after),
-        "widths": [
-            {**dataclasses.asdict(item), "kind": item.kind.value, "channels": width[item.group]}
-            for item in choice.widths
-        ],
-    }
-
-
-def prune_summary(document: Mapping[str, Any]) -> str:
-    """What ``prune.json`` says remains, in a sentence."""
-    before, after = document["before"], document["after"]
-    parts = [
-        f"{after['macs'] / before['macs']:.1%} of the multiply-accumulates",
-        f"{after['params'] / before['params']:.1%} of the weights",
-    ]
-    if before["latency_us"]:
-        parts.append(f"{after['latency_us'] / before['latency_us']:.1%} of the predicted latency")
-    return f"pruned to {', '.join(parts)}"
+    return report.masks, SparsityRecord.from_json({"method": method.value, **report.to_json()})
 
 
 def _curves(
@@ -261,7 +248,7 @@ def _curves(
     batches: list[tuple[torch.Tensor, torch.Tensor | None]],
     macs: float,
     reporter: Reporter,
-) -> list[dict[str, Any]]:
+) -> tuple[GroupCurve, ...]:
     """Each group alone at falling widths: the share of images that keep their answer, or whose outputs stay near.
 
     As many images, and then shares, as the budget of time allows; empty without images.
@@ -276,7 +263,7 @@ def _curves(
     if count < 8:
         shares, count = (0.5,), count * len(shares)
     if not batches or count < 4:
-        return []
+        return ()
     pictures = torch.cat([pictures for pictures, _ in batches])[: min(count, CURVE_IMAGES)]
     with torch.no_grad():
         exact = _answers(module, pictures)
@@ -289,8 +276,8 @@ def _curves(
                 trial = copy.deepcopy(module)
                 prune(trial, groups, {group.name: np.sort(order[:units])})
                 points.append((units / group.units, _alike(exact, _answers(trial, pictures))))
-            found.append({"group": group.name, "kind": group.kind.value, "points": points, "images": len(pictures)})
-    return found
+            found.append(GroupCurve(group.name, group.kind, tuple(points), len(pictures)))
+    return tuple(found)
 
 
 def _answers(module: nn.Module, pictures: torch.Tensor) -> list[torch.Tensor]:

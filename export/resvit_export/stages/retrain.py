@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -16,7 +17,9 @@ from resvit_export.stage import Artifact, File, Stage
 if TYPE_CHECKING:
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_quantize.pruning.distill.options import DistillReport
 
+REPORT = "retrain.json"
 RESUME = "retrain.resume"
 """In the run's folder: where a killed training stands."""
 
@@ -29,6 +32,13 @@ class Retrained(Artifact):
     def weights(self) -> File:
         """State dict and structure, as a checkpoint."""
         return self.file("retrained.pt")
+
+    @functools.cached_property
+    def report(self) -> DistillReport:
+        """How it was trained."""
+        from resvit_quantize.pruning.distill.options import DistillReport
+
+        return DistillReport.from_json(self.json(REPORT))
 
 
 @dataclass(frozen=True)
@@ -74,5 +84,5 @@ class Retrain(Stage[Retrained]):
         student = copy.deepcopy(pruned.module)
         report = distill(student, teacher.module, self.images, options, state, key, reporter, masks=masks)
         write_network(folder, "retrained", student, structure_in(self.weights.path) or Structure(), teacher.input_shape)
-        (folder / "retrain.json").write_bytes(pretty_json(report.to_json()))
+        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
         state.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ class FoldReport:
             "max_abs_error": self.max_abs_error,
             "max_rel_error": self.max_rel_error,
         }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> FoldReport:
+        """Read what ``to_json`` wrote."""
+        items = tuple(FoldItem(item["kind"], item["where"]) for item in document["items"])
+        return cls(items, document["max_abs_error"], document["max_rel_error"])
 
 
 def fold_program(program: ExportedProgram, *, seed: int = 0) -> tuple[ExportedProgram, FoldReport]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_quantize.training.standing import TrainingReport, TrainingScore
+from resvit_quantize.training.standing import TrainingReport, TrainingScore, training_from_json
 
 FEWEST_IMAGES = 128
 
@@ -73,10 +74,15 @@ class Score(TrainingScore):
 
 
 @dataclass(frozen=True)
-class RecoverReport(TrainingReport):
+class RecoverReport(TrainingReport[Score]):
     """What recovery did, for ``recover.json``."""
 
     trained: int
     """Constants that were trained."""
     clips: Mapping[str, Mapping[str, float]]
     """Largest magnitude by precision and tensor, of every activation that is quantised."""
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RecoverReport:
+        """Read what ``to_json`` wrote."""
+        return cls(**training_from_json(document, Score))

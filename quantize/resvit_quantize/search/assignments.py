@@ -101,6 +101,12 @@ class Raised:
             "saves": self.saves,
         }
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Raised:
+        """Read what ``to_json`` wrote."""
+        precisions = {key: Precision(document[key]) for key in ("precision", "instead_of")}
+        return cls(**{**document, **precisions})
+
 
 def fastest_precisions(problem: Problem) -> dict[str, Precision]:
     """For each product the precision with the least predicted time, the others given; on a tie 8 bits.

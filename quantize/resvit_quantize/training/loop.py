@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +114,7 @@ class Training:
 
     def run(
         self, held_out: int, announce: Callable[[int], None] | None = None
-    ) -> tuple[dict[str, Tensor], TrainingReport]:
+    ) -> tuple[dict[str, Tensor], TrainingReport[Any]]:
         """Train, and return the best weights, on the CPU, and what was done; ``held_out`` images are scored.
 
         ``announce`` is called with the steps that are done before the first one is taken.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -110,15 +110,24 @@ class TrainingScore:
         plain = dataclasses.asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
+    @classmethod
+    def from_json(cls: type[S], document: Mapping[str, Any]) -> S:
+        """Read what ``to_json`` wrote; a distance that was not finite becomes NaN."""
+        distances = {key: math.nan for key in ("loss", "nsr") if document[key] is None}
+        return cls(**{**document, **distances})
+
+
+S = TypeVar("S", bound=TrainingScore)
+
 
 @dataclass(frozen=True)
-class TrainingReport:
+class TrainingReport(Generic[S]):
     """What a training did, for a record and the report."""
 
-    before: TrainingScore
-    after: TrainingScore
+    before: S
+    after: S
     """Of the weights that were kept: the best ones, which may be the first."""
-    history: tuple[TrainingScore, ...]
+    history: tuple[S, ...]
     stop: Stop
     images: int
     held_out: int
@@ -139,3 +148,11 @@ class TrainingReport:
             "stop": self.stop.value,
             "kept_step": self.after.step,
         }
+
+
+def training_from_json(document: Mapping[str, Any], score: type[TrainingScore]) -> dict[str, Any]:
+    """The fields of a :class:`TrainingReport` with such scores, from what its ``to_json`` wrote."""
+    scores = {key: score.from_json(document[key]) for key in ("before", "after")}
+    history = tuple(score.from_json(item) for item in document["history"])
+    kept = {key: value for key, value in document.items() if key != "kept_step"}
+    return {**kept, **scores, "history": history, "stop": Stop(document["stop"])}

@@ -1,15 +1,30 @@
-"""What the report is made of: the stages' own JSON, as loaded from the run folder."""
+"""What the report is made of: what the finished stages wrote, as the dataclasses that wrote it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-Json = Mapping[str, Any]
+if TYPE_CHECKING:
+    from resvit_calibrate.ranges.ranges import Ranges
+    from resvit_engines.audit.record import AuditRecord, SkippedAudit
+    from resvit_engines.builder.device_plan import DevicePlan
+    from resvit_engines.builder.engine_report import EngineReport
+    from resvit_engines.bundle.manifest import Manifest
+    from resvit_engines.targets.table import Target
+    from resvit_export.records.costs import CostsRecord
+    from resvit_export.records.device import DeviceResult
+    from resvit_export.records.prune import PruneRecord
+    from resvit_export.records.search import SearchRecord
+    from resvit_export.records.verdict import VerdictRecord
+    from resvit_export.to_onnx.report import ExportReport
+    from resvit_quantize.fold.program import FoldReport
+    from resvit_quantize.pruning.distill.options import DistillReport
+    from resvit_quantize.qdq.report import QuantizeReport
 
 
 @dataclass(frozen=True)
@@ -33,33 +48,30 @@ class ChangedImage:
 
 @dataclass(frozen=True)
 class ReportData:
-    """The JSON of every stage of a run; ``None`` where a stage has not run.
+    """The records of every stage of a run; ``None`` where a stage has not run.
 
-    The keys are those that the stages write (prune.json, retrain.json, fold.json, export.json, ranges.json,
-    quantize.json, verdict.json, costs.json, search.json, engine.json, plan.json, audit.json, device.json and
-    the bundle's manifest).
-    Shares (top1, agreement, macs_share) are 0..1; drops and intervals are in
+    Shares (top-1, agreement, macs_share) are 0..1; drops and intervals are in
     the unit that the verdict names; sizes are bytes.
     """
 
     name: str
     """What the page is called: the model's name, or the run folder's."""
-    prune: Json | None = None
-    retrain: Json | None = None
-    fold: Json | None = None
-    export: Json | None = None
-    ranges: Json | None = None
-    quantize: Json | None = None
-    verdict: Json | None = None
-    costs: Json | None = None
-    search: Json | None = None
-    engine: Json | None = None
-    plan: Json | None = None
-    audit: Json | None = None
-    device: Json | None = None
-    bundle: Json | None = None
+    prune: PruneRecord | None = None
+    retrain: DistillReport | None = None
+    fold: FoldReport | None = None
+    export: ExportReport | None = None
+    ranges: Ranges | None = None
+    quantize: QuantizeReport | None = None
+    verdict: VerdictRecord | None = None
+    costs: CostsRecord | None = None
+    search: SearchRecord | None = None
+    engine: EngineReport | None = None
+    plan: DevicePlan | None = None
+    audit: AuditRecord | SkippedAudit | None = None
+    device: DeviceResult | None = None
+    bundle: Manifest | None = None
     recipe: str | None = None
-    targets: Sequence[Json] = ()
+    targets: Sequence[Target] = ()
     sizes: Mapping[str, int] | None = None
     """Bytes by what they are; without it the sizes that the stages wrote are used."""
     versions: Mapping[str, str] | None = None

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from resvit_calibrate.gate.gate import VerdictKind
+from resvit_export.records.verdict import ScoreRow, VerdictRecord
 from resvit_export.report.layout import wording
-from resvit_export.report.layout.data import ChangedImage, Json, ReportData
+from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.layout.drawings import Drawing, drawing_of
 from resvit_export.report.layout.pictures import data_uri_from_pixels, ticks_between
 
 _SPELLING = {"pytorch": "PyTorch", "onnx": "ONNX", "tensorrt": "TensorRT"}
 _OUTCOMES = {"lost": ("lost", "worse"), "gained": ("gained", "better")}
-_WORDS = {"accepted": "Accepted", "rejected": "Rejected", "undecided": "Undecided"}
+_WORDS = {VerdictKind.ACCEPTED: "Accepted", VerdictKind.REJECTED: "Rejected", VerdictKind.UNDECIDED: "Undecided"}
 
 
 @dataclass(frozen=True)
@@ -90,27 +92,24 @@ def spell_stage(stage: str) -> str:
 
 def hero_from_run(data: ReportData) -> Hero:
     """Say what came out, before anything else."""
-    verdict = data.verdict
-    precision = str((data.quantize or {}).get("precision", "")).upper()
-    if verdict is None:
+    if data.verdict is None:
         sentence = "The accuracy of this network has not been measured yet."
-        return Hero("open", "Not validated", sentence, [], _figures(data, None))
-    kind = str(verdict.get("verdict", "open"))
-    sentence = _sentence(str(verdict.get("reason") or f"The {precision} network was compared with the original"))
+        return Hero("open", "Not validated", sentence, [], _figures(data))
+    verdict = data.verdict.verdict
+    sentence = _sentence(verdict.reason)
     notes = []
-    if verdict.get("chance_level"):
+    if verdict.chance_level:
         notes.append("Check the data, the labels and the preprocessing: no drop can be measured from guesses.")
-    needed = verdict.get("images_needed")
+    needed = verdict.images_needed
     if needed and str(needed) not in sentence:
-        notes.append(f"About {needed:,} images would settle it; {verdict.get('images', 0):,} were used.")
-    return Hero(kind, _WORDS.get(kind, kind.capitalize()), sentence, notes, _figures(data, verdict))
+        notes.append(f"About {needed:,} images would settle it; {verdict.images:,} were used.")
+    return Hero(verdict.kind.value, _WORDS[verdict.kind], sentence, notes, _figures(data))
 
 
-def accuracy_from_verdict(verdict: Json) -> Accuracy:
+def accuracy_from_verdict(record: VerdictRecord) -> Accuracy:
     """Lay out one row per stage, and place every drop interval on one axis that also holds the limit."""
-    stages = list(verdict.get("stages") or [])
-    limit = float(verdict["max_drop"])
-    bounds = [float(v) for stage in stages[1:] for v in (_interval(stage) or ()) if math.isfinite(v)]
+    rows, limit = record.rows, record.verdict.max_drop
+    bounds = [edge for row in rows[1:] for edge in (_interval(row) or ()) if math.isfinite(edge)]
     low, high = min([0.0, limit, *bounds]), max([0.0, limit, *bounds])
     margin = 0.08 * ((high - low) or 1.0)
     low, high = low - margin, high + margin
@@ -120,16 +119,16 @@ def accuracy_from_verdict(verdict: Json) -> Accuracy:
 
     ticks, decimals = ticks_between(low, high)
     return Accuracy(
-        rows=[_row(stage, limit, place, reference=index == 0) for index, stage in enumerate(stages)],
-        **_names(stages),
-        confidence=f"{float(verdict.get('confidence') or 0.95) * 100:g}%",
-        images=wording.plural(int(verdict.get("images") or 0), "image"),
-        data=str(verdict.get("data") or ""),
+        rows=[_row(row, limit, place, reference=index == 0) for index, row in enumerate(rows)],
+        **_names(rows),
+        confidence=f"{record.verdict.confidence * 100:g}%",
+        images=wording.plural(record.verdict.images, "image"),
+        data=record.data,
         limit=wording.number(limit),
         limit_at=place(limit),
         zero_at=place(0.0),
         ticks=[(place(tick), wording.number(tick, decimals) if tick else "0") for tick in ticks],
-        note=str(verdict.get("runtime_note") or ""),
+        note=record.runtime_note,
     )
 
 
@@ -137,19 +136,20 @@ def changed_from_run(data: ReportData) -> list[Changed]:
     """Show the images whose prediction changed; where the pixels are not at hand, list them by index."""
     if data.images:
         return [_changed(image) for image in data.images]
-    names = (data.verdict or {}).get("class_names") or None
-    rows = (data.verdict or {}).get("changed") or []
+    if data.verdict is None:
+        return []
+    names = data.verdict.class_names or None
     return [
         _describe(
             None,
-            f"Image {row['index']}",
-            row.get("label"),
-            before=row["float"],
-            after=row["quantized"],
+            f"Image {item.index}",
+            item.label,
+            before=item.before,
+            after=item.after,
             names=names,
-            said=row.get("outcome"),
+            said=item.outcome,
         )
-        for row in rows
+        for item in data.verdict.changed
     ]
 
 
@@ -158,40 +158,31 @@ def _sentence(reason: str) -> str:
     return reason[:1].upper() + reason[1:] + ("" if reason.endswith((".", "!", "?")) else ".")
 
 
-def _figures(data: ReportData, verdict: Json | None) -> list[tuple[str, str]]:
+def _figures(data: ReportData) -> list[tuple[str, str]]:
     figures = []
-    stages = list((verdict or {}).get("stages") or [])
-    if stages:
-        first, last = stages[0], stages[-1]
-        arrow = "\N{RIGHTWARDS ARROW}"
-        name = "Top-1 accuracy" if _metric(stages) == "top-1" else _metric(stages)
-        figures.append((name, f"{_value(first)} {arrow} {_value(last)}"))
-        drop, interval = last.get("drop"), _interval(last)
-        if drop is not None and interval:
-            figures.append((f"Drop, {_unit(stages)}", wording.number(drop)))
-            confidence = f"{float((verdict or {}).get('confidence') or 0.95) * 100:g}% interval"
-            figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
-    if verdict:
-        figures.append(("Largest drop allowed", wording.number(verdict.get("max_drop"))))
-    if data.quantize and data.quantize.get("macs_share") is not None:
-        what = f"Arithmetic in {str(data.quantize.get('precision', '')).upper()}"
-        figures.append((what, wording.percent(data.quantize["macs_share"], 1)))
-    if data.engine and data.engine.get("bytes"):
-        figures.append(("Engine", wording.size(data.engine["bytes"])))
+    if data.verdict is not None:
+        verdict, rows = data.verdict.verdict, data.verdict.rows
+        if rows:
+            first, last = rows[0], rows[-1]
+            name = "Top-1 accuracy" if first.metric == "top-1" else first.metric
+            figures.append((name, f"{_value(first)} \N{RIGHTWARDS ARROW} {_value(last)}"))
+            interval = _interval(last)
+            if last.drop is not None and interval:
+                figures.append((f"Drop, {first.unit}", wording.number(last.drop)))
+                confidence = f"{verdict.confidence * 100:g}% interval"
+                figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
+        figures.append(("Largest drop allowed", wording.number(verdict.max_drop)))
+    if data.quantize:
+        what = f"Arithmetic in {data.quantize.precision.upper()}"
+        figures.append((what, wording.percent(data.quantize.macs_share, 1)))
+    if data.engine:
+        figures.append(("Engine", wording.size(data.engine.bytes)))
     return figures
 
 
-def _metric(stages: Sequence[Json]) -> str:
-    return str(stages[0].get("metric", "top-1")) if stages else "top-1"
-
-
-def _unit(stages: Sequence[Json]) -> str:
-    return str(stages[0].get("unit", "percentage points")) if stages else "percentage points"
-
-
-def _names(stages: Sequence[Json]) -> dict[str, str]:
+def _names(rows: Sequence[ScoreRow]) -> dict[str, str]:
     """How the columns and the chart are called."""
-    metric, unit = _metric(stages), _unit(stages)
+    metric, unit, agreement = rows[0].metric, rows[0].unit, rows[0].agreement_of
     if metric == "top-1":
         axis = "Drop of top-1 accuracy in percentage points."
         return _named("Top-1", "pp", unit, axis, "Same answer", "")
@@ -199,7 +190,6 @@ def _names(stages: Sequence[Json]) -> dict[str, str]:
         axis = "By how many dB the outputs miss the least SQNR; accuracy was not measured."
     else:
         axis = f"Drop of {metric} in points, hundredths of it; to the right is worse."
-    agreement = str(stages[0].get("agreement_of", "")) if stages else ""
     return _named(metric, unit, unit, axis, "Agreement", agreement)
 
 
@@ -208,28 +198,25 @@ def _named(metric: str, unit: str, words: str, axis: str, agreement: str, of: st
     return dict(zip(names, (metric, unit, words, axis, agreement, of), strict=True))
 
 
-def _value(stage: Json) -> str:
+def _value(row: ScoreRow) -> str:
     """The first metric of a stage: top-1 in %, the others as they are usually written."""
-    if stage.get("metric", "top-1") == "top-1":
-        return wording.percent(stage.get("value", stage.get("top1")))
-    return wording.number(stage.get("value"), 1 if stage.get("unit") == "dB" else 4)
+    if row.metric == "top-1":
+        return wording.percent(row.value)
+    return wording.number(row.value, 1 if row.unit == "dB" else 4)
 
 
-def _interval(stage: Json) -> tuple[float, float] | None:
-    interval = stage.get("interval")
-    if not interval or interval[0] is None or interval[1] is None:
-        return None
-    return float(interval[0]), float(interval[1])
+def _interval(row: ScoreRow) -> tuple[float, float] | None:
+    low, high = row.interval
+    return None if low is None or high is None else (low, high)
 
 
-def _row(stage: Json, limit: float, place: Callable[[float], float], *, reference: bool) -> StageRow:
-    interval, drop = (None, None) if reference else (_interval(stage), stage.get("drop"))
-    sqnr = stage.get("sqnr_db")
+def _row(score: ScoreRow, limit: float, place: Callable[[float], float], *, reference: bool) -> StageRow:
+    interval, drop = (None, None) if reference else (_interval(score), score.drop)
     row = StageRow(
-        stage=spell_stage(str(stage.get("stage", ""))),
-        value=_value(stage),
-        agreement=wording.NOTHING if reference else wording.percent(stage.get("agreement")),
-        sqnr=wording.NOTHING if sqnr is None else wording.number(sqnr, 1),
+        stage=spell_stage(score.stage),
+        value=_value(score),
+        agreement=wording.NOTHING if reference else wording.percent(score.agreement),
+        sqnr=wording.number(score.sqnr_db, 1),
         drop=wording.number(drop),
         interval=wording.NOTHING,
     )
@@ -242,7 +229,7 @@ def _row(stage: Json, limit: float, place: Callable[[float], float], *, referenc
             "interval": f"{wording.number(low)} to {wording.number(high)}",
             "left": place(low),
             "right": place(high),
-            "dot": place(float(drop)),
+            "dot": place(drop),
             "side": "over" if low > limit else "across" if high > limit else "",
         }
     )

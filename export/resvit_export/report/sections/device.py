@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from resvit_engines.bench.bench import BenchReport
+from resvit_engines.builder.device_plan import DevicePlan
+from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import TITLES
+from resvit_engines.run.golden import GoldenReport
+from resvit_export.records.device import DeviceResult
 from resvit_export.report.layout import wording
-from resvit_export.report.layout.data import Json, ReportData
+from resvit_export.report.layout.data import ReportData
 
 
 @dataclass(frozen=True)
@@ -22,39 +27,37 @@ class Kernel:
     layers: str
 
 
-def engine_facts(engine: Json) -> list[tuple[str, str]]:
+def engine_facts(engine: EngineReport) -> list[tuple[str, str]]:
     """List what was built, by what, for what."""
-    seconds, peak = engine.get("seconds"), engine.get("peak_mib")
-    kernels = engine.get("kernels") or []
-    bytes_moved = [kernel.get("bytes") for kernel in kernels]
-    moved = sum(bytes_moved) if bytes_moved and None not in bytes_moved else None
-    builder = f"{wording.plain(engine.get('builder'))} {engine.get('builder_version') or ''}".strip()
+    seconds, peak = engine.seconds, engine.peak_mib
+    known = [kernel.bytes_moved for kernel in engine.kernels]
+    moved = [size for size in known if size is not None]
     return [
-        ("Target", wording.plain(engine.get("target"))),
-        ("Compute capability", _capability(engine.get("sm"))),
-        ("Builder", builder),
-        ("Size", wording.size(engine.get("bytes"))),
+        ("Target", engine.target),
+        ("Compute capability", f"SM {engine.sm}"),
+        ("Builder", f"{TITLES[engine.builder]} {engine.builder_version}".strip()),
+        ("Size", wording.size(engine.bytes)),
         ("Build time", wording.NOTHING if seconds is None else f"{wording.number(seconds, 1)} s"),
         ("Peak memory of the build", wording.NOTHING if peak is None else f"{wording.number(peak, 0)} MiB"),
-        ("Kernels", f"{len(kernels):,}"),
-        ("Activations moved", wording.size(moved)),
+        ("Kernels", f"{len(known):,}"),
+        ("Activations moved", wording.size(sum(moved) if moved and len(moved) == len(known) else None)),
     ]
 
 
-def kernels_from_engine(engine: Json) -> list[Kernel]:
+def kernels_from_engine(engine: EngineReport) -> list[Kernel]:
     """List the kernels in the order in which they run."""
     return [
         Kernel(
-            name=str(kernel.get("name", "")),
-            kind=str(kernel.get("type", "")),
-            types=_types(kernel),
-            layers=wording.plain(kernel.get("layers") or "").replace(",", ", ").replace(",  ", ", "),
+            name=kernel.name,
+            kind=kernel.type,
+            types=_types(kernel.inputs, kernel.outputs),
+            layers=", ".join(kernel.layers).replace(",", ", ").replace(",  ", ", "),
         )
-        for kernel in engine.get("kernels") or []
+        for kernel in engine.kernels
     ]
 
 
-def kernel_counts(engine: Json) -> list[tuple[str, str, int]]:
+def kernel_counts(engine: EngineReport) -> list[tuple[str, str, int]]:
     """Count the kernels by type and by what they read and write, the most frequent first."""
     counts = Counter((kernel.kind, kernel.types) for kernel in kernels_from_engine(engine))
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -65,11 +68,11 @@ def target_rows(data: ReportData) -> list[tuple[str, str, str, str, str]]:
     """List the targets: title, SM, JetPack, TensorRT, precisions."""
     return [
         (
-            str(target.get("title") or target.get("name", "")),
-            wording.plain(target.get("sm")),
-            wording.plain(target.get("jetpack")),
-            wording.plain(target.get("tensorrt")),
-            ", ".join(sorted(str(item).upper() for item in target.get("precisions") or ())),
+            target.title,
+            str(target.sm),
+            target.jetpack or wording.NOTHING,
+            target.tensorrt,
+            ", ".join(sorted(precision.value.upper() for precision in target.precisions)),
         )
         for target in data.targets
     ]
@@ -78,75 +81,53 @@ def target_rows(data: ReportData) -> list[tuple[str, str, str, str, str]]:
 def digests_from_run(data: ReportData) -> list[tuple[str, str]]:
     """List the digests given, the data's, and those of the bundle's files."""
     found = dict(data.digests or {})
-    if digest := (data.verdict or {}).get("data_digest"):
-        found.setdefault("validation images", str(digest))
-    if digest := (data.ranges or {}).get("data_digest"):
-        found.setdefault("calibration images", str(digest))
-    for name, entry in _bundle_files(data.bundle or {}):
-        digest = entry.get("sha256") or entry.get("digest") if isinstance(entry, Mapping) else entry
-        if digest:
-            found.setdefault(f"bundle: {name}", str(digest))
+    if data.verdict:
+        found.setdefault("validation images", data.verdict.data_digest)
+    if data.ranges:
+        found.setdefault("calibration images", data.ranges.data_digest)
+    for file in data.bundle.files if data.bundle else ():
+        found.setdefault(f"bundle: {file.path}", file.sha256)
     return list(found.items())
 
 
-def plan_settings(plan: Json) -> list[tuple[str, str]]:
-    """List the plan's settings."""
-    settings: Json = plan.get("settings") or {}
+def plan_settings(plan: DevicePlan) -> list[tuple[str, str]]:
+    """List the plan's settings by name."""
     return [
-        (str(key).replace("_mib", " (MiB)").replace("_", " "), wording.plain(value)) for key, value in settings.items()
+        (key.replace("_mib", " (MiB)").replace("_", " "), wording.plain(value))
+        for key, value in sorted(plan.all_settings.items())
     ]
 
 
-def commands_from_plan(plan: Json) -> list[list[tuple[str, str]]]:
+def commands_from_plan(plan: DevicePlan) -> list[list[tuple[str, str]]]:
     """Split each command into words and the space behind each: a line breaks between words, not in an option."""
-    return [re.findall(r"(\S+)(\s*)", str(command).strip()) for command in plan.get("commands") or []]
+    return [re.findall(r"(\S+)(\s*)", command.strip()) for command in plan.commands]
 
 
-def _bundle_files(bundle: Json) -> list[tuple[str, Any]]:
-    files = bundle.get("files") or {}
-    if isinstance(files, Mapping):
-        return [(str(name), entry) for name, entry in sorted(files.items())]
-    return [(str(entry.get("name") or entry.get("path")), entry) for entry in files if isinstance(entry, Mapping)]
-
-
-def _capability(sm: Any) -> str:
-    return wording.NOTHING if sm is None else f"SM {wording.plain(sm)}"
-
-
-def _types(kernel: Json) -> str:
-    sides = [_unique(kernel.get(side)) for side in ("inputs", "outputs")]
+def _types(inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    sides = [", ".join(dict.fromkeys(name for name in side if name)) for side in (inputs, outputs)]
     return " \N{RIGHTWARDS ARROW} ".join(side for side in sides if side)
 
 
-def _unique(tensors: Any) -> str:
-    if not isinstance(tensors, (list, tuple)):
-        return "" if tensors is None else str(tensors)
-    names = [
-        str(tensor.get("dtype") or tensor.get("type") or "") if isinstance(tensor, Mapping) else str(tensor)
-        for tensor in tensors
-    ]
-    return ", ".join(dict.fromkeys(name for name in names if name))
-
-
-def facts_from_device(device: Json) -> list[tuple[str, str]]:
-    """Lay out ``device.json``: the device, its engine, the verdict on its answers, and its times."""
-    facts, engine, bench, golden = device["facts"], device["engine"], device["bench"], device["golden"]
-    software = [
-        f"{name} {facts[key]}" for name, key in (("JetPack", "jetpack"), ("TensorRT", "tensorrt")) if facts[key]
-    ]
+def facts_from_device(device: DeviceResult) -> list[tuple[str, str]]:
+    """Lay out what came back: the device, its engine, the verdict on its answers, and its times."""
+    machine, engine, bench, golden = device.job.machine, device.job.engine, device.job.bench, device.job.golden
+    versions = (("JetPack", machine.jetpack), ("TensorRT", machine.tensorrt))
+    software = [f"{name} {version}" for name, version in versions if version]
+    built = f"{TITLES[engine.builder]} {engine.builder_version} in {wording.number(engine.seconds, 1)} s"
     rows = [
-        ("Device", facts["gpu"] or facts["host"]),
+        ("Device", machine.gpu or machine.host),
         ("Software", ", ".join(software) or wording.NOTHING),
-        ("Power mode, clocks", ", ".join(facts[key] or "not reported" for key in ("power_mode", "clocks"))),
-        ("Built by", f"{engine['builder']} {engine['builder_version']} in {wording.number(engine['seconds'], 1)} s"),
-        ("Engine", wording.size(engine["bytes"])),
+        ("Power mode, clocks", ", ".join(said or "not reported" for said in (machine.power_mode, machine.clocks))),
+        ("Built by", built),
+        ("Engine", wording.size(engine.bytes)),
     ]
-    if golden.get("sqnr_db") is not None:
-        rows.append(("Golden outputs", f"{wording.number(golden['sqnr_db'], 1)} dB from those that were validated"))
-    if device["verdict"]:
-        rows.append((f"Verdict on {device['images']:,} images", device["verdict"]["reason"]))
-    if "latency_ms" in bench:
-        times = bench["latency_ms"]
-        median, most = wording.number(times["p50"], 2), wording.number(times["p99"], 2)
-        rows.append((f"Time at batch {bench['batch']}", f"median {median} ms, 99% below {most} ms"))
-    return [*rows, ("Computed by", device.get("runner") or bench.get("label") or wording.NOTHING)]
+    if isinstance(golden, GoldenReport) and golden.sqnr_db is not None:
+        rows.append(("Golden outputs", f"{wording.number(golden.sqnr_db, 1)} dB from those that were validated"))
+    if device.verdict:
+        rows.append((f"Verdict on {device.images:,} images", device.verdict.reason))
+    label = None
+    if isinstance(bench, BenchReport):
+        label = bench.label
+        median, most = (wording.number(bench.latency_ms[share], 2) for share in ("p50", "p99"))
+        rows.append((f"Time at batch {bench.batch}", f"median {median} ms, 99% below {most} ms"))
+    return [*rows, ("Computed by", device.runner or label or wording.NOTHING)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from resvit_export.report.layout import wording
-from resvit_export.report.layout.data import Json, ReportData
+from resvit_export.report.layout.data import ReportData
+
+if TYPE_CHECKING:
+    from resvit_quantize.qdq.report import QuantizeReport
 
 _ORDER = ("stem", "trunk", "bridge", "transformer", "head")
+_NO_REASON = "no reason given"
 
 
 @dataclass(frozen=True)
@@ -53,45 +57,41 @@ class Bar:
     width: float
 
 
-def groups_from_quantize(quantize: Json) -> list[GroupRow]:
+def groups_from_quantize(quantize: QuantizeReport) -> list[GroupRow]:
     """Compare the groups by their share of the whole network's multiply-accumulates and nodes."""
-    groups: Json = quantize.get("groups") or {}
+    groups = quantize.groups
     names = [name for name in _ORDER if name in groups] + sorted(set(groups) - set(_ORDER))
-    macs = sum(group.get("macs") or 0 for group in groups.values())
-    nodes = sum(group.get("nodes") or 0 for group in groups.values())
+    macs = sum(group.macs for group in groups.values())
+    nodes = sum(group.nodes for group in groups.values())
     rows = []
     for name in names:
         group = groups[name]
         rows.append(
             GroupRow(
                 name=name,
-                macs=_share(group.get("quantized_macs") or 0, group.get("macs") or 0, macs, True),
-                nodes=_share(group.get("quantized_nodes") or 0, group.get("nodes") or 0, nodes, False),
+                macs=_share(group.quantized_macs, group.macs, macs, True),
+                nodes=_share(group.quantized_nodes, group.nodes, nodes, False),
             )
         )
     return rows
 
 
-def kept_from_quantize(quantize: Json) -> list[Kept]:
+def kept_from_quantize(quantize: QuantizeReport) -> list[Kept]:
     """Gather the nodes that were left in FP16 or FP32 by reason, the most arithmetic first."""
-    wanted = str(quantize.get("precision", "")).lower()
     by_reason: dict[str, list[tuple[str, str, str, int]]] = {}
     named = set()
-    for node in quantize.get("nodes") or []:
-        precision = str(node.get("precision", "")).lower()
-        if precision == wanted:
+    for node in quantize.nodes:
+        if node.precision == quantize.precision:
             continue
-        named.add(node["name"])
-        what = " in the ".join(str(node[key]) for key in ("op", "group") if node.get(key))
-        entry = (str(node["name"]), what, precision.upper(), int(node.get("macs") or 0))
-        by_reason.setdefault(str(node.get("reason") or "no reason given"), []).append(entry)
-    for node in quantize.get("fp32") or []:
-        if node["name"] not in named:
-            reason = str(node.get("reason") or "no reason given")
-            by_reason.setdefault(reason, []).append((str(node["name"]), "", "FP32", 0))
-    total = sum(group.get("macs") or 0 for group in (quantize.get("groups") or {}).values())
+        named.add(node.name)
+        entry = (node.name, f"{node.op} in the {node.group}", node.precision.upper(), node.macs)
+        by_reason.setdefault(node.reason or _NO_REASON, []).append(entry)
+    for kept_float in quantize.fp32:
+        if kept_float.name not in named:
+            by_reason.setdefault(kept_float.reason or _NO_REASON, []).append((kept_float.name, "", "FP32", 0))
+    total = sum(group.macs for group in quantize.groups.values())
     # The groups count weighted products only; the products inside attention come on top.
-    total += sum(node.get("macs") or 0 for node in quantize.get("nodes") or () if not node.get("weighted", True))
+    total += sum(node.macs for node in quantize.nodes if not node.weighted)
     ordered = sorted(by_reason.items(), key=lambda item: (-sum(n[3] for n in item[1]), -len(item[1]), item[0]))
     kept = []
     for reason, nodes in ordered:
@@ -103,17 +103,7 @@ def kept_from_quantize(quantize: Json) -> list[Kept]:
 
 def sizes_from_run(data: ReportData) -> list[Bar]:
     """Compare the files; each ratio is against the first (the float ONNX)."""
-    quantize, export, engine = data.quantize or {}, data.export or {}, data.engine or {}
-    sizes: dict[str, Any] = (
-        dict(data.sizes)
-        if data.sizes
-        else {
-            "Float ONNX": quantize.get("bytes_before") or export.get("bytes"),
-            f"{str(quantize.get('precision', '')).upper()} ONNX": quantize.get("bytes_after"),
-            "Engine": engine.get("bytes"),
-        }
-    )
-    known = [(name, int(count)) for name, count in sizes.items() if count]
+    known = [(name, count) for name, count in (data.sizes or _written(data)).items() if count]
     largest = max((count for _, count in known), default=0)
     first = known[0][1] if known else 0
     bars = []
@@ -123,15 +113,26 @@ def sizes_from_run(data: ReportData) -> list[Bar]:
     return bars
 
 
+def _written(data: ReportData) -> Mapping[str, int]:
+    """The sizes that the stages wrote down."""
+    sizes = {"Float ONNX": data.export.bytes} if data.export else {}
+    if data.quantize:
+        sizes["Float ONNX"] = data.quantize.bytes_before
+        sizes[f"{data.quantize.precision.upper()} ONNX"] = data.quantize.bytes_after
+    if data.engine:
+        sizes["Engine"] = data.engine.bytes
+    return sizes
+
+
 def folds_from_run(data: ReportData) -> list[tuple[str, str, Sequence[str]]]:
     """Count the folds by kind, with where each was."""
-    items = (data.fold or {}).get("items") or []
-    counts = Counter(str(item["kind"]) for item in items)
+    items = data.fold.items if data.fold else ()
+    counts = Counter(item.kind for item in items)
     return [
         (
             kind.replace("_", " "),
             wording.plural(count, "place"),
-            [str(item["where"]) for item in items if str(item["kind"]) == kind],
+            [item.where for item in items if item.kind == kind],
         )
         for kind, count in counts.most_common()
     ]
@@ -141,25 +142,21 @@ def facts_from_run(data: ReportData) -> list[tuple[str, str]]:
     """List what the float network is and how exactly each step kept its outputs."""
     facts = []
     if export := data.export:
-        for tensor in [export.get("input"), *(export.get("outputs") or [])]:
-            if tensor:
-                what = "Input" if tensor is export.get("input") else "Output"
-                facts.append((what, f"{tensor.get('name', '')}, {wording.shape(tensor.get('shape'))}"))
-        if export.get("parameters") is not None:
-            facts.append(("Parameters", f"{export['parameters']:,}"))
-        facts.append(("ONNX", f"opset {export.get('opset')}, {wording.plural(export.get('nodes') or 0, 'node')}"))
-        if export.get("parity_max_abs") is not None:  # the model may have come as ONNX
-            facts.append(("ONNX against PyTorch", _errors(export, "parity_max_abs", "parity_max_rel")))
+        for what, (name, shape) in (("Input", export.input), *(("Output", output) for output in export.outputs)):
+            facts.append((what, f"{name}, {wording.shape(shape)}"))
+        facts.append(("Parameters", f"{export.parameters:,}"))
+        facts.append(("ONNX", f"opset {export.opset}, {wording.plural(export.nodes, 'node')}"))
+        facts.append(("ONNX against PyTorch", _errors(export.parity_max_abs, export.parity_max_rel)))
     if data.fold:
-        facts.append(("After folding against before", _errors(data.fold, "max_abs_error", "max_rel_error")))
-    if quantize := data.quantize:
-        facts.append(("Quantiser", wording.plain(quantize.get("quantizer"))))
-        facts.append(("Range estimator", wording.plain(quantize.get("estimator"))))
+        facts.append(("After folding against before", _errors(data.fold.max_abs_error, data.fold.max_rel_error)))
+    if data.quantize:
+        facts.append(("Quantiser", data.quantize.quantizer))
+        facts.append(("Range estimator", data.quantize.estimator))
     return facts
 
 
-def _errors(report: Json, absolute: str, relative: str) -> str:
-    large, part = wording.significant(report.get(absolute), 2), wording.significant(report.get(relative), 2)
+def _errors(absolute: float, relative: float) -> str:
+    large, part = wording.significant(absolute, 2), wording.significant(relative, 2)
     return f"largest difference {large} ({part} relative)"
 
 
@@ -184,10 +181,11 @@ def costs_from_run(data: ReportData) -> Costs | None:
     """The predicted gain over FP16, and what the search left in a higher precision."""
     if data.costs is None:
         return None
-    found = data.search or {}
-    sentences = [str(data.costs["sentence"]), *found.get("sentences", ())]
-    rows = [
-        (item["node"], item["precision"].upper(), wording.number(item["costs_us"], 2), f"{item['saves']:.1e}")
-        for item in found.get("raised", ())
-    ]
-    return Costs(sentences, rows)
+    found = data.search
+    return Costs(
+        [data.costs.worth.sentence, *(found.sentences if found else ())],
+        [
+            (item.node, item.precision.value.upper(), wording.number(item.costs_us, 2), f"{item.saves:.1e}")
+            for item in (found.raised if found else ())
+        ],
+    )

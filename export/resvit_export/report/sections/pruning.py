@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from resvit_export.report.layout import wording
-from resvit_export.report.layout.data import Json
-from resvit_export.stages.prune import prune_summary
+
+if TYPE_CHECKING:
+    from resvit_export.records.prune import GroupCurve, PruneRecord
+    from resvit_quantize.pruning.distill.options import DistillReport
 
 WIDTH, HEIGHT = 240, 72
 """Of a curve's box."""
@@ -46,63 +49,60 @@ class Pruning:
     left: tuple[tuple[str, str], ...]
 
 
-def pruning_from_run(prune: Json, retrain: Json | None) -> Pruning:
-    """Lay out ``prune.json`` and, where there was training behind it, ``retrain.json``."""
-    widths = prune.get("widths", [])
-    widest = max((item["before"] * item["channels"] for item in widths), default=1)
-    changed = [item for item in widths if item["before"] != item["after"]]
-    curves = sorted(prune.get("curves", []), key=lambda curve: min(kept for _, kept in curve["points"]))
+def pruning_from_run(prune: PruneRecord, retrain: DistillReport | None) -> Pruning:
+    """Lay out what was pruned and, where there was any, the training behind it."""
+    chosen = prune.widths
+    widths, curves = (chosen.groups, chosen.curves) if chosen else ((), ())
+    widest = max((item.before * item.channels for item in widths), default=1)
+    changed = [item for item in widths if item.before != item.after]
+    ordered = sorted(curves, key=lambda curve: min(kept for _, kept in curve.points))
     return Pruning(
         tuple(_sentences(prune, retrain)),
         tuple(
             WidthRow(
-                item["group"],
-                item["kind"],
-                f"{item['before']} → {item['after']}",
-                round(100 * item["before"] * item["channels"] / widest, 2),
-                round(100 * item["after"] * item["channels"] / widest, 2),
-                wording.percent(item["importance_lost"], 1),
+                item.group,
+                item.kind.value,
+                f"{item.before} → {item.after}",
+                round(100 * item.before * item.channels / widest, 2),
+                round(100 * item.after * item.channels / widest, 2),
+                wording.percent(item.importance_lost, 1),
             )
             for item in changed
         ),
         len(widths) - len(changed),
-        tuple(_curve(curve) for curve in curves),
-        curves[0]["images"] if curves else 0,
-        tuple(dict(prune.get("left_alone", {})).items()),
+        tuple(_curve(curve) for curve in ordered),
+        ordered[0].images if ordered else 0,
+        tuple(chosen.left_alone.items()) if chosen else (),
     )
 
 
-def _sentences(prune: Json, retrain: Json | None) -> list[str]:
+def _sentences(prune: PruneRecord, retrain: DistillReport | None) -> list[str]:
     found = []
-    if "widths" in prune:
-        found.append(f"{prune_summary(prune).capitalize()}, chosen by {prune['importance']} importance.")
-    if "sparsity" in prune:
-        sparse = prune["sparsity"]
+    if prune.widths:
+        found.append(f"{prune.widths.summary.capitalize()}, chosen by {prune.importance.value} importance.")
+    if prune.sparsity:
         found.append(
-            f"2:4 sparsity in {wording.plural(len(sparse['sparse']), 'layer')}, {wording.percent(sparse['share'], 1)} "
-            f"of the weights of linear and convolutional layers."
+            f"2:4 sparsity in {wording.plural(len(prune.sparsity.sparse), 'layer')}, "
+            f"{wording.percent(prune.sparsity.share, 1)} of the weights of linear and convolutional layers."
         )
     if retrain is None:
         found.append("Nothing was trained behind it.")
     else:
-        before, after = retrain["before"], retrain["after"]
-        if after["agreement"] is not None:
+        before, after, images = retrain.before, retrain.after, wording.plural(retrain.images, "image")
+        if after.agreement is not None:
             found.append(
-                f"Training on {wording.plural(retrain['images'], 'image')} took the agreement with the unpruned "
-                f"network from {wording.percent(before['agreement'], 2)} to {wording.percent(after['agreement'], 2)} "
-                f"on {wording.plural(retrain['held_out'], 'held-out image')}."
+                f"Training on {images} took the agreement with the unpruned network from "
+                f"{wording.percent(before.agreement, 2)} to {wording.percent(after.agreement, 2)} "
+                f"on {wording.plural(retrain.held_out, 'held-out image')}."
             )
         else:
-            found.append(
-                f"Training on {wording.plural(retrain['images'], 'image')} took the error to signal from "
-                f"{before['nsr']:.3g} to {after['nsr']:.3g}."
-            )
-    return found + list(prune.get("notes", []))
+            found.append(f"Training on {images} took the error to signal from {before.nsr:.3g} to {after.nsr:.3g}.")
+    return [*found, *prune.notes]
 
 
-def _curve(curve: Json) -> Curve:
-    points = sorted((float(x), float(y)) for x, y in curve["points"])
+def _curve(curve: GroupCurve) -> Curve:
+    points = sorted(curve.points)
     drawn = tuple((round(x * WIDTH, 1), round((1.0 - y) * HEIGHT, 1)) for x, y in points)
     path = "M" + "L".join(f"{x} {y}" for x, y in drawn)
     told = ", ".join(f"{wording.percent(y, 1)} at {wording.percent(x, 0)} kept" for x, y in reversed(points))
-    return Curve(curve["group"], path, drawn, f"{curve['group']}: {told}")
+    return Curve(curve.group, path, drawn, f"{curve.group}: {told}")

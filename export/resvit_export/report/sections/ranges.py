@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from resvit_export.recipe.choices import Quantizer
 from resvit_export.report.layout import wording
-from resvit_export.report.layout.data import Json
 from resvit_export.report.layout.pictures import WIDTH, share_beyond, steps_from_histogram
+
+if TYPE_CHECKING:
+    from resvit_calibrate.ranges.ranges import Ranges, TensorRange
+    from resvit_quantize.qdq.report import QuantizeReport
 
 SHOWN = 24
 """Pictures shown at once; the others open on demand."""
@@ -27,17 +32,17 @@ class RangePicture:
     alt: str
 
 
-def pictures_from_ranges(ranges: Json, quantize: Json | None) -> list[RangePicture]:
+def pictures_from_ranges(ranges: Ranges, quantize: QuantizeReport | None) -> list[RangePicture]:
     """Draw every tensor that has a histogram, with the clip that the chosen estimator gave.
 
     Ordered by the share of values clipped, then by how far beyond the clip the largest value lies. Tensors that are
     views of one another (reshaped, transposed) share one picture.
     """
     together: dict[tuple[object, ...], list[_Range]] = {}
-    for name, tensor in (ranges.get("tensors") or {}).items():
-        counts, bin_width = tuple(tensor.get("histogram") or ()), float(tensor.get("bin_width") or 0.0)
+    for name, tensor in ranges.tensors.items():
+        counts, bin_width = tensor.histogram, tensor.bin_width
         if counts and bin_width > 0:
-            largest = max(abs(float(tensor.get("min") or 0.0)), abs(float(tensor.get("max") or 0.0)))
+            largest = max(abs(tensor.minimum), abs(tensor.maximum))
             drawn = _Range(name, counts, bin_width, largest, _chosen_clip(name, tensor, quantize))
             together.setdefault((counts, bin_width, largest), []).append(drawn)
     shown = []
@@ -79,16 +84,14 @@ def _in_counting_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _chosen_clip(name: str, tensor: Json, quantize: Json | None) -> float | None:
-    if quantize is None or quantize.get("quantizer") == "modelopt":  # which clips by ranges of its own
+def _chosen_clip(name: str, tensor: TensorRange, quantize: QuantizeReport | None) -> float | None:
+    if quantize is None or quantize.quantizer == Quantizer.MODELOPT.value:  # which clips by ranges of its own
         return None
-    if name in (quantize.get("clips") or {}):
-        return float(quantize["clips"][name])
-    if any(item["tensor"] == name for item in quantize.get("smoothed") or ()):  # in other units than the histogram
+    if name in quantize.clips:
+        return quantize.clips[name]
+    if any(item.tensor == name for item in quantize.smoothed):  # in other units than the histogram
         return None
-    amax = (tensor.get("amax") or {}).get(str(quantize.get("precision"))) or {}
-    clip = amax.get(str(quantize.get("estimator")))
-    return float(clip) if clip else None
+    return tensor.amax.get(quantize.precision, {}).get(quantize.estimator) or None
 
 
 def _picture(drawn: _Range, views: int) -> RangePicture:

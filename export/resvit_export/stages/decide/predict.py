@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
@@ -17,6 +17,7 @@ from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
+    from resvit_export.records.costs import CostsRecord
     from resvit_quantize.search.search import Worth
 
 RESULT = "costs.json"
@@ -55,11 +56,16 @@ class Predicted(Artifact):
     """``costs.json``."""
 
     @functools.cached_property
+    def costs(self) -> CostsRecord:
+        """Both predictions, and what the difference is worth."""
+        from resvit_export.records.costs import CostsRecord
+
+        return CostsRecord.from_json(self.json(RESULT))
+
+    @property
     def worth(self) -> Worth:
         """Whether quantising is predicted to be worth it."""
-        from resvit_quantize.search.search import Worth
-
-        return Worth.from_json(self.json(RESULT))
+        return self.costs.worth
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,10 @@ class Predict(Stage[Predicted]):
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the prices of both, and what that is worth."""
         del reporter
+        from resvit_export.records.costs import CostsRecord
         from resvit_quantize.search.search import worth_it
 
         costs = self.pricing.cost_model()
         chosen, fp16 = costs.predict(self.precisions), costs.predict({})
         worth = worth_it(fp16, chosen, self.pricing.target)
-        document: dict[str, Any] = {**worth.to_json(), "fp16": fp16.to_json(), "chosen": chosen.to_json()}
-        (folder / RESULT).write_bytes(pretty_json(document))
+        (folder / RESULT).write_bytes(pretty_json(CostsRecord(worth, fp16, chosen).to_json()))

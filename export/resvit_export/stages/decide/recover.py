@@ -16,6 +16,7 @@ from resvit_export.stage import Artifact, File, Stage
 if TYPE_CHECKING:
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_quantize.recovery.options import RecoverReport
     from resvit_quantize.settings import QuantizeSettings
 
 MODEL = "recovered.onnx"
@@ -38,6 +39,13 @@ class Recovered(Artifact):
     def clips(self) -> File:
         """The clip of each activation that was learned with the weights."""
         return self.file(CLIPS)
+
+    @functools.cached_property
+    def report(self) -> RecoverReport:
+        """How the weights were trained."""
+        from resvit_quantize.recovery.options import RecoverReport
+
+        return RecoverReport.from_json({**self.json(RESULT), "clips": self.json(CLIPS)})
 
     @functools.cached_property
     def recovery(self) -> Recovery:

@@ -17,6 +17,7 @@ from resvit_export.stages.decide.predict import Pricing
 from resvit_export.stages.decide.sensitivity import Measured
 
 if TYPE_CHECKING:
+    from resvit_export.records.search import SearchRecord
     from resvit_quantize.search.assignments import Problem
     from resvit_quantize.search.search import Answer, SearchResult
 
@@ -55,21 +56,26 @@ class Searched(Artifact):
     """``search.json``."""
 
     @functools.cached_property
+    def result(self) -> SearchRecord:
+        """What was chosen, and what of it people read."""
+        from resvit_export.records.search import SearchRecord
+
+        return SearchRecord.from_json(self.json(RESULT))
+
+    @property
     def assignment(self) -> Mapping[str, str]:
         """The precision of every product by name."""
-        chosen: dict[str, str] = self.json(RESULT)["assignment"]
-        return chosen
+        return self.result.assignment
 
     @property
     def confidence(self) -> float:
         """That of the look at what was chosen."""
-        return float(self.json(RESULT)["confidence"])
+        return self.result.confidence
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What was found, for people."""
-        result = self.json(RESULT)
-        return (*result["sentences"], *result["prices"])
+        return (*self.result.sentences, *self.result.prices)
 
 
 @dataclass(frozen=True)

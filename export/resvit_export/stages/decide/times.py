@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.bench.bench import BenchSettings
-from resvit_engines.bench.compare import Comparison, compare
+from resvit_engines.bench.compare import Comparison, Ratio, compare
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.runner import Runner
 from resvit_engines.targets.table import Target
@@ -29,13 +32,42 @@ _SECONDS = 2.0
 
 
 @dataclass(frozen=True)
+class TimesRecord:
+    """What ``times.json`` holds: the kinds that were chosen, by kind how many times ``faster`` the engine is, and why.
+
+    ``not_built`` gives TensorRT's words by kind.
+    """
+
+    chosen: tuple[str, ...]
+    faster: Mapping[str, Ratio]
+    not_built: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        faster = {kind: ratio.to_json() for kind, ratio in self.faster.items()}
+        return {"chosen": list(self.chosen), "faster": faster, "not_built": dict(self.not_built)}
+
+    @classmethod
+    def from_json(cls, record: Record) -> TimesRecord:
+        """Read what ``to_json`` wrote."""
+        faster = record.record("faster")
+        ratios = {kind: Ratio.from_json(faster.record(kind)) for kind in faster.names}
+        return cls(record.texts("chosen"), ratios, record.texts_by_name("not_built"))
+
+
+@dataclass(frozen=True)
 class Timed(Artifact):
     """``times.json``."""
+
+    @functools.cached_property
+    def result(self) -> TimesRecord:
+        """What was timed."""
+        return TimesRecord.from_json(Record(self.json(RESULT), RESULT))
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """The kinds of kernels that make the engine faster."""
-        return tuple(self.json(RESULT)["chosen"])
+        return self.result.chosen
 
 
 @dataclass(frozen=True)
@@ -81,19 +113,18 @@ def times_into(
                 notes[kind.value] = error.problem
         comparison = _compared(runners, settings, reporter)
         chosen = [name for name, ratio in comparison.ratios.items() if ratio.faster] if comparison else []
-        ratios = {name: ratio.to_json() for name, ratio in comparison.ratios.items()} if comparison else {}
+        ratios = dict(comparison.ratios) if comparison else {}
         if len(chosen) > 1:
             kinds = tuple(kind for kind in Kind if kind.value in chosen)
             together = owned.enter_context(_runner(model, kinds, target, way, settings, scratch, reporter))
             whole = _compared({PLAIN: runners[PLAIN], ALL: together}, settings, reporter)
             assert whole is not None
-            ratios[ALL] = whole.ratios[ALL].to_json()
+            ratios[ALL] = whole.ratios[ALL]
             chosen = chosen if whole.ratios[ALL].faster else []
     for file in scratch.iterdir():
         file.unlink()
     scratch.rmdir()
-    document: dict[str, Any] = {"chosen": chosen, "faster": ratios, "not_built": notes}
-    (folder / RESULT).write_bytes(pretty_json(document))
+    (folder / RESULT).write_bytes(pretty_json(TimesRecord(tuple(chosen), ratios, notes).to_json()))
 
 
 def _compared(runners: dict[str, Runner], settings: BuildSettings, reporter: Reporter) -> Comparison | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_quantize.training.standing import TrainingReport, TrainingScore
+from resvit_quantize.training.standing import TrainingReport, TrainingScore, training_from_json
 
 FEWEST_IMAGES = 64
 HELD_OUT_SHARE = 0.05
@@ -104,7 +105,7 @@ class DistillScore(TrainingScore):
 
 
 @dataclass(frozen=True)
-class DistillReport(TrainingReport):
+class DistillReport(TrainingReport[DistillScore]):
     """What distillation did, for a record and the report."""
 
     features: tuple[str, ...]
@@ -113,3 +114,8 @@ class DistillReport(TrainingReport):
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**super().to_json(), "features": list(self.features)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> DistillReport:
+        """Read what ``to_json`` wrote."""
+        return cls(**{**training_from_json(document, DistillScore), "features": tuple(document["features"])})
