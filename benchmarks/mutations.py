@@ -4,9 +4,9 @@
     python benchmarks/mutations.py --only gate --only search --whole
 
 The tree itself is never touched. A bug is caught where a test fails with it and passes without it: a test that fails
-anyway proves nothing. Only the test files that should notice are run, one after the other, until one does; with
-``--whole`` the whole suite has the last word on what they miss. ``results/mutations.md`` is written anew by a run over
-all of them, and lists those that no test noticed like the others: each is a test to write.
+anyway proves nothing, and is left out and named. Only the test files that should notice are run, one after the other,
+until one does; with ``--whole`` the whole suite has the last word on what they miss. A run over all of them writes
+``results/mutations.md``, which lists those that no test noticed like the others: each is a test to write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ WINGS = ("export", "quantize", "calibrate", "engines")
 LINKED = ("data", ".venv")
 """What tests read and nobody changes: too large to copy."""
 _LEFT_OUT = (".git", ".*_cache", ".hypothesis", "__pycache__", "runs", "dist", "build", *LINKED)
+_NOTHING_LEFT = 5
+"""How pytest ends where all tests are left out."""
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -88,17 +90,18 @@ def applied(mutation: Mutation, tree: Path) -> Iterator[None]:
         path.write_bytes(before)
 
 
-def failing(tree: Path, tests: Sequence[str]) -> str:
-    """The first of ``tests`` (files or test ids) that fails in ``tree``; empty where all pass.
+def failing(tree: Path, tests: Sequence[str], without: Collection[str] = ()) -> str:
+    """The first of ``tests`` (files or test ids) that fails in ``tree``, ``without`` some; empty where none does.
 
-    Raises ``ResvitError`` where pytest runs no test, or ends in some other way than with a result.
+    Raises ``ResvitError`` where pytest finds no test, or ends in some other way than with a result.
     """
     path = os.pathsep.join(str(tree / wing) for wing in WINGS)
     # Compiled files are told apart by the second and the size of their source: a bug has neither of its own.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    left_out = [f"--deselect={test}" for test in sorted(without)]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *left_out, *tests]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    if done.returncode == 0 or (without and done.returncode == _NOTHING_LEFT):
         return ""
     failed = _FAILED.search(done.stdout)
     if failed is None:
@@ -109,24 +112,27 @@ def failing(tree: Path, tests: Sequence[str]) -> str:
     return failed[1]
 
 
-def caught_by(mutation: Mutation, tree: Path, *, whole: bool) -> str:
+def caught_by(mutation: Mutation, tree: Path, anyway: set[str], *, whole: bool = False) -> str:
     """The test in ``tree`` that notices the mutation; empty where none of its own does, nor any with ``whole``.
 
-    Raises ``ResvitError`` for a test that fails without the mutation as well.
+    ``anyway`` are tests that fail without any mutation: they prove nothing, are left out, and grow by those found.
     """
-    with applied(mutation, tree):
-        found = next((test for file in mutation.tests if (test := failing(tree, [file]))), "")
-        if not found and whole:
-            found = failing(tree, ["tests"])
-    if found and failing(tree, [found]):
-        raise ResvitError(
-            f"{found} fails without '{mutation.meaning}' too.", "Mend that test first: it can tell nothing."
-        )
-    return found
+    for tests in (*([file] for file in mutation.tests), *([["tests"]] if whole else [])):
+        while True:
+            with applied(mutation, tree):
+                found = failing(tree, tests, anyway)
+            if not found:
+                break
+            if found in anyway:
+                raise ResvitError(f"{found} cannot be left out: it isn't even collected.", "Mend that file first.")
+            if not failing(tree, [found]):
+                return found
+            anyway.add(found)
+    return ""
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """Markdown with one row for each mutation, and the machine."""
+def table(findings: Sequence[Finding], anyway: Collection[str]) -> str:
+    """Markdown with one row for each mutation, the tests that fail ``anyway``, and the machine."""
     machine = describe_machine()
     caught = sum(bool(finding.test) for finding in findings)
     lines = [
@@ -145,6 +151,11 @@ def table(findings: Sequence[Finding]) -> str:
         noticed = "yes" if finding.test else "**no**"
         cells = (f"`{finding.mutation.module}`", finding.mutation.meaning, noticed, test.replace("|", "\\|"))
         lines.append("| " + " | ".join(cells) + " |")
+    if anyway:
+        lines += [
+            "",
+            "Left out, for they fail without any of these bugs: " + ", ".join(f"`{x}`" for x in sorted(anyway)) + ".",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -154,7 +165,7 @@ def table(findings: Sequence[Finding]) -> str:
 def main(only: tuple[str, ...], whole: bool) -> None:
     """Make every mistake once, and tell which test notices."""
     chosen = [item for item in MUTATIONS if not only or any(part in item.module for part in only)]
-    findings = []
+    findings, anyway = [], set[str]()
     with spoken_errors("begins again"), tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         if not chosen:
             raise ResvitError(
@@ -165,10 +176,12 @@ def main(only: tuple[str, ...], whole: bool) -> None:
             mutated(ROOT, item)
         tree = copied(ROOT, Path(folder) / "tree")
         for item in chosen:
-            findings.append(Finding(item, caught_by(item, tree, whole=whole)))
+            findings.append(Finding(item, caught_by(item, tree, anyway, whole=whole)))
             click.echo(f"{item.module}: {item.meaning}: {findings[-1].test or 'NOT NOTICED'}")
+        for test in sorted(anyway):
+            click.echo(f"fails without any bug, and was left out: {test}")
         if not only:
-            (RESULTS / "mutations.md").write_text(table(findings))
+            (RESULTS / "mutations.md").write_text(table(findings, anyway))
             click.echo(f"written: {RESULTS / 'mutations.md'}")
 
 

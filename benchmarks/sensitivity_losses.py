@@ -35,6 +35,7 @@ from resvit_export.loading.load import load_network
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.sensitivity.products import quantizable_products
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity
@@ -80,7 +81,9 @@ def measured(kind: str, bits: int) -> dict[str, Any]:
         found: dict[str, Any] = {"model": name, "images": [few, many], "layers": drops}
         for how, loss in (("outputs", None), ("loss", loss_of(task, calibration))):
             images = calibration.first(few, 1) if loss is None else FirstImages(calibration, few).batches(1)
-            damage = measure_sensitivity(model, ranges, settings, images, precisions=("int8",), loss=loss)
+            damage = measure_sensitivity(
+                graph_from_onnx(model), ranges, settings, images, precisions=("int8",), loss=loss
+            )
             estimate = {layer.node: layer.damage["int8"] for layer in damage.layers}
             found[how] = agreement(np.array([estimate[layer] for layer in drops]), np.array(list(drops.values())))
     return found
@@ -88,7 +91,7 @@ def measured(kind: str, bits: int) -> dict[str, Any]:
 
 def real_drops(model: Path, ranges: Any, settings: QuantizeSettings, task: Task, images: ImageSet) -> dict[str, float]:
     """The drop of the task's metric with each layer alone quantised, in points, by node."""
-    quantizable = quantizable_products(model, ranges, settings, Precision.INT8)
+    quantizable = quantizable_products(graph_from_onnx(model), ranges, settings, Precision.INT8)
     reference = task.answers(onnx_runner(model), images, 64)
     drops = {}
     for product in quantizable.products:

@@ -24,6 +24,8 @@ from resvit_engines.files import pretty_json
 from resvit_engines.targets.table import find_target
 from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
+pytestmark = pytest.mark.whole
+
 SUBJECT = Subject("l4", 89, "TensorRT for RTX", "1.7", 1)
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"

@@ -32,6 +32,8 @@ from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder, find_target
 from resvit_engines.trt.io_tensor import IoTensor
 
+pytestmark = pytest.mark.whole
+
 onnx = pytest.importorskip("onnx")
 rtx = pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc")

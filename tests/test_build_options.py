@@ -18,6 +18,8 @@ from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Builder, find_target
 from test_build import rtx, small_model
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

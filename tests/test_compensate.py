@@ -15,6 +15,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import largest_level, quantise_weight
 from resvit_quantize.placement.placement import Weight, weight_key
@@ -51,7 +52,7 @@ def chunks_of(images: np.ndarray, size: int) -> list[np.ndarray]:
 
 def plan_of(path: Path, chunks: list[np.ndarray], settings: QuantizeSettings) -> Plan:
     statistics = collect_statistics(path, [{"input": chunk} for chunk in chunks])
-    return plan_quantization(path, ranges_from(statistics, "digest"), settings, statistics)
+    return plan_quantization(graph_from_onnx(path), ranges_from(statistics, "digest"), settings, statistics)
 
 
 def everything(precision: Precision, bits: int = 8, methods: Methods = PLAIN) -> QuantizeSettings:

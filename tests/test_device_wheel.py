@@ -17,6 +17,8 @@ from resvit_engines.remote.wheel import GPU_REQUIREMENTS, REQUIREMENTS, pip_plat
 from resvit_engines.remote.wheelhouse import device_environment, missing_requirements, needed
 from resvit_export.cli.main import run
 
+pytestmark = pytest.mark.whole
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

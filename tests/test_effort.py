@@ -17,12 +17,15 @@ from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.analysis import analyse
 from resvit_quantize.graph.network import constant, network_from_onnx
 from resvit_quantize.qdq.plan import _widened_channels, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Effort, Methods, QuantizeSettings
+
+pytestmark = pytest.mark.whole
 
 pytest.importorskip("torch")
 
@@ -79,7 +82,7 @@ def reasons(report: QuantizeReport) -> dict[str, tuple[str, str]]:
 
 def placed(path: Path, settings: QuantizeSettings) -> set[str]:
     ranges, statistics = calibrated(path)
-    plan = plan_quantization(path, ranges, settings, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges, settings, statistics)
     return {str(weight.node.name) for weight in plan.placement.weights}
 
 
@@ -134,7 +137,7 @@ def test_all_methods_off_are_the_estimators_ranges_alone(tmp_path: Path) -> None
     quantize_model(path, ranges, off, tmp_path / "with.onnx", statistics=statistics)
     quantize_model(path, ranges, off, tmp_path / "without.onnx")
     assert (tmp_path / "with.onnx").read_bytes() == (tmp_path / "without.onnx").read_bytes()
-    plan = plan_quantization(path, ranges, off, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges, off, statistics)
     assert plan.amax == {key: ranges.amax(key[0], "int8", Estimator.MSE) for key in plan.amax}
 
 
@@ -186,7 +189,7 @@ def test_a_stem_of_much_work_or_of_many_colours_is_quantised(tmp_path: Path) -> 
     path = network(tmp_path / "spectral.onnx", stem=8, colours=6)
     images = np.random.default_rng(0).standard_normal((8, 6, 16, 16)).astype(np.float32)
     ranges, statistics = calibrated(path, images)
-    plan = plan_quantization(path, ranges, INT8, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges, INT8, statistics)
     assert "stem/Conv" in {weight.node.name for weight in plan.placement.weights}
 
 
@@ -233,7 +236,7 @@ def test_ranges_weigh_each_channel_by_what_its_readers_make_of_it(tmp_path: Path
     statistics = collect_statistics(path, [{"input": images}])
     ranges = ranges_from(statistics, "digest")
     settings = replace(INT8, include=("fc",))
-    plan = plan_quantization(path, ranges, settings, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges, settings, statistics)
     clip = plan.amax["input", Precision.INT8]
     assert clip < 8
     assert ranges.amax("input", "int8", Estimator.MSE) > 50
@@ -288,7 +291,7 @@ def test_widened_channels_stay_within_the_tensor(tmp_path: Path) -> None:
 def test_smoothing_shows_in_the_report_and_in_the_weights(tmp_path: Path) -> None:
     path = network(tmp_path / "float.onnx")
     ranges, statistics = calibrated(path)
-    plan = plan_quantization(path, ranges, INT8, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges, INT8, statistics)
     assert "norm/LayerNormalization:0" in {item.tensor for item in plan.moved}
     moved = next(item for item in plan.moved if item.tensor == "norm/LayerNormalization:0")
     scaled = constant(plan.network.graph.initializers["norm.weight"])
@@ -299,4 +302,4 @@ def test_smoothing_shows_in_the_report_and_in_the_weights(tmp_path: Path) -> Non
     assert entry.gain_db == round(moved.gain_db, 2) > 0
     assert moved.tensor not in report.clips
     # Without statistics by channel nothing can move.
-    assert plan_quantization(path, ranges, INT8).moved == ()
+    assert plan_quantization(graph_from_onnx(path), ranges, INT8).moved == ()

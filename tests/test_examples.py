@@ -36,7 +36,7 @@ def test_the_examples_of_every_help_run(workspace: Path, seeded: Callable[..., s
     """In folders where what several examples would do alike is finished: the network's way up to its ranges."""
     seeded("runs/embed-nano")
     seeded("runs/both", "l4", "jetson-orin")
-    for folder in ("runs/fused", "runs/l4-fp8", "runs/searched", "runs/by-stage"):
+    for folder in ("runs/fused", "runs/l4-fp8", "runs/l4-fp16", "runs/searched", "runs/by-stage"):
         seeded(folder, "l4", "jetson-orin", stages=BEFORE_QUANTIZE)
     run_examples()
 

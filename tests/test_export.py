@@ -23,6 +23,8 @@ from resvit_export.to_onnx.packed_heads import split_along_heads
 from resvit_export.to_onnx.report import ExportReport
 from resvit_quantize.fold.program import fold_program
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def program() -> ExportedProgram:

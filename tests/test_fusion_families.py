@@ -18,6 +18,8 @@ from resvit_engines.targets.table import Precision
 from resvit_quantize.fusion.fuse import config_of, fuse, our_nodes
 from resvit_quantize.fusion.match import Kind
 
+pytestmark = pytest.mark.whole
+
 ALIKE = {Precision.FP16: 45.0, Precision.INT8: 25.0}
 """dB between the plain graph and ours. In FP16 each rounding is 66 dB below its value or better, and up to a hundred
 lie one behind another. In INT8 a difference in the last digit can turn a rounding, which is then a whole step."""

@@ -19,6 +19,8 @@ from resvit_engines.targets.table import Precision
 from resvit_quantize.fusion.fuse import fuse, our_nodes
 from resvit_quantize.fusion.match import FusionReport, Kind
 
+pytestmark = pytest.mark.whole
+
 BOTH = frozenset({Kind.ATTENTION, Kind.BRIDGE})
 
 

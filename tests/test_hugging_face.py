@@ -51,6 +51,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", SHAPES)
 def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None:
     network = load_network(ModelSpec(f"hf:{folder_of(kind, tmp_path / kind)}"))
@@ -63,6 +64,7 @@ def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None
     assert ("parallel_convolution" in report.counts()) == (kind == "rt_detr")
 
 
+@pytest.mark.whole
 def test_trained_weights_give_what_transformers_gives(tmp_path: Path) -> None:
     folder = folder_of("rt_detr", tmp_path / "model", weights=True)
     network = load_network(ModelSpec(f"hf:{folder}"))
@@ -175,11 +177,23 @@ def test_a_folder_in_a_recipe_is_relative_to_it(tmp_path: Path) -> None:
     assert absolute_reference("hf:owner/name", tmp_path) == "hf:owner/name"
 
 
-@pytest.mark.parametrize("kind", ["rt_detr", "detr"])
-def test_a_detector_goes_to_an_engine_and_a_bundle(kind: str, tmp_path: Path, scenes_folder: Path) -> None:
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("rt_detr", ("l4",)),
+        ("detr", ("jetson-orin",)),
+        pytest.param("rt_detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
+        pytest.param("detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
+    ],
+    ids=["rt_detr", "detr", "rt_detr-both", "detr-both"],
+)
+def test_a_detector_goes_to_an_engine_and_a_bundle(
+    kind: str, targets: tuple[str, ...], tmp_path: Path, scenes_folder: Path
+) -> None:
     model = ["--model", f"hf:{folder_of(kind, tmp_path / kind)}", "--data", str(scenes_folder)]
     few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--quiet"]
-    target = ["--target", "l4", "--target", "jetson-orin", "--run", str(tmp_path / "run")]
+    target = [*(word for name in targets for word in ("--target", name)), "--run", str(tmp_path / "run")]
     # Random weights detect nothing: the build is whole, and the verdict says that nothing is proven.
     assert run(["build", *model, *few, *target]) == ExitCode.UNDECIDED
     (quantised, *_) = (tmp_path / "run").glob("quantize-*/quantize.json")
@@ -188,7 +202,7 @@ def test_a_detector_goes_to_an_engine_and_a_bundle(kind: str, tmp_path: Path, sc
     assert boxes
     assert {node["precision"] for node in boxes} == {"fp16"}
     assert any("boxes" in node["reason"] for node in boxes)
-    assert len(list((tmp_path / "run").glob("bundle-*/*.resvit"))) == 2
+    assert len(list((tmp_path / "run").glob("bundle-*/*.resvit"))) == len(targets)
     (verdict, *_) = (tmp_path / "run").glob("validate-*/verdict.json")
     golden = json.loads(verdict.read_bytes())["golden"]
     assert golden.get("sets", False) is (kind == "rt_detr")

@@ -248,6 +248,7 @@ class Killed(Silent):
         return super().track(items, what, total, weight)
 
 
+@pytest.mark.whole
 def test_a_killed_training_goes_on_and_ends_the_same(example, images, tmp_path):
     recipe = example.Recipe(resvit_config("embed-nano", dim=32, depth=1, dropout=0.1), 3, seed=1, batch=32)
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
@@ -284,6 +285,7 @@ def test_a_damaged_resume_file_is_passed_over(example, images, tmp_path):
     assert example.resumable(out, "key", SILENT) is None
 
 
+@pytest.mark.whole
 def test_command_trains_skips_and_refuses(example, images, tmp_path, monkeypatch):
     from click.testing import CliRunner
 

@@ -61,12 +61,14 @@ def test_a_bug_is_caught_by_the_test_that_fails_with_it_alone(tree: Path, tmp_pa
     def minus(*tests: str) -> Mutation:
         return Mutation(file, "a + b", "a - b", "subtracts", tests)
 
-    assert caught_by(minus(zeros, sums), copy, whole=False) == f"{sums}::test_two_numbers"
-    assert caught_by(minus(zeros), copy, whole=False) == ""
-    with pytest.raises(ResvitError, match="fails without 'subtracts' too"):
-        caught_by(minus(broken), copy, whole=False)
+    anyway: set[str] = set()
+    assert caught_by(minus(zeros, sums), copy, anyway) == f"{sums}::test_two_numbers"
+    assert caught_by(minus(zeros), copy, anyway) == ""
+    assert not anyway
+    assert caught_by(minus(zeros), copy, anyway, whole=True) == f"{sums}::test_two_numbers"
+    assert anyway == {f"{broken}::test_fails_anyway"}
     with pytest.raises(ResvitError, match="no failed test"):
-        caught_by(minus("tests/test_absent.py"), copy, whole=False)
+        caught_by(minus("tests/test_absent.py"), copy, anyway)
     assert (copy / file).read_text() == (tree / file).read_text()
 
 

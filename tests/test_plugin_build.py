@@ -25,6 +25,8 @@ from resvit_engines.targets.table import Builder, find_target
 from tensorrt_standin import standin_environment
 from test_plugin_registration import model, real_library  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.whole
+
 OURS = ROOT / "tests/plugin_library/headers"
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 

@@ -28,7 +28,7 @@ from resvit_quantize.pruning.distill.distill import distill  # noqa: E402
 from resvit_quantize.pruning.distill.features import feature_paths  # noqa: E402
 from resvit_quantize.pruning.distill.loss import distance, label_loss, shifted  # noqa: E402
 from resvit_quantize.pruning.distill.options import Answer, DistillOptions, DistillReport  # noqa: E402
-from resvit_quantize.pruning.distill.state import move_average, tensors_of  # noqa: E402
+from resvit_quantize.pruning.distill.tensors import move_average, tensors_of  # noqa: E402
 from resvit_quantize.training.standing import Stop, warmed_cosine  # noqa: E402
 
 FAST = DistillOptions(epochs=2, batch=16, learning_rate=1e-2, ema=0.8)

@@ -12,6 +12,8 @@ import pytest
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
 
+pytestmark = pytest.mark.whole
+
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt"]
 DATA = ["--data", "fashion-mnist", "--validation-images", "2000"]
 

@@ -8,7 +8,6 @@ import dataclasses
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("modelopt.torch.sparsity")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -64,6 +63,12 @@ class Net(nn.Module):
 def images(count: int = 8) -> list[Tensor]:
     random = torch.Generator().manual_seed(3)
     return [torch.randn(count, 4, 6, 6, generator=random) for _ in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modelopt() -> None:
+    """Imported when the tests run, not when they are collected: that takes ten seconds."""
+    pytest.importorskip("modelopt.torch.sparsity")
 
 
 @pytest.fixture(scope="module", params=list(SparseMethod))

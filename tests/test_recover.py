@@ -21,6 +21,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.placement.grid import scale_from_amax
 from resvit_quantize.qdq.plan import plan_quantization
 from resvit_quantize.quantize import quantize_model
@@ -29,6 +30,8 @@ from resvit_quantize.recovery.recover import on_grid, pinned_ranges, recover_mod
 from resvit_quantize.recovery.student import trainable_constants
 from resvit_quantize.settings import QuantizeSettings
 from resvit_quantize.training.standing import Stop
+
+pytestmark = pytest.mark.whole
 
 COARSE = QuantizeSettings(Precision.INT8, Estimator.MAX, bits=3)
 FAST = RecoverOptions(epochs=2, batch=16, learning_rate=1e-2, evaluate_every=8)
@@ -103,7 +106,7 @@ def test_the_error_falls_and_what_is_shipped_has_it(
 
 def test_only_what_may_be_trained_has_changed(model: Path, ranges: Ranges, done: tuple[Path, RecoverReport]) -> None:
     before, after = constants(model), constants(done[0])
-    trained = set(trainable_constants(plan_quantization(model, ranges, COARSE)))
+    trained = set(trainable_constants(plan_quantization(graph_from_onnx(model), ranges, COARSE)))
     assert {"stem/Conv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.norm1.bias", "head.bias"} <= trained
     assert "pos_embed" not in trained
     assert before.keys() == after.keys()
@@ -125,7 +128,7 @@ def test_masks_preprocessing_and_epsilons_are_not_trained(tmp_path: Path) -> Non
     value = g.conv(value, 32, 32, name="second")
     path = g.save(tmp_path / "m.onnx", value)
     pixels = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
-    plan = plan_quantization(path, ranges_of(path, pixels), COARSE)
+    plan = plan_quantization(graph_from_onnx(path), ranges_of(path, pixels), COARSE)
     trained = {"first.weight", "first.bias", "offset", "second.weight", "second.bias"}
     assert set(trainable_constants(plan)) == trained
 
@@ -134,7 +137,7 @@ def test_quantising_recovered_weights_again_changes_nothing(ranges: Ranges, done
     from resvit_quantize.placement.grid import quantise_weight
 
     weights = constants(done[0])
-    grids = on_grid(plan_quantization(done[0], ranges, COARSE))
+    grids = on_grid(plan_quantization(graph_from_onnx(done[0]), ranges, COARSE))
     assert len(grids) > 5
     for name, axis, precision in grids.values():
         values, scale = quantise_weight(weights[name], axis, precision, COARSE.bits)
@@ -274,7 +277,6 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--target", "jetson-orin", *MODEL, "--calibration-images", "128", "--no-search"]
@@ -306,7 +308,6 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     assert run(["report", "--run", "runs/x", "-q"]) == 0
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported")
 def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "validate", "--target", "l4", *MODEL, *TRAIN)
@@ -314,7 +315,6 @@ def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsy
     assert not list(Path("runs/embed-nano").glob("recover-*"))
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_rejection_says_that_training_images_are_missing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["build", "--target", "l4", *MODEL, "--calibration-images", "64", "--no-search", "-q"])

@@ -41,7 +41,7 @@ from resvit_engines.remote.ssh_files import upload
 from resvit_engines.targets.table import Builder, Target, find_target
 from resvit_engines.trt.io_tensor import IoTensor
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
 
 class Heard(Silent):

@@ -40,13 +40,10 @@ class Setting:
 @dataclass(frozen=True)
 class Made(Stage[Artifact]):
     name: ClassVar[str] = "fold"
+    packages: ClassVar[tuple[str, ...]] = ("numpy",)
 
     setting: Setting = Setting()
     input: str = "d"
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        return ("numpy",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         WORK["fold"](folder)

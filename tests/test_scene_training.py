@@ -15,6 +15,8 @@ from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_config
 from resvit_export.models.training.scenes import SceneRecipe, finished, train
 
+pytestmark = pytest.mark.whole
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {"dim": 32, "depth": 1, "stage_widths": (16, 16, 16, 16)}
 

@@ -85,8 +85,8 @@ def test_the_plans_are_nested_and_neither_slower_and_worse(problem: Problem) -> 
     for before, after in itertools.pairwise(assignments):
         assert before.latency_us < after.latency_us
         assert before.damage >= after.damage - 1e-12
-        for node, precision in before.assignment.items():
-            assert problem.damage_of(node, after.assignment[node]) <= problem.damage_of(node, precision)
+        for node, precision in before.precisions.items():
+            assert problem.damage_of(node, after.precisions[node]) <= problem.damage_of(node, precision)
     for assignment in assignments:
         assert assignment.latency_us == pytest.approx(problem.costs.total_us(assignment.precisions))
         assert all(p in problem.allowed[node] for node, p in assignment.precisions.items())
@@ -110,7 +110,7 @@ def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit
         assert result.chosen == plain
         assert len(result.looks) == 1
     else:
-        looked = [look.plan for look in result.looks if look.answer.accepted]
+        looked = [look.assignment for look in result.looks if look.answer.accepted]
         assert result.chosen == min(looked, key=lambda assignment: assignment.latency_us)
         accepted = [
             assignment
@@ -150,6 +150,9 @@ def test_the_layer_that_saves_most_per_microsecond_is_raised_first() -> None:
     # Ten times the damage outweighs four times the time.
     problem = problem_of([4 * BIG, BIG], [{INT8: 0.1}, {INT8: 0.01}])
     assert list(nested_assignments(problem)[1].precisions.values()) == [FP16, INT8]
+    # Twice the damage does not.
+    problem = problem_of([4 * BIG, BIG], [{INT8: 0.02}, {INT8: 0.01}])
+    assert list(nested_assignments(problem)[1].precisions.values()) == [INT8, FP16]
 
 
 def test_fp8_serves_where_it_does_less_damage() -> None:
@@ -159,7 +162,7 @@ def test_fp8_serves_where_it_does_less_damage() -> None:
     assert assignments[0].precisions == {"c0": FP8, "c1": INT8}
     assert all(assignment.precisions["c0"] is not INT8 for assignment in assignments)
     result = search_max_drop(problem, gate(0.005), 0.95)
-    assert result.chosen.assignment == {"c0": FP8, "c1": INT8}
+    assert result.chosen.precisions == {"c0": FP8, "c1": INT8}
 
 
 def test_small_layers_are_fastest_in_fp16_where_8_bits_add_kernels() -> None:
@@ -196,7 +199,7 @@ def test_nothing_accepted_ends_in_all_fp16_with_its_answer() -> None:
         problem, lambda assignment, _: Answer(accepted=False, document={"damage": assignment.damage}), 0.95
     )
     assert result.accepted is False
-    assert set(result.chosen.assignment.values()) == {FP16}
+    assert set(result.chosen.precisions.values()) == {FP16}
     assert result.looks[-1].answer.document == {"damage": 0.0}
 
 

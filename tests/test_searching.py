@@ -16,6 +16,8 @@ from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import require_searchable
 from resvit_export.settle import hopeless
 
+pytestmark = pytest.mark.whole
+
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
 FEW = [
     "--calibrator",
@@ -38,7 +40,6 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return document
 
 
-@pytest.mark.whole
 @pytest.mark.usefixtures("exported")
 def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -47,7 +48,7 @@ def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
 
     honest = Ranges.amax
     # What the patch projection reads is clipped to a fiftieth, in INT8 and FP8; nothing may move it out of the way.
-    monkeypatch.setattr("resvit_quantize.quantize.smooth", lambda *_: ())
+    monkeypatch.setattr("resvit_quantize.qdq.plan.smooth", lambda *_: ())
     spoilt = "trunk.stages.1.0.relu/Relu_output"
     monkeypatch.setattr(
         Ranges, "amax", lambda self, name, *rest: honest(self, name, *rest) / (50 if name == spoilt else 1)

@@ -25,6 +25,8 @@ from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
 from two_inputs import network
 
+pytestmark = pytest.mark.whole
+
 HERE = Path(__file__).parent / "two_inputs.py"
 SHAPES = ["--shape", "images=1..4x3x16x16", "--shape", "sizes=1..4x2:int64"]
 FEW = ["--task", "other", "--no-search", "--quiet"]

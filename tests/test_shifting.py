@@ -15,6 +15,7 @@ from resvit_calibrate.ranges.channels import shifted
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import constant, network_from_onnx, onnx_from_network
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.quantize import quantize_model
@@ -40,7 +41,7 @@ def mlp(folder: Path, activation: str = "Gelu", readers: int = 1) -> Path:
 def planned(path: Path, images: np.ndarray, settings: QuantizeSettings = INT8) -> Plan:
     """The plan, whose float network must compute what the model computes."""
     statistics = collect_statistics(path, [{"input": images}])
-    plan = plan_quantization(path, ranges_from(statistics, "digest"), settings, statistics)
+    plan = plan_quantization(graph_from_onnx(path), ranges_from(statistics, "digest"), settings, statistics)
     out = path.with_suffix(".plan.onnx")
     onnx_from_network(plan.network, out)
     before, after = outputs_of(path, images), outputs_of(out, images)

@@ -203,7 +203,7 @@ def test_the_versions_of_what_computes_a_stage_are_in_its_key() -> None:
     for kind in STAGES:
         stage = example(kind)
         key = Key.of(stage)
-        assert set(key.versions) == {"resvit-export", *stage.packages}
+        assert set(key.versions) == {"resvit-export", *stage.libraries()}
         for package in key.versions:
             assert dataclasses.replace(key, versions={**key.versions, package: "0"}).digest != key.digest
 

@@ -23,6 +23,7 @@ from resvit_export.loading.load import load_network
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.sensitivity.sensitivity import measure_sensitivity, sensitivity_from_json
 from resvit_quantize.sensitivity.task_loss import DetectionLoss, task_loss
 from resvit_quantize.settings import QuantizeSettings
@@ -125,11 +126,15 @@ def test_a_detectors_layers_are_ranked_by_its_loss(tmp_path: Path) -> None:
     held.num_classes, held.task = 10, "detection"
     loss = task_loss(task_named("detection", {}), held)
     settings = QuantizeSettings(Precision.INT8)
-    found = measure_sensitivity(tmp_path / "model.onnx", ranges, settings, [batch], precisions=("int8",), loss=loss)
+    found = measure_sensitivity(
+        graph_from_onnx(tmp_path / "model.onnx"), ranges, settings, [batch], precisions=("int8",), loss=loss
+    )
     assert (found.measure, found.images) == ("loss", 16)
     assert sensitivity_from_json(found.to_json()) == found
     layers = {layer.node: layer.damage["int8"] for layer in found.layers if layer.quantized}
-    by_outputs = measure_sensitivity(tmp_path / "model.onnx", ranges, settings, [batch.images], precisions=("int8",))
+    by_outputs = measure_sensitivity(
+        graph_from_onnx(tmp_path / "model.onnx"), ranges, settings, [batch.images], precisions=("int8",)
+    )
     assert by_outputs.measure == "outputs"
     assert set(layers) <= {layer.node for layer in by_outputs.layers}
 
@@ -137,9 +142,13 @@ def test_a_detectors_layers_are_ranked_by_its_loss(tmp_path: Path) -> None:
         return outputs["scores"].square().sum((1, 2)) + 1e-3 * outputs["boxes"].square().mean((1, 2))
 
     # Each against what it really does, of a loss without an assignment that the noise itself may change.
-    damage = measure_sensitivity(tmp_path / "model.onnx", ranges, settings, [batch], precisions=("int8",), loss=smooth)
+    damage = measure_sensitivity(
+        graph_from_onnx(tmp_path / "model.onnx"), ranges, settings, [batch], precisions=("int8",), loss=smooth
+    )
     for node in ("trunk.stages.0.0.branch.0.conv/Conv", "blocks.0.mlp.fc1/MatMul", "head.box_towers.0.0.conv/Conv"):
         estimate = next(layer.damage["int8"] for layer in damage.layers if layer.node == node)
         alone = dataclasses.replace(settings, exclude=tuple(glob.escape(name) for name in layers if name != node))
-        real = measure_sensitivity(tmp_path / "model.onnx", ranges, alone, [batch], precisions=("int8",), loss=smooth)
+        real = measure_sensitivity(
+            graph_from_onnx(tmp_path / "model.onnx"), ranges, alone, [batch], precisions=("int8",), loss=smooth
+        )
         assert 0.5 < estimate / real.together["int8"] < 2.0, node

@@ -14,6 +14,8 @@ import pytest
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
 
+pytestmark = pytest.mark.whole
+
 ASSETS = Path(__file__).parent / "assets"
 """Trained by examples/segmentation/train.py and examples/detection/train.py with their defaults; stored in FP16."""
 EXAMPLES = Path(__file__).parent.parent / "examples"

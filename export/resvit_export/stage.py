@@ -139,15 +139,15 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass(frozen=True)
 class Stage(abc.ABC, Generic[A]):
-    """The value of one stage. ``artifact`` is the kind that a finished one is read back as."""
+    """The value of one stage. A finished one is read back as ``artifact``; ``packages`` are what computes it."""
 
     name: ClassVar[str]
     artifact: ClassVar[type[Artifact]] = Artifact
+    packages: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def packages(self) -> tuple[str, ...]:
+    def libraries(self) -> tuple[str, ...]:
         """The distributions whose versions change the result."""
-        return ()
+        return self.packages
 
     @abc.abstractmethod
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -192,7 +192,7 @@ class Key:
     @classmethod
     def of(cls, stage: Stage[Any]) -> Key:
         """The one place where a key is made."""
-        packages = ("resvit-export", *stage.packages)
+        packages = ("resvit-export", *stage.libraries())
         value = {"is": type(stage).__name__, **plain(stage)}
         return cls(stage.name, value, {package: package_version(package) for package in packages})
 

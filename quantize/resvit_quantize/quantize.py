@@ -14,12 +14,13 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
 from resvit_quantize.qdq.half import half_from_network
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
-from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, report_from_graph
+from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, Suit, as_it_is, report_from_graph
 from resvit_quantize.settings import Effort, QuantizeSettings
 
 
@@ -32,22 +33,25 @@ def quantize_model(
     *,
     statistics: Statistics | None = None,
     images: Callable[[int], Iterable[np.ndarray]] | None = None,
+    suit: Suit = as_it_is,
 ) -> QuantizeReport:
     """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
 
     ``statistics`` are the calibration's by channel; ``images(n)`` gives the first n calibration images or all,
-    float32 [B, C, H, W] in batches, for ``Effort.BEST``. Raises :class:`ResvitError` as :func:`plan_quantization`
-    does, for weights that are not finite, and for ``Effort.BEST`` without images.
+    float32 [B, C, H, W] in batches, for ``Effort.BEST``. ``suit`` rewrites the file for a builder before it is reported
+    on. Raises :class:`ResvitError` for a model that does not read
+    or check, as :func:`plan_quantization` does, for weights that are not finite, and for ``Effort.BEST`` without
+    images.
     """
-    compensation = None
+    graph, compensation = graph_from_onnx(model), None
     if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
         if images is None:
             raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
         from resvit_quantize.rounding.learned_plan import learned_plan
 
-        plan, compensation = learned_plan(model, ranges, settings, statistics, images, reporter)
+        plan, compensation = learned_plan(graph, ranges, settings, statistics, images, reporter)
     else:
-        plan = plan_quantization(model, ranges, settings, statistics)
+        plan = plan_quantization(graph, ranges, settings, statistics)
     network, placement, precision = plan.network, plan.placement, settings.precision
     if not placement.edges and precision is not Precision.FP16:
         reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
@@ -62,16 +66,16 @@ def quantize_model(
     clips = {n: float(clip) for (n, _), clip in sorted(amax.items()) if n in ranges.tensors and n not in moved}
     largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
     kept = half_from_network(network, largest)
-    size = onnx_from_network(network, out)
+    onnx_from_network(network, out)
     return report_from_graph(
         plan.analysis,
-        network,
+        suit(out) or network,
         placement.reasons,
         kept,
         precision=precision.value,
         quantizer="resvit",
         estimator=settings.estimator.value,
-        sizes=(model.stat().st_size, size),
+        sizes=(model.stat().st_size, out.stat().st_size),
         effort=settings.effort.value,
         clips=clips,
         smoothed=[SmoothedTensor(item.tensor, item.strength, round(item.gain_db, 2)) for item in plan.moved],

@@ -140,7 +140,7 @@ class ClassComparison(Comparison):
         return None
 
     @property
-    def remark(self) -> str:
+    def caveat(self) -> str:
         """That the candidate is constant, where it is."""
         constant = self.candidate_answers == 1 < self.images
         return "the quantised network answers the same class for every image" if constant else ""

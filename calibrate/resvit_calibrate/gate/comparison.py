@@ -61,7 +61,7 @@ class Comparison(abc.ABC):
         return max_drop
 
     @property
-    def remark(self) -> str:
+    def caveat(self) -> str:
         """What else must be said of the candidate, empty where nothing."""
         return ""
 
@@ -69,7 +69,7 @@ class Comparison(abc.ABC):
         """What was measured, as the beginning of a sentence."""
         return (
             f"the {self.what} drop is {self.drop:.2f} {self.unit}, between {interval[0]:.2f} and {interval[1]:.2f} "
-            f"at {100 * confidence:g}% confidence on {self.images} images{self.remark and '; ' + self.remark}"
+            f"at {100 * confidence:g}% confidence on {self.images} images{self.caveat and '; ' + self.caveat}"
         )
 
     def outcome(self, limit: float, over: bool) -> str:

@@ -18,8 +18,8 @@ _SURE = 512
 _NAMED = 3
 
 
-class RemarkKind(str, enum.Enum):
-    """What a remark is about."""
+class DiagnosticKind(str, enum.Enum):
+    """What a diagnostic is about."""
 
     FEW_IMAGES = "few images"
     CONSTANT = "constant activation"
@@ -29,10 +29,10 @@ class RemarkKind(str, enum.Enum):
 
 
 @dataclass(frozen=True)
-class Remark:
+class Diagnostic:
     """One doubt: its kind, the tensor that shows it most (None: it is about all), and a sentence or two."""
 
-    kind: RemarkKind
+    kind: DiagnosticKind
     tensor: str | None
     text: str
 
@@ -41,17 +41,17 @@ class Remark:
         return {"kind": self.kind.value, "tensor": self.tensor, "text": self.text}
 
 
-def remarks_from_statistics(statistics: Statistics) -> tuple[Remark, ...]:
+def diagnostics_from_statistics(statistics: Statistics) -> tuple[Diagnostic, ...]:
     """Find what is doubtful about calibration: few images, constants, dead channels, ranges set by one image.
 
     Only tensors that may be quantised are looked at. Nothing here stops a build: every scale stays finite and
     positive.
     """
-    found: list[Remark] = []
+    found: list[Diagnostic] = []
     if statistics.images < FEW_IMAGES:
         found.append(
-            Remark(
-                RemarkKind.FEW_IMAGES,
+            Diagnostic(
+                DiagnosticKind.FEW_IMAGES,
                 None,
                 f"Calibration saw {statistics.images} image{'s' * (statistics.images != 1)}; with fewer than "
                 f"{FEW_IMAGES}, chance sets the ranges. Give 128 to 512 images of the kind that the network will see.",
@@ -63,16 +63,16 @@ def remarks_from_statistics(statistics: Statistics) -> tuple[Remark, ...]:
     return tuple(found)
 
 
-def tell(remarks: Sequence[Remark], reporter: Reporter, most: int = 5) -> None:
-    """Warn of the first ``most`` remarks, and say how many more there are."""
-    for remark in remarks[:most]:
-        reporter.warn(remark.text)
-    if len(remarks) > most:
-        kinds = ", ".join(dict.fromkeys(remark.kind.value for remark in remarks[most:]))
-        reporter.warn(f"And {len(remarks) - most} more remarks ({kinds}): the stage's files hold all.")
+def tell(diagnostics: Sequence[Diagnostic], reporter: Reporter, most: int = 5) -> None:
+    """Warn of the first ``most`` diagnostics, and say how many more there are."""
+    for diagnostic in diagnostics[:most]:
+        reporter.warn(diagnostic.text)
+    if len(diagnostics) > most:
+        kinds = ", ".join(dict.fromkeys(diagnostic.kind.value for diagnostic in diagnostics[most:]))
+        reporter.warn(f"And {len(diagnostics) - most} more diagnostics ({kinds}): the stage's files hold all.")
 
 
-def _constants(statistics: Statistics) -> list[Remark]:
+def _constants(statistics: Statistics) -> list[Diagnostic]:
     constant = [
         name
         for name, entry in statistics.tensors.items()
@@ -82,8 +82,8 @@ def _constants(statistics: Statistics) -> list[Remark]:
         return []
     value = statistics.tensors[constant[0]].minimum
     return [
-        Remark(
-            RemarkKind.CONSTANT,
+        Diagnostic(
+            DiagnosticKind.CONSTANT,
             constant[0],
             f"{_tensors(len(constant))} the same number throughout every calibration image, such as "
             f"{_names(constant)} ({value:g} everywhere). Check the images and the checkpoint: nothing of the image "
@@ -92,7 +92,7 @@ def _constants(statistics: Statistics) -> list[Remark]:
     ]
 
 
-def _dead_channels(statistics: Statistics) -> list[Remark]:
+def _dead_channels(statistics: Statistics) -> list[Diagnostic]:
     dead: dict[str, tuple[int, int]] = {}
     for name, entry in statistics.tensors.items():
         if entry.channels is None or entry.absmax == 0.0:  # all zero: said to be constant
@@ -106,8 +106,8 @@ def _dead_channels(statistics: Statistics) -> list[Remark]:
     shown = ", ".join(f"{name!r} ({dead[name][0]} of {dead[name][1]})" for name in worst[:_NAMED])
     total = sum(count for count, _ in dead.values())
     return [
-        Remark(
-            RemarkKind.DEAD_CHANNELS,
+        Diagnostic(
+            DiagnosticKind.DEAD_CHANNELS,
             worst[0],
             f"{total} channel{'s' * (total != 1)} in {len(dead)} tensor{'s' * (len(dead) != 1)} were zero in all of "
             f"{_SURE} or more sampled values each: {shown}{_rest(len(worst))}. They cost time and no accuracy; if "
@@ -116,7 +116,7 @@ def _dead_channels(statistics: Statistics) -> list[Remark]:
     ]
 
 
-def _single_images(statistics: Statistics) -> list[Remark]:
+def _single_images(statistics: Statistics) -> list[Diagnostic]:
     """Ranges that a single image sets, by image.
 
     A range twice as wide as the second image needs costs every other image one bit of eight, and four times what
@@ -133,26 +133,26 @@ def _single_images(statistics: Statistics) -> list[Remark]:
         middle = float(np.median(absmax))
         if first > 2.0 * second and first > 4.0 * middle:
             by_image.setdefault(int(absmax.argmax()), {})[name] = (first, second)
-    remarks = []
+    diagnostics = []
     for image, tensors in sorted(by_image.items(), key=lambda item: -len(item[1])):
         worst = max(tensors, key=lambda name: tensors[name][0] / max(tensors[name][1], 1e-30))
         first, second = tensors[worst]
         others = f" and of {len(tensors) - 1} more" if len(tensors) > 1 else ""
-        remarks.append(
-            Remark(
-                RemarkKind.ONE_IMAGE,
+        diagnostics.append(
+            Diagnostic(
+                DiagnosticKind.ONE_IMAGE,
                 worst,
                 f"Calibration image {image} alone sets the range of {worst!r}{others}: it reaches {first:.3g} there, "
                 f"the next image {second:.3g}. Look at that image; if it does not belong to the data, leave it out, "
                 "and if it does, an estimator that clips (mse) keeps it from widening the steps of all others.",
             )
         )
-    return remarks
+    return diagnostics
 
 
-def clipping_remarks(
+def clipping_diagnostics(
     validation: Mapping[str, float], calibration: Mapping[str, float], *, few_per_cent: float = 0.03
-) -> tuple[Remark, ...]:
+) -> tuple[Diagnostic, ...]:
     """Warn where ranges clip more than a few per cent on validation, and much more than on calibration.
 
     Both hold shares of clipped values, 0 to 1, by tensor, as ``clipped_shares`` gives them. "Much more" is three
@@ -171,8 +171,8 @@ def clipping_remarks(
         for name in order[:_NAMED]
     )
     return (
-        Remark(
-            RemarkKind.CLIPPED,
+        Diagnostic(
+            DiagnosticKind.CLIPPED,
             order[0],
             f"The ranges clip more than {100 * few_per_cent:g}% of the values of {len(worse)} of {len(validation)} "
             f"quantised tensors on the validation images: {shown}{_rest(len(order))}. The calibration images are "

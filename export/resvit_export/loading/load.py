@@ -110,9 +110,9 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
     notes += cast
     require_finite(module, str(spec.checkpoint or spec.model))
     inputs = _inputs(module, spec)
-    program, remarks = program_from_module(module, inputs)
+    program, trace_notes = program_from_module(module, inputs)
     shape = input_shape_of(program)
-    for note in (*notes, *remarks):
+    for note in (*notes, *trace_notes):
         reporter.say(note)
     return Network(
         program,
@@ -121,7 +121,7 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
         shape,
         _classes(program, module),
         program_digest(program),
-        (*notes, *remarks),
+        (*notes, *trace_notes),
         dict(getattr(module, "task_options", {})),
     )
 

@@ -77,14 +77,14 @@ class ChangedAnswer:
 
 @dataclass(frozen=True)
 class VerdictRecord:
-    """What ``verdict.json`` holds. ``golden`` says which file holds which golden array; ``remarks`` are doubts."""
+    """What ``verdict.json`` holds. ``golden`` says which file holds which golden array; ``diagnostics`` are doubts."""
 
     verdict: Verdict
     task: str
     data: str
     data_digest: str
     runtime_note: str
-    remarks: tuple[Mapping[str, Any], ...]
+    diagnostics: tuple[Mapping[str, Any], ...]
     golden: GoldenFiles
     class_names: tuple[str, ...]
     rows: tuple[ScoreRow, ...]
@@ -109,7 +109,7 @@ class VerdictRecord:
             "data": self.data,
             "data_digest": self.data_digest,
             "runtime_note": self.runtime_note,
-            "remarks": list(self.remarks),
+            "remarks": list(self.diagnostics),
             "golden": self.golden.to_json(),
             "class_names": list(self.class_names),
             "stages": [row.to_json() for row in self.rows],
@@ -126,7 +126,7 @@ class VerdictRecord:
             data=document["data"],
             data_digest=document["data_digest"],
             runtime_note=document["runtime_note"],
-            remarks=tuple(document["remarks"]),
+            diagnostics=tuple(document["remarks"]),
             golden=GoldenFiles.from_json(Record(document["golden"], "verdict.json", "golden")),
             class_names=tuple(document["class_names"]),
             rows=tuple(ScoreRow.from_json(row) for row in document["stages"]),

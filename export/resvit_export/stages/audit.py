@@ -55,6 +55,7 @@ class Audit(Stage[Audited]):
 
     name: ClassVar[str] = "audit"
     artifact: ClassVar[type[Artifact]] = Audited
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir", "tensorrt-rtx-cu13-libs", "tensorrt")
 
     quantized: File
     half: Halve | None
@@ -63,11 +64,6 @@ class Audit(Stage[Audited]):
     settings: BuildSettings
     compiled: Compiled | None
     remark: str
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads the graph, and what compiles it."""
-        return ("onnx-ir", "tensorrt-rtx-cu13-libs", "tensorrt")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the audit and all kernels; where the stand-in cannot be built, ``audit.json`` says why."""

@@ -29,7 +29,7 @@ class CalibrationImages:
     images: int
     digest: str
     skipped: tuple[str, ...]
-    remarks: tuple[Mapping[str, Any], ...]
+    diagnostics: tuple[Mapping[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as in ``images.json``."""
@@ -38,13 +38,14 @@ class CalibrationImages:
             "images": self.images,
             "digest": self.digest,
             "skipped": list(self.skipped),
-            "remarks": list(self.remarks),
+            "remarks": list(self.diagnostics),
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> CalibrationImages:
         """Read what ``to_json`` wrote."""
-        return cls(**{**document, "skipped": tuple(document["skipped"]), "remarks": tuple(document["remarks"])})
+        kept = {name: document[name] for name in ("description", "images", "digest")}
+        return cls(**kept, skipped=tuple(document["skipped"]), diagnostics=tuple(document["remarks"]))
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,17 @@ class Calibrate(Stage[Calibrated]):
 
     name: ClassVar[str] = "calibrate"
     artifact: ClassVar[type[Artifact]] = Calibrated
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "numpy")
 
     model: File
     images: ImageSet
     preprocess: Preprocess
     batch_size: int
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What runs the model and counts."""
-        return ("onnxruntime", "numpy")
-
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write ranges and statistics; what is doubtful about the images is said, and kept in ``images.json``."""
         from resvit_calibrate.ranges.collect import collect_statistics
-        from resvit_calibrate.ranges.diagnostics import remarks_from_statistics, tell
+        from resvit_calibrate.ranges.diagnostics import diagnostics_from_statistics, tell
         from resvit_calibrate.ranges.ranges import ranges_from, save_ranges
         from resvit_calibrate.ranges.statistics import save_statistics
 
@@ -95,13 +92,13 @@ class Calibrate(Stage[Calibrated]):
         statistics = collect_statistics(self.model.path, images.batches(self.batch_size), reporter, len(images))
         save_statistics(statistics, folder / STATISTICS)
         save_ranges(ranges_from(statistics, images.digest), folder / RANGES)
-        remarks = remarks_from_statistics(statistics)
-        tell(remarks, reporter)
+        diagnostics = diagnostics_from_statistics(statistics)
+        tell(diagnostics, reporter)
         record = CalibrationImages(
             images.description,
             statistics.images,
             images.digest,
             tuple(images.skipped),
-            tuple(remark.to_json() for remark in remarks),
+            tuple(diagnostic.to_json() for diagnostic in diagnostics),
         )
         (folder / IMAGES).write_bytes(pretty_json(record.to_json()))

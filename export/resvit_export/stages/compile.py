@@ -84,8 +84,7 @@ class Compile(Stage[Compiled]):
     settings: BuildSettings
     planned: PlannedInput | None
 
-    @property
-    def packages(self) -> tuple[str, ...]:
+    def libraries(self) -> tuple[str, ...]:
         """What builds, and what compiles kernels of our own."""
         plugins = ("triton",) if self.settings.plugins != "off" else ()
         return ("tensorrt-rtx-cu13-libs", "tensorrt", *plugins)

@@ -46,16 +46,12 @@ class Export(Stage[Exported]):
 
     name: ClassVar[str] = "export"
     artifact: ClassVar[type[Artifact]] = Exported
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxruntime")
 
     program: File
     network: NetworkRecord
     opset: int
     batch: int | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What writes and checks the graph."""
-        return ("torch", "onnx", "onnxscript", "onnxruntime")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the float ONNX, its report, and what is known of the network."""
@@ -77,16 +73,12 @@ class Import(Stage[Exported]):
 
     name: ClassVar[str] = "export"
     artifact: ClassVar[type[Artifact]] = Exported
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "onnxruntime")
 
     source: NetworkSource
     wishes: tuple[ShapeWish, ...]
     opset: int | None
     reader: str
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads and checks the graph."""
-        return ("onnx", "onnx-ir", "onnxruntime")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the same files as ``Export``; refuse an opset that the target's TensorRT does not read."""

@@ -32,13 +32,9 @@ class Fold(Stage[Folded]):
 
     name: ClassVar[str] = "fold"
     artifact: ClassVar[type[Artifact]] = Folded
+    packages: ClassVar[tuple[str, ...]] = ("torch", "timm")
 
     source: NetworkSource
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What loads and traces the network."""
-        return ("torch", "timm")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the folded program, what was folded, and what is known of the network."""

@@ -46,6 +46,7 @@ class Fuse(Stage[Fused]):
 
     name: ClassVar[str] = "fuse"
     artifact: ClassVar[type[Artifact]] = Fused
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
 
     model: File
     target: Target
@@ -53,11 +54,6 @@ class Fuse(Stage[Fused]):
     kinds: tuple[str, ...] | None
     attention: Precision
     ranges: File | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What rewrites the graph."""
-        return ("onnx-ir",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write what was found and, where anything became a node of ours, the new graph."""

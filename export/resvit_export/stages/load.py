@@ -32,13 +32,9 @@ class Load(Stage[Loaded]):
 
     name: ClassVar[str] = "load"
     artifact: ClassVar[type[Artifact]] = Loaded
+    packages: ClassVar[tuple[str, ...]] = ("torch", "timm")
 
     source: NetworkSource
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What loads it."""
-        return ("torch", "timm")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write ``network.json``."""

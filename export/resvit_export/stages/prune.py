@@ -135,8 +135,7 @@ class Prune(Stage[Pruned]):
     seed: int
     trained: bool
 
-    @property
-    def packages(self) -> tuple[str, ...]:
+    def libraries(self) -> tuple[str, ...]:
         """What traces the network, and what chooses sparse weights."""
         return ("torch", "timm", "torch-pruning", *(("nvidia-modelopt",) if self.sparse else ()))
 

@@ -56,6 +56,7 @@ class Quantize(Stage[Quantized]):
 
     name: ClassVar[str] = "quantize"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     model: File
     ranges: File
@@ -65,11 +66,6 @@ class Quantize(Stage[Quantized]):
     images: ImageSet
     batch_size: int
     builder: Builder | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads and writes the graph."""
-        return ("onnx", "onnx-ir")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
@@ -90,8 +86,8 @@ class Quantize(Stage[Quantized]):
             reporter,
             statistics=load_statistics(self.statistics.path) if self.clips is None else None,
             images=lambda count: self.images.first(count, self.batch_size),
+            suit=lambda out: suit_builder(out, self.builder),
         )
-        suit_builder(folder / MODEL, self.builder)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
 
 
@@ -101,6 +97,7 @@ class QuantizeByModelOpt(Stage[Quantized]):
 
     name: ClassVar[str] = "quantize"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "nvidia-modelopt")
 
     model: File
     settings: QuantizeSettings
@@ -108,18 +105,19 @@ class QuantizeByModelOpt(Stage[Quantized]):
     batch_size: int
     builder: Builder | None
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What quantises, and what reads and writes the graph."""
-        return ("onnx", "onnx-ir", "nvidia-modelopt")
-
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
         from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
 
         batches = self.images.batches(self.batch_size)
-        report = quantize_with_modelopt(self.model.path, batches, self.settings, folder / MODEL, reporter)
-        suit_builder(folder / MODEL, self.builder)
+        report = quantize_with_modelopt(
+            self.model.path,
+            batches,
+            self.settings,
+            folder / MODEL,
+            reporter,
+            lambda out: suit_builder(out, self.builder),
+        )
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
 
 
@@ -129,16 +127,12 @@ class Halve(Stage[Quantized]):
 
     name: ClassVar[str] = "half"
     artifact: ClassVar[type[Artifact]] = Quantized
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     model: File
     ranges: File
     statistics: File
     builder: Builder | None
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads and writes the graph."""
-        return ("onnx", "onnx-ir")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the model in FP16."""
@@ -153,12 +147,11 @@ class Halve(Stage[Quantized]):
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.settings import QuantizeSettings
 
-        report = quantize_model(
+        return quantize_model(
             self.model.path,
             load_ranges(self.ranges.path),
             QuantizeSettings(Precision.FP16),
             out,
             statistics=load_statistics(self.statistics.path),
+            suit=lambda model: suit_builder(model, self.builder),
         )
-        suit_builder(out, self.builder)
-        return report

@@ -37,6 +37,7 @@ class Retrain(Stage[Retrained]):
 
     name: ClassVar[str] = "retrain"
     artifact: ClassVar[type[Artifact]] = Retrained
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
 
     source: NetworkSource
     weights: File
@@ -45,11 +46,6 @@ class Retrain(Stage[Retrained]):
     preprocess: Preprocess
     epochs: int
     seed: int
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What trains."""
-        return ("torch",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the trained network and how it was trained."""
@@ -79,3 +75,4 @@ class Retrain(Stage[Retrained]):
         report = distill(student, teacher.module, self.images, options, state, key, reporter, masks=masks)
         write_network(folder, "retrained", student, structure_in(self.weights.path) or Structure(), teacher.input_shape)
         (folder / "retrain.json").write_bytes(pretty_json(report.to_json()))
+        state.unlink(missing_ok=True)

@@ -93,6 +93,7 @@ class AskReference(Asked):
 
     name: ClassVar[str] = "reference"
     artifact: ClassVar[type[Artifact]] = Answered
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
 
     source: NetworkSource
 
@@ -100,11 +101,6 @@ class AskReference(Asked):
     def title(self) -> str:
         """What people read of it."""
         return "PyTorch"
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What computes it."""
-        return ("torch",)
 
     def runner(self, folder: Path, reporter: Reporter) -> Runner:
         """The original network."""
@@ -118,13 +114,9 @@ class AskPruned(Asked):
 
     name: ClassVar[str] = "pruned"
     artifact: ClassVar[type[Artifact]] = Answered
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
 
     program: File
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What computes it."""
-        return ("torch",)
 
     def runner(self, folder: Path, reporter: Reporter) -> Runner:
         """The pruned program."""
@@ -141,6 +133,7 @@ class AskFloat(Asked):
 
     name: ClassVar[str] = "baseline"
     artifact: ClassVar[type[Artifact]] = Answered
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     model: File
 
@@ -148,11 +141,6 @@ class AskFloat(Asked):
     def title(self) -> str:
         """What people read of it."""
         return "ONNX float"
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What computes it."""
-        return ("onnxruntime",)
 
     def runner(self, folder: Path, reporter: Reporter) -> Runner:
         """The float ONNX."""
@@ -186,6 +174,7 @@ class AskQuantized(Asked):
 
     name: ClassVar[str] = "score"
     artifact: ClassVar[type[Artifact]] = Scored
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     model: File
     label: str
@@ -195,11 +184,6 @@ class AskQuantized(Asked):
     def title(self) -> str:
         """What people read of it."""
         return self.label
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What computes it."""
-        return ("onnxruntime",)
 
     def runner(self, folder: Path, reporter: Reporter) -> Runner:
         """The ONNX that ships, once the runtime has proven on known numbers that it quantises rightly.

@@ -21,7 +21,7 @@ from resvit_export.stages.score import Answered, Questions, Scored, shipped_in
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
     from resvit_calibrate.images.image_set import ImageSet
-    from resvit_calibrate.ranges.diagnostics import Remark
+    from resvit_calibrate.ranges.diagnostics import Diagnostic
     from resvit_calibrate.runtime.sessions import Array
 
 VERDICT = "verdict.json"
@@ -53,6 +53,7 @@ class Validate(Stage[Validated]):
 
     name: ClassVar[str] = "validate"
     artifact: ClassVar[type[Artifact]] = Validated
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     questions: Questions
     label: str
@@ -65,11 +66,6 @@ class Validate(Stage[Validated]):
     quantize_report: File
     max_drop: float
     confidence: float
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What measures the clipping."""
-        return ("onnxruntime",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""
@@ -91,8 +87,8 @@ class Validate(Stage[Validated]):
             rows.append(ScoreRow.of("onnx float", task.compare(original, onnx_float, self.confidence)))
         rows.append(ScoreRow.of(self.label, comparison))
 
-        remarks = self._clipping()
-        tell(remarks, reporter)
+        diagnostics = self._clipping()
+        tell(diagnostics, reporter)
         changed = [ChangedAnswer.from_json(item) for item in task.changed(original, candidate)]
         shown = changed[: DRAWN if changed and task.drawing(original, changed[0].index) else CHANGED_SHOWN]
         record = VerdictRecord(
@@ -101,7 +97,7 @@ class Validate(Stage[Validated]):
             data=images.description,
             data_digest=images.digest,
             runtime_note=self.candidate.runtime_note,
-            remarks=tuple(item.to_json() for item in remarks),
+            diagnostics=tuple(item.to_json() for item in diagnostics),
             golden=self.candidate.golden,
             class_names=tuple(images.class_names or ()),
             rows=tuple(rows),
@@ -112,10 +108,10 @@ class Validate(Stage[Validated]):
         pictures = _pictures(task, images, original, candidate, shown, self.questions.batch_size)
         np.savez_compressed(folder / CHANGED, **pictures)  # type: ignore[arg-type]  # of the names, none is an option
 
-    def _clipping(self) -> tuple[Remark, ...]:
+    def _clipping(self) -> tuple[Diagnostic, ...]:
         """Whether the ranges cut much of what the first validation images hold."""
         from resvit_calibrate.ranges.clipping import clipped_shares, shares_from_statistics
-        from resvit_calibrate.ranges.diagnostics import clipping_remarks
+        from resvit_calibrate.ranges.diagnostics import clipping_diagnostics
         from resvit_calibrate.ranges.statistics import load_statistics
 
         clips = json.loads(self.quantize_report.path.read_bytes()).get("clips") or {}
@@ -125,7 +121,7 @@ class Validate(Stage[Validated]):
         batches = self.questions.images.batches(min(batch_size, CLIPPING_IMAGES))
         few = itertools.islice(batches, max(CLIPPING_IMAGES // batch_size, 1))
         seen = load_statistics(self.statistics.path)
-        return clipping_remarks(clipped_shares(self.floating.path, clips, few), shares_from_statistics(seen, clips))
+        return clipping_diagnostics(clipped_shares(self.floating.path, clips, few), shares_from_statistics(seen, clips))
 
 
 def sides(answered: Mapping[str, Answered]) -> tuple[Answered | None, Answered | None, Answered, Scored]:

@@ -15,12 +15,13 @@ TENSORRT_COPY = "model.tensorrt.onnx"
 """In the compile stage and the bundle: what TensorRT reads, where that is not the validated file itself."""
 
 
-def suit_builder(model: Path, builder: Builder | None) -> None:
+def suit_builder(model: Path, builder: Builder | None) -> ir.Model | None:
     """Rewrite a quantised ONNX, in place, into the form that ``builder`` does best.
 
     TensorRT for RTX gets the channel scales of 8-bit convolutions behind the convolution, and GroupNorm written out:
     both are measured there, by the kernels that it lists. The computation is the same but for the rounding of FP16,
-    which can move a value to the next 8-bit step: so it comes before validation.
+    which can move a value to the next 8-bit step: so it comes before validation. Returns the graph that the file now
+    holds, ``None`` where nothing changed.
     """
     import onnx_ir
 
@@ -28,11 +29,13 @@ def suit_builder(model: Path, builder: Builder | None) -> None:
     from resvit_quantize.qdq.rtx_scales import move_channel_scales
 
     if builder is not Builder.RTX:
-        return
+        return None
     network = onnx_ir.load(model)
-    if move_channel_scales(network) + write_out_group_norms(network):
-        with atomic_file(model) as partial:
-            onnx_ir.save(network, partial)
+    if not move_channel_scales(network) + write_out_group_norms(network):
+        return None
+    with atomic_file(model) as partial:
+        onnx_ir.save(network, partial)
+    return network
 
 
 def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plugins: str = "off") -> bool:

@@ -29,7 +29,7 @@ from resvit_quantize.graph.schema import is_float
 from resvit_quantize.modelopt.quiet import quiet_modelopt
 from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.qdq.half import KeptFloat
-from resvit_quantize.qdq.report import QuantizeReport, report_from_graph
+from resvit_quantize.qdq.report import QuantizeReport, Suit, as_it_is, report_from_graph
 from resvit_quantize.settings import QuantizeSettings
 
 _AUTOCAST_BATCHES = 8
@@ -38,12 +38,18 @@ _REASON = "ModelOpt's placement"
 
 
 def quantize_with_modelopt(
-    model: Path, batches: Iterable[Any], settings: QuantizeSettings, out: Path, reporter: Reporter = SILENT
+    model: Path,
+    batches: Iterable[Any],
+    settings: QuantizeSettings,
+    out: Path,
+    reporter: Reporter = SILENT,
+    suit: Suit = as_it_is,
 ) -> QuantizeReport:
     """Write ModelOpt's INT8 or FP8 post-training quantisation of ``model``, or its AutoCast to FP16, to ``out``.
 
     ``batches`` yields objects with ``images`` float32 [B, C, H, W], or arrays by input name. ModelOpt knows the
-    estimators ``max`` and ``entropy``; others are replaced by ``max``, with a warning. Raises
+    estimators ``max`` and ``entropy``; others are replaced by ``max``, with a warning. ``suit`` rewrites the file for a
+    builder before it is reported on. Raises
     :class:`ResvitError` with code MISSING where ModelOpt does not import, and with ModelOpt's message where it
     fails.
     """
@@ -72,6 +78,7 @@ def quantize_with_modelopt(
     data = proto.SerializeToString(deterministic=True)
     result = ir.serde.deserialize_model(proto)
     write_atomic(out, data)
+    result = suit(out) or result
     return report_from_graph(
         analysis,
         result,
@@ -80,7 +87,7 @@ def quantize_with_modelopt(
         precision=settings.precision.value,
         quantizer="modelopt",
         estimator=estimator,
-        sizes=(model.stat().st_size, len(data)),
+        sizes=(model.stat().st_size, out.stat().st_size),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +16,9 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.shifting import Opened, close_activations, open_activations
 from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
-from resvit_quantize.graph.analysis import Analysis, analyse
-from resvit_quantize.graph.network import constant, network_from_onnx
+from resvit_quantize.graph.analysed import AnalysedGraph
+from resvit_quantize.graph.analysis import Analysis
+from resvit_quantize.graph.network import constant
 from resvit_quantize.placement.grid import LARGEST, LARGEST_SCALE, SMALLEST_SCALE
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.placement.placement import Edge, EdgeKey, Placement, edge_key, place
@@ -47,16 +47,16 @@ class Plan:
 
 
 def plan_quantization(
-    model: Path, ranges: Ranges, settings: QuantizeSettings, statistics: Statistics | None = None
+    graph: AnalysedGraph, ranges: Ranges, settings: QuantizeSettings, statistics: Statistics | None = None
 ) -> Plan:
     """Decide what is quantised and how far each range reaches.
 
-    Smoothing and ranges for the least error at the output need the calibration's ``statistics`` by channel;
-    without them ranges are the estimator's own. Raises :class:`ResvitError` for a model that does not read or
-    check, a pattern that matches nothing, and a tensor without a range.
+    ``graph`` itself is left as it is. Smoothing and ranges for the least error at the output need the calibration's
+    ``statistics`` by channel; without them ranges are the estimator's own. Raises :class:`ResvitError` for a pattern
+    that matches nothing, and a tensor without a range.
     """
-    network = network_from_onnx(model)
-    analysis = analyse(network)
+    graph = graph.copy()
+    network, analysis = graph.network, graph.analysis
     precision, methods = settings.precision, settings.methods
     unfit = {} if precision is Precision.FP16 else _unfit_tensors(analysis, ranges, settings)
     spared = _spared(analysis, settings) if methods.sparing and precision is not Precision.FP16 else {}

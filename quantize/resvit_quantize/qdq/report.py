@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
@@ -20,6 +21,15 @@ _NAMES = {
     ir.DataType.FLOAT: "fp32",
 }
 _VIEWS = frozenset({"Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze"})
+
+
+Suit: TypeAlias = Callable[[Path], "ir.Model | None"]
+"""Rewrites a quantised ONNX file in place for a builder; the graph that it then holds, None where nothing changed."""
+
+
+def as_it_is(out: Path) -> None:
+    """A ``Suit`` that changes nothing."""
+    del out
 
 
 @dataclass(frozen=True)

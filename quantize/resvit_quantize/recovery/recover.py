@@ -28,7 +28,8 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
-from resvit_quantize.graph.network import network_from_onnx, onnx_from_network
+from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight
 from resvit_quantize.placement.placement import WeightKey, weight_key
 from resvit_quantize.qdq.plan import Plan, plan_quantization
@@ -57,11 +58,12 @@ def recover_model(
     :class:`ResvitError` where nothing is quantised, where the graph has an operator without gradients, for fewer
     than 128 images, and for images that the graph cannot read.
     """
-    from resvit_quantize.recovery.training import Training
+    from resvit_quantize.recovery.training import train
 
     # What --effort best would learn, the training learns better.
     settings = dataclasses.replace(settings, effort=Effort.FAST)
-    plan = plan_quantization(model, ranges, settings, statistics)
+    graph = graph_from_onnx(model)
+    plan = plan_quantization(graph, ranges, settings, statistics)
     if not plan.placement.edges:
         raise ResvitError(
             f"Nothing is quantised to {settings.precision.value}, so there is nothing to recover.",
@@ -74,7 +76,7 @@ def recover_model(
             f"There are {wanted} training images; recovery needs {FEWEST_IMAGES} or more.",
             "Give more training images: thousands serve best.",
         )
-    facts = {
+    identity = {
         "model": sha256_file(model),
         "ranges": sha256_bytes(canonical_json(ranges.to_json())),
         "settings": settings_to_json(settings),
@@ -82,9 +84,8 @@ def recover_model(
         "images": images.digest,
         "statistics": statistics is not None,
     }
-    key = sha256_bytes(canonical_json(facts))
-    teacher = network_from_onnx(model)
-    trained, report = Training(plan, teacher, settings.bits, images, wanted, options, state, key, reporter).run()
+    key = sha256_bytes(canonical_json(identity))
+    trained, report = train(plan, graph.network, settings.bits, images, wanted, options, state, key, reporter)
     grids = on_grid(plan)
     for name, array in trained.items():
         if name in grids:

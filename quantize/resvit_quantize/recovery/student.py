@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,7 @@ class Student:
         """What is learned as it is now, on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.learned.items()}
 
-    def load(self, copies: dict[str, Tensor]) -> None:
+    def load(self, copies: Mapping[str, Tensor]) -> None:
         """Take copies back."""
         with torch.no_grad():
             for name, value in self.learned.items():

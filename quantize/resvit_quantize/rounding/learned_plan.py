@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.graph.analysis import Analysis
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.qdq.plan import Plan, plan_quantization
@@ -34,7 +34,7 @@ ImageSource = Callable[[int], Iterable[np.ndarray]]
 
 
 def learned_plan(
-    model: Path,
+    graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
     statistics: Statistics | None,
@@ -47,7 +47,7 @@ def learned_plan(
     the model, and for operators that torch cannot run.
     """
     precision = settings.precision.value
-    plan = plan_quantization(model, ranges, settings, statistics)
+    plan = plan_quantization(graph, ranges, settings, statistics)
     chunks = list(_chunks(images, plan))
     if not chunks:
         raise ResvitError(
@@ -56,14 +56,14 @@ def learned_plan(
     reporter.say(_announcement(plan, chunks))
     if settings.methods.sparing:
         sensitivity = measure_sensitivity(
-            model, ranges, settings, images(_SENSED), reporter, _SENSED, precisions=(precision,), probes=2
+            graph, ranges, settings, images(_SENSED), reporter, _SENSED, precisions=(precision,), probes=2
         )
         asked = _asked_for(plan, settings)
         hurting = layers_to_exclude(sensitivity, precision, target=0.0, coverage=COVERAGE)
         spared = [layer for layer in hurting if layer.node not in asked]
         if spared:
             own = {layer.node: Precision.FP16 for layer in spared} | dict(settings.precisions)
-            plan = plan_quantization(model, ranges, replace(settings, precisions=own), statistics)
+            plan = plan_quantization(graph, ranges, replace(settings, precisions=own), statistics)
             for layer in spared:
                 share = sensitivity.share(layer, precision)
                 plan.placement.reasons[layer.node] = (

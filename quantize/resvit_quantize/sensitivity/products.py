@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.graph.analysis import Product
 from resvit_quantize.placement.placement import Edge, Placement, Weight
 from resvit_quantize.qdq.plan import Plan, plan_quantization
@@ -52,7 +52,7 @@ class QuantizableProducts:
 
 
 def quantizable_products(
-    model: Path, ranges: Ranges, settings: QuantizeSettings, precision: Precision
+    graph: AnalysedGraph, ranges: Ranges, settings: QuantizeSettings, precision: Precision
 ) -> QuantizableProducts:
     """Plan for every product that can be quantised at all, also where the rules or the recipe leave it in FP16.
 
@@ -60,9 +60,9 @@ def quantizable_products(
     """
     own = precision is settings.precision
     settings = replace(settings, precision=precision, precisions=settings.precisions if own else {})
-    ruled = plan_quantization(model, ranges, settings)
+    ruled = plan_quantization(graph, ranges, settings)
     every = {product.name: precision for product in ruled.analysis.products if product.weight is not None}
-    plan = plan_quantization(model, ranges, replace(settings, include=(), exclude=(), precisions=every))
+    plan = plan_quantization(graph, ranges, replace(settings, include=(), exclude=(), precisions=every))
     products = _products(plan)
     chosen = {str(weight.node.name) for weight in ruled.placement.weights if weight.precision is precision}
     return QuantizableProducts(precision, plan, products, frozenset(chosen & set(products)))

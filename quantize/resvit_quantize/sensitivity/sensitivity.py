@@ -20,7 +20,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from resvit_calibrate.readers.user_loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.sensitivity.method import Method
 from resvit_quantize.sensitivity.products import QuantizableProducts, quantizable_products, sharing_a_network
 from resvit_quantize.settings import QuantizeSettings
@@ -156,7 +156,7 @@ def layers_to_exclude(
 
 
 def measure_sensitivity(
-    model: Path,
+    graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
     images: Images | Iterable[Batch],
@@ -180,7 +180,7 @@ def measure_sensitivity(
     """
     from resvit_quantize.sensitivity.one_pass import DamageEstimate, threads_for
 
-    formats = _formats(model, ranges, settings, precisions)
+    formats = _formats(graph, ranges, settings, precisions)
     estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(formats)]
     count = 0
     size = estimates[0].batch
@@ -200,7 +200,7 @@ def measure_sensitivity(
 
 
 def brute_force_sensitivity(
-    model: Path,
+    graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
     images: Images,
@@ -218,13 +218,13 @@ def brute_force_sensitivity(
     batches = [np.ascontiguousarray(batch, np.float32) for batch in images]
     count = sum(map(len, batches))
     _require_images(count)
-    formats = _formats(model, ranges, settings, precisions)
+    formats = _formats(graph, ranges, settings, precisions)
     damage, together = measured_noise(formats, settings.bits, batches, reporter)
     return _sensitivity(Method.BRUTE_FORCE, settings, count, formats, damage, together)
 
 
 def _formats(
-    model: Path, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
+    graph: AnalysedGraph, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
 ) -> tuple[QuantizableProducts, ...]:
     wanted = [Precision(name) for name in dict.fromkeys(precisions)]
     if not wanted or Precision.FP16 in wanted or settings.precision is Precision.FP16:
@@ -233,7 +233,7 @@ def _formats(
         )
     if settings.bits < 8:
         wanted = [Precision.INT8]
-    return tuple(quantizable_products(model, ranges, settings, precision) for precision in wanted)
+    return tuple(quantizable_products(graph, ranges, settings, precision) for precision in wanted)
 
 
 def _batches_of(images: Images | Iterable[Batch], size: int) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,20 +21,33 @@ from resvit_calibrate.images.image_set import Batch
 class Standing:
     """Where training stands; what a killed one needs beside its weights and optimiser."""
 
-    best: dict[str, Tensor]
-    """On the CPU."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The weights of the best score, on the CPU."""
     epoch: int = 0
     batch: int = 0
     """Batches of the epoch that are done."""
     step: int = 0
     stale: int = 0
-    """Looks at the held-out images since the best one."""
+    """Scores since the best one."""
     best_index: int = 0
     seconds: float = 0.0
     train_loss: float = 0.0
     train_steps: int = 0
     history: list[dict[str, float | int | None]] = field(default_factory=list)
     """All scores, as plain values."""
+    finite: bool = True
+    """Whether the loss was a finite number so far."""
+
+    def add(self, score: TrainingScore, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Append ``score``, and keep the weights that ``kept`` gives if they are the best so far."""
+        self.history.append(dataclasses.asdict(score))
+        self.train_loss, self.train_steps = 0.0, 0
+        if len(self.history) > 1:
+            best = self.history[self.best_index]["loss"]
+            if not score.loss < (best if best is not None and math.isfinite(best) else math.inf):
+                self.stale += 1
+                return
+        self.best, self.best_index, self.stale = kept(), len(self.history) - 1, 0
 
 
 def warmed_cosine(peak: float, warmup: float, progress: float) -> float:

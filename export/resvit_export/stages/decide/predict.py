@@ -68,14 +68,10 @@ class Predict(Stage[Predicted]):
 
     name: ClassVar[str] = "predict"
     artifact: ClassVar[type[Artifact]] = Predicted
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
 
     pricing: Pricing
     precisions: Mapping[str, Precision]
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads the graph."""
-        return ("onnx-ir",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the prices of both, and what that is worth."""

@@ -51,6 +51,7 @@ class Recover(Stage[Recovered]):
 
     name: ClassVar[str] = "recover"
     artifact: ClassVar[type[Artifact]] = Recovered
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx-ir")
 
     model: File
     ranges: File
@@ -60,11 +61,6 @@ class Recover(Stage[Recovered]):
     preprocess: Preprocess
     epochs: int
     seed: int
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What trains, and what writes the graph."""
-        return ("torch", "onnx-ir")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the trained model, its clips, and how it was trained."""

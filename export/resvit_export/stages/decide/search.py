@@ -81,16 +81,12 @@ class Search(Stage[Searched]):
 
     name: ClassVar[str] = "search"
     artifact: ClassVar[type[Artifact]] = Searched
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
 
     question: Question
     latency_budget: str | None
     confidence: float
     answers: Mapping[str, Answer]
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What reads the graph."""
-        return ("onnx-ir",)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write what was chosen, and everything that was looked at on the way."""

@@ -47,6 +47,7 @@ class Measure(Stage[Measured]):
 
     name: ClassVar[str] = "sensitivity"
     artifact: ClassVar[type[Artifact]] = Measured
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnx-ir", "onnxruntime")
 
     model: File
     ranges: File
@@ -59,28 +60,22 @@ class Measure(Stage[Measured]):
     task: TaskChoice
     seed: int
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What differentiates, and what runs the model."""
-        return ("torch", "onnx", "onnx-ir", "onnxruntime")
-
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the damage of every layer; a graph without gradients is refused unless the method is brute force."""
         from resvit_calibrate.answers.replay import FirstImages
         from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_quantize.graph.analysed import graph_from_onnx
         from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
         from resvit_quantize.sensitivity.task_loss import task_loss
 
-        ranges = load_ranges(self.ranges.path)
+        graph, ranges = graph_from_onnx(self.model.path), load_ranges(self.ranges.path)
         if self.method is Method.BRUTE_FORCE:
             few = self.images.first(self.count, 16)
-            damage = brute_force_sensitivity(
-                self.model.path, ranges, self.settings, few, reporter, precisions=self.precisions
-            )
+            damage = brute_force_sensitivity(graph, ranges, self.settings, few, reporter, precisions=self.precisions)
         else:
             loss = task_loss(self.task.task(), self.images)
             damage = measure_sensitivity(
-                self.model.path,
+                graph,
                 ranges,
                 self.settings,
                 self.images.first(self.count, 16) if loss is None else FirstImages(self.images, self.count).batches(16),

@@ -44,16 +44,12 @@ class Time(Stage[Timed]):
 
     name: ClassVar[str] = "times"
     artifact: ClassVar[type[Artifact]] = Timed
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir", "triton", "tensorrt")
 
     model: File
     target: Target
     way: str
     settings: BuildSettings
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """What writes the nodes, compiles their kernels, and builds."""
-        return ("onnx-ir", "triton", "tensorrt")
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Time them, and write which kinds are worth it."""

@@ -45,7 +45,7 @@ def distill(
     Raises ``ResvitError`` for fewer than 64 images, for a module that cannot read them or has nothing to train,
     for outputs that differ in number or shape, and for masks, features and labels that do not fit.
     """
-    from resvit_quantize.pruning.distill.training import Training
+    from resvit_quantize.pruning.distill.training import train
 
     count = len(images) if options.limit is None else min(options.limit, len(images))
     if count < FEWEST_IMAGES:
@@ -55,4 +55,4 @@ def distill(
         )
     if student is teacher:
         raise ResvitError("The student and the teacher are one and the same module.", "Prune a copy of the model.")
-    return Training(student, teacher, images, count, options, masks or {}, state_file, key, reporter).run()
+    return train(student, teacher, images, count, options, masks or {}, state_file, key, reporter)

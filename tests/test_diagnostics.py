@@ -14,7 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resvit_calibrate.ranges.clipping import clipped_shares, shares_from_statistics
 from resvit_calibrate.ranges.collect import collect_statistics
-from resvit_calibrate.ranges.diagnostics import Remark, RemarkKind, clipping_remarks, remarks_from_statistics, tell
+from resvit_calibrate.ranges.diagnostics import (
+    Diagnostic,
+    DiagnosticKind,
+    clipping_diagnostics,
+    diagnostics_from_statistics,
+    tell,
+)
 from resvit_calibrate.ranges.estimators import PRECISIONS, Estimator, amax_from
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
@@ -57,57 +63,59 @@ def images(count: int = 40, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, 4, 8, 8)).astype(np.float32)
 
 
-def remarks(model: Path, x: np.ndarray) -> dict[RemarkKind, Remark]:
+def diagnostics(model: Path, x: np.ndarray) -> dict[DiagnosticKind, Diagnostic]:
     batches = [{"input": x[start : start + 16]} for start in range(0, len(x), 16)]
-    return {remark.kind: remark for remark in remarks_from_statistics(collect_statistics(model, batches))}
+    return {
+        diagnostic.kind: diagnostic for diagnostic in diagnostics_from_statistics(collect_statistics(model, batches))
+    }
 
 
 def test_good_images_raise_no_doubt(tmp_path):
-    assert remarks(two_layers(tmp_path / "m.onnx"), images()) == {}
+    assert diagnostics(two_layers(tmp_path / "m.onnx"), images()) == {}
 
 
 def test_few_images_are_told_of(tmp_path):
     model = two_layers(tmp_path / "m.onnx")
-    found = remarks(model, images(31))
-    assert list(found) == [RemarkKind.FEW_IMAGES]
-    assert "31 images" in found[RemarkKind.FEW_IMAGES].text
-    assert "1 image;" in remarks(model, images(1))[RemarkKind.FEW_IMAGES].text
+    found = diagnostics(model, images(31))
+    assert list(found) == [DiagnosticKind.FEW_IMAGES]
+    assert "31 images" in found[DiagnosticKind.FEW_IMAGES].text
+    assert "1 image;" in diagnostics(model, images(1))[DiagnosticKind.FEW_IMAGES].text
 
 
 def test_dead_channels_are_counted(tmp_path):
     weight = np.eye(4, dtype=np.float32)
     weight[1], weight[2] = 0, 0
-    found = remarks(two_layers(tmp_path / "m.onnx", weight.reshape(4, 4, 1, 1)), images())
-    assert list(found) == [RemarkKind.DEAD_CHANNELS]
-    assert found[RemarkKind.DEAD_CHANNELS].tensor == "r"
-    assert "2 channels in 1 tensor" in found[RemarkKind.DEAD_CHANNELS].text
-    assert "'r' (2 of 4)" in found[RemarkKind.DEAD_CHANNELS].text
+    found = diagnostics(two_layers(tmp_path / "m.onnx", weight.reshape(4, 4, 1, 1)), images())
+    assert list(found) == [DiagnosticKind.DEAD_CHANNELS]
+    assert found[DiagnosticKind.DEAD_CHANNELS].tensor == "r"
+    assert "2 channels in 1 tensor" in found[DiagnosticKind.DEAD_CHANNELS].text
+    assert "'r' (2 of 4)" in found[DiagnosticKind.DEAD_CHANNELS].text
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_constants_are_named(tmp_path, value):
-    found = remarks(two_layers(tmp_path / "m.onnx"), np.full((40, 4, 8, 8), value, np.float32))
-    assert list(found) == [RemarkKind.CONSTANT]
-    assert "2 tensors" in found[RemarkKind.CONSTANT].text
-    assert f"{value:g} everywhere" in found[RemarkKind.CONSTANT].text
+    found = diagnostics(two_layers(tmp_path / "m.onnx"), np.full((40, 4, 8, 8), value, np.float32))
+    assert list(found) == [DiagnosticKind.CONSTANT]
+    assert "2 tensors" in found[DiagnosticKind.CONSTANT].text
+    assert f"{value:g} everywhere" in found[DiagnosticKind.CONSTANT].text
 
 
 def test_an_image_that_sets_the_ranges_alone_is_named(tmp_path):
     x = images()
     x[21, 2, 3, 3] = 90.0
-    found = remarks(two_layers(tmp_path / "m.onnx"), x)
-    assert list(found) == [RemarkKind.ONE_IMAGE]
-    assert "image 21 alone sets the range of 'r' and of 1 more: it reaches 90" in found[RemarkKind.ONE_IMAGE].text
+    found = diagnostics(two_layers(tmp_path / "m.onnx"), x)
+    assert list(found) == [DiagnosticKind.ONE_IMAGE]
+    assert "image 21 alone sets the range of 'r' and of 1 more: it reaches 90" in found[DiagnosticKind.ONE_IMAGE].text
     x[22, 2, 3, 3] = -60.0  # two such images are a part of the data
     # The Relu drops the second: behind that, one image stands alone still.
-    assert "range of 'r': it" in remarks(two_layers(tmp_path / "m.onnx"), x)[RemarkKind.ONE_IMAGE].text
+    assert "range of 'r': it" in diagnostics(two_layers(tmp_path / "m.onnx"), x)[DiagnosticKind.ONE_IMAGE].text
     x[22, 2, 3, 3] = 60.0
-    assert remarks(two_layers(tmp_path / "m.onnx"), x) == {}
+    assert diagnostics(two_layers(tmp_path / "m.onnx"), x) == {}
 
 
 def test_a_handful_is_said_and_the_rest_counted():
     listener = Listener()
-    many = [Remark(RemarkKind.ONE_IMAGE, "x", f"remark {i}") for i in range(8)]
+    many = [Diagnostic(DiagnosticKind.ONE_IMAGE, "x", f"remark {i}") for i in range(8)]
     tell(many, listener)
     assert listener.warnings[:5] == [f"remark {i}" for i in range(5)]
     assert len(listener.warnings) == 6
@@ -133,13 +141,13 @@ def test_validation_unlike_calibration_is_told_of_and_the_same_kind_is_not(tmp_p
     statistics = collect_statistics(model, [{"input": images(40)}])
     amax = {name: amax_from(statistics.tensors[name], Estimator.MSE, "int8") for name in ("input", "r")}
     known = shares_from_statistics(statistics, amax)
-    assert clipping_remarks(clipped_shares(model, amax, [{"input": images(40, 1)}]), known) == ()
-    (remark,) = clipping_remarks(clipped_shares(model, amax, [{"input": 3 * images(40, 1)}]), known)
-    assert remark.kind is RemarkKind.CLIPPED
-    assert "2 of 2 quantised tensors" in remark.text
+    assert clipping_diagnostics(clipped_shares(model, amax, [{"input": images(40, 1)}]), known) == ()
+    (diagnostic,) = clipping_diagnostics(clipped_shares(model, amax, [{"input": 3 * images(40, 1)}]), known)
+    assert diagnostic.kind is DiagnosticKind.CLIPPED
+    assert "2 of 2 quantised tensors" in diagnostic.text
     # What clips as much on calibration was chosen so.
-    assert clipping_remarks({"x": 0.05}, {"x": 0.04}) == ()
-    assert clipping_remarks({"x": 0.05}, {"x": 0.01})[0].tensor == "x"
+    assert clipping_diagnostics({"x": 0.05}, {"x": 0.04}) == ()
+    assert clipping_diagnostics({"x": 0.05}, {"x": 0.01})[0].tensor == "x"
 
 
 strange = st.one_of(
@@ -164,4 +172,4 @@ def test_a_scale_is_always_finite_and_positive(values, constant, precision, esti
     assert np.isfinite(scale)
     assert np.isfinite(scale.astype(np.float16))
     assert scale.astype(np.float16) > 0
-    remarks_from_statistics(Statistics({"x": statistics}, 1))
+    diagnostics_from_statistics(Statistics({"x": statistics}, 1))
