@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
-from resvit_export.recipe.recipe import Recipe
+from resvit_export.recipe.file import absolute, recipe_to_toml
+from resvit_export.recipe.recipe import SETTINGS, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from resvit_export.records.device import DeviceResult
     from resvit_export.records.verdict import VerdictRecord
     from resvit_export.run import Run
+    from resvit_export.run_folder import RunFolder
     from resvit_export.stage import Artifact
     from resvit_export.stages.device import RunOnDevice
     from resvit_export.to_onnx.report import ExportReport
@@ -104,11 +108,13 @@ class Built:
 
     @property
     def exit_code(self) -> ExitCode:
-        """What the command line returns."""
+        """What the command line returns: of the verdict, of what was refused behind it, of the device the worst."""
         allowed = self.pipeline.recipe.allow_rejected
-        code = ExitCode.OK if allowed and self.rejection is None else ExitCode.REJECTED
-        verdict = self.verdict.verdict.exit_code
-        code = code if verdict is ExitCode.REJECTED else verdict
+        code = self.verdict.verdict.exit_code
+        if self.rejection is not None:
+            code = self.rejection.code
+        elif allowed and code is ExitCode.REJECTED:
+            code = ExitCode.OK
         return max(code, self.device.exit_code(allow_rejected=allowed)) if self.device else code
 
 
@@ -126,6 +132,7 @@ def build(
     ``model`` is a module in memory, with its weights, or a name as ``--model`` takes it. ``settings`` are fields of
     :class:`Recipe`: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the gate does not
     accept is no error: see ``Built.verdict`` and ``Built.rejection``.
+    ``run`` is ``runs/MODEL`` where it is not said, with the name of the module's class.
 
     Raises:
         ResvitError: where model, data or a setting cannot be used, with the sentence that the command line prints.
@@ -134,17 +141,33 @@ def build(
     from resvit_export.run_folder import RunFolder
 
     module, name = (None, model) if isinstance(model, str) else (model, f"object:{type(model).__name__}")
-    recipe = Recipe(model=name, data=data, targets=(target,), **settings)
+    recipe = recipe_from_settings({"model": name, "data": data, "targets": (target,), **settings})
     folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
     with opened(recipe, folder, runs_for(recipe, folder, reporter, module)) as runs:
         return build_run(runs[0])
 
 
-@contextlib.contextmanager
-def opened(recipe: Recipe, folder: Any, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """The runs on their locked folder, with the recipe written down."""
-    from resvit_export.recipe.file import recipe_to_toml
+def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with these fields; paths are relative to the current folder, and stay where they were.
 
+    Raises:
+        ResvitError: for a setting that does not exist, and as :class:`Recipe`.
+    """
+    for name in settings:
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=3, cutoff=0.4)
+            raise ResvitError(
+                f"There is no setting '{name}'.",
+                f"Did you mean {', '.join(near)}?" if near else f"There are: {', '.join(SETTINGS)}.",
+            )
+    recipe = Recipe(**settings)
+    places = {name: absolute(item, getattr(recipe, name), Path.cwd()) for name, item in SETTINGS.items()}
+    return dataclasses.replace(recipe, **places)
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, folder: RunFolder, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+    """The runs on their locked folder, with the recipe written down."""
     with folder.locked():
         write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())
         yield runs

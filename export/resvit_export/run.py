@@ -60,7 +60,7 @@ class Sources:
                 input_shape=recipe.shape,
                 inputs=tuple(wish.input for wish in recipe.shape_wishes),
             )
-            self._network = NetworkSource(spec, self._module)
+            self._network = NetworkSource(spec, self._module, self.reporter)
         return self._network
 
     def require_images(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
-from resvit_engines.progress import Reporter
+from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -24,17 +23,18 @@ if TYPE_CHECKING:
 class NetworkSource:
     """The user's network, known by names, arguments and digests of files; loaded once, when a stage really needs it.
 
-    ``module`` is a network in memory, known by its graph and weights instead. Raises ``ResvitError`` where a file that
-    the specification names does not exist.
+    ``module`` is a network in memory, known by its graph and its weights instead, for which it is traced at once: a
+    forward's code and what a module holds beside its tensors leave no other mark. It is copied, and stays as it is.
+    Raises ``ResvitError`` where a file that the specification names does not exist, and as ``load_network``.
     """
 
-    def __init__(self, spec: ModelSpec, module: nn.Module | None = None) -> None:
+    def __init__(self, spec: ModelSpec, module: nn.Module | None = None, reporter: Reporter = SILENT) -> None:
         self.spec, self._module = spec, module
         self.identity = model_identity(spec)
-        if module is not None:
-            self.identity["weights"] = digest_of_module(module)
-        self.digest = sha256_bytes(canonical_json(self.identity))
         self._network: Network | None = None
+        if module is not None:
+            self.identity["program"] = self.network(reporter).digest
+        self.digest = sha256_bytes(canonical_json(self.identity))
 
     @property
     def from_onnx(self) -> bool:
@@ -83,18 +83,6 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     elif colon and head not in ("resvit", "timm", "object"):
         identity["source"] = _module_digest(head)
     return identity
-
-
-def digest_of_module(module: nn.Module) -> str:
-    """SHA-256 over what a module is made of and every tensor in it."""
-    import torch
-
-    digest = hashlib.sha256(repr(module).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _folder_digests(folder: Path) -> Mapping[str, str]:

@@ -1,0 +1,176 @@
+"""Building from Python: the guide's example as it stands, and what a caller can rely on."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomllib
+import torch
+from torch import nn
+
+from conftest import CHECKPOINT, ROOT
+from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export import Built, build
+from resvit_export.loading.source import NetworkSource
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.models.reference import resvit_model
+from resvit_export.recipe.recipe import Recipe
+
+FEW = {"validation_images": 600, "calibration_images": 64, "search": False}
+
+
+def example() -> str:
+    """The code of the guide's part "From Python", its cells one after the other."""
+    part = (ROOT / "docs" / "guide.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
+    return "\n".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL))
+
+
+def trained() -> nn.Module:
+    model = resvit_model("embed-nano")
+    model.load_state_dict(torch.load(CHECKPOINT, weights_only=True)["state_dict"])
+    return model
+
+
+@pytest.mark.whole
+def test_the_example_of_the_guide_runs(
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+) -> None:
+    (workspace / "notebook.py").write_text(example())
+    made = runpy.run_path(str(workspace / "notebook.py"))
+    built, again, said = made["built"], made["again"], capsys.readouterr().out
+
+    assert built.verdict.kind is VerdictKind.ACCEPTED
+    assert built.exit_code is ExitCode.OK
+    assert [row.stage for row in built.verdict.rows] == ["pytorch", "onnx float", "onnx int8"]
+    assert all(f"\n{row.stage}: top-1 0.9" in said for row in built.verdict.rows)
+    assert built.predicted.sentence in said
+    assert built.quantized.macs_share > 0.98
+    assert built.engine.bytes > 0
+    assert built.plan is None
+    assert built.device is None
+    assert built.folder == Path("runs/notebook")
+    assert built.bundle.suffix == ".resvit"
+    assert all(path.is_file() for path in (built.bundle, built.onnx, built.report))
+
+    names = ["fold", "export", "calibrate", "quantize", "validate", "predict", "compile", "audit", "bundle"]
+    assert [stage.stage for stage in built.stages] == names
+    assert not any(stage.reused for stage in built.stages)
+    assert all(stage.reused for stage in again.stages)
+    assert [stage.digest for stage in again.stages] == [stage.digest for stage in built.stages]
+
+    # By name and checkpoint, from stages that the command line did: the same network, bit for bit.
+    run = seeded("runs/named", "l4", stages=("fold", "export"))
+    named = build("resvit:embed-nano", "fashion-mnist", "l4", run=run, checkpoint=CHECKPOINT, **FEW)
+    assert named.stages[0].reused
+    assert not named.stages[2].reused
+    assert named.onnx.read_bytes() == built.onnx.read_bytes()
+    assert named.exported == built.exported
+
+
+@pytest.mark.whole
+def test_a_rejected_model_is_no_error(workspace: Path, seeded: Callable[..., str]) -> None:
+    """A network whose float form is right and whose ranges are not: calibrated on nothing but black images."""
+    import numpy as np
+
+    from resvit_calibrate.readers.fashion_mnist import read_split
+
+    images, labels = read_split("test")
+    black = np.zeros_like(images[:600])
+    np.savez("black.npz", images=black, labels=labels[:600], val_images=images[:600], val_labels=labels[:600])
+    built = build(trained(), "black.npz", "jetson-orin", plugins="off", **FEW)
+    assert built.verdict.kind is VerdictKind.REJECTED
+    assert built.rejection is not None
+    assert built.rejection.fix
+    assert (built.engine, built.plan, built.bundle) == (None, None, None)
+    assert built.report.is_file()
+    assert built.exit_code is ExitCode.REJECTED
+    assert built.folder == Path("runs/EmbedHybrid")
+    recipe = tomllib.loads((built.folder / "recipe.toml").read_text())
+    assert recipe["data"]["images"] == str(workspace / "black.npz"), "the recipe must hold from wherever it is read"
+
+
+class Scaled(nn.Module):
+    """What tells two of them apart is in no tensor and in no ``repr``."""
+
+    input_shape = (1, 28, 28)
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.factor, self.layer = factor, nn.Linear(784, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(images.flatten(1)) * self.factor
+        return out
+
+
+def digest(module: nn.Module) -> str:
+    return NetworkSource(ModelSpec(f"object:{type(module).__name__}"), module).digest
+
+
+def test_a_module_is_known_by_all_that_it_computes_and_stays_as_it_is() -> None:
+    module = Scaled(2.0).train().to(torch.float64)
+    assert digest(module) == digest(Scaled(2.0).to(torch.float64))
+    assert digest(Scaled(2.0)) != digest(Scaled(3.0))
+    assert module.training
+    assert module.layer.weight.dtype is torch.float64
+    module.layer.bias.data[0] += 1
+    assert digest(module) != digest(Scaled(2.0).to(torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "fix"),
+    [
+        ({"max_dorp": 0.5}, "no setting 'max_dorp'", "max_drop"),
+        ({"qqq": 1}, "no setting 'qqq'", "max_drop"),
+        ({"precision": "int4"}, "precision = 'int4' does not exist", "int8, fp8, fp16"),
+        ({"calibration_images": 0}, "calibration_images = 0 is out of range", "from 1"),
+        ({"search": "no"}, "search = 'no' is of the wrong type", "true or false"),
+        ({"checkpoint": "missing.pt"}, "missing.pt does not exist", "--checkpoint"),
+        ({"preprocess": {"meen": [0.5]}}, "preprocessing setting 'meen'", "mean"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_that_says_what_to_do(
+    workspace: Path, settings: dict[str, Any], problem: str, fix: str
+) -> None:
+    with pytest.raises(ResvitError) as caught:
+        build(Scaled(1.0), "fashion-mnist", "l4", **settings)
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+    assert caught.value.code is ExitCode.INPUT
+
+
+def test_an_unknown_target_and_data_are_errors_before_any_work(workspace: Path) -> None:
+    with pytest.raises(ResvitError, match="jetson-oren") as caught:
+        build(Scaled(1.0), "fashion-mnist", "jetson-oren")
+    assert "jetson-orin" in caught.value.fix
+    with pytest.raises(ResvitError, match="no-such-folder"):
+        build(Scaled(1.0), "no-such-folder", "jetson-orin")
+    assert not list(workspace.glob("runs/*/fold-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "rejection", "code"),
+    [
+        (ExitCode.OK, False, None, ExitCode.OK),
+        (ExitCode.OK, True, None, ExitCode.OK),
+        (ExitCode.OK, False, ExitCode.REJECTED, ExitCode.REJECTED),  # accepted, and not everything fused
+        (ExitCode.REJECTED, False, ExitCode.REJECTED, ExitCode.REJECTED),
+        (ExitCode.REJECTED, True, None, ExitCode.OK),
+        (ExitCode.REJECTED, True, ExitCode.REJECTED, ExitCode.REJECTED),
+        (ExitCode.UNDECIDED, False, None, ExitCode.UNDECIDED),
+        (ExitCode.UNDECIDED, True, None, ExitCode.UNDECIDED),
+    ],
+)
+def test_the_exit_code_of_a_build(kind: ExitCode, allowed: bool, rejection: ExitCode | None, code: ExitCode) -> None:
+    verdict = SimpleNamespace(verdict=SimpleNamespace(exit_code=kind))
+    pipeline: Any = SimpleNamespace(recipe=Recipe(allow_rejected=allowed), validated=SimpleNamespace(verdict=verdict))
+    error = ResvitError("Not everything fused.", "Leave it out.", rejection) if rejection else None
+    assert Built(pipeline, (), Path("report.html"), error).exit_code is code
