@@ -103,7 +103,7 @@ class Pipeline:
     @cached_property
     def folded(self) -> fold.Folded:
         """The network, pruned or whole, as one exported program, with what is exact to fold folded."""
-        refusals.require_torch(self.run.network)
+        refusals.require_torch(self.recipe)
         if not self.recipe.prunes:
             return self.do(fold.Fold(self.run.network))
         weights = self.retrained.weights if self.recipe.retrains else self.pruned.weights

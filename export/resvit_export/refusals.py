@@ -8,7 +8,6 @@ from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
-from resvit_export.loading.source import NetworkSource
 from resvit_export.recipe.choices import Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
@@ -92,9 +91,9 @@ def require_budget(recipe: Recipe) -> None:
         )
 
 
-def require_torch(network: NetworkSource) -> None:
+def require_torch(recipe: Recipe) -> None:
     """Refuse to fold a user's ONNX."""
-    if network.from_onnx:
+    if str(recipe.model).endswith(".onnx"):
         raise ResvitError(
             "An ONNX model has no fold stage: its graph is taken as it is.",
             "Start with 'export', or run 'build', which begins there by itself.",
