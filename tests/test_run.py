@@ -293,7 +293,9 @@ def test_a_graph_that_the_optimiser_breaks_runs_as_written(folder, monkeypatch) 
     monkeypatch.setattr(run, "open_onnx", broken)
     with open_runner(folder, MANIFEST, "onnxruntime") as runner:
         assert not runner.optimized
-    assert golden_check(folder, MANIFEST).sqnr_db > 60
+    sqnr_db = golden_check(folder, MANIFEST).sqnr_db
+    # None: not a bit differs.
+    assert sqnr_db is None or sqnr_db > 60
 
 
 def test_golden_outputs_pass(folder) -> None:
