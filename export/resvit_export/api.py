@@ -195,7 +195,9 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
     stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
     rejection: ResvitError | None = None
     try:
-        stages += [pipeline.compiled, pipeline.audited, pipeline.bundled]
+        for name in ("compiled", "audited", "bundled"):
+            # One by one: what is done before a refusal is shown.
+            stages.append(getattr(pipeline, name))
         if device is not None:
             stages.append(run.folder.do(_on_device(pipeline, device)))
     except ResvitError as error:
