@@ -66,6 +66,14 @@ def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) 
         stream.write(struct.pack(">II", 2049, len(labels)) + labels.astype(np.uint8).tobytes())
 
 
+shortened = pytest.mark.parametrize(
+    "limits",
+    [["--validation-images", "600", "--max-drop", "3"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["short", "full"],
+)
+"""For builds whose verdict is not the subject: on as many images as a wider limit needs, and as a user would build."""
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """A folder by name, filled by the first worker that asks for it and read by all of them; nobody writes there."""

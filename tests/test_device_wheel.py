@@ -43,7 +43,7 @@ def test_it_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     # The source of the plugin library is compiled on the device; what kernels took is read there, too.
     source = {f"plugin_source/{file.name}" for file in (ROOT / "engines/plugin").iterdir()}
     assert "plugin_source/resvit_plugins.cpp" in source
-    assert others == {"py.typed", "kernels/measured.json", *source}
+    assert others == {"py.typed", "kernels/measure/measured.json", *source}
 
 
 def test_it_requires_what_the_project_requires_of_a_device() -> None:

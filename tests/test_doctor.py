@@ -77,7 +77,7 @@ def test_a_broken_package_does_not_stop_the_other_checks(monkeypatch: pytest.Mon
     def broken() -> Any:
         raise RuntimeError("libfoo.so: cannot open shared object file\nmore")
 
-    monkeypatch.setattr("resvit_calibrate.runtime.runner.self_test", broken)
+    monkeypatch.setattr("resvit_calibrate.runtime.selftest.self_test", broken)
     names = by_name(examine())
     assert names["runtime"].state == "fail"
     assert names["runtime"].found == "RuntimeError: libfoo.so: cannot open shared object file"

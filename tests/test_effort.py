@@ -263,7 +263,7 @@ def test_a_range_serves_all_readers_of_a_tensor(tmp_path: Path) -> None:
         path = g.save(tmp_path / f"{name}.onnx", *outputs)
         statistics = collect_statistics(path, [{"input": images}])
         settings = replace(INT8, include=("fc*",))
-        plan = plan_quantization(path, ranges_from(statistics, "digest"), settings, statistics)
+        plan = plan_quantization(graph_from_onnx(path), ranges_from(statistics, "digest"), settings, statistics)
         channels = _widened_channels(analyse(network_from_onnx(path)), statistics)["input"]
         absmax = statistics.tensors["input"].absmax
         alone = [amax_for_output(channels, energy, "int8", absmax) for energy in energies]

@@ -223,8 +223,8 @@ def test_exported_heads_are_plain_and_right_at_any_batch(name, tmp_path):
 def test_loaded_networks_say_how_many_classes_they_tell_apart(tmp_path):
     for name, classes in (("fpn-nano-det", 4), ("embed-nano-seg", 7)):
         network = load_network(ModelSpec(f"resvit:{name}", model_args={"num_classes": classes}))
-        assert network.facts()["num_classes"] == classes
-        assert network.facts()["input_shape"] == [1, 96, 96]
+        assert network.num_classes == classes
+        assert network.input_shape == (1, 96, 96)
         assert network.preprocess.mean == (0.2860,)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import BEFORE_QUANTIZE
+from conftest import BEFORE_QUANTIZE, shortened
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.errors import ExitCode
@@ -129,14 +129,15 @@ def test_the_recipe_of_a_run_reproduces_it(
 
 
 @pytest.mark.whole
+@shortened
 def test_an_onnx_model_skips_the_torch_stages(
-    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
+    workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str], limits: list[str]
 ) -> None:
     seeded("runs/torch", "l4", stages=("fold", "export"))
     exported = result(capsys, "export", "--target", "l4", *MODEL[:4], "--run", "runs/torch")
     model = Path(str(exported["folder"])) / "model.onnx"
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
-    made = result(capsys, "build", "--model", str(model), "--target", "l4", "--data", "fashion-mnist", *normal)
+    made = result(capsys, "build", "--model", str(model), "--target", "l4", "--data", "fashion-mnist", *normal, *limits)
     assert [item["stage"] for item in made["stages"]][:2] == ["export", "calibrate"]  # type: ignore[attr-defined]
     verdict = stage(made, "validate")["results"]["verdict.json"]  # type: ignore[index]
     assert [item["stage"] for item in verdict["stages"]] == ["onnx float", "onnx int8"]
@@ -180,9 +181,12 @@ def test_too_few_images_are_undecided_and_the_number_needed_is_said(
 
 
 @pytest.mark.whole
-def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@shortened
+def test_a_baseline_at_chance_level_is_called_out(
+    workspace: Path, capsys: pytest.CaptureFixture[str], limits: list[str]
+) -> None:
     random = ["--model", "resvit:embed-nano", "--data", "fashion-mnist"]
-    found = result(capsys, "validate", "--target", "l4", *random, code=ExitCode.UNDECIDED)
+    found = result(capsys, "validate", "--target", "l4", *random, *limits, code=ExitCode.UNDECIDED)
     verdict = found["results"]["verdict.json"]  # type: ignore[index]
     assert verdict["chance_level"]
 
@@ -210,7 +214,10 @@ def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str], se
 
 
 @pytest.mark.whole
-def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@shortened
+def test_no_path_of_this_machine_travels(
+    workspace: Path, capsys: pytest.CaptureFixture[str], limits: list[str]
+) -> None:
     """Every way of naming data and model, looked for in all of the bundle's bytes."""
     from resvit_calibrate.readers.fashion_mnist import read_split
 
@@ -222,7 +229,7 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
     own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
     assert run(["keygen", "my.key", "-q"]) == 0
     own += ["--key", "my.key", "--timing-cache", "kept"]
-    made = result(capsys, "build", "--target", "l4", *own)
+    made = result(capsys, "build", "--target", "l4", *own, *limits)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
     (keyid,) = result(capsys, "inspect", str(made["bundle"]))["signed_by"]  # type: ignore[misc]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import BEFORE_QUANTIZE
+from conftest import BEFORE_QUANTIZE, shortened
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
@@ -128,6 +128,8 @@ def npz(path: str, **arrays: np.ndarray) -> str:
     return path
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_a_shape_that_does_not_fit(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["calibrate", *MODEL, "--preprocess", "size=32x32", "--data", "fashion-mnist"]
     assert "28x28" in said(capfd, *arguments, code=ExitCode.INPUT)
@@ -135,12 +137,16 @@ def test_a_shape_that_does_not_fit(workspace: Path, capfd: pytest.CaptureFixture
     assert "odd.npz" in said(capfd, "calibrate", *MODEL, "--data", odd, code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_a_data_set_with_one_class(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 28, 28), np.uint8)
     data = npz("one.npz", images=pixels, labels=np.zeros(64, np.int64))
     assert "class" in said(capfd, "validate", *MODEL, "--data", data, code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_a_truncated_data_file(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 28, 28), np.uint8)
     path = Path(npz("cut.npz", images=pixels, labels=np.arange(64) % 10))
@@ -162,6 +168,7 @@ def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFi
 
 
 @pytest.mark.whole
+@pytest.mark.usefixtures("exported")
 def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
     for index in range(330):
@@ -177,8 +184,9 @@ def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytes
 
 
 @pytest.mark.whole
+@shortened
 def test_an_onnx_with_external_data(
-    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str], limits: list[str]
 ) -> None:
     seeded("runs/torch", "jetson-orin", stages=("fold", "export"))
     assert run(["export", *MODEL, "--run", "runs/torch"]) == 0
@@ -187,7 +195,7 @@ def test_an_onnx_with_external_data(
     onnx.save(onnx.load(source), "big/m.onnx", save_as_external_data=True, location="m.onnx.data")
     assert Path("big/m.onnx.data").stat().st_size > 100_000
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
-    arguments = ["build", "--model", "big/m.onnx", "--target", "l4", "--data", "fashion-mnist", *normal]
+    arguments = ["build", "--model", "big/m.onnx", "--target", "l4", "--data", "fashion-mnist", *normal, *limits]
     assert run(arguments) == 0
     shutil.copy("big/m.onnx", "alone.onnx")
     assert "m.onnx.data" in said(capfd, "export", "--model", "alone.onnx", "--run", "runs/alone", code=ExitCode.INPUT)

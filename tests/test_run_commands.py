@@ -17,6 +17,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
 from resvit_engines.targets.table import Builder, find_target
 from resvit_export.cli.main import run as export_cli
+from resvit_export.stages import compile as compiling
 from resvit_export.tools import bench as benching
 from test_run import MANIFEST, by_numpy, pictures, small_model
 from test_signing import KEY
@@ -199,7 +200,7 @@ def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch
         return benching.open_onnx(small)
 
     monkeypatch.setattr(benching, "why_not_here", lambda *_, **__: None)
-    monkeypatch.setattr(benching, "build_engine", build)
+    monkeypatch.setattr(compiling, "build_engine", build)
     monkeypatch.setattr(benching, "open_engine", open_engine)
     runners, _ = benching._open_run(quantized_run, None, "auto", SILENT)
     assert list(runners) == ["FP16, unpruned", "FP16, pruned", "INT8, pruned"]

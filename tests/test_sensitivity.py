@@ -161,10 +161,10 @@ def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path)
     mean = g.op("Unsqueeze", g.op("ReduceMean", value, g.ints(1, 2, 3), keepdims=0), g.ints(1))
     model, x = g.save(tmp_path / "model.onnx", mean), images(6, 3, 8, 8)
     ranges = ranges_of(model, x)
-    product = quantizable_products(model, ranges, INT8, Precision.INT8).products["main/Conv"]
+    product = quantizable_products(graph_from_onnx(model), ranges, INT8, Precision.INT8).products["main/Conv"]
     assert {edge.node.name for edge in product.edges} == {"main/Conv", "add"}
-    fast = measure_sensitivity(model, ranges, INT8, [x], probes=1, precisions=("int8",))
-    slow = brute_force_sensitivity(model, ranges, INT8, [x], precisions=("int8",))
+    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x], probes=1, precisions=("int8",))
+    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, [x], precisions=("int8",))
     for one, two in zip(fast.layers, slow.layers, strict=True):
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=1e-2)
 

@@ -1,6 +1,6 @@
 """A compiled kernel as attributes of its node in the graph that TensorRT reads, and back.
 
-Both kinds of plugin get nothing but these: the ahead-of-time one in ``trt_plugins`` and the C++ library in
+Both kinds of plugin get nothing but these: the ahead-of-time one in ``trt.aot_plugins`` and the C++ library in
 ``engines/plugin``, which parses the same lists. All sizes are flat ``Extent``s (see ``kernels.launch``). No list is
 ever empty, since an ONNX attribute without values has no type.
 

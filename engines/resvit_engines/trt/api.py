@@ -2,8 +2,8 @@
 
 Imported by the builder's child process only. The module ``trt`` that the functions take is ``tensorrt`` or
 ``tensorrt_rtx_bindings``: their Python interfaces are the same but for the compute capabilities. Every name that is
-used here stands in ``trt_names``; ``trt_config`` holds what watches and speeds up a build, ``trt_engine`` the calls
-that read an engine, ``trt_runtime`` those that run it.
+used here stands in ``names``; ``config`` holds what watches and speeds up a build, ``engine`` the calls
+that read an engine, ``running`` those that run it.
 """
 
 from __future__ import annotations

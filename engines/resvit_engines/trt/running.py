@@ -1,6 +1,6 @@
-"""The calls into TensorRT that run an engine; ``trt_engine`` holds those that read it, ``trt_api`` those that build it.
+"""The calls into TensorRT that run an engine; ``engine`` holds those that read it, ``api`` those that build it.
 
-The same names in TensorRT 10.3 to 11.4 and in TensorRT for RTX; they stand in ``trt_names``.
+The same names in TensorRT 10.3 to 11.4 and in TensorRT for RTX; they stand in ``names``.
 """
 
 from __future__ import annotations
