@@ -43,6 +43,7 @@ def trained() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_example_of_the_guide_runs(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
