@@ -1,14 +1,13 @@
 """Reading a JSON object that was written elsewhere or long ago: every field against what it may be.
 
 A dataclass that is written to a file reads itself back with these (``from_json``), and nobody else reads its keys.
-Keys that a newer version added are not looked at. Imports the standard library and ``errors`` only, and reads on
-Python 3.8 too, as ``machine`` does.
+Keys that a newer version added are not looked at. Imports the standard library, ``errors`` and ``outside`` only, and
+reads on Python 3.8 too, as ``machine`` does.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import MAKE_AGAIN, json_from_outside, read_outside
 
 LARGEST = (1 << 53) - 1
 """The largest whole number that every reader of JSON takes for what it is."""
@@ -188,22 +188,16 @@ def record_from_bytes(data: bytes, where: str) -> Record:
     Raises:
         ResvitError: INPUT where it is none.
     """
-    try:
-        return Record(json.loads(data), where)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(f"{where} does not read: {error}.") from error
+    return Record(json_from_outside(data, where), where)
 
 
 def record_from_file(path: Path) -> Record:
     """Read a file that holds a JSON object.
 
     Raises:
-        ResvitError: INPUT where there is none.
+        ResvitError: INPUT where there is none, SYSTEM where it may not be read.
     """
-    try:
-        return record_from_bytes(path.read_bytes(), str(path))
-    except OSError as error:
-        raise _malformed(f"{path} cannot be read: {error.strerror}.") from error
+    return record_from_bytes(read_outside(path), str(path))
 
 
 def _is_whole(value: object, least: int = 0, most: int = LARGEST) -> bool:
@@ -220,4 +214,4 @@ def _shown(value: object) -> str:
 
 
 def _malformed(problem: str) -> ResvitError:
-    return ResvitError(problem, "It is damaged, or of another version: make it again with this one.")
+    return ResvitError(problem, MAKE_AGAIN)
