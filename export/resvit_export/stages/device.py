@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -21,7 +22,7 @@ from resvit_engines.machine import Machine
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target, version_of
 from resvit_export.records.device import DeviceResult
-from resvit_export.run_folder import RunFolder, record_in
+from resvit_export.run_folder import RunFolder, read_record
 from resvit_export.stage import Artifact, File, Stage, plain
 from resvit_export.stages.audit import Audit
 from resvit_export.stages.bundle import Signer
@@ -49,7 +50,7 @@ class OnDevice(Artifact):
     @functools.cached_property
     def result(self) -> DeviceResult:
         """What the device said, and the gate's verdict on its answers."""
-        return DeviceResult.from_json(self.json(RESULT))
+        return self.read(RESULT, DeviceResult.from_json)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ class RunOnDevice(Stage[OnDevice]):
 def newest_on_device(run: RunFolder, bundle: File) -> OnDevice | None:
     """The newest finished stage ``device`` of a bundle, on whatever device; None where there is none."""
     for folder in sorted(run.path.glob("device-*"), key=lambda path: path.stat().st_mtime, reverse=True):
-        record = record_in(folder)
-        if record is not None and record.value["bundle"] == plain(bundle):
-            return OnDevice(folder, record, reused=True)
+        with contextlib.suppress(ResvitError):
+            record = read_record(folder)
+            if record.value.get("bundle") == plain(bundle):
+                return OnDevice(folder, record, reused=True)
     return None
 
 
