@@ -15,7 +15,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 
@@ -33,7 +33,7 @@ _KINDS = (
 )
 
 
-def open_outside(path: Path, what: str = "") -> BinaryIO:
+def open_outside(path: Path, what: str = "") -> io.BufferedReader:
     """Open a plain file for reading in binary; never waits for somebody to write to it. ``what`` names it in errors.
 
     Raises:

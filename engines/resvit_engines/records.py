@@ -34,7 +34,7 @@ class Record:
     def __init__(self, fields: object, where: str, at: str = "") -> None:
         if not isinstance(fields, Mapping):
             what = f"{at} of {where}" if at else where
-            raise _malformed(f"{what} is {_shown(fields)}, and not an object of names and values.")
+            raise _malformed(f"{what} is {shown(fields)}, and not an object of names and values.")
         self._fields = fields
         self._where = where
         self._at = at
@@ -46,6 +46,13 @@ class Record:
             raise self.refusal(key, "a text")
         if choices is not None and value not in choices:
             raise self.refusal(key, f"one of {', '.join(sorted(choices))}")
+        return value
+
+    def line(self, key: str, pattern: str = "", most: int = 4000) -> str:
+        """A text of one line that can be printed as it is, which ``pattern`` fits as a whole where it is given."""
+        value = self.text(key)
+        if len(value) > most or not value.isprintable() or (pattern and not re.fullmatch(pattern, value)):
+            raise self.refusal(key, f"a text like {pattern}" if pattern else "a line of text")
         return value
 
     def flag(self, key: str) -> bool:
@@ -164,7 +171,7 @@ class Record:
         """The error for a field that is not what ``belongs`` there, to be raised."""
         if key not in self._fields:
             return _malformed(f"{self._where} does not say {self._path(key)}.")
-        found = _shown(self._fields[key])
+        found = shown(self._fields[key])
         return _malformed(f"{self._path(key)} of {self._where} is {found}, where {belongs} belongs.")
 
     def _value(self, key: str) -> Any:
@@ -208,7 +215,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for a sentence: as Python writes it, and not longer than a line."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
