@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -16,6 +17,8 @@ from typing import Any
 from resvit_engines.errors import ExitCode, ResvitError
 
 _CHUNK = 1 << 20
+MOST_TEXT = 16 << 20
+"""Bytes of a text that somebody wrote by hand."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -43,6 +46,35 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_text(path: Path, what: str, fix: str, most: int = MOST_TEXT) -> str:
+    """A text that somebody wrote by hand: UTF-8, with or without the mark that Windows' editors put first.
+
+    ``what`` names it in messages. Raises ``ResvitError`` for what is no file, is longer than ``most`` bytes, cannot be
+    read or is of another encoding, with ``fix`` where nothing more is known. ``FileNotFoundError`` is left to the caller.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ResvitError(f"{what} {path} is not a file.", fix)
+        with path.open("rb") as stream:
+            data = stream.read(most + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ResvitError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}.", fix) from error
+    if len(data) > most:
+        raise ResvitError(f"{what} {path} is longer than {most >> 20} MiB.", fix)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ResvitError(
+            f"{what} {path} is UTF-16, as Windows' PowerShell writes with `>`.",
+            "Save it as UTF-8: in an editor, or with `| Out-File -Encoding utf8`.",
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ResvitError(f"{what} {path} is not UTF-8: line {line} holds other bytes.", "Save it as UTF-8.") from error
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 from resvit_engines.audit.kernels import Kernel, onnx_layers
 from resvit_engines.errors import ResvitError
+from resvit_engines.files import read_text
 
 # Read in this order: BFloat16 holds "Float", and a format of FP8 may hold "INT8" as the width of its vectors.
 _TYPES = (
@@ -37,6 +38,8 @@ UNKNOWN_TYPE = ""
 _NO_KERNEL = frozenset({"noop", "signal", "wait", "constant"})
 _WRAPPED = re.compile(r"^(?:PWN|PWN_\w+|PointWise)\((.*)\)$")
 _PROFILE = re.compile(r" \[profile \d+\]$")
+_FIX_FILE = "Give the file that trtexec --exportLayerInfo wrote."
+_MOST = 1 << 30
 _FIX_DETAIL = (
     "Build with detailed profiling verbosity: 'trtexec --profilingVerbosity=detailed --exportLayerInfo=layers.json "
     "…', or config.profiling_verbosity = ProfilingVerbosity.DETAILED."
@@ -62,11 +65,9 @@ def layers_from_file(path: Path) -> EngineLayers:
         ResvitError: INPUT for a file that is missing, is no such JSON, or holds names only.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResvitError(
-            f"The layer file {path} cannot be read: {error}.", "Give the file that trtexec --exportLayerInfo wrote."
-        ) from error
+        text = read_text(path, "The layer file", _FIX_FILE, most=_MOST)
+    except FileNotFoundError as error:
+        raise ResvitError(f"The layer file {path} cannot be read: {error.strerror}.", _FIX_FILE) from error
     return layers_from_json(text, str(path))
 
 
@@ -79,7 +80,7 @@ def layers_from_json(text: str, name: str = "the layer information") -> EngineLa
     try:
         # Some versions write the separators of Metadata, control characters, as they are.
         document = json.loads(text, strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResvitError(f"{name} is not JSON: {error}.", "Write it with trtexec --exportLayerInfo.") from error
     layers = document.get("Layers") if isinstance(document, dict) else None
     if not isinstance(layers, list):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.files import read_text
 from resvit_engines.targets.table import Precision
 
 _FIX = 'Write {"device": "…", "layers": {"node name": {"fp16": microseconds, "int8": microseconds}}}.'
@@ -59,10 +60,10 @@ def measured_times_from_json(path: Path) -> MeasuredTimes:
         ResvitError: for a file that is missing, is no JSON, or holds anything but positive, finite times.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(path, "The measured times", _FIX))
     except FileNotFoundError as error:
         raise ResvitError(f"There are no measured times at {path}.", "Check --measured-times.") from error
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ResvitError(f"The measured times {path} cannot be read: {error}.", _FIX) from error
     if not isinstance(document, dict) or not isinstance(document.get("layers"), dict) or not document["layers"]:
         raise ResvitError(f"The measured times {path} name no layers.", _FIX)

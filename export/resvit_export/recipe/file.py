@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.files import read_text
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 from resvit_export.recipe.setting import Place, Setting
 
@@ -32,12 +33,11 @@ def recipe_from_toml(path: Path) -> Recipe:
     Raises ``ResvitError`` for a missing or malformed file, an unknown key or a value that its setting refuses.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_text(path, "The recipe", "Give a UTF-8 TOML file."))
     except FileNotFoundError as error:
         raise ResvitError(f"There is no recipe at {path}.", "Check the path given to --recipe.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResvitError(f"The recipe {path} cannot be read: {error}.", "Give a UTF-8 TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Beside TOMLDecodeError: a number of thousands of digits, a date that is none, brackets without end.
         raise ResvitError(f"The recipe {path} is not valid TOML: {error}.", "Mend that line.") from error
     return Recipe(**_settings_from_document(document, path))
 
