@@ -82,7 +82,7 @@ def test_any_bytes_give_a_value_or_one_kind_of_error(data: bytes) -> None:
         says = error.problem
     else:
         says = f"it does not read {json.dumps(value, allow_nan=False)}"
-    assert says.startswith("it does not read")
+    assert says.startswith(("it does not read", "it is "))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ Imports the standard library and ``errors`` only, and reads on Python 3.8 too, a
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -87,10 +88,16 @@ def text_from_outside(data: bytes, where: str, fix: str = MAKE_AGAIN) -> str:
     Raises:
         ResvitError: INPUT, with ``fix``, where it is none.
     """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ResvitError(
+            f"{where} is UTF-16, as Windows' PowerShell writes with `>`.",
+            "Save it as UTF-8: in an editor, or with `| Out-File -Encoding utf8`.",
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ResvitError(f"{where} does not read as UTF-8 text: {error.reason} at byte {error.start}.", fix) from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ResvitError(f"{where} is not UTF-8: line {line} holds other bytes.", fix) from error
 
 
 def json_from_outside(data: bytes, where: str, fix: str = MAKE_AGAIN) -> Any:
