@@ -21,7 +21,7 @@ ORDER = {
     "resvit_export": (
         "__main__", "cli", "tools", "api", "settle", "report", "report.sections", "report.layout",
         "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage", "records",
-        "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
+        "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
     ),
     "resvit_quantize": (
         "quantize", "rounding", "recovery", "sensitivity", "search", "pruning.distill", "pruning.sparsity",

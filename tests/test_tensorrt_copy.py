@@ -51,3 +51,25 @@ def test_without_attention_there_is_no_copy(tmp_path: Path) -> None:
     model = attention_model(tmp_path / "model.onnx", 20)
     assert not onnx_for_tensorrt(model, tmp_path / "copy.onnx")
     assert not (tmp_path / "copy.onnx").exists()
+
+
+def sampling_model(path: Path, mode: str) -> Path:
+    """GridSample of [1, 4, 8, 8] at [1, 5, 5] places, in the words of opset 20."""
+    infos = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, 4, 8, 8]), ("grid", [1, 5, 5, 2]), ("y", [1, 4, 5, 5]))
+    ]
+    node = onnx.helper.make_node("GridSample", ["x", "grid"], ["y"], name="sample", mode=mode)
+    graph = onnx.helper.make_graph([node], "graph", infos[:2], infos[2:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(("mode", "said"), [("linear", "bilinear"), ("cubic", "bicubic"), ("nearest", "nearest")])
+def test_tensorrt_reads_the_words_that_it_samples_by(tmp_path: Path, mode: str, said: str) -> None:
+    model = sampling_model(tmp_path / "model.onnx", mode)
+    assert onnx_for_tensorrt(model, tmp_path / "copy.onnx", find_target("jetson-orin")) is (mode != said)
+    if mode != said:
+        (node,) = ir.load(tmp_path / "copy.onnx").graph
+        assert node.attributes.get_string("mode") == said
+    assert not onnx_for_tensorrt(model, tmp_path / "none.onnx", find_target("l4"))  # of TensorRT for RTX

@@ -171,7 +171,7 @@ class Pipeline:
     def answered(self) -> dict[str, score.Answered]:
         """What all networks answer on the validation images, by stage; each image is decoded once."""
         pruned = self.pruned if self.recipe.prunes else None
-        return score.answers_of(self.run, self.questions, self.exported, pruned, self.model)
+        return score.answers_of(self.run, self.questions, self.exported, pruned, self.model, self.float_model)
 
     @cached_property
     def validated(self) -> gate.Validated:

@@ -27,6 +27,10 @@ behind the other, and how many dimensions each has; float32, the largest and the
 the tensors in ``by_row`` (a row is what lies under one index of the first axis)."""
 
 
+MASK = -1e30
+"""From here down a value in front of a softmax stands for minus infinity."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ObservedModel:
     """A model that measures itself, and what its measurements belong to."""
@@ -43,7 +47,7 @@ class ObservedModel:
     sampled: tuple[str, ...]
     """Tensors that leave a sample, in the order of the graph."""
     masked: frozenset[str]
-    """Measured tensors in which minus infinity is a mask: it is left out of their minimum."""
+    """Measured tensors in which minus infinity, or what stands for it, is a mask: left out of their minimum."""
     derived: dict[str, tuple[str, bool]]
     """Tensors not measured themselves: the measured one with the same values, and whether Relu came between."""
     producer: dict[str, str]
@@ -63,8 +67,8 @@ class ObservedModel:
         """Take minima [M], maxima [M] and sums [≤ M] out of the output VALUES, masks left out."""
         count, summed = len(self.measured), len(self.summed)
         low, high, sums = np.split(values[values.size - 2 * count - summed :], [count, 2 * count])
-        masked = np.array([name in self.masked for name in self.measured]) & np.isneginf(low)
-        masked_sums = np.array([name in self.masked for name in self.summed], bool) & np.isneginf(sums)
+        masked = np.array([name in self.masked for name in self.measured]) & (low <= MASK)
+        masked_sums = np.array([name in self.masked for name in self.summed], bool) & (sums <= MASK)
         return np.where(masked, high, low), high, np.where(masked_sums, 0.0, sums)
 
     def root(self, name: str) -> str:

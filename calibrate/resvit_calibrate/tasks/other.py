@@ -34,7 +34,7 @@ from resvit_engines.errors import ResvitError
 _IMAGES = 1024
 _BYTES = 256 << 20
 _MOST_DB = 100.0
-"""Where an image's outputs are equal or nearly so, its SQNR counts as this."""
+"""Outputs that are equal or nearly so have this SQNR."""
 SHAPE = (
     "The metric is called with the outputs of a batch, a dictionary of arrays by name, and what is known of its "
     "images (targets, else labels, else None); it returns one score for each image, [B], higher is better, "
@@ -44,12 +44,15 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class OtherOptions:
-    """``least_sqnr_db``: the SQNR that outputs must keep where there is no metric. 20 dB: noise of a tenth."""
+    """``least_sqnr_db``: the SQNR that outputs must keep where there is no metric.
+
+    20 dB is noise of a tenth on every image, or one image of a hundred that is noise alone.
+    """
 
     least_sqnr_db: float = 20.0
 
     def __post_init__(self) -> None:
-        require_between("other", "least_sqnr_db", self.least_sqnr_db, -100.0, _MOST_DB)
+        require_between("other", "least_sqnr_db", self.least_sqnr_db, 0.0, _MOST_DB)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ class Outputs(Answers):
 
 @dataclass(frozen=True, eq=False)
 class Nearness(Resampled):
-    """A comparison without a metric: ``drop`` is by how many dB the mean SQNR of an image misses the least one."""
+    """A comparison without a metric: ``drop`` is by how many dB the SQNR misses the least one."""
 
     least: float = 20.0
 
@@ -147,27 +150,34 @@ class Other(Task):
         return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays))
 
     def compare(self, reference: Outputs, candidate: Outputs, confidence: float = 0.95) -> Comparison:
-        """The mean of the user's scores and the interval of its fall; or the mean SQNR of an image and its interval."""
+        """The mean of the user's scores and the interval of its fall; or the SQNR and its interval.
+
+        There is one SQNR: -10 log10 of the mean over images of noise energy / signal energy, each image counting the
+        same and none more than one that is noise alone, of the output that fares worst. A mean of decibels would be
+        carried by images whose outputs are equal, at 100 dB each, and the energy of all together by the few with the
+        largest outputs; either can hide that half of the images are noise.
+        """
         require_same_images(True, reference, candidate)
         require_finite(reference.finite)
-        near = _per_image(reference.raw, candidate.raw)
+        noise = _noise_shares(reference.raw, candidate.raw)
+        sqnr = _decibels(noise.mean(axis=0)).min()
         common: dict[str, Any] = {
             "metric": self.metric,
             "confidence": confidence,
             "agreement": float(_cosine(reference.raw, candidate.raw)),
             "agreement_of": "the outputs' direction (cosine)",
-            "sqnr_db": reference.raw.sqnr_db(candidate.raw),
+            "sqnr_db": float(sqnr),
             "not_finite": int((~candidate.finite).sum()),
             "unit": self.unit,
         }
         if self.function is None:
-            mean, least = float(near.mean()), self.options.least_sqnr_db
-            draws = resampled(lambda weights: (weights @ near)[:, None] / len(near), len(near))[:, 0]
+            least, images = self.options.least_sqnr_db, len(noise)
+            draws = _decibels(resampled(lambda weights: (weights @ noise) / images, images)).min(axis=1)
             return Nearness(
-                images=len(near),
+                images=images,
                 reference={"SQNR": _MOST_DB},
-                candidate={"SQNR": mean},
-                drop=least - mean,
+                candidate={"SQNR": float(sqnr)},
+                drop=least - float(sqnr),
                 draws=least - draws,
                 worse=0,
                 better=0,
@@ -195,7 +205,7 @@ class Other(Task):
             words = [f"{self.metric} {value:.4g}" for value in candidate.scores]
             before, limit = [f"{self.metric} {value:.4g}" for value in reference.scores], 0.0
         else:
-            near = _per_image(reference.raw, candidate.raw)
+            near = _decibels(_noise_shares(reference.raw, candidate.raw).max(axis=1))
             apart, limit = self.options.least_sqnr_db - near, 0.0
             words, before = [f"SQNR {value:.1f} dB" for value in near], ["" for _ in near]
         return [
@@ -237,9 +247,9 @@ def _function(text: str) -> Callable[..., Any]:
     return function
 
 
-def _per_image(reference: Raw, candidate: Raw) -> Floats:
-    """SQNR of each image in dB, the lowest of its outputs, from -100 to 100; NaN counts as -100."""
-    lowest: Floats | None = None
+def _noise_shares(reference: Raw, candidate: Raw) -> Floats:
+    """Noise energy / signal energy of every image and output [N, outputs], from 0 to 1; NaN counts as 1."""
+    shares = []
     for name, clean in reference.outputs.items():
         theirs = candidate.outputs.get(name)
         if theirs is None or theirs.shape != clean.shape:
@@ -247,11 +257,14 @@ def _per_image(reference: Raw, candidate: Raw) -> Floats:
         wide = clean.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             noise = np.square(wide - theirs).sum(axis=1)
-            found = 10.0 * np.log10(np.square(wide).sum(axis=1) / noise)
-            found = np.where(noise == 0.0, _MOST_DB, np.nan_to_num(found, nan=-_MOST_DB))
-        found = np.clip(found, -_MOST_DB, _MOST_DB)
-        lowest = found if lowest is None else np.minimum(lowest, found)
-    return np.zeros(0) if lowest is None else np.asarray(lowest, np.float64)
+            share = np.where(noise == 0.0, 0.0, noise / np.square(wide).sum(axis=1))
+        shares.append(np.clip(np.nan_to_num(share, nan=1.0), 0.0, 1.0))
+    return np.stack(shares, axis=1)
+
+
+def _decibels(noise: Floats) -> Floats:
+    """Shares of noise as SQNR in dB, from 0 to 100."""
+    return -10.0 * np.log10(np.clip(noise, 10.0 ** (-_MOST_DB / 10.0), 1.0))
 
 
 def _cosine(reference: Raw, candidate: Raw) -> float:

@@ -33,7 +33,8 @@ class GoldenFiles:
     """Which file holds the golden images, which the output that is judged, and which the rest, by tensor name.
 
     ``inputs`` are read beside the images; ``outputs`` name all outputs of a network that has several, the judged one
-    with them. ``sets`` tells that the order of an output's rows means nothing.
+    with them. ``sets`` tells that the order of an output's rows means nothing. ``least_db`` is how near each
+    output must be, by name: the SQNR in dB of what moves from image to image.
     """
 
     input: str = "golden_input.npy"
@@ -41,6 +42,7 @@ class GoldenFiles:
     inputs: Mapping[str, str] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
     sets: bool = False
+    least_db: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -50,18 +52,20 @@ class GoldenFiles:
             **({"inputs": dict(self.inputs)} if self.inputs else {}),
             **({"sets": True} if self.sets else {}),
             **({"outputs": dict(self.outputs)} if self.outputs else {}),
+            **({"least_db": dict(self.least_db)} if self.least_db else {}),
         }
 
     @classmethod
     def from_json(cls, record: Record) -> GoldenFiles:
         """What :meth:`to_json` wrote."""
-        inputs, outputs = (record.optional(key, record.record) for key in ("inputs", "outputs"))
+        inputs, outputs, least = (record.optional(key, record.record) for key in ("inputs", "outputs", "least_db"))
         return cls(
             record.file_name("input"),
             record.file_name("output"),
             {name: inputs.file_name(name) for name in inputs.names} if inputs else {},
             {name: outputs.file_name(name) for name in outputs.names} if outputs else {},
             record.optional("sets", record.flag) or False,
+            {name: least.number(name, 0, 100) for name in least.names} if least else {},
         )
 
 

@@ -52,6 +52,19 @@ def sqnr_db(reference: Array, other: Array) -> float | None:
     return 20.0 * float(np.log10(max(signal, 1e-300) / noise))
 
 
+def moving_sqnr_db(reference: Array, other: Array) -> float | None:
+    """The same of what moves from image to image, [N, …] less its mean over the images.
+
+    None where ``other`` equals the reference, or nothing moves: a large part that all images share would hide noise.
+    """
+    true = reference.astype(np.float64)
+    still = true.mean(axis=0, keepdims=True)
+    moving, noise = float(np.linalg.norm(true - still)), float(np.linalg.norm(other.astype(np.float64) - true))
+    if noise == 0.0 or moving <= 1e-6 * float(np.linalg.norm(true)):
+        return None
+    return 20.0 * float(np.log10(moving / noise))
+
+
 def golden_arrays(folder: Path, golden: GoldenFiles | None) -> tuple[Array, Array]:
     """The golden images [N, C, H, W] of an unpacked bundle, and the outputs [N, …] that were validated.
 

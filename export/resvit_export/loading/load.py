@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.runtime.behaviour import coupled_error
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
@@ -25,12 +26,15 @@ from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.random_weights import draw_heads
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
+    COUPLED,
+    coupling_of,
     has_dynamic_batch,
     input_shape_of,
     inputs_of,
     output_names,
     output_shapes,
     program_from_module,
+    refuse_random_program,
     runner_from_program,
 )
 from resvit_export.models.config import HybridConfig
@@ -74,6 +78,7 @@ class Network:
             task_options=dict(self.task_options),
             inputs=self.inputs if len(self.inputs) > 1 else (),
             notes=self.notes,
+            coupled=COUPLED in self.notes,
         )
 
 
@@ -178,6 +183,12 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
             "Leave out --checkpoint and --model-arg.",
         )
     program = program_from_pt2(Path(spec.model))
+    output_shapes(program)
+    refuse_random_program(program, spec.model)
+    if (moved := coupling_of(program)) is not None:
+        raise coupled_error(
+            spec.model, moved, "Export it again for batch 1, without a dynamic shape, or mend its forward."
+        )
     require_finite({**program.constants, **program.state_dict}, spec.model)
     shape = input_shape_of(program)
     if spec.input_shape not in (None, shape):

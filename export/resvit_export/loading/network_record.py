@@ -16,6 +16,7 @@ class NetworkRecord:
     """(C, H, W) of its image, its classes and preprocessing where they are known, and what else it reads.
 
     ``inputs`` is empty for a network that reads one image alone. ``digest`` is over graph and weights.
+    ``coupled`` says that the images of a batch hang on each other, so that the network serves for batch 1 alone.
     """
 
     input_shape: tuple[int, int, int]
@@ -26,6 +27,7 @@ class NetworkRecord:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[NetworkInput, ...] = ()
     notes: tuple[str, ...] = ()
+    coupled: bool = False
 
     @property
     def images_per_call(self) -> int:
@@ -46,6 +48,7 @@ class NetworkRecord:
             **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
             "digest": self.digest,
             "notes": list(self.notes),
+            **({"coupled": True} if self.coupled else {}),
         }
 
     @classmethod
@@ -63,4 +66,5 @@ class NetworkRecord:
                 NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in document.get("inputs", ())
             ),
             notes=tuple(document["notes"]),
+            coupled=document.get("coupled", False),
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +17,15 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
+from resvit_calibrate.runtime.behaviour import couples_images, refuse_random
 from resvit_calibrate.runtime.runner import Runner, pieces
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
-from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order
-from resvit_export.loading.user_code import user_error
+from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
+from resvit_export.loading.user_code import left_out_note, tensors_alone, user_error
+
+COUPLED = "its answers depend on the other images of a batch; it is exported for batch 1"
 
 
 def program_from_module(
@@ -29,21 +34,46 @@ def program_from_module(
     """Export ``module`` in eval mode for images [B, C, H, W], B dynamic where the module allows; also notes.
 
     ``inputs`` are (C, H, W) of the only argument, or all inputs by the names of the forward's parameters. A module that
-    works for one batch size only is exported for batch 1, and a note says so. Raises ``ResvitError`` with the user's
-    own message and line where the forward raises or branches on values.
+    works for one batch size only, or whose images hang on each other, is exported for batch 1, and a note says so; so
+    does one of outputs that are left out, since they are no tensors. Raises ``ResvitError`` with the user's own message
+    and line where the forward raises or branches on values, and where two runs on one image differ.
     """
     module.eval()
     several = [item for item in inputs if isinstance(item, NetworkInput)]
     alone = None if several else tuple(size for size in inputs if isinstance(size, int))
-    try:
-        with torch.no_grad():
-            _call(module, *_examples(several, alone, 1))
-    except Exception as error:
-        raise _failing(error, several, alone) from error
+    with tensors_alone(module) as left_out:
+        try:
+            with torch.no_grad():
+                _call(module, *_examples(several, alone, 1))
+        except ResvitError:
+            raise
+        except Exception as error:
+            raise _failing(error, several, alone) from error
+        notes = left_out_note(left_out)
+        program, why = _exported(module, several, alone)
+        refuse_random_program(program, "The network")
+        try:
+            _refuse_random_module(module, several, alone)
+        except ResvitError:
+            raise
+        except Exception as error:
+            raise _failing(error, several, alone) from error
+    return program, (*notes, *why)
+
+
+def _exported(
+    module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """With a dynamic batch, unless the module has none or its images hang on each other; and a note where not."""
+    why = "the network works for one batch size only; it is exported for batch 1"
     try:
         program = _export(module, *_examples(several, alone, 2), dynamic=True)
         if has_dynamic_batch(program):
-            return program, ()
+            if coupling_of(program) is None:
+                return program, ()
+            why = COUPLED
+    except ResvitError:
+        raise
     except Exception as error:
         reason = str(error)
         if "data-dependent" in reason.lower() or "Could not guard" in reason:
@@ -52,7 +82,81 @@ def program_from_module(
         program = _export(module, *_examples(several, alone, 1), dynamic=False)
     except Exception as error:
         raise _not_exportable(error) from error
-    return program, ("the network works for one batch size only; it is exported for batch 1",)
+    return program, (why,)
+
+
+def coupling_of(program: ExportedProgram) -> float | None:
+    """How far an image's answers move with the other images of its batch (``couples_images``)."""
+    sets = any(node.target is torch.ops.aten.topk.default for node in program.graph.nodes)
+    batch = fixed_batch_of(program)
+    if drawing_nodes(program):
+        return None  # each run differs from the last; that is said by itself
+    return couples_images(runner_from_program(program), _drawn(program), batch=batch, sets=sets)
+
+
+def drawing_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The nodes that draw random numbers on which an output depends."""
+    reached: set[torch.fx.Node] = set()
+    pending = [program.graph.output_node()]
+    while pending:
+        node = pending.pop()
+        if node not in reached:
+            reached.add(node)
+            pending += node.all_input_nodes
+    return [node for node in program.graph.nodes if node in reached and _draws(node)]
+
+
+def _drawn(program: ExportedProgram) -> Callable[[int, np.random.Generator], Arrays]:
+    """What draws random inputs of a program."""
+    return functools.partial(random_feeds, inputs_of(program))
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target is torch.ops.aten.dropout.default:
+        return node.args[2] is True and float(node.args[1]) > 0.0  # type: ignore[arg-type]
+    return torch.Tag.nondeterministic_seeded in node.target.tags and not _never_draws(node)
+
+
+def _never_draws(node: torch.fx.Node) -> bool:
+    """Whether an operator that can draw numbers is told to draw none: attention with a dropout of 0."""
+    arguments = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+    arguments |= dict(zip(arguments, node.args, strict=False)) | dict(node.kwargs)
+    share = arguments.get("dropout_p", arguments.get("p"))
+    off = any(arguments.get(name) is False for name in ("train", "training"))
+    return off or (isinstance(share, (int, float)) and float(share) == 0.0)
+
+
+def refuse_random_program(program: ExportedProgram, name: str) -> None:
+    """Refuse a program that draws random numbers, with the line of the user's that does, where it is known.
+
+    Raises:
+        ResvitError: INPUT.
+    """
+    drawing = drawing_nodes(program)
+    where = ""
+    if drawing:
+        where = f": {drawing[0].target} draws random numbers"
+        lines = re.findall(r'File "(.*)", line (\d+), in \w+\n\s*(.*)', str(drawing[0].meta.get("stack_trace", "")))
+        where += f" ({Path(lines[-1][0]).name}, line {lines[-1][1]}: {lines[-1][2]})" if lines else ""
+    refuse_random(runner_from_program(program), _drawn(program), name, batch=fixed_batch_of(program) or 1, drawn=where)
+
+
+def _refuse_random_module(module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> None:
+    """Refuse a module that Python's or numpy's random numbers move: tracing makes constants of them."""
+    inputs = tuple(several) or (NetworkInput(IMAGE, alone or ()),)
+
+    def run(arrays: Arrays) -> Arrays:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = _call(module, (), tensors) if several else _call(module, tuple(tensors.values()), {})
+        leaves = torch.utils._pytree.tree_leaves(answer)
+        return {str(i): leaf.float().numpy() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+
+    with torch.random.fork_rng(devices=[]):
+        refuse_random(run, functools.partial(random_feeds, inputs), "The network")
 
 
 def has_dynamic_batch(program: ExportedProgram) -> bool:
@@ -90,10 +194,24 @@ def input_names(program: ExportedProgram) -> list[str]:
 
 
 def output_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
-    """Shapes of the outputs, symbolic sizes as text."""
+    """Shapes of the outputs, symbolic sizes as text.
+
+    Raises:
+        ResvitError: INPUT where an output is no tensor with one entry for each image.
+    """
     outputs = program.graph.output_node().args[0]
     assert isinstance(outputs, (tuple, list))
-    return [tuple(_known(size) for size in node.meta["val"].shape) for node in outputs]
+    shapes = []
+    for number, node in enumerate(outputs):
+        value = node.meta.get("val") if isinstance(node, torch.fx.Node) else node
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            told = "a single number" if isinstance(value, torch.Tensor) else f"{value!r}, no tensor"
+            raise ResvitError(
+                f"Output {number} of the program is {told}: there is no entry for each image.",
+                "Export it again from a module that returns tensors [B, …] alone.",
+            )
+        shapes.append(tuple(_known(size) for size in value.shape))
+    return shapes
 
 
 def output_names(program: ExportedProgram) -> list[str]:

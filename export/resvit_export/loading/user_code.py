@@ -1,11 +1,17 @@
-"""Errors in the code that a user brought: whose line it was, and what to say of it."""
+"""The code that a user brought: whose line an error came from, and what a network returns, brought to tensors alone."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from resvit_engines.errors import ResvitError
 
@@ -31,3 +37,68 @@ def _is_library(filename: str) -> bool:
         or path.is_relative_to(_TORCH)
         or ("importlib" in path.parts or "contextlib.py" in path.parts)
     )
+
+
+@contextlib.contextmanager
+def tensors_alone(module: nn.Module) -> Iterator[list[str]]:
+    """Let ``module`` return its tensors alone, in their own structure; gives what is left out, by place.
+
+    The list is that of the last call. Raises ``ResvitError`` from the call where nothing is left.
+    """
+    forward, left_out = module.forward, []  # type: ignore[var-annotated]
+
+    @functools.wraps(forward)
+    def pruned(*args: Any, **kwargs: Any) -> Any:
+        left_out.clear()
+        answer = _pruned(forward(*args, **kwargs), "", left_out)
+        if answer is None:
+            raise ResvitError(
+                f"The network returns no tensor with an entry for each image ({', '.join(left_out) or 'nothing'}).",
+                "Let its forward return tensors [B, …].",
+            )
+        return answer
+
+    own = "forward" in vars(module)
+    module.forward = pruned
+    try:
+        yield left_out
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+def left_out_note(left_out: list[str]) -> tuple[str, ...]:
+    """What to say of it."""
+    return (f"left out of the outputs, since they are no tensors [B, …]: {', '.join(left_out)}",) if left_out else ()
+
+
+def _pruned(value: Any, place: str, left_out: list[str]) -> Any:
+    """``value`` without what is no tensor, the very object where it is tensors alone; None where nothing is left."""
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value
+    fields = getattr(value, "_fields", None)
+    if isinstance(value, Mapping) or fields:
+        items = dict(zip(fields, value, strict=True)) if fields else dict(value)
+        kept = {key: _pruned(item, f"{place}.{key}" if place else str(key), left_out) for key, item in items.items()}
+        kept = {key: item for key, item in kept.items() if item is not None}
+        if kept and all(key in kept and kept[key] is item for key, item in items.items()):
+            return value
+        return (OrderedDict(kept) if isinstance(value, OrderedDict) else kept) or None
+    if isinstance(value, (list, tuple)):
+        parts = [_pruned(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]
+        if parts and all(part is item and part is not None for part, item in zip(parts, value, strict=True)):
+            return value
+        left = [part for part in parts if part is not None]
+        return (left if isinstance(value, list) else tuple(left)) or None
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.Tensor, torch.SymInt, torch.SymFloat)):
+        left_out.append(f"{place or 'the answer'} ({_told(value)})")
+        return None
+    return value
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "a single number"
+    return "None" if value is None else f"{type(value).__name__} {str(value)[:20]}"

@@ -117,7 +117,7 @@ class Audit(Stage[Audited]):
         builder = self.target if engine is not None else proxy_target(self.target)
         model, copy = scratch / "model.onnx", scratch / TENSORRT_COPY
         self.half.write(model)
-        model = copy if onnx_for_tensorrt(model, copy) else model
+        model = copy if onnx_for_tensorrt(model, copy, builder) else model
         try:
             return build_engine(model, scratch / "fp16.plan", builder, self.settings, reporter).kernels, ""
         except ResvitError as error:

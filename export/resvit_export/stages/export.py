@@ -60,6 +60,13 @@ class Export(Stage[Exported]):
         from resvit_export.loading.pt2 import program_from_pt2
         from resvit_export.to_onnx.export import onnx_from_program
 
+        if self.network.coupled and self.batch != 1:
+            raise ResvitError(
+                "The network's answers for an image depend on the other images of its batch, and "
+                f"{'a dynamic batch' if self.batch is None else f'batch {self.batch}'} was asked for. A view with a "
+                "hard-coded batch of 1, or statistics over the batch, do this.",
+                "Build it for --batch 1, or mend its forward.",
+            )
         with quiet_libraries():
             program = program_from_pt2(self.program.path)
             report = onnx_from_program(program, folder / MODEL, opset=self.opset, batch=self.batch)

@@ -6,6 +6,7 @@ image is decoded once; what is there already, from another target or another lim
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.npz"
 GOLDEN = "golden.json"
-GOLDEN_IMAGES = 4
-"""Images that travel with the bundle, with the outputs that were validated."""
+_CHECKED_IMAGES = 4
+"""Images on which ONNX Runtime's optimised graph is held against the graph as written."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,17 @@ class Scored(Answered):
 
 @dataclass(frozen=True)
 class AskQuantized(Asked):
-    """What the ONNX that ships predicts. ``sets`` says that the graph selects its answers."""
+    """What the ONNX that ships predicts. ``sets`` says that the graph selects its answers.
+
+    ``floating`` is what was quantised: how far the two are apart tells how near an engine must come.
+    """
 
     name: ClassVar[str] = "score"
     artifact: ClassVar[type[Artifact]] = Scored
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     model: File
+    floating: File
     label: str
     sets: bool
 
@@ -191,15 +196,18 @@ class AskQuantized(Asked):
         Writes golden images and outputs on the way.
         """
         from resvit_calibrate.answers.classes import INPUT
-        from resvit_calibrate.runtime.runner import checked_runner
+        from resvit_calibrate.runtime.runner import checked_runner, onnx_runner
         from resvit_calibrate.runtime.selftest import runtime_note, self_test
+        from resvit_export.golden_choice import CHOSEN_AMONG, choose_golden
 
         self_test()
-        feeds = next(self.questions.images.batches(GOLDEN_IMAGES)).feeds(INPUT)
-        runner, remark = checked_runner(self.model.path, feeds, sets=self.sets)
+        feeds = next(self.questions.images.batches(CHOSEN_AMONG)).feeds(INPUT)
+        few = {name: value[:_CHECKED_IMAGES] for name, value in feeds.items()}
+        runner, remark = checked_runner(self.model.path, few, sets=self.sets)
         if remark:
             reporter.warn(remark)
-        golden = write_golden(folder, feeds, runner(feeds), self.sets)
+        feeds, least = choose_golden(feeds, runner, onnx_runner(self.floating.path), sets=self.sets)
+        golden = dataclasses.replace(write_golden(folder, feeds, runner(feeds), self.sets), least_db=least)
         document = {"files": golden.to_json(), "note": f"{runtime_note()} {remark}".strip()}
         (folder / GOLDEN).write_bytes(pretty_json(document))
         return runner
@@ -223,13 +231,13 @@ def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = Fals
 
 
 def answers_of(
-    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File
+    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File, floating: File
 ) -> dict[str, Answered]:
     """What every network of a run answers, by stage: what is there is read, the rest is asked together."""
     asked: list[Asked] = [AskFloat(questions, exported.model)]
     asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
     asked += [AskPruned(questions, pruned.program)] if pruned else []
-    asked.append(AskQuantized(questions, model, run.label, exported.report.selects_rows))
+    asked.append(AskQuantized(questions, model, floating, run.label, exported.report.selects_rows))
     artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
     return {artifact.stage: artifact for artifact in artifacts}
 

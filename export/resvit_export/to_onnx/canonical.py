@@ -8,18 +8,18 @@ import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
+import onnx_ir.passes.common
 
 from resvit_export.loading.inputs import IMAGE
-from resvit_export.to_onnx.constant_islands import bound_stand_ins, fold_islands
-from resvit_export.to_onnx.einsums import spell_out_einsums
+from resvit_export.to_onnx import optimizer
 from resvit_export.to_onnx.packed_heads import split_along_heads
+from resvit_export.to_onnx.stand_ins import bound_stand_ins
 
 MODULE = "module"
 """Key of a node's metadata that holds the dotted path of the module it came from."""
 
 BATCH = "batch"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_SAME_SIZE = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast")
 
 
 def fix_batch(model: ir.Model, batch: int) -> None:
@@ -35,26 +35,15 @@ def fix_batch(model: ir.Model, batch: int) -> None:
 
 def infer_shapes(model: ir.Model) -> None:
     """Fill in the shapes of inner values that nobody has stated."""
-    import onnx_ir.passes.common
-
-    onnx_ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def optimize(model: ir.Model) -> None:
-    """Fold constants and shapes, drop identities and whatever nothing reads; spell out Einsum."""
-    import onnxscript.optimizer
-
-    onnxscript.optimizer.optimize_ir(
-        model,
-        onnx_shape_inference=True,
-        # Transposed weights of any size are folded; what grows (an expanded token) keeps the library's limits.
-        should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
-    )
-    infer_shapes(model)
-    if spell_out_einsums(model):
+    """Fold constants and shapes, drop identities and whatever nothing reads; no answer moves by more than rounding."""
+    for one in optimizer.passes():
+        one(model)
         infer_shapes(model)
-    if fold_islands(model):
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
     bound_stand_ins(model)
     pad_in_max_pool(model)
     split_along_heads(model)
@@ -242,10 +231,6 @@ def _free_batch(graph: ir.Graph) -> set[str]:
         for size in list(value.shape)[:1]
         if isinstance(size, ir.SymbolicDim) and size.value
     }
-
-
-def _reads_constants(node: ir.Node) -> bool:
-    return all(value is None or value.const_value is not None for value in node.inputs)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -15,7 +15,6 @@ import onnx_ir as ir
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 _LARGEST = 64 << 20
 """Bytes of a constant; what is larger stays computed."""
-_HUGE, _BOUND = 1e30, 30_000.0
 _SIZES = (2, 3)
 """Batches at which a value must be one image's value repeated, to be taken as the same for every image."""
 
@@ -48,24 +47,6 @@ def drop_idle_masks(model: ir.Model) -> int:
         result.replace_all_uses_with(taken)
         model.graph.remove(node, safe=True)
         count += 1
-    return count
-
-
-def bound_stand_ins(model: ir.Model) -> int:
-    """Bring what stands for infinity in a constant (the largest float) to what FP16 can add to; returns how many.
-
-    RT-DETR's anchors outside the image, and masks, are such: behind them is a sigmoid or a softmax, for which 30,000
-    is as good. Parity with the original is measured afterwards, as for every other rewrite.
-    """
-    count = 0
-    for value in model.graph.initializers.values():
-        if value.const_value is None or value.const_value.dtype is not ir.DataType.FLOAT:
-            continue
-        array = value.const_value.numpy()
-        huge = np.isfinite(array) & (np.abs(array) >= _HUGE)
-        if huge.any():
-            value.const_value = ir.tensor(np.where(huge, np.sign(array) * _BOUND, array).astype(np.float32))
-            count += 1
     return count
 
 

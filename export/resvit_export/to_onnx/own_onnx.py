@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_random
 from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
-from resvit_export.loading.inputs import IMAGE, ShapeWish, in_order
+from resvit_export.loading.inputs import IMAGE, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.report import (
@@ -42,9 +45,10 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     folded. ``wishes`` say sizes that the file leaves open. The copy's outputs are compared with the original's on
     random images.
 
-    Raises ``ResvitError`` for a damaged or invalid file, external data outside its folder, a model that is
-    quantised or in half precision already, operators outside ONNX, control flow that stays after folding, no
-    image among the inputs, sizes that are not fixed, and NaN in the weights.
+    Raises ``ResvitError`` for a network that is random or whose images hang on each other; for a damaged or invalid
+    file, external data outside its folder, a model that is quantised or in half precision already, operators outside
+    ONNX, control flow that stays after folding, no image among the inputs, sizes that are not fixed, and NaN in the
+    weights.
     """
     proto = _load(path)
     _refuse_foreign(proto, path)
@@ -65,14 +69,20 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     write_model(model, out)
     batch, *shape = shape_of(model.graph.inputs[0])
     batches = (batch,) if isinstance(batch, int) else (1, 2)
-    original = onnx_runner(path)
+    session, inputs, sets = onnx_runner(path), inputs_of_graph(model), selects_rows(model)
+
+    def original(arrays: Arrays) -> Arrays:
+        return session({name: arrays[ours] for name, ours in own.items()})
+
+    draw = functools.partial(random_feeds, inputs)
+    refuse_random(original, draw, path.name, batch=batches[0])
+    moved = couples_images(original, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
+    if moved is not None:
+        raise coupled_error(
+            path.name, moved, "Export it again for batch 1, without a dynamic axis, or mend its forward."
+        )
     parity = measure_parity(
-        lambda arrays: original({name: arrays[ours] for name, ours in own.items()}),
-        onnx_runner(out),
-        inputs_of_graph(model),
-        batches,
-        what=f"{path.name} in canonical form",
-        sets=selects_rows(model),
+        original, onnx_runner(out), inputs, batches, what=f"{path.name} in canonical form", sets=sets
     )
     report = report_of(model, out, parity, batches, notes)
     classes = report.outputs[0][1][1] if single == "logits" else None

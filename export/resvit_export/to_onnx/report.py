@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.parity import Difference, differences, flat_differences, moved_between_runs
 from resvit_calibrate.runtime.runner import Runner
+from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 from resvit_export.loading.inputs import NetworkInput, random_feeds
@@ -25,6 +26,26 @@ _TYPES = {
 
 EXTERNAL_ABOVE = int(1.8e9)
 """Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
+
+
+FLAT_IMAGES = (
+    ("zeros", 0.0, 0.0),
+    ("ones", 1.0, 1.0),
+    ("-2", -2.0, -2.0),
+    ("3", 3.0, 3.0),
+    ("0 on the left and 255 on the right", 0.0, 255.0),
+    ("-2 on the left and 3 on the right", -2.0, 3.0),
+)
+"""What black and white are after the usual preprocessings: title, left half, right half."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest (absolute, relative) difference on random images, and what is to be said of flat ones."""
+
+    absolute: float
+    relative: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class ExportReport:
 def report_of(
     model: ir.Model,
     path: Path,
-    parity: tuple[float, float],
+    parity: Parity,
     batches: Sequence[int],
     notes: Sequence[str] = (),
 ) -> ExportReport:
@@ -102,15 +123,15 @@ def report_of(
         opset=model.opset_imports[""],
         nodes=len(model.graph),
         operators=dict(sorted(operators.items())),
-        parity_max_abs=parity[0],
-        parity_max_rel=parity[1],
+        parity_max_abs=parity.absolute,
+        parity_max_rel=parity.relative,
         parity_batches=tuple(batches),
         input=(str(model.graph.inputs[0].name), shape_of(model.graph.inputs[0])),
         inputs=inputs_of_graph(model) if len(model.graph.inputs) > 1 else (),
         outputs=tuple((str(value.name), shape_of(value)) for value in model.graph.outputs),
         parameters=sum(t.size for t in floats if t.dtype.is_floating_point()),
         bytes=sum(file.stat().st_size for file in files if file.exists()),
-        notes=tuple(notes),
+        notes=(*notes, *parity.notes),
     )
 
 
@@ -196,32 +217,77 @@ def measure_parity(
     what: str,
     sets: bool = False,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Compare on random inputs of b images for every b of ``batches``: largest (absolute, relative) difference.
+) -> Parity:
+    """Compare on random inputs of b images for every b of ``batches``, and on images without content.
 
-    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.runtime.parity``), and for outputs that
-    are not finite.
+    Those are black, white and beyond, and half of each: where an epsilon was lost, they divide by zero.
+
+    Raises ``ResvitError`` for differences beyond rounding (``resvit_calibrate.runtime.parity``), and for outputs of
+    random images that are not finite; that of a flat image is a note.
     """
     random = np.random.default_rng(seed)
     absolute = relative = 0.0
     for batch in batches:
         feeds = random_feeds(inputs, batch, random)
         for name, found in differences(reference, candidate, feeds, sets=sets).items():
+            if found.shapes[0] != found.shapes[1]:
+                raise _translated_wrongly(
+                    f"{what}: output {name} is {list(found.shapes[1])} for {list(found.shapes[0])} in the original"
+                )
             if not found.finite:
                 raise ResvitError(
-                    f"{what}: output {name} is {list(found.shapes[1])} for {list(found.shapes[0])} in the original, "
-                    f"whose largest value on random images is {found.largest}.",
-                    "A network that overflows on normal images cannot be exported; otherwise please report this.",
+                    f"{what}: the original gives {found.largest} in output {name} on random images.",
+                    "Look for a division by zero, a logarithm or root of negative numbers, or weights that overflow.",
                 )
             if not found.same:
-                raise ResvitError(
-                    f"{what}: output {name} differs by {found.error:.3g} from the original (batch {batch}, largest "
-                    f"value {found.largest:.3g}).",
-                    "An operator was translated wrongly; please report this with the model's name.",
-                    ExitCode.BUG,
-                )
+                _blame(reference, feeds, what, name, found, batch)
             absolute, relative = max(absolute, found.error), max(relative, found.error / max(found.largest, 1e-6))
-    return absolute, relative
+    return Parity(absolute, relative, _flat_images(reference, candidate, inputs, what, sets))
+
+
+def _flat_images(
+    reference: Runner, candidate: Runner, inputs: Sequence[NetworkInput], what: str, sets: bool
+) -> tuple[str, ...]:
+    """Compare on images of one or two values; returns what to say of those for which the original is not finite."""
+    feeds = random_feeds(inputs, len(FLAT_IMAGES), np.random.default_rng(0))
+    image = feeds[inputs[0].name]
+    for row, (_, left, right) in enumerate(FLAT_IMAGES):
+        image[row], image[row, ..., image.shape[-1] // 2 :] = left, right
+    found = flat_differences(reference, candidate, feeds, sets=sets)
+    if found.wrong:
+        if moved_between_runs(reference, feeds):
+            raise _random(what)
+        row, why = min(found.wrong.items())
+        raise _translated_wrongly(f"{what}: on an image of {FLAT_IMAGES[row][0]}, {why}")
+    said = "the network itself, before any conversion, gives NaN or infinity on an image of"
+    return (f"{said} {', of '.join(FLAT_IMAGES[row][0] for row in sorted(found.broken))}",) if found.broken else ()
+
+
+def _blame(reference: Runner, feeds: Arrays, what: str, name: str, found: Difference, batch: int) -> NoReturn:
+    """Say whose fault a difference is: the network's, where it differs from itself, or is moved as far by rounding."""
+    if moved_between_runs(reference, feeds):
+        raise _random(what)
+    told = f"{what}: output {name} differs by {found.error:.3g} from the original (batch {batch}, largest value "
+    if found.chaotic:
+        raise ResvitError(
+            f"{told}{found.largest:.3g}), and rounding the image alone moves the original by {found.moved:.3g}.",
+            "A network that rounding moves so far cannot be converted and checked: look for a division by nearly "
+            "nothing, or scores that are all but equal in front of a selection.",
+        )
+    raise _translated_wrongly(f"{told}{found.largest:.3g})")
+
+
+def _random(what: str) -> ResvitError:
+    return ResvitError(
+        f"{what}: the original is random: two runs on one image differ.",
+        "Leave out what draws random numbers when it answers, such as a dropout in training mode.",
+    )
+
+
+def _translated_wrongly(told: str) -> ResvitError:
+    return ResvitError(
+        f"{told}.", "An operator was translated wrongly; please report this with the model's name.", ExitCode.BUG
+    )
 
 
 def selects_rows(model: ir.Model) -> bool:

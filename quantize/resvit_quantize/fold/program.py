@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.parity import differences, moved_between_runs
 from resvit_calibrate.runtime.runner import Runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
@@ -138,6 +138,18 @@ def _difference(before: ExportedProgram, after: ExportedProgram, seed: int) -> t
             raise ResvitError(
                 f"The network itself, before any folding, gives NaN or infinity in output {index} on random images.",
                 "Look for a division by zero, a logarithm or root of negative numbers, or weights that overflow.",
+            )
+        if not found.same and moved_between_runs(runner(before), feeds):
+            raise ResvitError(
+                f"The network is random: two runs on one image differ in output {index}.",
+                "Leave out what draws random numbers when it answers: F.dropout needs training=self.training.",
+            )
+        if found.chaotic:
+            raise ResvitError(
+                f"Rounding alone moves output {index} by {found.moved:.3g} (its largest value is {found.largest:.3g}), "
+                f"and folding by {found.error:.3g}.",
+                "A network that rounding moves so far cannot be converted and checked: look for a division by nearly "
+                "nothing, or scores that are all but equal in front of a selection.",
             )
         if not found.same:
             raise ResvitError(

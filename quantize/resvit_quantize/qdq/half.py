@@ -15,10 +15,8 @@ import onnx_ir as ir
 
 from resvit_quantize.graph.network import add_initializer, all_nodes, constant, infer_types
 from resvit_quantize.graph.schema import Slots, half_slots, holds_graph, is_float, is_opaque
+from resvit_quantize.qdq.guards import FP16_MAX, FP16_TINY, guarded_nodes
 
-FP16_MAX = 65504.0
-FP16_TINY = 2.0**-14
-"""The smallest normal FP16 number; below it, digits are lost."""
 HEADROOM = 2.0
 """Images that calibration did not see may reach this much further."""
 WEIGHT_ERROR = 1e-3
@@ -56,6 +54,7 @@ class _Conversion:
         """The computed values that turn to FP16."""
         self.copies: dict[tuple[ir.Value, bool], ir.Value] = {}
         self.from_shapes = _shape_arithmetic(model)
+        self.guarded = guarded_nodes(model)
 
     def decide(self) -> tuple[KeptFloat, ...]:
         """Choose the nodes and values that turn to FP16; returns the other nodes that touch floats."""
@@ -118,6 +117,8 @@ class _Conversion:
             return slots
         if node in self.from_shapes:
             return "arithmetic on shapes"
+        if node in self.guarded:
+            return self.guarded[node]
         if any(is_opaque(v) for v in (*node.inputs, *node.outputs)):
             return "reads or writes something of another kind than a tensor"
         for index, (value, may) in enumerate(zip(node.inputs, slots.inputs, strict=True)):

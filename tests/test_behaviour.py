@@ -1,0 +1,206 @@
+"""Networks that are random, whose images hang on each other, or that return more than tensors."""
+
+from __future__ import annotations
+
+import random
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from torch import nn
+from torch.export import Dim, export
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.loading.load import load_network
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.loading.torch_program import COUPLED, fixed_batch_of, output_names, program_from_module
+from resvit_export.loading.user_code import left_out_note, tensors_alone
+from resvit_export.to_onnx.own_onnx import import_onnx
+
+SHAPE = (3, 8, 8)
+
+
+class Net(nn.Module):
+    """A convolution, then what the test wants of its maps [B, 4, 4, 4]."""
+
+    def __init__(self, behind: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.behind = nn.Conv2d(3, 4, 2, 2), behind
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.behind(self.conv(images))
+
+
+def dropped(maps: torch.Tensor) -> torch.Tensor:
+    return F.dropout(maps, 0.3).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        dropped,
+        lambda maps: (maps + torch.randn_like(maps)).mean((2, 3)),
+        lambda maps: maps.mean((2, 3)) + torch.rand(1),
+        lambda maps: F.dropout2d(maps, 0.5, training=True).mean((2, 3)),
+        lambda maps: maps.mean((2, 3)) * random.random(),
+        lambda maps: maps.mean((2, 3)) + float(np.random.default_rng().random()),
+        lambda maps: maps.flatten(1)[:, torch.randperm(64)],
+    ],
+)
+def test_a_random_network_is_said_to_be_random(behind: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(ResvitError, match="is random: two runs on one image differ") as caught:
+        program_from_module(Net(behind), SHAPE)
+    assert caught.value.code is ExitCode.INPUT
+    assert "report" not in str(caught.value)
+
+
+def test_the_line_that_draws_is_named() -> None:
+    with pytest.raises(ResvitError, match=r"test_behaviour\.py, line \d+: return self\.behind"):
+        program_from_module(Net(dropped), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda maps: F.dropout(maps, 0.3, training=False).mean((2, 3)),
+        lambda maps: F.dropout(maps, 0.0).mean((2, 3)),
+        lambda maps: F.scaled_dot_product_attention(maps, maps, maps).mean((2, 3)),
+    ],
+)
+def test_what_could_draw_and_does_not_is_none(behind: Callable[[torch.Tensor], Any]) -> None:
+    program, notes = program_from_module(Net(behind), SHAPE)
+    assert (fixed_batch_of(program), notes) == (None, ())
+
+
+def attention_over_the_batch(maps: torch.Tensor) -> torch.Tensor:
+    tokens = maps.flatten(2).transpose(1, 2).reshape(1, -1, 4)
+    return ((tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens).reshape(maps.shape[0], -1, 4).mean(1)
+
+
+COUPLINGS = [
+    attention_over_the_batch,
+    lambda maps: (maps - maps.mean(0)).mean((2, 3)),
+    lambda maps: (maps / maps.abs().max()).mean((2, 3)),
+    lambda maps: F.batch_norm(maps, None, None, training=True).flatten(1),
+    lambda maps: maps.mean((2, 3)) + torch.ones(maps.shape[0], 1).cumsum(0),
+    lambda maps: maps.mean((2, 3)).flip(0),
+]
+
+
+@pytest.mark.parametrize("behind", COUPLINGS)
+def test_images_that_hang_on_each_other_run_alone(behind: Callable[[torch.Tensor], Any]) -> None:
+    program, notes = program_from_module(Net(behind), SHAPE)
+    assert fixed_batch_of(program) == 1
+    assert notes == (COUPLED,)
+
+
+def saved(path: Path, behind: Callable[[torch.Tensor], Any], batch: int | None) -> Path:
+    free = None if batch else ({0: Dim.AUTO(min=1)},)
+    program = export(Net(behind).eval(), (torch.zeros(batch or 2, *SHAPE),), dynamic_shapes=free)
+    torch.export.save(program, path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_saved_program_whose_images_hang_on_each_other_is_refused(tmp_path: Path, batch: int | None) -> None:
+    path = saved(tmp_path / "net.pt2", COUPLINGS[2], batch)
+    with pytest.raises(ResvitError, match="depend on the other images of the batch") as caught:
+        load_network(ModelSpec(str(path)))
+    assert caught.value.code is ExitCode.INPUT
+    load_network(ModelSpec(str(saved(path, COUPLINGS[2], 1))))
+    load_network(ModelSpec(str(saved(path, lambda maps: maps.mean((2, 3)), batch))))
+
+
+def onnx_file(path: Path, nodes: list[onnx.NodeProto], batch: int | str) -> Path:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("image", [batch, 3, 8, 8]), ("out", [batch, 3, 8, 8]))
+    ]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", ["batch", 4])
+def test_an_onnx_file_whose_images_hang_on_each_other_is_refused(tmp_path: Path, batch: int | str) -> None:
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["top"], keepdims=1),
+        helper.make_node("Div", ["image", "top"], ["out"]),
+    ]
+    path = onnx_file(tmp_path / "net.onnx", nodes, batch)
+    with pytest.raises(ResvitError, match="depend on the other images of the batch") as caught:
+        import_onnx(path, tmp_path / "out.onnx")
+    assert caught.value.code is ExitCode.INPUT
+    import_onnx(onnx_file(path, nodes, 1), tmp_path / "out.onnx")
+
+
+def test_a_random_onnx_file_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("RandomNormalLike", ["image"], ["noise"]),
+        helper.make_node("Add", ["image", "noise"], ["out"]),
+    ]
+    with pytest.raises(ResvitError, match="is random") as caught:
+        import_onnx(onnx_file(tmp_path / "net.onnx", nodes, 1), tmp_path / "out.onnx")
+    assert caught.value.code is ExitCode.INPUT
+
+
+Pair = namedtuple("Pair", ("scores", "loss"))
+
+
+@pytest.mark.parametrize(
+    ("behind", "names", "left_out"),
+    [
+        (
+            lambda maps: {"cls": maps.mean((2, 3)), "aux": [maps.mean(1), None], "feat": (maps, maps + 1), "n": 3},
+            ["cls", "aux", "feat_0", "feat_1"],
+            "aux[1] (None), n (int 3)",
+        ),
+        (lambda maps: (maps.mean((2, 3)), None), ["logits"], "[1] (None)"),
+        (
+            lambda maps: [None, 2.5, maps, "text", maps.mean((2, 3))],
+            ["output_0", "output_1"],
+            "[0] (None), [1] (float 2.5)",
+        ),
+        (lambda maps: Pair(maps.mean((2, 3)), maps.mean()), ["scores"], "loss (a single number)"),
+        (lambda maps: {"a": {"b": {"c": None}}, "out": maps}, ["out"], "a.b.c (None)"),
+    ],
+)
+def test_what_is_no_tensor_is_left_out_and_named(
+    behind: Callable[[torch.Tensor], Any], names: list[str], left_out: str
+) -> None:
+    module = Net(behind)
+    program, notes = program_from_module(module, SHAPE)
+    assert output_names(program) == names
+    assert left_out in notes[0]
+    assert "forward" not in vars(module)
+
+
+def test_tensors_alone_stay_the_very_object() -> None:
+    answer = {"a": torch.zeros(2, 3), "b": [torch.zeros(2), (torch.zeros(2),)]}
+    module = Net(lambda maps: answer)
+    with tensors_alone(module) as left_out:
+        assert module(torch.zeros(2, *SHAPE)) is answer
+    assert left_out_note(left_out) == ()
+
+
+@pytest.mark.parametrize(
+    "behind", [lambda maps: None, lambda maps: [None, 3], lambda maps: {}, lambda maps: maps.mean()]
+)
+def test_a_network_without_answers_is_refused(behind: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(ResvitError, match="returns no tensor") as caught:
+        program_from_module(Net(behind), SHAPE)
+    assert caught.value.code is ExitCode.INPUT
+
+
+def test_a_saved_program_that_returns_none_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "net.pt2", lambda maps: (maps.mean((2, 3)), None), None)
+    with pytest.raises(ResvitError, match="Output 1 of the program is None, no tensor"):
+        load_network(ModelSpec(str(path)))
