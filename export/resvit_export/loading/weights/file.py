@@ -9,7 +9,6 @@ import argparse
 import io
 import pathlib
 import pickle
-import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.weights.pickle_bounds import PickleBoundsError, require_bounded_pickle
+from resvit_export.loading.weights.regular_file import require_file
 
 _LEGACY_PICKLES = 5
 """Magic number, protocol, the machine, the content, and the order of the storages: before PyTorch 1.6, one by one."""
@@ -66,31 +66,6 @@ def read_checkpoint(path: Path) -> Any:
         raise _holds_code(path, error) if _is_about_code(error) else _unreadable(path, error) from error
     except Exception as error:  # what readers of damaged bytes raise has no end
         raise _unreadable(path, error) from error
-
-
-def require_file(path: Path, what: str, option: str) -> None:
-    """Refuse what cannot be read as a file from its beginning to its end, before anything waits for it.
-
-    Raises:
-        ResvitError: where nothing is there, or a folder, a pipe or a device.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise ResvitError(f"The {what} {path} does not exist.", f"Check the path given to {option}.") from error
-    except OSError as error:
-        raise ResvitError(
-            f"The {what} {path} cannot be read: {error.strerror}.", f"Check the path given to {option}."
-        ) from error
-    if stat.S_ISDIR(mode):
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
-        raise ResvitError(
-            f"The {what} {path} is a folder.",
-            f"Give the file in it: {', '.join(inside[:5])}." if inside else "Give a file.",
-        )
-    if not stat.S_ISREG(mode):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise ResvitError(f"The {what} {path} is {kind}, not a file.", "Write the content to a file, and give that.")
 
 
 def _read(path: Path, stream: IO[bytes]) -> Any:
