@@ -1,5 +1,5 @@
 # make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an L4
-# make test   lint, types and the test suite
+# make test   lint, types and the test suite, without the longest ways from end to end
 # make check  the same without whole builds and compiles: two minutes
 # All set up what they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
 

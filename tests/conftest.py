@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from resvit_calibrate.readers.scenes import _items
 
@@ -20,6 +21,10 @@ CHECKPOINT = Path(__file__).parent / "assets" / "embed-nano.pt"
 """Trained by examples/fashion_mnist/train.py with its default seed."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No limit of time in any test; the same examples in every run, so that a failure is there again.
+settings.register_profile("ours", deadline=None, derandomize=True)
+settings.load_profile("ours")
 
 # Each parallel worker keeps to a core of its own: thread pools that share cores spend their time waiting.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

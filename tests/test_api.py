@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from torch import nn
 
@@ -22,6 +22,11 @@ from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_model
 from resvit_export.recipe.recipe import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FEW = {"validation_images": 600, "calibration_images": 64, "search": False}
 
@@ -38,6 +43,7 @@ def trained() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_example_of_the_guide_runs(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]

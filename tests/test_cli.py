@@ -10,6 +10,11 @@ import pytest
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import _COMMANDS, run
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "onnx_ir", "PIL", "modelopt", "jinja2"}
 
 
@@ -31,6 +36,17 @@ def helps() -> dict[str, dict[str, object]]:
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, object]] = json.loads(done.stdout)
     return found
+
+
+def test_what_people_type_is_there() -> None:
+    """The declared commands are functions of this tree, and one of them is run as the installer writes it."""
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"resvit-export", "resvit-engine"}
+    for script in scripts.values():
+        module, name = script.split(":")
+        code = f"import sys; sys.argv = ['x', '--version']; from {module} import {name}; sys.exit({name}())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), script
 
 
 @pytest.mark.parametrize("command", ["", *_COMMANDS])

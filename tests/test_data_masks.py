@@ -136,7 +136,7 @@ def test_train_and_val_above_and_names_of_classes(tmp_path):
     with pytest.raises(ResvitError, match="is empty"):
         opened(tmp_path)
     (tmp_path / "classes.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ResvitError, match="cannot be read"):
+    with pytest.raises(ResvitError, match="UTF-16"):
         opened(tmp_path)
 
 

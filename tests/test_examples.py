@@ -1,17 +1,18 @@
-"""The examples that every command's help ends with run as they stand."""
+"""The examples that every command's help ends with, and the README's commands, run as they stand."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from conftest import BEFORE_QUANTIZE
 from resvit_export.cli.main import _COMMANDS, cli, run
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 def examples(command: str) -> list[str]:
@@ -20,27 +21,41 @@ def examples(command: str) -> list[str]:
     return re.findall(r"^\s+(resvit-export .+)$", help_text.partition("Examples:")[2], flags=re.MULTILINE)
 
 
-def run_examples() -> None:
-    ran = 0
-    for command in ("", *_COMMANDS):
-        found = examples(command)
-        assert found, f"{command} --help has no examples"
-        for line in found:
-            assert run(shlex.split(line)[1:]) == 0, line
-            ran += 1
-    assert ran >= 2 * len(_COMMANDS)
+def readme() -> list[str]:
+    """The command lines of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("resvit-export")]
 
 
-@pytest.mark.whole
-def test_the_examples_of_every_help_run(workspace: Path, seeded: Callable[..., str]) -> None:
-    """In folders where what several examples would do alike is finished: the network's way up to its ranges."""
-    seeded("runs/embed-nano")
-    seeded("runs/both", "l4", "jetson-orin")
-    for folder in ("runs/fused", "runs/l4-fp8", "runs/l4-fp16", "runs/searched", "runs/by-stage"):
-        seeded(folder, "l4", "jetson-orin", stages=BEFORE_QUANTIZE)
-    run_examples()
+def test_there_are_examples_of_every_command() -> None:
+    assert all(len(examples(command)) >= 1 for command in ("", *_COMMANDS))
+    assert sum(len(examples(command)) for command in ("", *_COMMANDS)) >= 2 * len(_COMMANDS)
+    assert len(readme()) >= 12
+
+
+LINES = dict.fromkeys([*readme(), *(line for command in ("", *_COMMANDS) for line in examples(command))])
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "--help" not in line])
+def test_a_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name, an option or a choice that is not there is a usage error before anything runs."""
+    monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r"--run (\S+)", line):
+        (tmp_path / folder).mkdir(parents=True)
+    name, *arguments = shlex.split(line)[1:]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    command.make_context(name, arguments).close()
 
 
 @pytest.mark.slow
-def test_the_examples_of_every_help_run_from_nothing(workspace: Path) -> None:
-    run_examples()
+def test_the_examples_of_every_help_run(workspace: Path) -> None:
+    for command in ("", *_COMMANDS):
+        for line in examples(command):
+            assert run(shlex.split(line)[1:]) == 0, line
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(workspace: Path) -> None:
+    for line in readme():
+        assert run(shlex.split(line)[1:]) == 0, line

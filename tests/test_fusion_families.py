@@ -55,7 +55,14 @@ FAMILIES = {
 }
 
 
-CASES = [*((family, 20) for family in FAMILIES), *((family, 23) for family in ("embed", "botnet", "levit", "separate"))]
+LARGE = ("botnet", "levit")
+CASES = [
+    *(pytest.param(family, 20, marks=pytest.mark.slow if family in LARGE else ()) for family in FAMILIES),
+    *(
+        pytest.param(family, 23, marks=pytest.mark.slow if family in LARGE else ())
+        for family in ("embed", "separate", *LARGE)
+    ),
+]
 
 
 @pytest.mark.parametrize(("family", "opset"), CASES)

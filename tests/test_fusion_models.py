@@ -63,10 +63,19 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
     return {}
 
 
-CASES = [(name, precision) for name in NETWORKS for precision in ALIKE]
+LARGE = ("levit_128s", "botnet26t")
+CASES = [
+    pytest.param(
+        (name, precision),
+        id=f"{name}-{precision.value}",
+        marks=pytest.mark.slow if name in LARGE else (),
+    )
+    for name in NETWORKS
+    for precision in ALIKE
+]
 
 
-@pytest.fixture(params=CASES, ids=[f"{name}-{precision.value}" for name, precision in CASES])
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, networks: dict[str, Built], tmp_path_factory: pytest.TempPathFactory) -> Case:
     name, precision = request.param
     if name not in networks:

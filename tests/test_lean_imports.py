@@ -34,11 +34,11 @@ ORDER = {
     "resvit_engines": (
         "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
-        "records", "console", "files", "process", "progress", "gpu", "onnx_wire", "rows", "version", "errors",
+        "records", "console", "files", "process", "progress", "gpu", "onnx_wire", "rows", "version", "outside", "errors",
     ),
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
-GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "progress", "rows")}
+GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "outside", "progress", "rows")}
 BETWEEN = {
     "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},
     "resvit_quantize": {

@@ -76,6 +76,7 @@ def test_the_real_faster_rcnn_is_refused() -> None:
         load_network(ModelSpec(name, model_args={"num_classes": 5}))
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_transunet_example_from_its_readme(workspace: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -48,6 +48,7 @@ def test_every_mutation_finds_its_code_and_its_tests() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bug_is_caught_by_the_test_that_fails_with_it_alone(tree: Path, tmp_path: Path) -> None:
     from mutation_cases import Mutation
     from mutations import caught_by, copied

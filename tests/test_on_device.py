@@ -78,6 +78,7 @@ BUILD = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.p
          "--optimization-level", "0", "--run", "runs/there"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_a_build_ends_on_the_device(

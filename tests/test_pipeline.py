@@ -191,6 +191,7 @@ def test_a_baseline_at_chance_level_is_called_out(
     assert verdict["chance_level"]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_modelopt_quantizer_goes_through_the_same_gate(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]

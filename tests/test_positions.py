@@ -33,6 +33,7 @@ def found(analysis: Analysis) -> dict[str, str]:
     return {str(node.name): why for node, why in position_products(analysis).items()}
 
 
+@pytest.mark.slow
 def test_a_detection_transformer(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     network = load_network(ModelSpec(f"hf:{folder_of('rt_detr', tmp_path / 'model')}"))

@@ -418,6 +418,7 @@ assert report.steps == 20
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

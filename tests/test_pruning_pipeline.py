@@ -91,6 +91,7 @@ def test_without_images_magnitude_decides_and_a_warning_is_given(
     assert "Nothing is trained behind pruning" in shown.err
 
 
+@pytest.mark.slow
 def test_two_to_four_stays_in_the_quantised_weights(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
     import onnx

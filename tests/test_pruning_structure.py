@@ -53,7 +53,9 @@ def parameters(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "base" in name else ()) for name in MODELS]
+)
 def test_half_of_everything_goes(name: str) -> None:
     size, counts = MODELS[name]
     build = builder(name, size)

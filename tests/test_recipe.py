@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Any
 
 import click
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import cli, run
 from resvit_export.cli.options import recipe_options, resolve_recipe
@@ -88,6 +92,94 @@ def test_a_wrong_recipe_says_what_is_wrong(text: str, part: str, tmp_path: Path)
     with pytest.raises(ResvitError) as caught:
         recipe_from_toml(path)
     assert part in str(caught.value)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=80).map(lambda text: f"[model]\nname = {text}".encode()))
+def test_whatever_bytes_a_recipe_has_it_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.toml"
+    path.write_bytes(data)
+    try:
+        recipe_from_toml(path)
+    except ResvitError as error:
+        refused = error
+    else:
+        return
+    assert refused.code is ExitCode.INPUT
+    assert refused.fix
+
+
+def test_a_recipe_by_windows_editors_is_read_or_told_how_to_save_it(tmp_path: Path) -> None:
+    path, text = tmp_path / "r.toml", '[model]\nname = "resvit:embed-nano"\n'
+    path.write_bytes(text.encode("utf-8-sig").replace(b"\n", b"\r\n"))
+    assert recipe_from_toml(path) == Recipe(model="resvit:embed-nano")
+    for encoding in ("utf-16", "utf-16-le"):
+        path.write_bytes(b"" if encoding == "utf-16" else b"\xff\xfe")
+        path.write_bytes(path.read_bytes() + text.encode(encoding))
+        with pytest.raises(ResvitError, match="UTF-16"):
+            recipe_from_toml(path)
+    path.write_bytes(b'[model]\nname = "caf\xe9"\n')
+    with pytest.raises(ResvitError, match="not UTF-8: line 2"):
+        recipe_from_toml(path)
+
+
+def test_nothing_waits_for_a_recipe_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ResvitError, match="and not a file"):
+            recipe_from_toml(path)
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(ResvitError, match="not valid TOML"):
+        recipe_from_toml(tmp_path / "deep.toml")
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def test_what_the_run_folder_adds_to_the_flags_is_said(tmp_path: Path) -> None:
+    kept = tmp_path / "recipe.toml"
+    kept.write_text(recipe_to_toml(FULL.with_settings({"validation_data": "/images/old"})))
+    heard = Heard()
+    resolve_recipe(flags(run_folder=tmp_path, data="/images/new"), heard)
+    (said,), (warned,) = heard.said, heard.warned
+    assert str(kept) in said
+    for part in ("--validation-data /images/old", "--max-drop 0.25", "--precision fp8", "--exclude Conv head"):
+        assert part in said
+    assert "--data " not in said
+    assert "--data is another" in warned
+    assert "--validation-data /images/old" in warned
+
+
+@EVERY
+def test_every_setting_that_stays_is_named(item: Setting, tmp_path: Path) -> None:
+    if item.name == "model":
+        return
+    one = another(item)
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(Recipe(model="resvit:embed-nano", **{item.name: one})))
+    heard = Heard()
+    resolve_recipe(flags(run_folder=tmp_path), heard)
+    flag = f"--no-{item.flag.removeprefix('--')}" if one is False else item.flag
+    assert (flag if item.since else item.toml) in heard.said[0]
+
+
+def test_nothing_is_said_where_the_user_named_the_recipe_or_said_everything(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(FULL))
+    heard = Heard()
+    resolve_recipe(flags(recipe_file=tmp_path / "recipe.toml", run_folder=tmp_path), heard)
+    resolve_recipe(flags(run_folder=tmp_path, data="fashion-mnist", model="resvit:embed-nano"), heard)
+    assert heard.said == heard.warned == []
+    resolve_recipe(flags(run_folder=tmp_path, data="fashion-mnist"), heard)
+    assert heard.warned == []  # the same data as before
 
 
 def test_flags_win_over_the_recipe_and_the_rest_stays(tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--target", "jetson-orin", *MODEL, "--calibration-images", "128", "--no-search"]

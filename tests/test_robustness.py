@@ -42,13 +42,25 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
 
 
 @pytest.mark.whole
-def test_killed_at_any_moment_a_run_continues_to_the_same_result(workspace: Path, seeded: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGKILL, signal.SIGINT),
+        pytest.param(
+            (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["short", "full"],
+)
+def test_killed_at_any_moment_a_run_continues_to_the_same_result(
+    workspace: Path, seeded: Callable[..., str], signals: tuple[signal.Signals, ...]
+) -> None:
     undisturbed = [*BUILD[:-1], seeded("runs/whole/r", "jetson-orin")]
     assert run([*undisturbed, "--quiet"]) == 0
     expected = next(Path("runs/whole/r").glob("bundle-*/*.resvit")).read_bytes()
     dice = random.Random(0)
     kills = 0
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+    for number in signals:
         child = subprocess.Popen(command(*BUILD), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         time.sleep(dice.uniform(1.5, 8.0))
         child.send_signal(number)

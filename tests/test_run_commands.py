@@ -160,6 +160,7 @@ def quantized_run(workspace) -> Path:
     return workspace / "runs/slim"
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch) -> None:
     """One run for everything: pruning and quantising take longer than all that is looked at here."""

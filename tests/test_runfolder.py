@@ -1,24 +1,30 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, write_atomic
-from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.progress import SILENT, Quiet, Reporter
 from resvit_export.run_folder import NotFinishedError, RunFolder
-from resvit_export.stage import Artifact, Stage
+from resvit_export.stage import RECORD, Artifact, Stage
+from test_outside import JSON
 
 
 class Counter:
@@ -94,6 +100,77 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     again = do(tmp_path, work)
     assert work.calls == 2
     assert again.path("out.bin").read_bytes() == b"result"
+
+
+OTHER_FORMS: dict[str, Callable[[Path], object]] = {
+    "no record": lambda folder: (folder / RECORD).unlink(),
+    "empty": lambda folder: (folder / RECORD).write_text(""),
+    "a list": lambda folder: (folder / RECORD).write_text("[]"),
+    "deep": lambda folder: (folder / RECORD).write_text("[" * 100_000),
+    "no UTF-8": lambda folder: (folder / RECORD).write_bytes(b"\xff\xfe{}"),
+    "a folder": lambda folder: ((folder / RECORD).unlink(), (folder / RECORD).mkdir()),
+    "a pipe": lambda folder: ((folder / RECORD).unlink(), os.mkfifo(folder / RECORD)),
+    "outputs a list": lambda folder: changed(folder, outputs=[1]),
+    "outputs of null": lambda folder: changed(folder, outputs={"out.bin": None}),
+    "no outputs": lambda folder: changed(folder, outputs={}),
+    "an output elsewhere": lambda folder: changed(folder, outputs={"../x": {"sha256": "0" * 64, "bytes": 1}}),
+    "bytes a text": lambda folder: changed(folder, outputs={"out.bin": {"sha256": "0" * 64, "bytes": "x"}}),
+    "no seconds": lambda folder: changed(folder, seconds=None),
+    "value a list": lambda folder: changed(folder, value=[]),
+    "versions a list": lambda folder: changed(folder, versions=[["a"]]),
+    "another key": lambda folder: changed(folder, key="0" * 64),
+    "a file of no stage": lambda folder: (folder / "other").write_text("x"),
+    "a link": lambda folder: ((folder / "out.bin").rename(folder.parent / "m"),
+                              (folder / "out.bin").symlink_to(folder.parent / "m")),
+    "a pipe for a file": lambda folder: ((folder / "out.bin").unlink(), os.mkfifo(folder / "out.bin")),
+    "the stage is a file": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+    "the stage is a link that leads nowhere": lambda folder: (shutil.rmtree(folder), folder.symlink_to("nowhere")),
+}  # fmt: skip
+"""What may become of a finished stage."""
+
+
+def changed(folder: Path, **fields: object) -> None:
+    record = json.loads((folder / RECORD).read_bytes())
+    (folder / RECORD).write_text(json.dumps({**record, **fields}))
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_a_stage_of_another_form_is_done_again_with_a_sentence(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = Counter()
+    OTHER_FORMS[form](do(tmp_path, work).folder)
+    WORK["fold"] = work
+    again = RunFolder(tmp_path, Quiet()).do(Made())
+    assert work.calls == 2
+    assert again.path("out.bin").read_bytes() == b"result"
+    assert capsys.readouterr().err.count("is damaged; the stage is done again.") == 1
+
+
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_record_is_a_stage_to_be_done_again(tmp_path: Path, record: bytes) -> None:
+    work = Counter()
+    folder = do(tmp_path, work).folder
+    (folder / RECORD).write_bytes(record)
+    before = work.calls
+    do(tmp_path, work)
+    assert work.calls == before + 1
+
+
+@given(JSON)
+@settings(deadline=None)
+def test_a_document_of_another_form_is_a_users_fault(document: object) -> None:
+    def reader(found: dict[str, Any]) -> object:
+        return found["a"]["b"][0] / float(found["c"].lower())
+
+    with tempfile.TemporaryDirectory() as place:
+        artifact = do(Path(place), Counter(json.dumps(document).encode()))
+        with pytest.raises(ResvitError) as caught:
+            artifact.read("out.bin", reader)
+    assert caught.value.code == ExitCode.INPUT
+    with pytest.raises(ResvitError, match="does not hold other"):
+        artifact.file("other")
 
 
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:

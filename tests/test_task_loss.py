@@ -116,6 +116,7 @@ def test_other_tasks_and_images_without_boxes_keep_to_the_outputs() -> None:
     assert task_loss(task_named("segmentation", {}), images) is None
 
 
+@pytest.mark.slow
 def test_a_detectors_layers_are_ranked_by_its_loss(tmp_path: Path) -> None:
     program = fold_program(load_network(ModelSpec("resvit:fpn-nano-det", ASSET)).program)[0]
     onnx_from_program(program, tmp_path / "model.onnx", opset=20)

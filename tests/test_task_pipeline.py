@@ -57,6 +57,7 @@ def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_
     assert (scored / "golden_output_1.npy").exists()
 
 
+@pytest.mark.slow
 def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-det", "--checkpoint", str(ASSETS / "fpn-nano-det.pt")]
     data = ["--data", "resvit_calibrate.readers.scenes:detection"]
@@ -75,6 +76,7 @@ def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Pa
     assert {"its output is the detector's boxes", "its output is the detector's scores"} <= reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "kind"), [("detection", "det"), ("segmentation", "seg")])
 def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, workspace: Path) -> None:
     checkpoint = f"runs/{kind}.pt"

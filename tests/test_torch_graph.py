@@ -338,7 +338,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
         TorchGraph(network)
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["embed-nano", "fpn-nano", "dual-nano"])
 def test_whole_hybrids(name: str, opset: int, tmp_path: Path) -> None:
     weights = CHECKPOINT if name == "embed-nano" else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import open_outside
 
 _CHUNK = 1 << 20
 
@@ -23,12 +24,18 @@ def canonical_json(value: Any) -> bytes:
 
     Raises ``ValueError`` for NaN or infinity, which JSON cannot hold.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return _utf8(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False))
 
 
 def pretty_json(value: Any) -> bytes:
     """Serialise for people to read: sorted keys, two-space indent, final newline."""
-    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return _utf8(json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _utf8(text: str) -> bytes:
+    # Names of files that are not UTF-8 hold surrogates. Written as \\udc80, which is how JSON writes them too, they
+    # stay valid UTF-8, and reading gives the same name.
+    return text.encode(errors="backslashreplace")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -37,9 +44,12 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes as 64 hexadecimal digits, read in 1 MiB pieces."""
+    """SHA-256 of a file's bytes as 64 hexadecimal digits, read in 1 MiB pieces.
+
+    Raises ``ResvitError`` where it is no file that can be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_outside(path) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -120,7 +130,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            if path.exists():
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
         finally:

@@ -39,6 +39,7 @@ _JETPACK_OF_L4T = (
     *(((35, minor, 0), "5.1") for minor in range(1, 7)),
 )
 _TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_ARCH, _VERSION = "[A-Za-z0-9_]{1,32}", "[0-9][A-Za-z0-9.+~-]{0,63}"
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
 # The Debian packages that hold the library, one per major version, and the Python bindings.
 _TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer11", "libnvinfer10", "libnvinfer8")
@@ -80,23 +81,27 @@ class Machine:
         Raises:
             ResvitError: INPUT, naming the key, where it is malformed.
         """
+
+        def version(key: str) -> str:
+            return record.line(key, _VERSION)
+
         return cls(
             sm=record.optional("sm", lambda key: record.whole(key, 10, 999)),
-            gpu=record.optional("gpu", record.text),
-            tensorrt=record.optional("tensorrt", record.text),
-            jetpack=record.optional("jetpack", record.text),
-            arch=record.text("arch"),
+            gpu=record.optional("gpu", record.line),
+            tensorrt=record.optional("tensorrt", version),
+            jetpack=record.optional("jetpack", version),
+            arch=record.line("arch", _ARCH),
             memory_mib=record.whole("memory_mib"),
             free_disk_mib=record.whole("free_disk_mib"),
-            python=record.text("python"),
-            power_mode=record.optional("power_mode", record.text),
-            clocks=record.optional("clocks", record.text),
-            rtx=record.optional("rtx", record.text),
-            l4t=record.optional("l4t", record.text),
+            python=version("python"),
+            power_mode=record.optional("power_mode", record.line),
+            clocks=record.optional("clocks", record.line),
+            rtx=record.optional("rtx", version),
+            l4t=record.optional("l4t", version),
             memory_available_mib=record.optional("memory_available_mib", record.whole) or 0,
             oom_kills=record.optional("oom_kills", record.whole),
-            libc=record.optional("libc", record.text),
-            host=record.optional("host", record.text) or "",
+            libc=record.optional("libc", version),
+            host=record.optional("host", record.line) or "",
         )
 
 

@@ -1,14 +1,13 @@
 """Reading a JSON object that was written elsewhere or long ago: every field against what it may be.
 
 A dataclass that is written to a file reads itself back with these (``from_json``), and nobody else reads its keys.
-Keys that a newer version added are not looked at. Imports the standard library and ``errors`` only, and reads on
-Python 3.8 too, as ``machine`` does.
+Keys that a newer version added are not looked at. Imports the standard library, ``errors`` and ``outside`` only, and
+reads on Python 3.8 too, as ``machine`` does.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import MAKE_AGAIN, json_from_outside, read_outside
 
 LARGEST = (1 << 53) - 1
 """The largest whole number that every reader of JSON takes for what it is."""
@@ -34,7 +34,7 @@ class Record:
     def __init__(self, fields: object, where: str, at: str = "") -> None:
         if not isinstance(fields, Mapping):
             what = f"{at} of {where}" if at else where
-            raise _malformed(f"{what} is {_shown(fields)}, and not an object of names and values.")
+            raise _malformed(f"{what} is {shown(fields)}, and not an object of names and values.")
         self._fields = fields
         self._where = where
         self._at = at
@@ -46,6 +46,13 @@ class Record:
             raise self.refusal(key, "a text")
         if choices is not None and value not in choices:
             raise self.refusal(key, f"one of {', '.join(sorted(choices))}")
+        return value
+
+    def line(self, key: str, pattern: str = "", most: int = 4000) -> str:
+        """A text of one line that can be printed as it is, which ``pattern`` fits as a whole where it is given."""
+        value = self.text(key)
+        if len(value) > most or not value.isprintable() or (pattern and not re.fullmatch(pattern, value)):
+            raise self.refusal(key, f"a text like {pattern}" if pattern else "a line of text")
         return value
 
     def flag(self, key: str) -> bool:
@@ -164,7 +171,7 @@ class Record:
         """The error for a field that is not what ``belongs`` there, to be raised."""
         if key not in self._fields:
             return _malformed(f"{self._where} does not say {self._path(key)}.")
-        found = _shown(self._fields[key])
+        found = shown(self._fields[key])
         return _malformed(f"{self._path(key)} of {self._where} is {found}, where {belongs} belongs.")
 
     def _value(self, key: str) -> Any:
@@ -188,22 +195,16 @@ def record_from_bytes(data: bytes, where: str) -> Record:
     Raises:
         ResvitError: INPUT where it is none.
     """
-    try:
-        return Record(json.loads(data), where)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(f"{where} does not read: {error}.") from error
+    return Record(json_from_outside(data, where), where)
 
 
 def record_from_file(path: Path) -> Record:
     """Read a file that holds a JSON object.
 
     Raises:
-        ResvitError: INPUT where there is none.
+        ResvitError: INPUT where there is none, SYSTEM where it may not be read.
     """
-    try:
-        return record_from_bytes(path.read_bytes(), str(path))
-    except OSError as error:
-        raise _malformed(f"{path} cannot be read: {error.strerror}.") from error
+    return record_from_bytes(read_outside(path), str(path))
 
 
 def _is_whole(value: object, least: int = 0, most: int = LARGEST) -> bool:
@@ -214,10 +215,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for a sentence: as Python writes it, and not longer than a line."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _malformed(problem: str) -> ResvitError:
-    return ResvitError(problem, "It is damaged, or of another version: make it again with this one.")
+    return ResvitError(problem, MAKE_AGAIN)

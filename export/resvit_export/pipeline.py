@@ -212,7 +212,9 @@ class Pipeline:
         """Everything that the device needs, in one file; refused where something did not fuse, if the recipe asks."""
         if self.recipe.require_fused:
             self.audited.result.require_fused()
-        named, preprocess = bundle.naming_of(self.run), self.preprocess
+        # What the images really went through; what somebody else's loader did is not known.
+        named, validation = bundle.naming_of(self.run), self.images[1]
+        preprocess = None if validation.prepared else validation.preprocess
         numbers = (self.exported, self.recovered if self.variant.recovers else None, self.calibrated, self.quantized)
         shipped = (self.model, score.shipped_in(self.answered), self.validated)
         engine_of = (self.compiled, self.engine_settings, bundle.signer_of(self.run))

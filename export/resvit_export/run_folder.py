@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -20,6 +19,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, explain_os_errors, pretty_json, sha256_file
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
+from resvit_engines.records import record_from_file
 from resvit_export.stage import RECORD, A, Key, Output, Record, Stage
 
 
@@ -110,11 +110,12 @@ class RunFolder:
     def _finished(self, stage: Stage[A], key: Key) -> A | None:
         """The stage as it stands, or ``None`` where there is none or a file was damaged since."""
         folder = self._folder(key)
-        if not folder.is_dir():
+        if not os.path.lexists(folder):
             return None
-        record = record_in(folder)
-        if record is None or record.key != key.digest or not _intact(folder, record):
-            self.reporter.warn(f"{folder} is damaged (a file is missing or was changed); the stage is done again.")
+        try:
+            record = _intact(folder, key)
+        except ResvitError as error:
+            self.reporter.warn(f"{folder} is damaged; the stage is done again. {error.problem}")
             return None
         artifact = _artifact(stage, folder, record, reused=True)
         if (changed := artifact.outdated()) is not None:
@@ -141,17 +142,14 @@ class RunFolder:
             raise
 
 
-def record_in(folder: Path) -> Record | None:
-    """The record of a finished stage; ``None`` where there is none that can be read."""
-    try:
-        return Record.from_json(json.loads((folder / RECORD).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+def read_record(folder: Path) -> Record:
+    """The record of a finished stage; ``ResvitError`` INPUT where it is not what this version writes."""
+    return Record.from_json(record_from_file(folder / RECORD))
 
 
 def _recorded(key: Key, folder: Path, seconds: float, peak_mib: int) -> Record:
     """Digest what lies in a folder, and write the record beside it."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = [folder / name for name in _names(folder)]
     outputs = {str(file.relative_to(folder)): Output(sha256_file(file), file.stat().st_size) for file in files}
     record = Record(key.stage, key.digest, key.value, key.versions, outputs, seconds, peak_mib)
     (folder / RECORD).write_bytes(pretty_json(record.to_json()))
@@ -164,14 +162,37 @@ def _artifact(stage: Stage[A], folder: Path, record: Record, *, reused: bool) ->
     return artifact
 
 
-def _intact(folder: Path, record: Record) -> bool:
-    try:
-        return all(
-            (folder / name).stat().st_size == output.bytes and sha256_file(folder / name) == output.sha256
-            for name, output in record.outputs.items()
-        )
-    except OSError:
-        return False
+def _intact(folder: Path, key: Key) -> Record:
+    """The record of a stage that is as it was when the record was written.
+
+    Raises:
+        ResvitError: with what was changed.
+    """
+
+    def damaged(problem: str) -> ResvitError:
+        return ResvitError(problem, f"Remove {folder}.")
+
+    record = read_record(folder)
+    if record.key != key.digest:
+        raise damaged(f"{RECORD} is that of another stage.")
+    for name in sorted((set(_names(folder)) - {RECORD}) ^ set(record.outputs)):
+        raise damaged(f"{name} is missing." if name in record.outputs else f"{name} is of no stage.")
+    for name, output in record.outputs.items():
+        file = folder / name
+        try:
+            same = not file.is_symlink() and file.stat().st_size == output.bytes and sha256_file(file) == output.sha256
+        except OSError as error:
+            raise damaged(f"{name} cannot be read: {error.strerror}.") from error
+        if not same:
+            raise damaged(f"{name} was changed.")
+    return record
+
+
+def _names(folder: Path) -> list[str]:
+    """The paths below a folder of all that is no folder; links count, whatever they lead to."""
+    return [
+        str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()
+    ]
 
 
 def _reset_peak_memory() -> None:

@@ -13,16 +13,23 @@ import dataclasses
 import enum
 import functools
 import importlib.metadata
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
+from resvit_engines import records
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
+from resvit_engines.outside import json_from_outside, read_outside
 from resvit_engines.progress import Reporter
 
 RECORD = "record.json"
+_RECORD_MOST = 1 << 30
+"""Bytes of the longest record that a stage writes: ranges and sensitivities grow with the network."""
+_OF_ANOTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading a document raises that is not what this version writes."""
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -76,19 +83,18 @@ class Record:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Record:
-        """Read what ``to_json`` wrote; ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
-        outputs = {
-            str(name): Output(str(item["sha256"]), int(item["bytes"])) for name, item in document["outputs"].items()
-        }
+    def from_json(cls, record: records.Record) -> Record:
+        """Read what ``to_json`` wrote; ``ResvitError`` INPUT, naming the key, for anything else."""
+        files = record.record("outputs")
+        outputs = {name: files.record(name) for name in files.names}
         return cls(
-            stage=str(document["stage"]),
-            key=str(document["key"]),
-            value=document["value"],
-            versions={str(name): str(version) for name, version in document["versions"].items()},
-            outputs=outputs,
-            seconds=float(document["seconds"]),
-            peak_mib=int(document["peak_mib"]),
+            stage=record.text("stage"),
+            key=record.sha256("key"),
+            value=record.plain("value"),
+            versions=record.texts_by_name("versions"),
+            outputs={name: Output(item.sha256("sha256"), item.whole("bytes")) for name, item in outputs.items()},
+            seconds=float(record.number("seconds", 0)),
+            peak_mib=record.whole("peak_mib"),
         )
 
 
@@ -125,7 +131,9 @@ class Artifact:
         return name in self.record.outputs
 
     def file(self, name: str) -> File:
-        """One file, with the digest that it had when it was written."""
+        """One file, with the digest that it had when it was written; ``ResvitError`` INPUT where there is none."""
+        if not self.has(name):
+            raise self._done_again(f"{self.folder} does not hold {name}.")
         return File(self.path(name), self.record.outputs[name].sha256)
 
     def outdated(self) -> str | None:
@@ -133,9 +141,29 @@ class Artifact:
         return None
 
     def json(self, name: str) -> dict[str, Any]:
-        """Content of one JSON file."""
-        document: dict[str, Any] = json.loads(self.path(name).read_bytes())
-        return document
+        """Content of one JSON file; ``ResvitError`` INPUT where there is none."""
+        path = self.path(name)
+        return self._parsed(name, json_from_outside(read_outside(path, _RECORD_MOST), str(path)), dict[str, Any])
+
+    def read(self, name: str, reader: Callable[[dict[str, Any]], T]) -> T:
+        """What ``reader`` makes of one JSON file.
+
+        Raises:
+            ResvitError: INPUT where the file is not what this version writes, whatever ``reader`` raises then.
+        """
+        return self._parsed(name, self.json(name), reader)
+
+    def _parsed(self, name: str, document: Any, reader: Callable[[Any], T]) -> T:
+        try:
+            return reader(document)
+        except _OF_ANOTHER_FORM as error:
+            what = f"{type(error).__name__}: {error}"
+            raise self._done_again(
+                f"{self.path(name)} is of another form than this version writes ({what})."
+            ) from error
+
+    def _done_again(self, problem: str) -> ResvitError:
+        return ResvitError(problem, f"Remove {self.folder} and run the same command: the stage is done again.")
 
 
 A = TypeVar("A", bound=Artifact)

@@ -74,6 +74,7 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
             "Give other images for one of the two, or leave validation_data out to have the data divided.",
         )
     _warn(spec, calibration, validation, reporter)
+    _say_how_pixels_are_read(preprocess, calibration, validation, reporter)
     return calibration, validation
 
 
@@ -215,3 +216,38 @@ def _warn(spec: DataSpec, calibration: ImageSet, validation: ImageSet, reporter:
         total = len(calibration) + len(validation)
         kinds = ("grey", "colour") if calibration.preprocess.channels == 3 else ("colour", "grey")
         reporter.warn(f"{converted} of {total} images are {kinds[0]} and are converted to {kinds[1]}")
+
+
+def _say_how_pixels_are_read(
+    asked: Preprocess, calibration: ImageSet, validation: ImageSet, reporter: Reporter
+) -> None:
+    """Say where pixels are not what a trainer may have made of the same files."""
+    both = (calibration, validation)
+    whole = [
+        what for images, what in zip(both, ("calibration", "validation"), strict=True) if images.preprocess != asked
+    ]
+    if whole:
+        reporter.warn(
+            f"the {' and '.join(whole)} images are of the network's size already and are used whole: "
+            f"crop_fraction={asked.crop_fraction:g} is for larger ones"
+            + ("" if len(whole) == 2 else ", and cuts those on the other side: the two do not show the same of a scene")
+        )
+    if turned := sum(images.turned for images in both):
+        done, other = ("turned upright", "ignore") if asked.exif == "apply" else ("read as they are stored", "apply")
+        reporter.warn(
+            f"{turned} of {sum(map(len, both))} images have an EXIF orientation and are {done}; torchvision and timm "
+            f"turn none, other trainers do: --preprocess exif={other} reads them the other way"
+        )
+    brightest = max(images.brightest for images in both)
+    if 0 < brightest <= asked.white // 4 + 1:
+        bits = max(8, brightest.bit_length())
+        reporter.warn(
+            f"the 16-bit images reach {brightest} of {asked.white} and come out nearly black: "
+            + (
+                "write them with 8 bits, or with white at 65535"
+                if any(images.deep_colour for images in both)
+                else f"if they hold {bits} bits, say --preprocess white={(1 << bits) - 1}"
+            )
+        )
+    elif brightest > asked.white:
+        reporter.warn(f"the 16-bit images reach {brightest}: what is above white={asked.white} is cut off")

@@ -75,7 +75,10 @@ class ImageSet(abc.ABC):
     ``contents`` has one digest per image, before preprocessing; ``digest`` is the SHA-256 over them, the
     labels and the targets, in order. ``preprocess`` is what these images really go through. ``num_classes`` and
     ``class_names`` are None and empty where the data does not say. ``converted`` counts the images whose
-    colours are not the network's: grey for a colour network, or colour for a grey one. ``task`` is
+    colours are not the network's: grey for a colour network, or colour for a grey one; ``turned`` those whose EXIF
+    orientation is not upright; ``brightest`` is the largest pixel of those of 16 bits, 0 where there are none, and
+    ``deep_colour`` says that some of these are in colour. ``prepared`` says that somebody else's code made the
+    network's input, so that ``preprocess`` is only the size that it must have. ``task`` is
     ``classification``, ``detection``, ``segmentation`` or ``depth`` by what is known of the images, None where
     nothing is. ``class_ids`` are the numbers that the data itself gives to class 0, 1, 2…, where it has others.
     """
@@ -89,6 +92,10 @@ class ImageSet(abc.ABC):
     class_ids: tuple[int, ...] = ()
     task: str | None = None
     converted: int = 0
+    turned: int = 0
+    brightest: int = 0
+    deep_colour: bool = False
+    prepared: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int:

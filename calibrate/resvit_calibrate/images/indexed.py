@@ -74,6 +74,9 @@ class IndexedImageSet(ImageSet):
         targets = () if self.task is None else tuple(look.target for look in self._looks.values())
         self.digest = digest_of(self.contents, self.labels, targets)
         self.converted = sum(look.colour != (self.preprocess.channels == 3) for look in self._looks.values())
+        self.turned = sum(look.turned for look in self._looks.values())
+        self.brightest = max((look.brightest for look in self._looks.values()), default=0)
+        self.deep_colour = any(look.brightest and look.colour for look in self._looks.values())
         self.description = f"{len(self)} of {len(self._pixels)} images of {self._pixels.name}"
 
     def __len__(self) -> int:
@@ -113,12 +116,12 @@ class IndexedImageSet(ImageSet):
 
     def image(self, index: int) -> npt.NDArray[np.uint8] | None:
         """Read one image: uint8 [H, W, 1 or 3]."""
-        return self._pixels.read(self._alive()[index])
+        return self._pixels.read(self._alive()[index], self.preprocess.decoding)
 
     def target(self, index: int) -> Target | None:
         """What is in ``image(index)``, in that image's own pixels, or None."""
         number = self._alive()[index]
-        height, width = self._pixels.read(number).shape[:2]
+        height, width = self._pixels.read(number, self.preprocess.decoding).shape[:2]
         return self._pixels.target(number, height, width)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -139,15 +142,29 @@ class IndexedImageSet(ImageSet):
             yield self._batch(ready)
 
     def _prepared(self, index: int) -> _Prepared:
-        image = self._pixels.read(index)
+        image = self._pixels.read(index, self.preprocess.decoding)
         height, width = image.shape[:2]
         try:
             geometry = self.preprocess.geometry(height, width)
-            found = self._pixels.target(index, height, width)
+            found = self._target(index, height, width)
             target = None if found is None else carried(found, geometry)
             return _Prepared(index, self.preprocess.apply(image), target, geometry)
         except ResvitError as error:
             raise ResvitError(f"{self._pixels.title(index)}: {error.problem}", error.fix) from error
+
+    def _target(self, index: int, height: int, width: int) -> Target | None:
+        try:
+            return self._pixels.target(index, height, width)
+        except BrokenImage as error:
+            if not self._looks[index].turned:
+                raise
+            how, other = (
+                ("was turned upright", "ignore") if self.preprocess.exif == "apply" else ("is as stored", "apply")
+            )
+            raise ResvitError(
+                f"the image {how}, its EXIF orientation is another, and what is known of it does not fit: {error}.",
+                f"If boxes and masks were made on images read the other way, say --preprocess exif={other}.",
+            ) from error
 
     def _batch(self, ready: list[_Prepared]) -> Batch:
         labels = self._pixels.labels
@@ -172,9 +189,10 @@ class IndexedImageSet(ImageSet):
 def resolved_for(preprocess: Preprocess, native_size: tuple[int, int] | None) -> Preprocess:
     """Leave pixels exactly as they are where all images have the network's size already.
 
-    A crop fraction below 1 would otherwise enlarge and cut even those.
+    A crop fraction below 1 would otherwise enlarge and cut even those; every other way of resizing leaves them alone.
     """
-    return dataclasses.replace(preprocess, resize="none") if native_size == preprocess.size else preprocess
+    cuts = preprocess.resize == "crop" and preprocess.crop_fraction < 1
+    return dataclasses.replace(preprocess, resize="none") if cuts and native_size == preprocess.size else preprocess
 
 
 def _in_threads(

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
+_ORIENTATION = 0x0112  # EXIF's tag
+WHITE = 0xFFFF
+"""The pixel of a 16-bit image that is white, where nothing else is said."""
+
+
+class Decoding(NamedTuple):
+    """What an image file leaves open: whether it is turned as its EXIF orientation says, and which pixel is white."""
+
+    upright: bool = True
+    white: int = WHITE
+    """Of 16-bit grey images; 4095 where a camera or scanner stored 12 bits."""
+
+
+AS_USUAL = Decoding()
+
+
 class BrokenImage(Exception):  # noqa: N818 - a finding about the data, caught and counted
     """One image cannot be read; the text says why."""
 
@@ -33,6 +49,10 @@ class Look(NamedTuple):
     """SHA-256 of what is known to be in the image; empty where that is nothing, or a label."""
     classes: tuple[int, ...] = ()
     """The classes that a mask holds, in order."""
+    turned: bool = False
+    """Whether its EXIF orientation is other than upright."""
+    brightest: int = 0
+    """Of an image of 16 bits the largest pixel, as far as Pillow tells it; 0 for all others."""
 
 
 class Pixels(Protocol):
@@ -63,7 +83,7 @@ class Pixels(Protocol):
         """Digest one image's bytes; raise ``BrokenImage`` where they are not an image."""
         ...
 
-    def read(self, index: int) -> npt.NDArray[np.uint8]:
+    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
         """Decode one image: uint8 [H, W, 1 or 3]; raise ``BrokenImage`` where that fails."""
         ...
 
@@ -116,8 +136,9 @@ class ArrayPixels(Untargeted):
         image = np.ascontiguousarray(self._images[index])
         return Look(hashlib.sha256(image.tobytes()).digest(), image.shape[2] == 3)
 
-    def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Copy one image: uint8 [H, W, C]."""
+    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
+        """Copy one image: uint8 [H, W, C]; an array leaves nothing open."""
+        del decoding
         return np.array(self._images[index], dtype=np.uint8)
 
 
@@ -152,22 +173,23 @@ class FilePixels(Untargeted):
         return self.files[index]
 
     def look(self, index: int) -> Look:
-        """Digest one file's bytes and read the image's header."""
+        """Digest one file's bytes and read the image's header, and all of it where it has 16 bits."""
         data = file_bytes(self.root / self.files[index])
         try:
             with opened(data) as image:
-                colour = image.mode not in _GREY_MODES
+                colour, turned = image.mode not in _GREY_MODES, _is_turned(image)
+                brightest = _brightest(image)
         except MemoryError:
             raise
         except Exception as error:
             raise BrokenImage(reason(error)) from error
-        return Look(hashlib.sha256(data).digest(), colour)
+        return Look(hashlib.sha256(data).digest(), colour, turned=turned, brightest=brightest)
 
-    def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Decode one file, turned upright as its EXIF orientation says: uint8 [H, W, 1 or 3]."""
+    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
+        """Decode one file: uint8 [H, W, 1 or 3]."""
         data = file_bytes(self.root / self.files[index])
         try:
-            return decode(data)
+            return decode(data, decoding)
         except MemoryError:
             raise
         # A damaged file makes Pillow's many decoders raise nearly anything: OSError, SyntaxError, struct.error…
@@ -183,30 +205,51 @@ def file_bytes(path: Path) -> bytes:
         raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode an image file's bytes, upright: uint8 [H, W, 1] for grey, [H, W, 3] for everything else.
+def decode(data: bytes, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
+    """Decode an image file's bytes: uint8 [H, W, 1] for grey, [H, W, 3] for everything else.
 
-    16-bit grey keeps its high byte, as Pillow does for 16-bit colour; transparency is dropped and palettes
-    are looked up, as ``Image.convert("RGB")`` and so torchvision's and timm's datasets do.
+    Pixels of 16-bit grey up to ``white`` are divided evenly among 0 to 255, and all above are 255: with the usual
+    white they keep their high byte, as Pillow does for 16-bit colour. Transparency is dropped and palettes are looked
+    up, as ``Image.convert("RGB")`` and so torchvision's and timm's datasets do. Of a moving image, the first is taken.
     """
     from PIL import ImageOps
 
     with opened(data) as image:
         if image.mode == "F":
             raise ValueError("it holds floating-point pixels")
+        if decoding.white != WHITE and _is_deep_colour(image):
+            raise ValueError("of 16-bit colour only the high byte is read, and another white cannot be said")
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image) if decoding.upright else image
         if upright.mode.startswith("I"):
             deep = np.asarray(upright).astype(np.int64)
             if deep.min() < 0 or deep.max() > 0xFFFF:
                 raise ValueError("it holds pixels of more than 16 bits")
-            return (deep >> 8).astype(np.uint8)[:, :, None]
+            return np.minimum(deep * 256 // (decoding.white + 1), 255).astype(np.uint8)[:, :, None]
         if upright.mode in _GREY_MODES:
             return np.array(upright.convert("L"), dtype=np.uint8)[:, :, None]
         if "transparency" in upright.info:
             # The same colours by way of RGBA, without Pillow's warning about it.
             upright = upright.convert("RGBA")
         return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def _is_turned(image: Image) -> bool:
+    # Of a PNG, Pillow would decode everything to look for EXIF data behind the pixels.
+    if image.format == "PNG" and "exif" not in image.info:
+        return False
+    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+
+
+def _is_deep_colour(image: Image) -> bool:
+    # Pillow has no mode for it: the raw mode of what it is about to decode tells it.
+    return not image.mode.startswith("I") and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _brightest(image: Image) -> int:
+    if _is_deep_colour(image):
+        return int(np.asarray(image.convert("RGB")).max()) * 256 + 255
+    return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
 
 
 def opened(data: bytes) -> Image:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.images.pixels import WHITE, Decoding
 from resvit_calibrate.images.targets import Geometry
 from resvit_engines.errors import ResvitError
 
@@ -20,12 +21,14 @@ Resize = Literal["stretch", "crop", "letterbox", "none"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ChannelOrder = Literal["rgb", "bgr"]
 Padding = Literal["end", "centre"]
+Exif = Literal["apply", "ignore"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "resize": get_args(Resize),
     "interpolation": get_args(Interpolation),
     "channel_order": get_args(ChannelOrder),
     "padding": get_args(Padding),
+    "exif": get_args(Exif),
 }
 # A picture that is all but a line would have to be enlarged beyond any memory before it is cut.
 _MOST_ENLARGED = 64
@@ -42,7 +45,9 @@ class Preprocess:
     both sides where ``padding`` is ``"centre"``; ``"none"`` takes images of exactly ``size`` and refuses all
     others. ``mean`` and ``std`` belong to pixels scaled to 0…1, one value for all channels or one each, in the
     order in which the network reads the channels (``pad_value`` too): after the swap where ``channel_order`` is
-    ``"bgr"``.
+    ``"bgr"``. Of image files, ``exif`` says whether they are turned upright as their EXIF orientation says, which
+    torchvision and timm do not do, and ``white`` (255 to 65535) which pixel of a 16-bit grey image is white: 4095
+    where it holds 12 bits.
 
     Raises ``ResvitError`` for values that no image could be prepared with.
     """
@@ -57,6 +62,8 @@ class Preprocess:
     channel_order: ChannelOrder = "rgb"
     padding: Padding = "end"
     pad_value: tuple[float, ...] = (0.0,)
+    exif: Exif = "apply"
+    white: int = WHITE
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -69,6 +76,8 @@ class Preprocess:
             raise _unusable(
                 f"channels is {self.channels!r}", "1 or 3; feed other images by a factory, `file.py:factory`"
             )
+        if _not_positive_int(self.white) or not 255 <= self.white <= WHITE:
+            raise _unusable(f"white is {self.white!r}", f"a whole number from 255 to {WHITE}")
         if not 0.0 < self.crop_fraction <= 1.0:
             raise _unusable(f"crop_fraction is {self.crop_fraction!r}", "above 0 and at most 1")
         object.__setattr__(self, "size", (int(size[0]), int(size[1])))
@@ -87,6 +96,11 @@ class Preprocess:
         if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):
             raise _unusable(f"{name} is {values!r}", f"one finite number, or {self.channels} of them")
         return values * self.channels if len(values) == 1 else values
+
+    @property
+    def decoding(self) -> Decoding:
+        """How image files are decoded."""
+        return Decoding(self.exif == "apply", self.white)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values that ``from_json`` reads back."""

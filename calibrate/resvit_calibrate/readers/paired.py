@@ -14,6 +14,7 @@ from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look, file_b
 from resvit_calibrate.images.targets import Target, TargetOptions
 from resvit_calibrate.readers.folders import files_below, is_image
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside, text_from_outside
 
 IMAGES = "images"
 CLASS_NAMES_FILE = "classes.txt"
@@ -84,10 +85,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     fix = "Write one class a line, that of class 0 first."
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResvitError(f"{path} cannot be read: {error}.", fix) from error
+    lines = [line.strip() for line in text_from_outside(read_outside(path), str(path), fix).rstrip().splitlines()]
     if not lines or not all(lines):
         which = f"line {lines.index('') + 1} of {path} is" if lines else f"{path} is"
         raise ResvitError(f"{which[0].upper()}{which[1:]} empty.", fix)

@@ -106,6 +106,8 @@ class StreamImageSet(ImageSet):
     against the first, since a comparison needs the same images every time.
     """
 
+    prepared = True
+
     def __init__(self, factory: Factory, split: Split, preprocess: Preprocess, stop: int | None) -> None:
         self._factory = factory
         self._split: Split = split

@@ -17,6 +17,7 @@ from typing import Any
 
 from resvit_engines.audit.kernels import Kernel, onnx_layers
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside, text_from_outside
 
 # Read in this order: BFloat16 holds "Float", and a format of FP8 may hold "INT8" as the width of its vectors.
 _TYPES = (
@@ -37,6 +38,8 @@ UNKNOWN_TYPE = ""
 _NO_KERNEL = frozenset({"noop", "signal", "wait", "constant"})
 _WRAPPED = re.compile(r"^(?:PWN|PWN_\w+|PointWise)\((.*)\)$")
 _PROFILE = re.compile(r" \[profile \d+\]$")
+_LAYERS_MOST = 1 << 30
+_FIX_FILE = "Give the file that trtexec --exportLayerInfo wrote."
 _FIX_DETAIL = (
     "Build with detailed profiling verbosity: 'trtexec --profilingVerbosity=detailed --exportLayerInfo=layers.json "
     "…', or config.profiling_verbosity = ProfilingVerbosity.DETAILED."
@@ -61,13 +64,8 @@ def layers_from_file(path: Path) -> EngineLayers:
     Raises:
         ResvitError: INPUT for a file that is missing, is no such JSON, or holds names only.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResvitError(
-            f"The layer file {path} cannot be read: {error}.", "Give the file that trtexec --exportLayerInfo wrote."
-        ) from error
-    return layers_from_json(text, str(path))
+    data = read_outside(path, _LAYERS_MOST, f"The layer file {path}")
+    return layers_from_json(text_from_outside(data, f"The layer file {path}", _FIX_FILE), str(path))
 
 
 def layers_from_json(text: str, name: str = "the layer information") -> EngineLayers:
@@ -79,7 +77,7 @@ def layers_from_json(text: str, name: str = "the layer information") -> EngineLa
     try:
         # Some versions write the separators of Metadata, control characters, as they are.
         document = json.loads(text, strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResvitError(f"{name} is not JSON: {error}.", "Write it with trtexec --exportLayerInfo.") from error
     layers = document.get("Layers") if isinstance(document, dict) else None
     if not isinstance(layers, list):
@@ -93,9 +91,14 @@ def layers_from_json(text: str, name: str = "the layer information") -> EngineLa
             f"{name} holds only the names of {len(names_only)} of {len(layers)} layers: nothing can be audited.",
             _FIX_DETAIL,
         )
-    io_names, form = _io_names(document)
-    kinds = [str(layer.get("LayerType", "")).lower() for layer in layers]
-    kernels = tuple(_kernel(layer) for layer, kind in zip(layers, kinds, strict=True) if kind not in _NO_KERNEL)
+    try:
+        io_names, form = _io_names(document)
+        kinds = [str(layer.get("LayerType", "")).lower() for layer in layers]
+        kernels = tuple(_kernel(layer) for layer, kind in zip(layers, kinds, strict=True) if kind not in _NO_KERNEL)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ResvitError(
+            f"{name} describes layers as no TensorRT does ({type(error).__name__}: {error}).", _FIX_FILE
+        ) from error
     return EngineLayers(kernels, io_names, form)
 
 

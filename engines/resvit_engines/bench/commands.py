@@ -15,7 +15,8 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.golden_files import golden_inputs, input_name, output_of, read_array
+from resvit_engines.run.golden_files import golden_inputs, input_name, output_of
+from resvit_engines.run.npy import read_array
 from resvit_engines.run.runner import Runner
 
 

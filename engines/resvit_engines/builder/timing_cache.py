@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.outside import json_from_outside, read_outside
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Owner:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".timing"
 
 
+_CACHE_MOST = 1 << 30
+
+
 @dataclass(frozen=True)
 class Cached:
     """TensorRT's bytes, empty where there are none that may be used, and why not, if there was a file."""
@@ -47,16 +53,16 @@ def read_timing_cache(folder: Path, owner: Owner) -> Cached:
     A damaged file, or one of another device or version under this name, gives an empty cache and a sentence.
     """
     path = folder / owner.file_name
-    try:
-        whole = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return Cached()
-    except OSError as error:
-        return Cached(refusal=f"The timing cache {path} cannot be read ({error.strerror}): starting with an empty one.")
+    try:
+        whole = read_outside(path, _CACHE_MOST, f"The timing cache {path}")
+    except ResvitError as error:
+        return Cached(refusal=f"{error.problem.rstrip('.')}: starting with an empty one.")
     head, _, content = whole.partition(b"\n")
     try:
-        header = json.loads(head)
-    except ValueError:
+        header = json_from_outside(head, str(path))
+    except ResvitError:
         header = None
     if not isinstance(header, dict) or header.pop("sha256", None) != sha256_bytes(content):
         return Cached(refusal=f"The timing cache {path} is damaged: starting with an empty one.")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_bytes, sha256_file, write_atomic
 from resvit_engines.machine import Machine
 from resvit_engines.progress import SILENT, Reporter
-from resvit_engines.records import record_from_bytes
+from resvit_engines.records import record_from_bytes, shown
 from resvit_engines.remote.job_result import JobResult, result_from_json
 from resvit_engines.remote.progress_events import replay
-from resvit_engines.remote.ssh import Connection, quoted
+from resvit_engines.remote.ssh import Answer, Connection, quoted
 from resvit_engines.remote.ssh_files import download, upload
 from resvit_engines.remote.wheel import requirements_for, write_device_wheel
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE, download_wheels
@@ -28,7 +28,24 @@ _PYTHON = f"{ROOT}/venv/bin/python"
 _INSTALLED = f"{ROOT}/venv/.resvit-wheel"
 _POLL = 1.0  # seconds
 _PIECE = 1 << 20
-_RESULTS = ("engine.plan", "engine.json", "build.log", "layers.json", "timing.cache")
+_RESULTS = {
+    "engine.plan": 64 << 30,
+    "engine.json": 16 << 20,
+    "build.log": 256 << 20,
+    "layers.json": 1 << 30,
+    "timing.cache": 4 << 30,
+}
+"""The files of a build that are fetched, and how many bytes each may have."""
+_IMAGES = re.compile(r"images-[0-9a-f-]{1,40}\.npy")
+_OUTPUT = re.compile(r"outputs/images-[0-9a-f-]{1,40}(-out[0-9]{1,3})?\.npy")
+_OUTPUT_MOST = 8 << 30
+_OUTPUTS_OF_A_PIECE = 256
+_PROGRESS_MOST = 64 << 20
+"""Bytes of progress of the longest job."""
+_SILENT_MOST, _JOB_MOST = 4 * 3600.0, 48 * 3600.0
+"""Seconds that a job may show no progress, and may take."""
+_INSTALLING = 3600.0
+"""Seconds that pip may take on a device."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +88,10 @@ class Device:
                 ExitCode.MISSING,
             )  # fmt: skip
         try:
-            last = answer.stdout.splitlines()[-1]
+            last = answer.stdout.rstrip("\n").rpartition("\n")[2]
             machine = Machine.from_json(record_from_bytes(last.encode(), f"the answer of {self.connection.address}"))
-        except (ResvitError, IndexError) as error:
-            raise self._failed("could not be asked what it is", answer.stderr) from error
+        except ResvitError as error:
+            raise self._failed("could not be asked what it is", answer.stderr or error.problem) from error
         if version_of(machine.python) < (3, 10):
             jetpack = f" (JetPack {machine.jetpack})" if machine.jetpack else ""
             raise ResvitError(
@@ -98,7 +115,7 @@ class Device:
             return False
         self.reporter.say(f"Installing the device's side on {self.connection.address}")
         made = self._run(f"test -x {_PYTHON} -a -x {ROOT}/venv/bin/pip || "
-                         f"python3 -m venv --clear --system-site-packages {ROOT}/venv")  # fmt: skip
+                         f"python3 -m venv --clear --system-site-packages {ROOT}/venv", _INSTALLING)  # fmt: skip
         if made.code != 0:
             if "ensurepip" in made.stdout + made.stderr or "No module named venv" in made.stderr:
                 raise ResvitError(
@@ -139,17 +156,22 @@ class Device:
             raise
 
     def fetch(self, job: RemoteJob, into: Path) -> tuple[Path, ...]:
-        """Bring engine, logs, timing cache and outputs of a finished job here; its images are removed there."""
-        listed = self._run(f"cd {job.folder} && ls built outputs/*.npy").stdout.split()
-        names = [f"built/{name}" for name in _RESULTS if name in listed]
-        names += [name for name in listed if name.startswith("outputs/")]
-        for name in names:
-            download(self.connection, f"{job.folder}/{name}", into / name.removeprefix("built/"), self.reporter)
+        """Bring engine, logs, timing cache and outputs of a finished job here; its images are removed there.
+
+        Raises:
+            ResvitError: INPUT where the device names a file that no job writes, or sends more than it announced; SYSTEM
+                where the disk is full.
+        """
+        answer = self._run(f"cd {job.folder} && ls built outputs/*.npy").stdout
+        names = listed_results(answer, len(job.images), str(self.connection.address))
+        for name, most in names.items():
+            file = into / name.removeprefix("built/")
+            download(self.connection, f"{job.folder}/{name}", file, self.reporter, most)
         self._run(f"rm -f {job.folder}/images-*.npy")
         return tuple(into / name.removeprefix("built/") for name in names)
 
-    def _run(self, script: str) -> Any:
-        return self.connection.patiently(lambda: self.connection.run(script))
+    def _run(self, script: str, seconds: float = 0.0) -> Answer:
+        return self.connection.patiently(lambda: self.connection.run(script, seconds=seconds))
 
     def _copied_wheel(self) -> tuple[str, str]:
         """The slim wheel's path on the device and its digest; it is made and copied once."""
@@ -162,10 +184,11 @@ class Device:
 
     def _pip(self, arguments: Sequence[str]) -> bool:
         answer = self._run(
-            f"{_PYTHON} -m pip install --quiet --disable-pip-version-check --no-input {quoted(*arguments)}"
+            f"{_PYTHON} -m pip install --quiet --disable-pip-version-check --no-input {quoted(*arguments)}",
+            _INSTALLING,
         )
         self._pip_said = answer.stderr
-        return bool(answer.code == 0)
+        return answer.code == 0
 
     def _install_offline(self, machine: Machine, wheels: Path | None) -> None:
         with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
@@ -188,7 +211,7 @@ class Device:
             upload(self.connection, path, f"{folder}/{path.name}")
             kept.add(path.name)
         copied = self._run(f"cd {folder} && ls images-*.npy").stdout.split()
-        if stale := [f"{folder}/{name}" for name in copied if name not in kept]:
+        if stale := [f"{folder}/{name}" for name in copied if _IMAGES.fullmatch(name) and name not in kept]:
             self._run(f"rm -f {quoted(*stale)}")
 
     def _follow(self, folder: str) -> JobResult:
@@ -208,12 +231,28 @@ class Device:
         record = record_from_bytes(answer.stdout.encode(), f"the result of the job on {address}")
         return result_from_json(record, address)
 
+    def _endless(self, why: str) -> ResvitError:
+        return ResvitError(
+            f"The job on {self.connection.address} {why}: it is not followed any longer.",
+            f"Look at what it does there: {self.connection.address.by_hand}. The same command follows it again.",
+            ExitCode.BUILD,
+        )
+
     def _lines(self, folder: str) -> Iterator[str]:
         """The lines of the job's progress as they come, until it has ended and all were read."""
         offset, rest = 0, ""
+        start = heard = time.monotonic()
         while True:
             life, ended, text = self._state(folder, offset)
             offset += len(text.encode())
+            now = time.monotonic()
+            heard = now if text else heard
+            if offset > _PROGRESS_MOST:
+                raise self._endless(f"writes more than {_PROGRESS_MOST >> 20} MiB of progress")
+            if now - heard > _SILENT_MOST:
+                raise self._endless(f"showed no progress for {_SILENT_MOST / 3600:.0f} hours")
+            if now - start > _JOB_MOST:
+                raise self._endless(f"takes more than {_JOB_MOST / 3600:.0f} hours")
             *lines, rest = (rest + text).split("\n")
             yield from lines
             if (ended or life == "gone") and not text:
@@ -235,6 +274,39 @@ class Device:
             f"Try it there by hand: {self.connection.address.by_hand}",
             ExitCode.MISSING,
         )
+
+
+def listed_results(answer: str, pieces: int, device: str) -> dict[str, int]:
+    """The files of a finished job in what ``ls built outputs/*.npy`` printed, with the bytes that each may have.
+
+    Of the folder ``built`` those that are wanted are taken. Below ``outputs`` there may be the answers to ``pieces``
+    files of images, in the names that a job gives them, and nothing else.
+
+    Raises:
+        ResvitError: INPUT for any other name, and for more of them than the job can have written.
+    """
+    found: dict[str, int] = {}
+    for line in answer.split("\n"):
+        output = _OUTPUT.fullmatch(line) is not None
+        name = line if output else f"built/{line}"
+        if not output and (not line.isprintable() or re.search(r"[/\\]|\.\.", line)):
+            raise _odd_name(device, line)
+        if output or line in _RESULTS:
+            if name in found:
+                raise _odd_name(device, line)
+            found[name] = _OUTPUT_MOST if output else _RESULTS[line]
+    if len(found) > len(_RESULTS) + max(1, pieces) * _OUTPUTS_OF_A_PIECE:
+        raise ResvitError(
+            f"{device} lists {len(found)} files of a job with {pieces} files of images.", "Look at it by hand."
+        )
+    return found
+
+
+def _odd_name(device: str, name: str) -> ResvitError:
+    return ResvitError(
+        f"{device} lists a file that no job of ours writes: {shown(name)}.",
+        "Nothing was fetched. The device is not what it seems, or something else writes there: look at it by hand.",
+    )
 
 
 # The lock tells whether the job lives, also after a restart of the device gave its number to another process; before

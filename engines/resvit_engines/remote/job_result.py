@@ -12,6 +12,10 @@ from resvit_engines.machine import Machine
 from resvit_engines.records import Record
 from resvit_engines.run.golden import GoldenReport
 
+_ENDS = ("INPUT", "IMPOSSIBLE", "MISSING", "BUILD", "SYSTEM", "UNTRUSTED", "MISMATCH", "INTERRUPTED")
+_CODES = {**{ExitCode[name]: ExitCode[name] for name in _ENDS}, ExitCode.BUG: ExitCode.BUILD}
+"""How a job can end in an error, and the exit code of that here: what is a bug there is none of this program here."""
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -138,6 +142,7 @@ def result_from_json(record: Record, device: str) -> JobResult:
     error = record.optional("error", record.record)
     if error is not None:
         code = error.whole("exit_code", 1, 255)
-        known = ExitCode(code) if code in set(ExitCode) else ExitCode.BUG
-        raise ResvitError(f"On {device}: {error.text('problem')}", error.text("fix"), known)
+        if code not in _CODES:
+            raise error.refusal("exit_code", f"one of {', '.join(str(int(known)) for known in _CODES)}")
+        raise ResvitError(f"On {device}: {error.text('problem')}", error.text("fix"), _CODES[ExitCode(code)])
     return JobResult.from_json(record.record("result"))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record, record_from_bytes
 
 T = TypeVar("T")
 _INTERVAL = 0.5  # seconds between the lines of one bar
+_TOTAL_MOST = 2_000_000
+_BARS_MOST = 8
+"""How many bars may be open in each other."""
 
 
 class EventLog:
@@ -55,40 +62,61 @@ class EventLog:
 
 
 def replay(lines: Iterator[str], reporter: Reporter) -> None:
-    """Show the events of ``lines``, which may come as they are written; a line that is none is left out."""
+    """Show the events of ``lines``, which may come as they are written; a line that is none is left out.
+
+    No bar goes further than its total, and no more than ``_BARS_MOST`` are open in each other, whatever the lines say.
+    """
     events = _events(lines)
     for event in events:
-        _show(event, events, reporter)
+        _show(event, events, reporter, 0)
 
 
-def _show(event: dict[str, Any], events: Iterator[dict[str, Any]], reporter: Reporter) -> None:
-    if "begin" in event:
-        steps = _steps(events, reporter)
-        for _ in reporter.track(steps, str(event["begin"]), int(event["total"]), int(event["weight"])):
+@dataclass(frozen=True)
+class _Event:
+    """One line: ``count`` is the total of a bar that begins, or how many steps it went."""
+
+    kind: str
+    text: str = ""
+    count: int = 0
+    weight: int = 1
+
+    @classmethod
+    def from_json(cls, record: Record) -> _Event:
+        """``ResvitError`` for what :class:`EventLog` does not write."""
+        kind = next((kind for kind in ("begin", "step", "end", "say", "warn") if kind in record.names), "")
+        if kind in ("step", "end"):
+            return cls(kind, count=record.whole(kind, most=_TOTAL_MOST))
+        text = record.text(kind)
+        if kind != "begin":
+            return cls(kind, text)
+        return cls(kind, text, record.whole("total", most=_TOTAL_MOST), record.whole("weight", 1, _TOTAL_MOST))
+
+
+def _show(event: _Event, events: Iterator[_Event], reporter: Reporter, bars: int) -> None:
+    if event.kind == "begin" and bars < _BARS_MOST:
+        steps = _steps(events, reporter, -(-event.count // event.weight), bars + 1)
+        for _ in reporter.track(steps, event.text, event.count, event.weight):
             pass
-    elif "say" in event:
-        reporter.say(str(event["say"]))
-    elif "warn" in event:
-        reporter.warn(str(event["warn"]))
+    elif event.kind == "say":
+        reporter.say(event.text)
+    elif event.kind == "warn":
+        reporter.warn(event.text)
 
 
-def _steps(events: Iterator[dict[str, Any]], reporter: Reporter) -> Iterator[int]:
-    """The steps of one bar, until it ends or the events do."""
+def _steps(events: Iterator[_Event], reporter: Reporter, left: int, bars: int) -> Iterator[int]:
+    """The steps of one bar, ``left`` at most, until it ends or the events do."""
     for event in events:
-        if "end" in event:
-            yield from range(int(event["end"]))
-            return
-        if "step" in event:
-            yield from range(int(event["step"]))
+        if event.kind in ("step", "end"):
+            steps = min(left, event.count)
+            left -= steps
+            yield from range(steps)
+            if event.kind == "end":
+                return
         else:
-            _show(event, events, reporter)
+            _show(event, events, reporter, bars)
 
 
-def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _events(lines: Iterator[str]) -> Iterator[_Event]:
     for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            yield event
+        with contextlib.suppress(ResvitError):
+            yield _Event.from_json(record_from_bytes(line.encode(), "progress"))

@@ -7,16 +7,18 @@ arrived is kept, checked by digest and continued.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import selectors
 import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -27,8 +29,13 @@ T = TypeVar("T")
 CONFIG_VARIABLE = "RESVIT_SSH_CONFIG"
 """Names another OpenSSH configuration file than the user's."""
 PATIENCE_VARIABLE = "RESVIT_SSH_PATIENCE"
-"""Seconds that a lost connection may take to come back."""
+"""Seconds that a lost connection may take to come back, and that a device may say nothing."""
+ANSWER_MOST = 16 << 20
+"""Bytes of the longest answer to one command."""
 _PATIENCE = 120.0
+_LEAST_PATIENCE = 20.0
+_LOSSES = 100
+"""How often a connection may be lost while one thing is done."""
 _SSH_FAILED = 255
 _OPTIONS = {
     "BatchMode": "yes",  # fails instead of asking for a password or passphrase
@@ -123,7 +130,7 @@ class Connection:
     def __init__(self, address: Address, reporter: Reporter = SILENT, patience: float | None = None) -> None:
         self.address = address
         self.reporter = reporter
-        self.patience = float(os.environ.get(PATIENCE_VARIABLE, _PATIENCE)) if patience is None else patience
+        self.patience = number_from_environment(PATIENCE_VARIABLE, _PATIENCE) if patience is None else patience
         self._last_contact = 0.0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -142,19 +149,84 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._folder is not None:
-            subprocess.run([*self._ssh(), "-O", "exit", "--", self.address.login], capture_output=True, check=False)
+            command = [*self._ssh(), "-O", "exit", "--", self.address.login]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, capture_output=True, check=False, timeout=_LEAST_PATIENCE)
             self._folder.cleanup()
             self._folder = None
 
-    def run(self, script: str, stdin: bytes | None = None) -> Answer:
+    @property
+    def silence(self) -> float:
+        """Seconds that a device may say nothing where an answer is due at once."""
+        return max(self.patience, _LEAST_PATIENCE)
+
+    def run(self, script: str, stdin: bytes | None = None, seconds: float = 0.0) -> Answer:
         """Run ``script`` by ``sh`` in the home folder of the device and wait for it; its exit status is in the answer.
 
-        Raises ``UnreachableError`` or ``ResvitError`` where ssh itself failed.
+        It may take ``seconds``, or :attr:`silence` where that is longer.
+
+        Raises:
+            UnreachableError: the connection is lost, or there is no answer in time.
+            ResvitError: ssh itself failed, or the answer is longer than ``ANSWER_MOST``.
         """
         with self.start(script, subprocess.DEVNULL if stdin is None else subprocess.PIPE) as process:
-            stdout, stderr = process.communicate(stdin)
+            if process.stdin is not None and stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(stdin)
+                    process.stdin.close()
+                process.stdin = None
+            stdout, stderr = self.listen(process, max(seconds, self.silence))
         self.settle(process.returncode, stderr)
         return Answer(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+
+    def listen(self, process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bytes]:
+        """What a started script still prints until it ends, on standard output and error; ended where it is too much.
+
+        Raises:
+            UnreachableError: it did not end within ``seconds``.
+            ResvitError: INPUT, it printed more than ``ANSWER_MOST`` bytes.
+        """
+        assert process.stdout is not None
+        assert process.stderr is not None
+        end = time.monotonic() + seconds
+        said = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+        try:
+            with selectors.DefaultSelector() as waiting:
+                for number in said:
+                    waiting.register(number, selectors.EVENT_READ)
+                while waiting.get_map():
+                    for key in self.ready(waiting, end - time.monotonic(), seconds):
+                        piece = os.read(key.fd, 1 << 16)
+                        said[key.fd] += piece
+                        if not piece:
+                            waiting.unregister(key.fd)
+                        if len(said[key.fd]) > ANSWER_MOST:
+                            raise ResvitError(
+                                f"{self.address} answers with more than {ANSWER_MOST >> 20} MiB.",
+                                f"No device of ours does that. Look at what it prints at login: {self.address.by_hand}",
+                            )
+            try:
+                process.wait(max(end - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired as error:
+                raise self._silent(seconds) from error
+        finally:
+            if process.poll() is None:
+                process.kill()
+        return bytes(said[process.stdout.fileno()]), bytes(said[process.stderr.fileno()])
+
+    def ready(self, waiting: selectors.BaseSelector, left: float, seconds: float) -> list[selectors.SelectorKey]:
+        """What can be read or written next; ``UnreachableError``, naming ``seconds``, after ``left`` seconds."""
+        ready = waiting.select(left) if left > 0 else []
+        if not ready:
+            raise self._silent(seconds)
+        return [key for key, _ in ready]
+
+    def _silent(self, seconds: float) -> UnreachableError:
+        return UnreachableError(
+            f"{self.address} said nothing for {seconds:.0f} s.",
+            f"Check that it works, and that this ends: {self.address.by_hand} true",
+            ExitCode.SYSTEM,
+        )
 
     def start(self, script: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Start ``script`` on the device with pipes to it."""
@@ -177,22 +249,22 @@ class Connection:
 
         Raises ``UnreachableError`` when the device has been away for longer than ``patience``.
         """
-        said = False
+        losses = 0
         while True:
             try:
                 return action()
             except UnreachableError as error:
                 away = time.monotonic() - self._last_contact
-                if away > self.patience:
+                losses += 1
+                if away > self.patience or losses > _LOSSES:
                     raise UnreachableError(
                         f"The connection to {self.address} was lost and did not come back within "
                         f"{self.patience:.0f} s. The last that ssh said: {error.problem}",
                         "When the device answers again, run the same command: what was copied and done there is kept.",
                         ExitCode.SYSTEM,
                     ) from error
-                if not said:
+                if losses == 1:
                     self.reporter.warn(f"The connection to {self.address} was lost; trying for {self.patience:.0f} s.")
-                    said = True
                 time.sleep(min(2.0, self.patience / 10))
 
     def _ssh(self) -> list[str]:
@@ -253,10 +325,22 @@ def ssh_error(stderr: str, address: Address) -> ResvitError:
     return refused(f"ssh could not connect to {address}: {said}", f"Check that this works: {hand}")
 
 
-def pieces_of(stream: IO[bytes], size: int = 1 << 20) -> Iterator[bytes]:
-    """What ``stream`` still holds, in pieces."""
-    while piece := stream.read(size):
-        yield piece
+def number_from_environment(name: str, usual: float, most: float = 1e6) -> float:
+    """The number above 0 that an environment variable holds, ``usual`` where it is not set or empty.
+
+    Raises:
+        ResvitError: INPUT where it holds anything else.
+    """
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return usual
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= most:
+        raise ResvitError(f"{name} is {text!r}, and not a number above 0, up to {most:g}.", f"Set it, or unset {name}.")
+    return number
 
 
 def quoted(*words: str) -> str:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import selectors
+import shutil
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import explain_os_errors, sha256_file
 from resvit_engines.progress import SILENT, Reporter
-from resvit_engines.remote.ssh import Connection, pieces_of, quoted
+from resvit_engines.records import shown
+from resvit_engines.remote.ssh import Connection, quoted
 
 _MIB = 1 << 20
+FILE_MOST = 64 << 30
+"""Bytes of the largest file that is fetched from a device."""
+_SLOWEST = 16 << 10
+"""Bytes per second; slower than that, after ten minutes, a device is not waited for."""
+_TEN_MINUTES = 600.0
+_HASHING = 3600.0
+"""Seconds that a device may take to digest a file."""
+_ANSWER = re.compile(r"none|([0-9]{1,18})\s+([0-9a-f]{64})\s+-")
 _STATE = """
 for file in {file} {file}.part; do
   if [ -f "$file" ]; then echo "$(wc -c < "$file") $(sha256sum < "$file")"; else echo none; fi
@@ -43,7 +58,8 @@ def _uploaded(
         _append(connection, file, begin, size, remote, reporter, what or f"copy {file.name}")
         moved = connection.run(
             f'[ "$(sha256sum < {quoted(remote + ".part")} | cut -c 1-64)" = {digest} ] && '
-            f"mv -f {quoted(remote + '.part', remote)}"
+            f"mv -f {quoted(remote + '.part', remote)}",
+            seconds=_HASHING,
         )
         if moved.code == 0:
             return True
@@ -63,33 +79,50 @@ def _append(
     with file.open("rb") as stream, connection.start(script, subprocess.PIPE) as process:
         stream.seek(begin)
         assert process.stdin is not None
-        assert process.stderr is not None
         try:
-            total = max(1, -(-(size - begin) // _MIB))
-            for piece in reporter.track(pieces_of(stream), what, total):
-                process.stdin.write(piece)
-            process.stdin.close()
+            pieces = iter(lambda: stream.read(_MIB), b"")
+            for piece in reporter.track(pieces, what, max(1, -(-(size - begin) // _MIB))):
+                _send(connection, process.stdin.fileno(), piece)
         except BrokenPipeError:
             pass  # the exit status and ssh's words tell why
+        except BaseException:
+            process.kill()
+            raise
         finally:
-            # Closing what broke would raise again; wait() must not find it open.
-            process.stdin = None
-        stderr = process.stderr.read()
-        process.wait()
+            process.stdin.close()
+        _, stderr = connection.listen(process, connection.silence)
     connection.settle(process.returncode, stderr)
     if process.returncode != 0:
         raise _disk_error(connection, remote, stderr.decode(errors="replace").strip())
 
 
-def download(connection: Connection, remote: str, file: Path, reporter: Reporter = SILENT) -> None:
+def _send(connection: Connection, pipe: int, data: bytes) -> None:
+    """Write all of ``data``; ``UnreachableError`` where nobody takes it for too long."""
+    os.set_blocking(pipe, False)
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(pipe, selectors.EVENT_WRITE)
+        left = memoryview(data)
+        while left:
+            connection.ready(waiting, connection.silence, connection.silence)
+            left = left[os.write(pipe, left) :]
+
+
+def download(
+    connection: Connection, remote: str, file: Path, reporter: Reporter = SILENT, most: int = FILE_MOST
+) -> None:
     """Bring the device's ``remote`` here as ``file``, which appears whole or not at all.
 
-    Raises ``ResvitError`` where it is not there, or the connection stays lost.
+    The device says first how many bytes it has. That must be no more than ``most`` and what the disk here has free,
+    and not one byte more is taken.
+
+    Raises:
+        ResvitError: INPUT where it is not there, too large, or more comes than was said; SYSTEM where the disk is full
+            or the connection stays lost.
     """
-    connection.patiently(lambda: _downloaded(connection, remote, file, reporter))
+    connection.patiently(lambda: _downloaded(connection, remote, file, reporter, most))
 
 
-def _downloaded(connection: Connection, remote: str, file: Path, reporter: Reporter) -> None:
+def _downloaded(connection: Connection, remote: str, file: Path, reporter: Reporter, most: int) -> None:
     partial = file.with_name(f".{file.name}.part")
     whole, _ = _state(connection, remote)
     if whole is None:
@@ -97,10 +130,21 @@ def _downloaded(connection: Connection, remote: str, file: Path, reporter: Repor
             f"{remote} is not on {connection.address} any more.", "Run the same command again: it is made anew."
         )
     size, digest = whole
+    if size > most:
+        raise ResvitError(
+            f"{remote} on {connection.address} has {size} bytes, and such a file has {most} at most.",
+            "Something else writes there, or the device is not what it seems: look at it by hand.",
+        )
     with explain_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if size > (free := shutil.disk_usage(file.parent).free):
+            raise ResvitError(
+                f"The disk is full: {file} has {size >> 20} MiB, and {free >> 20} MiB are free. Nothing was damaged.",
+                "Free some space and run the same command again; finished stages are kept.",
+                ExitCode.SYSTEM,
+            )
         for _ in range(2):
-            begin = partial.stat().st_size if partial.exists() else 0
+            begin = partial.stat().st_size if partial.is_file() else 0
             if begin > size:
                 partial.unlink()
                 begin = 0
@@ -120,27 +164,60 @@ def _fetch(connection: Connection, remote: str, partial: Path, begin: int, size:
     script = f"tail -c +{begin + 1} {quoted(remote)}"
     with partial.open("ab") as out, connection.start(script) as process:
         assert process.stdout is not None
-        assert process.stderr is not None
-        total = max(1, -(-(size - begin) // _MIB))
-        for piece in reporter.track(pieces_of(process.stdout), f"fetch {remote.rpartition('/')[2]}", total):
-            out.write(piece)
-        stderr = process.stderr.read()
-        process.wait()
+        try:
+            pieces = _pieces(connection, process.stdout.fileno(), remote, size - begin)
+            total = max(1, -(-(size - begin) // _MIB))
+            for piece in reporter.track(pieces, f"fetch {remote.rpartition('/')[2]}", total):
+                out.write(piece)
+        except BaseException:
+            process.kill()
+            raise
+        _, stderr = connection.listen(process, connection.silence)
     connection.settle(process.returncode, stderr)
+
+
+def _pieces(connection: Connection, pipe: int, remote: str, size: int) -> Iterator[bytes]:
+    """What comes, in pieces of a MiB, until it ends; refused as soon as that is more than ``size`` bytes."""
+    piece, count = bytearray(), 0
+    end = time.monotonic() + _TEN_MINUTES + size / _SLOWEST
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(pipe, selectors.EVENT_READ)
+        while True:
+            connection.ready(waiting, connection.silence, connection.silence)
+            part = os.read(pipe, _MIB - len(piece))
+            count += len(part)
+            if count > size:
+                raise ResvitError(
+                    f"{connection.address} sends more of {remote} than the {size} bytes that it announced.",
+                    "Nothing of it was kept. Something writes to it meanwhile, or the device is not what it seems.",
+                )
+            if time.monotonic() > end:
+                raise ResvitError(
+                    f"{connection.address} sends {remote} at less than {_SLOWEST >> 10} KiB a second.",
+                    "Check the network and run the same command again.",
+                    ExitCode.SYSTEM,
+                )
+            piece += part
+            if piece and (not part or len(piece) == _MIB):
+                yield bytes(piece)
+                piece.clear()
+            if not part:
+                return
 
 
 def _state(connection: Connection, remote: str) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:
     """Size and digest of the file and of its unfinished part on the device; None for what is not there."""
-    answer = connection.run(_STATE.format(file=quoted(remote)))
-    lines = answer.stdout.splitlines()
-    if answer.code != 0 or len(lines) != 2:
+    answer = connection.run(_STATE.format(file=quoted(remote)), seconds=_HASHING)
+    found = [_ANSWER.fullmatch(line.strip()) for line in answer.stdout.split("\n") if line]
+    if answer.code != 0 or len(found) != 2 or not all(found):
         raise ResvitError(
-            f"{connection.address} does not answer as a Linux system does: {answer.stderr.strip() or answer.stdout!r}",
+            f"{connection.address} does not answer as a Linux system does: "
+            f"{shown(answer.stderr.strip() or answer.stdout)}",
             "The device needs a POSIX shell, wc and sha256sum, and a login that prints nothing by itself.",
             ExitCode.SYSTEM,
         )
-    found = [None if line == "none" else (int(line.split()[0]), line.split()[1]) for line in lines]
-    return found[0], found[1]
+    whole, part = ((int(match[1]), match[2]) if match and match[1] else None for match in found)
+    return whole, part
 
 
 def _prefix_digest(file: Path, length: int) -> str:

@@ -12,6 +12,7 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ResvitError
 from resvit_engines.run.feeds import Array, Arrays
+from resvit_engines.run.npy import read_array
 from resvit_engines.trt.running import TensorSpec
 
 
@@ -95,20 +96,3 @@ def _listed(folder: Path, files: Mapping[str, str], images: int) -> dict[str, Ar
                 f"The bundle's golden files hold {images} images and {len(array)} of {name}.", "Make the bundle again."
             )
     return arrays
-
-
-def read_array(path: Path, what: str) -> Array:
-    """An array [N, …] from an ``.npy`` file; nothing in it is executed.
-
-    Raises:
-        ResvitError: INPUT where it is missing, damaged, or no array of numbers.
-    """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise ResvitError(f"There is no {what} file {path}.", "Check the path.") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise ResvitError(f"{path} cannot be read as an .npy file: {error}.", "Save it with numpy.save.") from error
-    if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "fiub":
-        raise ResvitError(f"{path} holds no array of numbers [N, …].", "Save it with numpy.save.")
-    return array

@@ -21,7 +21,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.gpu import local_sm
 from resvit_engines.run.engine_runner import MODULES, open_engine
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.golden_files import golden_inputs, golden_output, read_array, sqnr_db
+from resvit_engines.run.golden_files import golden_inputs, golden_output, sqnr_db
+from resvit_engines.run.npy import read_array
 from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_onnx
 from resvit_engines.targets.table import Builder
 from resvit_engines.trt.running import TensorSpec

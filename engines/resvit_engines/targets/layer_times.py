@@ -15,13 +15,14 @@ over predicted.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import json_from_outside, read_outside
 from resvit_engines.targets.table import Precision
 
 _FIX = 'Write {"device": "…", "layers": {"node name": {"fp16": microseconds, "int8": microseconds}}}.'
@@ -58,12 +59,10 @@ def measured_times_from_json(path: Path) -> MeasuredTimes:
     Raises:
         ResvitError: for a file that is missing, is no JSON, or holds anything but positive, finite times.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ResvitError(f"There are no measured times at {path}.", "Check --measured-times.") from error
-    except (OSError, ValueError) as error:
-        raise ResvitError(f"The measured times {path} cannot be read: {error}.", _FIX) from error
+    if not os.path.lexists(path):
+        raise ResvitError(f"There are no measured times at {path}.", "Check --measured-times.")
+    name = f"The file of measured times {path}"
+    document = json_from_outside(read_outside(path, what=name), name, _FIX)
     if not isinstance(document, dict) or not isinstance(document.get("layers"), dict) or not document["layers"]:
         raise ResvitError(f"The measured times {path} name no layers.", _FIX)
     device = document.get("device", "")

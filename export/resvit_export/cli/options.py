@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
 from resvit_export.recipe.choices import StageName
 from resvit_export.recipe.file import absolute, recipe_from_toml
 from resvit_export.recipe.pairs import read_pairs
@@ -18,7 +19,13 @@ from resvit_export.recipe.setting import Setting
 F = TypeVar("F", bound=Callable[..., Any])
 
 LOCAL_RECIPE = Path("resvit.toml")
-
+_BELONG_TO = {
+    "data": ("validation_data", "train_data", "classes", "preprocess", "task", "task_options"),
+    "checkpoint": ("model_args", "classes", "preprocess"),
+    "targets": ("jetpack", "batch", "measured_times", "timing_cache"),
+    "precision": ("include", "exclude", "latency_budget"),
+}
+"""Settings that may no longer fit where the first is changed."""
 
 _RUN = [
     click.option(
@@ -95,11 +102,11 @@ def require_one_device(device: str | None, rehearse: bool, several: bool) -> tup
     return device, rehearse
 
 
-def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
+def resolve_recipe(flags: dict[str, Any], reporter: Reporter = SILENT) -> tuple[Recipe, Path]:
     """Merge flags with a recipe and choose the run folder.
 
     Flags win. Below them stands ``--recipe``; without it, and without ``--model``, the recipe that the run folder
-    keeps, else ``./resvit.toml``.
+    keeps, else ``./resvit.toml``. What such a recipe, which nobody named, adds to the flags is said.
     """
     run_folder: Path | None = flags["run_folder"]
     recipe_file: Path | None = flags["recipe_file"]
@@ -108,11 +115,14 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
         for name, value in flags.items()
         if name not in ("run_folder", "recipe_file") and value not in (None, ())
     }
+    unnamed = None
     if recipe_file is None and "model" not in settings:
         saved = run_folder / "recipe.toml" if run_folder else None
-        recipe_file = next((file for file in (saved, LOCAL_RECIPE) if file and file.exists()), None)
-    recipe = recipe_from_toml(recipe_file.resolve()) if recipe_file else Recipe()
-    recipe = recipe.with_settings(settings)
+        recipe_file = unnamed = next((file for file in (saved, LOCAL_RECIPE) if file and file.exists()), None)
+    before = recipe_from_toml(recipe_file.resolve()) if recipe_file else Recipe()
+    recipe = before.with_settings(settings)
+    if unnamed is not None:
+        _tell_what_stays(before, recipe, set(settings), unnamed, reporter)
     if recipe.model is None:
         raise ResvitError(
             "No model was given.",
@@ -120,6 +130,37 @@ def resolve_recipe(flags: dict[str, Any]) -> tuple[Recipe, Path]:
             f"into {LOCAL_RECIPE} as name under [model].",
         )
     return recipe, run_folder or Path("runs") / recipe.label
+
+
+def _tell_what_stays(before: Recipe, recipe: Recipe, flags: set[str], file: Path, reporter: Reporter) -> None:
+    """Say which settings come from ``file``; warn of those that belong to a setting that a flag changed."""
+    default = Recipe()
+    stays = {
+        name: value
+        for name in SETTINGS
+        if (name not in flags or SETTINGS[name].kind is dict)
+        and (value := getattr(before, name)) != getattr(default, name)
+    }
+    if not stays:
+        return
+    reporter.say(f"settings from {file}: {', '.join(_said(SETTINGS[name], value) for name, value in stays.items())}")
+    for changed, companions in _BELONG_TO.items():
+        kept = [name for name in companions if name in stays]
+        if changed in flags and kept and getattr(before, changed) not in (None, (), getattr(recipe, changed)):
+            reporter.warn(
+                f"{SETTINGS[changed].flag} is another than in {file}, and this stays from there: "
+                f"{', '.join(_said(SETTINGS[name], stays[name]) for name in kept)}; say it too if it should change"
+            )
+
+
+def _said(item: Setting, value: Any) -> str:
+    """A setting as a flag says it; one that only a file says, by its key there."""
+    name = item.flag if item.since is not None else item.toml
+    if isinstance(value, bool):
+        return name if value else f"--no-{name.removeprefix('--')}"
+    if isinstance(value, Mapping):
+        return f"{name} " + " ".join(f"{key}={part}" for key, part in value.items())
+    return f"{name} " + (" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
 def _setting_from_flag(item: Setting, value: Any) -> Any:

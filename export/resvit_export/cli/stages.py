@@ -35,8 +35,8 @@ def open_runs(flags: dict[str, Any], output: Output) -> Iterator[Sequence[Run]]:
     from resvit_export.run import runs_for
     from resvit_export.run_folder import RunFolder
 
-    recipe, path = resolve_recipe(flags)
     report = reporter(output.quiet or output.json)
+    recipe, path = resolve_recipe(flags, report)
     folder = RunFolder(path, report)
     runs = runs_for(recipe, folder, report)
     for run in runs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside, text_from_outside
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 from resvit_export.recipe.setting import Place, Setting
 
@@ -19,6 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_RECIPE_MOST = 1 << 20
 _TABLES = (
     *("model", "data", "preprocess", "task", "prune", "quantize"),
     *("recover", "search", "validate", "target", "targets", "bundle"),
@@ -31,14 +34,14 @@ def recipe_from_toml(path: Path) -> Recipe:
 
     Raises ``ResvitError`` for a missing or malformed file, an unknown key or a value that its setting refuses.
     """
+    if not os.path.lexists(path):
+        raise ResvitError(f"There is no recipe at {path}.", "Check the path given to --recipe.")
+    name = f"The recipe {path}"
+    text = text_from_outside(read_outside(path, _RECIPE_MOST, name), name, "Give a UTF-8 TOML file.")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ResvitError(f"There is no recipe at {path}.", "Check the path given to --recipe.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResvitError(f"The recipe {path} cannot be read: {error}.", "Give a UTF-8 TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ResvitError(f"The recipe {path} is not valid TOML: {error}.", "Mend that line.") from error
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so are dates that do not exist
+        raise ResvitError(f"{name} is not valid TOML: {error}.", "Mend that line.") from error
     return Recipe(**_settings_from_document(document, path))
 
 

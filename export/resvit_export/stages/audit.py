@@ -41,7 +41,7 @@ class Audited(Artifact):
     @functools.cached_property
     def result(self) -> AuditRecord | SkippedAudit:
         """What fused, or why nothing was audited."""
-        return audit_from_json(self.json(RESULT), RESULT)
+        return self.read(RESULT, lambda found: audit_from_json(found, RESULT))
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ class Bundle(Stage[Bundled]):
     artifact: ClassVar[type[Artifact]] = Bundled
 
     naming: Naming
-    preprocess: Preprocess
+    preprocess: Preprocess | None
+    """What the validation images went through; None where a loader of the user's made the input itself."""
     contents: Contents
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -176,7 +177,7 @@ class Bundle(Stage[Bundled]):
             warning=None if record.kind is VerdictKind.ACCEPTED else warning,
             model=dict(self.naming.network.identity),
             settings=dict(self.naming.recipe),
-            preprocess=self.preprocess.to_json(),
+            preprocess=self.preprocess.to_json() if self.preprocess else None,
             versions={"resvit-export": package_version("resvit-export"), **self.contents.quantized.record.versions},
             stages={artifact.stage: artifact.record.key for artifact in chain},
         )
@@ -187,6 +188,11 @@ class Bundle(Stage[Bundled]):
         assert plan is not None
         commands = "\n".join(f"    {command}" for command in plan.commands)
         notes = "\n".join(plan.notes)
+        prepared = (
+            'prepared as manifest.json says under "preprocess"'
+            if self.preprocess
+            else "as the training's own loader made them"
+        )
         return f"""{self.naming.file_name}
 
 {plan.why}
@@ -201,7 +207,7 @@ which also checks the engine and packs it for 'resvit-engine install'. Or with T
 
 {notes}
 
-The engine reads FP32 images prepared as manifest.json says under "preprocess". golden_input.npy and
+The engine reads FP32 images {prepared}. golden_input.npy and
 golden_output.npy hold images and the outputs that were validated: compare the engine's with them.
 
 Verdict of the validation: {verdict.kind.value}; {verdict.reason}.

@@ -73,7 +73,7 @@ class Calibrated(Artifact):
     @functools.cached_property
     def images(self) -> CalibrationImages:
         """Which images it was."""
-        return CalibrationImages.from_json(self.json(IMAGES))
+        return self.read(IMAGES, CalibrationImages.from_json)
 
 
 @dataclass(frozen=True)

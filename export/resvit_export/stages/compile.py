@@ -36,14 +36,14 @@ class Compiled(Artifact):
     @functools.cached_property
     def engine(self) -> EngineReport | None:
         """What came out of the build; None where only a plan did."""
-        return (
-            EngineReport.from_json(Record(self.json(ENGINE_REPORT), ENGINE_REPORT)) if self.has(ENGINE_REPORT) else None
-        )
+        if not self.has(ENGINE_REPORT):
+            return None
+        return self.read(ENGINE_REPORT, lambda found: EngineReport.from_json(Record(found, ENGINE_REPORT)))
 
     @functools.cached_property
     def plan(self) -> DevicePlan | None:
         """How to build it where it can be; None where it was built."""
-        return DevicePlan.from_json(Record(self.json(PLAN), PLAN)) if self.has(PLAN) else None
+        return self.read(PLAN, lambda found: DevicePlan.from_json(Record(found, PLAN))) if self.has(PLAN) else None
 
     @property
     def copy(self) -> File | None:

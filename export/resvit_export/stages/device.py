@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -21,7 +22,7 @@ from resvit_engines.machine import Machine
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Target, version_of
 from resvit_export.records.device import DeviceResult
-from resvit_export.run_folder import RunFolder, record_in
+from resvit_export.run_folder import RunFolder, read_record
 from resvit_export.stage import Artifact, File, Stage, plain
 from resvit_export.stages.audit import Audit
 from resvit_export.stages.bundle import Signer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from resvit_engines.keys.private import SigningKey
     from resvit_engines.remote.device import RemoteJob
     from resvit_engines.remote.job_result import JobResult
+    from resvit_engines.trt.io_tensor import IoTensor
 
 RESULT = "device.json"
 IMAGES_MIB_VARIABLE = "RESVIT_DEVICE_IMAGES_MIB"
@@ -49,7 +51,7 @@ class OnDevice(Artifact):
     @functools.cached_property
     def result(self) -> DeviceResult:
         """What the device said, and the gate's verdict on its answers."""
-        return DeviceResult.from_json(self.json(RESULT))
+        return self.read(RESULT, DeviceResult.from_json)
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,14 @@ class RunOnDevice(Stage[OnDevice]):
         """Write ``device.json``; the outputs of the device become ``predictions.npz`` and a verdict of the gate."""
         from resvit_calibrate.answers.replay import FirstImages, Replay
         from resvit_calibrate.gate.gate import judge
+        from resvit_engines.bundle.bundle import read_manifest
 
         document: dict[str, Any] = {**result.to_json(), "images": self.count, "verdict": None}
         files = sorted((folder / "outputs").glob("*.npy"))
         if files:
             task, questions = self.questions.task.task(), self.questions
             arrays = outputs_of(files, self.outputs)
-            answered = min(len(value) for value in arrays.values())
-            if answered != self.count:
-                raise ResvitError(
-                    f"The device answered {answered} of {self.count} images.",
-                    "Run the same command again.",
-                    ExitCode.SYSTEM,
-                )
+            require_answers(arrays, read_manifest(self.bundle.path).outputs, self.count)
             candidate = task.answers(Replay(arrays), FirstImages(questions.images, self.count), questions.batch_size)
             candidate.save(folder / "predictions.npz")
             comparison = task.compare(
@@ -140,9 +137,10 @@ class RunOnDevice(Stage[OnDevice]):
 def newest_on_device(run: RunFolder, bundle: File) -> OnDevice | None:
     """The newest finished stage ``device`` of a bundle, on whatever device; None where there is none."""
     for folder in sorted(run.path.glob("device-*"), key=lambda path: path.stat().st_mtime, reverse=True):
-        record = record_in(folder)
-        if record is not None and record.value["bundle"] == plain(bundle):
-            return OnDevice(folder, record, reused=True)
+        with contextlib.suppress(ResvitError):
+            record = read_record(folder)
+            if record.value.get("bundle") == plain(bundle):
+                return OnDevice(folder, record, reused=True)
     return None
 
 
@@ -206,7 +204,9 @@ def require_target_there(target: Target, facts: Machine, device: str) -> None:
 
 def images_that_fit(shape: Sequence[int], most: int, facts: Machine) -> int:
     """How many validation images [C, H, W] in FP32 are copied: all, or as many as a share of the device takes."""
-    limit = int(os.environ.get(IMAGES_MIB_VARIABLE, _IMAGES_MIB))
+    from resvit_engines.remote.ssh import number_from_environment
+
+    limit = int(number_from_environment(IMAGES_MIB_VARIABLE, _IMAGES_MIB))
     limit = min(limit, facts.memory_available_mib // _SHARE, facts.free_disk_mib // _SHARE)
     return max(0, min(most, (limit << 20) // (4 * math.prod(shape))))
 
@@ -243,9 +243,55 @@ def _pieces(images: ImageSet, count: int, per_piece: int, scratch: Path) -> Iter
 
 
 def outputs_of(files: Sequence[Path], names: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """Every output of the engine, all pieces joined: the files of output 1 and on end in ``-out1.npy`` …"""
+    """Every output of the engine, all pieces joined: the files of output 1 and on end in ``-out1.npy`` …
+
+    Raises:
+        ResvitError: INPUT for a file that is no array of numbers, of an output that there is not, or of another shape
+            than the other pieces.
+    """
+    from resvit_engines.run.npy import read_array
+
     parts: dict[str, list[np.ndarray[Any, Any]]] = {}
     for file in files:
         numbered = re.search(r"-out(\d+)\.npy$", file.name)
-        parts.setdefault(names[int(numbered[1]) if numbered else 0], []).append(np.load(file))
+        number = int(numbered[1]) if numbered else 0
+        if number >= len(names):
+            raise _odd_answer(f"{file.name} is of output {number}, and the network has {len(names)}")
+        parts.setdefault(names[number], []).append(read_array(file, "answer"))
+    for name, pieces in parts.items():
+        if len({piece.shape[1:] for piece in pieces}) > 1:
+            raise _odd_answer(f"it answered with {name} of several shapes")
     return {name: np.concatenate(pieces) for name, pieces in parts.items()}
+
+
+def require_answers(arrays: Mapping[str, np.ndarray[Any, Any]], outputs: Sequence[IoTensor], count: int) -> None:
+    """Refuse answers that are not those of ``count`` images by a network with these ``outputs``.
+
+    Raises:
+        ResvitError: INPUT where an output is missing, of another shape, or no number; SYSTEM where images are.
+    """
+    for name, value in arrays.items():
+        if len(value) != count:
+            raise ResvitError(
+                f"The device answered {len(value)} of {count} images with {name}.",
+                "Run the same command again.",
+                ExitCode.SYSTEM,
+            )
+        if np.isnan(value).any():
+            raise _odd_answer(f"its {name} are no numbers (NaN)")
+    for output in outputs:
+        if output.name not in arrays:
+            raise _odd_answer(f"it answered without {output.name}")
+        shape, wanted = arrays[output.name].shape, output.shape
+        if len(shape) != len(wanted) or any(
+            isinstance(size, int) and size >= 0 and size != given
+            for given, size in zip(shape[1:], wanted[1:], strict=True)
+        ):
+            raise _odd_answer(f"its {output.name} have the shape {list(shape)}, and the network gives {list(wanted)}")
+
+
+def _odd_answer(why: str) -> ResvitError:
+    return ResvitError(
+        f"The device's answers are not those of this network: {why}.",
+        "Nothing of them was used. Run the same command again; if that does not help, look at the device by hand.",
+    )

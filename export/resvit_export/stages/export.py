@@ -37,7 +37,7 @@ class Exported(Loaded):
         """The float ONNX in figures."""
         from resvit_export.to_onnx.report import ExportReport
 
-        return ExportReport.from_json(self.json(REPORT))
+        return self.read(REPORT, ExportReport.from_json)
 
 
 @dataclass(frozen=True)

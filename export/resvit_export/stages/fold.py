@@ -34,7 +34,7 @@ class Folded(Loaded):
         """What was folded."""
         from resvit_quantize.fold.program import FoldReport
 
-        return FoldReport.from_json(self.json(REPORT))
+        return self.read(REPORT, FoldReport.from_json)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Fused(Artifact):
     @functools.cached_property
     def result(self) -> FusionRecord:
         """What was found, and what became of it."""
-        return FusionRecord.from_json(self.json(RESULT))
+        return self.read(RESULT, FusionRecord.from_json)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Loaded(Artifact):
     @functools.cached_property
     def network(self) -> NetworkRecord:
         """What the loader found."""
-        return NetworkRecord.from_json(self.json(NETWORK))
+        return self.read(NETWORK, NetworkRecord.from_json)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Pruned(Artifact):
     @functools.cached_property
     def report(self) -> PruneRecord:
         """What was taken out."""
-        return PruneRecord.from_json(self.json(REPORT))
+        return self.read(REPORT, PruneRecord.from_json)
 
     @property
     def masks(self) -> File | None:

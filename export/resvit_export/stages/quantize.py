@@ -37,7 +37,7 @@ class Quantized(Artifact):
         """What the graph holds."""
         from resvit_quantize.qdq.report import QuantizeReport
 
-        return QuantizeReport.from_json(self.json(REPORT))
+        return self.read(REPORT, QuantizeReport.from_json)
 
     @property
     def eight_bit_products(self) -> dict[str, Precision]:

@@ -38,7 +38,7 @@ class Retrained(Artifact):
         """How it was trained."""
         from resvit_quantize.pruning.distill.options import DistillReport
 
-        return DistillReport.from_json(self.json(REPORT))
+        return self.read(REPORT, DistillReport.from_json)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Validated(Artifact):
     @functools.cached_property
     def verdict(self) -> VerdictRecord:
         """What the gate found."""
-        return VerdictRecord.from_json(self.json(VERDICT))
+        return self.read(VERDICT, VerdictRecord.from_json)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from resvit_export.loading.inputs import IMAGE
 from resvit_export.to_onnx.constant_islands import bound_stand_ins, fold_islands
+from resvit_export.to_onnx.einsums import spell_out_einsums
 from resvit_export.to_onnx.packed_heads import split_along_heads
 
 MODULE = "module"
@@ -40,7 +41,7 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def optimize(model: ir.Model) -> None:
-    """Fold constants and shapes, drop identities and whatever nothing reads."""
+    """Fold constants and shapes, drop identities and whatever nothing reads; spell out Einsum."""
     import onnxscript.optimizer
 
     onnxscript.optimizer.optimize_ir(
@@ -50,6 +51,8 @@ def optimize(model: ir.Model) -> None:
         should_fold=lambda node: True if node.op_type in _SAME_SIZE and _reads_constants(node) else None,
     )
     infer_shapes(model)
+    if spell_out_einsums(model):
+        infer_shapes(model)
     if fold_islands(model):
         ir.passes.common.RemoveUnusedNodesPass()(model)
     bound_stand_ins(model)

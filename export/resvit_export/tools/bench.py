@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from resvit_engines.bench.bench import BenchReport, measure
 from resvit_engines.bench.commands import golden_feeds, settings_from
 from resvit_engines.bench.compare import Comparison, compare
@@ -21,6 +19,7 @@ from resvit_engines.progress import Reporter
 from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
+from resvit_engines.run.npy import read_array
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
 from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
@@ -234,5 +233,5 @@ def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
             scored = shipped_in(pipeline.answered)
     except NotFinishedError:
         return None
-    images, outputs = (np.load(scored.path(f"golden_{end}.npy"), allow_pickle=False) for end in ("input", "output"))
+    images, outputs = (read_array(scored.path(f"golden_{end}.npy"), "golden") for end in ("input", "output"))
     return images, outputs, golden_inputs(scored.folder, scored.golden, len(images))

@@ -17,6 +17,7 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.gpu import local_sm
+from resvit_engines.run.npy import read_array
 from resvit_engines.trt.api import load_tensorrt
 
 if TYPE_CHECKING:
@@ -102,10 +103,7 @@ def input_of(model: Path, images: Path) -> dict[str, np.ndarray[Any, Any]]:
     names = [item.name for item in graph.input if item.name not in constants]
     if len(names) != 1:
         raise ResvitError(f"{model} has {len(names)} inputs: {', '.join(names)}.", "Compare a model of one input.")
-    try:
-        array = np.load(images, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ResvitError(f"{images} holds no array.", "Write it with numpy.save.") from error
+    array = read_array(images, "input")
     wanted = [
         item.dim_value
         for item in next(item for item in graph.input if item.name == names[0]).type.tensor_type.shape.dim

@@ -80,7 +80,7 @@ def finished(out: Path, key: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(_beside(out, ".json").read_bytes())
         same = record["key"] == key and record["sha256"] == sha256_file(out)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ResvitError, OSError, ValueError, KeyError, TypeError):
         return None
     return record if same else None
 

@@ -60,7 +60,7 @@ class Predicted(Artifact):
         """Both predictions, and what the difference is worth."""
         from resvit_export.records.costs import CostsRecord
 
-        return CostsRecord.from_json(self.json(RESULT))
+        return self.read(RESULT, CostsRecord.from_json)
 
     @property
     def worth(self) -> Worth:

@@ -45,12 +45,13 @@ class Recovered(Artifact):
         """How the weights were trained."""
         from resvit_quantize.recovery.options import RecoverReport
 
-        return RecoverReport.from_json({**self.json(RESULT), "clips": self.json(CLIPS)})
+        clips = self.json(CLIPS)
+        return self.read(RESULT, lambda found: RecoverReport.from_json({**found, "clips": clips}))
 
     @functools.cached_property
     def recovery(self) -> Recovery:
         """How much was trained, without what differs from run to run."""
-        return Recovery.from_json(Record(self.json(RESULT), RESULT))
+        return self.read(RESULT, lambda found: Recovery.from_json(Record(found, RESULT)))
 
 
 @dataclass(frozen=True)

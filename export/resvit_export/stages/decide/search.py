@@ -60,7 +60,7 @@ class Searched(Artifact):
         """What was chosen, and what of it people read."""
         from resvit_export.records.search import SearchRecord
 
-        return SearchRecord.from_json(self.json(RESULT))
+        return self.read(RESULT, SearchRecord.from_json)
 
     @property
     def assignment(self) -> Mapping[str, str]:

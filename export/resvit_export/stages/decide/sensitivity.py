@@ -34,7 +34,7 @@ class Measured(Artifact):
         """The damage of every layer."""
         from resvit_quantize.sensitivity.sensitivity import sensitivity_from_json
 
-        return sensitivity_from_json(self.json(RESULT))
+        return self.read(RESULT, sensitivity_from_json)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Timed(Artifact):
     @functools.cached_property
     def result(self) -> TimesRecord:
         """What was timed."""
-        return TimesRecord.from_json(Record(self.json(RESULT), RESULT))
+        return self.read(RESULT, lambda found: TimesRecord.from_json(Record(found, RESULT)))
 
     @property
     def chosen(self) -> tuple[str, ...]:

@@ -1,0 +1,140 @@
+"""Reading what others wrote: every file and every JSON text within bounds of size, depth and time.
+
+``open_outside`` opens plain files alone: a pipe, a socket or a device (``/dev/zero``) would wait or never end.
+``read_outside`` takes no more than it is told, however large a file grows meanwhile. ``json_from_outside`` is the one
+parser of JSON that was written elsewhere. Each raises ``ResvitError`` and nothing else for what a file can cause.
+
+Imports the standard library and ``errors`` only, and reads on Python 3.8 too, as ``machine`` does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+TEXT_MOST = 64 << 20
+"""Bytes of the longest text that is read at once, such as a record, a recipe or a list of layers."""
+DEPTH_MOST = 64
+"""How deep lists and objects may lie in each other."""
+MAKE_AGAIN = "It is damaged, or of another version: make it again with this one."
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_outside(path: Path, what: str = "") -> io.BufferedReader:
+    """Open a plain file for reading in binary; never waits for somebody to write to it. ``what`` names it in errors.
+
+    Raises:
+        ResvitError: INPUT where there is none or it is something else, SYSTEM where it may not be read.
+    """
+    name = what or str(path)
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        raise ResvitError(f"There is no file {name}.", "Check the path.") from error
+    except PermissionError as error:
+        raise ResvitError(
+            f"{name} cannot be read: {error.strerror}.", "Change its permissions.", ExitCode.SYSTEM
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file system can hold
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ResvitError(f"{name} cannot be read: {reason}.", "Give the path of a file.") from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = next((words for test, words in _KINDS if test(mode)), "no file")
+        raise ResvitError(f"{name} is {kind}, and not a file.", "Give the path of a file.")
+    return io.BufferedReader(io.FileIO(handle, "rb"))
+
+
+def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:
+    """The whole content of a plain file of at most ``most`` bytes; ``what`` names it in errors.
+
+    Raises:
+        ResvitError: as ``open_outside``; INPUT where it is longer, SYSTEM where the disk fails.
+    """
+    name = what or str(path)
+    with open_outside(path, name) as stream:
+        try:
+            data = stream.read(most + 1)
+        except OSError as error:
+            raise ResvitError(
+                f"{name} cannot be read: {error.strerror}.", "Check the disk that it lies on.", ExitCode.SYSTEM
+            ) from error
+    if len(data) > most:
+        raise ResvitError(
+            f"{name} is longer than the {_size(most)} that such a file may have.", "Give the file that was meant."
+        )
+    return data
+
+
+def text_from_outside(data: bytes, where: str, fix: str = MAKE_AGAIN) -> str:
+    """``data`` as UTF-8 text, with or without a byte order mark; ``where`` names it in errors.
+
+    Raises:
+        ResvitError: INPUT, with ``fix``, where it is none.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ResvitError(
+            f"{where} is UTF-16, as Windows' PowerShell writes with `>`.",
+            "Save it as UTF-8: in an editor, or with `| Out-File -Encoding utf8`.",
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ResvitError(f"{where} is not UTF-8: line {line} holds other bytes.", fix) from error
+
+
+def json_from_outside(data: bytes, where: str, fix: str = MAKE_AGAIN) -> Any:
+    """Parse JSON as RFC 8259 has it, no deeper than ``DEPTH_MOST``; ``where`` names it in errors.
+
+    Raises:
+        ResvitError: INPUT, with ``fix``, where it is anything else.
+    """
+    text = text_from_outside(data, where, fix)
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        deep = _deeper_than(value, DEPTH_MOST)
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise ResvitError(f"{where} does not read as JSON: {error}.", fix) from error
+    if deep:
+        raise ResvitError(f"{where} does not read: it nests lists and objects more than {DEPTH_MOST} deep.", fix)
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _deeper_than(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        holders = [item for item in level if isinstance(item, (dict, list))]
+        if not holders:
+            return False
+        level = [inner for item in holders for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"
