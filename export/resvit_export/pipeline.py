@@ -91,13 +91,15 @@ class Pipeline:
         images = None if self.recipe.data is None else self.images[0]
         preprocess, budget = self.preprocess if images else None, prune.budget_of(self.recipe, self.run.target)
         sparse, seed, trained = self.recipe.sparsity is not None, self.recipe.seed, self.recipe.retrains
-        return self.do(prune.Prune(self.run.network, budget, sparse, images, preprocess, seed, trained))
+        return self.do(
+            prune.Prune(self.run.network, budget, sparse, images, preprocess, seed, trained, self.run.network.code)
+        )
 
     @cached_property
     def retrained(self) -> retrain.Retrained:
         """The pruned network, taught by the one that it was."""
         before, images = self.pruned, self.run.sources.training_images(self.preprocess, MOST_IMAGES)
-        how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed)
+        how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed, self.run.network.code)
         return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how))
 
     @cached_property

@@ -59,6 +59,7 @@ class Sources:
                 model_args=dict(recipe.model_args),
                 input_shape=recipe.shape,
                 inputs=tuple(wish.input for wish in recipe.shape_wishes),
+                checkpoint_key=recipe.checkpoint_key,
             )
             self._network = NetworkSource(spec, self._module, self.reporter)
         return self._network

@@ -117,9 +117,13 @@ class RunFolder:
         except ResvitError as error:
             self.reporter.warn(f"{folder} is damaged; the stage is done again. {error.problem}")
             return None
+        artifact = _artifact(stage, folder, record, reused=True)
+        if (changed := artifact.outdated()) is not None:
+            self.reporter.say(f"{key.stage}: {changed} has changed since; the stage is done again")
+            return None
         if not self._look_only:
             self.reporter.say(f"{key.stage}: unchanged ({folder.name})")
-        return _artifact(stage, folder, record, reused=True)
+        return artifact
 
     @contextlib.contextmanager
     def _full_disk_explained(self, folder: Path) -> Iterator[None]:

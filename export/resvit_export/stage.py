@@ -136,6 +136,10 @@ class Artifact:
             raise self._done_again(f"{self.folder} does not hold {name}.")
         return File(self.path(name), self.record.outputs[name].sha256)
 
+    def outdated(self) -> str | None:
+        """What the user's code read while the stage was computed, and is not the same now; None where all is."""
+        return None
+
     def json(self, name: str) -> dict[str, Any]:
         """Content of one JSON file; ``ResvitError`` INPUT where there is none."""
         path = self.path(name)

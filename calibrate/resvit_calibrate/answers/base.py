@@ -17,6 +17,7 @@ from resvit_calibrate.answers.classes import INPUT
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
+from resvit_calibrate.readers.user_code import Reads
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import SILENT, Reporter
@@ -57,6 +58,8 @@ class Task(abc.ABC):
     name: ClassVar[str]
     metric: str
     unit: str
+    reads: Reads | None = None
+    """What code of the user's has read while it had a part in the answers; None where it has none."""
 
     @abc.abstractmethod
     def keeping(self, image_set: ImageSet) -> Keeping:

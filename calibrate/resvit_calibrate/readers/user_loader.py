@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +16,7 @@ from resvit_calibrate.images.image_set import Batch, ImageSet, digest_of
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_known_classes
 from resvit_calibrate.readers.user_batch import SHAPE, Item, items_of
+from resvit_calibrate.readers.user_code import module_from
 from resvit_engines.errors import ResvitError
 
 Split = Literal["calibration", "validation"]
@@ -73,10 +72,10 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if match is None:
         return None
     module, name = match["module"], match["name"]
+    if module.endswith(".py") and not Path(module).expanduser().is_file():
+        raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
-        loaded = (
-            _module_from_file(Path(module).expanduser()) if module.endswith(".py") else importlib.import_module(module)
-        )
+        loaded = module_from(module)
     except ResvitError:
         raise
     except Exception as error:
@@ -90,17 +89,6 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
         raise ResvitError(f"{text} is not a function: {module} {what}.", wanted)
     found: Callable[..., Any] = function
     return found
-
-
-def _module_from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ResvitError(f"The file {path} does not exist.", "Check the path before the colon.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ResvitError(f"{path} cannot be imported.", "Check that it is a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class _Seen(NamedTuple):

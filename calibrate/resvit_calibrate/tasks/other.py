@@ -28,6 +28,7 @@ from resvit_calibrate.answers.raw import Raw, RawKeeper
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
+from resvit_calibrate.readers.user_code import Reads, user_files, watched
 from resvit_calibrate.readers.user_loader import function_from
 from resvit_engines.errors import ResvitError
 
@@ -121,7 +122,8 @@ class Other(Task):
 
     def __init__(self, options: Mapping[str, Any], metric: str | None = None) -> None:
         self.options = options_from(OtherOptions, self.name, options)
-        self.function = None if metric is None else _function(metric)
+        self.reads = None if metric is None else Reads()
+        self.function = None if metric is None else _function(metric, self.reads)
         self.metric = "SQNR" if metric is None else metric.rpartition(":")[2]
         self.unit = "dB" if metric is None else POINTS
 
@@ -221,7 +223,8 @@ class Other(Task):
         known = batch.targets if batch.targets is not None else batch.labels
         count = len(batch.images)
         try:
-            said = np.asarray(function(dict(outputs), known), np.float64)
+            with watched(self.reads):
+                said = np.asarray(function(dict(outputs), known), np.float64)
         except (ResvitError, MemoryError):
             raise
         except Exception as error:
@@ -240,10 +243,14 @@ class Other(Task):
         return np.where(fine, said, 0.0)
 
 
-def _function(text: str) -> Callable[..., Any]:
-    function = function_from(text, SHAPE)
+def _function(text: str, reads: Reads | None) -> Callable[..., Any]:
+    with watched(reads):
+        function = function_from(text, SHAPE)
     if function is None:
         raise ResvitError(f"The metric '{text}' is not package.module:function or file.py:function.", SHAPE)
+    for file in user_files(function.__module__).values():
+        if reads is not None:
+            reads.opened(file)  # also what was imported before
     return function
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pathlib
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,71 +9,131 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import SILENT, Reporter
+from resvit_export.loading.user_code import user_error
+from resvit_export.loading.weights.file import read_checkpoint
+from resvit_export.loading.weights.places import Flat, Place, flattened, place_named, places_for
 
 if TYPE_CHECKING:
     from resvit_quantize.pruning.structure import Structure
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "model_ema", "state_dict_ema", "net")
-"""Keys under which training scripts keep the weights, in the order in which they are tried."""
-
 STRUCTURE = "resvit_structure"
 """Key under which a pruned checkpoint records its shapes."""
 
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning put in front of every key."""
-
-_WRAPPED = "model."
-"""What a network that wraps another (``HuggingFaceModel``) puts in front of the other's keys."""
-
-_COUNTERS = ("n_averaged",)
 _NAMED = 3
 
 
-def load_checkpoint(module: nn.Module, path: Path) -> tuple[str, ...]:
-    """Load the weights in ``path`` into ``module``, every key and shape exact; returns notes for the user.
+def load_checkpoint(
+    module: nn.Module, path: Path, key: str | None = None, reporter: Reporter = SILENT
+) -> tuple[str, ...]:
+    """Load the weights in ``path`` into ``module``, every name and shape exact; returns notes for the user.
 
-    Reads ``.safetensors`` and files of ``torch.save``; the latter only as tensors and plain values
-    (``weights_only=True``). Raises ``ResvitError`` for a missing, empty, truncated or foreign file, a pickle
-    with code in it, no weights inside, and weights that do not fit (the first missing, unexpected and wrongly
-    shaped keys are named).
+    They are looked for below every key and prefix of the file (``resvit_export.loading.weights.places``), or below
+    ``key`` alone. Where several places fit, averaged weights (EMA) are taken, and a warning says how to choose.
+
+    Raises:
+        ResvitError: as ``read_checkpoint``; for weights that do not fit (the first missing, unexpected and wrongly
+            shaped are named, and where else some are); and for tensors that are no plain numbers.
     """
     content = read_checkpoint(path)
     _take_structure(module, content, path)
-    weights, where, others = find_weights(content, path)
-    notes = [f"weights taken from '{where}' in {path.name}"] if where else []
-    if others:
-        notes.append(f"{path.name} also holds weights under {', '.join(others)}, which were not used")
-    expected = module.state_dict()
-    weights, stripped = _without_prefix(weights, set(expected))
-    if stripped:
-        notes.append(f"removed the prefix '{stripped}' from all keys of {path.name}")
-    inner = {f"{_WRAPPED}{key}": value for key, value in weights.items()}
-    if len(expected.keys() & inner.keys()) > len(expected.keys() & weights.keys()):
-        weights = inner
-    missing = [key for key in expected if key not in weights]
-    unexpected = [key for key in weights if key not in expected]
-    misshapen = [
-        f"{key} {list(weights[key].shape)} instead of {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in weights and isinstance(tensor, torch.Tensor) and weights[key].shape != tensor.shape
-    ]
-    findings = [
-        f"{len(found)} {what} ({', '.join(found[:_NAMED])}{', …' if len(found) > _NAMED else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
-        if found
-    ]
-    if findings:
+    flat = flattened(content, path)
+    expected = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    found = places_for(flat, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    place = place_named(found, flat, key, path) if key else found[0] if found else None
+    names = place.names if place else {}
+    weights = {name: flat.tensors[full] for name, full in names.items()}
+    if odd := [f"{names[name]} {why}" for name in names if (why := _oddity(weights[name], expected[name]))]:
         raise ResvitError(
-            f"The weights in {path} do not fit the model, which has {len(expected)} tensors: {'; '.join(findings)}.",
-            "Give the model and the arguments that this checkpoint was trained with "
-            "(num_classes, image size, variant).",
+            f"{path} holds tensors that are no plain weights: {', '.join(odd[:_NAMED])}"
+            f"{f', … ({len(odd)})' if len(odd) > _NAMED else ''}.",
+            "Save the trained network's own weights, as dense floating-point numbers, before any conversion of it.",
         )
-    narrow = {str(w.dtype) for w in weights.values() if w.is_floating_point() and w.dtype.itemsize < 4}
-    if narrow:
+    if place is None or len(names) < len(expected) or place.fitting < len(expected) or place.unexpected:
+        raise _misfit(path, expected, flat, place, found)
+    others = [other for other in found if other is not place and other.fitting == place.fitting and not key]
+    if different := [other for other in others if not _same(flat, place, other)]:
+        reporter.warn(
+            f"{path.name} holds weights that fit the network in {1 + len(different)} places: '{place.key}'"
+            f"{' (averaged over training)' if place.averaged else ''} is taken, and "
+            f"{', '.join(repr(other.key) for other in different)} not; --checkpoint-key chooses another"
+        )
+    try:
+        # Names and shapes are checked; a module's own state beside its tensors is no weight.
+        module.load_state_dict(weights, strict=False)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise user_error(
+            error, f"The model did not take the weights in {path}", "Mend what its code does on loading."
+        ) from error
+    return tuple(_notes(path, place, others, weights))
+
+
+def _notes(path: Path, place: Place, others: list[Place], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    notes = []
+    if place.path:
+        notes.append(f"weights taken from '{place.path.removesuffix('.')}' in {path.name}")
+    if others:
+        told = ", ".join(other.key for other in others)
+        notes.append(f"{path.name} also holds weights under {told}, which were not used")
+    if stripped := place.prefix.removeprefix(place.path):
+        notes.append(f"removed the prefix '{stripped}' from all keys of {path.name}")
+    if place.beside and not others:
+        notes.append(
+            f"left out what is not the network's in {path.name}: {', '.join(place.beside[:_NAMED])}"
+            f"{', …' if len(place.beside) > _NAMED else ''}"
+        )
+    if narrow := {str(w.dtype) for w in weights.values() if w.is_floating_point() and w.dtype.itemsize < 4}:
         notes.append(f"{path.name} holds {', '.join(sorted(narrow))} weights; they are computed in float32")
-    module.load_state_dict(weights)
-    return tuple(notes)
+    return notes
+
+
+def _misfit(
+    path: Path, expected: Mapping[str, torch.Tensor], flat: Flat, place: Place | None, found: list[Place]
+) -> ResvitError:
+    """What lacks, what is too much and what has another shape, at the place that fits best."""
+    names = place.names if place else {}
+    missing = [name for name in expected if name not in names]
+    misshapen = [
+        f"{name} {list(flat.tensors[full].shape)} instead of {list(expected[name].shape)}"
+        for name, full in names.items()
+        if flat.tensors[full].shape != expected[name].shape
+    ]
+    unexpected = [full.removeprefix(place.prefix) for full in place.unexpected] if place else list(flat.tensors)
+    findings = [
+        f"{len(each)} {what} ({', '.join(each[:_NAMED])}{', …' if len(each) > _NAMED else ''})"
+        for what, each in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
+        if each
+    ]
+    where = f" below '{place.key}'" if place and place.prefix else ""
+    others = [f"'{other.key}' ({other.fitting} tensors)" for other in found if other is not place and other.fitting]
+    return ResvitError(
+        f"The weights in {path}{where} do not fit the model, which has {len(expected)} tensors: {'; '.join(findings)}.",
+        "Give the model and the arguments that this checkpoint was trained with (num_classes, image size, variant)"
+        + (f"; some weights fit at {', '.join(others[:_NAMED])}: --checkpoint-key names a place." if others else "."),
+    )
+
+
+def _oddity(tensor: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    """Why a tensor is no plain weight of the wanted kind; None for one that is."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "is nested" if tensor.is_nested else f"is sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return "is quantised"
+    if tensor.device.type != "cpu":
+        return f"has no values (device {tensor.device.type})"
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return f"is a {type(tensor).__name__}"
+    if tensor.is_complex() != wanted.is_complex() or tensor.is_floating_point() != wanted.is_floating_point():
+        own, other = (str(each.dtype).removeprefix("torch.") for each in (tensor, wanted))
+        return f"is {own} instead of {other}"
+    return None
+
+
+def _same(flat: Flat, one: Place, another: Place) -> bool:
+    """Whether two places hold the same numbers."""
+    pairs = [(flat.tensors[full], flat.tensors[another.names[name]]) for name, full in one.names.items()]
+    return all(_oddity(second, first) is None and torch.equal(first, second) for first, second in pairs)
 
 
 def structure_in(path: Path) -> Structure | None:
@@ -102,66 +158,6 @@ def _take_structure(module: nn.Module, content: Any, path: Path) -> None:
         raise ResvitError(f"{path} was pruned from another model: {error.problem}", error.fix) from error
 
 
-def read_checkpoint(path: Path) -> Any:
-    """The content of a checkpoint file as tensors and plain values.
-
-    Besides tensors, ``argparse.Namespace`` and paths are let through, since training scripts save their
-    settings beside the weights; both only store what they are given.
-    """
-    if not path.is_file():
-        raise ResvitError(f"The checkpoint {path} does not exist.", "Check the path given to --checkpoint.")
-    if path.stat().st_size == 0:
-        raise ResvitError(f"The checkpoint {path} is empty (0 bytes).", "Copy or download the file again.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-        raise ResvitError(
-            f"{path.name} is no known checkpoint format.",
-            "Give a .safetensors file, or a .pt or .pth written by torch.save(model.state_dict(), path).",
-        )
-    _refuse_torchscript(path)
-    try:
-        allowed: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
-            raise ResvitError(
-                f"{path} holds more than weights, and loading that would run code from the file: {_refused(error)}.",
-                "Where it was trained, save the weights alone: torch.save(model.state_dict(), path), "
-                "or use safetensors.",
-            ) from error
-        raise _unreadable(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AssertionError, OSError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def find_weights(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], str, tuple[str, ...]]:
-    """The state dict inside the usual wrappers: (weights, where they were, where others are).
-
-    Raises ``ResvitError`` naming the keys that are there instead.
-    """
-    where: list[str] = []
-    others: tuple[str, ...] = ()
-    while isinstance(content, Mapping):
-        inside = [key for key in WRAPPERS if isinstance(content.get(key), Mapping) and content[key]]
-        if not inside:
-            break
-        if not where:
-            others = tuple(inside[1:])
-        where.append(inside[0])
-        content = content[inside[0]]
-    keys = [str(key) for key in content] if isinstance(content, Mapping) else []
-    weights = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)} if keys else {}
-    if not weights:
-        found = f"the keys {', '.join(keys[:8])}" if keys else f"a {type(content).__name__}"
-        raise ResvitError(
-            f"{path} holds no weights that could be found: it holds {found}.",
-            f"Weights are looked for at the top and under {', '.join(WRAPPERS)}.",
-        )
-    return weights, ".".join(where), others
-
-
 def require_finite(module_or_tensors: nn.Module | Mapping[str, Any], source: str) -> None:
     """Raise ``ResvitError`` naming the first tensor that holds NaN or infinity.
 
@@ -183,68 +179,6 @@ def require_finite(module_or_tensors: nn.Module | Mapping[str, Any], source: str
                 f"{source}: {name} holds {count} NaN or infinite values (of {tensor.numel()}).",
                 "Training has diverged or the file is damaged; take an earlier checkpoint.",
             )
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        loaded: dict[str, torch.Tensor] = load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    return loaded
-
-
-def _without_prefix(weights: dict[str, torch.Tensor], expected: set[str]) -> tuple[dict[str, torch.Tensor], str]:
-    """Strip prefixes that all keys share, as far as that makes more keys fit the model."""
-    weights = {key: value for key, value in weights.items() if key not in _COUNTERS or key in expected}
-    best, best_prefix, prefix = weights, "", ""
-    current = weights
-    while True:
-        common = [p for p in PREFIXES if current and all(key.startswith(p) for key in current)]
-        if not common:
-            return best, best_prefix
-        prefix += common[0]
-        current = {key.removeprefix(common[0]): value for key, value in current.items()}
-        if len(expected & set(current)) > len(expected & set(best)):
-            best, best_prefix = current, prefix
-
-
-def _refuse_torchscript(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise ResvitError(
-            f"{path} is a TorchScript program, which cannot be read as weights.",
-            "Save the weights with torch.save(model.state_dict(), path), or the program with torch.export.save.",
-        )
-    if any(name.startswith("models/") for name in names):
-        raise ResvitError(
-            f"{path} is an exported program, not a checkpoint.",
-            "Give it as the model: --model program.pt2.",
-        )
-
-
-def _refused(error: Exception) -> str:
-    for word in str(error).replace("`", " ").split():
-        if "." in word and not word.startswith(("http", "torch.load", "torch.serialization")) and word.count(".") < 8:
-            name = word.strip(".,()[]'\"")
-            if "." in name and all(part.isidentifier() for part in name.split(".")):
-                return f"it refers to {name}"
-    return "it refers to Python classes"
-
-
-def _unreadable(path: Path, error: Exception) -> ResvitError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    if isinstance(error, PermissionError):
-        return ResvitError(f"{path} cannot be read: permission denied.", "Change its permissions.", ExitCode.SYSTEM)
-    return ResvitError(
-        f"{path} cannot be read as a checkpoint ({path.stat().st_size:,} bytes): {first}",
-        "The file is truncated, damaged or of another kind; copy or download it again.",
-    )
 
 
 def write_network(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
+from resvit_calibrate.readers.user_code import module_from
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.libraries import import_beside_torchvision, import_timm
 from resvit_export.loading.spec import Scalar
@@ -101,20 +97,22 @@ def _call(
 
 
 def _find_factory(place: str, name: str) -> Callable[..., object]:
-    if place.endswith(".py"):
-        module = _module_from_file(Path(place))
-    else:
-        with _importable(Path.cwd()):
-            try:
-                torchvision = place.partition(".")[0] == "torchvision"
-                module = import_beside_torchvision(place, "host") if torchvision else importlib.import_module(place)
-            except ModuleNotFoundError as error:
-                raise ResvitError(
-                    f"There is no module '{error.name}'.",
-                    f"Check the spelling of '{place}', or run from the folder that holds it.",
-                ) from error
-            except Exception as error:
-                raise user_error(error, f"Importing {place} failed", "Mend the module.") from error
+    if place.endswith(".py") and not Path(place).expanduser().is_file():
+        raise ResvitError(f"The file {place} does not exist.", "Check the path given to --model.")
+    try:
+        torchvision = place.partition(".")[0] == "torchvision"
+        module = import_beside_torchvision(place, "host") if torchvision else module_from(place)
+    except ResvitError:
+        raise
+    except ModuleNotFoundError as error:
+        if place.endswith(".py"):
+            raise user_error(error, f"Importing {place} failed", "Mend the file.") from error
+        raise ResvitError(
+            f"There is no module '{error.name}'.",
+            f"Check the spelling of '{place}', or run from the folder that holds it.",
+        ) from error
+    except Exception as error:
+        raise user_error(error, f"Importing {place} failed", "Mend the file.") from error
     factory: object = module
     for part in name.split("."):
         factory = getattr(factory, part, None)
@@ -125,31 +123,3 @@ def _find_factory(place: str, name: str) -> Callable[..., object]:
             f"It has: {', '.join(near)}." if near else "It defines none at all.",
         )
     return factory
-
-
-def _module_from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ResvitError(f"The file {path} does not exist.", "Check the path given to --model.")
-    spec = importlib.util.spec_from_file_location(f"_resvit_user_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
-    with _importable(path.resolve().parent):
-        try:
-            spec.loader.exec_module(module)
-        except ResvitError:
-            raise
-        except Exception as error:
-            raise user_error(error, f"Importing {path} failed", "Mend the file.") from error
-    return module
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))

@@ -102,8 +102,9 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
     Without a checkpoint, a module that a name stands for has random weights, and the user is told.
     """
     notes: list[str] = []
+    _refuse_lazy(module, spec.model)
     if spec.checkpoint is not None:
-        notes += load_checkpoint(module, spec.checkpoint)
+        notes += load_checkpoint(module, spec.checkpoint, spec.checkpoint_key, reporter)
     elif spec.model.startswith(("timm:", "resvit:", "torchvision.")) or getattr(module, "random_weights", False):
         reporter.warn(
             f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
@@ -163,8 +164,13 @@ def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Prepr
 
 
 def program_digest(program: ExportedProgram) -> str:
-    """SHA-256 over the graph and every tensor of it: the same network gives the same digits anywhere."""
-    digest = hashlib.sha256(str(program.graph).encode())
+    """SHA-256 over the graph, how it is called and every tensor: the same network gives the same digits anywhere."""
+    digest = hashlib.sha256()
+    for path, module in program.graph_module.named_modules():
+        if isinstance(module, torch.fx.GraphModule):  # the parts that run without gradients have graphs of their own
+            digest.update(f"{path}\n{module.graph}\n".encode())
+    called = (program.graph_signature, program.call_spec, sorted(map(str, program.range_constraints.items())))
+    digest.update("\n".join(map(str, called)).encode())
     tensors = {**program.constants, **program.state_dict}
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -239,6 +245,16 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
             f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64.",
         )
     return tuple(given[name] for name in names if name in given)
+
+
+def _refuse_lazy(module: nn.Module, name: str) -> None:
+    """Refuse layers that wait for their first image to know their sizes: there is nothing to load or to check."""
+    for tensor in module.state_dict().values():
+        if isinstance(tensor, torch.Tensor) and torch.nn.parameter.is_lazy(tensor):
+            raise ResvitError(
+                f"{name} has lazy layers, whose sizes are not known yet.",
+                "Let the factory run one image through the network before it returns it.",
+            )
 
 
 def _refuse_own_selection(module: nn.Module, name: str) -> None:

@@ -16,7 +16,8 @@ Scalar = bool | int | float | str
 class ModelSpec:
     """Where the model is, its weights, its arguments, (C, H, W) of its image.
 
-    ``inputs`` are named as the forward's parameters, where it reads more than the image.
+    ``inputs`` are named as the forward's parameters, where it reads more than the image. ``checkpoint_key`` says where
+    in the checkpoint the weights are, where that is not left to what fits.
     """
 
     model: str
@@ -24,3 +25,4 @@ class ModelSpec:
     model_args: Mapping[str, Scalar] = field(default_factory=dict)
     input_shape: tuple[int, int, int] | None = None
     inputs: tuple[NetworkInput, ...] = ()
+    checkpoint_key: str | None = None

@@ -57,6 +57,14 @@ class Recipe:
     checkpoint: str | None = setting(
         _PRUNE, "model.checkpoint", None, "Trained weights: .pt, .pth or .safetensors.", place=_REFERENCE
     )
+    checkpoint_key: str | None = setting(
+        _PRUNE,
+        "model.checkpoint_key",
+        None,
+        "Where in the checkpoint the weights are: keys and prefix, as in ema.module or state_dict.net; . is the top.",
+        default_text="where they fit; of several places the averaged ones",
+        metavar="KEY",
+    )
     model_args: Mapping[str, Any] = setting(
         _PRUNE, "model.args", {}, "Argument of the model.", spelling="model-arg", metavar=_PAIR, pairs=plain_values
     )
@@ -326,6 +334,11 @@ class Recipe:
             raise ResvitError(
                 f"The task {self.task} has its own metric, and {self.metric} was given.",
                 "Say --task other, or leave --metric out.",
+            )
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ResvitError(
+                f"--checkpoint-key says {self.checkpoint_key}, and there is no checkpoint.",
+                "Give --checkpoint, or leave --checkpoint-key out.",
             )
         budgets = [f"--prune-{name}" for name, share in self.prune_budgets.items() if share is not None]
         if len(budgets) > 1:

@@ -127,7 +127,7 @@ class Prune(Stage[Pruned]):
     """Take out of the network what matters least, down to a budget, to sparse weights, or both.
 
     ``images``, labelled or not, tell what is important; without any, magnitude does. ``trained`` says whether anything
-    is trained behind it.
+    is trained behind it. ``code`` is a digest of the network's code, of which no program holds all.
     """
 
     name: ClassVar[str] = "prune"
@@ -140,6 +140,7 @@ class Prune(Stage[Pruned]):
     preprocess: Preprocess | None
     seed: int
     trained: bool
+    code: str
 
     def libraries(self) -> tuple[str, ...]:
         """What traces the network, and what chooses sparse weights."""

@@ -43,7 +43,10 @@ class Retrained(Artifact):
 
 @dataclass(frozen=True)
 class Retrain(Stage[Retrained]):
-    """Train the pruned weights until the network answers as the whole one does; labels are not needed."""
+    """Train the pruned weights until the network answers as the whole one does; labels are not needed.
+
+    ``code`` is a digest of the network's code: dropout and the like are in no exported program.
+    """
 
     name: ClassVar[str] = "retrain"
     artifact: ClassVar[type[Artifact]] = Retrained
@@ -56,6 +59,7 @@ class Retrain(Stage[Retrained]):
     preprocess: Preprocess
     epochs: int
     seed: int
+    code: str
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the trained network and how it was trained."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.runtime.sessions import Arrays
 
 ANSWERS = "answers.npz"
+READS = "reads.json"
 GOLDEN = "golden.json"
 _CHECKED_IMAGES = 4
 """Images on which ONNX Runtime's optimised graph is held against the graph as written."""
@@ -51,7 +52,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answered(Artifact):
-    """``answers.npz``: all that is kept of one network's answers."""
+    """``answers.npz``: all that is kept of one network's answers; ``reads.json``: what the user's metric read."""
+
+    def outdated(self) -> str | None:
+        """A file, folder or variable that the metric read and that is not the same now."""
+        from resvit_calibrate.readers.user_code import changed_since
+
+        return changed_since(self.json(READS)) if self.has(READS) else None
 
     def answers(self, task: TaskChoice) -> Answers:
         """Read them."""
@@ -83,9 +90,17 @@ def ask_together(missing: Sequence[tuple[Stage[Answered], Path]], reporter: Repo
     asked = [(stage, folder) for stage, folder in missing if isinstance(stage, Asked)]
     questions = asked[0][0].questions
     runners = {stage.title: stage.runner(folder, reporter) for stage, folder in asked}
-    answers = questions.task.task().answers_of(runners, questions.images, questions.batch_size, reporter)
+    task = questions.task.task()
+    answers = task.answers_of(runners, questions.images, questions.batch_size, reporter)
     for stage, folder in asked:
         answers[stage.title].save(folder / ANSWERS)
+        if task.reads is not None:
+            (folder / READS).write_bytes(pretty_json(task.reads.digests))
+    if task.reads is not None and task.reads.unseen:
+        reporter.warn(
+            f"The metric {task.metric} {' and '.join(sorted(task.reads.unseen))}: what is read there is not seen, and "
+            "its scores are used again while the metric's own code, files and environment stay the same"
+        )
 
 
 @dataclass(frozen=True)

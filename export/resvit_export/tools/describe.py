@@ -29,16 +29,17 @@ _SAFETENSORS_DTYPES = {
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Describe a file of ``torch.save``, read with ``weights_only=True``. Raises ``ResvitError`` as reading does."""
     try:
-        from resvit_export.loading.checkpoint import PREFIXES, find_weights, read_checkpoint
+        from resvit_export.loading.weights.file import read_checkpoint
+        from resvit_export.loading.weights.places import PREFIXES, flattened, likely_place
     except ImportError as error:
         raise ResvitError(
             f"{path.name} is a PyTorch checkpoint, and PyTorch is not installed.",
             "pip install 'resvit-export[host]'",
             ExitCode.MISSING,
         ) from error
-    content = read_checkpoint(path)
-    weights, wrapper, others = find_weights(content, path)
-    keys = [str(key) for key in content] if isinstance(content, Mapping) and wrapper else []
+    flat = flattened(read_checkpoint(path), path)
+    wrapper, weights, others = likely_place(flat)
+    keys = flat.keys if wrapper else ()
     prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in weights)), None)
     tensors = [
         {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
