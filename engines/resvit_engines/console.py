@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import click
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams, one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,6 +75,11 @@ def run_command(group: click.Command, program: str, arguments: list[str], *, mis
 
     ``missing`` says what to do where a Python package is not installed.
     """
+    with clean_streams():
+        return _run(group, program, arguments, missing)
+
+
+def _run(group: click.Command, program: str, arguments: list[str], missing: str) -> int:
     as_json = "--json" in arguments
     try:
         result = group.main(args=arguments, prog_name=program, standalone_mode=False)
@@ -88,9 +93,8 @@ def run_command(group: click.Command, program: str, arguments: list[str], *, mis
         return _fail(
             "Interrupted.", "Finished stages are kept: the same command continues.", ExitCode.INTERRUPTED, as_json
         )
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except NobodyReadsError:
+        return _nobody_reads()
     except ModuleNotFoundError as error:
         return _fail(f"The Python package '{error.name}' is not installed.", missing, ExitCode.MISSING, as_json)
     except MemoryError:
@@ -127,14 +131,14 @@ def run_process(run: Callable[[list[str]], int]) -> None:
     os._exit(code)
 
 
-def console() -> Console:
+def console() -> CleanConsole:
     """Standard output for people. Off a terminal it is wide, so that paths and tables do not break."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    return CleanConsole(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """Print one JSON document, in ASCII: so it is what it is in every encoding, whatever names hold."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
@@ -143,7 +147,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        built.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+        built.add_row(*(escape(one_line(cell)) if isinstance(cell, str) else cell for cell in row))
     return built
 
 
@@ -153,10 +157,27 @@ def mib(size: int) -> str:
 
 
 def _fail(problem: str, fix: str, code: ExitCode, as_json: bool) -> int:
-    sys.stderr.write(f"error: {problem}\n  → {fix}\n")
+    with contextlib.suppress(NobodyReadsError):
+        sys.stderr.write(f"error: {_indented(problem)}\n  → {_indented(fix)}\n")
     if as_json:
-        sys.stdout.write(json.dumps({"error": {"problem": problem, "fix": fix, "exit_code": int(code)}}) + "\n")
+        with contextlib.suppress(NobodyReadsError):
+            emit_json({"error": {"problem": problem, "fix": fix, "exit_code": int(code)}})
     return int(code)
+
+
+def _indented(text: str) -> str:
+    """Every line of it but the first stands further right, so that none looks like a line of ours."""
+    return text.replace("\r", "\n").replace("\n", "\n    ")
+
+
+def _nobody_reads() -> int:
+    """Whoever read standard output or error has gone: what is still to be written goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return 0
 
 
 def _interrupt(number: int, frame: object) -> None:

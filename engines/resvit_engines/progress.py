@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resvit_engines.terminal import CleanConsole, CleanStream, one_line
 
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ class Quiet(Silent):
 
     def warn(self, text: str) -> None:
         """Print ``text`` to standard error."""
-        sys.stderr.write(f"warning: {text}\n")
+        _write_line(f"warning: {text}")
 
 
 class Lines(Quiet):
@@ -73,15 +75,14 @@ class Lines(Quiet):
 
     def say(self, text: str) -> None:
         """Print ``text`` to standard error."""
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        _write_line(text)
 
 
 class Terminal:
     """A live bar per task on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = CleanConsole(stderr=True)
 
     def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
         """Pass ``items`` through under a bar with count, rate and time left."""
@@ -94,7 +95,7 @@ class Terminal:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=total, rate=0.0)
+            task = bar.add_task(escape(one_line(what)), total=total, rate=0.0)
             done = 0
             for item in items:
                 yield item
@@ -104,14 +105,19 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print ``text`` to standard error."""
-        self.console.print(text, style="dim", highlight=False, markup=False)
+        self.console.print(one_line(text), style="dim", highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         """Print ``text`` to standard error, in yellow."""
-        self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+        self.console.print(f"warning: {one_line(text)}", style="yellow", highlight=False, markup=False)
 
 
 SILENT: Reporter = Silent()
+
+
+def _write_line(text: str) -> None:
+    CleanStream(sys.stderr).write(f"{one_line(text)}\n")
+    sys.stderr.flush()
 
 
 def reporter(quiet: bool) -> Reporter:

@@ -52,6 +52,8 @@ def _shaped(path: Path, batch: int) -> ir.Model:
         raise ResvitError(
             f"{path} cannot be read as an ONNX model: {error}.", "Give the ONNX file that the engine was built from."
         ) from error
+    if not len(model.graph):  # an empty file parses as a model of nothing
+        raise ResvitError(f"{path} holds no ONNX graph.", "Give the ONNX file that the engine was built from.")
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     symbols = {str(v.shape[0]) for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)}
     for value in (*model.graph.inputs, *model.graph.outputs, *(o for n in model.graph for o in n.outputs)):

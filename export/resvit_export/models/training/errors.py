@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.terminal import clean_streams, printable
 
 
 @contextlib.contextmanager
@@ -17,12 +18,13 @@ def spoken_errors(goes_on: str) -> Iterator[None]:
     ``goes_on`` says what the same command does after Ctrl-C.
     """
     try:
-        yield
+        with clean_streams():
+            yield
     except ResvitError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(printable(f"error: {error}"), err=True)
         raise SystemExit(int(error.code)) from None
     except OSError as error:
-        click.echo(f"error: {error}\n  → Choose an --out in a folder that can be written.", err=True)
+        click.echo(printable(f"error: {error}\n  → Choose an --out in a folder that can be written."), err=True)
         raise SystemExit(int(ExitCode.SYSTEM)) from None
     except KeyboardInterrupt:
         click.echo(f"Interrupted; the same command {goes_on}.", err=True)

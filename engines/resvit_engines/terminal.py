@@ -1,0 +1,151 @@
+"""Text on its way to a terminal: what files, devices and libraries call things must not command it.
+
+``printable`` and ``one_line`` write every control character as an escape: C0 (ESC among them), C1, DEL, the marks that
+turn the direction of text (CVE-2021-42574), line separators and lone surrogates. ``clean_streams`` puts that, and
+replacement of what the terminal's encoding lacks, before standard output and error, so that nothing that is printed
+goes around it; ``CleanConsole`` does it for rich, which writes colours of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import IO, TextIO, cast
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_MARKS = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+_CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_MARKS}]")
+_CONTROL_OR_BREAK = re.compile(f"[\x00-\x1f\x7f-\x9f{_MARKS}]")
+_SHORT = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
+
+
+def printable(text: str) -> str:
+    """``text`` with its line ends and tabs, and every other control character as an escape such as ``\\x1b``."""
+    return _CONTROL.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line: line ends and tabs are escapes too."""
+    return _CONTROL_OR_BREAK.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is not UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return _SHORT.get(match[0]) or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
+
+
+class NobodyReadsError(Exception):
+    """Whoever read what is printed has gone; no ``OSError``, since click would end the process with 1 for that."""
+
+
+class CleanStream(io.TextIOBase):
+    """A text stream before ``raw`` that writes nothing but printable text, in whatever encoding ``raw`` has."""
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = raw
+
+    # Without an attribute ``buffer``, nobody writes bytes around it.
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the stream behind."""
+        return self.raw.encoding or "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        """What cannot be written is replaced."""
+        return "replace"
+
+    def write(self, text: str) -> int:
+        """Write ``text``, cleaned."""
+        try:
+            self.raw.write(encodable(printable(text), self.encoding))
+        except BrokenPipeError as error:
+            raise NobodyReadsError from error
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream behind."""
+        try:
+            self.raw.flush()
+        except BrokenPipeError as error:
+            raise NobodyReadsError from error
+
+    def isatty(self) -> bool:
+        """Whether a terminal is behind."""
+        return self.raw.isatty()
+
+    def fileno(self) -> int:
+        """The file descriptor behind."""
+        return self.raw.fileno()
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def encodable(text: str, encoding: str) -> str:
+    """``text`` as ``encoding`` has it: arrows in ASCII, and ``?`` for whatever else it lacks."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("→", "->").replace("…", "...")
+        return text.encode(encoding, "replace").decode(encoding, "replace")
+    except LookupError:
+        return text.encode("ascii", "replace").decode()
+    return text
+
+
+@contextlib.contextmanager
+def clean_streams() -> Iterator[None]:
+    """Within the block, standard output and error take printable text alone."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, CleanStream) else CleanStream(stream) for stream in before
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class CleanConsole(Console):
+    """A rich console whose text is printable; its colours and movements are rich's own."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream behind a clean one, since rich's own codes are no text."""
+        stream = super().file
+        return cast("IO[str]", _Encodable(stream.raw if isinstance(stream, CleanStream) else stream))
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        Console.file.fset(self, stream)  # type: ignore[attr-defined]
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: for the command line to end quietly, where rich would exit with 1."""
+        raise NobodyReadsError
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does, with every piece of text cleaned."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class _Encodable:
+    """A stream that replaces what its encoding lacks, and is the one behind in all else."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(encodable(text, getattr(self._stream, "encoding", None) or "utf-8"))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
