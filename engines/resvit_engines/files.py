@@ -52,7 +52,7 @@ def read_text(path: Path, what: str, fix: str, most: int = MOST_TEXT) -> str:
     """A text that somebody wrote by hand: UTF-8, with or without the mark that Windows' editors put first.
 
     ``what`` names it in messages. Raises ``ResvitError`` for what is no file, is longer than ``most`` bytes, cannot be
-    read or is of another encoding, with ``fix`` where nothing more is known. ``FileNotFoundError`` is left to the caller.
+    read or is of another encoding, with ``fix`` where nothing more is known; ``FileNotFoundError`` is the caller's.
     """
     try:
         if path.exists() and not path.is_file():
