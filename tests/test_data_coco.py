@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -185,6 +186,47 @@ def test_ids_may_be_texts_and_whole_floats(tmp_path):
     assert read.classes.tolist() == [1, 0]
 
 
+def test_numbers_written_as_texts_and_no_word_on_crowds_are_read_as_what_they_mean(tmp_path):
+    content = plain(6)
+    expected = read_coco(write(tmp_path / "a.json", content))
+    for entry in content["images"]:
+        entry |= {"id": str(entry["id"]), "height": str(entry["height"]), "width": f"{entry['width']}.0"}
+    for place, entry in enumerate(content["annotations"]):
+        entry |= {"category_id": str(entry["category_id"]), "bbox": [str(side) for side in entry["bbox"]]}
+        entry["iscrowd"] = (None, "0", False, 0.0)[place % 4]
+        if place % 5 == 4:
+            del entry["iscrowd"]
+    for entry in content["categories"]:
+        entry["id"] = str(entry["id"])
+    read = read_coco(write(tmp_path / "a.json", content))
+    for name in ("file_names", "class_names", "class_ids"):
+        assert getattr(read, name) == getattr(expected, name)
+    for name in ("sizes", "boxes", "classes", "crowd", "offsets"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(expected, name))
+    content["images"][1]["id"] = "0101"  # a text, and not the number 101
+    assert any("1 annotations of images" in note for note in read_coco(write(tmp_path / "a.json", content)).notes)
+
+
+def test_a_category_that_only_groups_others_takes_no_number(tmp_path):
+    content = plain(6)
+    for entry in content["categories"]:
+        entry["supercategory"] = "objects"
+    plainly = read_coco(write(tmp_path / "a.json", content))
+    content["categories"].insert(0, {"id": 0, "name": "objects", "supercategory": "none"})
+    read = read_coco(write(tmp_path / "a.json", content))
+    assert (read.class_ids, read.class_names) == (plainly.class_ids, plainly.class_names)
+    assert read.classes.tolist() == plainly.classes.tolist()
+    assert any("no annotation is of" in note and "objects" in note for note in read.notes)
+    content["annotations"][0]["category_id"] = 0
+    assert read_coco(write(tmp_path / "a.json", content)).class_names[0] == "objects"
+    del content["annotations"][0]
+    content["categories"][0]["name"] = "another"
+    assert read_coco(write(tmp_path / "a.json", content)).class_names[0] == "another"
+    content["categories"] = [{"id": 0, "name": "person", "supercategory": "person"}]
+    content["annotations"] = []
+    assert read_coco(write(tmp_path / "a.json", content)).class_names == ("person",)
+
+
 def test_digests_follow_the_boxes_and_nothing_else(tmp_path):
     content = plain(12)
     path = write(tmp_path / "annotations.json", content, tmp_path / "images")
@@ -361,7 +403,7 @@ def test_broken_json_is_shown_with_its_line(tmp_path):
     assert "not JSON" in refused(tmp_path, text[: len(text) // 2])
     assert "not JSON" in refused(tmp_path, "")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(ResvitError, match="not usable JSON"):
+    with pytest.raises(ResvitError, match="UTF-16"):
         read_coco(tmp_path / "bad.json")
     assert "not usable JSON" in refused(tmp_path, "[" * 100_000)
     assert "not usable JSON" in refused(tmp_path, '{"images": ' + "1" * 5000 + "}")
@@ -394,7 +436,11 @@ def test_json_that_is_not_coco(tmp_path):
         ("annotations", {"category_id": None}, "category None"),
         ("annotations", {"category_id": [1]}, "category"),
         ("annotations", {"bbox": [1, 2, 3]}, "not four numbers"),
-        ("annotations", {"bbox": [1, 2, 3, "4"]}, "not four numbers"),
+        ("annotations", {"bbox": [1, 2, 3, "four"]}, "not four numbers"),
+        ("annotations", {"bbox": [1, 2, 3, None]}, "not four numbers"),
+        ("annotations", {"bbox": None}, "not four numbers"),
+        ("annotations", {"iscrowd": 2}, "iscrowd is 2"),
+        ("categories", {"id": 10**400}, "no whole number"),
         ("annotations", {"bbox": {"x": 1}}, "not four numbers"),
         ("annotations", {"bbox": [1, 2, 3, 10**400]}, "not four numbers"),
         ("annotations", {"iscrowd": "no"}, "iscrowd is 'no'"),
@@ -448,17 +494,22 @@ JSON = st.recursive(
 FIELDS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("image_id", "category_id", "bbox", "iscrowd"),
-    "categories": ("id", "name"),
+    "categories": ("id", "name", "supercategory"),
 }
-
-
-@given(
-    st.sampled_from(sorted(FIELDS)).flatmap(lambda part: st.tuples(st.just(part), st.sampled_from(FIELDS[part]))), JSON
+PLACE = st.sampled_from(sorted(FIELDS)).flatmap(
+    lambda part: st.tuples(st.just(part), st.integers(0, 2), st.sampled_from((*FIELDS[part], None)))
 )
-def test_whatever_stands_in_a_field_is_read_or_refused(tmp_path_factory, place, value):
-    part, field = place
+TEXTS = st.sampled_from(["", "0", "1", "-1", "1.0", "nan", "inf", "1e9", "0x1", " 1", "1" * 40, "٣", "²", "1_0"])
+
+
+@given(st.lists(st.tuples(PLACE, JSON | TEXTS), min_size=1, max_size=4))
+def test_whatever_stands_in_fields_is_read_or_refused(tmp_path_factory, changes):
     content = plain(5)
-    content[part][1][field] = value
+    for (part, number, field), value in changes:
+        if field is None:
+            content[part][number] = value
+        elif isinstance(content[part][number], dict):
+            content[part][number][field] = value
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     path.write_text(json.dumps(content))
     try:
@@ -471,3 +522,14 @@ def test_whatever_stands_in_a_field_is_read_or_refused(tmp_path_factory, place, 
     assert (read.boxes[:, 2:] > read.boxes[:, :2]).all()
     assert set(read.classes.tolist()) <= set(range(len(read.class_names)))
     assert not any(".." in Path(name).parts or Path(name).is_absolute() for name in read.file_names)
+
+
+@given(st.binary(max_size=64) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(0, 10**6))
+def test_whatever_bytes_stand_in_a_file_they_are_read_or_refused(tmp_path_factory, data, place):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    whole = json.dumps(plain(3)).encode()
+    place %= len(whole)
+    for content in (data, whole[:place] + data + whole[place + len(data) :]):
+        path.write_bytes(content)
+        with contextlib.suppress(ResvitError):
+            read_coco(path)

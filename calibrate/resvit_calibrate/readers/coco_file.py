@@ -6,6 +6,7 @@ Lin et al., "Microsoft COCO: Common Objects in Context", 2014; the format: https
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside, text_from_outside
 
 _FIX = (
     "COCO's detection format is an object with `images` (id, file_name, width, height), `categories` (id, name) and "
@@ -22,6 +24,9 @@ _FIX = (
 )
 _OUTSIDE = 0.5
 _LARGEST = 2**53
+_MOST_BYTES = 8 << 30
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.0*)?")
+_DECIMAL = re.compile(r"-?[0-9]{1,16}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +62,10 @@ class _Box(NamedTuple):
 def read_coco(path: Path) -> CocoFile:
     """Read an annotation file.
 
-    Boxes are cut at the image's edges where the file says how large it is; those of which nothing is left, and
-    those for images that the file does not list, are left out and counted in ``notes``.
+    Numbers may be written as texts, and ``iscrowd`` may be null or missing for 0. A category without annotations that
+    is another's supercategory, as Roboflow writes it, is no class. Boxes are cut at the image's edges where the file
+    says how large it is; those of which nothing is left, and those for images that the file does not list, are left
+    out and counted in ``notes``.
 
     Raises ``ResvitError`` for what is not JSON, with the line; for entries that are missing or of a wrong type;
     for ids that are given twice; for names of files that lead out of the folder; and for annotations whose
@@ -66,8 +73,13 @@ def read_coco(path: Path) -> CocoFile:
     """
     found = _parsed(path)
     ids, names, sizes = _images(path, found["images"])
-    class_ids, class_names = _categories(path, found["categories"])
+    class_ids, class_names, groups = _categories(path, found["categories"], _used(found["annotations"]))
     notes = []
+    if groups:
+        notes.append(
+            f"{path} has categories that no annotation is of and that others name as their supercategory: "
+            f"{shortened(groups)}; they are left out and take no class number"
+        )
     twice = len(names) - len(set(names))
     if twice:
         notes.append(f"{path} lists {twice} files more than once: their boxes are on one entry or the other")
@@ -101,16 +113,14 @@ def read_coco(path: Path) -> CocoFile:
 
 def _parsed(path: Path) -> dict[str, list[Any]]:
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            found = json.load(stream, object_hook=_kept)
+        text = text_from_outside(read_outside(path, _MOST_BYTES), str(path), _FIX)
+        found = json.loads(text, object_hook=_kept)
     except json.JSONDecodeError as error:
         raise ResvitError(
             f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.", _FIX
         ) from error
-    except OSError as error:
-        raise ResvitError(f"{path} cannot be read: {error.strerror or error}.", _FIX) from error
     except (ValueError, RecursionError) as error:
-        # Not UTF-8, a number of thousands of digits, or brackets in brackets without end.
+        # A number of thousands of digits, or brackets in brackets without end.
         raise ResvitError(f"{path} is not usable JSON: {error}.", _FIX) from error
     if not isinstance(found, dict):
         what = "a list, as files of results are" if isinstance(found, list) else "not an object"
@@ -143,12 +153,12 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
         ids[identity] = number
         names.append(_safe_name(entry.get("file_name"), where))
         for side, name in enumerate(("height", "width")):
-            size = entry.get(name)
-            if size is None:
+            if entry.get(name) is None:
                 continue
-            if not _whole(size) or not 0 < size < 2**31:
-                raise ResvitError(f"{where}: {name} is {size!r}.", _FIX)
-            sizes[number, side] = int(size)
+            size = _whole(entry[name])
+            if size is None or not 0 < size < 2**31:
+                raise ResvitError(f"{where}: {name} is {_shown(entry[name])}.", _FIX)
+            sizes[number, side] = size
     if repeated:
         raise ResvitError(
             f"{path} gives {len(repeated)} image ids more than once: {shortened(repeated)}.",
@@ -158,20 +168,35 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
     return ids, names, sizes
 
 
-def _categories(path: Path, entries: list[Any]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _used(annotations: list[Any]) -> set[int | None]:
+    """The categories that annotations are of; what is wrong with them is said later."""
+    return {_whole(entry.category) for entry in annotations if isinstance(entry, _Box)}
+
+
+def _categories(
+    path: Path, entries: list[Any], used: set[int | None]
+) -> tuple[tuple[int, ...], tuple[str, ...], list[str]]:
+    """Ids in rising order and names of the classes, and the names of those that only group others."""
     names: dict[int, str] = {}
+    above: dict[int, str] = {}
     for number, entry in enumerate(entries):
         where = f"categories[{number}] of {path}"
-        if not isinstance(entry, dict) or not _whole(entry.get("id")):
+        identity = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        if identity is None or abs(identity) >= _LARGEST:
             raise ResvitError(f"{where} has no whole number as its id.", _FIX)
-        identity = int(entry["id"])
         if identity in names:
             raise ResvitError(f"{path} gives the category id {identity} more than once.", _FIX)
         names[identity] = _printable(str(entry.get("name", identity)))
-    if not names:
+        above[identity] = _printable(str(entry.get("supercategory")))
+    groups = {
+        identity
+        for identity, name in names.items()
+        if identity not in used and any(above[other] == name for other in names if other != identity)
+    }
+    ids = tuple(sorted(names.keys() - groups))
+    if not ids:
         raise ResvitError(f"{path} has no categories.", _FIX)
-    ids = tuple(sorted(names))
-    return ids, tuple(names[identity] for identity in ids)
+    return ids, tuple(names[identity] for identity in ids), [names[identity] for identity in sorted(groups)]
 
 
 def _annotations(
@@ -192,20 +217,23 @@ def _annotations(
         if place is None:
             strays += 1
             continue
-        if not _whole(entry.category) or entry.category not in numbers:
+        category = _whole(entry.category)
+        if category not in numbers:
             raise ResvitError(
-                f"{where} is of the category {entry.category!r}, which does not exist; there are "
+                f"{where} is of the category {_shown(entry.category)}, which does not exist; there are "
                 f"{shortened(list(map(str, class_ids)))}.",
                 "Add it to `categories`, or correct the annotation.",
             )
-        if not isinstance(entry.bbox, list) or len(entry.bbox) != 4 or not all(map(_number, entry.bbox)):
-            raise ResvitError(f"{where}: bbox is {str(entry.bbox)[:80]}, not four numbers.", _FIX)
-        if entry.crowd not in (0, 1):
-            raise ResvitError(f"{where}: iscrowd is {entry.crowd!r}, not 0 or 1.", _FIX)
+        sides = [_number(side) for side in entry.bbox] if isinstance(entry.bbox, list) else []
+        if len(sides) != 4 or None in sides:
+            raise ResvitError(f"{where}: bbox is {_shown(entry.bbox)}, not four numbers.", _FIX)
+        many = 0 if entry.crowd is None else int(entry.crowd) if isinstance(entry.crowd, bool) else _whole(entry.crowd)
+        if many not in (0, 1):
+            raise ResvitError(f"{where}: iscrowd is {_shown(entry.crowd)}, not 0 or 1.", _FIX)
         image.append(place)
-        classes.append(numbers[entry.category])
-        boxes.append(entry.bbox)
-        crowd.append(bool(entry.crowd))
+        classes.append(numbers[category])
+        boxes.append(sides)
+        crowd.append(bool(many))
     corners = np.array(boxes, np.float64).reshape(-1, 4)
     # A width below zero would otherwise look like a box that reaches to the left.
     corners[~((corners[:, 2:] > 0).all(axis=1) & np.isfinite(corners).all(axis=1))] = np.nan
@@ -244,20 +272,37 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def _id(value: Any, where: str) -> int | str:
+    """An id as it is compared: a whole number, also where it is written as a text, or any other text."""
+    number = _whole(value)
+    if number is not None:
+        return number
     if isinstance(value, str):
         return value
-    if not _whole(value):
-        raise ResvitError(f"{where} is {value!r}, not a whole number or a text.", _FIX)
-    return int(value)
+    raise ResvitError(f"{where} is {_shown(value)}, not a whole number or a text.", _FIX)
 
 
-def _number(value: Any) -> bool:
-    """NaN and infinity are numbers too: such a box has no area, and is counted with those."""
+def _number(value: Any) -> float | None:
+    """A number of a box, also where it is written as a text.
+
+    NaN and infinity are numbers too: such a box has no area, and is counted with those.
+    """
     if isinstance(value, float):
-        return True
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST:
+        return float(value)
+    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else None
 
 
-def _whole(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+def _whole(value: Any) -> int | None:
+    """A whole number, also where it is written as a text or with a fraction of zero; None for anything else."""
+    if isinstance(value, str):
+        return int(value.partition(".")[0]) if _WHOLE.fullmatch(value) else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

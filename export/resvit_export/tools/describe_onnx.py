@@ -23,7 +23,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     """Describe an ONNX file without reading external weights (they must be there and long enough, though)."""
     try:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise ResvitError(
             "Reading ONNX needs the package onnx, which is not installed.",
