@@ -188,8 +188,8 @@ def test_a_job_that_never_ends_is_left(
 @pytest.mark.parametrize(
     "changes",
     [{"arch": "../../x"}, {"python": "3.11\x1b[31m"}, {"gpu": "\x1b]0;owned\x07"}, {"host": "a\nb"},
-     {"gpu": "a\u202eb"}, {"memory_mib": "x"}, {"memory_mib": -1}, {"memory_mib": 1.5}, {"sm": True}, {"jetpack": "6; rm"},
-     {"gpu": "x" * 5000}, {"libc": 7}],
+     {"gpu": "a\u202eb"}, {"memory_mib": "x"}, {"memory_mib": -1}, {"memory_mib": 1.5}, {"sm": True},
+     {"jetpack": "6; rm"}, {"gpu": "x" * 5000}, {"libc": 7}],
 )  # fmt: skip
 def test_a_machine_says_only_what_a_machine_can(changes: dict[str, object]) -> None:
     with pytest.raises(ResvitError, match=next(iter(changes))) as caught:
