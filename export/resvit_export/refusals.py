@@ -16,6 +16,11 @@ from resvit_export.run import Run
 
 def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
     """Refuse what no stage can do; raises ``ResvitError``, before any work."""
+    if recipe.checkpoint_key is not None and recipe.checkpoint is None:
+        raise ResvitError(
+            f"--checkpoint-key says {recipe.checkpoint_key}, and there is no checkpoint.",
+            "Give --checkpoint, or leave --checkpoint-key out.",
+        )
     require_searchable(recipe, target)
     require_prunable(recipe, target)
     if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):

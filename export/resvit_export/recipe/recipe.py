@@ -335,11 +335,6 @@ class Recipe:
                 f"The task {self.task} has its own metric, and {self.metric} was given.",
                 "Say --task other, or leave --metric out.",
             )
-        if self.checkpoint_key is not None and self.checkpoint is None:
-            raise ResvitError(
-                f"--checkpoint-key says {self.checkpoint_key}, and there is no checkpoint.",
-                "Give --checkpoint, or leave --checkpoint-key out.",
-            )
         budgets = [f"--prune-{name}" for name, share in self.prune_budgets.items() if share is not None]
         if len(budgets) > 1:
             raise ResvitError(f"Pruning was given {len(budgets)} budgets: {', '.join(budgets)}.", "Choose one of them.")
