@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.files import explain_os_errors, make_folder, sha256_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def locked(folder: Path, owner: Owner) -> Iterator[None]:
     """
     path = folder / f"{owner.file_name}.lock"
     with explain_os_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stream = path.open("ab")
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
