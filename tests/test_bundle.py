@@ -15,9 +15,11 @@ from random import Random
 
 import pytest
 
+from resvit_engines.bundle import source
 from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle, write_bundle
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import BundledFile
+from resvit_engines.bundle.source import RecordedFile
 from resvit_engines.bundle.zip_layout import Member, directory, local_header, read_local_header
 from resvit_engines.errors import ExitCode, ResvitError
 
@@ -283,6 +285,75 @@ def test_a_missing_source_leaves_no_bundle_and_keeps_the_old(bundle, tmp_path) -
     assert "twice" in refused(write_bundle, bundle, Manifest(), {"manifest.json": b""})
     assert bundle.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["net.resvit"]
+
+
+CONTENT = b"checked" * 300_000  # more than is read at once
+
+
+@pytest.fixture
+def recorded(tmp_path) -> RecordedFile:
+    (tmp_path / "source").write_bytes(CONTENT)
+    return RecordedFile(tmp_path / "source", hashlib.sha256(CONTENT).hexdigest())
+
+
+def test_a_file_is_packed_only_as_it_was_recorded(bundle, tmp_path, recorded) -> None:
+    before = bundle.read_bytes()
+    write_bundle(tmp_path / "new.resvit", Manifest(), {"model.onnx": recorded})
+    assert verify_bundle(tmp_path / "new.resvit").digest_of("model.onnx") == recorded.sha256
+    others = (CONTENT[:-1] + b"!", CONTENT + b"x", CONTENT[:-1], b"", b"!" + CONTENT[1:])
+    for other in others:
+        recorded.path.write_bytes(other)
+        assert "not what was checked" in refused(write_bundle, bundle, Manifest(), {"model.onnx": recorded})
+    recorded.path.unlink()
+    for make in (lambda path: None, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")):
+        make(recorded.path)
+        assert "is not there" in refused(write_bundle, bundle, Manifest(), {"model.onnx": recorded})
+        if recorded.path.is_dir():
+            recorded.path.rmdir()
+        else:
+            recorded.path.unlink(missing_ok=True)
+    assert bundle.read_bytes() == before
+
+
+def colliding(content: bytes) -> bytes:
+    """Other bytes of the same length and CRC-32: a checksum is no digest."""
+    changed = b"EVIL" + content[4:-4]
+    wanted = zlib.crc32(content)
+    # CRC-32 is linear: four bytes at the end give any value; their bits are found by elimination.
+    zero = zlib.crc32(changed + bytes(4))
+    columns = [(zlib.crc32(changed + (1 << bit).to_bytes(4, "little")) ^ zero, 1 << bit) for bit in range(32)]
+    target, chosen = wanted ^ zero, 0
+    for place in range(32):
+        pivot = next(i for i in range(place, 32) if columns[i][0] >> place & 1)
+        columns[place], columns[pivot] = columns[pivot], columns[place]
+        for i in range(32):
+            if i != place and columns[i][0] >> place & 1:
+                columns[i] = (columns[i][0] ^ columns[place][0], columns[i][1] ^ columns[place][1])
+    for place in range(32):
+        if target >> place & 1:
+            chosen ^= columns[place][1]
+    made = changed + chosen.to_bytes(4, "little")
+    assert zlib.crc32(made) == wanted
+    return made
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_file_that_changes_between_check_and_copy_is_not_packed(
+    bundle, tmp_path, recorded, monkeypatch, bare
+) -> None:
+    """Even by bytes of the same length and checksum, at the last moment."""
+    evil, before = colliding(CONTENT), bundle.read_bytes()
+    copy = source.copy_as_described
+
+    def changed_first(what, file, out):
+        recorded.path.write_bytes(evil)
+        copy(what, file, out)
+
+    monkeypatch.setattr("resvit_engines.bundle.bundle.copy_as_described", changed_first)
+    packed = recorded.path if bare else recorded
+    assert "changed while" in refused(write_bundle, bundle, Manifest(), {"model.onnx": packed})
+    assert bundle.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.resvit", "source"]
 
 
 def test_sizes_and_releases_that_are_no_whole_numbers_are_refused(bundle, tmp_path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -20,6 +21,9 @@ from engine_reports import engine_report
 from resvit_engines.bundle.bundle import write_bundle
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
+from resvit_engines.files import sha256_file
+from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
+from resvit_engines.keys.public import PublicKey
 from resvit_export.tools.inspect import ROWS, describe_file, render
 
 
@@ -71,10 +75,10 @@ def quantized_onnx(path: Path, external: bool = False) -> Path:
     return path
 
 
-def shown(path: Path, brief: bool = False) -> str:
+def shown(path: Path, trust: Path | None = None, *, brief: bool = False) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120)
-    for item in render(describe_file(path), brief=brief):
+    for item in render(describe_file(path, trust), brief=brief):
         console.print(item)
     return out.getvalue()
 
@@ -190,9 +194,64 @@ def test_bundle(tmp_path: Path) -> None:
     write_bundle(path, Manifest("demo"), {"model.onnx": b"weights"})
     found = describe_file(path)
     assert (found["kind"], found["whole"], found["signed_by"], found["name"]) == ("bundle", True, [], "demo")
+    assert found["signature"] == "unsigned"
     assert "model.onnx" in shown(path)
     other_name = path.rename(tmp_path / "b.zip")
     assert describe_file(other_name)["kind"] == "bundle"
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SigningKey:
+    """A key whose public half lies in ``release.pub``; this machine trusts none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("resvit_engines.keys.public.default_trust_folder", lambda: tmp_path / "nothing here")
+    monkeypatch.delenv("RESVIT_TRUST", raising=False)
+    make_key_pair(tmp_path / "release.key", tmp_path / "release.pub", lambda raw: PublicKey(raw, "release"))
+    key = load_signing_key(str(tmp_path / "release.key"))
+    assert key is not None
+    return key
+
+
+FRONT = ("kind", "whole", "signature", "signed_by", "signature_note", "file", "bytes", "sha256")
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_manifest_says_nothing_of_who_signed_it(tmp_path: Path, release: SigningKey, signed: bool) -> None:
+    """What it claims stands by itself, under whatever name: only a signature that was verified has a signer."""
+    path, keyid = tmp_path / "b.resvit", release.public.keyid
+    claims: dict[str, Any] = dict.fromkeys(("signed by", "Signed_by", "signer", "signed_by "), keyid)
+    claims |= {"kind": "x", "whole": "yes, and verified", "signature": "verified", "signed_by": [keyid], "sha256": "0"}
+    claims |= {"signature_note": "by release", "other": {"signed_by": keyid}, "file": "x", "bytes": 1}
+    write_bundle(path, Manifest("demo", other=claims), {"model.onnx": b"weights"}, release if signed else None)
+    honest = tmp_path / "honest.resvit"
+    write_bundle(honest, Manifest("demo"), {"model.onnx": b"weights"}, release if signed else None)
+    for trust in (None, tmp_path / "release.pub"):
+        verified = signed and trust is not None
+        found, wanted = describe_file(path, trust), describe_file(honest, trust)
+        assert [found[name] for name in FRONT[:4]] == [wanted[name] for name in FRONT[:4]]
+        assert found["sha256"] == sha256_file(path)
+        assert found["other"] == sorted(claims)
+        assert (keyid in shown(path, trust)) == (keyid in shown(honest, trust)) == verified
+        assert found["signed_by"] == ([keyid] if verified else [])
+        assert found["signature"] == ("verified" if verified else "not verified" if signed else "unsigned")
+        assert set(found) - set(wanted) == {"other"}
+
+
+def test_a_signature_that_does_not_hold_has_no_signer(tmp_path: Path, release: SigningKey) -> None:
+    path = tmp_path / "b.resvit"
+    write_bundle(path, Manifest("demo"), {"model.onnx": b"weights"}, release)
+    assert describe_file(path, tmp_path / "release.pub")["signature_note"] == "by release"
+    with (tmp_path / "release.pub").open("a") as stream:
+        stream.write("Revoked: yes\n")
+    found = describe_file(path, tmp_path / "release.pub")
+    assert (found["signature"], found["signed_by"]) == ("not verified", [])
+    assert "revoked" in found["signature_note"]
+    (tmp_path / "release.pub").write_text("doubtful")
+    assert "not an Ed25519" in describe_file(path, tmp_path / "release.pub")["signature_note"]
+    forged = dataclasses.replace(release, sign=lambda data: release.sign(data + b"x"))
+    write_bundle(path, Manifest("demo"), {"model.onnx": b"weights"}, forged)
+    (tmp_path / "release.pub").write_text(release.public.to_text())
+    assert "does not hold" in describe_file(path, tmp_path / "release.pub")["signature_note"]
 
 
 @pytest.mark.parametrize("kind", ["c.pt", "w.safetensors", "p.pt2", "q.onnx", "engine.plan", "b.resvit"])

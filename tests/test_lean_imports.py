@@ -34,8 +34,8 @@ ORDER = {
     "resvit_engines": (
         "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
-        "records", "console", "files", "process", "progress", "gpu", "onnx_wire", "rows", "version", "terminal",
-        "outside", "errors",
+        "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
+        "terminal", "outside", "errors",
     ),
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""

@@ -233,8 +233,8 @@ def test_no_path_of_this_machine_travels(
     made = result(capsys, "build", "--target", "l4", *own, *limits)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
-    (keyid,) = result(capsys, "inspect", str(made["bundle"]))["signed_by"]  # type: ignore[misc]
-    assert keyid == read_public_key(Path("my.pub")).keyid
+    said = result(capsys, "inspect", str(made["bundle"]), "--trust", "my.pub")
+    assert (said["signature"], said["signed_by"]) == ("verified", [read_public_key(Path("my.pub")).keyid])
 
 
 @pytest.mark.whole

@@ -20,7 +20,7 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import BundledFile, GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
-from resvit_engines.onnx_wire import with_float32_quantizers
+from resvit_engines.plugins.onnx_wire import with_float32_quantizers
 from resvit_engines.records import Record
 from resvit_engines.run import golden_files, onnx_on_cpu
 from resvit_engines.run import runner as run

@@ -23,7 +23,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, write_atomic
 from resvit_engines.progress import SILENT, Quiet, Reporter
 from resvit_export.run_folder import NotFinishedError, RunFolder
-from resvit_export.stage import RECORD, Artifact, Stage
+from resvit_export.stage import RECORD, Artifact, File, Stage
 from test_outside import JSON
 
 
@@ -285,3 +285,72 @@ def test_stages_done_together_are_as_if_done_alone(tmp_path: Path) -> None:
     assert [one.reused for one in folder.do_together([first, third], fill)] == [True, False]
     assert seen == [["a", "b"], ["c"]]
     assert do(tmp_path, Counter(), first).reused
+
+
+@dataclass(frozen=True)
+class Read(Stage[Artifact]):
+    """Reads a file, and the finished stage before it."""
+
+    name: ClassVar[str] = "read"
+
+    source: File
+    before: Artifact | None = None
+    more: tuple[Artifact, ...] = ()
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        WORK["read"](folder)
+
+
+def reading(changes: Path | None, content: bytes = b"evil") -> Callable[[Path], None]:
+    """A stage's work, while which somebody changes a file."""
+
+    def work(folder: Path) -> None:
+        (folder / "out.bin").write_bytes(b"made of it")
+        if changes is not None:
+            changes.write_bytes(content)
+
+    return work
+
+
+@pytest.mark.parametrize("what", ["the user's file", "a stage's file", "one of many"])
+def test_what_is_made_of_a_file_that_changes_meanwhile_is_not_kept(tmp_path: Path, what: str) -> None:
+    (tmp_path / "own").write_bytes(b"own")
+    first, second = do(tmp_path / "run", Counter()), do(tmp_path / "run", Counter(), Made(input="e"))
+    stage = Read(File.of(tmp_path / "own"), first, (second,))
+    changes = {"the user's file": stage.source.path, "a stage's file": first.path("out.bin")}
+    run, changed = RunFolder(tmp_path / "run", SILENT), changes.get(what, second.path("out.bin"))
+    WORK["read"] = reading(changed)
+    with pytest.raises(ResvitError, match="not what was checked") as caught:
+        run.do(stage)
+    assert caught.value.code is ExitCode.INPUT
+    assert str(changed) in caught.value.problem
+    assert not list((tmp_path / "run").glob("read-*"))
+    changed.write_bytes(b"own" if changed.name == "own" else b"result")
+    WORK["read"] = reading(None)
+    assert run.do(stage).path("out.bin").read_bytes() == b"made of it"
+
+
+def test_a_record_of_a_stage_is_read_only_as_it_was_written(tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        (folder / "verdict.json").write_text('{"verdict": "undecided"}')
+
+    artifact = do(tmp_path, work)
+    assert artifact.json("verdict.json") == {"verdict": "undecided"}
+    artifact.path("verdict.json").write_text('{"verdict": "accepted!"}')
+    for reader in (artifact.json, artifact.content):
+        with pytest.raises(ResvitError, match="not what was checked"):
+            reader("verdict.json")
+    again = do(tmp_path, work)
+    assert (again.reused, again.json("verdict.json")) == (False, {"verdict": "undecided"})
+
+
+def test_a_stage_that_does_not_agree_with_what_it_is_made_of_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Counter()
+    do(tmp_path, work)
+    monkeypatch.setattr(Made, "agrees", lambda self, artifact: artifact.path("out.bin").read_bytes() != b"result")
+    assert not do(tmp_path, work).reused
+    monkeypatch.undo()
+    assert do(tmp_path, work).reused
+    assert work.calls == 2

@@ -460,7 +460,7 @@ def test_the_trust_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "revoked: other" in refused(load_trust(folder).require, other.keyid, "it")
     assert load_trust(folder).require(KEY.public.keyid, "it").name == "release"
     (folder / "revoked").write_text("other\n")
-    assert "no key id" in refused(load_trust, folder, code=ExitCode.INPUT)
+    assert "no key id" in refused(load_trust, folder)
     monkeypatch.setenv("RESVIT_TRUST", str(tmp_path / "absent"))
     assert "absent" in refused(load_trust, code=ExitCode.INPUT)
 
@@ -478,12 +478,12 @@ def test_what_does_not_belong_into_the_trust_folder(tmp_path: Path) -> None:
         (secret_file(tmp_path / "a.key").read_text(), "holds a private key"),
     ):
         (folder / "a.pub").write_text(text)
-        assert words in refused(load_trust, folder, code=ExitCode.INPUT)
+        assert words in refused(load_trust, folder)
     rsa = ssh_key(tmp_path / "rsa", "rsa", "rsa").with_suffix(".pub").read_text()
     (folder / "a.pub").write_text(rsa)
-    assert "is not an Ed25519" in refused(load_trust, folder, code=ExitCode.INPUT)
+    assert "is not an Ed25519" in refused(load_trust, folder)
     (folder / "a.pub").write_bytes(b"\xff\xfe")
-    assert "not a text file" in refused(load_trust, folder, code=ExitCode.INPUT)
+    assert "not a text file" in refused(load_trust, folder)
     (folder / "a.pub").write_text(good)
     (folder / "a.pub").chmod(0o666)
     assert "chmod o-w" in refused(load_trust, folder)

@@ -8,15 +8,20 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.outside import open_outside
 
 _CHUNK = 1 << 20
+OPEN_FILE, OPEN_FOLDER = 0o644, 0o755
+"""Modes of what other users read as well, such as an installation: they are the same whatever the umask."""
+_NEVER = 0o002
+"""Not even with a umask of 0 is anything written that everybody on the machine may change."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -38,6 +43,11 @@ def _utf8(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
+def open_at_once(path: Path) -> BinaryIO:
+    """Open a file for reading in binary; a pipe is opened too, without waiting for somebody to write to it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+
+
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
@@ -48,10 +58,15 @@ def sha256_file(path: Path) -> str:
 
     Raises ``ResvitError`` where it is no file that can be read.
     """
-    digest = hashlib.sha256()
     with open_outside(path) as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+        return sha256_stream(stream)
+
+
+def sha256_stream(stream: BinaryIO) -> str:
+    """SHA-256 of what is left in a stream as 64 hexadecimal digits, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(_CHUNK):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -90,28 +105,29 @@ def _on_the_way(error: OSError, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, it becomes ``path`` in one step.
 
-    A kill at any moment leaves the old file or the new one, never a part of either.
+    A kill at any moment leaves the old file or the new one, never a part of either. The file has ``mode``, or what the
+    umask leaves, and is never writable by everybody.
     """
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, None if mode is None else OPEN_FOLDER)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
             yield partial
-            partial.chmod(0o666 & ~_umask())
+            partial.chmod(mode if mode is not None else 0o666 & ~_umask())
             _sync(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds all of it or is left as it was."""
-    with atomic_file(path) as partial:
+def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write ``data`` so that ``path`` holds all of it or is left as it was; ``mode`` as in ``atomic_file``."""
+    with atomic_file(path, mode) as partial:
         partial.write_bytes(data)
 
 
@@ -119,30 +135,58 @@ def write_atomic(path: Path, data: bytes) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; when the block ends well, it becomes ``path`` in one step.
 
-    A complete ``path`` that exists already is replaced.
+    A complete ``path`` that exists already is replaced. Nothing in it is writable by everybody.
     """
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield partial
             partial.chmod(0o777 & ~_umask())
             for file in partial.rglob("*"):
+                if not file.is_symlink():
+                    file.chmod(stat.S_IMODE(file.stat().st_mode) & ~_NEVER)
                 if file.is_file():
                     _sync(file)
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            elif path.exists():
-                shutil.rmtree(path)
+            remove(path)
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Remove what lies at ``path``, whatever it is; a link goes, and what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, mode: int | None = None) -> None:
+    """Make a folder and those on the way to it; what is there already stays as it is.
+
+    Those that are made have ``mode``, or what the umask leaves, and are never writable by everybody.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(0o755, exist_ok=True)
+        folder.chmod(mode if mode is not None else 0o777 & ~_umask())
+    path.mkdir(exist_ok=True)  # raises where it is no folder
+
+
+def open_modes(folder: Path) -> None:
+    """Give everything below ``folder``, and it itself, the modes ``OPEN_FILE`` and ``OPEN_FOLDER``."""
+    for at, _, files in os.walk(folder):
+        Path(at).chmod(OPEN_FOLDER)
+        for name in files:
+            (Path(at) / name).chmod(OPEN_FILE)
+
+
 def _umask() -> int:
+    """The bits that a new file does not get."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    return current | _NEVER
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Reading a JSON object that was written elsewhere or long ago: every field against what it may be.
 
 A dataclass that is written to a file reads itself back with these (``from_json``), and nobody else reads its keys.
-Keys that a newer version added are not looked at. Imports the standard library, ``errors`` and ``outside`` only, and
-reads on Python 3.8 too, as ``machine`` does.
+Keys that a newer version added are not looked at. Imports the standard library, ``errors``, ``names`` and ``outside``
+only, and reads on Python 3.8 too, as ``machine`` does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.names import is_file_name, is_name
 from resvit_engines.outside import MAKE_AGAIN, json_from_outside, read_outside
 
 LARGEST = (1 << 53) - 1
@@ -105,8 +106,15 @@ class Record:
     def file_name(self, key: str) -> str:
         """The name of a file, without any folder."""
         name = self.text(key)
-        if not name or name in (".", "..") or re.search(r"[/\\\x00]", name):
+        if not is_file_name(name):
             raise self.refusal(key, "a file name")
+        return name
+
+    def name(self, key: str) -> str:
+        """A name that folders and files are called by, as of a target."""
+        name = self.text(key)
+        if not is_name(name):
+            raise self.refusal(key, "a name of letters, digits, dots, dashes and underscores")
         return name
 
     def sha256(self, key: str) -> str:

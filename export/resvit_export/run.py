@@ -11,6 +11,7 @@ from resvit_engines.builder.builder import builder_here
 from resvit_engines.builder.limits import require_buildable
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.names import NAME_MOST
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.own import resolve_target
 from resvit_engines.targets.table import Builder, Precision, Target, require_precision
@@ -199,7 +200,8 @@ class Run:
     @property
     def bundle_name(self) -> str:
         """File name of the bundle."""
-        return f"{self.recipe.label}-{self.require_target().name}-{self.precision.value}.resvit"
+        ending = f"-{self.require_target().name}-{self.precision.value}"
+        return self.recipe.label[: NAME_MOST - len(ending)] + ending + ".resvit"
 
     def signing_key(self) -> SigningKey | None:
         """What the bundle is signed with; ``None`` where neither recipe nor environment names a key."""

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_directory, explain_os_errors, pretty_json, sha256_file
+from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, pretty_json, sha256_file
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
-from resvit_export.stage import RECORD, A, Key, Output, Record, Stage
+from resvit_export.stage import RECORD, A, Key, Output, Record, Stage, inputs_of
 
 
 class NotFinishedError(ResvitError):
@@ -54,8 +54,8 @@ class RunFolder:
         Raises ``ResvitError`` when another process holds it.
         """
         with explain_os_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            make_folder(self.path)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o664)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +96,9 @@ class RunFolder:
                 owned.enter_context(self._full_disk_explained(self._folder(keys[missing[0]])))
                 partials = [owned.enter_context(atomic_directory(self._folder(keys[index]))) for index in missing]
                 fill([(stages[index], partial) for index, partial in zip(missing, partials, strict=True)])
+                # What was computed of a file that changed meanwhile belongs to no key.
+                for file in {str(item.path): item for index in missing for item in inputs_of(stages[index])}.values():
+                    file.require_unchanged()
                 seconds, peak_mib = round((time.monotonic() - start) / len(missing), 3), peak_memory_mib()
                 for index, partial in zip(missing, partials, strict=True):
                     record = _recorded(keys[index], partial, seconds, peak_mib)
@@ -113,13 +116,16 @@ class RunFolder:
         if not os.path.lexists(folder):
             return None
         try:
-            record = _intact(folder, key)
+            artifact = _artifact(stage, folder, _intact(folder, key), reused=True)
+            agrees = stage.agrees(artifact)
         except ResvitError as error:
             self.reporter.warn(f"{folder} is damaged; the stage is done again. {error.problem}")
             return None
-        artifact = _artifact(stage, folder, record, reused=True)
         if (changed := artifact.outdated()) is not None:
             self.reporter.say(f"{key.stage}: {changed} has changed since; the stage is done again")
+            return None
+        if not agrees:
+            self.reporter.warn(f"{folder} is not what it was made from says; the stage is done again.")
             return None
         if not self._look_only:
             self.reporter.say(f"{key.stage}: unchanged ({folder.name})")

@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
@@ -53,6 +53,15 @@ class File:
     def of(cls, path: Path) -> File:
         """Read the file's digest."""
         return cls(path, sha256_file(path))
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that is not any more the one that was digested; raises ``ResvitError`` INPUT."""
+        try:
+            same = sha256_file(self.path) == self.digest
+        except OSError:
+            same = False
+        if not same:
+            raise _changed(self.path)
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,20 @@ class Artifact:
         """What the user's code read while the stage was computed, and is not the same now; None where all is."""
         return None
 
+    def files(self) -> Iterator[File]:
+        """All files that the stage wrote."""
+        return map(self.file, self.record.outputs)
+
+    def content(self, name: str) -> bytes:
+        """One file as it was when it was written; raises ``ResvitError`` INPUT where it was changed since."""
+        data = read_outside(self.path(name), _RECORD_MOST)
+        if sha256_bytes(data) != self.file(name).digest:
+            raise _changed(self.path(name))
+        return data
+
     def json(self, name: str) -> dict[str, Any]:
-        """Content of one JSON file; ``ResvitError`` INPUT where there is none."""
-        path = self.path(name)
-        return self._parsed(name, json_from_outside(read_outside(path, _RECORD_MOST), str(path)), dict[str, Any])
+        """Content of one JSON file, as it was when it was written; raises as ``content``, and where it is none."""
+        return self._parsed(name, json_from_outside(self.content(name), str(self.path(name))), dict[str, Any])
 
     def read(self, name: str, reader: Callable[[dict[str, Any]], T]) -> T:
         """What ``reader`` makes of one JSON file.
@@ -184,6 +203,28 @@ class Stage(abc.ABC, Generic[A]):
     @abc.abstractmethod
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Compute the stage and write its files into ``folder``, which nobody sees before it is whole."""
+
+    def agrees(self, artifact: A) -> bool:
+        """Whether a finished stage, whole as it is, says the same as what it was made from."""
+        del artifact
+        return True
+
+
+def inputs_of(value: object) -> Iterator[File]:
+    """Every file that a stage reads: those among its fields, and those of the finished stages there."""
+    if isinstance(value, File):
+        yield value
+    elif isinstance(value, Artifact):
+        yield from value.files()
+    elif dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            yield from inputs_of(getattr(value, item.name))
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from inputs_of(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from inputs_of(part)
 
 
 def plain(value: object) -> Any:
@@ -232,6 +273,13 @@ class Key:
     def digest(self) -> str:
         """The key as 64 hexadecimal digits."""
         return sha256_bytes(canonical_json({"stage": self.stage, "value": self.value, "versions": dict(self.versions)}))
+
+
+def _changed(path: Path) -> ResvitError:
+    return ResvitError(
+        f"{path} is not what was checked: it was changed after it was made, so nothing is made of it.",
+        "Run the same command again: what was changed is made anew. Let nothing else write there.",
+    )
 
 
 @functools.cache

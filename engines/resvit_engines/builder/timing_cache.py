@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.files import explain_os_errors, make_folder, sha256_bytes, write_atomic
 from resvit_engines.outside import json_from_outside, read_outside
 
 
@@ -94,7 +94,7 @@ def locked(folder: Path, owner: Owner) -> Iterator[None]:
     """
     path = folder / f"{owner.file_name}.lock"
     with explain_os_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stream = path.open("ab")
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

@@ -9,52 +9,51 @@ and refuses every byte that it would not have written itself.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, Manifest, check_names
-from resvit_engines.bundle.parts import BundledFile
-from resvit_engines.bundle.reader import OpenBundle, opened_bundle, pieces
+from resvit_engines.bundle.reader import OpenBundle, opened_bundle
+from resvit_engines.bundle.source import Source, copy_as_described, described
 from resvit_engines.bundle.zip_layout import Member, directory, local_header
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import atomic_directory, atomic_file, pretty_json, sha256_bytes
+from resvit_engines.files import atomic_directory, atomic_file, pretty_json, sha256_bytes, sha256_stream
 from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import PublicKey, TrustStore
 from resvit_engines.keys.signing import envelope_from_manifest, require_signature, signatures_in
 
-_CHUNK = 1 << 20
-
 
 def write_bundle(
-    path: Path, manifest: Manifest, files: Mapping[str, Path | bytes], key: SigningKey | None = None
+    path: Path, manifest: Manifest, files: Mapping[str, Source], key: SigningKey | None = None
 ) -> Manifest:
     """Write ``manifest`` and ``files`` (name in the bundle → content) to ``path``, signed by ``key`` if there is one.
 
-    The same inputs and key give the same bytes. Returns the manifest as written, which lists these files.
+    A ``RecordedFile`` is packed only as it was when its digest was recorded. The same inputs and key give the same
+    bytes. Returns the manifest as written, which lists these files.
 
     Raises:
-        ResvitError: INPUT for a name that could leave the folder, a missing file, or one that changes meanwhile.
+        ResvitError: INPUT for a name that could leave the folder, and for a file that is missing, is not the one that
+            was recorded, or changes meanwhile; then nothing is written.
     """
     check_names([MANIFEST, SIGNATURE, *files], f"{path.name} cannot be written")
     ordered = sorted(files.items())
-    described = [_described(name, content) for name, content in ordered]
-    full = dataclasses.replace(manifest, files=tuple(file for file, _ in described))
+    sources = [described(name, source) for name, source in ordered]
+    full = dataclasses.replace(manifest, files=tuple(file for file, _ in sources))
     head = pretty_json(full.to_json())
-    first: list[tuple[str, Path | bytes]] = [(MANIFEST, head)]
+    first = [(MANIFEST, head)]
     if key is not None:
         first.append((SIGNATURE, envelope_from_manifest(head, key)))
-    members = [Member(name, len(data), zlib.crc32(data)) for name, data in first if isinstance(data, bytes)]
-    members += [member for _, member in described]
+    members = [Member(name, len(data), zlib.crc32(data)) for name, data in first]
     with atomic_file(path) as partial, partial.open("wb") as out:
-        for member, (_, content) in zip(members, [*first, *ordered], strict=True):
+        for member, (_, data) in zip(members, first, strict=True):
+            out.write(local_header(member) + data)
+        for (file, member), (_, source) in zip(sources, ordered, strict=True):
             out.write(local_header(member))
-            if _copied(content, out) != member.crc:
-                raise _changing(member.name)
+            copy_as_described(source, file, out)
+            members.append(member)
         out.write(directory(members))
     return full
 
@@ -69,17 +68,16 @@ def sign_bundle(path: Path, key: SigningKey, out: Path | None = None) -> Manifes
     """
     with opened_bundle(path) as old:
         manifest = old.manifest()
-        members = old.check(manifest)
         envelope = envelope_from_manifest(old.head, key)
-        kept = [member for member in members if member.name not in (MANIFEST, SIGNATURE)]
-        signed = [members[0], Member(SIGNATURE, len(envelope), zlib.crc32(envelope)), *kept]
-        old.stream.seek(old.contents_at)
+        first = [
+            Member(MANIFEST, len(old.head), zlib.crc32(old.head)),
+            Member(SIGNATURE, len(envelope), zlib.crc32(envelope)),
+        ]
         with atomic_file(out or path) as partial, partial.open("wb") as stream:
-            stream.write(local_header(signed[0]) + old.head + local_header(signed[1]) + envelope)
-            # The members' headers do not depend on where they stand.
-            for data in pieces(old.stream, sum(len(local_header(member)) + member.size for member in kept)):
-                stream.write(data)
-            stream.write(directory(signed))
+            stream.write(local_header(first[0]) + old.head + local_header(first[1]) + envelope)
+            # The members' headers do not depend on where they stand; what is written is what was checked.
+            kept = [member for member in old.check(manifest, out=stream) if member.name not in (MANIFEST, SIGNATURE)]
+            stream.write(directory([*first, *kept]))
     return manifest
 
 
@@ -127,13 +125,15 @@ def extract_bundle(path: Path, into: Path) -> Manifest:
     return manifest
 
 
-def read_trusted_manifest(path: Path, trust: TrustStore) -> Manifest:
+def read_trusted_manifest(path: Path, trust: TrustStore, *, expired_ok: bool = False) -> Manifest:
     """Read the manifest of a bundle whose signature holds. Only manifest and signature are read before that.
+
+    ``expired_ok`` is for what was signed while its key was good.
 
     Raises:
         ResvitError: UNTRUSTED as ``signing.require_signature``; INPUT as ``read_manifest``.
     """
-    with trusted_bundle(path, trust) as bundle:
+    with trusted_bundle(path, trust, expired_ok=expired_ok) as bundle:
         return bundle.manifest
 
 
@@ -158,6 +158,11 @@ class TrustedBundle:
     key: PublicKey
     _bundle: OpenBundle
 
+    def file_digest(self) -> str:
+        """SHA-256 of the whole open file."""
+        self._bundle.stream.seek(0)
+        return sha256_stream(self._bundle.stream)
+
     def check(self) -> None:
         """Check every byte of its files; raises INPUT, naming the one that is damaged."""
         self._bundle.check(self.manifest)
@@ -168,52 +173,17 @@ class TrustedBundle:
 
 
 @contextmanager
-def trusted_bundle(path: Path, trust: TrustStore) -> Iterator[TrustedBundle]:
+def trusted_bundle(path: Path, trust: TrustStore, *, expired_ok: bool = False) -> Iterator[TrustedBundle]:
     """Open a bundle and check its signature; everything that is read later is read from the same open file.
 
     Raises:
         ResvitError: UNTRUSTED as ``signing.require_signature``; INPUT as ``read_manifest``.
     """
     with opened_bundle(path) as bundle:
-        key = require_signature(bundle.head, bundle.envelope, trust, path.name)
+        key = require_signature(bundle.head, bundle.envelope, trust, path.name, expired_ok=expired_ok)
         yield TrustedBundle(bundle.manifest(), sha256_bytes(bundle.head), key, bundle)
-
-
-def _described(name: str, content: Path | bytes) -> tuple[BundledFile, Member]:
-    digest, crc, size = hashlib.sha256(), 0, 0
-    if isinstance(content, Path) and not content.is_file():
-        raise ResvitError(f"{content}, which belongs into the bundle as {name}, is not there.", "Run its stage again.")
-    for chunk in _chunks(content):
-        digest.update(chunk)
-        crc = zlib.crc32(chunk, crc)
-        size += len(chunk)
-    return BundledFile(name, size, digest.hexdigest()), Member(name, size, crc)
-
-
-def _copied(content: Path | bytes, out: BinaryIO) -> int:
-    """Copy, and return the CRC-32 of what was copied."""
-    crc = 0
-    for chunk in _chunks(content):
-        crc = zlib.crc32(chunk, crc)
-        out.write(chunk)
-    return crc
-
-
-def _chunks(content: Path | bytes) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            yield chunk
 
 
 def _require_new(into: Path) -> None:
     if into.is_symlink() or (into.exists() and (not into.is_dir() or any(into.iterdir()))):
         raise ResvitError(f"{into} exists already and is not an empty folder.", "Name a folder that is not there yet.")
-
-
-def _changing(name: str) -> ResvitError:
-    return ResvitError(
-        f"The source of {name} changed while it was being bundled.", "Run again when nothing writes to it."
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,6 +14,7 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.parts import BuiltOnDevice, BundledFile, GoldenFiles, ImageCount, ManifestVerdict, Recovery
 from resvit_engines.bundle.zip_layout import NAME_LIMIT
 from resvit_engines.errors import ResvitError
+from resvit_engines.names import is_relative_path
 from resvit_engines.records import LARGEST, Record
 from resvit_engines.targets.table import Target
 from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
@@ -39,11 +39,12 @@ _KEYS = frozenset(
 class Manifest:
     """What a bundle holds and what it is for; None and empty is what its maker did not say.
 
-    ``release`` only grows: a device takes no lower one than it has had. ``versions`` are those of the libraries that
-    made it, ``model`` names the network and its files' digests, ``settings`` are the recipe's and ``preprocess`` how
-    images become input; these are passed on as they are. ``input`` is the image and ``inputs`` are all, where the
-    network reads more than images. ``stages`` holds the keys of the finished stages by name. ``engine`` is there in a
-    bundle with an engine, ``plan`` in one to be built on the device. ``other`` is what a newer version says besides.
+    ``name`` is what folders and files are called by. ``release`` only grows: a device takes no lower one than it has
+    had. ``versions`` are those of the libraries that made it, ``model`` names the network and its files' digests,
+    ``settings`` are the recipe's and ``preprocess`` how images become input; these are passed on as they are. ``input``
+    is the image and ``inputs`` are all, where the network reads more than images. ``stages`` holds the keys of the
+    finished stages by name. ``engine`` is there in a bundle with an engine, ``plan`` in one to be built on the device.
+    ``other`` is what a newer version says besides.
     """
 
     name: str | None = None
@@ -138,7 +139,7 @@ class Manifest:
         target, engine, plan, build = part("target"), part("engine"), part("plan"), part("build")
         image, golden, calibration, recovery = part("input"), part("golden"), part("calibration"), part("recovery")
         return cls(
-            name=record.optional("name", record.text),
+            name=record.optional("name", record.name),
             release=1 if "release" not in record.names else record.whole("release"),
             target=Target.from_json(target) if target else None,
             engine=EngineReport.from_json(engine) if engine else None,
@@ -198,9 +199,7 @@ def check_names(names: Sequence[str], refused: str) -> None:
     """
     seen: set[str] = set()
     for name in names:
-        parts = name.split("/")
-        odd = any(part in ("", ".", "..") or len(part.encode(errors="replace")) > 200 for part in parts)
-        if odd or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", name) or len(name.encode()) > NAME_LIMIT:
+        if not is_relative_path(name, NAME_LIMIT):
             raise ResvitError(f"{refused}: the name {name[:200]!r} is not a plain relative path.", FIX_DAMAGED)
         if name.casefold() in seen:
             raise ResvitError(f"{refused}: the name {name!r} comes twice.", FIX_DAMAGED)

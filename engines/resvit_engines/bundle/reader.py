@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -43,8 +44,11 @@ class OpenBundle:
             )
         return manifest
 
-    def check(self, manifest: Manifest, into: Path | None = None) -> list[Member]:
-        """Read everything, compare it with the manifest, and write it ``into`` a folder if one is given."""
+    def check(self, manifest: Manifest, into: Path | None = None, out: BinaryIO | None = None) -> list[Member]:
+        """Read everything, compare it with the manifest, and write it ``into`` a folder if one is given.
+
+        ``out`` gets the files with their headers, as they are read; they are right only if nothing is raised.
+        """
         members = [
             Member(name, size, zlib.crc32(data))
             for (name, size), data in zip(self._first(), (self.head, self.envelope or b""), strict=False)
@@ -59,27 +63,26 @@ class OpenBundle:
             if header != local_header(Member(file.path, file.bytes, member.crc)):
                 raise _rewritten(self.path, f"the header of {file.path}")
             members.append(member)
-            self._check_file(file, member.crc, into)
+            if out is not None:
+                out.write(header)
+            self._check_file(file, member.crc, into, out)
         if self.stream.read() != directory(members):
             raise _rewritten(self.path, "the directory at its end")
         return members
 
-    def _check_file(self, file: BundledFile, crc: int, into: Path | None) -> None:
+    def _check_file(self, file: BundledFile, crc: int, into: Path | None, out: BinaryIO | None) -> None:
         digest, checksum = hashlib.sha256(), 0
-        out: BinaryIO | None = None
-        if into is not None:
-            target = into / PurePosixPath(file.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            out = target.open("xb")
-        try:
+        with contextlib.ExitStack() as owned:
+            written = [] if out is None else [out]
+            if into is not None:
+                target = into / PurePosixPath(file.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                written.append(owned.enter_context(target.open("xb")))
             for chunk in pieces(self.stream, file.bytes):
                 digest.update(chunk)
                 checksum = zlib.crc32(chunk, checksum)
-                if out is not None:
-                    out.write(chunk)
-        finally:
-            if out is not None:
-                out.close()
+                for stream in written:
+                    stream.write(chunk)
         if digest.hexdigest() != file.sha256 or checksum != crc:
             raise ResvitError(f"{file.path} in {self.path} is damaged: it is not what the manifest says.", FIX_DAMAGED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,7 +14,7 @@ from resvit_engines.bundle.fit import require_fit
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.unpacked import TrustedFolder, read_trusted_folder
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import explain_os_errors
+from resvit_engines.files import explain_os_errors, open_modes
 from resvit_engines.install.state import (
     State,
     Version,
@@ -177,6 +178,8 @@ def _unpacked(
         if _is_whole(place, bundle.digest, trust):
             # Nothing of it is needed, but a damaged file must not be told that it was installed.
             bundle.check()
+            with contextlib.suppress(PermissionError):  # another user's installation, who may run it all the same
+                open_modes(place)
             return version, check(place, bundle.manifest)
         # A damaged folder may be the current one: it is left alone, and the whole one gets a name of its own.
         version = next(name for n in range(1, 10_000) if not (place.with_name(name := f"{version}.{n}")).exists())
@@ -186,7 +189,7 @@ def _unpacked(
         bundle.extract(scratch)
         reporter.say("Running the golden inputs")
         golden = check(scratch, bundle.manifest)
-        scratch.chmod(0o755)
+        open_modes(scratch)
         sync_tree(scratch)
         scratch.rename(place)
         sync_folder(place.parent)

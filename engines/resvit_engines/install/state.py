@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import explain_os_errors, pretty_json, write_atomic
+from resvit_engines.files import OPEN_FILE, OPEN_FOLDER, explain_os_errors, make_folder, pretty_json, write_atomic
+from resvit_engines.names import is_name, require_name
 from resvit_engines.records import Record, record_from_file
 
 ROOT_VARIABLE = "RESVIT_ROOT"
 KEEP = 3
 """Versions that are kept, with the current one."""
 _HISTORY = 50
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"[0-9a-f]{12}(\.\d{1,4})?")
 _STATE = "state.json"
 
@@ -108,18 +108,14 @@ def default_root() -> Path:
 
 def model_folder(root: Path, name: object) -> Path:
     """The folder of one model; a name that could lead elsewhere is refused with INPUT."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ResvitError(
-            f"{name!r} is no name to install under.", "Use letters, digits, dots, dashes and underscores in it."
-        )
-    return root / name
+    return root / require_name(name, "The name to install under,")
 
 
 def installed_names(root: Path) -> list[str]:
     """The names under which something is installed."""
     if not root.is_dir():
         return []
-    return sorted(path.name for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / "versions").is_dir())
+    return sorted(path.name for path in root.iterdir() if is_name(path.name) and (path / "versions").is_dir())
 
 
 def read_state(folder: Path) -> State:
@@ -154,7 +150,7 @@ def write_state(folder: Path, state: State) -> None:
         "highest_release": state.highest_release,
         "history": [entry.to_json() for entry in state.history[-_HISTORY:]],
     }
-    write_atomic(folder / _STATE, pretty_json(document))
+    write_atomic(folder / _STATE, pretty_json(document), OPEN_FILE)
     sync_folder(folder)
 
 
@@ -198,10 +194,14 @@ def sync_folder(folder: Path) -> None:
 def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold a model's folder alone; ``waiting`` is called once if another installation has to be waited for."""
     with explain_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, OPEN_FOLDER)
+        for place in (folder, folder / "versions"):
+            if place.is_dir() and place.stat().st_uid == os.geteuid():
+                place.chmod(OPEN_FOLDER)  # an older version left it to the umask
         sync_folder(folder.parent)
         sync_folder(folder.parent.parent)
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        # Who can open it could hold it for ever.
+        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +218,7 @@ def scratch_version(folder: Path) -> Iterator[Path]:
     """A new folder among the versions for one that is not whole yet; what is left of it afterwards is removed."""
     versions = folder / "versions"
     with explain_os_errors(versions):
-        versions.mkdir(exist_ok=True)
+        make_folder(versions, OPEN_FOLDER)
         scratch = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=versions))
     try:
         yield scratch

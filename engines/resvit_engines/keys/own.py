@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import OPEN_FOLDER, explain_os_errors, make_folder
 from resvit_engines.keys.private import SigningKey, load_signing_key, make_key_pair
 from resvit_engines.keys.public import TRUST_VARIABLE, PublicKey, default_trust_folder, read_public_key
 
@@ -23,7 +25,18 @@ def own_key() -> SigningKey:
     trusted = named if named.name and named.is_dir() else default_trust_folder()
     private, public = trusted.parent / "own.key", trusted / "own.pub"
     if not private.exists():
+        with explain_os_errors(trusted):
+            make_folder(trusted, OPEN_FOLDER)
         make_key_pair(private, public, lambda raw: PublicKey(raw, f"machine {platform.node()}"))
     key = load_signing_key(str(private))
     assert key is not None
-    return dataclasses.replace(key, public=read_public_key(public)) if public.exists() else key
+    if not os.path.lexists(public):
+        return key
+    known = read_public_key(public)
+    if known.raw != key.public.raw:
+        raise ResvitError(
+            f"{public} is not the public half of {private}.",
+            "One of them was exchanged: move both away, and a new pair is made.",
+            ExitCode.UNTRUSTED,
+        )
+    return dataclasses.replace(key, public=known)

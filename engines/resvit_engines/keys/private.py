@@ -16,14 +16,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import explain_os_errors, write_atomic
-from resvit_engines.keys.public import PublicKey, public_key_from_text
+from resvit_engines.files import OPEN_FILE, explain_os_errors, make_folder, write_atomic
+from resvit_engines.keys.guarded import read_small
+from resvit_engines.keys.key_file import KEY_FILE_MOST
+from resvit_engines.keys.public import PublicKey, public_key_from_bytes
 from resvit_engines.keys.ssh_agent import AgentKey, agent_keys, sign_by_agent
 
 KEY_VARIABLE = "RESVIT_SIGNING_KEY"
 KEY_FILE_VARIABLE = "RESVIT_SIGNING_KEY_FILE"
 AGENT = "agent"
-_LIMIT = 64 << 10
 _KEYGEN = "Make one with: resvit-export keygen release.key"
 
 
@@ -72,14 +73,14 @@ def make_key_pair(private: Path, public: Path, public_key: Callable[[bytes], Pub
     )
     key = public_key(_raw(secret))
     _write_secret(private, pem)
-    write_atomic(public, key.to_text().encode())
+    write_atomic(public, key.to_text().encode(), OPEN_FILE)
     return key
 
 
 def _write_secret(path: Path, data: bytes) -> None:
     """Write a new file that nobody else can read at any moment; it appears whole, or not at all."""
     with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)  # mode 0600
         try:
             with os.fdopen(handle, "wb") as stream:
@@ -94,19 +95,12 @@ def _write_secret(path: Path, data: bytes) -> None:
 
 
 def _key_from_file(path: Path) -> SigningKey:
-    try:
-        with path.open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            data = stream.read(_LIMIT)
-    except FileNotFoundError as error:
-        raise ResvitError(f"There is no key {path}.", _KEYGEN) from error
-    except OSError as error:
-        raise ResvitError(
-            f"{path} cannot be read: {error.strerror}.", "Check its permissions.", ExitCode.SYSTEM
-        ) from error
+    if not os.path.lexists(path):
+        raise ResvitError(f"There is no key {path}.", _KEYGEN)
+    data, status = read_small(path, KEY_FILE_MOST)
+    mode = status.st_mode
     if b"PRIVATE KEY" not in data and (b"PUBLIC KEY" in data or data.startswith(b"ssh-")):
-        public = public_key_from_text(data.decode(errors="replace"), path)
-        return _key_from_agent("", public)
+        return _key_from_agent("", public_key_from_bytes(data, path))
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ResvitError(
             f"Others on this machine may read or write the private key {path} (mode {stat.S_IMODE(mode):04o}).",

@@ -1,39 +1,30 @@
 """Public keys, and the folder of those that a device trusts.
 
-A key file is PEM with lines of headers before it::
-
-    Name: release
-    Created: 2026-11-25
-    Expires: 2027-11-25
-    -----BEGIN PUBLIC KEY-----
-    …
-
-or an OpenSSH ``.pub`` file. ``Revoked: yes`` in it, or its key id in a file ``revoked`` beside it, withdraws a key.
+What their files look like stands in ``key_file``; who may write to them in ``guarded``. ``Revoked: yes`` in a key's
+file, or its key id in the file ``revoked`` beside it, withdraws it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
-import re
-import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
+from resvit_engines.keys.guarded import read_guarded, read_small, require_guarded, untrusted
+from resvit_engines.keys.key_file import KEY_FILE_MOST, LIST_MOST, NAME_MOST, key_file_from_bytes, revoked_from_bytes
 
 TRUST_VARIABLE = "RESVIT_TRUST"
+REVOKED = "revoked"
 _SUFFIXES = (".pub", ".pem")
-_FACTS = ("name", "created", "expires", "revoked")
-_LIMIT = 64 << 10
-_PEM = re.compile(r"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,54 +54,30 @@ class PublicKey:
         """The content of its file."""
         key = Ed25519PublicKey.from_public_bytes(self.raw)
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-        headers = [("Name", " ".join(self.name.split())), ("Created", self.created), ("Expires", self.expires)]
+        printed = "".join(char if char.isprintable() else " " for char in self.name)
+        name = " ".join(printed.split())[:NAME_MOST].strip() or None
+        headers = [("Name", name), ("Created", self.created), ("Expires", self.expires)]
         headers += [("Revoked", "yes")] if self.revoked else []
         return "".join(f"{title}: {value}\n" for title, value in headers if value is not None) + pem
 
 
 def read_public_key(path: Path) -> PublicKey:
-    """Read a key file: PEM with or without headers, or OpenSSH's ``ssh-ed25519 …``.
+    """Read a key file, whoever may write to it.
 
     Raises:
-        ResvitError: INPUT where it is none, holds a private key, is of another kind than Ed25519 or has headers that
-            are not understood: a misspelt ``Expires`` must not become a key for ever.
+        ResvitError: UNTRUSTED where it is none in the form of ``key_file``.
     """
-    text = _text(path)
-    if "PRIVATE KEY" in text:
-        raise ResvitError(
-            f"{path} holds a private key, where a public one belongs.",
-            "Take it away from here; put the .pub file that keygen wrote beside it in its place.",
-        )
-    return public_key_from_text(text, path)
+    return public_key_from_bytes(read_small(path, KEY_FILE_MOST)[0], path)
 
 
-def public_key_from_text(text: str, path: Path) -> PublicKey:
-    """Parse the content of a key file; ``path`` is for messages, and names a key that has no other name."""
-    pem = _PEM.search(text)
-    lines = (text[: pem.start()] if pem else text).splitlines()
-    try:
-        if pem:
-            key = serialization.load_pem_public_key(pem.group().encode())
-            comment = ""
-        else:
-            line = next(line for line in lines if line.startswith("ssh-"))
-            lines.remove(line)
-            key = serialization.load_ssh_public_key(line.encode())
-            comment = line.split(None, 2)[2].strip() if line.count(" ") > 1 else ""
-        if not isinstance(key, Ed25519PublicKey):
-            raise TypeError("it is of another kind")
-    except (ValueError, TypeError, StopIteration, UnsupportedAlgorithm) as error:
-        raise ResvitError(
-            f"{path} is not an Ed25519 public key.", "Give a .pub file of resvit-export keygen or of ssh-keygen."
-        ) from error
-    headers = _headers(lines, path)
-    return PublicKey(
-        key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw),
-        headers.get("name") or comment or path.stem,
-        _date(headers.get("created"), path),
-        _date(headers.get("expires"), path),
-        headers.get("revoked", "no") != "no",
-    )
+def public_key_from_bytes(data: bytes, path: Path) -> PublicKey:
+    """Parse the content of a key file; ``path`` is for messages, and names a key that has no other name.
+
+    Raises:
+        ResvitError: UNTRUSTED where it is none in the form of ``key_file``.
+    """
+    said = key_file_from_bytes(data, path)
+    return PublicKey(said.raw, said.name or said.comment or path.stem, said.created, said.expires, said.revoked)
 
 
 @dataclass(frozen=True)
@@ -121,6 +88,11 @@ class TrustStore:
     revoked: frozenset[str] = frozenset()
     source: str = "the trust folder"
 
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """The key ids of all that is revoked here, by list or by its own file."""
+        return self.revoked | {key.keyid for key in self.keys if key.revoked}
+
     def require(self, keyid: str, what: str, *, expired_ok: bool = False, now: datetime | None = None) -> PublicKey:
         """Return the trusted key with this id, if it is good today; ``what`` names the bundle that it signed.
 
@@ -130,19 +102,19 @@ class TrustStore:
         """
         found = [key for key in self.keys if key.keyid == keyid]
         if not self.keys:
-            raise _untrusted(
+            raise untrusted(
                 f"No key is trusted on this device, so {what} cannot be: {self.source} holds no public key.",
                 f"Copy the maker's .pub file into {self.source}, or name it with --trust.",
             )
         name = found[0].name if found else ""
-        if keyid in self.revoked or any(key.revoked for key in found):
-            raise _untrusted(
+        if keyid in self.withdrawn:
+            raise untrusted(
                 f"{what} is signed by a key that was revoked: {name or keyid[:16]}.",
                 "Get a bundle that is signed by a key in use.",
             )
         if not found:
             names = ", ".join(sorted({key.name for key in self.keys}))
-            raise _untrusted(
+            raise untrusted(
                 f"{what} is signed by a key that is not trusted here ({keyid[:16]}…); trusted: {names}.",
                 f"If you know its maker, put the maker's .pub file into {self.source}.",
             )
@@ -153,34 +125,31 @@ class TrustStore:
 
 
 def load_trust(path: Path | None = None) -> TrustStore:
-    """Read the trusted keys: ``.pub`` and ``.pem`` files of a folder, or one file.
+    """Read the trusted keys: ``.pub`` and ``.pem`` files of a folder, or one file; without those that are revoked.
 
     ``path`` falls back to ``$RESVIT_TRUST``, then ``/etc/resvit/keys`` for root and ``~/.config/resvit/keys`` for
-    others; that the fallback is absent shows when a signature is checked.
+    others; that the fallback is absent shows when a signature is checked. Revoked is a key by its own file, by the list
+    ``revoked`` in the folder, or beside the file and beside what a link to it leads to, and by the keys and the list of
+    this machine's own folders: what was withdrawn there is so under whatever name it comes.
 
     Raises:
-        ResvitError: INPUT for a named path that is not there and for a key that does not read, UNTRUSTED where
-            anyone on this machine may write to the folder or to a key.
+        ResvitError: INPUT for a named path that is not there; UNTRUSTED for a key or list that is not in the form of
+            ``key_file`` or cannot be read, and where others on this machine may write to folder, key or list.
     """
-    named = path or (Path(value) if (value := os.environ.get(TRUST_VARIABLE)) else None)
-    path = (named or default_trust_folder()).expanduser()
-    if not path.exists():
+    own = [Path(value)] if (value := os.environ.get(TRUST_VARIABLE)) else []
+    named = path or (own[0] if own else None)
+    chosen = (named or default_trust_folder()).expanduser()
+    if not os.path.lexists(chosen):
         if named:
-            raise ResvitError(f"There is no {path} to read trusted keys from.", "Give a .pub file or a folder of them.")
-        return TrustStore((), source=str(path))
-    _refuse_writable(path)
-    if path.is_file():
-        return TrustStore((read_public_key(path),), source=str(path))
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
-    for file in files:
-        _refuse_writable(file)
-    listed = path / "revoked"
-    revoked = _text(listed).split() if listed.exists() else []
-    if odd := [word for word in revoked if not re.fullmatch(r"[0-9a-f]{64}", word)]:
-        raise ResvitError(
-            f"{listed} holds {odd[0][:70]!r}, which is no key id.", "Write one key id of 64 digits a line."
-        )
-    return TrustStore(tuple(read_public_key(file) for file in files), frozenset(revoked), str(path))
+            raise ResvitError(
+                f"There is no {chosen} to read trusted keys from.", "Give a .pub file or a folder of them."
+            )
+        return TrustStore((), source=str(chosen))
+    store = _stored(chosen)
+    for other in (place.expanduser() for place in (*own, default_trust_folder())):
+        if other != chosen and os.path.lexists(other):
+            store = dataclasses.replace(store, revoked=store.revoked | _stored(other).withdrawn)
+    return store
 
 
 def default_trust_folder() -> Path:
@@ -195,60 +164,47 @@ def _require_unexpired(key: PublicKey, what: str, now: datetime) -> None:
     if key.expires is None:
         return
     if today.year < 2024 or (key.created and today < key.created and (key.created - today).days > 1):
-        raise _untrusted(
+        raise untrusted(
             f"The clock of this device says {today}, so it cannot be told whether the key {key.name}, which signed "
             f"{what}, has expired ({key.expires}).",
             "Set the clock (sudo date --set '2026-11-25 12:00', or timedatectl set-ntp true) and run this again.",
         )
     if today > key.expires:
-        raise _untrusted(
+        raise untrusted(
             f"{what} is signed by the key {key.name}, which expired on {key.expires} (today is {today}).",
             "Get a bundle that is signed by a newer key; if the clock is wrong, set it.",
         )
 
 
-def _headers(lines: Iterable[str], path: Path) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    for line in lines:
-        title, colon, value = line.partition(":")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not colon or title.strip().lower() not in _FACTS:
-            raise ResvitError(
-                f"{path} has a line that is not understood: {line.strip()[:70]!r}.",
-                f"Before the key stand lines of {', '.join(fact.title() for fact in _FACTS)}, each with a colon.",
-            )
-        headers[title.strip().lower()] = value.strip()
-    return headers
-
-
-def _date(text: str | None, path: Path) -> date | None:
-    if not text:
-        return None
+def _stored(path: Path) -> TrustStore:
+    """The keys and the revoked key ids of one folder or file."""
+    if not path.is_dir():
+        places = {Path(function(path)).parent for function in (os.path.abspath, os.path.realpath)}
+        return TrustStore((_trusted_key(path),), _listed(*(place / REVOKED for place in sorted(places))), str(path))
+    require_guarded(path)
     try:
-        return date.fromisoformat(text)
-    except ValueError as error:
-        raise ResvitError(f"{path} says {text!r} where a date belongs.", "Write it as 2027-11-25.") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_LIMIT).decode()
-    except ValueError as error:
-        raise ResvitError(f"{path} is not a text file.", "Give a .pub file of resvit-export keygen.") from error
+        files = sorted(path.iterdir())
     except OSError as error:
-        raise ResvitError(
-            f"{path} cannot be read: {error.strerror}.", "Check its permissions.", ExitCode.SYSTEM
-        ) from error
+        raise untrusted(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    for file in files:
+        if file.name != REVOKED and file.name.partition(".")[0].lower() == REVOKED:
+            raise untrusted(
+                f"{file} looks like a list of revoked keys, and only one that is called '{REVOKED}' is read.",
+                "Rename it, or take it away.",
+            )
+    keys = tuple(map(_trusted_key, (file for file in files if _is_key(file.name))))
+    return TrustStore(keys, _listed(path / REVOKED), str(path))
 
 
-def _refuse_writable(path: Path) -> None:
-    if path.stat().st_mode & stat.S_IWOTH:
-        raise _untrusted(
-            f"Anyone on this machine may write to {path}, and so decide what is trusted.", f"Run: chmod o-w {path}"
-        )
+def _is_key(name: str) -> bool:
+    return name.endswith(_SUFFIXES) and not name.startswith(".")
 
 
-def _untrusted(problem: str, fix: str) -> ResvitError:
-    return ResvitError(problem, fix, ExitCode.UNTRUSTED)
+def _trusted_key(path: Path) -> PublicKey:
+    return public_key_from_bytes(read_guarded(path, KEY_FILE_MOST), path)
+
+
+def _listed(*lists: Path) -> frozenset[str]:
+    """The key ids on those of the lists that are there; a link that leads nowhere is there."""
+    there = (path for path in lists if os.path.lexists(path))
+    return frozenset[str]().union(*(revoked_from_bytes(read_guarded(path, LIST_MOST), path) for path in there))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.onnx_wire import records
 from resvit_engines.plugins.names import DOMAIN, OP_TYPES
+from resvit_engines.plugins.onnx_wire import records
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH, _GRAPH_NODE = 7, 1

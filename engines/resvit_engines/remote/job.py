@@ -7,11 +7,12 @@ lets TensorRT for RTX stand in; it is called one in every result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,26 @@ import numpy as np
 from resvit_engines.bench.bench import BenchReport, BenchSettings, measure
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.engine_report import EngineReport
-from resvit_engines.bundle.bundle import extract_trusted, read_trusted_manifest, write_bundle
+from resvit_engines.bundle.bundle import TrustedBundle, trusted_bundle, write_bundle
 from resvit_engines.bundle.fit import require_fit
-from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, Manifest
 from resvit_engines.bundle.parts import BuiltOnDevice, BundledFile
+from resvit_engines.bundle.source import RecordedFile
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_directory, atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file
+from resvit_engines.files import (
+    atomic_directory,
+    atomic_file,
+    canonical_json,
+    make_folder,
+    pretty_json,
+    remove,
+    sha256_bytes,
+    sha256_file,
+)
 from resvit_engines.keys.own import own_key
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.machine import Machine, this_machine
+from resvit_engines.names import require_name
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
 from resvit_engines.remote.job_folder import JobFolder
@@ -47,10 +59,10 @@ from resvit_engines.run.runner import Runner, open_runner
 from resvit_engines.targets.table import proxy_target
 from resvit_engines.version import own_version
 
-ENGINE, ENGINE_REPORT = "engine.plan", "engine.json"
+ENGINE, ENGINE_REPORT, LOG, TIMING = "engine.plan", "engine.json", "build.log", "timing.cache"
 IMAGES = "images-*.npy"
 REHEARSAL = "REHEARSAL: TensorRT for RTX stood in for TensorRT; this engine is not for the device."
-_NOT_PACKED = ("manifest.json", "signature.json", "plan.json", "README.txt")
+_NOT_PACKED = (MANIFEST, SIGNATURE, "plan.json", "README.txt")
 _MODELS = ("model.tensorrt.onnx", "model.onnx")
 _AT_ONCE = 32
 """Images that are in memory at once while answering."""
@@ -77,33 +89,43 @@ def run_job(job: Job, trust: TrustStore, reporter: Reporter = SILENT) -> JobResu
             device, MISMATCH where the engine computes something else, and what a build raises.
     """
     folder = JobFolder(job.folder)
-    with folder.working(reporter) as events:
+    with folder.working(reporter) as events, contextlib.ExitStack() as opened:
         if job.rehearse:
             events.warn(REHEARSAL)
         machine = this_machine(disk=job.folder)
-        manifest = read_trusted_manifest(job.bundle, trust)
+        bundle = opened.enter_context(trusted_bundle(job.bundle, trust))
+        manifest = bundle.manifest
         # An engine in the bundle is of no concern: it is made anew here.
         require_fit(dataclasses.replace(manifest, engine=None), machine, rehearse=job.rehearse)
-        digest = sha256_file(job.bundle)
+        digest = bundle.file_digest()
         folder.begin(_key(job, digest, machine))
         folder.repeated_phase("facts", lambda: machine)
         model, built = job.folder / "model", job.folder / "built"
-        folder.phase("extract", lambda: _extract(job, model, trust), _Extracted.from_json)
-        engine = folder.phase(
-            "build", lambda: _build(job, model, built, manifest, digest, machine, events), EngineReport.from_json
+        _, unpacked = folder.phase("extract", lambda: _extract(bundle, model), _Extracted.from_json, model.name)
+        if {name: file.sha256 for name, file in unpacked.items() if name not in (MANIFEST, SIGNATURE)} != {
+            file.path: file.sha256 for file in manifest.files
+        }:
+            raise _strange(model, "what was unpacked is not what was signed")
+        engine, left = folder.phase(
+            "build",
+            lambda: _build(job, model, built, manifest, digest, machine, events),
+            EngineReport.from_json,
+            built.name,
         )
+        packed = _packed(built, manifest, engine, left)
         full = _manifest_of(manifest, engine, digest, machine)
-        listed = dataclasses.replace(full, files=tuple(_listed(name, file) for name, file in _packed(built).items()))
+        listed = dataclasses.replace(full, files=tuple(left[name] for name in sorted(packed)))
         runtime = "auto" if job.rehearse else engine.builder.value
-        result = JobResult(
-            engine,
-            job.rehearse,
-            machine,
-            folder.phase("golden", lambda: _golden(built, listed, runtime, job.rehearse, events), golden_from_json),
-            folder.phase("outputs", lambda: _outputs(job, built, listed, runtime, events), Answers.from_json),
-            folder.phase("bench", lambda: _bench(built, listed, runtime, job.rehearse, events), bench_from_json),
-            folder.phase("pack", lambda: _pack(job, built, full, events), DeviceBundle.from_json),
+        golden, _ = folder.phase(
+            "golden", lambda: _golden(built, listed, runtime, job.rehearse, events), golden_from_json
         )
+        answers, _ = folder.phase(
+            "outputs", lambda: _outputs(job, built, listed, runtime, events), Answers.from_json, "outputs"
+        )
+        bench, _ = folder.phase("bench", lambda: _bench(built, listed, runtime, job.rehearse, events), bench_from_json)
+        path = packed_into(job.folder, full.name)
+        made, _ = folder.phase("pack", lambda: _pack(path, packed, full, events), DeviceBundle.from_json, path.name)
+        result = JobResult(engine, job.rehearse, machine, golden, answers, bench, made)
         folder.finish(result)
     return result
 
@@ -127,13 +149,17 @@ class _Extracted:
 def _key(job: Job, digest: str, machine: Machine) -> str:
     """What makes the results of a job other ones."""
     parts = (machine.sm, machine.tensorrt, machine.rtx if job.rehearse else None, machine.arch, own_version())
-    images = [(file.name, file.stat().st_size) for file in sorted(job.folder.glob(IMAGES))]
+    images = [(file.name, sha256_file(file)) for file in _images(job)]
     return sha256_bytes(canonical_json([digest, job.rehearse, *parts, images]))
 
 
-def _extract(job: Job, model: Path, trust: TrustStore) -> _Extracted:
-    shutil.rmtree(model, ignore_errors=True)
-    extract_trusted(job.bundle, model, trust)
+def _images(job: Job) -> list[Path]:
+    return [file for file in sorted(job.folder.glob(IMAGES)) if file.is_file()]
+
+
+def _extract(bundle: TrustedBundle, model: Path) -> _Extracted:
+    with atomic_directory(model) as partial:
+        bundle.extract(partial)
     return _Extracted(tuple(sorted(file.name for file in model.iterdir())))
 
 
@@ -154,14 +180,14 @@ def _build(
             ExitCode.IMPOSSIBLE,
         )
     with atomic_directory(built) as partial:
-        report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / "build.log")
+        report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / LOG)
         engine = dataclasses.replace(report, rehearsal=job.rehearse)
         if report.timing_cache and (cache / report.timing_cache).exists():
-            shutil.copy(cache / report.timing_cache, partial / "timing.cache")
+            shutil.copy(cache / report.timing_cache, partial / TIMING)
         (partial / ENGINE_REPORT).write_bytes(pretty_json(engine.to_json()))
-        for file in model.iterdir():
-            if not (partial / file.name).exists() and file.is_file():
-                os.link(file, partial / file.name)
+        for name in (file.path for file in manifest.files if "/" not in file.path):
+            if not (partial / name).exists():
+                os.link(model / name, partial / name)
         # The runner reads the manifest beside the engine: it must be that of the engine built here.
         (partial / "manifest.json").unlink(missing_ok=True)
         (partial / "manifest.json").write_bytes(
@@ -204,11 +230,12 @@ def _outputs(job: Job, built: Path, manifest: Manifest, runtime: str, reporter: 
 
     That is the first output; of others, ``NAME-out1.npy`` and so on, in the manifest's order.
     """
-    pieces = sorted(job.folder.glob(IMAGES))
+    pieces = _images(job)
     if not pieces:
         return Answers(0, None)
     folder = job.folder / "outputs"
-    folder.mkdir(exist_ok=True)
+    remove(folder)
+    make_folder(folder)
     total = sum(len(np.load(piece, mmap_mode="r")) for piece in pieces)
     try:
         with open_runner(built, manifest, runtime) as runner:
@@ -257,22 +284,50 @@ def _timed(built: Path, manifest: Manifest, runtime: str, seconds: float) -> Ben
         return measure(runner, BenchSettings(batch=manifest.build_settings.batch[1], seconds=seconds))
 
 
-def _pack(job: Job, built: Path, manifest: Manifest, reporter: Reporter) -> DeviceBundle:
+def packed_into(folder: Path, name: object) -> Path:
+    """The file of the new bundle; raises INPUT for a name that could lead elsewhere."""
+    return folder / f"{require_name(name, 'The name of the bundle,')}-engine.resvit"
+
+
+def _pack(path: Path, packed: Mapping[str, RecordedFile], manifest: Manifest, reporter: Reporter) -> DeviceBundle:
     key = own_key()
-    path = job.folder / f"{manifest.name}-engine.resvit"
-    write_bundle(path, manifest, _packed(built), key)
+    write_bundle(path, manifest, packed, key)
     reporter.say(f"{path.name}: signed by {key.public.name}")
     return DeviceBundle(path.name, sha256_file(path), key.public.to_text(), key.public.keyid)
 
 
-def _packed(built: Path) -> dict[str, Path]:
-    """The files of the new bundle by their names in it."""
-    files = (file for file in sorted(built.rglob("*")) if file.is_file() and file.name not in _NOT_PACKED)
-    return {file.relative_to(built).as_posix(): file for file in files}
+def _packed(
+    built: Path, signed: Manifest, engine: EngineReport, left: Mapping[str, BundledFile]
+) -> dict[str, RecordedFile]:
+    """The files of the new bundle by their names in it, each with the digest that it must have.
+
+    That is the one that was signed, of what came in the bundle, and of what the build made the one of its record.
+
+    Raises:
+        ResvitError: UNTRUSTED for a file that neither the bundle nor the build knows.
+    """
+    library = engine.plugin_library
+    others = [name for name in (ENGINE_REPORT, LOG, TIMING, engine.layers) if name and name in left]
+    made = {name: left[name].sha256 for name in others} | {ENGINE: engine.sha256}
+    if library:
+        made[library.name] = library.sha256
+    known = {**{file.path: file.sha256 for file in signed.files}, **made}
+    packed = {}
+    for name in left:
+        if name in _NOT_PACKED:
+            continue
+        if name not in known:
+            raise _strange(built / name, "neither the bundle nor the build knows it")
+        packed[name] = RecordedFile(built / name, known[name])
+    return packed
 
 
-def _listed(name: str, file: Path) -> BundledFile:
-    return BundledFile(name, file.stat().st_size, sha256_file(file))
+def _strange(path: Path, why: str) -> ResvitError:
+    return ResvitError(
+        f"{path} is not signed: {why}.",
+        "Let nothing else write into the folder of a job; remove that folder and run the same command.",
+        ExitCode.UNTRUSTED,
+    )
 
 
 def _skipped(what: str, error: ResvitError, reporter: Reporter) -> Skipped:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.onnx_wire import with_float32_quantizers
+from resvit_engines.plugins.onnx_wire import with_float32_quantizers
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
 from resvit_engines.trt.running import TensorSpec
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine, this_machine
+from resvit_engines.names import require_name
 from resvit_engines.targets.speeds import Speed
 from resvit_engines.targets.table import PTX_OF_CUDA, TARGETS, Kind, Target, find_target
 
 AUTO = "auto"
+_NAME_MOST = 60
+"""Of a recipe's own: the bundle's name holds the model's and the precision too."""
 _SPEEDS = {item.name for item in dataclasses.fields(Speed)} - {"source", "note"}
 _TEXTS = {"title", "arch", "tensorrt", "cuda", "jetpack"}
 _NUMBERS = {"memory_mib", "workspace_mib"}
@@ -47,6 +50,7 @@ def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
     fix = f'Write [targets.{name}] with like = "jetson-orin" and what differs: {", ".join(sorted(_KEYS - {"like"}))}.'
     if not isinstance(described, Mapping) or not isinstance(described.get("like"), str):
         raise ResvitError(f"The target '{name}' of the recipe does not say what it is like.", fix)
+    require_name(name, "The recipe's target", _NAME_MOST)
     if unknown := sorted(set(described) - _KEYS):
         raise ResvitError(f"The target '{name}' of the recipe has '{unknown[0]}', which says nothing of a device.", fix)
     if any(target.name == name for target in TARGETS) or name == AUTO:

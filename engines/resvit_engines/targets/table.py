@@ -206,7 +206,7 @@ class Target:
             ResvitError: INPUT, naming the key, where it is malformed or of a kind that this version does not know.
         """
         return cls(
-            record.text("name"),
+            record.name("name"),
             record.text("title"),
             record.whole("sm", 10, 999),
             record.choice("kind", Kind),

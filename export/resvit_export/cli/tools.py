@@ -53,13 +53,21 @@ def targets_command(quiet: bool, as_json: bool) -> None:
     "  resvit-export inspect runs/demo/embed-nano.pt --json",
 )
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--trust",
+    type=click.Path(path_type=Path),
+    help="Public key, or folder of them, to verify a bundle's signature by.  [default: those trusted on this machine]",
+)
 @output_options
-def inspect_command(file: Path, quiet: bool, as_json: bool) -> None:
-    """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers."""
+def inspect_command(file: Path, trust: Path | None, quiet: bool, as_json: bool) -> None:
+    """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers, and who signed it.
+
+    As signer only a key is named whose signature was verified.
+    """
     from resvit_engines.console import console, emit_json
     from resvit_export.tools.inspect import describe_file, render
 
-    description = describe_file(file)
+    description = describe_file(file, trust)
     if as_json:
         emit_json(description)
     else:

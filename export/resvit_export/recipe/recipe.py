@@ -412,7 +412,7 @@ class Recipe:
         """The model's name as a part of file names."""
         named = str(self.model)
         name = named.partition(":")[2] if named.startswith(("resvit:", "timm:", "object:")) else Path(named).name
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
 
     def settings_without_paths(self) -> dict[str, Any]:
         """All settings that name nothing on this machine, as plain values; the model's own are told elsewhere."""

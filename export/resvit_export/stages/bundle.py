@@ -12,7 +12,8 @@ from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import ImageCount, ManifestVerdict
-from resvit_engines.files import pretty_json
+from resvit_engines.errors import ResvitError
+from resvit_engines.files import canonical_json, pretty_json, sha256_bytes
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_engines.targets.table import Precision, Target
@@ -32,6 +33,7 @@ from resvit_export.to_tensorrt.copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_engines.bundle.source import RecordedFile
     from resvit_engines.keys.private import SigningKey
 
 
@@ -127,19 +129,44 @@ class Bundle(Stage[Bundled]):
         key = self.contents.signer.key if self.contents.signer else None
         write_bundle(folder / self.naming.file_name, self.manifest(), self.files(), key=key)
 
-    def files(self) -> dict[str, Path | bytes]:
-        """What goes in, by name."""
+    def agrees(self, artifact: Bundled) -> bool:
+        """Whether the bundle holds the files that the stages recorded, says what they say, and is signed as asked."""
+        from resvit_engines.bundle.bundle import read_trusted_manifest, signers
+        from resvit_engines.keys.public import TrustStore
+
+        path, signer = artifact.bundle.path, self.contents.signer
+        try:
+            if signer is None:
+                manifest = artifact.manifest if not signers(path) else None
+            else:
+                manifest = read_trusted_manifest(path, TrustStore((signer.key.public,)), expired_ok=True)
+        except ResvitError:
+            return False
+        wanted = {name: sha256_bytes(it) if isinstance(it, bytes) else it.sha256 for name, it in self.files().items()}
+        return (
+            manifest is not None
+            and {file.path: file.sha256 for file in manifest.files} == wanted
+            and canonical_json(manifest.described()) == canonical_json(self.manifest().described())
+        )
+
+    def files(self) -> dict[str, RecordedFile | bytes]:
+        """What goes in, by name: each file only as it was when its stage recorded it."""
+        from resvit_engines.bundle.source import RecordedFile
+
         scored, compiled = self.contents.scored, self.contents.compiled
-        files: dict[str, Path | bytes] = {
-            "model.onnx": self.contents.model.path,
-            "ranges.json": self.contents.calibrated.ranges.path,
-            "quantize.json": self.contents.quantized.path("quantize.json"),
-            "verdict.json": self.contents.validated.path("verdict.json"),
-            **{name: scored.path(name) for name in scored.record.outputs if name.startswith("golden_")},
+        recorded = {
+            "model.onnx": self.contents.model,
+            "ranges.json": self.contents.calibrated.ranges,
+            "quantize.json": self.contents.quantized.file("quantize.json"),
+            "verdict.json": self.contents.validated.file("verdict.json"),
+            **{name: scored.file(name) for name in scored.record.outputs if name.startswith("golden_")},
         }
         for name in ("engine.plan", "plan.json", "layers.json", TENSORRT_COPY):
             if compiled.has(name):
-                files[name] = compiled.path(name)
+                recorded[name] = compiled.file(name)
+        files: dict[str, RecordedFile | bytes] = {
+            name: RecordedFile(file.path, file.digest) for name, file in recorded.items()
+        }
         if compiled.engine is not None:
             files["engine.json"] = pretty_json(lasting(compiled.engine).to_json())
         if compiled.plan is not None:

@@ -100,7 +100,7 @@ class RunOnDevice(Stage[OnDevice]):
     def _job(self, scratch: Path, reporter: Reporter) -> RemoteJob:
         from resvit_engines.remote.device import RemoteJob
 
-        bundle, key = _signed_for(self.bundle.path, self.signer.key if self.signer else None, scratch)
+        bundle, key = _signed_for(self.bundle, self.signer.key if self.signer else None, scratch)
         images = self.questions.images
         height, width = self.questions.preprocess.size
         per_piece = max(1, (_PIECE_MIB << 20) // (4 * self.questions.preprocess.channels * height * width))
@@ -211,8 +211,10 @@ def images_that_fit(shape: Sequence[int], most: int, facts: Machine) -> int:
     return max(0, min(most, (limit << 20) // (4 * math.prod(shape))))
 
 
-def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Path, str]:
+def _signed_for(bundle: File, key: SigningKey | None, folder: Path) -> tuple[Path, str]:
     """A signed copy of the bundle in ``folder``, and the public key (the text of its file) that the job is to trust.
+
+    Raises ``ResvitError`` INPUT where the bundle is not any more what its stage recorded.
 
     By the user's own key where the recipe or the environment names one, else by this machine's: the same each time,
     so that a job is found again.
@@ -221,7 +223,8 @@ def _signed_for(bundle: Path, key: SigningKey | None, folder: Path) -> tuple[Pat
     from resvit_engines.keys.own import own_key
 
     key = key or own_key()
-    signed = Path(shutil.copy(bundle, folder / "bundle.resvit"))
+    signed = Path(shutil.copy(bundle.path, folder / "bundle.resvit"))
+    File(signed, bundle.digest).require_unchanged()
     sign_bundle(signed, key)
     return signed, key.public.to_text()
 

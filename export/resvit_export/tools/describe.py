@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ExitCode, ResvitError
+
+if TYPE_CHECKING:
+    from resvit_engines.bundle.reader import OpenBundle
+    from resvit_engines.keys.public import PublicKey
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _JSON_LIMIT = 1 << 29
@@ -125,20 +130,38 @@ def describe_engine(path: Path) -> dict[str, Any]:
     return {"kind": "engine", **description.to_json()}
 
 
-def describe_bundle(path: Path) -> dict[str, Any]:
-    """Describe a bundle after checking the digest of every file in it.
+def describe_bundle(path: Path, trust: Path | None = None) -> dict[str, Any]:
+    """Describe a bundle after checking the digest of every file in it, and its signature by the keys of ``trust``.
 
-    ``signed_by`` holds the key ids that its signature names; whether they hold is for those who trust the keys to say.
+    ``signature`` is ``verified``, ``not verified`` or ``unsigned``, with the reason in ``signature_note``;
+    ``signed_by`` holds the id of the key whose signature was verified, and no other. What the manifest says, whatever
+    it calls it, changes none of these: of fields that this version does not know, ``other`` has the names alone.
     """
-    from resvit_engines.bundle.bundle import signers, verify_bundle
+    from resvit_engines.bundle.reader import opened_bundle
 
-    manifest = verify_bundle(path)
-    return {
-        "kind": "bundle",
-        "whole": True,
-        "signed_by": signers(path),
-        **{key: value for key, value in manifest.to_json().items() if key != "kind"},
-    }
+    with opened_bundle(path) as bundle:
+        manifest = bundle.manifest()
+        bundle.check(manifest)
+        key, note = _signer_of(bundle, path.name, trust)
+    state = "verified" if key else "unsigned" if bundle.envelope is None else "not verified"
+    found = {"signature": state, "signed_by": [key.keyid] if key else [], "signature_note": note}
+    known = dataclasses.replace(manifest, other={}).to_json()
+    other = {"other": sorted(manifest.other)} if manifest.other else {}
+    return {"kind": "bundle", "whole": True, **found, **known, **other}
+
+
+def _signer_of(bundle: OpenBundle, name: str, trust: Path | None) -> tuple[PublicKey | None, str]:
+    """The key whose signature over the manifest was verified, or None, and why in words."""
+    from resvit_engines.keys.public import load_trust
+    from resvit_engines.keys.signing import require_signature
+
+    if bundle.envelope is None:
+        return None, "nobody signed it"
+    try:
+        key = require_signature(bundle.head, bundle.envelope, load_trust(trust), name)
+    except ResvitError as error:
+        return None, error.problem
+    return key, f"by {key.name}" + (f", a key that is good until {key.expires}" if key.expires else "")
 
 
 def damaged(path: Path, what: str, why: object) -> ResvitError:

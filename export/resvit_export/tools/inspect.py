@@ -26,8 +26,11 @@ _KINDS = (
 )
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path, trust: Path | None = None) -> dict[str, Any]:
     """Describe ``path`` by its content: plain JSON values, with ``kind``, ``file``, ``bytes`` and ``sha256`` in front.
+
+    ``trust`` is a public key's file, or a folder of them, by which a bundle's signature is verified; None stands for
+    the keys that are trusted on this machine.
 
     Raises ``ResvitError`` for a file that is missing, empty, truncated, damaged or of no known kind.
     """
@@ -40,7 +43,8 @@ def describe_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             head = stream.read(16)
-        details = _reader_for(path, head)(path)
+        reader = _reader_for(path, head)
+        details = describe.describe_bundle(path, trust) if reader is describe.describe_bundle else reader(path)
         digest = details.pop("sha256", None) or sha256_file(path)
     except PermissionError as error:
         raise ResvitError(

@@ -95,7 +95,7 @@ def input_of(model: Path, images: Path) -> dict[str, np.ndarray[Any, Any]]:
         ResvitError: INPUT for a file that is no such array, or a graph with several inputs.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     if not model.is_file():
         raise ResvitError(f"There is no file {model}.", "Give the path of an ONNX file.")
