@@ -84,7 +84,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
         for name in ("embed-nano", "fpn-nano", "dual-nano")
     },
     **{
-        f"resvit:{name}": (lambda name=name: resvit_model(name), (3, 64, 64))
+        f"resvit:{name}": (lambda name=name: resvit_model(name), (1, 96, 96))
         for name in ("embed-nano-seg", "fpn-nano-det")
     },
     "transformers RT-DETR": (lambda: _rt_detr(""), (3, 96, 96)),

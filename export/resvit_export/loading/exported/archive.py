@@ -25,6 +25,7 @@ _UNREAD = re.compile(r"data/sample_inputs/model\.pt|extra/.*|\.data/\w+|version|
 _SAID = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
 _JSON_LIMIT = 128 << 20  # bytes; the largest networks' graphs take about 10 MiB
 _MEMBER_LIMIT = 100_000
+_PIECE = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,12 @@ class Archive:
     def fill(self, name: str, buffer: memoryview) -> None:
         """Read a member into ``buffer``, which is as large as it."""
         with _reading(name), self.file.open(self._info(name)) as member:
-            read = member.readinto(buffer) if len(buffer) else 0
-            if read != len(buffer) or member.read(1):
-                raise NotAllowedError(f"its {name} is shorter than it says")
+            filled = 0
+            while piece := member.read(_PIECE):
+                buffer[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        if filled != len(buffer):
+            raise NotAllowedError(f"its {name} is shorter than it says")
 
     def _read(self, name: str, limit: int) -> bytes:
         if (size := self._info(name).file_size) > limit:

@@ -101,9 +101,9 @@ def is_on_sizes(target: str) -> bool:
 def is_allowed(function: object) -> bool:
     """Whether a node of a graph that was read may call ``function``: one of the above, or the choice of an output."""
     if isinstance(function, torch._ops.OpOverload):
-        name = function.name().partition(".")[0].replace("::", ".")
-        arguments_of(f"torch.ops.{name}.{function._overloadname}")
+        namespace, _, name = str(function._schema.name).partition("::")
+        arguments_of(f"torch.ops.{namespace}.{name}.{function._overloadname}")
         return True
     if isinstance(function, torch._ops.HigherOrderOperator):
-        return function.name() in _REGIONS
+        return function._name in _REGIONS
     return function in _SIZES.values() or function is operator.getitem

@@ -177,10 +177,10 @@ def _symbol(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _
 
 
 def _integers(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _Extent:
-    values = [_number(argument) for argument in arguments]
-    if keywords or not 1 <= len(values) <= 2 or any(not isinstance(value, int) for value in values):
+    values = [value for argument in arguments if isinstance(value := _number(argument), int)]
+    if keywords or not 1 <= len(values) <= 2 or len(values) != len(arguments):
         raise ValueError("a number is given as something else")
-    return _combined("Mul", [_of_number(value) for value in values if isinstance(value, int)])
+    return _combined("Mul", [_of_number(value) for value in values])
 
 
 def _float(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _Extent:

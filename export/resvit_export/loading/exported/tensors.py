@@ -47,7 +47,7 @@ def tensors_in(archive: Archive, kind: str) -> dict[str, torch.Tensor]:
 def _storage(archive: Archive, name: str) -> torch.Tensor:
     """A member as uint8 [bytes]."""
     storage = torch.empty(archive.size(name), dtype=torch.uint8)
-    archive.fill(name, memoryview(storage.numpy()))
+    archive.fill(name, storage.numpy().data)
     return storage
 
 
