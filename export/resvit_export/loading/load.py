@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -28,6 +29,7 @@ from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
     COUPLED,
     coupling_of,
+    fixed_batch_of,
     has_dynamic_batch,
     input_shape_of,
     inputs_of,
@@ -37,6 +39,7 @@ from resvit_export.loading.torch_program import (
     refuse_random_program,
     runner_from_program,
 )
+from resvit_export.loading.user_code import user_error
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
@@ -199,10 +202,32 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
     shape = input_shape_of(program)
     if spec.input_shape not in (None, shape):
         raise ResvitError(f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape.")
+    _require_running(program, spec.model)
     notes = () if has_dynamic_batch(program) else ("the program was exported for one batch size",)
     for note in notes:
         reporter.say(note)
     return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
+
+
+def _require_running(program: ExportedProgram, name: str) -> None:
+    """Run a program once on zeros, ones for integers: a file can say anything of what its graph computes."""
+    make = {True: np.zeros, False: np.ones}
+    batch = fixed_batch_of(program) or 2
+    arrays = {item.name: make[item.dtype == "float32"]((batch, *item.shape), item.dtype) for item in inputs_of(program)}
+    try:
+        answers = runner_from_program(program)(arrays)
+    except Exception as error:
+        raise user_error(
+            error,
+            f"The graph of {name} fails on a batch of {batch}",
+            "Export the network again with torch.export.save.",
+        ) from error
+    for (output, answer), declared in zip(answers.items(), output_shapes(program), strict=True):
+        if any(isinstance(size, int) and size != own for size, own in zip(declared, answer.shape, strict=False)):
+            raise ResvitError(
+                f"{name} says that {output} is {list(declared)}, and it computes {list(answer.shape)}.",
+                "Export the network again with torch.export.save.",
+            )
 
 
 def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[NetworkInput, ...]:

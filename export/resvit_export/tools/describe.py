@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from resvit_engines.keys.public import PublicKey
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_JSON_LIMIT = 1 << 29
 # torch/_export/serde/schema.py, ScalarType
 _PT2_DTYPES = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64",
@@ -89,11 +86,13 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
 
 def describe_program(path: Path) -> dict[str, Any]:
     """Describe a ``.pt2`` from its JSON parts; neither its pickles nor its expressions are evaluated."""
+    from resvit_export.loading.exported.archive import MODEL, open_archive
+    from resvit_export.loading.exported.errors import NotAllowedError
+
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2]: name for name in archive.namelist()}
-            model = _json_in(archive, names["models/model.json"], path)
-            config = _json_in(archive, names["data/weights/model_weights_config.json"], path)
+        with open_archive(path) as archive:
+            model = archive.json(MODEL)
+            config = archive.json("data/weights/model_weights_config.json")
         graph = model["graph_module"]["graph"]
         values = graph["tensor_values"]
         specs = model["graph_module"]["signature"]["input_specs"]
@@ -111,7 +110,7 @@ def describe_program(path: Path) -> dict[str, Any]:
             "operators": counted(node["target"].removeprefix("torch.ops.") for node in graph["nodes"]),
             **_summary(tensors),
         }
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (NotAllowedError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise damaged(path, "an exported program of torch 2.8 or later", error) from error
 
 
@@ -194,12 +193,7 @@ def counted(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _json_in(archive: zipfile.ZipFile, name: str, path: Path) -> Any:
-    if archive.getinfo(name).file_size > _JSON_LIMIT:
-        raise damaged(path, "an exported program", f"{name} is larger than {_JSON_LIMIT >> 20} MiB")
-    return json.loads(archive.read(name))
-
-
 def _pt2_tensor(name: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    dims = [size.get("as_int", "dynamic") for size in meta["sizes"]]
+    sizes = [size.get("as_int") for size in meta["sizes"][:64]]
+    dims = [size if type(size) is int and 0 <= size < 2**63 else "dynamic" for size in sizes]
     return {"name": name, "shape": dims, "dtype": _PT2_DTYPES.get(meta["dtype"], f"type {meta['dtype']}")}

@@ -103,7 +103,7 @@ def _reader_for_zip(path: Path) -> Callable[[Path], dict[str, Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise describe.damaged(path, "an archive", error) from error
     inner = [name.partition("/")[2] for name in names]
     if names[:1] == ["manifest.json"]:

@@ -162,8 +162,13 @@ def _difference(before: ExportedProgram, after: ExportedProgram, seed: int) -> t
 
 
 def _example_inputs(program: ExportedProgram) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Inputs for a program that was saved without any: free sizes are 2."""
+    """Inputs for a program that was saved without any: free sizes are 2, whole numbers 1."""
     names = program.graph_signature.user_inputs
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     shapes = [[size if isinstance(size, int) else 2 for size in value.shape] for value in values]
-    return tuple(torch.zeros(shape, dtype=v.dtype) for shape, v in zip(shapes, values, strict=True)), {}
+    leaves = [
+        torch.full(shape, 0 if value.is_floating_point() else 1, dtype=value.dtype)
+        for shape, value in zip(shapes, values, strict=True)
+    ]
+    positional, named = torch.utils._pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return positional, named
