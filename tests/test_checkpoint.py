@@ -343,12 +343,13 @@ def test_content_that_is_built_to_hang_is_refused_at_once(tmp_path: Path, conten
         (b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 60 + b"K\x01s.", "reading them would not end"),
         (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x08\x00\x00\x00punycode\x86R.", "encodes text as 'punycode'"),
         (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "asks for 2,147,483,647 bytes"),
+        (b"\x80\x02\x8d" + b"\xff" * 7 + b"\x0f.", "damaged"),
         (b"\x80\x02R.", "damaged"),
         (b"\x80\x02}(h\x00u.", "damaged"),
         (b"\x80\x04\x95" + bytes(8) + b".", "no FRAME"),
         (b"\x80\x02" + b"]" * 100 + b"}q\x00X\x01\x00\x00\x00a", "damaged"),
     ],
-    ids=["deep", "two of two of two as a key", "codec", "bytearray", "underflow", "memo", "protocol 4", "no end"],
+    ids=["deep", "two of two as a key", "codec", "bytearray", "length", "underflow", "memo", "protocol 4", "no end"],
 )  # fmt: skip
 @pytest.mark.parametrize("archived", [False, True])
 def test_pickles_that_go_too_far_are_refused(tmp_path: Path, pickled: bytes, why: str, archived: bool) -> None:
