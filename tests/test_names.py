@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.bundle.bundle import read_manifest, write_bundle
@@ -39,6 +39,7 @@ def kept_or_refused(function, *arguments) -> object:
     return None
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_a_file_name_stays_in_any_folder(text: str) -> None:
     folder = Path("/some/folder")
@@ -52,6 +53,7 @@ def test_a_file_name_stays_in_any_folder(text: str) -> None:
         assert text[0] not in "-."
 
 
+@settings(deadline=None)
 @given(st.lists(TEXT, max_size=4).map("/".join))
 def test_a_relative_path_stays_below_its_folder(text: str) -> None:
     if is_relative_path(text):
@@ -60,6 +62,7 @@ def test_a_relative_path_stays_below_its_folder(text: str) -> None:
     assert bool(kept) == is_relative_path(text)
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_names_of_bundles_models_and_targets_are_kept_or_refused(text: str) -> None:
     root = Path("/some/root")
@@ -78,6 +81,7 @@ def test_names_of_bundles_models_and_targets_are_kept_or_refused(text: str) -> N
     assert own is None or is_name(text)
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_every_model_has_a_bundle_name(text: str) -> None:
     label = dataclasses.replace(Recipe(), model=text).label

@@ -254,6 +254,14 @@ def test_one_good_signature_of_several_is_enough(bundle: Path) -> None:
         b'{"payloadType": "x", "signatures": []}',
         json.dumps({"payloadType": PAYLOAD_TYPE, "signatures": []}, indent=2).encode() + b"\n",
         json.dumps({"payloadType": PAYLOAD_TYPE, "signatures": None}, indent=2).encode() + b"\n",
+        json.dumps(
+            {"more": 1, "payloadType": PAYLOAD_TYPE, "signatures": [{"keyid": "a", "sig": ""}]}, indent=2
+        ).encode()
+        + b"\n",
+        json.dumps(
+            {"payloadType": PAYLOAD_TYPE, "signatures": [{"keyid": "a", "more": 1, "sig": ""}]}, indent=2
+        ).encode()
+        + b"\n",
         json.dumps({"payloadType": PAYLOAD_TYPE, "signatures": [{"keyid": 1, "sig": ""}]}, indent=2).encode() + b"\n",
         json.dumps({"payloadType": PAYLOAD_TYPE, "signatures": [{"keyid": "a", "sig": "?"}]}, indent=2).encode()
         + b"\n",

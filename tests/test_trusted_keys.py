@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -176,6 +176,7 @@ ATTRIBUTE = st.sampled_from(ATTRIBUTES).flatmap(
 LINES = st.lists(st.one_of(ATTRIBUTE, st.sampled_from(("", "# a", *PEM.splitlines(), SSH)), st.text(max_size=20)))
 
 
+@settings(deadline=None)
 @given(LINES, LINES, st.sampled_from((PEM, SSH + "\n", SSH + " me\n")))
 def test_every_line_of_a_key_file_counts_or_is_refused(before: list[str], behind: list[str], key: str) -> None:
     """No line that looks like an attribute is passed over: what was said is what is known, or there is no key."""
@@ -193,6 +194,7 @@ def test_every_line_of_a_key_file_counts_or_is_refused(before: list[str], behind
     assert {line.partition(":")[0].lower() for line in behind if line.strip() and line[0] != "#"} <= {"revoked"}
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_key_or_refused(data: bytes) -> None:
     for text in (data, PEM.encode() + data, data + PEM.encode(), SSH.encode() + data):
@@ -200,6 +202,7 @@ def test_any_bytes_are_a_key_or_refused(data: bytes) -> None:
         assert known is None or (isinstance(known, KeyFile) and len(known.raw) == 32)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300), st.binary(), st.dates(), st.booleans())
 def test_what_is_written_reads_again(name: str, seed: bytes, day: date, revoked: bool) -> None:
     raw = hashlib.sha256(seed).digest()
@@ -284,6 +287,7 @@ def test_any_other_list_revokes_everything(folder: Path, listed: bytes) -> None:
         assert "revoked" in no(load_trust, where)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.sampled_from((KEYID, KEYID.upper(), b"", b"# a")), st.binary(max_size=70))))
 def test_every_line_of_a_list_counts_or_is_refused(lines: list[bytes]) -> None:
     keyids = known_or_no(revoked_from_bytes, b"\n".join(lines), WHERE)

@@ -81,6 +81,10 @@ def signatures_in(envelope: bytes, what: str) -> list[tuple[str, bytes]]:
         # One meaning, one form: whatever is written otherwise was not written by us.
         if document["payloadType"] != PAYLOAD_TYPE or pretty_json(document) != envelope:
             raise ValueError("it is not in the form in which it is written")
+        if set(document) != {"payloadType", "signatures"}:
+            raise ValueError("it says more than who signed")
+        if any(set(entry) != {"keyid", "sig"} for entry in document["signatures"]):
+            raise ValueError("a signature says more than its key")
         pairs = [(entry["keyid"], _from_base64(entry["sig"])) for entry in document["signatures"]]
         if not 1 <= len(pairs) <= _SIGNATURES or not all(isinstance(keyid, str) for keyid, _ in pairs):
             raise ValueError("it holds no signature, or too many")
