@@ -16,6 +16,7 @@ class NetworkRecord:
     """(C, H, W) of its image, its classes and preprocessing where they are known, and what else it reads.
 
     ``inputs`` is empty for a network that reads one image alone. ``digest`` is over graph and weights.
+    ``image_range`` are the numbers of black and white, for a network that reads pixels and normalises them itself.
     """
 
     input_shape: tuple[int, int, int]
@@ -26,6 +27,7 @@ class NetworkRecord:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[NetworkInput, ...] = ()
     notes: tuple[str, ...] = ()
+    image_range: tuple[int, int] | None = None
 
     @property
     def images_per_call(self) -> int:
@@ -44,6 +46,7 @@ class NetworkRecord:
             "dynamic_batch": self.dynamic_batch,
             "task_options": dict(self.task_options),
             **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
+            **({"image_range": list(self.image_range)} if self.image_range else {}),
             "digest": self.digest,
             "notes": list(self.notes),
         }
@@ -63,4 +66,5 @@ class NetworkRecord:
                 NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in document.get("inputs", ())
             ),
             notes=tuple(document["notes"]),
+            image_range=tuple(document["image_range"]) if "image_range" in document else None,
         )

@@ -17,7 +17,7 @@ import onnx_ir as ir
 Size = int | None
 
 
-class _Unclear(Exception):
+class _UnclearError(Exception):
     """The equation cannot be spelled out with what is known of the sizes."""
 
 
@@ -96,7 +96,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
         ]
         made = _Spelling(node)
         whole = made.contracted(terms, result)
-    except (ValueError, _Unclear):
+    except (ValueError, _UnclearError):
         return False
     old = node.outputs[0]
     if whole.value is None or whole.value.producer() not in made.nodes:
@@ -131,7 +131,7 @@ class _Spelling:
             here = self._product(here, other, kept)
         here = self._summed(here, [label for label in here.labels if label not in result])
         if set(here.labels) != set(result):
-            raise _Unclear
+            raise _UnclearError
         return self._arranged(here, result)
 
     def copied(self, term: _Term) -> _Term:
@@ -147,7 +147,7 @@ class _Spelling:
         for label, one, other in zip(both, x.size(both), y.size(both), strict=True):
             # Einsum stretches an axis of 1, and so does MatMul, but for the axis that is summed.
             if (one is None or other is None or one != other) and label not in kept:
-                raise _Unclear
+                raise _UnclearError
         summed = [label for label in both if label not in kept]
         if not summed:
             return self._scaled(x, y)
@@ -272,5 +272,5 @@ def _whole(sizes: Sequence[Size]) -> Size:
 def _open(sizes: Sequence[Size]) -> list[int]:
     """Sizes for a Reshape, which finds one that is not known."""
     if sum(size is None for size in sizes) > 1:
-        raise _Unclear
+        raise _UnclearError
     return [-1 if size is None else size for size in sizes]
