@@ -17,6 +17,7 @@ class NetworkRecord:
 
     ``inputs`` is empty for a network that reads one image alone. ``digest`` is over graph and weights.
     ``coupled`` says that the images of a batch hang on each other, so that the network serves for batch 1 alone.
+    ``image_range`` are the numbers of black and white, for a network that reads pixels and normalises them itself.
     """
 
     input_shape: tuple[int, int, int]
@@ -28,6 +29,7 @@ class NetworkRecord:
     inputs: tuple[NetworkInput, ...] = ()
     notes: tuple[str, ...] = ()
     coupled: bool = False
+    image_range: tuple[int, int] | None = None
 
     @property
     def images_per_call(self) -> int:
@@ -46,6 +48,7 @@ class NetworkRecord:
             "dynamic_batch": self.dynamic_batch,
             "task_options": dict(self.task_options),
             **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
+            **({"image_range": list(self.image_range)} if self.image_range else {}),
             "digest": self.digest,
             "notes": list(self.notes),
             **({"coupled": True} if self.coupled else {}),
@@ -67,4 +70,5 @@ class NetworkRecord:
             ),
             notes=tuple(document["notes"]),
             coupled=document.get("coupled", False),
+            image_range=tuple(document["image_range"]) if "image_range" in document else None,
         )

@@ -34,6 +34,14 @@ def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str
                 f"There is no preprocessing setting '{key}'.",
                 f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}.",
             )
+    normalising = [key for key in ("mean", "std") if key in wished]
+    if network.image_range and normalising:
+        low, high = network.image_range
+        raise ResvitError(
+            f"The network reads pixels from {low} to {high} and normalises them itself: "
+            f"{' and '.join(normalising)} would normalise them twice.",
+            "Leave mean and std out of the preprocessing.",
+        )
     settings: dict[str, Any] = {
         "size": [height, width],
         "channels": channels,

@@ -24,7 +24,7 @@ def fold_islands(model: ir.Model) -> int:
 
     With a free batch, what is the same for every image becomes the constant of one, expanded to the batch.
     """
-    island = _Island(model.graph)
+    island = Island(model.graph)
     values = island.frontier()
     count = 0
     if values:
@@ -50,7 +50,7 @@ def drop_idle_masks(model: ir.Model) -> int:
     return count
 
 
-class _Island:
+class Island:
     """The nodes of a graph that no content of an input reaches; shapes may, where all but the batch is known."""
 
     def __init__(self, graph: ir.Graph) -> None:

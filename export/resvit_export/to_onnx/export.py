@@ -18,8 +18,9 @@ from resvit_export.loading.torch_program import (
     output_names,
     runner_from_program,
 )
+from resvit_export.to_onnx.branches import refuse_branches
 from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize
-from resvit_export.to_onnx.own_onnx import import_onnx, refuse_branches
+from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.report import (
     EXTERNAL_ABOVE,
     ExportReport,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_random
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
@@ -18,7 +20,10 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_export.loading.inputs import IMAGE, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
+from resvit_export.to_onnx.image_input import ImageEntrance, take_image
+from resvit_export.to_onnx.onnx_file import model_from_file, reading, require_fits
 from resvit_export.to_onnx.report import (
     ExportReport,
     inputs_of_graph,
@@ -34,7 +39,7 @@ OLDEST_OPSET = 20
 
 NEWEST_OPSET = 23
 
-_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "Attention", "LSTM", "GRU", "RNN")
 
 
 def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tuple[NetworkRecord, ExportReport]:
@@ -42,154 +47,93 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
 
     Weights in external files are read from the model's own folder only. Models older than opset 20 are
     converted up. Input and outputs are renamed as our export names them, nodes get unique names, constants are
-    folded. ``wishes`` say sizes that the file leaves open. The copy's outputs are compared with the original's on
-    random images.
+    folded; functions, and branches that no image decides, are written out. An image that comes as [B, H, W, C] or as
+    whole numbers is read as float32 [B, C, H, W]. ``wishes`` say sizes that the file leaves open. The copy's outputs
+    are compared with the original's on random images.
 
-    Raises ``ResvitError`` for a network that is random or whose images hang on each other; for a damaged or invalid
-    file, external data outside its folder, a model that is quantised or in half precision already, operators outside
-    ONNX, control flow that stays after folding, no image among the inputs, sizes that are not fixed, and NaN in the
-    weights.
+    Raises ``ResvitError`` for all that ``model_from_file`` refuses, a network that is random or whose images hang on
+    each other, products in another precision than float32, control flow that depends on values, no image among the
+    inputs, sizes that are not fixed, and NaN in the weights.
     """
-    proto = _load(path)
-    _refuse_foreign(proto, path)
     notes: list[str] = []
-    proto = _converted(proto, path, notes)
-    model = ir.serde.deserialize_model(proto)
-    own = _take_inputs(model, path, wishes)
-    _require_finite(model, path)
-    infer_shapes(model)
-    optimize(model)
-    refuse_branches(model)
-    outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
-    single = "logits" if len(outputs) == 1 and len(outputs[0]) == 2 else "output"
-    names = [single] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
-    canonicalise(model, list(own.values()), names)
-    image_first(model)
-    _require_known_shapes(model, path)
-    write_model(model, out)
+    proto = _converted(model_from_file(path), path, notes)
+    with reading(path):
+        model = ir.serde.deserialize_model(proto)
+        own, entrance = _take_inputs(model, path, wishes, notes)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _require_finite(model, path)
+        _infer_anew(model)
+        _require_float32(model, path)
+        _require_small(model, path)
+    with reading(path, "cannot be brought into the form that this tool works on"):
+        optimize(model)
+        if take_known_branches(model):
+            optimize(model)
+        refuse_branches(model)
+        _require_small(model, path)
+        _require_float32(model, path)
+        outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
+        single = "logits" if len(outputs) == 1 and len(outputs[0]) == 2 else "output"
+        names = [single] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
+        _make_printable(model)
+        canonicalise(model, list(own.values()), names)
+        image_first(model)
+        _require_known_shapes(model, path)
+        write_model(model, out)
     batch, *shape = shape_of(model.graph.inputs[0])
     batches = (batch,) if isinstance(batch, int) else (1, 2)
-    session, inputs, sets = onnx_runner(path), inputs_of_graph(model), selects_rows(model)
+    inputs, sets = inputs_of_graph(model), selects_rows(model)
+    with reading(path, "cannot be computed"):
+        original, written, before = onnx_runner(path), onnx_runner(out), entrance.before()
 
-    def original(arrays: Arrays) -> Arrays:
-        return session({name: arrays[ours] for name, ours in own.items()})
+    def reference(arrays: Arrays) -> Arrays:
+        given = {**arrays, IMAGE: before(entrance.random(arrays[IMAGE]))}
+        return original({name: given[ours] for name, ours in own.items()})
 
-    draw = functools.partial(random_feeds, inputs)
-    refuse_random(original, draw, path.name, batch=batches[0])
-    moved = couples_images(original, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
-    if moved is not None:
-        raise coupled_error(
-            path.name, moved, "Export it again for batch 1, without a dynamic axis, or mend its forward."
+    with reading(path, "cannot be computed"):
+        draw = functools.partial(random_feeds, inputs)
+        refuse_random(reference, draw, path.name, batch=batches[0])
+        moved = couples_images(reference, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
+        if moved is not None:
+            raise coupled_error(
+                path.name, moved, "Export it again for batch 1, without a dynamic axis, or mend its forward."
+            )
+        parity = measure_parity(
+            reference,
+            lambda arrays: written({**arrays, IMAGE: entrance.random(arrays[IMAGE])}),
+            inputs,
+            batches,
+            what=f"{path.name} in canonical form",
+            sets=sets,
         )
-    parity = measure_parity(
-        original, onnx_runner(out), inputs, batches, what=f"{path.name} in canonical form", sets=sets
-    )
     report = report_of(model, out, parity, batches, notes)
     classes = report.outputs[0][1][1] if single == "logits" else None
+    channels, height, width = (int(size) for size in shape)
     record = NetworkRecord(
-        input_shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        input_shape=(channels, height, width),
         num_classes=classes if isinstance(classes, int) else None,
-        preprocess=None,
+        preprocess=_preprocess(entrance, channels, height, width),
         dynamic_batch=not isinstance(batch, int),
         digest=sha256_file(out),
         inputs=report.inputs,
         notes=tuple(notes),
+        image_range=entrance.pixels,
     )
     return record, report
 
 
-def refuse_branches(model: ir.Model) -> None:
-    """Raise ``ResvitError`` where control flow is left in the graph."""
-    for node in model.graph:
-        if node.op_type in ("If", "Loop", "Scan"):
-            raise ResvitError(
-                f"The graph holds control flow that depends on values: {node.op_type} '{node.name}'.",
-                "Export the network again with torch.onnx.export(dynamo=True), or give the PyTorch network itself.",
-            )
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise ResvitError(f"The model {path} does not exist.", "Check the path given to --model.")
-    damaged = f"{path} is not a readable ONNX model ({path.stat().st_size:,} bytes)"
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise ResvitError(f"{damaged}.", "The file is truncated or foreign; export it again.") from error
-    if not proto.graph.node:
-        raise ResvitError(f"{damaged}: it holds no operators.", "The file is empty or foreign; export it again.")
-    _check_external_data(proto, path)
-    try:
-        onnx.load_external_data_for_model(proto, str(path.resolve().parent))
-        for tensor in _tensors(proto.graph):
-            tensor.ClearField("data_location")  # so that the same weights give the same bytes, wherever they lay
-        if proto.ByteSize() < 2**31 - 1:
-            onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as error:
-        raise ResvitError(
-            f"{path} is not valid ONNX: {str(error).strip().splitlines()[0]}", "Export it again."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ResvitError(f"{damaged}: its external data: {error}", "Copy the weight files again.") from error
-    return proto
-
-
-def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    folder = path.resolve().parent
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        file = folder / location
-        inside = location and not os.path.isabs(location) and file.resolve().is_relative_to(folder)  # noqa: PTH117
-        if not inside or ".." in Path(location).parts:
-            raise ResvitError(
-                f"{path}: the weights {tensor.name} lie outside the model's folder ('{location}').",
-                "Put the model and its weight files into one folder and save it again with onnx.save.",
-            )
-        try:
-            end = int(entries.get("offset", "0")) + int(entries.get("length", "0"))
-        except ValueError:
-            end = -1
-        if not file.is_file() or not 0 <= end <= file.stat().st_size:
-            raise ResvitError(
-                f"{path}: the weight file '{location}' is missing or too short for {tensor.name}.",
-                "Copy it beside the model again.",
-            )
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _tensors(inner)
-
-
-def _refuse_foreign(proto: onnx.ModelProto, path: Path) -> None:
-    functions = {(function.domain, function.name) for function in proto.functions}
-    for node in proto.graph.node:
-        if node.op_type in _QUANTISED or node.op_type.startswith("QLinear"):
-            raise ResvitError(
-                f"{path} is quantised already: it holds {node.op_type} ('{node.name}').",
-                "Give the float model; quantising is what is done here.",
-            )
-        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
-            raise ResvitError(
-                f"{path} holds {node.domain}.{node.op_type} ('{node.name}'), which is no standard ONNX operator.",
-                "Export the model without runtime-specific optimisation.",
-            )
-    half = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    for tensor in proto.graph.initializer:
-        if tensor.data_type in half and len(tensor.dims) > 1:
-            raise ResvitError(
-                f"{path} is in half precision already ({tensor.name}).",
-                "Give the float32 model; converting is what is done here.",
-            )
+def _preprocess(entrance: ImageEntrance, channels: int, height: int, width: int) -> Preprocess | None:
+    """What feeds a network that normalises the image itself: the numbers of the picture as they are."""
+    if entrance.pixels is None or channels not in (1, 3):
+        return None
+    low, high = entrance.pixels
+    return Preprocess(
+        size=(height, width),
+        channels=channels,
+        interpolation="bilinear",
+        mean=(-low / (high - low),),
+        std=(1 / (high - low),),
+    )
 
 
 def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.ModelProto:
@@ -201,23 +145,20 @@ def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.Mod
         )
     if version >= OLDEST_OPSET:
         return proto
-    try:
+    with reading(path, f"(opset {version}) cannot be converted to opset {OLDEST_OPSET}"):
         converted = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
-    except (RuntimeError, ValueError) as error:
-        raise ResvitError(
-            f"{path} (opset {version}) cannot be converted to opset {OLDEST_OPSET}: {str(error).splitlines()[0][:200]}",
-            f"Export it again with opset_version={OLDEST_OPSET}.",
-        ) from error
     notes.append(f"converted from opset {version} to {OLDEST_OPSET}")
     return converted
 
 
-def _take_inputs(model: ir.Model, path: Path, wishes: Sequence[ShapeWish]) -> dict[str, str]:
-    """Fix the sizes that ``wishes`` say; the inputs' names in the file, and what they are called from here on."""
+def _take_inputs(
+    model: ir.Model, path: Path, wishes: Sequence[ShapeWish], notes: list[str]
+) -> tuple[dict[str, str], ImageEntrance]:
+    """Fix the sizes that ``wishes`` say, and bring the image into our form.
+
+    Returns the inputs' names in the file and what they are called from here on, and what the image was.
+    """
     graph = model.graph
-    for value in list(graph.inputs):
-        if value.name in graph.initializers:
-            graph.inputs.remove(value)
     by_name = {str(value.name): value for value in graph.inputs}
     for wish in wishes:
         if wish.input.name not in by_name:
@@ -230,6 +171,8 @@ def _take_inputs(model: ir.Model, path: Path, wishes: Sequence[ShapeWish]) -> di
         sizes = list(value.shape) if value.shape is not None else []
         if sizes and not isinstance(sizes[0], int):
             value.shape = ir.Shape([str(sizes[0].value) if sizes[0].value else "batch", *sizes[1:]])
+    image, entrance = take_image(model)
+    notes += entrance.notes(str(image))
     inputs = inputs_of_graph(model)
     batches = {str(value.name): shape_of(value)[0] for value in graph.inputs}
     if len(set(batches.values())) > 1:
@@ -238,9 +181,9 @@ def _take_inputs(model: ir.Model, path: Path, wishes: Sequence[ShapeWish]) -> di
             f"{path}: its inputs have different batches ({told}).",
             "Export it so that every input has one entry for each image, along its first axis.",
         )
-    image = next((item.name for item in inputs if item.is_image), None)
     in_order(inputs)
-    return {item.name: IMAGE if item.name == image else item.name for item in inputs}
+    first = image or next(item.name for item in inputs if item.is_image)
+    return {item.name: IMAGE if item.name == first else item.name for item in inputs}, entrance
 
 
 def _fix(value: ir.Value, wish: ShapeWish, path: Path) -> None:
@@ -268,6 +211,62 @@ def _require_finite(model: ir.Model, path: Path) -> None:
                 f"{path}: {name} holds NaN or infinite values.",
                 "Training has diverged or the file is damaged; take an earlier checkpoint.",
             )
+
+
+def _infer_anew(model: ir.Model) -> None:
+    """Fill in all shapes; what the file says of inner values and outputs stays only where nothing else tells."""
+    values = [*model.graph.outputs, *(value for node in model.graph for value in node.outputs)]
+    told = {value: value.shape for value in values}
+    for value in told:
+        value.shape = None
+    infer_shapes(model)
+    for value, shape in told.items():
+        if value.shape is None:
+            value.shape = shape
+        elif shape is not None and len(shape) == len(value.shape):
+            sizes = zip(value.shape, shape, strict=True)
+            value.shape = ir.Shape([own if isinstance(own, int) or isinstance(file, int) else file
+                                    for own, file in sizes])  # fmt: skip
+
+
+def _require_float32(model: ir.Model, path: Path) -> None:
+    """Refuse products that are computed in another precision, wherever the weights are stored."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        dtype = node.outputs[0].dtype if node.outputs and node.op_type in _PRODUCTS else None
+        if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            raise ResvitError(
+                f"{path} is in half precision already ({node.op_type} '{node.name}' computes in {dtype.name.lower()}).",
+                "Give the float32 model; converting is what is done here.",
+            )
+        if dtype is not None and dtype is not ir.DataType.FLOAT and dtype.is_floating_point():
+            raise ResvitError(
+                f"{path} computes {node.op_type} '{node.name}' in {dtype.name.lower()}, which no engine does.",
+                "Export the float32 model (model.float()).",
+            )
+
+
+def _require_small(model: ir.Model, path: Path) -> None:
+    """Refuse graphs with a tensor that no machine holds, before anything computes it."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for value in node.outputs:
+            if value.shape is not None:
+                sizes = [size for size in value.shape if isinstance(size, int)]
+                require_fits(math.prod(sizes), f"{path}: what {node.op_type} '{node.name}' gives")
+
+
+def _make_printable(model: ir.Model) -> None:
+    """Take control characters out of the names that stay."""
+    for node in model.graph:
+        node.name = _printable(node.name)
+    for name, value in list(model.graph.initializers.items()):
+        if (clean := _printable(name)) != name:
+            while clean in model.graph.initializers:
+                clean = f"{clean}_"
+            value.name = clean
+
+
+def _printable(name: str | None) -> str | None:
+    return name and "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
 def _require_known_shapes(model: ir.Model, path: Path) -> None:

@@ -177,7 +177,7 @@ def _symbol(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _
 
 
 def _integers(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _Extent:
-    values = [value for argument in arguments if isinstance(value := _number(argument), int)]
+    values = [value for value in map(_number, arguments) if isinstance(value, int)]
     if keywords or not 1 <= len(values) <= 2 or len(values) != len(arguments):
         raise ValueError("a number is given as something else")
     return _combined("Mul", [_of_number(value) for value in values])

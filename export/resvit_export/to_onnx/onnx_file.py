@@ -1,0 +1,402 @@
+"""A user's ONNX file as a plain model: parsed against what is allowed, with bounds on all that it declares.
+
+A file of a few hundred bytes can name weights of terabytes, functions that double at every call, or somebody else's
+files. What is read here has one graph, without functions of its own, whose tensors are as large as they say; libraries
+that trust what they read come after. Everything that is wrong with a file is told as one kind of error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, TensorProto
+
+from resvit_engines.errors import ExitCode, ResvitError
+
+MOST_NODES = 100_000
+"""With all functions written out; the largest hybrids have some 10,000."""
+MOST_ELEMENTS = 1 << 30
+"""Of any one tensor at one image: 4 GiB of float32, which no device here would hold."""
+_MOST_BYTES = 2**31 - 1
+"""Of a file without its external data: protobuf ends there."""
+_DEEPEST = 16
+"""Graphs within graphs, and calls within calls."""
+_LONGEST_NAME = 4096
+_IR_VERSION = 10
+"""What our own export writes."""
+_STANDARD = ("", "ai.onnx")
+_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+_NO_TENSOR = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence", "String", "Regex")
+_HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_PLAIN = (
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    *_HALF,
+    TensorProto.BOOL,
+    TensorProto.UINT8,
+    TensorProto.INT8,
+    TensorProto.UINT16,
+    TensorProto.INT16,
+    TensorProto.UINT32,
+    TensorProto.INT32,
+    TensorProto.UINT64,
+    TensorProto.INT64,
+)
+_ATTRIBUTES = (
+    AttributeProto.FLOAT,
+    AttributeProto.INT,
+    AttributeProto.STRING,
+    AttributeProto.TENSOR,
+    AttributeProto.GRAPH,
+    AttributeProto.FLOATS,
+    AttributeProto.INTS,
+    AttributeProto.STRINGS,
+)
+
+
+def model_from_file(path: Path) -> onnx.ModelProto:
+    """Read the float model at ``path``, with its weights, as one graph without functions of its own.
+
+    Weights in external files are read from the model's own folder only. Initializers are not among the inputs.
+
+    Raises ``ResvitError`` for a file that is damaged, invalid, quantised, in half precision, random, or beyond the
+    bounds of this module; and for operators outside ONNX.
+    """
+    proto = _parsed(path)
+    with reading(path):
+        _require_bounded(proto, path)
+        _require_plain(proto, path)
+        _read_external_data(proto, path)
+        _require_whole_tensors(proto, path)
+        proto = _checked(proto, path)
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        _require_plain(proto, path)
+    return proto
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
+    """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``.
+
+    What would be a fault of ours in a graph that we exported is the file's in one that somebody else wrote: nobody
+    but its owner can mend it.
+    """
+    try:
+        yield
+    except ResvitError as error:
+        if error.code is not ExitCode.BUG:
+            raise
+        raise ResvitError(error.problem, "Export it again, or name the PyTorch network itself.") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        raise ResvitError(
+            f"{path} {what}: {(lines or [type(error).__name__])[0][:300]}",
+            "Export it again; onnx.checker.check_model with full_check=True tells more.",
+        ) from error
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise ResvitError(f"The model {path} does not exist.", "Check the path given to --model.")
+    if not path.is_file():
+        raise ResvitError(f"The model {path} is no file.", "Name the .onnx file itself.")
+    size = path.stat().st_size
+    damaged = f"{path} is not a readable ONNX model ({size:,} bytes)"
+    if size > _MOST_BYTES:
+        raise ResvitError(
+            f"{damaged}: one file holds at most 2 GiB.", "Save it with its weights beside it (save_as_external_data)."
+        )
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ResvitError(f"{damaged}.", "The file is truncated or foreign; export it again.") from error
+    if not proto.graph.node:
+        raise ResvitError(f"{damaged}: it holds no operators.", "The file is empty or foreign; export it again.")
+    return proto
+
+
+def _refuse(path: Path, why: str, fix: str = "Export the model again.") -> ResvitError:
+    return ResvitError(f"{path} is not valid ONNX: {why}.", fix)
+
+
+def _graphs(proto: onnx.ModelProto, path: Path) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, the bodies of functions, and all graphs inside them; raises where they lie too deep."""
+    pending: list[tuple[onnx.GraphProto | onnx.FunctionProto, int]] = [(proto.graph, 0)]
+    pending += [(function, 0) for function in proto.functions]
+    while pending:
+        graph, depth = pending.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    pending.append((attribute.g, depth + 1))
+        if depth > _DEEPEST:
+            raise _refuse(path, f"it holds graphs within graphs, over {_DEEPEST} deep")
+
+
+def _nodes(proto: onnx.ModelProto, path: Path) -> Iterator[onnx.NodeProto]:
+    for graph in _graphs(proto, path):
+        yield from graph.node
+
+
+def _tensors(proto: onnx.ModelProto, path: Path) -> Iterator[TensorProto]:
+    """All tensors, with the names of those that hang on a Constant."""
+    for graph in _graphs(proto, path):
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    if not attribute.t.name and node.output:
+                        attribute.t.name = node.output[0]
+                    yield attribute.t
+
+
+def _require_bounded(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse what no exporter writes, or what would take hours to read."""
+    domains = ["" if entry.domain in _STANDARD else entry.domain for entry in proto.opset_import]
+    if "" not in domains:
+        raise _refuse(path, "it names no version of ONNX's operators", "Export the model again, at opset 20.")
+    if len(set(domains)) < len(domains):
+        raise _refuse(path, "it names two versions of the same operators")
+    for graph in _graphs(proto, path):
+        named = [*graph.input, *graph.output] if isinstance(graph, onnx.FunctionProto) else []
+        if isinstance(graph, onnx.GraphProto):
+            if graph.sparse_initializer:
+                raise _refuse(path, "it holds sparse weights", "Export it with dense weights.")
+            for kind, values in (("input", graph.input), ("output", graph.output), ("weight", graph.initializer)):
+                names = [value.name for value in values]
+                if len(set(names)) < len(names):
+                    twice = next(name for name in names if names.count(name) > 1)
+                    raise _refuse(path, f"it has two {kind}s of the name {twice!r}")
+                named += names
+        for node in graph.node:
+            named += [*node.input, *node.output, node.name, node.op_type, node.domain]
+            for attribute in node.attribute:
+                if attribute.type not in _ATTRIBUTES:
+                    raise _refuse(
+                        path, f"{node.op_type} '{node.name}' has the attribute {attribute.name!r} of an unknown kind"
+                    )
+        if any(len(name) > _LONGEST_NAME for name in named):
+            raise _refuse(path, f"it holds a name of over {_LONGEST_NAME:,} characters")
+    _require_few_nodes(proto, path)
+    _require_sane_inputs(proto, path)
+
+
+def _require_few_nodes(proto: onnx.ModelProto, path: Path) -> None:
+    """Count the nodes with all functions written out, which doubling functions make billions of."""
+    functions = {(function.domain, function.name): function for function in proto.functions}
+    for domain, name in functions:
+        if domain in _STANDARD:
+            raise _refuse(path, f"it redefines the standard operator {name}")
+    if len(functions) < len(proto.functions):
+        raise _refuse(path, "it defines one function twice")
+    counts: dict[tuple[str, str], int] = {}
+
+    def count(graph: onnx.GraphProto | onnx.FunctionProto, calls: tuple[tuple[str, str], ...]) -> int:
+        if len(calls) > 2 * _DEEPEST:
+            raise _refuse(path, f"its functions call each other over {2 * _DEEPEST} deep")
+        total = 0
+        for node in graph.node:
+            key = (node.domain, node.op_type)
+            total += 1
+            if key in functions:
+                if key in calls:
+                    raise _refuse(path, f"its function {node.op_type} calls itself")
+                if key not in counts:
+                    counts[key] = count(functions[key], (*calls, key))
+                total += counts[key]
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    total += count(attribute.g, calls)
+        return total
+
+    total = max(count(proto.graph, ()), *(count(function, ((function.domain, function.name),))
+                                          for function in proto.functions), 0)  # fmt: skip
+    if total > MOST_NODES:
+        raise _refuse(path, f"written out, its functions are {total:,} operators; {MOST_NODES:,} are read")
+
+
+def _require_sane_inputs(proto: onnx.ModelProto, path: Path) -> None:
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    for value in proto.graph.input:
+        if value.name in weights:
+            continue
+        if not value.type.HasField("tensor_type"):
+            raise ResvitError(
+                f"{path}: its input {value.name} is no tensor ({value.type.WhichOneof('value') or 'of no type'}).",
+                "Export the network with tensors as inputs.",
+            )
+        sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
+        if any(size < 1 for size in sizes):
+            raise _refuse(path, f"its input {value.name} has a size of {min(sizes)}")
+        require_fits(math.prod(sizes), f"{path}: its input {value.name}")
+
+
+def require_fits(elements: int, what: str) -> None:
+    """Raise ``ResvitError`` for a tensor of more elements than ``MOST_ELEMENTS``."""
+    if elements > MOST_ELEMENTS:
+        raise ResvitError(
+            f"{what} would hold {elements:,} numbers for one image; up to {MOST_ELEMENTS:,} are computed.",
+            "Export the network for a smaller image.",
+        )
+
+
+def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse what is quantised, in half precision or random, wherever it stands, and operators that are not ONNX's."""
+    functions = {(function.domain, function.name) for function in proto.functions}
+    for node in _nodes(proto, path):
+        standard = node.domain in _STANDARD
+        if standard and (node.op_type in _QUANTISED or node.op_type.startswith("QLinear")):
+            raise ResvitError(
+                f"{path} is quantised already: it holds {node.op_type} ('{node.name}').",
+                "Give the float model; quantising is what is done here.",
+            )
+        if not standard and (node.domain, node.op_type) not in functions:
+            raise ResvitError(
+                f"{path} holds {node.domain}.{node.op_type} ('{node.name}'), which is no standard ONNX operator.",
+                "Export the model without runtime-specific optimisation.",
+            )
+        if standard and node.op_type in _RANDOM:
+            raise ResvitError(
+                f"{path} draws random numbers: {node.op_type} ('{node.name}').",
+                "Export the network for inference (model.eval()), so that the same image gets the same answer.",
+            )
+        if standard and node.op_type.startswith(_NO_TENSOR):
+            raise ResvitError(
+                f"{path} holds {node.op_type} ('{node.name}'): sequences, optionals and text are in no engine.",
+                "Export the network so that all of its values are tensors.",
+            )
+    for tensor in _tensors(proto, path):
+        if tensor.data_type in _HALF and len(tensor.dims) > 1:
+            raise _half(path, tensor.name)
+        if tensor.data_type not in _PLAIN:
+            names = {number: name for name, number in TensorProto.DataType.items()}
+            kind = names.get(tensor.data_type, f"type {tensor.data_type}")
+            raise _refuse(path, f"the weights {tensor.name} are of {kind}, not of float32", "Give the float32 model.")
+
+
+def _half(path: Path, name: str) -> ResvitError:
+    return ResvitError(
+        f"{path} is in half precision already ({name}).", "Give the float32 model; converting is what is done here."
+    )
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuse tensors whose sizes and data do not agree, before anybody allocates what they declare."""
+    for tensor in _tensors(proto, path):
+        if any(size < 0 for size in tensor.dims):
+            raise _refuse(path, f"the weights {tensor.name} have the sizes {list(tensor.dims)}")
+        if tensor.HasField("segment"):
+            raise _refuse(path, f"the weights {tensor.name} come in segments")
+        held = len(tensor.raw_data) if tensor.HasField("raw_data") else None
+        if held is None:
+            values = max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data),
+                         len(tensor.double_data), len(tensor.uint64_data))  # fmt: skip
+            complete = values == math.prod(tensor.dims)
+        else:
+            complete = held == _bytes_of(tensor)
+        if not complete:
+            raise _refuse(
+                path,
+                f"the weights {tensor.name} should be {list(tensor.dims)}, and the file holds "
+                f"{held if held is not None else values:,} {'bytes' if held is not None else 'numbers'}",
+            )
+
+
+def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """Take the weights that lie in other files into the model: from files in its own folder alone."""
+    folder = path.resolve().parent
+    total, files = 0, {}
+    for tensor in _tensors(proto, path):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        file = _file_inside(folder, entries.get("location", ""), tensor.name, path)
+        short = ResvitError(
+            f"{path}: the weight file '{entries['location']}' is missing or too short for {tensor.name}.",
+            "Copy it beside the model again.",
+        )
+        if any(size < 0 for size in tensor.dims) or not file.is_file():
+            raise short
+        needed, size = _bytes_of(tensor), file.stat().st_size
+        start, length = entries.get("offset", "0"), entries.get("length", str(needed))
+        if not (start.isascii() and start.isdigit() and len(start) < 20) or length != str(needed):
+            raise short
+        if int(start) + needed > size:
+            raise short
+        files[file], total = size, total + needed
+        if total > 2 * sum(files.values()):
+            raise _refuse(path, f"its weights are {total:,} bytes, and its weight files hold less than half of that")
+        with file.open("rb") as data:
+            data.seek(int(start))
+            tensor.raw_data = data.read(needed)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")  # so that the same weights give the same bytes, wherever they lay
+
+
+def _file_inside(folder: Path, location: str, weights: str, path: Path) -> Path:
+    """The weight file, which lies in the model's folder, through no link out of it."""
+    inside = (
+        location.isprintable()
+        and location not in ("", ".")
+        and not os.path.isabs(location)  # noqa: PTH117
+        and "\\" not in location
+        and ".." not in Path(location).parts
+        and (folder / location).resolve().is_relative_to(folder)
+    )
+    if not inside:
+        raise ResvitError(
+            f"{path}: the weights {weights} lie outside the model's folder ({location!r}).",
+            "Put the model and its weight files into one folder and save it again with onnx.save.",
+        )
+    return folder / location
+
+
+def _is_sane(value: onnx.ValueInfoProto) -> bool:
+    sizes = value.type.tensor_type.shape.dim
+    return value.type.HasField("tensor_type") and all(
+        size.dim_value > 0 for size in sizes if size.HasField("dim_value")
+    )
+
+
+def _checked(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The model as ONNX's checker accepts it, without what only repeats or contradicts the rest."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    # Up to IR version 3 weights stood among the inputs; later that makes them defaults, which nobody overrides here.
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    proto.ir_version = max(proto.ir_version, _IR_VERSION)
+    if any(value.type.WhichOneof("value") is None for value in proto.graph.output):
+        proto = onnx.shape_inference.infer_shapes(proto)
+    told = [value for value in proto.graph.value_info if value.name not in weights and _is_sane(value)]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(told)
+    for value in proto.graph.output:
+        if not value.type.HasField("tensor_type"):
+            raise ResvitError(
+                f"{path}: its output {value.name} is no tensor ({value.type.WhichOneof('value') or 'of no type'}).",
+                "Export the network with tensors as outputs.",
+            )
+        if any(size.HasField("dim_value") and size.dim_value < 0 for size in value.type.tensor_type.shape.dim):
+            raise _refuse(path, f"its output {value.name} has a negative size")
+    if proto.ByteSize() <= _MOST_BYTES:
+        onnx.checker.check_model(proto)
+    return proto
