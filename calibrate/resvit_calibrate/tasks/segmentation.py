@@ -74,7 +74,7 @@ class Segmentation(Task):
         step = classes = 0
         while (seen := (yield)) is not None:
             batch, outputs = seen
-            output = self._output(outputs)
+            output = self.output_of(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
             self._fits(output, size)
             classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
@@ -163,7 +163,8 @@ class Segmentation(Task):
         """``mask`` int16 [h, w]."""
         return {"mask": answers.maps[index]}
 
-    def _output(self, outputs: Mapping[str, Array]) -> Array:
+    def output_of(self, outputs: Mapping[str, Array]) -> Array:
+        """The output with the masks. Raises ``ResvitError`` where that is not clear, saying which there are."""
         wanted = self.options.output
         maps = {name: value for name, value in outputs.items() if value.ndim in (3, 4)}
         if wanted is None and len(maps) == 1:

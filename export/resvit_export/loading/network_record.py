@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_export.loading.inputs import NetworkInput
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.class_list import ClassList
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,15 @@ class NetworkRecord:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[NetworkInput, ...] = ()
     notes: tuple[str, ...] = ()
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    """What the model's configuration calls its classes, where it does."""
+
+    @property
+    def class_list(self) -> ClassList | None:
+        """The classes that the model names itself; None where it does not."""
+        from resvit_calibrate.images.class_list import class_list_from_names
+
+        return class_list_from_names("the model's configuration", self.class_names)
 
     @property
     def images_per_call(self) -> int:
@@ -46,6 +58,7 @@ class NetworkRecord:
             **({"inputs": [item.to_json() for item in self.inputs]} if self.inputs else {}),
             "digest": self.digest,
             "notes": list(self.notes),
+            **({"class_names": {str(n): name for n, name in self.class_names.items()}} if self.class_names else {}),
         }
 
     @classmethod
@@ -63,4 +76,5 @@ class NetworkRecord:
                 NetworkInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in document.get("inputs", ())
             ),
             notes=tuple(document["notes"]),
+            class_names={int(number): name for number, name in document.get("class_names", {}).items()},
         )
