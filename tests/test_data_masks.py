@@ -314,7 +314,8 @@ def test_a_folder_that_could_be_two_things_must_be_named(tmp_path):
 
 
 def test_class_folders_can_be_called_images_and_masks(tmp_path):
-    masks(tmp_path, 4)
+    for number in range(8):
+        picture(tmp_path / ("images", "masks")[number % 2] / f"{number}.png", number)
     calibration, validation = opened(f"folder:{tmp_path}")
     assert calibration.task == validation.task == "classification"
     assert validation.class_names == ("images", "masks")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -94,6 +94,7 @@ def test_a_wrong_recipe_says_what_is_wrong(text: str, part: str, tmp_path: Path)
     assert part in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=80).map(lambda text: f"[model]\nname = {text}".encode()))
 def test_whatever_bytes_a_recipe_has_it_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

@@ -62,7 +62,9 @@ class Pipeline:
     @cached_property
     def questions(self) -> score.Questions:
         """What every network is asked."""
-        task = self.run.task(self.network, self.exported.report.to_json()["outputs"])
+        outputs = self.exported.report.to_json()["outputs"]
+        task = self.run.task(self.network, outputs)
+        self.run.require_classes(self.network, task, outputs)
         return score.Questions(self.images[1], self.preprocess, self.network.images_per_call, task)
 
     @property
@@ -98,7 +100,7 @@ class Pipeline:
     @cached_property
     def retrained(self) -> retrain.Retrained:
         """The pruned network, taught by the one that it was."""
-        before, images = self.pruned, self.run.sources.training_images(self.preprocess, MOST_IMAGES)
+        before, images = self.pruned, self.run.training_images(self.network, MOST_IMAGES)
         how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed, self.run.network.code)
         return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how))
 
@@ -128,7 +130,7 @@ class Pipeline:
         """The float ONNX with its weights trained, the quantisers in the loop."""
         self.run.require_images_alone(self.network, "Recovery")
         before = self.vary(recovers=False).calibrated
-        images = self.run.sources.training_images(self.preprocess, RECOVERY_IMAGES)
+        images = self.run.training_images(self.network, RECOVERY_IMAGES)
         how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed)
         settings, model = self.run.quantize_settings({}), self.exported.model
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
@@ -136,6 +138,7 @@ class Pipeline:
     @cached_property
     def calibrated(self) -> calibrate.Calibrated:
         """The ranges of all activations, from one pass over the calibration images."""
+        self.questions  # noqa: B018  (data that cannot be validated on is refused before the pass)
         return self.do(
             calibrate.Calibrate(self.float_model, self.images[0], self.preprocess, self.network.images_per_call)
         )

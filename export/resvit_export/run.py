@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resvit_calibrate.data.training_images import TrainingImages
+    from resvit_calibrate.images.class_list import ClassList
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.keys.private import SigningKey
@@ -80,8 +82,15 @@ class Sources:
                 require_source(data)
         return recipe.data
 
-    def image_sets(self, preprocess: Preprocess) -> tuple[ImageSet, ImageSet]:
-        """Calibration and validation images: seeded, disjoint."""
+    @cached_property
+    def classes(self) -> ClassList | None:
+        """The network's classes, as the user's file says."""
+        from resvit_calibrate.images.class_list import class_list_from_file
+
+        return class_list_from_file(Path(self.recipe.classes)) if self.recipe.classes else None
+
+    def image_sets(self, preprocess: Preprocess, known_classes: ClassList | None = None) -> tuple[ImageSet, ImageSet]:
+        """Calibration and validation images: seeded, disjoint; ``known_classes`` are those that the model names."""
         if self._sets is None:
             from resvit_calibrate.data.image_sets import open_image_sets
             from resvit_calibrate.images.image_set import DataSpec
@@ -96,19 +105,32 @@ class Sources:
                 seed=recipe.seed,
                 reading=TargetOptions.from_options(recipe.task_options),
                 unlabelled=recipe.task is TaskKind.OTHER or recipe.metric is not None,
+                classes=self.classes,
+                known_classes=known_classes,
             )
             self._sets = open_image_sets(spec, preprocess, self.reporter)
         return self._sets
 
-    def training_images(self, preprocess: Preprocess, most: int) -> TrainingImages:
+    def training_images(
+        self, preprocess: Preprocess, most: int, known_classes: ClassList | None = None
+    ) -> TrainingImages:
         """Images to train on, at most so many where the recipe does not say; none of them is a validation image."""
         count = self.recipe.train_images or most
         if count not in self._training:
             from resvit_calibrate.data.image_sets import open_training_images
+            from resvit_calibrate.images.targets import TargetOptions
 
-            validation = self.image_sets(preprocess)[1]
+            recipe, validation = self.recipe, self.image_sets(preprocess, known_classes)[1]
             self._training[count] = open_training_images(
-                str(self.recipe.train_data), validation, count, self.recipe.seed, preprocess, self.reporter
+                str(recipe.train_data),
+                validation,
+                count,
+                recipe.seed,
+                preprocess,
+                self.reporter,
+                TargetOptions.from_options(recipe.task_options),
+                self.classes,
+                known_classes,
             )
         return self._training[count]
 
@@ -215,7 +237,7 @@ class Run:
 
     def image_sets(self, network: NetworkRecord) -> tuple[ImageSet, ImageSet]:
         """Calibration and validation images; refuses data that lacks what the network reads beside images."""
-        sets = self.sources.image_sets(self.preprocess(network))
+        sets = self.sources.image_sets(self.preprocess(network), network.class_list)
         if not self.recipe.prunes:
             for images in sets:
                 batch = next(images.batches(1))
@@ -235,6 +257,18 @@ class Run:
         own = network.task_options if kind is TaskKind.DETECTION else {}
         # What the user says of the outputs goes before what a detector says of its own.
         return TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+
+    def training_images(self, network: NetworkRecord, most: int) -> TrainingImages:
+        """Images to train on, at most so many where the recipe does not say."""
+        return self.sources.training_images(self.preprocess(network), most, network.class_list)
+
+    def require_classes(self, network: NetworkRecord, task: TaskChoice, outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse outputs that the task cannot read, and data with more or fewer classes than the network has."""
+        from resvit_calibrate.tasks.class_count import require_outputs_for
+
+        for images in reversed(self.image_sets(network)):
+            if images.task == task.kind:
+                require_outputs_for(images, task.kind, task.options, outputs)
 
     def require_images_alone(self, network: NetworkRecord, what: str) -> None:
         """Refuse ``what`` for a network that reads more than images."""

@@ -120,7 +120,7 @@ def hopeless(verdict: Verdict, recipe: Recipe) -> str:
     from resvit_quantize.search.search import confidence_of_look
 
     if verdict.chance_level:
-        return "the float network itself cannot be told from guessing."
+        return f"{verdict.reason}."
     if verdict.metric != "top-1":
         # Only of classes is it known without a candidate how wide the interval will be.
         return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.answers.base import Array, require_between, require_choice, shapes_of
+from resvit_calibrate.gate.numbering import Pairs
+from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.errors import ResvitError
 
 _TASK = "detection"
@@ -206,6 +208,20 @@ def agreeing(reference: Boxes, candidate: Boxes, shown: float) -> tuple[int, int
             near[:, int(row.argmax())] = 0.0
             matched += 1
     return matched, len(first), len(second)
+
+
+def pairs_of(found: Sequence[Boxes], known: Sequence[BoxTarget]) -> Pairs:
+    """The class that each known box was found with, whatever it is: by the best box of IoU 0.5 or more, each once."""
+    rows: list[tuple[int, int, int, int]] = []
+    for image, (item, target) in enumerate(zip(found, known, strict=True)):
+        asked = np.flatnonzero(~target.crowd)
+        near = overlaps(item.boxes, target.boxes[asked])
+        for which, row in enumerate(near):
+            if row.size and row.max() >= 0.5:
+                place = int(row.argmax())
+                near[:, place] = 0.0
+                rows.append((image, int(target.classes[asked[place]]), int(item.classes[which]), 1))
+    return Pairs(*np.array(rows, np.int64).reshape(-1, 4).T)
 
 
 def stored_boxes(found: list[Boxes]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.gate.intervals import images_to_decide, paired_difference, share
+from resvit_calibrate.gate.numbering import OtherNumbering, Pairs, other_numbering
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
@@ -100,6 +101,7 @@ class ClassComparison(Comparison):
     """How many classes there are to guess among."""
     top5: tuple[float, float] | None = None
     """The share of images with the right class among the five largest, of both; None below six classes."""
+    numbering: OtherNumbering | None = None
     reference: Mapping[str, float] = field(init=False)
     candidate: Mapping[str, float] = field(init=False)
 
@@ -222,6 +224,9 @@ def compare(reference: Predictions, candidate: Predictions, confidence: float = 
         candidate_answers=len(np.unique(second)),
         classes=reference.logits.shape[1],
         top5=(_top5(reference), _top5(candidate)) if reference.logits.shape[1] > 5 else None,
+        numbering=other_numbering(
+            Pairs(np.arange(count), reference.labels, first, np.ones(count, np.int64)), confidence
+        ),
     )
 
 

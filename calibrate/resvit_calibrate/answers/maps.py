@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import Answers, Array, load_arrays, save_arrays
 from resvit_calibrate.answers.raw import Raw
+from resvit_engines.errors import ResvitError
 
 _MAP_BYTES = 256 << 20
 _M = TypeVar("_M", bound="Maps")
@@ -25,6 +26,8 @@ class Maps(Answers):
     """
 
     task: ClassVar[str]
+    together: ClassVar[tuple[str, ...]] = ()
+    """Arrays of a subclass that are not [N, …]; its ``first`` cuts them."""
     maps: Array
     step: int
     finite: npt.NDArray[np.bool_]
@@ -48,12 +51,17 @@ class Maps(Answers):
     def load(cls: type[_M], path: Path) -> _M:
         """Read what ``save`` wrote; raises ``ResvitError`` as ``load_arrays``."""
         arrays = load_arrays(path, cls.task)
-        fields: dict[str, Any] = {name: arrays[name] for name in cls._per_image()}
+        missing = {*cls._per_image(), *cls.together} - arrays.keys()
+        if missing:
+            raise ResvitError(
+                f"The answers {path} lack {', '.join(sorted(missing))}.", "Remove the run's folder and run again."
+            )
+        fields: dict[str, Any] = {name: arrays[name] for name in (*cls._per_image(), *cls.together)}
         return cls(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)
 
     @classmethod
     def _per_image(cls) -> list[str]:
-        return [item.name for item in dataclasses.fields(cls) if item.name not in ("raw", "step")]
+        return [item.name for item in dataclasses.fields(cls) if item.name not in ("raw", "step", *cls.together)]
 
 
 def step_for(count: int, size: tuple[int, int]) -> int:

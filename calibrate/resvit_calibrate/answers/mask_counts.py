@@ -29,6 +29,14 @@ def counts(found: Array, known: Array, classes: int) -> tuple[Array, Array, Arra
     return np.bincount(known[found == known], minlength=classes), answered, np.bincount(known, minlength=classes)
 
 
+def pairs_in_map(image: int, found: Array, known: Array) -> npt.NDArray[np.int64]:
+    """Rows [M, 4] for ``gate.numbering.Pairs``: how many labelled pixels of each known class got which answer."""
+    labelled = (known != IGNORED) & (found >= 0)
+    base = int(found.max(initial=0)) + 1
+    both, count = np.unique(known[labelled].astype(np.int64) * base + found[labelled], return_counts=True)
+    return np.stack([np.full(len(both), image, np.int64), both // base, both % base, count.astype(np.int64)], axis=1)
+
+
 def _split(stats: Floats) -> tuple[Floats, Floats, Floats]:
     classes = stats.shape[1] // 3
     return stats[:, :classes], stats[:, classes : 2 * classes], stats[:, 2 * classes :]

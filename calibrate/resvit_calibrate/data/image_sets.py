@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from resvit_calibrate.data.numbering import with_classes
 from resvit_calibrate.data.sources import (
     KINDS,
     Pools,
@@ -15,6 +16,7 @@ from resvit_calibrate.data.sources import (
     same_source,
 )
 from resvit_calibrate.data.training_images import TrainingImages
+from resvit_calibrate.images.class_list import ClassList
 from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
 from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.pixels import Pixels
@@ -79,7 +81,7 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
 
 
 def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    first = open_source(spec.data, spec.reading)
+    first = _numbered(open_source(spec.data, spec.reading), spec)
     if spec.validation_data is None or same_source(spec.data, spec.validation_data):
         if isinstance(first, Factory):
             return _streams(first, spec, preprocess)
@@ -87,9 +89,10 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
             return _divided(first.calibration, spec, preprocess, reporter)
         second: Pools | Factory = first
     else:
-        second = open_source(spec.validation_data, spec.reading)
+        second = _numbered(open_source(spec.validation_data, spec.reading), spec)
         if isinstance(first, Pools) and isinstance(second, Pools):
-            first, second = same_numbering(spec.data, spec.validation_data, first, second, reporter)
+            pair = same_numbering(first.calibration, second.validation or second.calibration, reporter)
+            first, second = (Pools(pool, None) for pool in pair)
     calibration: ImageSet
     validation: ImageSet
     if isinstance(first, Factory):
@@ -104,6 +107,16 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
     return calibration, validation
 
 
+def _numbered(source: Pools | Factory, spec: DataSpec) -> Pools | Factory:
+    """The source with the network's class numbers, where they are known, and the same in both parts."""
+    if isinstance(source, Factory):
+        return source
+    train = with_classes(source.calibration, spec.classes, spec.known_classes)
+    if source.validation is None:
+        return Pools(train, None)
+    return Pools(*same_numbering(train, with_classes(source.validation, spec.classes, spec.known_classes)))
+
+
 def open_training_images(
     data: str,
     avoid: ImageSet,
@@ -112,19 +125,21 @@ def open_training_images(
     preprocess: Preprocess,
     reporter: Reporter = SILENT,
     reading: TargetOptions = AS_USUAL,
+    classes: ClassList | None = None,
+    known_classes: ClassList | None = None,
 ) -> TrainingImages:
     """Open at most ``limit`` images to train on: none of them is also in ``avoid``, the validation images.
 
     ``data`` is of the kinds that ``DataSpec`` has; of one with two parts, the first is taken. Labels may be
-    missing. Classes are numbered as in ``avoid``. Raises ``ResvitError`` where the data is missing or unusable,
-    is all in ``avoid``, or has classes that ``avoid`` does not know.
+    missing. Classes are numbered as in ``avoid``, which was opened with the same class lists. Raises ``ResvitError``
+    where the data is missing or unusable, is all in ``avoid``, or has classes that ``avoid`` does not know.
     """
     source = open_source(data, reading)
     images: IndexedImageSet | StreamImageSet
     if isinstance(source, Factory):
         images = StreamImageSet(source, "calibration", preprocess, limit)
     else:
-        pool = numbered_like(source.calibration, avoid)
+        pool = numbered_like(with_classes(source.calibration, classes, known_classes), avoid)
         _tell(pool, reporter)
         chosen = stratified(pool.labels, np.arange(len(pool), dtype=np.int64), limit, seed)
         images = IndexedImageSet(pool, chosen, preprocess, reporter)

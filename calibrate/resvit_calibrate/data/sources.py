@@ -13,9 +13,11 @@ from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
 from resvit_calibrate.readers.coco import CocoPixels, annotation_files, open_coco, with_shared_classes
-from resvit_calibrate.readers.folders import pixels_from_folder, shared_class_names, split_folders
+from resvit_calibrate.readers.folders import pixels_from_folder, split_folders
+from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse_unread, require_read
+from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_calibrate.readers.npz import pixels_from_npz
-from resvit_calibrate.readers.paired import IMAGES, read_class_names
+from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
 from resvit_calibrate.readers.user_loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
@@ -69,6 +71,8 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return _folder_pools(path, kind, options)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(open_coco(path), None)
+    if path is not None and path.suffix.lower() in (".yaml", ".yml"):
+        raise ResvitError(f"{path} describes data for YOLO, which is not read.", CONVERT)
     if path is not None and kind is None and path.suffix != ".py":
         return Pools(*pixels_from_npz(path, options))
     if kind is not None:
@@ -82,47 +86,59 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
 
 
 def kind_of_folder(root: Path) -> Kind:
-    """What a folder holds, by what it contains. Raises ``ResvitError`` where that could be two things."""
+    """What a folder holds, by what it contains.
+
+    Raises ``ResvitError`` where that could be two things, and for a layout that is known and not read.
+    """
     found: list[tuple[Kind, str]] = []
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
-    others: tuple[tuple[Kind, tuple[str, ...]], ...] = (("masks", masks.FOLDERS), ("depth", depth.FOLDERS))
-    for kind, names in others:
-        folder = _other_folder(root, names)
-        if folder is not None:
-            found.append((kind, f"{IMAGES} and {folder}"))
-    if len(found) > 1:
+    layouts = layouts_in(root)
+    found += [(layout.kind, layout.words) for layout in layouts if layout.kind in ("masks", "depth")]
+    if len({kind for kind, _ in found}) > 1:
         raise ResvitError(
             f"{root} could be several kinds of data: it holds {', '.join(what for _, what in found)}.",
-            f"Say which: {' or '.join(f'`{kind}:{root}`' for kind, _ in found)}.",
+            f"Say which: {' or '.join(dict.fromkeys(f'`{kind}:{root}`' for kind, _ in found))}.",
         )
-    return found[0][0] if found else "folder"
+    if found:
+        return found[0][0]
+    for layout in layouts:
+        require_read(layout, root)
+    return "folder"
 
 
-def same_numbering(
-    data: str, validation_data: str, first: Pools, second: Pools, reporter: Reporter
-) -> tuple[Pools, Pools]:
-    """Number the classes of two separate sources alike, where both say what their classes are.
+def same_numbering(train: Pixels, validation: Pixels, reporter: Reporter | None = None) -> tuple[Pixels, Pixels]:
+    """Number the classes of two sources alike, where both say what their classes are.
 
-    Class folders follow the calibration images' where those have all. Raises ``ResvitError`` for COCO files
-    that do not agree.
+    Classes follow the source that has all of the other's; ``reporter`` hears where that changes validation. Raises
+    ``ResvitError`` where neither has, and for COCO files and masks that do not agree.
     """
-    train, validation = first.calibration, second.validation or second.calibration
     if isinstance(train, CocoPixels) and isinstance(validation, CocoPixels):
-        train, validation = with_shared_classes(train, validation)
-        return Pools(train, None), Pools(validation, None)
-    if train.task != "classification" or validation.task != "classification":
-        return first, second
-    roots = [root for root in (existing(_split(text)[1]) for text in (data, validation_data)) if root is not None]
-    if len(roots) < 2 or not all(root.is_dir() for root in roots):
-        return first, second
-    one, two = ((split_folders(root) or (root, root))[side] for side, root in enumerate(roots))
-    names = shared_class_names(one, two)
-    if not names or names == validation.class_names:
-        return first, second
-    reporter.warn(f"{two} lacks some of the classes of {one}; labels follow {one}")
-    return first, Pools(pixels_from_folder(two, names), None)
+        return with_shared_classes(train, validation)
+    names, others = train.class_names, validation.class_names
+    if train.task != validation.task or not names or not others or names == others:
+        return train, validation
+    more, fewer = (names, others) if set(others) <= set(names) else (others, names)
+    if train.task != "classification" or not set(fewer) <= set(more):
+        alone = [name for name in fewer if name not in more], [name for name in more if name not in fewer]
+        raise ResvitError(
+            f"{train.name} and {validation.name} do not have the same classes: "
+            + (f"{shortened(alone[0])} and {shortened(alone[1])} are in one only." if any(alone) else "order differs."),
+            "Use the same classes in both, or say the network's with --classes FILE (a name a line, or JSON).",
+        )
+    if more is names and reporter is not None:
+        reporter.warn(f"{validation.name} lacks some of the classes of {train.name}; labels follow {train.name}")
+    for pool in (train, validation):
+        _renumber(pool, more)
+    return train, validation
+
+
+def _renumber(pool: Pixels, names: tuple[str, ...]) -> None:
+    """Number the labels of images as ``names`` does, which has all of their classes."""
+    if pool.labels is not None:
+        pool.labels = np.array([names.index(name) for name in pool.class_names], np.int64)[pool.labels]
+    pool.class_names, pool.num_classes = names, len(names)
 
 
 def numbered_like(pool: Pixels, images: ImageSet) -> Pixels:
@@ -143,8 +159,7 @@ def numbered_like(pool: Pixels, images: ImageSet) -> Pixels:
     if isinstance(pool, CocoPixels):
         return pool.renumbered(images.class_ids or tuple(range(len(known))), known)
     if pool.labels is not None:
-        pool.labels = np.array([known.index(name) for name in names], np.int64)[pool.labels]
-        pool.class_names, pool.num_classes = known, len(known)
+        _renumber(pool, known)
     return pool
 
 
@@ -181,24 +196,21 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     kind = kind or kind_of_folder(root)
     if kind == "coco":
         return _coco_pools(root, any_name=told)
-    parts = split_folders(root)
     if kind == "folder":
-        return _class_pools(root, parts)
-    pools = [_paired(part, root, kind, options) for part in parts or (root,)]
+        return _class_pools(root, split_folders(root), told=told)
+    layout = _layout_of(root, kind)
+    pools = [_paired(part, layout, root, options) for part in layout.parts]
     return Pools(pools[0], pools[1] if len(pools) > 1 else None)
 
 
-def _class_pools(root: Path, parts: tuple[Path, Path] | None) -> Pools:
+def _class_pools(root: Path, parts: tuple[Path, Path] | None, *, told: bool) -> Pools:
+    for part in parts or (root,):
+        if not told:
+            refuse_unread(part)
+        refuse_masks(part, told=told)
     if parts is None:
         return Pools(pixels_from_folder(root), None)
-    names = shared_class_names(*parts)
-    if names is None:
-        raise ResvitError(
-            f"{parts[0]} and {parts[1]} each have classes that the other lacks.",
-            "Use the same class folders in both.",
-        )
-    train, validation = (pixels_from_folder(part, names or None) for part in parts)
-    return Pools(train, validation)
+    return Pools(*(pixels_from_folder(part) for part in parts))
 
 
 def _coco_pools(root: Path, *, any_name: bool) -> Pools:
@@ -208,27 +220,31 @@ def _coco_pools(root: Path, *, any_name: bool) -> Pools:
             f"{root} holds no annotations.json and no instances_*.json.", "Name the file itself: `coco:FILE.json`."
         )
     train = open_coco(found[0])
-    return Pools(train, None) if found[1] is None else Pools(*with_shared_classes(train, open_coco(found[1])))
+    return Pools(train, None if found[1] is None else open_coco(found[1]))
 
 
-def _paired(part: Path, root: Path, kind: Kind, options: TargetOptions) -> FilePixels:
-    names = masks.FOLDERS if kind == "masks" else depth.FOLDERS
-    found = [name for name in names if (part / name).is_dir()]
-    if not found or not (part / IMAGES).is_dir():
+def _layout_of(root: Path, kind: Kind) -> Layout:
+    """The folder's layout of one kind; raises ``ResvitError`` where it has none, or several."""
+    found = [layout for layout in layouts_in(root) if layout.kind == kind]
+    if not found:
+        about, pictures = "masks" if kind == "masks" else "depth", (root / IMAGES).is_dir()
         raise ResvitError(
-            f"{part} has no folder {names[0] if (part / IMAGES).is_dir() else IMAGES}.",
-            f"Put pictures into {part / IMAGES} and files of the same names into {part / names[0]}.",
+            f"{root} has no folder {about if pictures else IMAGES}.",
+            f"Put pictures into {root / IMAGES} and files of the same names into {root / about}.",
         )
-    if kind == "depth":
-        return depth.pixels_from_depth(part, found[0], options)
-    return masks.pixels_from_masks(part, found[0], options, read_class_names(part) or read_class_names(root))
+    if len(found) > 1:
+        raise ResvitError(
+            f"{root} has several folders of {kind}: {'; '.join(layout.words for layout in found)}.",
+            "Move those away that are not meant.",
+        )
+    return found[0]
 
 
-def _other_folder(root: Path, names: tuple[str, ...]) -> str | None:
-    """Which of ``names`` lies beside ``images``, in the folder itself or in its part for training."""
-    parts = split_folders(root)
-    for part in (root, parts[0]) if parts else (root,):
-        for name in names:
-            if (part / IMAGES).is_dir() and (part / name).is_dir():
-                return name
-    return None
+def _paired(part: Part, layout: Layout, root: Path, options: TargetOptions) -> FilePixels:
+    if layout.kind == "depth":
+        return depth.pixels_from_depth(part, options)
+    pixels = masks.pixels_from_masks(part, options, read_class_names(part.root) or read_class_names(root))
+    if layout.moved is not None:
+        pixels.moved = layout.moved
+        pixels.notes = (*pixels.notes, f"the values of {root} are Cityscapes' labelIds, and are read as its trainIds")
+    return pixels

@@ -10,6 +10,7 @@ from typing import Any
 
 from resvit_calibrate.gate.bootstrap import Floats, percentile_interval
 from resvit_calibrate.gate.intervals import MOST_IMAGES, images_to_decide, paired_difference, two_digits_up
+from resvit_calibrate.gate.numbering import OtherNumbering
 
 POINTS = "points"
 """Hundredths of the metric: 1 point of mAP, mIoU or AbsRel is 0.01."""
@@ -43,6 +44,8 @@ class Comparison(abc.ABC):
     reference: Mapping[str, float]
     """Every metric of the reference, by name."""
     candidate: Mapping[str, float]
+    numbering: OtherNumbering | None
+    """Other class numbers that the reference's answers fit much better; None where there are none, or no classes."""
 
     @abc.abstractmethod
     def interval_at(self, confidence: float) -> tuple[float, float]:
@@ -131,6 +134,7 @@ class Resampled(Comparison):
     """Images that count for less in the candidate."""
     better: int
     chance: Chance | None = None
+    numbering: OtherNumbering | None = None
     unit: str = POINTS
     what: str = ""
     interval: tuple[float, float] = (math.nan, math.nan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Verdict:
 
     ``max_drop`` and ``interval`` are in ``unit``, of ``metric``. ``images_needed`` estimates how many validation
     images would decide, if the networks went on disagreeing as they do now; None where no number would.
-    ``chance_level`` says that the reference itself knows nothing of the images.
+    ``chance_level`` says that the reference itself knows nothing of the images, or their classes by other numbers.
     """
 
     kind: VerdictKind
@@ -74,12 +74,15 @@ class Verdict:
         return cls(VerdictKind(document["verdict"]), interval=(low, high), **{name: document[name] for name in kept})
 
 
-def judge(comparison: Comparison, max_drop: float, confidence: float = 0.95) -> Verdict:
+def judge(
+    comparison: Comparison, max_drop: float, confidence: float = 0.95, class_names: Sequence[str] = ()
+) -> Verdict:
     """Accept where the drop is surely at most ``max_drop``, reject where surely above; both in the task's unit.
 
     "Surely" is by the two-sided interval at ``confidence``, so that a network beyond the limit is accepted
     with a probability of about (1 - confidence) / 2 at most. Everything else is undecided; so is any
-    comparison with a reference that is no better than what needs no network. A candidate with NaN or infinite
+    comparison with a reference that is no better than what needs no network, or whose answers fit other class numbers
+    than the data's, which ``class_names`` name. A candidate with NaN or infinite
     outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
     """
     if not 0.0 <= max_drop <= 100.0:
@@ -95,6 +98,8 @@ def judge(comparison: Comparison, max_drop: float, confidence: float = 0.95) -> 
         return Verdict(kind, reason, limit, confidence, comparison.images, interval, needed, chance, *about)
 
     hopeless = comparison.hopeless(confidence)
+    if comparison.numbering is not None:
+        hopeless = comparison.numbering.words(class_names)
     if comparison.not_finite:
         return verdict(
             VerdictKind.REJECTED,

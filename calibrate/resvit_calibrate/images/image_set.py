@@ -6,7 +6,7 @@ import abc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, Geometry, Target, TargetOptions
 from resvit_engines.errors import ResvitError
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.class_list import ClassList
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class DataSpec:
     ``file.py:factory``. ``folder:``, ``coco:``, ``masks:`` or ``depth:`` before a path says which kind it is.
     ``validation_data`` is of the same kinds; without it, validation images are taken from ``data``, apart from
     the calibration images. ``validation_images`` = None takes all that are left. ``seed`` decides which images
-    are chosen. ``unlabelled`` allows validation images of which nothing is known.
+    are chosen. ``unlabelled`` allows validation images of which nothing is known. ``classes`` are the network's, as the
+    user says, and ``known_classes`` as its own configuration does (see ``data.numbering``).
     """
 
     data: str
@@ -35,6 +39,8 @@ class DataSpec:
     seed: int = 0
     reading: TargetOptions = AS_USUAL
     unlabelled: bool = False
+    classes: ClassList | None = None
+    known_classes: ClassList | None = None
 
     def __post_init__(self) -> None:
         if not self.data.strip() or (self.validation_data is not None and not self.validation_data.strip()):

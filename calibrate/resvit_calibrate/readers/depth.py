@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget, TargetOptions
-from resvit_calibrate.readers.paired import PairedPixels, grey_values, pairs_in
+from resvit_calibrate.readers.paired import PairedPixels, Part, grey_values, pairs_in
 
-FOLDERS = ("depth", "depths")
-_SUFFIXES = (".png", ".npy")
+SUFFIXES = (".png", ".npy")
 _MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -35,9 +34,9 @@ class DepthPixels(PairedPixels):
         return DepthTarget(values.astype(np.float32, copy=False))
 
 
-def pixels_from_depth(root: Path, folder: str, options: TargetOptions) -> DepthPixels:
-    """Pair ``root/images`` with ``root/folder``; raises ``ResvitError`` where nothing matches."""
-    return DepthPixels(pairs_in(root, folder, _SUFFIXES), "depth", options)
+def pixels_from_depth(part: Part, options: TargetOptions) -> DepthPixels:
+    """Pair images with depths; raises ``ResvitError`` where nothing matches."""
+    return DepthPixels(pairs_in(part, SUFFIXES), "depth", options)
 
 
 def metres(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,13 @@ import numpy as np
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_engines.errors import ResvitError
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+)
+"""What Pillow decodes by itself, of the kinds that pictures are kept in."""
+_ENDINGS_SHOWN = 5
+TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 _LAYOUT = (
     "Give a folder with one sub-folder of images for each class, or one with `train` and `val` inside; "
@@ -21,64 +29,83 @@ _LAYOUT = (
 
 
 def split_folders(root: Path) -> tuple[Path, Path] | None:
-    """Find ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) inside ``root``, or None."""
-    train = root / "train"
-    for name in VALIDATION_NAMES:
-        if train.is_dir() and (root / name).is_dir():
-            return train, root / name
+    """Find ``train`` (or ``training``) and ``val`` (or ``valid``, ``validation``, ``test``) in ``root``, or None."""
+    for first in TRAINING_NAMES:
+        for second in VALIDATION_NAMES:
+            if (root / first).is_dir() and (root / second).is_dir():
+                return root / first, root / second
     return None
 
 
 def class_names(root: Path) -> tuple[str, ...]:
-    """Sub-folders of ``root`` sorted by name: class 0 is the first, as in torchvision and timm."""
+    """Sub-folders of ``root`` sorted by name as texts: class 0 is the first, as in torchvision's ``ImageFolder``.
+
+    timm sorts numbers within names by their value (``2`` before ``10``): ``order_note`` says where that differs.
+    """
     with _explained(root):
         return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _visible(entry.name)))
 
 
-def pixels_from_folder(root: Path, names: tuple[str, ...] | None = None) -> FilePixels:
-    """List the images of ``root``; ``names`` numbers the classes where another folder decides that.
+def pixels_from_folder(root: Path) -> FilePixels:
+    """List the images of ``root``.
 
     A folder without sub-folders is a set without labels. Raises ``ResvitError`` where there is no image.
     """
     own = class_names(root)
-    names = own if names is None else names
+    left_out: Counter[str] = Counter()
     with _explained(root):
-        loose = sorted(e.name for e in os.scandir(root) if e.is_file() and is_image(e.name))
+        beside = sorted(e.name for e in os.scandir(root) if e.is_file() and _visible(e.name))
+    loose = [name for name in beside if is_image(name)]
     if not own:
+        left_out.update(ending_of(name) for name in beside if not is_image(name))
         if not loose:
-            raise ResvitError(f"The folder {root} holds no images.", _LAYOUT)
-        return FilePixels(root.name, root, loose, None)
+            raise ResvitError(f"The folder {root} holds no images{_but(left_out)}.", _LAYOUT)
+        return FilePixels(root.name, root, loose, None, notes=notes_of(root, left_out))
     files: list[str] = []
     labels: list[int] = []
     empty = []
-    for name in own:
-        found = sorted(files_below(root, name, is_image))
+    for number, name in enumerate(own):
+        found = sorted(files_below(root, name, is_image, left_out))
         files += found
-        labels += [names.index(name)] * len(found)
+        labels += [number] * len(found)
         if not found:
             empty.append(name)
     if not files:
-        raise ResvitError(f"The folder {root} and its sub-folders hold no images.", _LAYOUT)
-    notes = []
+        raise ResvitError(f"The folder {root} and its sub-folders hold no images{_but(left_out)}.", _LAYOUT)
+    notes = list(notes_of(root, left_out))
     if empty:
         notes.append(f"{root} has class folders without images, which still count as classes: {', '.join(empty)}")
     if loose:
         notes.append(f"{root} has {len(loose)} images outside of its class folders, which are left out")
-    if all(name.isdecimal() for name in own) and list(own) != sorted(own, key=int):
-        notes.append(f"{root} numbers its classes in the order of names, so that class {own[1]!r} is number 1")
-    return FilePixels(root.name, root, files, np.array(labels, np.int64), class_names=names, notes=tuple(notes))
+    return FilePixels(root.name, root, files, np.array(labels, np.int64), class_names=own, notes=tuple(notes))
 
 
-def shared_class_names(calibration: Path, validation: Path) -> tuple[str, ...] | None:
-    """The class list that covers both folders, or None where neither has all of the other's."""
-    first, second = class_names(calibration), class_names(validation)
-    if set(second) <= set(first):
-        return first
-    return second if set(first) <= set(second) else None
+def order_note(where: str, names: tuple[str, ...]) -> str | None:
+    """That the order of names is not that of the numbers in them, with the first class of which that is true."""
+    by_value = sorted(names, key=_natural)
+    for number, (name, other) in enumerate(zip(names, by_value, strict=True)):
+        if name != other:
+            return (
+                f"{where} numbers its classes in the order of names, as torchvision does, so that class {name!r} is "
+                f"number {number}; a trainer that sorts by value (timm) has {other!r} there: say which with --classes"
+            )
+    return None
 
 
-def files_below(root: Path, name: str, fits: Callable[[str], bool]) -> Iterator[str]:
-    """Paths of the files below ``root/name`` whose names fit, relative to ``root``; links are followed once."""
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """``class10`` behind ``class2``, as timm sorts."""
+    return [
+        (1, int(part), "") if part.isdecimal() else (0, 0, part.lower()) for part in re.split(r"([0-9]+)", name) if part
+    ]
+
+
+def files_below(
+    root: Path, name: str, fits: Callable[[str], bool], left_out: Counter[str] | None = None
+) -> Iterator[str]:
+    """Paths of the files below ``root/name`` whose names fit, relative to ``root``; links are followed once.
+
+    The endings of the others are counted in ``left_out``; hidden files are nobody's.
+    """
     seen: set[tuple[int, int]] = set()
     with _explained(root):
         for folder, below, files in os.walk(root / name, followlinks=True, onerror=_raise):
@@ -90,8 +117,33 @@ def files_below(root: Path, name: str, fits: Callable[[str], bool]) -> Iterator[
             # Sorted, so that a folder reached twice through links is always met on the same path first.
             below[:] = sorted(filter(_visible, below))
             for file in files:
-                if _visible(file) and fits(file):
+                if not _visible(file):
+                    continue
+                if fits(file):
                     yield os.path.relpath(Path(folder, file), root)
+                elif left_out is not None:
+                    left_out[ending_of(file)] += 1
+
+
+def ending_of(name: str) -> str:
+    """``.heic`` of ``IMG_1.HEIC``; words where there is none."""
+    return Path(name).suffix.lower() or "without an ending"
+
+
+def counted(left_out: Counter[str]) -> str:
+    """``250 (200 .heic, 50 .txt)``."""
+    shown = [f"{count} {ending}" for ending, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))]
+    more = f", {len(shown) - _ENDINGS_SHOWN} endings more" if len(shown) > _ENDINGS_SHOWN else ""
+    return f"{sum(left_out.values())} ({', '.join(shown[:_ENDINGS_SHOWN])}{more})"
+
+
+def notes_of(where: Path, left_out: Counter[str]) -> tuple[str, ...]:
+    """That files were left out, how many and which; none where there are none."""
+    return (f"files of {where} that are no images and are left out: {counted(left_out)}",) if left_out else ()
+
+
+def _but(left_out: Counter[str]) -> str:
+    return f", but other files: {counted(left_out)}" if left_out else ""
 
 
 def _visible(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,26 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import BrokenImage
 from resvit_calibrate.images.targets import IGNORED, MOST_CLASSES, MaskTarget, TargetOptions
-from resvit_calibrate.readers.paired import PairedPixels, grey_values, pairs_in
+from resvit_calibrate.readers.paired import PairedPixels, Part, grey_values, pairs_in
 from resvit_engines.errors import ResvitError
 
-FOLDERS = ("masks",)
-_SUFFIXES = (".png", ".bmp", ".gif", ".pgm", ".tif", ".tiff")
+SUFFIXES = (".png", ".bmp", ".gif", ".pgm", ".tif", ".tiff")
 _MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class MaskPixels(PairedPixels):
-    """Images with a mask each: palette or grey images whose value is the class, whatever colour it shows."""
+    """Images with a mask each: palette or grey images whose value is the class, whatever colour it shows.
+
+    ``moved`` gives the class of each value where the two differ; values that it lacks are unlabelled.
+    """
+
+    moved: Mapping[int, int] | None = None
 
     def values(self, data: bytes, path: Path) -> npt.NDArray[np.generic]:
         """Decode a mask and number its classes: int16 [H, W]."""
         del path
-        return classes_of(grey_values(data, _MODES, "class numbers, as a palette or grey image"), self.options)
+        found = classes_of(grey_values(data, _MODES, "class numbers, as a palette or grey image"), self.options)
+        return found if self.moved is None else renumbered(found, self.moved)
 
     def made(self, values: npt.NDArray[np.generic]) -> MaskTarget:
         """Classes [H, W] as a target."""
@@ -34,11 +40,19 @@ class MaskPixels(PairedPixels):
         return seen_in(values)
 
 
-def pixels_from_masks(root: Path, folder: str, options: TargetOptions, class_names: tuple[str, ...]) -> MaskPixels:
-    """Pair ``root/images`` with ``root/folder``; raises ``ResvitError`` where nothing matches."""
-    pixels = MaskPixels(pairs_in(root, folder, _SUFFIXES), "segmentation", options, class_names)
-    pixels.num_classes = number_of_classes(root, options, class_names)
+def pixels_from_masks(part: Part, options: TargetOptions, class_names: tuple[str, ...]) -> MaskPixels:
+    """Pair images with masks; raises ``ResvitError`` where nothing matches."""
+    pixels = MaskPixels(pairs_in(part, SUFFIXES), "segmentation", options, class_names)
+    pixels.num_classes = number_of_classes(part.root, options, class_names)
     return pixels
+
+
+def renumbered(classes: npt.NDArray[np.int16], moved: Mapping[int, int]) -> npt.NDArray[np.int16]:
+    """Classes [H, W] under other numbers; unlabelled stays so, and becomes what ``moved`` lacks."""
+    table = np.full(MOST_CLASSES + 1, IGNORED, np.int16)  # the last is that of IGNORED, -1
+    for number, other in moved.items():
+        table[number] = other
+    return np.asarray(table[classes])
 
 
 def number_of_classes(root: Path, options: TargetOptions, class_names: tuple[str, ...]) -> int | None:

@@ -20,7 +20,7 @@ from resvit_calibrate.images.targets import (
     in_view,
 )
 from resvit_calibrate.readers.depth import metres
-from resvit_calibrate.readers.masks import classes_of, number_of_classes, seen_in
+from resvit_calibrate.readers.masks import classes_of, number_of_classes, renumbered, seen_in
 from resvit_engines.errors import ResvitError
 
 KINDS = ("masks", "boxes", "depth")
@@ -50,6 +50,19 @@ class TargetArrays(ArrayPixels):
         self._kind = kind
         self._arrays = arrays
         self._options = options
+        self._moved: dict[int, int] | None = None
+
+    def move(self, numbers: Mapping[int, int]) -> None:
+        """Put every class under another number; pixels of those that ``numbers`` lacks are unlabelled."""
+        if self._kind == "masks":
+            self._moved = dict(numbers)
+        elif self._kind == "boxes":
+            classes = self._arrays["box_classes"]
+            lost = sorted(set(np.unique(classes).tolist()) - numbers.keys())
+            if lost:
+                raise ResvitError(f"{self.name} has boxes of the class {lost[0]}, which the class list lacks.", _FIX)
+            moved = np.array([numbers[number] for number in classes.tolist()], np.int64)
+            self._arrays = {**self._arrays, "box_classes": moved}
 
     def look(self, index: int) -> Look:
         """Digest one image's pixels and its target."""
@@ -64,7 +77,8 @@ class TargetArrays(ArrayPixels):
 
     def _target(self, index: int) -> Target:
         if self._kind == "masks":
-            return MaskTarget(classes_of(self._arrays["masks"][index], self._options))
+            classes = classes_of(self._arrays["masks"][index], self._options)
+            return MaskTarget(classes if self._moved is None else renumbered(classes, self._moved))
         if self._kind == "depth":
             return DepthTarget(metres(self._arrays["depth"][index]))
         offsets = self._arrays["box_offsets"]

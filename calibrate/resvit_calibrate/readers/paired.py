@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look, file_bytes, opened, reason
 from resvit_calibrate.images.targets import Target, TargetOptions
-from resvit_calibrate.readers.folders import files_below, is_image
+from resvit_calibrate.readers.folders import files_below, is_image, notes_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
 
@@ -30,25 +32,46 @@ class Pairs(NamedTuple):
     notes: tuple[str, ...]
 
 
-def pairs_in(root: Path, folder: str, suffixes: tuple[str, ...]) -> Pairs:
-    """Match ``root/images`` with ``root/folder`` by path and stem: images/a/1.jpg belongs to masks/a/1.png.
+@dataclass(frozen=True)
+class Part:
+    """Two folders of ``root`` that belong together: pictures, and files about their pixels.
 
-    Images without a counterpart, and counterparts without an image, are left out and counted in the notes.
-    Raises ``ResvitError`` where two files share a stem and where nothing matches.
+    ``images_end`` and ``others_end`` are what the names of each end in before the file's ending, where they differ.
+    ``listed`` is a file with the names that belong to this part, where not all do.
     """
-    images = _by_stem(root, IMAGES, is_image)
-    others = _by_stem(root, folder, lambda name: name.lower().endswith(suffixes))
+
+    root: Path
+    images: str
+    others: str
+    images_end: str = ""
+    others_end: str = ""
+    listed: Path | None = None
+
+
+def pairs_in(part: Part, suffixes: tuple[str, ...]) -> Pairs:
+    """Match pictures with their counterparts by path and stem: images/a/1.jpg belongs to masks/a/1.png.
+
+    Images without a counterpart, counterparts without an image, and files of other kinds are left out and counted in
+    the notes. Raises ``ResvitError`` where two files share a stem and where nothing matches.
+    """
+    root, left_out = part.root, Counter[str]()
+    images = _by_stem(part, part.images, part.images_end, is_image, left_out)
+    others = _by_stem(part, part.others, part.others_end, lambda name: name.lower().endswith(suffixes), left_out)
+    if part.listed is not None:
+        named = set(_lines_of(part.listed))
+        images, others = ({stem: files[stem] for stem in files if stem in named} for files in (images, others))
     both = sorted(images.keys() & others.keys())
     if not both:
         raise ResvitError(
-            f"No image of {root / IMAGES} has a file of the same name in {root / folder} "
+            f"No image of {root / part.images} has a file of the same name in {root / part.others} "
             f"({len(images)} images, {len(others)} files that end in {', '.join(suffixes)}).",
-            f"Name them alike: {IMAGES}/0001.jpg belongs to {folder}/0001{suffixes[0]}.",
+            f"Name them alike: {part.images}/0001{part.images_end}.jpg belongs to "
+            f"{part.others}/0001{part.others_end}{suffixes[0]}.",
         )
-    notes = []
+    notes = list(notes_of(root, left_out))
     for alone, where, missing in (
-        (sorted(images.keys() - others.keys()), IMAGES, folder),
-        (sorted(others.keys() - images.keys()), folder, IMAGES),
+        (sorted(images.keys() - others.keys()), part.images, part.others),
+        (sorted(others.keys() - images.keys()), part.others, part.images),
     ):
         if alone:
             notes.append(
@@ -58,17 +81,25 @@ def pairs_in(root: Path, folder: str, suffixes: tuple[str, ...]) -> Pairs:
     return Pairs(root, tuple(images[stem] for stem in both), tuple(others[stem] for stem in both), tuple(notes))
 
 
-def _by_stem(root: Path, folder: str, fits: Callable[[str], bool]) -> dict[str, str]:
+def _by_stem(part: Part, folder: str, end: str, fits: Callable[[str], bool], left_out: Counter[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for file in sorted(files_below(root, folder, fits)):
+    for file in sorted(files_below(part.root, folder, fits, left_out)):
         stem = str(PurePosixPath(file).relative_to(folder).with_suffix(""))
+        if not stem.endswith(end):
+            continue  # another file about the same picture: Cityscapes has four
+        stem = stem.removesuffix(end)
         if stem in found:
             raise ResvitError(
-                f"{root} has {found[stem]} and {file}, which have the same name but for their ending.",
+                f"{part.root} has {found[stem]} and {file}, which have the same name but for their ending.",
                 "Keep one of the two: nothing else says which one is meant.",
             )
         found[stem] = file
     return found
+
+
+def _lines_of(path: Path) -> list[str]:
+    text = text_from_outside(read_outside(path), str(path), "Write one name a line, without its ending.")
+    return [line.split()[0] for line in text.splitlines() if line.strip()]
 
 
 def shortened(names: list[str]) -> str:

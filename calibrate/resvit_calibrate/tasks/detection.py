@@ -27,10 +27,19 @@ from resvit_calibrate.answers.base import (
     save_arrays,
     targets_of,
 )
-from resvit_calibrate.answers.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions, agreeing, stored_boxes
+from resvit_calibrate.answers.boxes import (
+    NO_BOXES,
+    Boxes,
+    BoxReader,
+    DetectionOptions,
+    agreeing,
+    pairs_of,
+    stored_boxes,
+)
 from resvit_calibrate.answers.raw import Raw, RawKeeper
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.gate.numbering import other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.errors import ResvitError
@@ -165,6 +174,7 @@ class Detection(Task):
                 f"clearly above {_NEAR_NOTHING:g}: check the checkpoint, the preprocessing, the order of the classes "
                 "and the form of the boxes, or give more images",
             ),
+            numbering=other_numbering(pairs_of(reference.found, reference.known), confidence),
         )
 
     def changed(self, reference: Detections, candidate: Detections) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,11 +23,12 @@ from resvit_calibrate.answers.base import (
     targets_of,
 )
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
-from resvit_calibrate.answers.mask_counts import commonest, counts, dice, ious, mean_iou
+from resvit_calibrate.answers.mask_counts import commonest, counts, dice, ious, mean_iou, pairs_in_map
 from resvit_calibrate.answers.raw import RawKeeper
 from resvit_calibrate.answers.upsampling import classes_at
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
+from resvit_calibrate.gate.numbering import Pairs, other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.errors import ResvitError
@@ -48,13 +49,20 @@ class Masks(Maps):
     """Of N images: label maps int16, and how many pixels of each class they share with what is known.
 
     ``maps`` are for drawing and agreement. ``shared``, ``answered`` and ``known`` int64 [N, K] count labelled pixels,
-    all of them: of class k in both, in the answer, in truth.
+    all of them: of class k in both, in the answer, in truth. ``pairs`` int64 [M, 4] are image, known class, answered
+    class and pixels (see ``gate.numbering``).
     """
 
     task = "segmentation"
+    together = ("pairs",)
     shared: npt.NDArray[np.int64]
     answered: npt.NDArray[np.int64]
     known: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int64]
+
+    def first(self, count: int) -> Masks:
+        """Keep the first ``count`` images only."""
+        return replace(super().first(count), pairs=self.pairs[self.pairs[:, 0] < count])
 
 
 class Segmentation(Task):
@@ -70,11 +78,12 @@ class Segmentation(Task):
     def keeping(self, image_set: ImageSet) -> Keeping:
         """Label maps of every image and their counts against the known masks."""
         rows: list[tuple[Array, Array, Array]] = []
+        pairs: list[Array] = []
         maps, finite, digests, keeper = [], [], [], RawKeeper()
         step = classes = 0
         while (seen := (yield)) is not None:
             batch, outputs = seen
-            output = self._output(outputs)
+            output = self.output_of(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
             self._fits(output, size)
             classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
@@ -85,6 +94,7 @@ class Segmentation(Task):
             for one, target, whole in zip(output, targets, fine, strict=True):
                 classes = _classes(classes, output.ndim, one if whole else np.zeros(1), target)
                 found = _map(one, size) if whole else np.full(size, IGNORED, np.int16)
+                pairs.append(pairs_in_map(len(rows), found, target.classes))
                 rows.append(counts(found, target.classes, classes))
                 maps.append(found[::step, ::step].copy())
                 digests.append(hashlib.sha256(target.classes.tobytes()).digest())
@@ -92,7 +102,7 @@ class Segmentation(Task):
         shared, answered, known = (_stacked([row[i] for row in rows], classes) for i in range(3))
         digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
         kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
-        return Masks(*kept, shared, answered, known)
+        return Masks(*kept, shared, answered, known, np.concatenate(pairs))
 
     def load(self, path: Path) -> Masks:
         """Read what ``Masks.save`` wrote."""
@@ -141,6 +151,7 @@ class Segmentation(Task):
                 f"better than answering the commonest class everywhere ({100 * whole[2]:.1f}): check the checkpoint, "
                 "the preprocessing and the order of the classes, or give more images",
             ),
+            numbering=other_numbering(Pairs(*reference.pairs.T), confidence),
         )
 
     def changed(self, reference: Masks, candidate: Masks) -> list[dict[str, Any]]:
@@ -163,7 +174,8 @@ class Segmentation(Task):
         """``mask`` int16 [h, w]."""
         return {"mask": answers.maps[index]}
 
-    def _output(self, outputs: Mapping[str, Array]) -> Array:
+    def output_of(self, outputs: Mapping[str, Array]) -> Array:
+        """The output with the masks. Raises ``ResvitError`` where that is not clear, saying which there are."""
         wanted = self.options.output
         maps = {name: value for name, value in outputs.items() if value.ndim in (3, 4)}
         if wanted is None and len(maps) == 1:

@@ -45,6 +45,7 @@ class HuggingFaceModel(nn.Module):
         self.random_weights = random_weights
         self.input_shape = _input_shape(config, preprocess)
         self.task_options = _task_options(config)
+        self.class_names = dict(getattr(config, "id2label", None) or {})
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Answer for images float32 [B, C, H, W]; ``pixel_mask`` int64 [B, H, W] is 0 where they are padded."""

@@ -60,6 +60,8 @@ class Network:
     notes: tuple[str, ...] = ()
     task_options: Mapping[str, Any] = field(default_factory=dict)
     """How the network says that its outputs are to be read; what the user says goes before."""
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    """What the network calls its classes, where it says so."""
 
     @property
     def inputs(self) -> tuple[NetworkInput, ...]:
@@ -82,6 +84,7 @@ class Network:
             inputs=self.inputs if len(self.inputs) > 1 else (),
             notes=self.notes,
             coupled=COUPLED in self.notes,
+            class_names=dict(self.class_names),
         )
 
 
@@ -132,7 +135,24 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
         program_digest(program),
         (*notes, *trace_notes),
         dict(getattr(module, "task_options", {})),
+        _class_names(module),
     )
+
+
+def _class_names(module: nn.Module) -> dict[int, str]:
+    """What a module calls its classes: in ``.class_names``, by number or in order, or in timm's ``.pretrained_cfg``."""
+    said = getattr(module, "class_names", None)
+    if said is None:
+        known = getattr(module, "pretrained_cfg", None)
+        said = known.get("label_names") if isinstance(known, dict) else None
+    names = dict(enumerate(said)) if isinstance(said, (list, tuple)) else said
+    if not isinstance(names, Mapping):
+        return {}
+    return {
+        number: name
+        for number, name in names.items()
+        if isinstance(number, int) and not isinstance(number, bool) and number >= 0 and isinstance(name, str) and name
+    }
 
 
 def preprocess_of(module: nn.Module, input_shape: tuple[int, int, int]) -> Preprocess | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_export.loading.inputs import NetworkInput
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.class_list import ClassList
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class NetworkRecord:
     notes: tuple[str, ...] = ()
     coupled: bool = False
     image_range: tuple[int, int] | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    """What the model's configuration calls its classes, where it does."""
+
+    @property
+    def class_list(self) -> ClassList | None:
+        """The classes that the model names itself; None where it does not."""
+        from resvit_calibrate.images.class_list import class_list_from_names
+
+        return class_list_from_names("the model's configuration", self.class_names)
 
     @property
     def images_per_call(self) -> int:
@@ -52,6 +64,7 @@ class NetworkRecord:
             "digest": self.digest,
             "notes": list(self.notes),
             **({"coupled": True} if self.coupled else {}),
+            **({"class_names": {str(n): name for n, name in self.class_names.items()}} if self.class_names else {}),
         }
 
     @classmethod
@@ -71,4 +84,5 @@ class NetworkRecord:
             notes=tuple(document["notes"]),
             coupled=document.get("coupled", False),
             image_range=tuple(document["image_range"]) if "image_range" in document else None,
+            class_names={int(number): name for number, name in document.get("class_names", {}).items()},
         )

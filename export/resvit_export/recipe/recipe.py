@@ -111,6 +111,15 @@ class Recipe:
         "Other images to validate on; without it, part of --data.",
         place=_REFERENCE,
     )
+    classes: str | None = setting(
+        _PRUNE,
+        "data.classes",
+        None,
+        "The network's classes: a name a line, the first class first, or JSON (class_to_idx, id2label, a list).",
+        metavar="FILE",
+        default_text="as the model says, else the data's own order",
+        place=_FILE,
+    )
     calibration_images: int = setting(
         _PRUNE, "data.calibration_images", 512, "Images to calibrate with.", low=1, high=10_000_000
     )

@@ -126,7 +126,7 @@ class RunOnDevice(Stage[OnDevice]):
             comparison = task.compare(
                 self.original.answers(questions.task).first(self.count), candidate, self.confidence
             )
-            verdict = judge(comparison, self.max_drop, self.confidence)
+            verdict = judge(comparison, self.max_drop, self.confidence, questions.images.class_names)
             document.update(verdict=verdict.to_json(), runner=result.outputs.runner)
             for file in files:
                 file.unlink()

@@ -77,7 +77,7 @@ class Validate(Stage[Validated]):
         original = self.reference.answers(self.questions.task) if self.reference else onnx_float
         candidate = self.candidate.answers(self.questions.task)
         comparison = task.compare(original, candidate, self.confidence)
-        verdict = judge(comparison, self.max_drop, self.confidence)
+        verdict = judge(comparison, self.max_drop, self.confidence, images.class_names)
         itself = task.compare(original, original, self.confidence)
         rows = [ScoreRow.of("pytorch" if self.reference else "onnx float", itself)]
         if self.pruned:

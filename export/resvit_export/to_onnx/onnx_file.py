@@ -295,7 +295,8 @@ def _half(path: Path, name: str) -> ResvitError:
 
 
 def _bytes_of(tensor: TensorProto) -> int:
-    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(math.prod(tensor.dims)) * size
 
 
 def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:

@@ -177,7 +177,11 @@ def _symbol(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _
 
 
 def _integers(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _Extent:
-    values = [value for value in map(_number, arguments) if isinstance(value, int)]
+    values: list[int] = []
+    for argument in arguments:
+        value = _number(argument)
+        if isinstance(value, int):
+            values.append(value)
     if keywords or not 1 <= len(values) <= 2 or len(values) != len(arguments):
         raise ValueError("a number is given as something else")
     return _combined("Mul", [_of_number(value) for value in values])
