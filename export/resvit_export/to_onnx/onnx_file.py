@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, TensorProto
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -177,7 +177,7 @@ def _require_bounded(proto: onnx.ModelProto, path: Path) -> None:
             if graph.sparse_initializer:
                 raise _refuse(path, "it holds sparse weights", "Export it with dense weights.")
             for kind, values in (("input", graph.input), ("output", graph.output), ("weight", graph.initializer)):
-                names = [value.name for value in values]  # type: ignore[attr-defined]
+                names = [value.name for value in values]
                 if len(set(names)) < len(names):
                     twice = next(name for name in names if names.count(name) > 1)
                     raise _refuse(path, f"it has two {kind}s of the name {twice!r}")
@@ -295,7 +295,9 @@ def _half(path: Path, name: str) -> ResvitError:
 
 
 def _bytes_of(tensor: TensorProto) -> int:
-    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    size: int = math.prod(tensor.dims) * itemsize
+    return size
 
 
 def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:
