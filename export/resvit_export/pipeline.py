@@ -18,6 +18,7 @@ from resvit_export.stages import audit, bundle, calibrate, export, fold, fuse, l
 from resvit_export.stages import compile as engine
 from resvit_export.stages import validate as gate
 from resvit_export.stages.decide import predict, recover, times
+from resvit_export.to_tensorrt.parser import require_readable
 from resvit_export.to_tensorrt.plugin_choice import By
 from resvit_export.variant import Variant
 from resvit_quantize.settings import Effort
@@ -115,7 +116,13 @@ class Pipeline:
 
     @cached_property
     def exported(self) -> export.Exported:
-        """The float ONNX, its parity with PyTorch checked; or the user's own ONNX, checked."""
+        """The float ONNX, its parity with PyTorch checked; or the user's own ONNX, checked. The target reads it."""
+        exported = self._exported()
+        if self.run.target is not None:
+            require_readable(exported.report.operators, self.run.target)
+        return exported
+
+    def _exported(self) -> export.Exported:
         target, recipe = self.run.target, self.recipe
         if self.run.network.from_onnx:
             reader = (target.opset, target.software) if target else (None, "")

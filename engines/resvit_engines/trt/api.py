@@ -107,7 +107,7 @@ def network_from_onnx(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
         errors = [parser_message(parser.get_error(index)) for index in range(parser.num_errors)]
         raise ResvitError(
             f"The ONNX parser does not accept {onnx.name}: {'; '.join(errors) or 'no reason given'}.",
-            "Leave the node out of the model or export it differently; `--opset` may also decide.",
+            "Write that part of the network with other operations and export it again.",
             ExitCode.BUILD,
         )
     return network

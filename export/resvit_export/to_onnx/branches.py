@@ -29,13 +29,16 @@ def take_known_branches(model: ir.Model) -> int:
     count = 0
     for _ in range(_ROUNDS):
         known = _known_nodes(model.graph)
-        for node, inputs in known:
+        for node, decided in known:
             if len(model.graph) > _MOST_NODES:
                 raise ResvitError(
                     f"Written out, the graph's loops are over {_MOST_NODES:,} operators.",
                     "Export the network with operations on whole tensors in place of loops.",
                 )
-            _take_branch(model.graph, node, inputs[0]) if node.op_type == "If" else _unroll(model.graph, node, inputs)
+            if node.op_type == "If":
+                _take_branch(model.graph, node, bool(decided.item()))
+            else:
+                _unroll(model.graph, node, int(decided.item()))
             count += 1
         if not known:
             return count
@@ -53,8 +56,8 @@ def refuse_branches(model: ir.Model) -> None:
             )
 
 
-def _known_nodes(graph: ir.Graph) -> list[tuple[ir.Node, tuple[np.ndarray, ...]]]:
-    """Each If with its condition, each Loop with its number of turns and first condition, where these are known."""
+def _known_nodes(graph: ir.Graph) -> list[tuple[ir.Node, np.ndarray]]:
+    """Each If with its condition and each Loop with its number of turns, where these are known."""
     deciding = {
         node: [value for value in node.inputs[: 1 if node.op_type == "If" else 2] if value is not None]
         for node in graph
@@ -70,14 +73,14 @@ def _known_nodes(graph: ir.Graph) -> list[tuple[ir.Node, tuple[np.ndarray, ...]]
     if wanted:
         first, *others = [island.evaluate(wanted, batch) for batch in (_BATCHES if island.free else _BATCHES[:1])]
         seen = {v: first[v] for v in wanted if all(np.array_equal(first[v], other[v]) for other in others)}
-    found: list[tuple[ir.Node, tuple[np.ndarray, ...]]] = []
+    found: list[tuple[ir.Node, np.ndarray]] = []
     for node, values in deciding.items():
         arrays = [v.const_value.numpy() if v.const_value is not None else seen.get(v) for v in values]
         known = [array for array in arrays if array is not None and array.size == 1]
-        if len(known) < len(values) or not known:
+        if len(known) < len(values) or node.inputs[0] is None:
             continue
-        if node.op_type == "If" or (node.inputs[0] is not None and _runs_through(node, known)):
-            found.append((node, (known[0],)))
+        if node.op_type == "If" or _runs_through(node, known):
+            found.append((node, known[0]))
     return found
 
 
@@ -97,17 +100,17 @@ def _runs_through(node: ir.Node, known: list[np.ndarray]) -> bool:
     return value is not None
 
 
-def _take_branch(graph: ir.Graph, node: ir.Node, condition: np.ndarray) -> None:
-    branch = node.attributes["then_branch" if bool(condition.item()) else "else_branch"].as_graph()
+def _take_branch(graph: ir.Graph, node: ir.Node, condition: bool) -> None:
+    branch = node.attributes["then_branch" if condition else "else_branch"].as_graph()
     results = _moved(graph, node, branch, _name(node))
     _put(graph, node, results)
 
 
-def _unroll(graph: ir.Graph, node: ir.Node, inputs: tuple[np.ndarray, ...]) -> None:
+def _unroll(graph: ir.Graph, node: ir.Node, turns: int) -> None:
     whole = node.attributes["body"].as_graph()
     carried = list(node.inputs[2:])
     scanned: list[list[ir.Value]] = []
-    for turn in range(max(int(inputs[0].item()), 0)):
+    for turn in range(turns):
         body = whole.clone(allow_outer_scope_values=True)
         name = f"{_name(node)}/{turn}"
         number = _constant(graph, f"{name}/number", np.array(turn, np.int64))

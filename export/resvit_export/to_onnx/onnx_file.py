@@ -295,8 +295,9 @@ def _half(path: Path, name: str) -> ResvitError:
 
 
 def _bytes_of(tensor: TensorProto) -> int:
-    size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return int(math.prod(tensor.dims)) * size
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    size: int = math.prod(tensor.dims) * itemsize
+    return size
 
 
 def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:

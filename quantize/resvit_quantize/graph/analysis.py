@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from resvit_quantize.graph.network import constant, module_of, static_shapes
+from resvit_engines.errors import ResvitError
+from resvit_quantize.graph.network import constant, module_of, observed_shapes, static_shapes
 
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", *_LINEAR})
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+_OTHERS = frozenset({"Einsum", "DeformConv", "ConvInteger", "MatMulInteger", *_RECURRENT})
+"""Products that are counted and stay in FP16: nothing places 8 bits around them."""
+_CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "DeformConv"})
 _JOIN = frozenset({"Add", "Sub", "Mul", "Div", "Concat", "Sum", "Where", "Max", "Min"})
 _POOL = frozenset({"MaxPool", "AveragePool"})
 
@@ -40,7 +45,7 @@ class Product:
     node: ir.Node
     part: HybridPart
     macs: int
-    """Multiply-accumulates for one image; 0 where the shapes cannot be told."""
+    """Multiply-accumulates for one image; 0 only between computed tensors whose shapes cannot be told."""
     rows: int | None
     """Rows per image of a linear layer's left operand (tokens); ``None`` for convolutions or if unknown."""
     weight: ir.Value | None
@@ -49,6 +54,11 @@ class Product:
     def name(self) -> str:
         """The node's name, unique in the graph."""
         return str(self.node.name)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a convolution or linear layer as 8 bits know them: activation first, weight second."""
+        return self.weight is not None and self.node.op_type in _WEIGHTED and self.weight is self.node.inputs[1]
 
     @property
     def module(self) -> str:
@@ -71,15 +81,30 @@ class Analysis:
 
 
 def analyse(model: ir.Model) -> Analysis:
-    """Find the products of a float graph, their parts, and their multiply-accumulates for one image."""
+    """Find the products of a float graph, their parts, and their multiply-accumulates for one image.
+
+    Shapes that cannot be inferred are taken from two runs on random images.
+
+    Raises:
+        ResvitError: where a product with a weight has no shape that is the same for every image, so that its work
+            would be left out of every figure.
+    """
     flow = _Flow(model)
     shapes = static_shapes(model)
+    open_ones = [n for n in flow.products if _macs(n, shapes) is None]
+    if open_ones:
+        shapes |= observed_shapes(model, [v for n in open_ones for v in (*n.inputs, *n.outputs) if v is not None])
     parts = _parts(flow)
-    products = tuple(
-        Product(n, parts[n], _macs(n, shapes), _rows(n, shapes), n.inputs[1] if n in flow.weighted else None)
-        for n in flow.products
-    )
-    return Analysis(products, {p.node: p for p in products}, flow.depth, shapes, frozenset(flow.data))
+    products = []
+    for node in flow.products:
+        macs = _macs(node, shapes)
+        if macs is None and node in flow.weighted:
+            raise ResvitError(
+                f"How much work {node.op_type} '{node.name}' is cannot be told: its shapes depend on the image.",
+                "Export the network for one image size, with a fixed number of whatever it selects.",
+            )
+        products.append(Product(node, parts[node], macs or 0, _rows(node, shapes), flow.weighted.get(node)))
+    return Analysis(tuple(products), {p.node: p for p in products}, flow.depth, shapes, frozenset(flow.data))
 
 
 class _Flow:
@@ -90,7 +115,8 @@ class _Flow:
         self.data: set[ir.Value] = set(model.graph.inputs)
         self.products: list[ir.Node] = []
         self.bit: dict[ir.Node, int] = {}
-        self.weighted: set[ir.Node] = set()
+        self.weighted: dict[ir.Node, ir.Value] = {}
+        """The weight of each product that has one."""
         self.above: dict[ir.Value, int] = {}
         self.nearest: dict[ir.Value, int] = {}
         self.depth: dict[ir.Value, int] = {}
@@ -111,18 +137,18 @@ class _Flow:
             return
         if inputs or any(True for _ in captured_values(node) if _ in self.data):
             self.data.update(node.outputs)
-        kind = _product_kind(node, self.data)
+        is_product, weight = _operands_of_product(node, self.data)
         above = nearest = depth = 0
         for value in inputs:
             above |= self.above.get(value, 0)
             nearest |= self.nearest.get(value, 0)
             depth = max(depth, self.depth.get(value, 0))
-        if kind is not None:
+        if is_product:
             self.bit[node] = 1 << len(self.products)
             self.products.append(node)
             above |= self.bit[node]
-            if kind == "weighted":
-                self.weighted.add(node)
+            if weight is not None:
+                self.weighted[node] = weight
                 nearest = self.bit[node]
                 depth += 1
         for output in node.outputs:
@@ -142,15 +168,20 @@ class _Flow:
         self.below[node], self.next_weighted[node] = below, following
 
 
-def _product_kind(node: ir.Node, data: set[ir.Value]) -> str | None:
+def _operands_of_product(node: ir.Node, data: set[ir.Value]) -> tuple[bool, ir.Value | None]:
+    """Whether a node multiplies matrices with a computed one among them, and by which weight."""
+    if node.domain not in ("", "ai.onnx") and node.op_type not in _ATTENTION:
+        return False, None
     if node.op_type in _ATTENTION:
-        return "attention"
-    if node.op_type in _WEIGHTED and len(node.inputs) > 1:
-        if node.inputs[0] in data and constant(node.inputs[1]) is not None:
-            return "weighted"
-        if node.op_type in _LINEAR and node.inputs[0] in data and node.inputs[1] in data:
-            return "attention"
-    return None
+        return True, None
+    if node.op_type not in _WEIGHTED | _OTHERS:
+        return False, None
+    operands = [value for value in node.inputs[: None if node.op_type == "Einsum" else 2] if value is not None]
+    if len(operands) < 2 or not any(value in data for value in operands):
+        return False, None
+    # A weight that is computed from constants at every call is one as well, on whichever side it stands.
+    weights = [value for value in operands if value not in data]
+    return True, weights[-1] if weights else None
 
 
 def _parts(flow: _Flow) -> dict[ir.Node, HybridPart]:
@@ -187,7 +218,9 @@ def _parts(flow: _Flow) -> dict[ir.Node, HybridPart]:
 
 def _is_head(node: ir.Node, flow: _Flow) -> bool:
     """Whether a last product makes the prediction: linear or 1x1, and no residual joins it on its way out."""
-    weight = constant(node.inputs[1])
+    if node.op_type not in _WEIGHTED:
+        return False
+    weight = constant(flow.weighted[node])
     if node.op_type not in _LINEAR and (weight is None or math.prod(weight.shape[2:]) != 1):
         return False
     return not any(_joins(reached, flow) for reached in _forward(node))
@@ -250,26 +283,48 @@ def _rows(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int | None:
     return math.prod(shapes[str(node.outputs[0].name)][:-1])
 
 
-def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int:
+def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """Multiply-accumulates of a product for one image; ``None`` where a shape is not known."""
     read = [shapes.get(str(v.name)) if v is not None else None for v in node.inputs]
     out = shapes.get(str(node.outputs[0].name))
-    if read[0] is None or len(read) < 2 or read[1] is None or out is None:
-        return 0
+    if node.op_type == "Einsum":
+        return _einsum_macs(node, read)
+    if len(read) < 2 or read[0] is None or read[1] is None:
+        return None
+    if node.op_type in _RECURRENT:  # X [S, B, I], W [D, G * H, I], R [D, G * H, H]
+        inner = read[2] if len(read) > 2 else None
+        return None if inner is None else math.prod(read[0][:2]) * (math.prod(read[1]) + math.prod(inner))
     if node.op_type in _ATTENTION:
         return _attention_macs(node, read)
-    if node.op_type == "Conv":  # each output element sums over Cin/group x kernel
-        return math.prod(out) * math.prod(read[1][1:])
     if node.op_type == "ConvTranspose":  # each input element spreads over Cout/group x kernel
         return math.prod(read[0]) * math.prod(read[1][1:])
+    if out is None:
+        return None
+    if node.op_type in _CONVOLUTIONS:  # each output element sums over Cin/group x kernel
+        return math.prod(out) * math.prod(read[1][1:])
     if node.op_type == "Gemm" and (flag := node.attributes.get("transA")) is not None and flag.as_int():
         return math.prod(out) * read[0][0]
     return math.prod(out) * read[0][-1]
 
 
-def _attention_macs(node: ir.Node, read: list[tuple[int, ...] | None]) -> int:
+def _einsum_macs(node: ir.Node, read: list[tuple[int, ...] | None]) -> int | None:
+    """Every axis runs once; an ellipsis stands for the axes that the other labels leave."""
+    left = node.attributes.get_string("equation", "").replace(" ", "").partition("->")[0]
+    sizes: dict[str, int] = {}
+    for side, shape in zip(left.split(","), read, strict=False):
+        if shape is None:
+            return None
+        before, _, behind = side.partition("...")
+        hidden = len(shape) - len(before) - len(behind)
+        for label, size in zip([*before, *(f".{i}" for i in range(hidden, 0, -1)), *behind], shape, strict=False):
+            sizes[label] = max(size, sizes.get(label, 1))
+    return math.prod(sizes.values())
+
+
+def _attention_macs(node: ir.Node, read: list[tuple[int, ...] | None]) -> int | None:
     """``Q K^T`` and ``P V``; shapes are [B, H, S, D], or [B, S, H*D] with the head counts as attributes."""
     if len(read) < 3 or read[0] is None or read[1] is None or read[2] is None:
-        return 0
+        return None
     q, k, v = read[0], read[1], read[2]
     if len(q) == 4:
         return q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])

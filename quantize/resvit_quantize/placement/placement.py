@@ -144,6 +144,9 @@ def _impossible(product: Product, unfit: dict[str, str]) -> str | None:
     node = product.node
     if product.weight is None:
         return "attention matrix products stay in FP16"
+    if not product.is_layer:
+        left = product.weight is node.inputs[0]
+        return "the weight is the left operand" if left else f"{node.op_type} has no 8-bit kernel"
     weight = constant(product.weight)
     if weight is None or weight.dtype != np.float32:
         return "the weight is not an FP32 constant"

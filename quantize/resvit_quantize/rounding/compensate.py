@@ -81,7 +81,7 @@ def compensate(
     graphs that torch cannot run.
     """
     graph = TorchGraph(plan.network)
-    products = [product.node for product in plan.analysis.products if product.weight is not None]
+    products = [product.node for product in plan.analysis.products if product.is_layer]
     threads = torch.get_num_threads()
     torch.set_num_threads(cpu_count())
     try:
@@ -113,7 +113,7 @@ class _Run:
         self.compensation = Compensation(amax=dict(plan.amax))
         self.edges = {(edge.node, edge.index): edge for edge in plan.placement.edges}
         self.weights = {weight.node: weight for weight in plan.placement.weights}
-        self.products = {p.node for p in plan.analysis.products if p.weight is not None}
+        self.products = {p.node for p in plan.analysis.products if p.is_layer}
         self.readers = Counter(edge_key(edge) for edge in plan.placement.edges)
         self.shared = Counter(weight_key(weight)[0] for weight in plan.placement.weights)
         self.count = len(images)

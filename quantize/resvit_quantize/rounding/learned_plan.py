@@ -140,7 +140,7 @@ def _fitting(analysis: Analysis) -> float:
     """Multiply-accumulates of fitting all layers: Hessians from 16,384 rows at most, and three factorisations."""
     total = 0.0
     for product in analysis.products:
-        shape = product.weight.shape if product.weight is not None else None
+        shape = product.weight.shape if product.weight is not None and product.is_layer else None
         if shape is None or not shape.is_static():
             continue
         columns = columns_of(product.node, shape.numpy())

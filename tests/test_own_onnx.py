@@ -1,0 +1,264 @@
+"""ONNX files that users bring: what is taken, what is refused and in which words, and that nothing goes uncounted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.table import find_target
+from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.to_onnx.own_onnx import import_onnx
+from resvit_export.to_tensorrt.parser import UNREAD_BY_RTX, require_readable
+from resvit_quantize.graph.analysed import graph_from_onnx
+
+CONV = helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1] * 4, strides=[2, 2])
+TAIL = [
+    helper.make_node("GlobalAveragePool", ["a"], ["p"], name="pool"),
+    helper.make_node("Flatten", ["p"], ["f"], name="flat"),
+    helper.make_node("MatMul", ["f", "fc"], ["y"], name="head"),
+]
+
+
+def model_of(
+    nodes: list[onnx.NodeProto] | None = None,
+    *,
+    image: tuple[int, list[int | str]] = (TensorProto.FLOAT, ["batch", 3, 8, 8]),
+    weights: dict[str, np.ndarray] | None = None,
+    functions: list[onnx.FunctionProto] | None = None,
+    opset: int = 20,
+    ir_version: int = 10,
+) -> onnx.ModelProto:
+    random = np.random.default_rng(0)
+    every = {
+        "w": random.standard_normal((16, 3, 3, 3), dtype=np.float32),
+        "fc": random.standard_normal((16, 5), dtype=np.float32),
+        **(weights or {}),
+    }
+    inputs = [helper.make_tensor_value_info("x", *image)]
+    if ir_version < 4:
+        inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in every.items()]
+    graph = helper.make_graph(
+        nodes or [CONV, *TAIL],
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])],
+        [numpy_helper.from_array(array, name) for name, array in every.items()],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
+    return helper.make_model(graph, opset_imports=imports, functions=functions or [], ir_version=ir_version)
+
+
+def taken(proto: onnx.ModelProto | bytes, folder: Path) -> tuple[NetworkRecord, Path]:
+    source, out = folder / "theirs.onnx", folder / "model.onnx"
+    source.write_bytes(proto if isinstance(proto, bytes) else proto.SerializeToString())
+    return import_onnx(source, out)[0], out
+
+
+def test_weights_among_the_inputs(tmp_path: Path) -> None:
+    record, out = taken(model_of(opset=11, ir_version=3), tmp_path)
+    assert record.input_shape == (3, 8, 8)
+    assert [value.name for value in onnx.load(out).graph.input] == ["input"]
+
+
+def branches(depth: int) -> onnx.NodeProto:
+    """An If inside the taken branch of an If, ``depth`` of them, over a test of a size."""
+    value = helper.make_tensor_value_info("i", TensorProto.FLOAT, None)
+    inner = branches(depth - 1) if depth > 1 else helper.make_node("Relu", ["a"], ["i"])
+    if depth > 1:
+        inner.output[0] = "i"
+    then = helper.make_graph([inner], "then", [], [value])
+    other = helper.make_graph([helper.make_node("Neg", ["a"], ["i"])], "else", [], [value])
+    return helper.make_node("If", ["is"], ["r"], name="choice", then_branch=then, else_branch=other)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_branch_over_a_size_is_taken(depth: int, tmp_path: Path) -> None:
+    nodes = [
+        CONV,
+        helper.make_node("Shape", ["a"], ["s"]),
+        helper.make_node("Gather", ["s", "two"], ["d"]),
+        helper.make_node("Equal", ["d", "four"], ["is"]),
+        branches(depth),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+        *TAIL[1:],
+    ]
+    _, out = taken(model_of(nodes, weights={"two": np.array(2), "four": np.array(4)}), tmp_path)
+    operators = {node.op_type for node in onnx.load(out).graph.node}
+    assert "Relu" in operators
+    assert not {"If", "Neg"} & operators
+
+
+def test_a_loop_of_known_length_is_written_out(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["state", "step"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("n", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = helper.make_node("Loop", ["turns", "", "a"], ["r"], name="loop", body=body)
+    nodes = [CONV, loop, helper.make_node("GlobalAveragePool", ["r"], ["p"]), *TAIL[1:]]
+    weights = {"turns": np.array(3), "step": np.array([0.5], np.float32)}
+    _, out = taken(model_of(nodes, weights=weights), tmp_path)
+    assert [node.op_type for node in onnx.load(out).graph.node].count("Add") == 3
+
+
+def test_channels_last(tmp_path: Path) -> None:
+    turn = helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2])
+    conv = helper.make_node("Conv", ["t", "w"], ["a"], pads=[1] * 4, strides=[2, 2])
+    record, out = taken(model_of([turn, conv, *TAIL], image=(TensorProto.FLOAT, ["batch", 8, 6, 3])), tmp_path)
+    assert record.input_shape == (3, 8, 6)
+    assert "Transpose" not in {node.op_type for node in onnx.load(out).graph.node}
+    image = np.random.default_rng(0).standard_normal((2, 8, 6, 3), dtype=np.float32)
+    theirs = onnx_runner(tmp_path / "theirs.onnx")({"x": image})["y"]
+    ours = onnx_runner(out)({"input": np.ascontiguousarray(image.transpose(0, 3, 1, 2))})["logits"]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16])
+def test_pixels_as_whole_numbers(kind: int, tmp_path: Path) -> None:
+    cast = helper.make_node("Cast", ["x"], ["c"], to=TensorProto.FLOAT)
+    divide = helper.make_node("Div", ["c", "full"], ["d"])
+    conv = helper.make_node("Conv", ["d", "w"], ["a"], pads=[1] * 4, strides=[2, 2])
+    weights = {"full": np.array(255, np.float32)}
+    record, out = taken(
+        model_of([cast, divide, conv, *TAIL], image=(kind, ["batch", 3, 8, 8]), weights=weights), tmp_path
+    )
+    info = np.iinfo(helper.tensor_dtype_to_np_dtype(kind))
+    assert record.image_range == (info.min, info.max)
+    assert NetworkRecord.from_json(record.to_json()) == record
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    ready = preprocess_from(record, {}, None).apply(pixels)
+    expected = info.min + pixels.transpose(2, 0, 1).astype(np.float64) / 255 * (int(info.max) - int(info.min))
+    np.testing.assert_allclose(ready, expected, rtol=1e-5, atol=1e-3)
+    theirs = onnx_runner(tmp_path / "theirs.onnx")({"x": np.rint(ready)[None].astype(info.dtype)})["y"]
+    np.testing.assert_allclose(onnx_runner(out)({"input": ready[None]})["logits"], theirs, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ResvitError, match="normalises them itself") as refusal:
+        preprocess_from(record, {"mean": [0.5], "std": [0.5]}, None)
+    assert "Leave mean and std out" in refusal.value.fix
+
+
+def test_an_image_that_is_computed_with_in_whole_numbers(tmp_path: Path) -> None:
+    halve = helper.make_node("Div", ["x", "two"], ["h"], name="halve")
+    cast = helper.make_node("Cast", ["h"], ["c"], to=TensorProto.FLOAT)
+    conv = helper.make_node("Conv", ["c", "w"], ["a"], pads=[1] * 4)
+    proto = model_of(
+        [halve, cast, conv, *TAIL], image=(TensorProto.UINT8, ["batch", 3, 8, 8]), weights={"two": np.uint8(2)}
+    )
+    with pytest.raises(ResvitError, match="Div 'halve' reads it as such"):
+        taken(proto, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["initializer", "constant", "cast", "function"])
+def test_half_precision_wherever_it_stands(way: str, tmp_path: Path) -> None:
+    half = np.zeros((16, 3, 3, 3), np.float16)
+    constant = helper.make_node("Constant", [], ["h"], value=numpy_helper.from_array(half))
+    up = helper.make_node("Cast", ["h"], ["hf"], to=TensorProto.FLOAT)
+    conv = helper.make_node("Conv", ["x", "hf"], ["a"], pads=[1] * 4, strides=[2, 2])
+    functions, weights = [], {}
+    nodes = [constant, up, conv, *TAIL]
+    if way == "initializer":
+        nodes, weights = [up, conv, *TAIL], {"h": half}
+    elif way == "cast":
+        down = [helper.make_node("Cast", [name], [f"{name}16"], to=TensorProto.FLOAT16) for name in ("x", "w")]
+        low = helper.make_node("Conv", ["x16", "w16"], ["a16"], pads=[1] * 4, strides=[2, 2])
+        nodes = [*down, low, helper.make_node("Cast", ["a16"], ["a"], to=TensorProto.FLOAT), *TAIL]
+    elif way == "function":
+        imports = [helper.make_opsetid("", 20)]
+        functions = [helper.make_function("own", "F", ["x"], ["a"], [constant, up, conv], imports)]
+        nodes = [helper.make_node("F", ["x"], ["a"], domain="own"), *TAIL]
+    with pytest.raises(ResvitError, match="half precision already"):
+        taken(model_of(nodes, weights=weights, functions=functions), tmp_path)
+
+
+def test_functions_that_double_at_every_call(tmp_path: Path) -> None:
+    imports = [helper.make_opsetid("own", 1), helper.make_opsetid("", 20)]
+    functions = [
+        helper.make_function("own", f"F{i}", ["a"], ["b"], [
+            helper.make_node(f"F{i + 1}", ["a"], ["t"], domain="own"),
+            helper.make_node(f"F{i + 1}", ["t"], ["b"], domain="own"),
+        ], imports)
+        for i in range(24)
+    ]  # fmt: skip
+    functions.append(
+        helper.make_function("own", "F24", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], imports)
+    )
+    nodes = [CONV, helper.make_node("F0", ["a"], ["r"], domain="own"),
+             helper.make_node("GlobalAveragePool", ["r"], ["p"]), *TAIL[1:]]  # fmt: skip
+    with pytest.raises(ResvitError, match="written out, its functions are"):
+        taken(model_of(nodes, functions=functions), tmp_path)
+
+
+def test_every_product_is_counted(tmp_path: Path) -> None:
+    """A projection as Einsum, a weight on the left, and a head behind a shape that no inference tells."""
+    nodes = [
+        CONV,
+        helper.make_node("Reshape", ["a", "rows"], ["t"]),
+        helper.make_node("MatMul", ["left", "t"], ["l"], name="left"),
+        helper.make_node("Einsum", ["l", "e"], ["h"], name="project", equation="bnd,dhe->bhne"),
+        helper.make_node("ReduceMean", ["h", "last"], ["m"], keepdims=0),
+        helper.make_node("Flatten", ["m"], ["f"]),
+        TAIL[-1],
+    ]
+    random = np.random.default_rng(0)
+    weights = {
+        "rows": np.array([0, 16, -1]),
+        "left": random.standard_normal((8, 16), dtype=np.float32),
+        "e": random.standard_normal((16, 2, 4), dtype=np.float32),
+        "last": np.array([3]),
+    }
+    _, out = taken(model_of(nodes, weights=weights), tmp_path)
+    macs = sorted(p.macs for p in graph_from_onnx(out).analysis.products if p.weight is not None)
+    assert macs == sorted([16 * 16 * 27, 8 * 16 * 16, 8 * 16 * 8, 16 * 5])
+
+
+def test_what_the_target_cannot_read_is_said_at_export() -> None:
+    orin = find_target("jetson-orin")
+    with pytest.raises(ResvitError, match="holds DFT") as refusal:
+        require_readable(["Conv", "DFT"], orin)
+    assert refusal.value.code is ExitCode.IMPOSSIBLE
+    require_readable(["Conv", "Einsum", "DeformConv"], orin)
+
+
+def test_the_list_of_unread_operators_is_the_parsers_own() -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    names = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
+    assert {name for name in names if not parser.supports_operator(name)} == UNREAD_BY_RTX & names
+
+
+ORIGINAL = model_of().SerializeToString()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, len(ORIGINAL) - 1), st.integers(0, 255)), min_size=1, max_size=4),
+    end=st.one_of(st.none(), st.integers(0, len(ORIGINAL))),
+)
+def test_damaged_bytes_are_refused_in_one_way(
+    changes: list[tuple[int, int]], end: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = bytearray(ORIGINAL)
+    for at, byte in changes:
+        data[at] = byte
+    try:
+        taken(bytes(data[:end]), tmp_path_factory.mktemp("damaged"))
+    except ResvitError as error:
+        assert error.code in (ExitCode.INPUT, ExitCode.IMPOSSIBLE)  # noqa: PT017
