@@ -23,6 +23,7 @@ from resvit_export.loading.exported.archive import MODEL, Archive, open_archive
 from resvit_export.loading.exported.errors import NotAllowedError, quoted
 from resvit_export.loading.exported.flow import check_graph
 from resvit_export.loading.exported.records import program_record
+from resvit_export.loading.exported.samples import require_plain_samples
 from resvit_export.loading.exported.tensors import tensors_in
 
 
@@ -38,6 +39,7 @@ def program_from_pt2(path: Path) -> ExportedProgram:
     try:
         with open_archive(path) as archive:
             archive.require_known_members()
+            require_plain_samples(archive.sample_inputs())
             return _program(archive)
     except NotAllowedError as refused:
         raise ResvitError(

@@ -14,6 +14,7 @@ from typing import Any
 from resvit_export.loading.exported.errors import NotAllowedError, quoted
 
 MODEL = "models/model.json"
+SAMPLES = "data/sample_inputs/model.pt"
 TENSOR_FILES = {"weights": "weight", "constants": "tensor"}
 """Kinds of tensors and what their members' names begin with."""
 _MEMBERS = re.compile(
@@ -24,6 +25,7 @@ _UNREAD = re.compile(r"data/sample_inputs/model\.pt|extra/.*|\.data/\w+|version|
 """What torch writes besides, and nothing here needs."""
 _SAID = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
 _JSON_LIMIT = 128 << 20  # bytes; the largest networks' graphs take about 10 MiB
+_SAMPLES_LIMIT = 1 << 30  # bytes
 _MEMBER_LIMIT = 100_000
 _PIECE = 1 << 24  # bytes
 
@@ -46,6 +48,10 @@ class Archive:
                 raise NotAllowedError(f"its {name} is {quoted(given)} and not {quoted(said)}")
         if MODEL not in self.members:
             raise NotAllowedError(f"it has no {MODEL} (a format older than torch 2.8 is pickled as a whole)")
+
+    def sample_inputs(self) -> bytes:
+        """The pickle of sample inputs as it is, empty where there is none."""
+        return self._read(SAMPLES, _SAMPLES_LIMIT) if SAMPLES in self.members else b""
 
     def json(self, name: str) -> Any:
         """The value of a JSON member, of any form; no key twice, no NaN."""

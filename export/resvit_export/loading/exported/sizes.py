@@ -177,11 +177,8 @@ def _symbol(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _
 
 
 def _integers(arguments: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> _Extent:
-    values: list[int] = []
-    for argument in arguments:
-        value = _number(argument)
-        if isinstance(value, int):
-            values.append(value)
+    numbers = [_number(argument) for argument in arguments]
+    values = [int(number) for number in numbers if number is not None and isinstance(number, int)]
     if keywords or not 1 <= len(values) <= 2 or len(values) != len(arguments):
         raise ValueError("a number is given as something else")
     return _combined("Mul", [_of_number(value) for value in values])
