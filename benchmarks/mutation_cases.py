@@ -56,8 +56,8 @@ CALIBRATE = (
     ),
     Mutation(
         "calibrate/resvit_calibrate/readers/coco_file.py",
-        "ids = tuple(sorted(names))",
-        "ids = tuple(names)",
+        "ids = tuple(sorted(names.keys() - groups))",
+        "ids = tuple(name for name in names if name not in groups)",
         "COCO's classes are counted in the order of the file, not of their ids",
         ("tests/test_data_coco.py",),
     ),
@@ -174,8 +174,8 @@ ENGINES = (
     ),
     Mutation(
         "engines/resvit_engines/keys/public.py",
-        "if keyid in self.revoked or any(key.revoked for key in found):",
-        "if any(key.revoked for key in found):",
+        "return self.revoked | {key.keyid for key in self.keys if key.revoked}",
+        "return frozenset(key.keyid for key in self.keys if key.revoked)",
         "a key id in the trust folder's list of revoked ones still counts",
         ("tests/test_signing.py",),
     ),
@@ -246,10 +246,10 @@ EXPORT = (
         ("tests/test_recipe.py",),
     ),
     Mutation(
-        "export/resvit_export/loading/checkpoint.py",
-        "all(key.startswith(p) for key in current)",
-        "any(key.startswith(p) for key in current)",
-        "a prefix is taken from weights of which only some have it",
+        "export/resvit_export/loading/weights/places.py",
+        "-place.fitting, len(place.unexpected), -len(place.names), not place.averaged",
+        "-place.fitting, len(place.unexpected), -len(place.names), place.averaged",
+        "of the trained and the averaged weights in one file, the worse ones are taken",
         ("tests/test_checkpoint.py",),
     ),
     Mutation(
