@@ -240,7 +240,7 @@ class Pair(NamedTuple):
         (lambda x: {"b": x, "a": x + 1}, ["b", "a"]),
         (lambda x: Pair(x, x + 1), ["near", "far"]),
         (lambda x: {"depth": x}, ["depth"]),
-        (lambda x: {"maps": [x, x + 1], "mean": x.mean()}, ["maps_0", "maps_1", "mean"]),
+        (lambda x: {"maps": [x, x + 1], "mean": x.mean((1, 2))}, ["maps_0", "maps_1", "mean"]),
         (lambda x: (x, x + 1), ["output_0", "output_1"]),
         (lambda x: {"input": x, "other": x + 1}, ["output_0", "output_1"]),
         (lambda x: {"not a name": x, "other": x + 1}, ["output_0", "output_1"]),

@@ -170,7 +170,7 @@ def test_a_truncated_data_file(workspace: Path, capfd: pytest.CaptureFixture[str
 def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
     for index in range(48):
-        folder = Path("photos of cats") / f"class {index % 2}"
+        folder = Path("photos of cats") / f"class {index % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(dice.integers(0, 255, (40, 50), np.uint8), "L").save(folder / f"{index}.png")
     colour = ["--model", "resvit:embed-nano", "--model-arg", "in_channels=3"]
@@ -184,13 +184,13 @@ def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFi
 def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
     for index in range(330):
-        folder = Path("images") / str(index % 3)
+        folder = Path("images") / str(index % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(dice.integers(0, 255, (28, 28), np.uint8), "L").save(folder / f"{index}.png")
     Path("images/0/0.png").write_bytes(b"not an image")
     assert run(["calibrate", *MODEL, "--data", "images"]) == 0
     assert "0.png" in capfd.readouterr().err
-    for index in range(3, 60, 3):
+    for index in range(10, 200, 10):
         Path(f"images/0/{index}.png").write_bytes(b"")
     assert "1%" in said(capfd, "calibrate", *MODEL, "--data", "images", code=ExitCode.INPUT).replace(" %", "%")
 

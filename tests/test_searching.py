@@ -103,4 +103,5 @@ def test_too_few_images_for_any_network_are_not_searched_with() -> None:
     verdict = Verdict(VerdictKind.UNDECIDED, "", 0.3, 0.95, 500, (-1.0, 1.0))
     assert "500 images" in hopeless(verdict, recipe)
     assert hopeless(replace(verdict, images=5000), recipe) == ""
-    assert "guessing" in hopeless(replace(verdict, images=5000, chance_level=True), recipe)
+    guessed = replace(verdict, images=5000, chance_level=True, reason="no better than guessing")
+    assert hopeless(guessed, recipe) == "no better than guessing."

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from resvit_calibrate.readers.user_code import Reads, changed_since, module_from, user_files, watched
+from resvit_calibrate.readers.user.code import Reads, changed_since, module_from, user_files, watched
 from resvit_calibrate.tasks.other import Other
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT

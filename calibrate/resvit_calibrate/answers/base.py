@@ -17,7 +17,7 @@ from resvit_calibrate.answers.classes import INPUT
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
-from resvit_calibrate.readers.user_code import Reads
+from resvit_calibrate.readers.user.code import Reads
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import SILENT, Reporter

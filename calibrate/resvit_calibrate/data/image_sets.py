@@ -23,7 +23,7 @@ from resvit_calibrate.images.pixels import Pixels
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.sampling import divide, stratified
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
-from resvit_calibrate.readers.user_loader import Factory, StreamImageSet
+from resvit_calibrate.readers.user.loader import Factory, StreamImageSet
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 

@@ -18,7 +18,7 @@ from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse
 from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
-from resvit_calibrate.readers.user_loader import Factory, factory_from, is_factory_name
+from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 

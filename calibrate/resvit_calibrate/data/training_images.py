@@ -11,8 +11,8 @@ import numpy.typing as npt
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.targets import DepthTarget, MaskTarget
-from resvit_calibrate.readers.user_batch import Item
-from resvit_calibrate.readers.user_loader import StreamImageSet, batch_of
+from resvit_calibrate.readers.user.batch import Item
+from resvit_calibrate.readers.user.loader import StreamImageSet, batch_of
 
 _WINDOW_BYTES = 256 << 20
 

@@ -28,8 +28,8 @@ from resvit_calibrate.answers.raw import Raw, RawKeeper
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
-from resvit_calibrate.readers.user_code import Reads, user_files, watched
-from resvit_calibrate.readers.user_loader import function_from
+from resvit_calibrate.readers.user.code import Reads, user_files, watched
+from resvit_calibrate.readers.user.loader import function_from
 from resvit_engines.errors import ResvitError
 
 _IMAGES = 1024

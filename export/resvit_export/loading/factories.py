@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from resvit_calibrate.readers.user_code import module_from
+from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.libraries import import_beside_torchvision, import_timm
 from resvit_export.loading.spec import Scalar

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_calibrate.readers.user_code import digest_of_file, user_files
+from resvit_calibrate.readers.user.code import digest_of_file, user_files
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.spec import ModelSpec

@@ -56,7 +56,7 @@ class Answered(Artifact):
 
     def outdated(self) -> str | None:
         """A file, folder or variable that the metric read and that is not the same now."""
-        from resvit_calibrate.readers.user_code import changed_since
+        from resvit_calibrate.readers.user.code import changed_since
 
         return changed_since(self.json(READS)) if self.has(READS) else None
 

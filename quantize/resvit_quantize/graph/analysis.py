@@ -49,16 +49,13 @@ class Product:
     rows: int | None
     """Rows per image of a linear layer's left operand (tokens); ``None`` for convolutions or if unknown."""
     weight: ir.Value | None
+    is_layer: bool
+    """Whether it is a convolution or linear layer as 8 bits know them: activation first, weight second."""
 
     @property
     def name(self) -> str:
         """The node's name, unique in the graph."""
         return str(self.node.name)
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it is a convolution or linear layer as 8 bits know them: activation first, weight second."""
-        return self.weight is not None and self.node.op_type in _WEIGHTED and self.weight is self.node.inputs[1]
 
     @property
     def module(self) -> str:
@@ -103,7 +100,9 @@ def analyse(model: ir.Model) -> Analysis:
                 f"How much work {node.op_type} '{node.name}' is cannot be told: its shapes depend on the image.",
                 "Export the network for one image size, with a fixed number of whatever it selects.",
             )
-        products.append(Product(node, parts[node], macs or 0, _rows(node, shapes), flow.weighted.get(node)))
+        weight = flow.weighted.get(node)
+        is_layer = weight is not None and node.op_type in _WEIGHTED and weight is node.inputs[1]
+        products.append(Product(node, parts[node], macs or 0, _rows(node, shapes), weight, is_layer))
     return Analysis(tuple(products), {p.node: p for p in products}, flow.depth, shapes, frozenset(flow.data))
 
 

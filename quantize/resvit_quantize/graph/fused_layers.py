@@ -102,7 +102,7 @@ class _Grouping:
     def _kind(self, node: ir.Node) -> LayerKind:
         product = self.analysis.of.get(node)
         if product is not None and product.weight is None:
-            return LayerKind.ATTENTION
+            return LayerKind.CONV if node.op_type.startswith("Conv") else LayerKind.ATTENTION
         if product is not None:
             return LayerKind.GEMM if node.op_type in ("MatMul", "Gemm") else LayerKind.CONV
         if node.op_type in _NORMS:

@@ -51,9 +51,11 @@ def attention_blocks(analysis: Analysis) -> tuple[AttentionBlock, ...]:
 
 def _block(product: Product, analysis: Analysis) -> AttentionBlock | None:
     node = product.node
-    if node.op_type not in ("MatMul", "Gemm"):
+    if node.op_type in ("Attention", "MultiHeadAttention"):
         whole = tuple(v for v in node.inputs[:3] if v is not None)
         return AttentionBlock((product,), (node,), whole)
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
     between = _until_product(node, analysis)
     if not any(inner.op_type == "Softmax" for inner in between):
         return None

@@ -27,8 +27,8 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.ranges import Ranges
-from resvit_calibrate.readers.user_batch import Item
-from resvit_calibrate.readers.user_loader import batch_of
+from resvit_calibrate.readers.user.batch import Item
+from resvit_calibrate.readers.user.loader import batch_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision

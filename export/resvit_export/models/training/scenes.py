@@ -15,7 +15,7 @@ import numpy as np
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.readers.scenes import SIZES, VALIDATION, Scene, Scenes, batches, normalised
-from resvit_calibrate.readers.user_loader import Factory, StreamImageSet
+from resvit_calibrate.readers.user.loader import Factory, StreamImageSet
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError

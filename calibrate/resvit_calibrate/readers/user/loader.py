@@ -15,8 +15,8 @@ import numpy.typing as npt
 from resvit_calibrate.images.image_set import Batch, ImageSet, digest_of
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_known_classes
-from resvit_calibrate.readers.user_batch import SHAPE, Item, items_of
-from resvit_calibrate.readers.user_code import module_from
+from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
+from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
 
 Split = Literal["calibration", "validation"]

@@ -1,0 +1,1 @@
+"""What users bring as code of their own: data factories, and what imports them."""
