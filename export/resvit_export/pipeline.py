@@ -63,9 +63,7 @@ class Pipeline:
     @cached_property
     def questions(self) -> score.Questions:
         """What every network is asked."""
-        outputs = self.exported.report.to_json()["outputs"]
-        task = self.run.task(self.network, outputs)
-        self.run.require_classes(self.network, task, outputs)
+        task = self.run.task(self.network, self.exported.report.to_json()["outputs"])
         return score.Questions(self.images[1], self.preprocess, self.network.images_per_call, task)
 
     @property
@@ -91,12 +89,10 @@ class Pipeline:
         """The network without what matters least."""
         refusals.require_budget(self.recipe)
         self.run.require_images_alone(self.network, "Pruning")
-        images = None if self.recipe.data is None else self.images[0]
+        network, images = self.run.network, None if self.recipe.data is None else self.images[0]
         preprocess, budget = self.preprocess if images else None, prune.budget_of(self.recipe, self.run.target)
         sparse, seed, trained = self.recipe.sparsity is not None, self.recipe.seed, self.recipe.retrains
-        return self.do(
-            prune.Prune(self.run.network, budget, sparse, images, preprocess, seed, trained, self.run.network.code)
-        )
+        return self.do(prune.Prune(network, budget, sparse, images, preprocess, seed, trained, network.code))
 
     @cached_property
     def retrained(self) -> retrain.Retrained:
@@ -118,8 +114,7 @@ class Pipeline:
     def exported(self) -> export.Exported:
         """The float ONNX, its parity with PyTorch checked; or the user's own ONNX, checked. The target reads it."""
         exported = self._exported()
-        if self.run.target is not None:
-            require_readable(exported.report.operators, self.run.target)
+        require_readable(exported.report.operators, self.run.target)
         return exported
 
     def _exported(self) -> export.Exported:
@@ -146,9 +141,8 @@ class Pipeline:
     def calibrated(self) -> calibrate.Calibrated:
         """The ranges of all activations, from one pass over the calibration images."""
         self.questions  # noqa: B018  (data that cannot be validated on is refused before the pass)
-        return self.do(
-            calibrate.Calibrate(self.float_model, self.images[0], self.preprocess, self.network.images_per_call)
-        )
+        images, per_call = self.images[0], self.network.images_per_call
+        return self.do(calibrate.Calibrate(self.float_model, images, self.preprocess, per_call))
 
     @cached_property
     def quantized(self) -> quantize.Quantized:
@@ -165,8 +159,7 @@ class Pipeline:
     @property
     def half(self) -> quantize.Halve:
         """The float network in FP16, which quantised engines are held against; not done by itself."""
-        ranges = self.calibrated
-        return quantize.Halve(self.float_model, ranges.ranges, ranges.statistics, self.run.builder)
+        return quantize.Halve(self.float_model, self.calibrated.ranges, self.calibrated.statistics, self.run.builder)
 
     @cached_property
     def fused(self) -> fuse.Fused:
@@ -195,9 +188,8 @@ class Pipeline:
     @cached_property
     def predicted(self) -> predict.Predicted:
         """The time of every layer on the target, against all FP16."""
-        return self.do(
-            predict.Predict(predict.pricing_of(self.run, self.float_model), self.quantized.eight_bit_products)
-        )
+        pricing = predict.pricing_of(self.run, self.float_model)
+        return self.do(predict.Predict(pricing, self.quantized.eight_bit_products))
 
     @cached_property
     def compiled(self) -> engine.Compiled:
@@ -222,10 +214,7 @@ class Pipeline:
         """Everything that the device needs, in one file; refused where something did not fuse, if the recipe asks."""
         if self.recipe.require_fused:
             self.audited.result.require_fused()
-        # What the images really went through; what somebody else's loader did is not known.
-        named, validation = bundle.naming_of(self.run), self.images[1]
-        preprocess = None if validation.prepared else validation.preprocess
         numbers = (self.exported, self.recovered if self.variant.recovers else None, self.calibrated, self.quantized)
         shipped = (self.model, score.shipped_in(self.answered), self.validated)
         engine_of = (self.compiled, self.engine_settings, bundle.signer_of(self.run))
-        return self.do(bundle.Bundle(named, preprocess, bundle.Contents(*numbers, *shipped, *engine_of)))
+        return self.do(bundle.bundle_of(self.run, self.images[1], bundle.Contents(*numbers, *shipped, *engine_of)))

@@ -247,7 +247,10 @@ class Run:
         return sets
 
     def task(self, network: NetworkRecord, outputs: Sequence[Mapping[str, Any]]) -> TaskChoice:
-        """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs."""
+        """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs.
+
+        Raises ``ResvitError`` for outputs that the task cannot read, and data with more or fewer classes than these.
+        """
         from resvit_calibrate.tasks.kinds import task_of
 
         recipe = self.recipe
@@ -256,19 +259,13 @@ class Run:
             kind = TaskKind(task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name)
         own = network.task_options if kind is TaskKind.DETECTION else {}
         # What the user says of the outputs goes before what a detector says of its own.
-        return TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+        task = TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+        self._require_classes(network, task, outputs)
+        return task
 
     def training_images(self, network: NetworkRecord, most: int) -> TrainingImages:
         """Images to train on, at most so many where the recipe does not say."""
         return self.sources.training_images(self.preprocess(network), most, network.class_list)
-
-    def require_classes(self, network: NetworkRecord, task: TaskChoice, outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse outputs that the task cannot read, and data with more or fewer classes than the network has."""
-        from resvit_calibrate.tasks.class_count import require_outputs_for
-
-        for images in reversed(self.image_sets(network)):
-            if images.task == task.kind:
-                require_outputs_for(images, task.kind, task.options, outputs)
 
     def require_images_alone(self, network: NetworkRecord, what: str) -> None:
         """Refuse ``what`` for a network that reads more than images."""
@@ -279,6 +276,14 @@ class Run:
                 "Wrap the network in a module that makes the others constants, or leave that out.",
                 ExitCode.IMPOSSIBLE,
             )
+
+    def _require_classes(self, network: NetworkRecord, task: TaskChoice, outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse outputs that the task cannot read, and data with more or fewer classes than the network has."""
+        from resvit_calibrate.tasks.class_count import require_outputs_for
+
+        for images in reversed(self.image_sets(network)):
+            if images.task == task.kind:
+                require_outputs_for(images, task.kind, task.options, outputs)
 
 
 def runs_for(recipe: Recipe, folder: RunFolder, reporter: Reporter, module: nn.Module | None = None) -> list[Run]:

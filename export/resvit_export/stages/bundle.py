@@ -32,6 +32,7 @@ from resvit_export.stages.validate import Validated
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
+    from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.bundle.source import RecordedFile
     from resvit_engines.keys.private import SigningKey
@@ -91,6 +92,14 @@ def naming_of(run: Run) -> Naming:
     recipe = run.recipe
     said = (recipe.settings_without_paths(), recipe.precision, recipe.quantizer)
     return Naming(run.network, *said, run.require_target(), recipe.release, run.bundle_name)
+
+
+def bundle_of(run: Run, validation: ImageSet, contents: Contents) -> Bundle:
+    """Of a run's finished stages; its preprocessing is what the validation images really went through.
+
+    What a loader of the user's did to them is not known, and nothing is said of it.
+    """
+    return Bundle(naming_of(run), None if validation.prepared else validation.preprocess, contents)
 
 
 @dataclass(frozen=True)

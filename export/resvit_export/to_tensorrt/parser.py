@@ -61,8 +61,10 @@ UNREAD_BY_RTX = UNREAD | {"DeformConv"}
 """TensorRT computes this one with a plugin, and TensorRT for RTX has none."""
 
 
-def require_readable(operators: Iterable[str], target: Target) -> None:
-    """Raise ``ResvitError`` (IMPOSSIBLE) for operators of the graph that the target's parser does not read."""
+def require_readable(operators: Iterable[str], target: Target | None) -> None:
+    """Raise ``ResvitError`` (IMPOSSIBLE) for operators of the graph that the target's parser, if any, does not read."""
+    if target is None:
+        return
     unread = UNREAD_BY_RTX if target.builder is Builder.RTX else UNREAD
     wrong = sorted(set(operators) & unread)
     if not wrong:
