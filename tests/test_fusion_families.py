@@ -58,10 +58,7 @@ FAMILIES = {
 LARGE = ("botnet", "levit")
 CASES = [
     *(pytest.param(family, 20, marks=pytest.mark.slow if family in LARGE else ()) for family in FAMILIES),
-    *(
-        pytest.param(family, 23, marks=pytest.mark.slow if family in LARGE else ())
-        for family in ("embed", "separate", *LARGE)
-    ),
+    *(pytest.param(family, 23, marks=pytest.mark.slow) for family in ("embed", "separate", *LARGE)),
 ]
 
 

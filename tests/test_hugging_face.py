@@ -53,7 +53,7 @@ SHAPES = {
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "rt_detr" else ()) for kind in SHAPES]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ("rt_detr", "segformer") else ()) for kind in SHAPES]
 )
 def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None:
     network = load_network(ModelSpec(f"hf:{folder_of(kind, tmp_path / kind)}"))
@@ -183,11 +183,10 @@ def test_a_folder_in_a_recipe_is_relative_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        ("detr", ("jetson-orin",)),
         pytest.param("rt_detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
         pytest.param("detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
     ],
-    ids=["detr", "rt_detr-both", "detr-both"],
+    ids=["rt_detr-both", "detr-both"],
 )
 def test_a_detector_goes_to_an_engine_and_a_bundle(
     kind: str, targets: tuple[str, ...], tmp_path: Path, scenes_folder: Path

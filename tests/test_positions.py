@@ -91,6 +91,7 @@ def test_what_is_sampled_is_quantised_and_where_is_not(tmp_path: Path) -> None:
     assert list(found(analysed(Warp(), (3, 16, 16), tmp_path))) == ["flow/Conv"]
 
 
+@pytest.mark.slow
 def test_classifiers_and_segmenters_have_none(tmp_path: Path) -> None:
     for name in ("embed-nano", "fpn-nano-seg"):
         module = resvit_model(name)

@@ -36,6 +36,7 @@ def results(document: dict[str, object], name: str, file: str) -> dict[str, obje
     return next(item for item in stages if item["stage"] == name)["results"][file]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_build_prunes_trains_quantises_and_judges_against_the_unpruned_network(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -309,6 +309,7 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     assert run(["report", "--run", "runs/x", "-q"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result(capsys, "validate", "--target", "l4", *MODEL, *TRAIN)

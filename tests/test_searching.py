@@ -40,6 +40,7 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return document
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

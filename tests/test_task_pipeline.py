@@ -45,6 +45,7 @@ def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
     assert "differ: " in report
 
 
+@pytest.mark.slow
 def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_names(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-det", "--data", "resvit_calibrate.readers.scenes:detection"]
     code = run(["validate", *model, "--target", "jetson-orin", "--run", "runs/det", *FEW])

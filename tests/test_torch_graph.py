@@ -339,7 +339,9 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["embed-nano", "fpn-nano", "dual-nano"])
+@pytest.mark.parametrize(
+    "name", ["embed-nano", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpn-nano", "dual-nano"))]
+)
 def test_whole_hybrids(name: str, opset: int, tmp_path: Path) -> None:
     weights = CHECKPOINT if name == "embed-nano" else None
     program, _ = fold_program(load_network(ModelSpec(model=f"resvit:{name}", checkpoint=weights)).program)
