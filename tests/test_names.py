@@ -28,13 +28,13 @@ TEXT = st.one_of(
 )
 
 
-def kept_or_refused(function, *arguments) -> object:
-    """What the function gives; None where it refuses as input, and nothing else may happen."""
+def kept_or_refused(function, *arguments, code: ExitCode = ExitCode.INPUT) -> object:
+    """What the function gives; None where it refuses with ``code`` in one printable sentence, and nothing else."""
     try:
         return function(*arguments)
     except ResvitError as error:
         refusal = error
-    assert refusal.code is ExitCode.INPUT
+    assert refusal.code is code
     assert str(refusal).replace("\n  → ", "").isprintable()
     return None
 

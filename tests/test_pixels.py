@@ -17,17 +17,9 @@ from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import Silent
+from test_data import Heard
 
 Picture = tuple[Path, Image.Image]
-
-
-class Heard(Silent):
-    def __init__(self) -> None:
-        self.warned: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warned.append(text)
 
 
 def turned(orientation: int) -> Image.Exif:
@@ -124,7 +116,7 @@ def given(images: ImageSet) -> npt.NDArray[np.float32]:
 def opened(data: str, preprocess: Preprocess, validation: str | None = None) -> tuple[ImageSet, ImageSet, list[str]]:
     heard = Heard()
     spec = DataSpec(data, validation, calibration_images=4, validation_images=None, unlabelled=True)
-    return *open_image_sets(spec, preprocess, heard), heard.warned
+    return *open_image_sets(spec, preprocess, heard), heard.warnings
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.keys.guarded import read_small, require_guarded
 from resvit_engines.keys.key_file import ATTRIBUTES, LIST_MOST, KeyFile, key_file_from_bytes, revoked_from_bytes
 from resvit_engines.keys.public import PublicKey, TrustStore, load_trust, public_key_from_bytes
+from test_names import kept_or_refused
 
 DEVICE_PAGE = Path(__file__).parent.parent / "docs/device.md"
 RAW, OTHER_RAW = bytes(range(32)), bytes(range(1, 33))
@@ -51,15 +53,7 @@ def no(function: Callable[..., object], *arguments: object) -> str:
     return str(caught.value)
 
 
-def known_or_no(function: Callable[..., object], *arguments: object) -> object:
-    """What the function gives; None where it says no in one printable sentence."""
-    try:
-        return function(*arguments)
-    except ResvitError as error:
-        refusal = error
-    assert refusal.code is ExitCode.UNTRUSTED
-    assert str(refusal).replace("\n  → ", "").isprintable()
-    return None
+known_or_no = functools.partial(kept_or_refused, code=ExitCode.UNTRUSTED)
 
 
 def trusted(store: TrustStore, key: PublicKey = KEY) -> PublicKey:

@@ -43,11 +43,6 @@ def _utf8(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def open_at_once(path: Path) -> BinaryIO:
-    """Open a file for reading in binary; a pipe is opened too, without waiting for somebody to write to it."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
-
-
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

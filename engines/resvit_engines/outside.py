@@ -34,6 +34,19 @@ _KINDS = (
 )
 
 
+def open_at_once(path: Path) -> io.BufferedReader:
+    """Open for reading in binary whatever is no folder, without waiting: neither a pipe's writer nor a line is needed.
+
+    Raises what ``open`` raises. Whether it is a plain file is told by ``os.fstat`` of what was opened.
+    """
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+
+
+def kind_of_file(mode: int) -> str:
+    """What something with this ``st_mode`` is where it is no plain file: a folder, a pipe, a socket or a device."""
+    return next((words for test, words in _KINDS if test(mode)), "no file")
+
+
 def open_outside(path: Path, what: str = "") -> io.BufferedReader:
     """Open a plain file for reading in binary; never waits for somebody to write to it. ``what`` names it in errors.
 
@@ -42,23 +55,27 @@ def open_outside(path: Path, what: str = "") -> io.BufferedReader:
     """
     name = what or str(path)
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        stream = open_at_once(path)
     except FileNotFoundError as error:
         raise ResvitError(f"There is no file {name}.", "Check the path.") from error
     except PermissionError as error:
         raise ResvitError(
             f"{name} cannot be read: {error.strerror}.", "Change its permissions.", ExitCode.SYSTEM
         ) from error
+    except IsADirectoryError as error:
+        raise _no_plain_file(name, stat.S_IFDIR) from error
     except (OSError, ValueError) as error:  # ValueError: a path that no file system can hold
         reason = error.strerror if isinstance(error, OSError) else error
         raise ResvitError(f"{name} cannot be read: {reason}.", "Give the path of a file.") from error
-    mode = os.fstat(handle).st_mode
+    mode = os.fstat(stream.fileno()).st_mode
     if not stat.S_ISREG(mode):
-        os.close(handle)
-        kind = next((words for test, words in _KINDS if test(mode)), "no file")
-        raise ResvitError(f"{name} is {kind}, and not a file.", "Give the path of a file.")
-    return io.BufferedReader(io.FileIO(handle, "rb"))
+        stream.close()
+        raise _no_plain_file(name, mode)
+    return stream
+
+
+def _no_plain_file(name: str, mode: int) -> ResvitError:
+    return ResvitError(f"{name} is {kind_of_file(mode)}, and not a file.", "Give the path of a file.")
 
 
 def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:

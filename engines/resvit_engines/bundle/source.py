@@ -14,7 +14,7 @@ from typing import BinaryIO
 from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.bundle.zip_layout import Member
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import open_at_once
+from resvit_engines.outside import open_at_once
 
 _CHUNK = 1 << 20
 

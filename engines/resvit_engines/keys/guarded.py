@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import open_at_once
+from resvit_engines.outside import open_at_once
 
 
 def read_guarded(path: Path, most: int) -> bytes:

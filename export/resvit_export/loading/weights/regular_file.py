@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import kind_of_file
 
 
 def require_file(path: Path, what: str, option: str) -> None:
@@ -29,5 +30,6 @@ def require_file(path: Path, what: str, option: str) -> None:
             f"Give the file in it: {', '.join(inside[:5])}." if inside else "Give a file.",
         )
     if not stat.S_ISREG(mode):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise ResvitError(f"The {what} {path} is {kind}, not a file.", "Write the content to a file, and give that.")
+        raise ResvitError(
+            f"The {what} {path} is {kind_of_file(mode)}, not a file.", "Write the content to a file, and give that."
+        )
