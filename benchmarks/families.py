@@ -182,10 +182,10 @@ def own_noise(model: Path) -> float:
     session = open_session(model, session_options())
     random = np.random.default_rng(0)
     image = session.get_inputs()[0]
-    clean = random.standard_normal((2, *image.shape[1:]), dtype=np.float32)
+    batch = image.shape[0] if isinstance(image.shape[0], int) else 2
+    clean = random.standard_normal((batch, *image.shape[1:]), dtype=np.float32)
     noisy = clean + random.standard_normal(clean.shape, dtype=np.float32) * 10 ** (-_NOISE_DB / 20)
     pairs = zip(session.run(None, {image.name: clean}), session.run(None, {image.name: noisy}), strict=True)
-    signal_power = noise_power = 0.0
     ratios = []
     for before, after in pairs:
         signal_power = float(np.mean(np.square(before.astype(np.float64))))
