@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from resvit_calibrate.runtime.runner import Runner
-from resvit_calibrate.runtime.sessions import Array, Arrays
+from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.rows import paired_rows
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output. Two float32 runtimes differ by some 1e-6."""
 _ROUNDINGS, _MOST_MOVED = 4.0, 0.01
 """A network that rounding moves by more than this share cannot be told from a wrong translation."""
-_MOST_ROWS = 0.02
-"""Of an output's rows: where rounding exchanges a query at the edge of a selection, that row is another one."""
 _SAME_RUN = 1e-6
 """Of the largest output: two runs on the same feeds are further apart only where the network is random."""
 
@@ -51,8 +49,7 @@ class Difference:
 def differences(reference: Runner, candidate: Runner, feeds: Arrays, *, sets: bool = False) -> dict[str, Difference]:
     """Compare on one batch, by the candidate's output names in the reference's order.
 
-    Where ``sets`` says so, the outputs' rows are paired first (``resvit_engines.rows``), and a few rows may differ if
-    rounding exchanges as many in the reference: at the edge of a selection, scores are all but equal. Above
+    Where ``sets`` says so, the outputs' rows are paired first (``resvit_engines.rows``). Above
     ``PARITY_TOLERANCE``, what rounding the images to float32 once more moves in the reference itself is allowed for,
     fourfold: an attention that is sharp enough turns 1e-7 into 1e-4 on either side.
     """
@@ -61,7 +58,7 @@ def differences(reference: Runner, candidate: Runner, feeds: Arrays, *, sets: bo
     found = dict(zip(expected, actual.values(), strict=True))
     if sets:
         found = paired_rows(expected, found)
-    moved: dict[str, Moved] | None = None
+    moved: dict[str, float] | None = None
     result: dict[str, Difference] = {}
     for name, one in expected.items():
         other, largest = found[name], float(np.abs(one).max())
@@ -69,14 +66,12 @@ def differences(reference: Runner, candidate: Runner, feeds: Arrays, *, sets: bo
         if one.shape != other.shape or not np.isfinite(largest):
             result[names[name]] = Difference(shapes, largest, np.inf, 0.0)
             continue
-        rows = _row_errors(one, other)
-        error, allowed = float(rows.max()), PARITY_TOLERANCE * max(largest, 1e-6)
+        error = float(np.abs(one.astype(np.float64) - other).max())
+        allowed = PARITY_TOLERANCE * max(largest, 1e-6)
         if not error <= allowed:
             moved = moved or _moved_by_rounding(reference, feeds, expected, sets)
-            allowed = max(allowed, min(_ROUNDINGS * moved[name].largest, _MOST_MOVED * largest))
-            exchanged = min(2 * moved[name].rows, int(np.ceil(_MOST_ROWS * rows.size))) if sets and rows.size > 1 else 0
-            error = float(np.sort(rows)[rows.size - 1 - exchanged]) if np.isfinite(rows).all() else np.inf
-        result[names[name]] = Difference(shapes, largest, error, allowed, moved[name].largest if moved else 0.0)
+            allowed = max(allowed, min(_ROUNDINGS * moved[name], _MOST_MOVED * largest))
+        result[names[name]] = Difference(shapes, largest, error, allowed, moved[name] if moved else 0.0)
     return result
 
 
@@ -136,31 +131,14 @@ def flat_differences(reference: Runner, candidate: Runner, feeds: Arrays, *, set
     return FlatImages(wrong, frozenset(broken))
 
 
-@dataclass(frozen=True)
-class Moved:
-    """By how much rounding moves an output at most, and how many of its rows it moves beyond the tolerance."""
-
-    largest: float = 0.0
-    rows: int = 0
-
-
-def _row_errors(one: Array, other: Array) -> Array:
-    """The largest difference of each row: float64 [B * rows] of [B, rows, K], and one number of any other shape."""
-    error = np.abs(one.astype(np.float64) - other)
-    rows: Array = error.max(axis=-1).reshape(-1) if error.ndim == 3 else error.max().reshape(1)
-    return rows
-
-
-def _moved_by_rounding(reference: Runner, feeds: Arrays, expected: Arrays, sets: bool) -> dict[str, Moved]:
+def _moved_by_rounding(reference: Runner, feeds: Arrays, expected: Arrays, sets: bool) -> dict[str, float]:
     """How far each output moves when every pixel is rounded otherwise, by a unit in its last place or less."""
-    moved = dict.fromkeys(expected, Moved())
+    moved = dict.fromkeys(expected, 0.0)
     for shaken in _shaken(feeds):
         answers = reference(shaken)
         answers = paired_rows(expected, answers) if sets else answers
         for name, value in expected.items():
-            rows = _row_errors(answers[name], value)
-            beyond = int((rows > PARITY_TOLERANCE * max(float(np.abs(value).max()), 1e-6)).sum())
-            moved[name] = Moved(max(moved[name].largest, float(rows.max())), max(moved[name].rows, beyond))
+            moved[name] = max(moved[name], float(np.abs(answers[name].astype(np.float64) - value).max()))
     return moved
 
 
