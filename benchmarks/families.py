@@ -68,6 +68,7 @@ def transformers_cases() -> Iterator[Case]:
     seen: set[str] = set()
     classes: set[str] = set()
     for listed in MAPPINGS:
+        kinds: set[str] = set()
         mapping = dict(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES"))
         for kind, named in mapping.items():
             if listed in (*HEADLESS, *OTHER_INPUTS) and kind in seen:
@@ -76,7 +77,8 @@ def transformers_cases() -> Iterator[Case]:
                 if architecture not in classes:
                     yield Case(architecture, listed.lower().replace("_", " "), kind)
                     classes.add(architecture)
-        seen |= set(mapping)
+                    kinds.add(kind)
+        seen |= kinds
 
 
 def timm_cases() -> Iterator[Case]:

@@ -1,0 +1,110 @@
+"""The matrix of networks: what stands in it, how one model is run, and a sample of it that goes through."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, which imports its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("families")
+
+
+def test_every_architecture_that_transformers_lists_is_in_it(families: Any) -> None:
+    from transformers.models.auto import modeling_auto
+
+    found = list(families.transformers_cases())
+    kinds, classes = {case.kind for case in found}, {case.name for case in found}
+    for listed in families.MAPPINGS:
+        for kind, named in dict(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES")).items():
+            # Without a head once is enough, and two kinds may share a class.
+            assert kind in kinds or {named} <= classes, (listed, kind)
+    assert len(list(families.timm_cases())) >= 120
+
+
+def test_timms_names_exist_and_every_family_is_in_it(families: Any) -> None:
+    from resvit_export.loading.libraries import import_timm
+
+    timm = import_timm()
+    names = [case.kind for case in families.timm_cases()]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if not timm.is_model(name)] == []
+    assert set(timm.list_modules()) <= {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [
+        (lambda: 3, 3),
+        (lambda: 1 / 0, 1),
+        (lambda: len(bytearray(3 << 30)) and 0, 1),
+        (lambda: time.sleep(60), -1),
+        (os.abort, -2),
+    ],
+    ids=["refused", "raises", "memory", "time", "killed"],
+)
+def test_one_model_cannot_end_the_run(families: Any, work: Callable[[], int], code: int, tmp_path: Path) -> None:
+    found, peak = families.in_own_process(work, tmp_path / "log", seconds=2.0, memory=2.0)
+    assert found == code
+    assert peak > 0
+
+
+def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [families.Case(name, "timm", name, f"timm:{name}") for name in ("one", "two")]
+    done: list[str] = []
+
+    def row_of(case: Any, folder: Path, *_: object) -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.append(case.name)
+        code = 0 if case.name == "one" else 3
+        return {"name": case.name, "kind": case.kind, "listed": "timm", "code": code, "seconds": 1.0, "problem": "p|q"}
+
+    monkeypatch.setattr(families, "cases", lambda: cases)
+    monkeypatch.setattr(families, "row_of", row_of)
+    arguments = {"runs": tmp_path / "runs", "only": (), "until": "export", "share": "1/1", "seconds": 1, "memory": 1.0}
+    for again in ((), (), (3,)):
+        families.main.callback(**arguments, out=tmp_path / "table.md", again=again, table_only=False)
+    assert done == ["one", "two", "two"]
+    text = (tmp_path / "table.md").read_text()
+    assert "timm: 1 of 2 go through, 1 refused" in text
+    assert "p\\|q" in text
+
+
+SAMPLE = (
+    "RTDetrV2ForObjectDetection",
+    "DFineForObjectDetection",
+    "ConditionalDetrForObjectDetection",
+    "ZoeDepthForDepthEstimation",
+    "MaskFormerForInstanceSegmentation",
+    "EomtForUniversalSegmentation",
+    "VitMatteForImageMatting",
+    "DINOv3ViTBackbone",
+    "MobileViTV2ForImageClassification",
+    "ResNetForImageClassification",
+    "timm:test_vit",
+    "timm:test_resnet",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_goes_through_to_a_bundle(families: Any, name: str, tmp_path: Path) -> None:
+    (case,) = [case for case in families.cases() if case.name == name]
+    row = families.row_of(case, tmp_path / "model", "bundle", 1e6, 16.0)
+    assert families.outcome(row) == "goes through", row.get("problem")
+    assert row["bundles"] == 1
+    json.dumps(row)
