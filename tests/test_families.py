@@ -70,7 +70,15 @@ def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypat
         folder.mkdir(parents=True, exist_ok=True)
         done.append(case.name)
         code = 0 if case.name == "one" else 3
-        return {"name": case.name, "kind": case.kind, "listed": "timm", "code": code, "seconds": 1.0, "problem": "p|q"}
+        return {
+            "name": case.name,
+            "kind": case.kind,
+            "listed": "timm",
+            "code": code,
+            "seconds": 1.0,
+            "problem": "p|q",
+            "fix": "",
+        }
 
     monkeypatch.setattr(families, "cases", lambda: cases)
     monkeypatch.setattr(families, "row_of", row_of)
