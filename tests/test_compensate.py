@@ -94,6 +94,7 @@ def three_layers(g: Graph) -> str:
     return g.conv(value, 16, 32, 1, name="third")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("batch", [1, 4, "batch"])
 @pytest.mark.parametrize(("precision", "bits", "gain"), [(Precision.INT8, 4, 3.0), (Precision.FP8, 8, 1.5)])
 def test_compensation_is_clearly_better_on_new_images(
@@ -191,6 +192,7 @@ def shared(g: Graph) -> str:
 FITTED = [depthwise, grouped, strided, dilated, same_lower, gemm, scaled_gemm, token_product]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("build", FITTED)
 def test_every_kind_of_layer_gains(tmp_path: Path, build: Callable[[Graph], str]) -> None:
     g = Graph("batch", 16, 8, 8)

@@ -71,6 +71,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
+@pytest.mark.whole
 def test_one_pass_ranks_as_brute_force_does(trained: tuple[Path, Ranges, np.ndarray]) -> None:
     model, ranges, x = trained
     fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x])

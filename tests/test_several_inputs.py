@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from conftest import copy_stages
 from resvit_engines.bench.commands import arrays_from, golden_feeds
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
@@ -120,8 +121,11 @@ def test_an_onnx_file_with_two_inputs(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    copy_stages(
+        built, tmp_path / "run", ("fold", "export")
+    )  # what is wrong after them is said without doing them again
     command = ["build", "--model", f"{HERE}:network", "--target", "jetson-orin", "--run", str(tmp_path / "run")]
     code = run([*command, *arguments, "--task", "other", "--no-search", "--quiet"])
     assert code in (ExitCode.INPUT, ExitCode.IMPOSSIBLE)

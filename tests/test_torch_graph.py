@@ -293,6 +293,7 @@ def torch_outputs(case: Case) -> list[Array]:
     return [value.numpy() for value in graph(torch.from_numpy(np.array(first))).values()]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{i}" for i, c in enumerate(CASES)])
 def test_an_operator_gives_what_the_runtime_gives(case: Case) -> None:
     for expected, found in zip(runtime_outputs(case), torch_outputs(case), strict=True):
@@ -338,6 +339,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
         TorchGraph(network)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["embed-nano", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpn-nano", "dual-nano"))]
