@@ -138,6 +138,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     if spec.model.endswith((".onnx", ".pt2")):
         # The path may change and the model stay the same.
         identity["model"] = _file_digest("model", Path(spec.model))
+        identity |= _weight_files(Path(spec.model))
     elif spec.model.startswith("hf:"):
         identity["files"] = _folder_digests(spec.model.removeprefix("hf:"))
     elif colon and head.endswith(".py"):
@@ -179,10 +180,17 @@ def metric_identity(metric: str | None) -> str | None:
 
 def _file_digest(what: str, path: Path) -> str:
     require_file(path, what, f"--{what}")
-    digest = sha256_file(path)
-    # Weights beside an ONNX file (external data) change the model as well.
-    outside = sorted(file for file in path.parent.glob(f"{path.name}*data") if file.is_file())
-    return "+".join([digest, *(sha256_file(file) for file in outside)])
+    return sha256_file(path)
+
+
+def _weight_files(model: Path) -> dict[str, Any]:
+    """Digests of the files beside an ONNX model that hold its weights, under the names that the model has for them."""
+    if model.suffix != ".onnx":
+        return {}
+    from resvit_export.loading.weights.onnx_proto import external_files
+
+    files = {name: sha256_file(file) for name, file in external_files(model).items()}
+    return {"weight_files": files} if files else {}
 
 
 def _module_digest(module: str) -> str | None:
