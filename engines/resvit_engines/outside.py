@@ -36,6 +36,34 @@ _KINDS = (
 )
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` as the folder that they stand for.
+
+    Raises:
+        ResvitError: INPUT where nobody has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ResvitError(f"{path} leads nowhere: {error}", "Write the whole path.") from error
+
+
+def leads_to_file(path: Path) -> bool:
+    """Whether a plain file is at ``path``; not where no file system could hold such a path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def leads_to_folder(path: Path) -> bool:
+    """Whether a folder is at ``path``; not where no file system could hold such a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def open_at_once(path: Path) -> io.BufferedReader:
     """Open for reading in binary whatever is no folder, without waiting: neither a pipe's writer nor a line is needed.
 

@@ -18,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import open_outside
 from resvit_engines.progress import SILENT, Reporter
 
 T = TypeVar("T")
@@ -146,6 +148,8 @@ class Connection:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Connection:
+        if config := os.environ.get(CONFIG_VARIABLE):
+            open_outside(Path(config), f"{config}, which {CONFIG_VARIABLE} names").close()  # ssh would wait for a pipe
         # A socket's path may have about 100 characters, and some systems have long temporary folders.
         place = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  (mkdtemp makes it private)
         self._folder = tempfile.TemporaryDirectory(prefix="resvit-ssh-", dir=place)

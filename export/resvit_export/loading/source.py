@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.readers.user.code import digest_of_file, user_files
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
+from resvit_engines.outside import expanded, leads_to_folder
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.weights.regular_file import require_file
@@ -142,7 +143,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     elif spec.model.startswith("hf:"):
         identity["files"] = _folder_digests(spec.model.removeprefix("hf:"))
     elif colon and head.endswith(".py"):
-        identity["model"] = f"{_file_digest('model', Path(head).expanduser())}:{factory}"
+        identity["model"] = f"{_file_digest('model', expanded(head))}:{factory}"
     elif colon and head not in ("resvit", "timm", "object"):
         identity["source"] = _module_digest(head)
     return identity
@@ -150,8 +151,8 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
 
 def _folder_digests(reference: str) -> Mapping[str, str]:
     """Digests of a model's settings and weights, in a folder or in the hub's cache; none where it is in neither."""
-    folder = Path(reference).expanduser()
-    if not folder.is_dir():
+    folder = expanded(reference)
+    if not leads_to_folder(folder):
         try:
             from huggingface_hub import hf_hub_download
 

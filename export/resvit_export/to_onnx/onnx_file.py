@@ -8,6 +8,7 @@ that trust what they read come after. Everything that is wrong with a file is to
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,11 +99,13 @@ def bounded_model(path: Path) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
-    """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``.
+    """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``, and nothing beside it.
 
     What would be a fault of ours in a graph that we exported is the file's in one that somebody else wrote: nobody
     but its owner can mend it.
     """
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     except ResvitError as error:
@@ -117,6 +120,8 @@ def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
             f"{path} {what}: {(lines or [type(error).__name__])[0][:300]}",
             "Export it again; onnx.checker.check_model with full_check=True tells more.",
         ) from error
+    finally:
+        logging.disable(logged)
 
 
 def _nodes(proto: onnx.ModelProto, path: Path) -> Iterator[onnx.NodeProto]:
@@ -149,6 +154,8 @@ def _require_bounded(proto: onnx.ModelProto, path: Path) -> None:
                     raise invalid(
                         path, f"{node.op_type} '{node.name}' has the attribute {attribute.name!r} of an unknown kind"
                     )
+        if any(not isinstance(name, str) for name in named):  # protobuf gives bytes that are no UTF-8 as they are
+            raise invalid(path, "it holds a name that is not UTF-8")
         if any(len(name) > _LONGEST_NAME for name in named):
             raise invalid(path, f"it holds a name of over {_LONGEST_NAME:,} characters")
     _require_few_nodes(proto, path)
