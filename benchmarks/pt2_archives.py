@@ -8,7 +8,7 @@ written by torch.export.save, and read: graph and tensors must be those that tor
 changed in one place after the other, every kind of place by a hundred hostile values and more, and loaded and run in
 this process under an audit hook. A change must end in a refusal that the user understands, or in a network; an import,
 a file opened, a library loaded, a process started is a failure, as is any other error. Archives that are done are kept
-in a file, and not done again when a run goes on. Writes ``results/pt2-archives.md``.
+in a file, and not done again when a run goes on. Writes ``results/pt2-archives.md`` after each.
 """
 
 from __future__ import annotations
@@ -282,8 +282,8 @@ def main(only: tuple[str, ...], seconds: float, seed: int, kept: Path) -> None:
         done[name, batch] = row
         said = row.problem or f"{row.nodes} nodes, as torch reads it"
         click.echo(f"{name}, batch {batch}: {said}; {dict(row.outcomes)}")
-    if not only:
-        (RESULTS / "pt2-archives.md").write_text(_page(list(done.values()), seconds, seed))
+        if not only:
+            (RESULTS / "pt2-archives.md").write_text(_page(list(done.values()), seconds, seed))
 
 
 def _done(kept: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Row]:
@@ -336,6 +336,7 @@ def _page(rows: list[Row], seconds: float, seed: int) -> str:
         f"{machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}, "
         f"torch {torch.__version__}.",
         "",
+        f"{len(rows)} of {2 * len(NETWORKS)} archives were tried. "
         f"{len(read)} of {len(rows) - len(unexported)} exports are read as torch reads them. "
         f"Of {refused + loaded + len(wrong):,} changed archives {refused:,} were refused, {loaded:,} were loaded and "
         f"run, and {len(wrong):,} went wrong.",

@@ -207,7 +207,7 @@ def file_bytes(path: Path) -> bytes:
         return read_outside(path, _FILE_MOST, "it")
     except ResvitError as error:
         gone = error.problem.startswith("There is no file")
-        raise BrokenImage("is not there" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
+        raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
 
 
 def decode(data: bytes, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
