@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from resvit_calibrate.observe.histogram import BINS, GrowingHistogram, TensorStatistics
 from resvit_calibrate.ranges.estimators import DEAD_AMAX, PRECISIONS, Estimator, amax_from, quantization_error
-from resvit_calibrate.ranges.ranges import Ranges, TensorRange, load_ranges, ranges_from, save_ranges
+from resvit_calibrate.ranges.ranges import Ranges, TensorRange, ranges_from, ranges_from_json, save_ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 
@@ -174,7 +174,7 @@ def test_ranges_survive_the_file(tmp_path):
     tensors = {"conv": seen(x), "norm": TensorStatistics(0, -2.0, 1.0, None, 0.0), "dead": seen(np.zeros(9))}
     ranges = ranges_from(Statistics(tensors, 4), "abc")
     save_ranges(ranges, tmp_path / "ranges.json")
-    assert load_ranges(tmp_path / "ranges.json") == ranges
+    assert ranges_from_json((tmp_path / "ranges.json").read_bytes(), "ranges.json") == ranges
     assert sum(ranges.tensors["conv"].histogram) == 5000
     assert len(ranges.tensors["conv"].histogram) == len(ranges.tensors["dead"].histogram) == 64
     assert ranges.tensors["conv"].bin_width * 64 >= np.abs(x).max()
@@ -185,7 +185,7 @@ def test_ranges_survive_the_file(tmp_path):
         ranges.amax("conv1", "int8", Estimator.MAX)
     (tmp_path / "ranges.json").write_text('{"tensors": []}')
     with pytest.raises(ResvitError, match="does not hold"):
-        load_ranges(tmp_path / "ranges.json")
+        ranges_from_json((tmp_path / "ranges.json").read_bytes(), "ranges.json")
 
 
 def test_infinite_ranges_and_unknown_precisions_are_refused():

@@ -60,6 +60,12 @@ def test_addresses() -> None:
     assert address_from("ssh://nvidia@Orin-7.local:2222/") == Address("Orin-7.local", "nvidia", 2222)
     assert str(address_from("ssh://a@b:22")) == "ssh://a@b:22"
     assert Address("b", "a", 2222).by_hand == "ssh -p 2222 a@b"
+    for text, address in {
+        "ssh://[::1]": Address("::1"),
+        "ssh://u@[2001:db8::1]:2222": Address("2001:db8::1", "u", 2222),
+        "ssh://[fe80::1%25eth0]:22": Address("fe80::1%eth0", None, 22),
+    }.items():
+        assert address_from(text) == address_from(str(address_from(text))) == address
 
 
 @pytest.mark.parametrize(
@@ -73,11 +79,26 @@ def test_addresses() -> None:
         "ssh://h:x",
         "ssh://a b",
         "ssh://h;x",
+        "ssh://h\nid",
+        "ssh://@h",
+        "ssh://u@v@h",
+        "ssh://h..h",
+        "ssh://h%0aid",
+        "ssh://u%h@h",
+        "ssh://h:0",
+        "ssh://h:65536",
+        "ssh://h:\u0662\u0662",
+        "ssh://[::1",
+        "ssh://[1.2.3.4]",
+        "ssh://2001:db8::1",
+        f"ssh://{'a' * 5000}",
+        "ssh://\x1b[31mh",
     ],
 )
 def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ResvitError, match=r"cannot be the name|not an address"):
+    with pytest.raises(ResvitError, match=r"cannot be the name|not an address") as caught:
         address_from(text)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.console import console, emit_json, run_command, table
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, one_line, printable
 from resvit_engines.progress import Lines, Quiet, Terminal
-from resvit_engines.terminal import CleanStream, clean_streams, one_line, printable
+from resvit_engines.terminal import CleanStream, clean_streams
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202eb\r\x00\x7f\u2028\udcffé→"
 ANY = st.text(st.characters(exclude_categories=()))
@@ -99,7 +99,7 @@ def test_an_error_has_its_own_lines_alone(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr()
     assert [line for line in said.err.splitlines() if not line.startswith(" ")] == [said.err.splitlines()[0]]
     assert commands(said.err + said.out, but="\n") == []
-    assert json.loads(said.out)["error"]["problem"] == f"It is {HOSTILE}\nerror: none"
+    assert json.loads(said.out)["error"]["problem"] == f"It is {printable(HOSTILE)}\nerror: none"
 
 
 @pytest.mark.whole

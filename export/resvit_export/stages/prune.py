@@ -182,7 +182,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
             raise ResvitError(
                 "Nothing in this network can be pruned: "
                 + "; ".join(f"{path}: {reason}" for path, reason in list(found.left_alone.items())[:3]),
-                "Leave the --prune options out, or allow more kinds with --prune-what.",
+                "Leave out what asks for pruning (--prune-macs and the like), or allow more kinds with --prune-what.",
                 ExitCode.IMPOSSIBLE,
             )
         costs = costs_from_module(module, example[:1], found.groups)

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_kno
 from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded, leads_to_file
 
 Split = Literal["calibration", "validation"]
 _PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
@@ -72,7 +72,7 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if match is None:
         return None
     module, name = match["module"], match["name"]
-    if module.endswith(".py") and not Path(module).expanduser().is_file():
+    if module.endswith(".py") and not leads_to_file(expanded(module)):
         raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
         loaded = module_from(module)
