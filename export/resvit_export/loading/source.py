@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import importlib.metadata
@@ -90,12 +89,13 @@ class NetworkSource:
         if self._network is None:
             from resvit_export.loading.libraries import quiet_libraries
             from resvit_export.loading.load import load_network, network_from_module
+            from resvit_quantize.pruning.copies import copy_of
 
             with quiet_libraries():
                 self._network = (
                     load_network(self.spec, reporter)
                     if self._module is None
-                    else network_from_module(copy.deepcopy(self._module), self.spec, reporter)
+                    else network_from_module(copy_of(self._module), self.spec, reporter)
                 )
         return self._network
 
