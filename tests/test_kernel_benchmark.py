@@ -13,10 +13,11 @@ import pytest
 from kernel_bounds import held
 from resvit_engines.kernels.attention import attention_reference
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference
+from resvit_engines.kernels.deformable import deformable_reference
 from resvit_engines.kernels.measure.results import Measured, case_of
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("attention", "bridge")
+KINDS = ("attention", "bridge", "deformable")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,8 @@ def test_every_hybrid_is_there_at_every_batch() -> None:
 def reference(case: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
     if case.kind == "attention":
         return [attention_reference(case.config, *inputs)]
+    if case.kind == "deformable":
+        return [deformable_reference(case.config, *inputs)]
     return list(bridge_reference(case.config, *inputs))
 
 
