@@ -31,7 +31,12 @@ MAPPINGS = (
 """Of transformers' own lists (``MODEL_FOR_…_MAPPING_NAMES``), in the order of the table."""
 HEADLESS = ("BACKBONE", "IMAGE")
 """Lists whose architectures stand in another list with a head, for the most part: only the others are taken."""
-OTHER_INPUTS = ("MASK_GENERATION", "ZERO_SHOT_OBJECT_DETECTION", "ZERO_SHOT_IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+OTHER_INPUTS = (
+    "MASK_GENERATION",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+)
 """What takes prompts, text or films beside or instead of an image: whether a refusal says so is what is measured."""
 
 _VIT = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
@@ -106,18 +111,29 @@ SMALL: dict[str, Small] = {
     ),
     "clip": Small(_VISION),
     "clipseg": Small({**_VISION, "extract_layers": [0, 1], "reduce_dim": 16}),
-    "conditional_detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)),
+    "conditional_detr": Small(
+        {**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)
+    ),
     "convnext": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
     "convnextv2": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
     "cvt": Small({"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2]}),
     "d_fine": Small({**_RT_DETR, "feat_strides": [8, 16, 32]}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
-    "dab-detr": Small({**_DETR, "hidden_size": 48, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)),
+    "dab-detr": Small(
+        {**_DETR, "hidden_size": 48, **_TIMM_RESNET},
+        ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}),
+        (96, 96),
+    ),
     "data2vec-vision": Small({**_VIT, "num_hidden_layers": 4, "image_size": 64, "out_indices": [0, 1, 2, 3]}),
     "deformable_detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
     "deimv2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "deit": Small({**_VIT, "image_size": 64}),
     "depth_anything": Small(
-        {"reassemble_hidden_size": 96, "neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32, "head_hidden_size": 16},
+        {
+            "reassemble_hidden_size": 96,
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "head_hidden_size": 16,
+        },
         ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
         (56, 56),
     ),
@@ -129,65 +145,157 @@ SMALL: dict[str, Small] = {
     "dinov3_vit": Small({**_VIT, "image_size": 64, "num_register_tokens": 4}),
     "donut-swin": Small(_SWIN, size=(128, 128)),
     "dpt": Small(
-        {**_VIT, "num_hidden_layers": 4, "image_size": 64, "backbone_out_indices": [0, 1, 2, 3],
-         "neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32, "use_auxiliary_head": False}
+        {
+            **_VIT,
+            "num_hidden_layers": 4,
+            "image_size": 64,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "use_auxiliary_head": False,
+        }
     ),
-    "efficientloftr": Small({"stage_num_blocks": [1, 1, 1, 1], "out_features": [16, 16, 32, 64], "hidden_size": 64,
-                             "num_attention_layers": 1}, channels=1),
+    "efficientloftr": Small(
+        {
+            "stage_num_blocks": [1, 1, 1, 1],
+            "out_features": [16, 16, 32, 64],
+            "hidden_size": 64,
+            "num_attention_layers": 1,
+        },
+        channels=1,
+    ),
     "efficientnet": Small({"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 320}),
     "eomt": Small({**_DINO, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
     "eomt_dinov3": Small({**_VIT, "num_hidden_layers": 4, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
     "focalnet": Small({"embed_dim": 24, "hidden_sizes": [24, 48, 96, 96], "depths": [1, 1, 1, 1], "image_size": 64}),
-    "glpn": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4],
-                   "decoder_hidden_size": 32}),
+    "glpn": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "decoder_hidden_size": 32,
+        }
+    ),
     "hgnet_v2": Small(_HGNET),
     "hiera": Small({"embed_dim": 24, "depths": [1, 1, 2, 1], "image_size": [128, 128]}, size=(128, 128)),
     "ijepa": Small({**_VIT, "image_size": 64}),
-    "levit": Small({"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}),
-    "lw_detr": Small({**_DETR, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4,
-                      "projector_scale_factors": [1.0], "group_detr": 1},
-                     ("LwDetrViTConfig", _WINDOWS), (128, 128)),
+    "levit": Small(
+        {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}
+    ),
+    "lw_detr": Small(
+        {
+            **_DETR,
+            "decoder_self_attention_heads": 4,
+            "decoder_cross_attention_heads": 4,
+            "projector_scale_factors": [1.0],
+            "group_detr": 1,
+        },
+        ("LwDetrViTConfig", _WINDOWS),
+        (128, 128),
+    ),
     "mask2former": Small(
-        {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48, "encoder_layers": 1,
-         "decoder_layers": 3, "num_attention_heads": 4, "dim_feedforward": 48, "num_queries": 20},
+        {
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 32,
+            "encoder_feedforward_dim": 48,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "num_attention_heads": 4,
+            "dim_feedforward": 48,
+            "num_queries": 20,
+        },
         ("SwinConfig", {**_SWIN, **_FOUR}),
         (128, 128),
     ),
-    "maskformer": Small({"fpn_feature_size": 32, "mask_feature_size": 32}, ("SwinConfig", {**_SWIN, **_FOUR}), (128, 128)),
+    "maskformer": Small(
+        {"fpn_feature_size": 32, "mask_feature_size": 32}, ("SwinConfig", {**_SWIN, **_FOUR}), (128, 128)
+    ),
     "metaclip_2": Small(_VISION),
     "mlcd": Small({**_VIT, "image_size": 56}, size=(56, 56)),
     "mlcd_vision_model": Small({**_VIT, "image_size": 56}, size=(56, 56)),
     "mobilenet_v1": Small({"depth_multiplier": 0.25}),
     "mobilenet_v2": Small({"depth_multiplier": 0.35}),
-    "mobilevit": Small({"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96], "image_size": 64}),
+    "mobilevit": Small(
+        {"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96], "image_size": 64}
+    ),
     "mobilevitv2": Small({"width_multiplier": 0.5, "image_size": 64}),
-    "oneformer": Small({"hidden_dim": 32, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2},
-                       ("SwinConfig", {**_SWIN, **_FOUR}), (128, 128)),
+    "oneformer": Small(
+        {"hidden_dim": 32, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2},
+        ("SwinConfig", {**_SWIN, **_FOUR}),
+        (128, 128),
+    ),
     "pixio": Small({**_VIT, "image_size": 64}),
     "poolformer": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
     "pp_doclayout_v2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "pp_doclayout_v3": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
     "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
     "prompt_depth_anything": Small(
-        {"reassemble_hidden_size": 96, "neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32, "head_hidden_size": 16},
+        {
+            "reassemble_hidden_size": 96,
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "head_hidden_size": 16,
+        },
         ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
         (56, 56),
     ),
-    "pvt": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4], "image_size": 64}),
-    "pvt_v2": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4], "image_size": 64}),
-    "regnet": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8, "embedding_size": 16}),
+    "pvt": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "image_size": 64,
+        }
+    ),
+    "pvt_v2": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "image_size": 64,
+        }
+    ),
+    "regnet": Small(
+        {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8, "embedding_size": 16}
+    ),
     "resnet": Small({**_RESNET, "layer_type": "bottleneck"}),
-    "rf_detr": Small({**_DETR, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4, "group_detr": 1},
-                     ("RfDetrDinov2Config", {**_DINO, "num_windows": 2, "image_size": 112, "out_features": ["stage2", "stage4"],
-                                             "window_block_indexes": [0, 2]}), (112, 112)),
+    "rf_detr": Small(
+        {**_DETR, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4, "group_detr": 1},
+        (
+            "RfDetrDinov2Config",
+            {
+                **_DINO,
+                "num_windows": 2,
+                "image_size": 112,
+                "out_features": ["stage2", "stage4"],
+                "window_block_indexes": [0, 2],
+            },
+        ),
+        (112, 112),
+    ),
     "rf_detr_dinov2": Small({**_DINO, "num_windows": 2, "image_size": 112}, size=(112, 112)),
     "rt_detr": Small(_RT_DETR, ("RTDetrResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
     "rt_detr_resnet": Small(_RESNET),
     "rt_detr_v2": Small(_RT_DETR, ("RTDetrResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
-    "sapiens2": Small({**_VIT, "num_attention_heads": 4, "num_key_value_attention_heads": 2, "image_size": 64,
-                       "num_first_full_attention_layers": 1, "num_last_full_attention_layers": 1}),
-    "segformer": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4],
-                        "decoder_hidden_size": 32}),
+    "sapiens2": Small(
+        {
+            **_VIT,
+            "num_attention_heads": 4,
+            "num_key_value_attention_heads": 2,
+            "image_size": 64,
+            "num_first_full_attention_layers": 1,
+            "num_last_full_attention_layers": 1,
+        }
+    ),
+    "segformer": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "decoder_hidden_size": 32,
+        }
+    ),
     "siglip": Small(_VISION),
     "siglip2": Small(_VISION),
     "siglip_vision_model": Small({**_VIT, "image_size": 64}),
@@ -196,26 +304,51 @@ SMALL: dict[str, Small] = {
     "swin": Small(_SWIN, size=(128, 128)),
     "swin2sr": Small({"embed_dim": 24, "depths": [1, 2], "num_heads": [2, 2], "image_size": 32}, size=(32, 32)),
     "swinv2": Small(_SWIN, size=(128, 128)),
-    "table-transformer": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)),
+    "table-transformer": Small(
+        {**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)
+    ),
     "textnet": Small({"image_size": [64, 64]}),
-    "tipsv2_dpt": Small({"neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32},
-                        ("Tipsv2VisionConfig", {**_DINO, **_FOUR, "image_size": 56}), (56, 56)),
+    "tipsv2_dpt": Small(
+        {"neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32},
+        ("Tipsv2VisionConfig", {**_DINO, **_FOUR, "image_size": 56}),
+        (56, 56),
+    ),
     "tipsv2_vision_model": Small({**_DINO, "image_size": 56}, size=(56, 56)),
-    "upernet": Small({"hidden_size": 48, "auxiliary_channels": 16, "auxiliary_in_channels": 48},
-                     ("ConvNextConfig", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], **_FOUR})),
+    "upernet": Small(
+        {"hidden_size": 48, "auxiliary_channels": 16, "auxiliary_in_channels": 48},
+        ("ConvNextConfig", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], **_FOUR}),
+    ),
     "vit": Small({**_VIT, "image_size": 64}),
     "vit_mae": Small({**_VIT, "image_size": 64}),
     "vit_msn": Small({**_VIT, "image_size": 64}),
     "vitdet": Small({**_DINO, "image_size": 64}),
-    "vitmatte": Small({"hidden_size": 96, "convstream_hidden_sizes": [16, 24, 32], "fusion_hidden_sizes": [48, 32, 24, 16]},
-                      ("VitDetConfig", {**_DINO, "image_size": 64, "num_channels": 4, "out_features": ["stage4"]}), channels=4),
+    "vitmatte": Small(
+        {"hidden_size": 96, "convstream_hidden_sizes": [16, 24, 32], "fusion_hidden_sizes": [48, 32, 24, 16]},
+        ("VitDetConfig", {**_DINO, "image_size": 64, "num_channels": 4, "out_features": ["stage4"]}),
+        channels=4,
+    ),
     "vitpose_backbone": Small({**_DINO, "image_size": [64, 64]}),
     "yolos": Small({**_VIT, "image_size": [64, 64], "num_detection_tokens": 20}),
     "zoedepth": Small(
-        {"neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32, "bottleneck_features": 32, "bin_embedding_dim": 16,
-         "num_relative_features": 16, "bin_configurations": [{"n_bins": 16, "min_depth": 0.001, "max_depth": 10.0}]},
-        ("BeitConfig", {**_VIT, "num_hidden_layers": 4, "image_size": 64, **_FOUR, "reshape_hidden_states": False,
-                        "use_relative_position_bias": True}),
+        {
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "bottleneck_features": 32,
+            "bin_embedding_dim": 16,
+            "num_relative_features": 16,
+            "bin_configurations": [{"n_bins": 16, "min_depth": 0.001, "max_depth": 10.0}],
+        },
+        (
+            "BeitConfig",
+            {
+                **_VIT,
+                "num_hidden_layers": 4,
+                "image_size": 64,
+                **_FOUR,
+                "reshape_hidden_states": False,
+                "use_relative_position_bias": True,
+            },
+        ),
     ),
 }
 """By the type of its configuration. What is not here is built as its own defaults say."""
