@@ -32,6 +32,7 @@ def seen(x: np.ndarray, parts: int = 1):
     return counter.statistics()
 
 
+@pytest.mark.whole
 @given(st.data())
 @settings(deadline=None, max_examples=60)
 def test_a_channel_is_found_behind_any_reshape_and_transpose(data):

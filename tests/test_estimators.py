@@ -125,6 +125,7 @@ def divergence_by_the_book(statistics, end):
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("law", ["standard_normal", "standard_cauchy", "standard_exponential"])
 def test_entropy_is_migacz_search(law):
     x = getattr(np.random.default_rng(5), law)(20_000).astype(np.float32)
@@ -158,6 +159,7 @@ def test_growing_does_not_depend_on_the_order():
     assert sum(results[0][1]) == x.size
 
 
+@pytest.mark.whole
 def test_two_hundred_tensors_take_a_moment():
     x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     tensors = {str(i): seen(x * (1 + i / 7)) for i in range(200)}

@@ -175,6 +175,7 @@ def test_nobody_at_the_port(device: LoopbackDevice) -> None:
         pass
 
 
+@pytest.mark.whole
 def test_files_go_there_and_come_back(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "a file"
     file.write_bytes(os.urandom(3_000_000))
@@ -189,6 +190,7 @@ def test_files_go_there_and_come_back(device: LoopbackDevice, tmp_path: Path) ->
     assert list((device.home / "some where").iterdir()) == [device.home / "some where" / "a 'file'"]
 
 
+@pytest.mark.whole
 def test_an_upload_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "large"
     file.write_bytes(os.urandom(40 << 20))
@@ -201,6 +203,7 @@ def test_an_upload_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp
     assert "was lost" in heard.lines[0]
 
 
+@pytest.mark.whole
 def test_an_upload_over_a_part_of_something_else_is_made_anew(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"right" * 1000)
@@ -210,6 +213,7 @@ def test_an_upload_over_a_part_of_something_else_is_made_anew(device: LoopbackDe
     assert (device.home / "file").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.whole
 def test_a_download_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     (device.home / "large").write_bytes(os.urandom(40 << 20))
     cutter = Cutter(device, after=20)
@@ -220,6 +224,7 @@ def test_a_download_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tm
     assert list(tmp_path.glob(".large*")) == []
 
 
+@pytest.mark.whole
 def test_a_device_that_stays_away_gives_a_sentence(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(40 << 20))
@@ -274,6 +279,7 @@ def test_progress_crosses_a_file(tmp_path: Path) -> None:
     assert {"outer 6/6", "inner 2/2", "at 2"} <= set(shown.lines)
 
 
+@pytest.mark.whole
 def test_two_uploads_of_one_file_at_once_end_whole(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(4 << 20))

@@ -357,6 +357,7 @@ def test_every_stage_has_its_section_and_a_missing_one_has_none() -> None:
     ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stage", [f.name for f in dataclasses.fields(ReportData) if f.name != "name"])
 def test_any_one_stage_may_be_missing(stage: str) -> None:
     default = () if stage in ("images", "targets") else None

@@ -48,6 +48,7 @@ def test_what_is_text_stays(text: str) -> None:
     assert one_line(text) == text
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp437"])
 @given(text=ANY)
 @settings(deadline=None)
@@ -101,6 +102,7 @@ def test_an_error_has_its_own_lines_alone(capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(said.out)["error"]["problem"] == f"It is {printable(HOSTILE)}\nerror: none"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}])
 def test_help_and_errors_on_a_terminal_that_is_not_utf8(variables: dict[str, str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", **variables}
@@ -118,6 +120,7 @@ def test_help_and_errors_on_a_terminal_that_is_not_utf8(variables: dict[str, str
         assert b"Unicode" not in done.stderr
 
 
+@pytest.mark.whole
 def test_nobody_reads(tmp_path: Path) -> None:
     for arguments in (["targets"], ["targets", "--json"], ["--help"]):
         command = [sys.executable, "-m", "resvit_export", *arguments]

@@ -137,6 +137,7 @@ def read_text(text: str, read: Callable[[Path], object]) -> ExitCode | None:
     return None
 
 
+@pytest.mark.whole
 @given(st.sampled_from(sorted(item.toml for item in SETTINGS.values())), JSON)
 @settings(deadline=None, max_examples=200)
 def test_any_value_of_any_setting_is_taken_or_refused(key: str, value: object) -> None:
@@ -159,6 +160,7 @@ def test_any_text_is_a_recipe_or_refused(text: str) -> None:
     assert read_text(text, recipe_from_toml) in (None, ExitCode.INPUT)
 
 
+@pytest.mark.whole
 @given(JSON, st.dictionaries(st.sampled_from(["fp16", "int8", "x"]), JSON))
 @settings(deadline=None)
 def test_any_measured_times_are_read_or_refused(value: object, times: dict[str, object]) -> None:
@@ -173,6 +175,7 @@ LAYER = st.fixed_dictionaries(
 TENSORS = st.fixed_dictionaries({"Inputs": st.lists(st.fixed_dictionaries({"Name": JSON, "Dimensions": JSON}))})
 
 
+@pytest.mark.whole
 @given(st.lists(LAYER | TENSORS, max_size=3), JSON)
 @settings(deadline=None)
 def test_any_layer_file_is_read_or_refused(layers: list[object], bindings: object) -> None:

@@ -222,3 +222,31 @@ def batch_of(items: Sequence[Item]) -> Batch:
         geometry if len(geometry) == len(items) else None,
         {name: np.stack([item.inputs[name] for item in items]) for name in items[0].inputs},
     )
+
+
+def items_in(batch: Batch) -> Iterator[Item]:
+    """The images of a batch one by one, each with what is known of it."""
+    for index, image in enumerate(batch.images):
+        yield Item(
+            image,
+            None if batch.labels is None else int(batch.labels[index]),
+            None if batch.targets is None else batch.targets[index],
+            None if batch.geometry is None else batch.geometry[index],
+            {name: value[index] for name, value in batch.inputs.items()},
+        )
+
+
+def in_batches_of(size: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same images in batches of ``size``, the last one perhaps smaller."""
+    waiting: list[Item] = []
+    for batch in batches:
+        if not waiting and len(batch.images) == size:
+            yield batch
+            continue
+        for item in items_in(batch):
+            waiting.append(item)
+            if len(waiting) == size:
+                yield batch_of(waiting)
+                waiting = []
+    if waiting:
+        yield batch_of(waiting)
