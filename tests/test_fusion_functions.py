@@ -93,6 +93,7 @@ def attention_inputs(config: AttentionConfig, batch: int) -> tuple[list[np.ndarr
     return inputs, dtypes
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "pv"), [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8")]

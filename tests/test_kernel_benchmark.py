@@ -146,6 +146,7 @@ def test_tables_hold_every_row_and_the_least_ratio() -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
+@pytest.mark.whole
 def test_cases_are_checked_timed_and_tabulated_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of the script, with made-up times in place of a GPU's."""
     import kernels
@@ -178,6 +179,7 @@ def test_cases_are_checked_timed_and_tabulated_in_turn(tmp_path: Path, monkeypat
     assert len(json.loads((tmp_path / "kernels-sm90.json").read_text())["rows"]) == 6
 
 
+@pytest.mark.whole
 def test_static_rows_tell_of_the_code_or_of_the_refusal() -> None:
     from kernel_peers.table import static_table
     from kernels import static_rows

@@ -145,6 +145,7 @@ COMPILED = [(sm, *case) for sm in PTX_OF_SM for case in CASES]
 QUICK = set(pairs_among(COMPILED))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sm", "name"),
     [

@@ -56,6 +56,7 @@ launches = st.builds(
 )
 
 
+@pytest.mark.whole
 @given(launches, st.booleans())
 def test_what_is_written_is_read(launch: Launch, as_arrays: bool) -> None:
     kernel = dataclasses.replace(kernel_for("ResvitAttentionBias"), launch=launch)

@@ -30,6 +30,7 @@ def attention_model(path: Path, opset: int) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_attention_that_no_kernel_serves_builds_from_the_copy_only(tmp_path: Path) -> None:
     model = attention_model(tmp_path / "model.onnx", 23)
     with pytest.raises(ResvitError) as caught:

@@ -12,10 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.images.targets import Target
+from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_FILE_MOST = 2 << 30
+"""Bytes of the largest picture's file."""
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -198,11 +202,12 @@ class FilePixels(Untargeted):
 
 
 def file_bytes(path: Path) -> bytes:
-    """Read one file; raise ``BrokenImage`` where that fails."""
+    """Read one file of at most 2 GiB, without waiting for a pipe; raise ``BrokenImage`` where that fails."""
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+        return read_outside(path, _FILE_MOST, "it")
+    except ResvitError as error:
+        gone = error.problem.startswith("There is no file")
+        raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
 
 
 def decode(data: bytes, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
