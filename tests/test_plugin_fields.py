@@ -17,7 +17,7 @@ from resvit_engines.plugins.names import OP_TYPES
 
 
 def test_every_kind_of_node_is_named_once_with_its_tensors() -> None:
-    assert len(OP_TYPES) == 8 + 6
+    assert len(OP_TYPES) == 8 + 6 + 2
     tensors = {name: (op.inputs, op.outputs) for name, op in OP_TYPES.items()}
     assert tensors["ResvitAttention"] == (("packed",), ("output",))
     assert tensors["ResvitAttentionSplitBiasQ"] == (("q", "k", "v", "bias"), ("output",))
