@@ -123,7 +123,7 @@ class ByWeakReference(Keeping):
 class ByClosure(Keeping):
     def __init__(self) -> None:
         super().__init__()
-        self.by = lambda: self.gain.exp()
+        self.by = lambda: self.gain.exp()  # noqa: PLW0108 - a closure is what is tested
 
     def scale(self) -> Tensor:
         return self.by()

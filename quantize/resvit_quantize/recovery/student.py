@@ -13,7 +13,7 @@ from torch import Tensor
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph.network import constant
-from resvit_quantize.placement.grid import LARGEST_SCALE, SMALLEST_SCALE, largest_level, scale_from_amax, weight_shape
+from resvit_quantize.placement.grid import largest_level, scale_from_amax, weight_shape
 from resvit_quantize.placement.placement import EdgeKey, Weight, edge_key
 from resvit_quantize.qdq.plan import Plan
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
@@ -102,11 +102,8 @@ def weight_scale(weight: Tensor, place: Weight, bits: int) -> Tensor:
     """Scales that broadcast against ``weight``, the same as ``scale_from_amax`` of its channels; no gradient."""
     shape, others = weight_shape(np.empty(weight.shape), place.axis)
     amax = weight.detach().abs().amax(others).double()
-    wanted = (amax / largest_level(place.precision, bits)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-    half = wanted.to(torch.float16)
-    # The next larger half has the next larger bits, for positive numbers.
-    larger = (half.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(half.double() < wanted, larger, half).float().reshape(shape)
+    scale = scale_from_amax(amax.cpu().numpy(), place.precision, bits)
+    return torch.from_numpy(scale).to(weight.device).reshape(shape)
 
 
 class Pieces:
