@@ -66,6 +66,8 @@ class Validate(Stage[Validated]):
     quantize_report: File
     max_drop: float
     confidence: float
+    doubt: str
+    """Why the images tell nothing, where something does."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""
@@ -77,7 +79,7 @@ class Validate(Stage[Validated]):
         original = self.reference.answers(self.questions.task) if self.reference else onnx_float
         candidate = self.candidate.answers(self.questions.task)
         comparison = task.compare(original, candidate, self.confidence)
-        verdict = judge(comparison, self.max_drop, self.confidence, images.class_names)
+        verdict = judge(comparison, self.max_drop, self.confidence, images.class_names, self.doubt)
         itself = task.compare(original, original, self.confidence)
         rows = [ScoreRow.of("pytorch" if self.reference else "onnx float", itself)]
         if self.pruned:
