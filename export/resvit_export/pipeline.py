@@ -178,8 +178,9 @@ class Pipeline:
     def validated(self) -> gate.Validated:
         """The answers of the ONNX that ships held against the original network's, and judged."""
         clips = (self.float_model, self.calibrated.statistics, self.quantized.file(quantize.REPORT))
-        limit = (self.recipe.max_drop, self.variant.confidence, self.images[1].class_names)
-        return self.do(gate.Validate(self.questions, self.run.label, *gate.sides(self.answered), *clips, *limit))
+        limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
+        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
+        return self.do(gate.Validate(self.questions, self.run.label, *how))
 
     @cached_property
     def predicted(self) -> predict.Predicted:

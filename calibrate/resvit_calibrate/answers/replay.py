@@ -33,7 +33,7 @@ class FirstImages(ImageSet):
         self.images, self.count = images, min(count, len(images))
         self.description = images.description
         self.num_classes, self.class_names, self.class_ids = images.num_classes, images.class_names, images.class_ids
-        self.task, self.preprocess = images.task, images.preprocess
+        self.task, self.preprocess, self.doubt = images.task, images.preprocess, images.doubt
         self.contents, self.digest = images.contents[: self.count], f"{images.digest}/{count}"
 
     def __len__(self) -> int:

@@ -32,7 +32,9 @@ class CocoPixels(FilePixels):
 
     def look(self, index: int) -> Look:
         """Digest the file's bytes and the boxes."""
-        return super().look(index)._replace(target=digest_of_target(self._boxes(index)))
+        height, width = self.coco.sizes[index].tolist()
+        size = (height, width) if height else None
+        return super().look(index)._replace(target=digest_of_target(self._boxes(index)), annotated=size)
 
     def target(self, index: int, height: int, width: int) -> BoxTarget:
         """The boxes of one image, in its pixels."""

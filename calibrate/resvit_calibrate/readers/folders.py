@@ -13,18 +13,14 @@ import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.decode import SUFFIXES
 
-_SUFFIXES = (
-    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
-)
-"""What Pillow decodes by itself, of the kinds that pictures are kept in."""
 _ENDINGS_SHOWN = 5
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 _LAYOUT = (
     "Give a folder with one sub-folder of images for each class, or one with `train` and `val` inside; "
-    f"images end in {', '.join(_SUFFIXES)}."
+    f"images end in {', '.join(SUFFIXES)}."
 )
 
 
@@ -164,7 +160,7 @@ def _visible(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return _visible(name) and name.lower().endswith(_SUFFIXES)
+    return _visible(name) and name.lower().endswith(SUFFIXES)
 
 
 def _raise(error: OSError) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import file_bytes, opened
+from resvit_calibrate.images.pixels import file_bytes
 from resvit_calibrate.readers.folders import class_names, files_below, is_image
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.decode import opened
 
 _FEW = 32
 """Values or colours of a mask at most; a picture of as many pixels has more."""

@@ -21,8 +21,9 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors
 
 _FIX = (
-    "Write it with numpy.savez(path, images=…, labels=…): images uint8 [N, H, W] or [N, H, W, 1 or 3], "
-    "labels integers [N]; or, instead of labels, masks integers [N, H, W], depth metres [N, H, W], or boxes [A, 4] "
+    "Write it with numpy.savez(path, images=…, labels=…): images uint8 [N, H, W] or [N, H, W, 1 or 3] (or "
+    "uint16 or floating-point, with --preprocess white=… where white is not 65535 or 1), labels integers [N]; or, "
+    "instead of labels, masks integers [N, H, W], depth metres [N, H, W], or boxes [A, 4] "
     "with box_classes [A] and box_offsets [N + 1]; val_images and the like may follow."
 )
 
@@ -62,8 +63,8 @@ def _pair(
 ) -> ArrayPixels:
     images = _mapped(archive, f"{prefix}images", path)
     where = f"{prefix}images of {path}"
-    if images.dtype != np.uint8:
-        raise ResvitError(f"{where} is of type {images.dtype}, not uint8.", _FIX)
+    if images.dtype != np.uint8 and images.dtype.kind != "f" and images.dtype.newbyteorder("=") != np.uint16:
+        raise ResvitError(f"{where} is of type {images.dtype}, not uint8, uint16 or floating-point.", _FIX)
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape:
         raise ResvitError(f"{where} has the shape {list(images.shape)}, which is not one of images.", _FIX)
     name = f"{path.name} ({prefix}images)"

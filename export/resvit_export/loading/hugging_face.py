@@ -93,7 +93,7 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         settings = dict(arguments)
         kind = _class_of(transformers, config, settings.pop(_ARCHITECTURE, None), reference)
-        _require_image(transformers, kind, reference)
+        _require_image(kind, reference)
         config = _own_config(kind, config)
         _set(config, settings, reference)
         files = _folder_of(folder, reference)
@@ -125,7 +125,7 @@ def _class_of(transformers: Any, config: Any, named: object, reference: str) -> 
     return kind
 
 
-def _require_image(transformers: Any, kind: Any, reference: str) -> None:
+def _require_image(kind: Any, reference: str) -> None:
     """Refuse, before anything is built, a class that is no function of one image, and say which of its parts is."""
     from transformers.models.auto import modeling_auto
 

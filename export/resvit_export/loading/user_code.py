@@ -76,8 +76,8 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
     """While a module is traced, let its forward branch on its own small buffers: they are constants once it is trained.
 
     A flag that a layer sets at its first batch, or a list of which layers mask, has a value; tracing forgets it, and
-    ``if self.ready:`` fails. What is computed from such buffers alone is computed beside the trace, and handed out where
-    Python asks for a number.
+    ``if self.ready:`` fails. What is computed from such buffers alone is computed beside the trace, and handed out
+    where Python asks for a number.
     """
 
     def __init__(self, module: nn.Module) -> None:

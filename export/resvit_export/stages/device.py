@@ -58,8 +58,8 @@ class RunOnDevice(Stage[OnDevice]):
     """Build the bundle's engine on the device at ``address``, validate and time it there.
 
     The first ``count`` validation images are copied and answered; ``original`` holds the original network's answers,
-    and ``outputs`` names the graph's outputs. ``rehearse`` lets TensorRT for RTX stand in. ``audit`` is for the
-    engine's own layers.
+    and ``outputs`` names the graph's outputs. ``rehearse`` lets TensorRT for RTX stand in. ``doubt`` says why the
+    images tell nothing, where something does. ``audit`` is for the engine's own layers.
     """
 
     name: ClassVar[str] = "device"
@@ -76,6 +76,7 @@ class RunOnDevice(Stage[OnDevice]):
     outputs: tuple[str, ...]
     max_drop: float
     confidence: float
+    doubt: str
     audit: Audit
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -125,7 +126,8 @@ class RunOnDevice(Stage[OnDevice]):
             comparison = task.compare(
                 self.original.answers(questions.task).first(self.count), candidate, self.confidence
             )
-            verdict = judge(comparison, self.max_drop, self.confidence, questions.images.class_names)
+            names = questions.images.class_names
+            verdict = judge(comparison, self.max_drop, self.confidence, names, self.doubt)
             document.update(verdict=verdict.to_json(), runner=result.outputs.runner)
             for file in files:
                 file.unlink()

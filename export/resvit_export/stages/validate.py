@@ -67,6 +67,8 @@ class Validate(Stage[Validated]):
     max_drop: float
     confidence: float
     class_names: tuple[str, ...]
+    doubt: str
+    """Why the images tell nothing, where something does."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""
@@ -78,7 +80,7 @@ class Validate(Stage[Validated]):
         original = self.reference.answers(self.questions.task) if self.reference else onnx_float
         candidate = self.candidate.answers(self.questions.task)
         comparison = task.compare(original, candidate, self.confidence)
-        verdict = judge(comparison, self.max_drop, self.confidence, self.class_names)
+        verdict = judge(comparison, self.max_drop, self.confidence, self.class_names, self.doubt)
         itself = task.compare(original, original, self.confidence)
         rows = [ScoreRow.of("pytorch" if self.reference else "onnx float", itself)]
         if self.pruned:

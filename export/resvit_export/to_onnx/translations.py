@@ -153,9 +153,7 @@ def _fold(input: Any, output_size: Any, kernel_size: Any, dilation: Any, padding
     )
 
 
-def _is_tiling(
-    kernel: list[int], steps: list[int], spread: list[int], edge: list[int], size: tuple[int, int]
-) -> bool:
+def _is_tiling(kernel: list[int], steps: list[int], spread: list[int], edge: list[int], size: tuple[int, int]) -> bool:
     """Whether patches lie side by side and cover the image: then they are a matter of shape."""
     whole = all(length % step == 0 for length, step in zip(size, kernel, strict=True))
     return kernel == steps and spread == [1, 1] and edge == [0, 0] and whole

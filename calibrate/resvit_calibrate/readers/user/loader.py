@@ -37,6 +37,11 @@ class Factory:
             parameters = ()  # type: ignore[assignment]  # a built-in without a signature takes no split
         self.splits = any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
 
+    @property
+    def name(self) -> str:
+        """Its file or module and its own name, without a path."""
+        return self.text.replace("\\", "/").rpartition("/")[2]
+
     def images(self, split: Split, preprocess: Preprocess) -> Iterator[Item]:
         """Call it and pass on one image at a time, with its label or target."""
         expected = (preprocess.channels, *preprocess.size)
@@ -106,12 +111,10 @@ class StreamImageSet(ImageSet):
     against the first, since a comparison needs the same images every time.
     """
 
-    prepared = True
-
     def __init__(self, factory: Factory, split: Split, preprocess: Preprocess, stop: int | None) -> None:
         self._factory = factory
         self._split: Split = split
-        self.preprocess = preprocess
+        self.preprocess, self.factory = preprocess, factory.name
         self._kept: dict[int, _Seen] = {}
         tasks: set[str | None] = set()
         classes: dict[str, tuple[int, ...]] = {}
@@ -135,11 +138,12 @@ class StreamImageSet(ImageSet):
     def _describe(self) -> None:
         self.contents = tuple(seen.content for seen in self._kept.values())
         self.digest = digest_of(self.contents, self.labels, [seen.about for seen in self._kept.values()])
-        self.description = f"{len(self)} images of {self._factory.text.rpartition('/')[2]} ({self._split})"
+        self.description = f"{len(self)} images of {self.factory} ({self._split})"
 
     def _only(self, kept: dict[int, _Seen], split: Split) -> StreamImageSet:
         other = StreamImageSet.__new__(StreamImageSet)
         other._factory, other._split, other.preprocess, other._kept = self._factory, split, self.preprocess, kept
+        other.factory = self.factory
         other.task, other.num_classes = self.task, self.num_classes
         other._describe()
         return other
