@@ -5,10 +5,10 @@
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
 timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of random
-weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the signal-to-noise
-ratio of the float network's outputs where noise of 40 dB lies on its images: where that is low already, a low SQNR is
-the network's own. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what is done is not
-done again, so that a run can be ended at any time and started again.
+weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the
+signal-to-noise ratio of the float network's outputs where noise of 40 dB lies on its images: where that is low already,
+a low SQNR is the network's own. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what
+is done is not done again, so that a run can be ended at any time and started again.
 """
 
 from __future__ import annotations
