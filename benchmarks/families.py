@@ -4,11 +4,11 @@
     python benchmarks/families.py --until export --only rt_detr
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
-timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of random
-weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the
-signal-to-noise ratio of the float network's outputs where noise of 40 dB lies on its images: where that is low already,
-a low SQNR is the network's own. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what
-is done is not done again, so that a run can be ended at any time and started again.
+timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of
+random weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the
+ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
+already, a low SQNR is the network's own. Each model runs in a process of its own, within ``--memory`` and
+``--seconds``; what is done is not done again, so that a run can be ended at any time and started again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class Case:
     listed: str
     kind: str
     model: str | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def cases() -> list[Case]:
@@ -82,8 +81,8 @@ def transformers_cases() -> Iterator[Case]:
 
 def timm_cases() -> Iterator[Case]:
     """timm's, by family."""
-    for name, arguments in TIMM.items():
-        yield Case(f"timm:{name}", "timm", name, f"timm:{name}", arguments)
+    for name in TIMM:
+        yield Case(f"timm:{name}", "timm", name, f"timm:{name}")
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
@@ -158,7 +157,7 @@ def take_through(case: Case, folder: Path, until: str) -> int:
         reference = f"hf:{write_folder(case.kind, case.name, folder / 'model')}"
         channels = small.channels if small is not None else 3
         sizes = small.size if small is not None else None
-    options = [option for name, value in case.arguments.items() for option in ("--model-arg", f"{name}={value}")]
+    options: list[str] = []
     if sizes is not None:
         options += ["--input-shape", f"{channels},{sizes[0]},{sizes[1]}"]
     common = ["--model", reference, "--run", str(folder / "run"), "--quiet", *options]
@@ -183,10 +182,10 @@ def own_noise(model: Path) -> float:
     session = open_session(model, session_options())
     random = np.random.default_rng(0)
     image = session.get_inputs()[0]
-    clean = random.standard_normal((2, *image.shape[1:]), dtype=np.float32)
+    batch = image.shape[0] if isinstance(image.shape[0], int) else 2
+    clean = random.standard_normal((batch, *image.shape[1:]), dtype=np.float32)
     noisy = clean + random.standard_normal(clean.shape, dtype=np.float32) * 10 ** (-_NOISE_DB / 20)
     pairs = zip(session.run(None, {image.name: clean}), session.run(None, {image.name: noisy}), strict=True)
-    signal_power = noise_power = 0.0
     ratios = []
     for before, after in pairs:
         signal_power = float(np.mean(np.square(before.astype(np.float64))))

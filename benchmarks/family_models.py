@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ SMALL: dict[str, Small] = {
     "chinese_clip": Small(_VISION),
     "chmv2": Small(
         {"post_process_channels": [16, 24, 32, 48], "fusion_hidden_size": 32, "head_hidden_size": 16},
-        ("DINOv3ViTConfig", {**_VIT, "num_hidden_layers": 4, "image_size": 64, **_FOUR}),
+        ("DINOv3ViTConfig", {**_VIT, "num_hidden_layers": 4, "image_size": 64, **_FOUR, "return_class_token": True}),
     ),
     "clip": Small(_VISION),
     "clipseg": Small({**_VISION, "extract_layers": [0, 1], "reduce_dim": 16}),
@@ -116,7 +116,7 @@ SMALL: dict[str, Small] = {
     ),
     "convnext": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
     "convnextv2": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
-    "cvt": Small({"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2]}),
+    "cvt": Small({"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}),
     "d_fine": Small({**_RT_DETR, "feat_strides": [8, 16, 32]}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "dab-detr": Small(
         {**_DETR, "hidden_size": 48, **_TIMM_RESNET},
@@ -124,7 +124,9 @@ SMALL: dict[str, Small] = {
         (96, 96),
     ),
     "data2vec-vision": Small({**_VIT, "num_hidden_layers": 4, "image_size": 64, "out_indices": [0, 1, 2, 3]}),
-    "deformable_detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
+    "deformable_detr": Small(
+        {**_DETR, "d_model": 64, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)
+    ),
     "deimv2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "deit": Small({**_VIT, "image_size": 64}),
     "depth_anything": Small(
@@ -137,7 +139,11 @@ SMALL: dict[str, Small] = {
         ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
         (56, 56),
     ),
-    "detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_FOUR}), (96, 96)),
+    "detr": Small(
+        {**_DETR, "d_model": 128, "decoder_attention_heads": 8, "encoder_attention_heads": 8, **_TIMM_RESNET},
+        ("ResNetConfig", {**_RESNET, **_FOUR}),
+        (96, 96),
+    ),
     "dinat": Small({"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}),
     "dinov2": Small({**_DINO, "image_size": 56}, size=(56, 56)),
     "dinov2_with_registers": Small({**_DINO, "image_size": 64}),
@@ -164,7 +170,7 @@ SMALL: dict[str, Small] = {
         },
         channels=1,
     ),
-    "efficientnet": Small({"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 320}),
+    "efficientnet": Small({"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}),
     "eomt": Small({**_DINO, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
     "eomt_dinov3": Small({**_VIT, "num_hidden_layers": 4, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
     "focalnet": Small({"embed_dim": 24, "hidden_sizes": [24, 48, 96, 96], "depths": [1, 1, 1, 1], "image_size": 64}),
@@ -182,6 +188,34 @@ SMALL: dict[str, Small] = {
     "levit": Small(
         {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}
     ),
+    "depth_pro": Small(
+        {
+            "patch_size": 56,
+            "fusion_hidden_size": 32,
+            "intermediate_hook_ids": [3, 1],
+            "intermediate_feature_dims": [32, 32],
+            "scaled_images_feature_dims": [32, 32, 16],
+            **{
+                part: {"model_type": "dinov2", **_DINO, "image_size": 56}
+                for part in ("image_model_config", "patch_model_config", "fov_model_config")
+            },
+        },
+        size=(224, 224),
+    ),
+    "lw_detr_vit": Small({**_WINDOWS, "out_features": ["stage4"]}, size=(128, 128)),
+    "maskformer-swin": Small(_SWIN, size=(128, 128)),
+    "perceiver": Small(
+        {
+            "num_latents": 16,
+            "d_latents": 64,
+            "num_self_attends_per_block": 1,
+            "num_cross_attention_heads": 1,
+            "num_self_attention_heads": 4,
+        },
+        size=(224, 224),
+    ),
+    "timm_wrapper": Small({"architecture": "resnet18"}),
+    "timm_backbone": Small({"backbone": "resnet18", "use_pretrained_backbone": False}),
     "lw_detr": Small(
         {
             **_DETR,
@@ -227,9 +261,13 @@ SMALL: dict[str, Small] = {
     ),
     "pixio": Small({**_VIT, "image_size": 64}),
     "poolformer": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
-    "pp_doclayout_v2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
-    "pp_doclayout_v3": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
-    "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
+    "pp_doclayout_v2": Small(
+        {**_RT_DETR, "class_thresholds": [0.5] * CLASSES, "class_order": list(range(CLASSES))},
+        ("HGNetV2Config", {**_HGNET, **_PYRAMID}),
+        (96, 96),
+    ),
+    "pp_doclayout_v3": Small({**_RT_DETR, "x4_feat_dim": 32}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
+    "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "prompt_depth_anything": Small(
         {
             "reassemble_hidden_size": 96,
@@ -280,6 +318,7 @@ SMALL: dict[str, Small] = {
     "rt_detr_v2": Small(_RT_DETR, ("RTDetrResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
     "sapiens2": Small(
         {
+            "head_config": {"upsample_out_channels": [48, 32], "conv_out_channels": [32]},
             **_VIT,
             "num_attention_heads": 4,
             "num_key_value_attention_heads": 2,
@@ -310,7 +349,7 @@ SMALL: dict[str, Small] = {
     "textnet": Small({"image_size": [64, 64]}),
     "tipsv2_dpt": Small(
         {"neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32},
-        ("Tipsv2VisionConfig", {**_DINO, **_FOUR, "image_size": 56}),
+        ("Tipsv2VisionConfig", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
         (56, 56),
     ),
     "tipsv2_vision_model": Small({**_DINO, "image_size": 56}, size=(56, 56)),
@@ -353,202 +392,8 @@ SMALL: dict[str, Small] = {
 }
 """By the type of its configuration. What is not here is built as its own defaults say."""
 
-_VITS = {"depth": 2}
-_STAGES = {"depths": [1, 1, 1, 1]}
-
-TIMM: dict[str, Mapping[str, Any]] = {
-    key: {}
-    for key in [
-        "botnet26t_256",
-        "eca_botnext26ts_256",
-        "halonet26t",
-        "sehalonet33ts",
-        "lambda_resnet26t",
-        "halo2botnet50ts_256",
-        "vit_small_r26_s32_224",
-        "vit_tiny_r_s16_p8_224",
-        "vit_base_mci_224",
-        "coatnet_0_224",
-        "coatnet_nano_rw_224",
-        "maxvit_rmlp_pico_rw_256",
-        "maxvit_pico_rw_256",
-        "maxxvit_rmlp_nano_rw_256",
-        "coatnext_nano_rw_224",
-        "levit_128s",
-        "levit_conv_128s",
-        "efficientformer_l1",
-        "efficientformerv2_s0",
-        "fastvit_t8",
-        "fastvit_sa12",
-        "fastvit_mci0",
-        "nextvit_small",
-        "efficientvit_b0",
-        "efficientvit_m0",
-        "mobilevit_xxs",
-        "mobilevitv2_050",
-        "mobilenetv4_hybrid_medium",
-        "edgenext_xx_small",
-        "convit_tiny",
-        "crossvit_9_240",
-        "coat_lite_tiny",
-        "coat_tiny",
-        "visformer_tiny",
-        "tiny_vit_5m_224",
-        "repvit_m0_9",
-        "swiftformer_xs",
-        "shvit_s1",
-        "iformer_t",
-        "lowformer_b0",
-        "efficientvim_m1",
-        "cpubone_nano",
-        "mvitv2_tiny",
-        "pvt_v2_b0",
-        "twins_pcpvt_small",
-        "twins_svt_small",
-        "pit_ti_224",
-        "pit_ti_distilled_224",
-        "nest_tiny",
-        "davit_tiny",
-        "gcvit_xxtiny",
-        "swin_tiny_patch4_window7_224",
-        "swin_s3_tiny_224",
-        "swinv2_tiny_window8_256",
-        "swinv2_cr_tiny_224",
-        "focalnet_tiny_srf",
-        "hiera_tiny_224",
-        "hieradet_small",
-        "sam2_hiera_tiny",
-        "samvit_base_patch16_224",
-        "xcit_nano_12_p16_224",
-        "volo_d1_224",
-        "cait_xxs24_224",
-        "tnt_s_patch16_224",
-        "sequencer2d_s",
-        "caformer_s18",
-        "convformer_s18",
-        "poolformer_s12",
-        "poolformerv2_s12",
-        "vitamin_small_224",
-        "vit_tiny_patch16_224",
-        "test_vit",
-        "test_vit2",
-        "test_vit3",
-        "test_vit4",
-        "deit_tiny_distilled_patch16_224",
-        "deit3_small_patch16_224",
-        "beit_base_patch16_224",
-        "beitv2_base_patch16_224",
-        "eva02_tiny_patch14_224",
-        "vit_small_patch16_dinov3",
-        "vit_pe_core_tiny_patch16_384",
-        "vit_relpos_small_patch16_224",
-        "vit_srelpos_small_patch16_224",
-        "test_vit_relpos",
-        "vit_small_patch16_rope_224",
-        "naflexvit_base_patch16_gap",
-        "mixer_s32_224",
-        "gmlp_ti16_224",
-        "resmlp_12_224",
-        "gmixer_12_224",
-        "vit_base_patch16_siglip_gap_224",
-        "vit_base_patch16_clip_quickgelu_224",
-        "vit_small_patch14_reg4_dinov2",
-        "flexivit_small",
-        "aimv2_large_patch14_224",
-        "deepseek_vit_412m",
-        "qwen3_vit_88m",
-        "gemma4_vit_167m",
-        "resnet10t",
-        "resnet18",
-        "resnet26d",
-        "ecaresnet26t",
-        "seresnet50",
-        "resnext50_32x4d",
-        "resnetaa50",
-        "resnetrs50",
-        "resnetblur50",
-        "test_resnet",
-        "resnetv2_18",
-        "resnetv2_50x1_bit",
-        "resnetv2_50d_evos",
-        "test_convnext",
-        "test_convnext2",
-        "convnext_atto",
-        "convnextv2_atto",
-        "efficientnet_b0",
-        "efficientnet_lite0",
-        "tf_efficientnetv2_b0",
-        "test_efficientnet",
-        "mixnet_s",
-        "mnasnet_small",
-        "mobilenetv2_050",
-        "mobilenetv3_small_050",
-        "mobilenetv4_conv_small",
-        "mobilenetv5_base",
-        "fbnetc_100",
-        "lcnet_035",
-        "lcnetv2_small",
-        "tinynet_e",
-        "spnasnet_100",
-        "hardcorenas_a",
-        "ghostnet_050",
-        "ghostnetv2_100",
-        "ghostnetv3_050",
-        "repghostnet_050",
-        "rexnet_100",
-        "regnetx_002",
-        "regnety_002",
-        "regnetz_b16",
-        "test_byobnet",
-        "repvgg_a0",
-        "mobileone_s0",
-        "gernet_s",
-        "gcresnext26ts",
-        "bat_resnext26ts",
-        "resnet33ts",
-        "dla34",
-        "dla46_c",
-        "res2net50_14w_8s",
-        "resnest14d",
-        "skresnet18",
-        "legacy_seresnet18",
-        "dpn48b",
-        "densenet121",
-        "vgg11_bn",
-        "vovnet39a",
-        "ese_vovnet19b_slim_dw",
-        "cspresnet50",
-        "darknet17",
-        "cspdarknet53",
-        "cs3darknet_s",
-        "cspnext_tiny",
-        "hrnet_w18_small",
-        "hgnetv2_b0",
-        "hgnet_tiny",
-        "selecsls42",
-        "tresnet_m",
-        "inception_next_atto",
-        "inception_v3",
-        "inception_v4",
-        "inception_resnet_v2",
-        "xception41p",
-        "legacy_xception",
-        "nasnetalarge",
-        "pnasnet5large",
-        "nf_regnet_b0",
-        "test_nfnet",
-        "nf_resnet26",
-        "dm_nfnet_f0",
-        "mambaout_femto",
-        "test_mambaout",
-        "starnet_s050",
-        "fasternet_t0",
-        "rdnet_tiny",
-        "convmixer_768_32",
-        "csatv2",
-    ]
-}
-"""By family, the smallest of each; then those of which a family has several kinds. Arguments for ``--model-arg``."""
+TIMM = (Path(__file__).parent / "family_timm.txt").read_text(encoding="utf-8").split()
+"""By family, the smallest of each; then those of which a family has several kinds."""
 
 
 def write_folder(kind: str, architecture: str, folder: Path) -> Path:
@@ -570,3 +415,12 @@ def write_folder(kind: str, architecture: str, folder: Path) -> Path:
     processor = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder.resolve()
+
+
+def four_channels() -> Iterator[tuple[Any, Any]]:
+    """Images and a guess of their foreground as a fourth channel, as matting reads them: float32 [B, 4, 64, 64]."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        yield random.standard_normal((2, 4, 64, 64), dtype=np.float32), np.zeros(2, np.int64)

@@ -20,7 +20,13 @@ from torch.export import Dim, export
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.load import load_network
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import COUPLED, fixed_batch_of, output_names, program_from_module
+from resvit_export.loading.torch_program import (
+    COUPLED,
+    fixed_batch_of,
+    output_names,
+    program_from_module,
+    runner_from_program,
+)
 from resvit_export.loading.user_code import left_out_note, tensors_alone
 from resvit_export.to_onnx.own_onnx import import_onnx
 
@@ -206,3 +212,48 @@ def test_a_saved_program_that_returns_none_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "net.pt2", lambda maps: (maps.mean((2, 3)), None), None)
     with pytest.raises(ResvitError, match="Output 1 of the program is None, no tensor"):
         load_network(ModelSpec(str(path)))
+
+
+class Flagged(torch.nn.Module):
+    """Branches on buffers of its own: a flag, a list, a number, and what is computed from them."""
+
+    def __init__(self, ready: bool, share: float) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.register_buffer("ready", torch.tensor(ready))
+        self.register_buffer("shares", torch.tensor([share, 0.0]))
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if not self.ready:
+            x = x * 100
+        if self.shares[0] * 2 > 1:
+            x = x - 1
+        if int(self.steps) > 2 and self.shares[1].item() == 0:
+            x = x * 2
+        if self.ready & (self.steps == 3):
+            x = x.relu()
+        return x.mean((2, 3)) * self.shares[0]
+
+
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_forward_may_branch_on_its_own_small_buffers(ready: bool, share: float) -> None:
+    module = Flagged(ready, share).eval()
+    program, notes = program_from_module(module, (3, 8, 8))
+    images = np.random.default_rng(0).standard_normal((3, 3, 8, 8), dtype=np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(runner_from_program(program)({"input": images})["logits"], expected, atol=1e-5)
+    assert notes == ()
+    assert bool(module.ready) is ready
+
+
+def test_a_forward_that_branches_on_its_image_is_still_refused() -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+    with pytest.raises(ResvitError, match="depends on values"):
+        program_from_module(Branching(), (3, 8, 8))

@@ -382,3 +382,40 @@ def test_packed_attention_is_split_along_the_heads(tmp_path: Path, select: str, 
 def test_a_packed_tensor_that_is_read_whole_stays(tmp_path: Path) -> None:
     model = ir.load(packed_attention(tmp_path / "model.onnx", "Slice", shared=True))
     assert split_along_heads(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation", "padding", "stride"),
+    [
+        ((12, 8), (2, 2), (1, 1), (0, 0), (2, 2)),  # side by side: MobileViTv2
+        ((12, 8), (2, 4), (1, 1), (0, 0), (2, 4)),
+        ((13, 9), (3, 3), (1, 1), (1, 1), (2, 2)),  # over each other: VOLO
+        ((11, 14), (3, 2), (2, 1), (1, 0), (1, 3)),
+        ((9, 9), (2, 2), (1, 1), (0, 0), (2, 2)),  # a rest that no patch covers
+    ],
+)
+def test_unfold_and_fold_are_shapes_or_convolutions(
+    size: tuple, kernel: tuple, dilation: tuple, padding: tuple, stride: tuple, tmp_path: Path
+) -> None:
+    class Patches(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            patches = nn.functional.unfold(x, kernel, dilation, padding, stride)
+            return nn.functional.fold(patches * patches, size, kernel, dilation, padding, stride), patches
+
+    program, _ = fold_program(program_from_module(Patches(), (3, *size))[0])
+    for opset in (20, 23):
+        report = onnx_from_program(
+            program, tmp_path / f"{opset}.onnx", opset=opset
+        )  # it holds the outputs to PyTorch's
+        assert set(report.operators) <= {"Mul", "Reshape", "Transpose", "Conv", "ConvTranspose"}
+        assert ("Conv" in report.operators) == (kernel != stride or bool(size[0] % kernel[0]))
+
+
+def test_a_group_norm_of_one_channel_stays_finite_on_a_flat_image(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.GroupNorm(64, 64))
+    program, _ = fold_program(program_from_module(network, (3, 32, 32))[0])
+    for opset in (20, 23):
+        onnx_from_program(program, tmp_path / "model.onnx", opset=opset)
+        flat = np.full((1, 3, 32, 32), 100.0, np.float32)
+        assert np.isfinite(onnx_runner(tmp_path / "model.onnx")({"input": flat})["output"]).all()

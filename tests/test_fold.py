@@ -253,3 +253,26 @@ class Forked(Branches):
 def test_convolutions_that_do_not_lie_over_each_other_stay_two(block: Branches) -> None:
     _, report = folded(block, 4, 9, 9)
     assert "parallel_convolution" not in report.counts()
+
+
+def test_what_a_program_checks_while_it_runs_is_gone() -> None:
+    class Checking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("sizes", torch.tensor([[6, 6]]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(x)
+            torch._check((self.sizes.prod() == 36).item(), lambda: "sizes")
+            torch._check_tensor_all(self.sizes > 0)
+            return maps.mean((2, 3))
+
+    module = Checking().eval()
+    program = export(module, (torch.ones(2, 3, 8, 8),), dynamic_shapes=({0: Dim.AUTO},), strict=False)
+    assert any("assert" in str(node.target) for node in program.graph.nodes)
+    folded_program, _ = fold_program(program)
+    kinds = {str(node.target) for node in folded_program.graph.nodes if node.op == "call_function"}
+    assert kinds == {"aten.convolution.default", "aten.mean.dim"} or kinds == {"aten.conv2d.default", "aten.mean.dim"}
+    (free,) = folded_program.range_constraints  # the batch: no bounds of what only the check read
+    assert str(free) in str(folded_program.graph.output_node().args[0][0].meta["val"].shape[0])

@@ -20,6 +20,7 @@ from resvit_export.cli.main import run
 from resvit_export.loading.hugging_face import hugging_face_model
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.load import load_network
+from resvit_export.loading.random_weights import draw_weights
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.recipe.file import absolute_reference
 from resvit_export.to_onnx.export import onnx_from_program
@@ -213,3 +214,92 @@ def test_a_detector_goes_to_an_engine_and_a_bundle(
     (exported, *_) = (tmp_path / "run").glob("export-*/model.onnx")
     assert onnx.load(exported).graph.input[0].name == "input"
     assert set(onnx_runner(exported)({"input": np.zeros((1, 3, 96, 96), np.float32)})) == {"logits", "pred_boxes"}
+
+
+def bare_folder(name: str, folder: Path, **settings: object) -> Path:
+    """A folder with nothing but the configuration of a class of transformers."""
+    config = getattr(import_transformers(), name.rpartition(":")[0])(**settings)
+    config.architectures = [name.rpartition(":")[2]]
+    config.save_pretrained(folder)
+    return folder
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "fix"),
+    [
+        ("CLIPConfig:CLIPModel", "reads input_ids", "architecture=CLIPVisionModel"),
+        ("OwlViTConfig:OwlViTForObjectDetection", "reads input_ids, pixel_values", "architecture=OwlViTVisionModel"),
+        ("GroundingDinoConfig:GroundingDinoForObjectDetection", "reads pixel_values, input_ids", "a module of yours"),
+        ("OneFormerConfig:OneFormerForUniversalSegmentation", "reads pixel_values, task_inputs", "a module of yours"),
+        ("SuperPointConfig:SuperPointForKeypointDetection", "as many points as it finds", "a module of yours"),
+        ("EfficientLoFTRConfig:EfficientLoFTRForKeypointMatching", "compares two images", "a module of yours"),
+        ("VideoMAEConfig:VideoMAEModel", "takes films", "a module of yours"),
+        ("SamConfig:SamModel", "takes points or boxes", "architecture=SamVisionEncoder"),
+        ("BertConfig:BertModel", "reads input_ids", "a module of yours"),
+    ],
+)
+def test_what_is_no_function_of_one_image_is_refused_before_it_is_built(
+    name: str, says: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = getattr(import_transformers(), name.rpartition(":")[2])
+    folder = bare_folder(name, tmp_path)
+    monkeypatch.setattr(kind, "__init__", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(ResvitError, match=says) as caught:
+        hugging_face_model(str(folder), {})
+    assert caught.value.code == ExitCode.INPUT
+    assert fix in caught.value.fix
+
+
+def test_the_part_that_sees_comes_out_of_a_model_of_images_and_text(tmp_path: Path) -> None:
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    folder = bare_folder("CLIPConfig:CLIPModel", tmp_path, vision_config=vision, text_config=SMALL)
+    transformers = import_transformers()
+    whole = transformers.CLIPModel(transformers.AutoConfig.from_pretrained(folder)).eval()
+    whole.save_pretrained(folder)
+    model = hugging_face_model(str(folder), {"architecture": "CLIPVisionModel"}).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = whole.vision_model(pixel_values=images).pooler_output
+        torch.testing.assert_close(model(images)["pooler_output"], expected)
+    assert model.input_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> None:
+    # Without register tokens, one of its parameters is empty: there is nothing in it to look at.
+    settings = {**SMALL, "image_size": 32, "patch_size": 8, "num_register_tokens": registers}
+    folder = bare_folder("DINOv3ViTConfig:DINOv3ViTBackbone", tmp_path, out_features=["stage1", "stage2"], **settings)
+    network = load_network(ModelSpec(f"hf:{folder}"))
+    answers = network.runner()({"input": np.ones((2, 3, 32, 32), np.float32)})
+    assert {name: value.shape for name, value in answers.items()} == {
+        "feature_maps_0": (2, 32, 4, 4),
+        "feature_maps_1": (2, 32, 4, 4),
+    }
+
+
+def test_a_size_that_windows_do_not_divide_is_said_with_the_next(tmp_path: Path) -> None:
+    folder = bare_folder("RfDetrConfig:RfDetrForObjectDetection", tmp_path)  # by its own defaults: 518 px
+    with pytest.raises(ResvitError, match="multiples of 56; they are 518 and 518") as caught:
+        load_network(ModelSpec(f"hf:{folder}"))
+    assert caught.value.fix == "Give --input-shape 3,504,504."
+
+
+def test_points_of_deformable_attention_stay_near_their_grid() -> None:
+    class Sampling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sampling_offsets, self.head = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+            torch.nn.init.zeros_(self.sampling_offsets.weight)
+            torch.nn.init.zeros_(self.head.weight)
+            torch.nn.init.zeros_(self.head.bias)
+
+    module = Sampling()
+    draw_weights(module)
+    values = torch.randn(100, 16)
+    with torch.no_grad():
+        moved = module.sampling_offsets(values) - module.sampling_offsets.bias
+        assert 0 < float(moved.std()) < 0.02
+        assert float(module.head(values).std()) > 0.5

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import nn
 
+_AROUND_ITS_BIAS = 1e-4
+"""For a layer that begins as zero with a bias that says something: the grid of points that deformable attention samples
+at. Drawn as others are, points lie anywhere, each layer multiplies what rounding moves, and no two runs agree."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -25,6 +28,8 @@ def draw_weights(model: nn.Module) -> None:
                 continue
             if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
                 gain = 1.0 if isinstance(module, nn.Linear) else 2.0
+                if not weight.any() and module.bias is not None and module.bias.any():
+                    gain *= _AROUND_ITS_BIAS
                 weight.normal_(0.0, math.sqrt(gain / weight[0].numel()), generator=random)
             elif weight.ndim == 1:
                 weight.fill_(1.0)

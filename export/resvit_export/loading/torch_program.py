@@ -76,8 +76,7 @@ def _exported(
     except ResvitError:
         raise
     except Exception as error:
-        reason = str(error)
-        if "data-dependent" in reason.lower() or "Could not guard" in reason:
+        if _branches_on_values(error):
             raise _not_exportable(error) from error
     try:
         program = _export(module, *_examples(several, alone, 1), dynamic=False)
@@ -360,9 +359,20 @@ def _export(
     shapes: Any = None
     if dynamic:
         shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
-    with torch.no_grad(), _symbolic_len(module), KnownBuffers(module), warnings.catch_warnings():
+    with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+        try:
+            return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            if not _branches_on_values(error):
+                raise
+        with KnownBuffers(module):
+            return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+
+
+def _branches_on_values(error: Exception) -> bool:
+    reason = str(error)
+    return "data-dependent" in reason.lower() or "Could not guard" in reason
 
 
 @contextlib.contextmanager

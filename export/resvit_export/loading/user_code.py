@@ -82,10 +82,12 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._module = module
-        self._real = {
-            name: buffer.detach().clone() for name, buffer in module.named_buffers() if 0 < buffer.numel() <= _SMALL
-        }
+        self._buffers = [
+            (owner._buffers, name, buffer.detach().clone())
+            for owner in module.modules()
+            for name, buffer in owner.named_buffers(recurse=False)
+            if 0 < buffer.numel() <= _SMALL
+        ]
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(
@@ -94,7 +96,7 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
         """Run ``func``; beside it on the real values, where all its tensors are known."""
         named = kwargs or {}
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, named)) if isinstance(leaf, torch.Tensor)]
-        known = self._real and tensors and all(_is_small(tensor) for tensor in tensors)
+        known = tensors and all(_is_small(tensor) for tensor in tensors)
         if not known or any(self._value(tensor) is None for tensor in tensors):
             return func(*args, **named)
         real_args, real_named = torch.utils._pytree.tree_map_only(torch.Tensor, self._value, (args, named))
@@ -112,11 +114,11 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
     def _value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         if id(tensor) in self._known:
             return self._known[id(tensor)][1]
-        for name in self._real:
-            path, _, own = name.rpartition(".")
-            if self._module.get_submodule(path)._buffers.get(own) is tensor:
-                self._known[id(tensor)] = (tensor, self._real[name])
-                return self._real[name]
+        # Tracing puts other tensors in the place of the module's own.
+        for place, name, real in self._buffers:
+            if place.get(name) is tensor:
+                self._known[id(tensor)] = (tensor, real)
+                return real
         return None
 
 
