@@ -72,11 +72,11 @@ def opened(data: bytes) -> Image:
 
     Raises nearly anything for what is no picture.
     """
-    Pillow = pillow()
+    module = pillow()
     if not data:
         raise ValueError("the file is empty")
-    Pillow.init()
-    image: Image = Pillow.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in Pillow.OPEN])
+    module.init()
+    image: Image = module.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in module.OPEN])
     return image
 
 
