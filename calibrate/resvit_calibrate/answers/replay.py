@@ -41,19 +41,7 @@ class FirstImages(ImageSet):
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream them in order."""
-        left = self.count
-        for batch in self.images.batches(batch_size):
-            if left <= 0:
-                return
-            part = slice(left)
-            yield Batch(
-                batch.images[part],
-                None if batch.labels is None else batch.labels[part],
-                None if batch.targets is None else batch.targets[part],
-                None if batch.geometry is None else batch.geometry[part],
-                {name: value[part] for name, value in batch.inputs.items()},
-            )
-            left -= len(batch.images)
+        return self.images.first(self.count, batch_size)
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

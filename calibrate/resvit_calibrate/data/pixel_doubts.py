@@ -110,8 +110,8 @@ def _about_turning(
     if upright or "exif" in spec.said or not {images.task for images in both} & {"detection", "segmentation", "depth"}:
         return ""
     return (
-        f"{said}, and no size tells which way round their boxes, masks or depths were made: say "
-        "--preprocess exif=apply if upright, exif=ignore if as stored"
+        f"{said}, and no size tells which way round their boxes, masks or depths were made: "
+        "say --preprocess exif=apply if upright, exif=ignore if as stored"
     )
 
 

@@ -86,8 +86,8 @@ def judge(
     "Surely" is by the two-sided interval at ``confidence``, so that a network beyond the limit is accepted
     with a probability of about (1 - confidence) / 2 at most. Everything else is undecided; so is any
     comparison with a reference that is no better than what needs no network, or whose answers fit other class numbers
-    than the data's, which ``class_names`` name, and any on images that may have been read
-    wrongly, by ``doubt``. A candidate with NaN or infinite outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
+    than the data's, which ``class_names`` name, and any on images that may have been read wrongly, by ``doubt``. A
+    candidate with NaN or infinite outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
     """
     if not 0.0 <= max_drop <= 100.0:
         raise ResvitError(

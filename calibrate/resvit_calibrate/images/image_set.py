@@ -77,6 +77,17 @@ class Batch:
         """All that the network reads, the images under the name ``image_input``."""
         return {image_input: self.images, **self.inputs}
 
+    def first(self, count: int) -> Batch:
+        """The first ``count`` images, or all if there are fewer, with all that is known of them."""
+        part = slice(count)
+        return Batch(
+            self.images[part],
+            None if self.labels is None else self.labels[part],
+            None if self.targets is None else self.targets[part],
+            None if self.geometry is None else self.geometry[part],
+            {name: value[part] for name, value in self.inputs.items()},
+        )
+
 
 class ImageSet(abc.ABC):
     """Images in a fixed order that can be streamed again and again in bounded memory.
@@ -118,12 +129,12 @@ class ImageSet(abc.ABC):
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream all images in order, ``batch_size`` at a time; the last batch may be smaller."""
 
-    def first(self, count: int, batch_size: int) -> Iterator[npt.NDArray[np.float32]]:
-        """Stream the first ``count`` images, or all if there are fewer, without their labels."""
+    def first(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Stream the first ``count`` images, or all if there are fewer."""
         for batch in self.batches(min(batch_size, max(count, 1))):
             if count <= 0:
                 return
-            yield batch.images[:count]
+            yield batch.first(count)
             count -= len(batch.images)
 
     @property

@@ -12,7 +12,11 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.targets import Target
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside
 from resvit_engines.pictures.decode import AS_USUAL, Decoding, decode, deep_values, eight_bits, header_of, reason
+
+_FILE_MOST = 2 << 30
+"""Bytes of the largest picture's file."""
 
 
 class BrokenImage(Exception):  # noqa: N818 - a finding about the data, caught and counted
@@ -206,11 +210,12 @@ class FilePixels(Untargeted):
 
 
 def file_bytes(path: Path) -> bytes:
-    """Read one file; raise ``BrokenImage`` where that fails."""
+    """Read one file of at most 2 GiB, without waiting for a pipe; raise ``BrokenImage`` where that fails."""
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+        return read_outside(path, _FILE_MOST, "it")
+    except ResvitError as error:
+        gone = error.problem.startswith("There is no file")
+        raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
 
 
 def _with_range(look: Look, values: npt.NDArray[Any]) -> Look:

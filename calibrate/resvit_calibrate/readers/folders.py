@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,18 @@ def split_folders(root: Path) -> tuple[Path, Path] | None:
             if (root / first).is_dir() and (root / second).is_dir():
                 return root / first, root / second
     return None
+
+
+def note_of_unused(root: Path, used: Iterable[str], there: Iterable[str] | None = None) -> tuple[str, ...]:
+    """That ``root`` has other parts than those that are ``used``; none where it has not.
+
+    The parts that are ``there`` are folders of the names that parts have, where nothing else is said.
+    """
+    if there is None:
+        there = [name for name in (*TRAINING_NAMES, *VALIDATION_NAMES) if (root / name).is_dir()]
+    taken = tuple(used)
+    left = [name for name in there if name not in taken]
+    return (f"{root} is divided: {' and '.join(taken)} are used, {', '.join(left)} not",) if left else ()
 
 
 def class_names(root: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import tempfile
@@ -110,7 +111,7 @@ def _mapped(archive: zipfile.ZipFile, entry: str, path: Path) -> npt.NDArray[Any
             raise ResvitError(
                 f"{entry} of {path} is an array of Python objects, which would need pickle to run code.", _FIX
             )
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if not count:
             return np.empty(shape, dtype)
         order: Literal["C", "F"] = "F" if fortran else "C"
@@ -138,8 +139,16 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"array format {version} is for structured types")
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array format {version} is for structured types")
+    try:
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    # NumPy parses the header as Python, and whatever that raises has no end: TokenError, SyntaxError, TypeError…
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise
+    except Exception as error:
+        raise ValueError(f"its header cannot be read ({error})") from error
+    if any(not isinstance(side, int) or side < 0 for side in shape):
+        raise ValueError(f"its header tells the shape {list(shape)}")
+    return shape, fortran, dtype

@@ -72,11 +72,11 @@ def opened(data: bytes) -> Image:
 
     Raises nearly anything for what is no picture.
     """
-    module = pillow()
+    library = pillow()
     if not data:
         raise ValueError("the file is empty")
-    module.init()
-    image: Image = module.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in module.OPEN])
+    library.init()
+    image: Image = library.open(io.BytesIO(data), formats=[name for name in _FORMATS if name in library.OPEN])
     return image
 
 
@@ -102,7 +102,7 @@ def header_of(data: bytes) -> Header:
         height, width = image.height, image.width
         if image.format == "TIFF":
             # Pillow exchanges the two beforehand where it will turn the image.
-            tags: Any = image.tag_v2  # type: ignore[attr-defined]  # a TIFF has them
+            tags: Any = image.tag_v2  # a TIFF has them
             height, width = int(tags[_TIFF_HEIGHT]), int(tags[_TIFF_WIDTH])
         colour = image.mode not in _GREY_MODES and not _is_deep_grey(image)
         return Header(height, width, colour, _orientation(image, data))
@@ -192,9 +192,9 @@ def _raw_mode(image: Image) -> str:
 def _read_as(data: bytes, raw_mode: str) -> npt.NDArray[np.uint8]:
     with opened(data) as image:
         tiles: list[Any] = []
-        for codec, extents, offset, said in image.tile:  # type: ignore[attr-defined]  # of every image from a file
+        for codec, extents, offset, said in image.tile:  # of every image from a file
             tiles.append((codec, extents, offset, (raw_mode, *said[1:]) if isinstance(said, tuple) else raw_mode))
-        image.tile = tiles  # type: ignore[attr-defined]
+        image.tile = tiles
         return np.array(image, dtype=np.uint8)
 
 

@@ -152,10 +152,11 @@ class PicturePreprocess:
             return whole
         if isinstance(image, np.ndarray):
             grey = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-            image = _pillow().fromarray(np.ascontiguousarray(grey))
+            picture: Image = _pillow().fromarray(np.ascontiguousarray(grey))
+        else:
+            picture = image
         mode = "L" if self.channels == 1 else "RGB"
-        image = self._resized(image if image.mode == mode else image.convert(mode))
-        pixels = np.asarray(image, dtype=np.uint8)
+        pixels = np.asarray(self._resized(picture if picture.mode == mode else picture.convert(mode)), dtype=np.uint8)
         return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
     def _whole(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
@@ -209,7 +210,7 @@ class PicturePreprocess:
         colour = [round(value) for value in self.pad_value]
         if self.channel_order == "bgr":
             colour.reverse()
-        sheet = _pillow().new(image.mode, (width, height), colour[0] if self.channels == 1 else tuple(colour))
+        sheet: Image = _pillow().new(image.mode, (width, height), colour[0] if self.channels == 1 else tuple(colour))
         sheet.paste(image, (left, top))
         return sheet
 

@@ -14,6 +14,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def read_entry(path: Path, entry: str, most: int) -> Array:
             if size > most:
                 raise ResvitError(f"{entry} of {path} takes {size} bytes; {most} are read at most.", "Give fewer.")
             with archive.open(f"{entry}.npy") as packed:
-                return _array(packed, size, f"{entry} of {path}")
+                return _array(cast("io.BufferedIOBase", packed), size, f"{entry} of {path}")
     except _DAMAGED as error:
         raise ResvitError(f"{path} cannot be read as an .npz file: {error}.", fix) from error
 

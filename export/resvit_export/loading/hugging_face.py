@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.random_weights import draw_weights
 
@@ -27,6 +30,13 @@ _SOFTMAX = frozenset({"detr", "yolos", "table-transformer"})
 _DETR_COCO = 91
 """Classes of DETR's own COCO weights: the numbers are COCO's, gaps and all."""
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_OTHER_INPUTS = {
+    "KEYPOINT_MATCHING": "compares two images, and answers with as many matches as it finds",
+    "KEYPOINT_DETECTION": "answers with as many points as it finds",
+    "VIDEO_CLASSIFICATION": "takes films [B, frames, C, H, W]",
+    "MASK_GENERATION": "takes points or boxes beside its image",
+}
+"""Lists of transformers (``MODEL_FOR_…_MAPPING_NAMES``) whose classes are more than a function of one image."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 _ARCHITECTURE = "architecture"
 
@@ -43,16 +53,26 @@ class HuggingFaceModel(nn.Module):
         self.model = model
         self.preprocess = preprocess
         self.random_weights = random_weights
+        self.input_name = str(getattr(model, "main_input_name", "pixel_values"))
         self.input_shape = _input_shape(config, preprocess)
+        self.size_step = _size_step(config)
         self.task_options = _task_options(config)
         self.class_names = dict(getattr(config, "id2label", None) or {})
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Answer for images float32 [B, C, H, W]; ``pixel_mask`` int64 [B, H, W] is 0 where they are padded."""
         mask = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
-        answer = self.model(pixel_values=pixel_values, return_dict=True, **mask)
+        answer = self.model(**{self.input_name: pixel_values}, return_dict=True, **mask)
         tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor)}
-        return {name: tensors[name] for name in _ANSWERS if name in tensors} or tensors
+        # A backbone answers with a tuple of maps.
+        maps = {
+            f"{name}_{index}": value
+            for name, several in answer.items()
+            if isinstance(several, (tuple, list))
+            for index, value in enumerate(several)
+            if isinstance(value, Tensor)
+        }
+        return {name: tensors[name] for name in _ANSWERS if name in tensors} or tensors or maps
 
 
 def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> HuggingFaceModel:
@@ -67,12 +87,14 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
             cover the network; MISSING without transformers.
     """
     transformers = import_transformers()
-    folder = Path(reference).expanduser()
+    folder = expanded(reference)
     with _quiet(transformers), _refusals(reference):
         place = str(folder) if folder.is_dir() else reference
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         settings = dict(arguments)
         kind = _class_of(transformers, config, settings.pop(_ARCHITECTURE, None), reference)
+        _require_image(kind, reference)
+        config = _own_config(kind, config)
         _set(config, settings, reference)
         files = _folder_of(folder, reference)
         trained = any(next(files.glob(pattern), None) for pattern in _WEIGHTS)
@@ -84,10 +106,6 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
         else:
             model = kind(config)
             draw_weights(model)
-    if getattr(model, "main_input_name", "pixel_values") != "pixel_values":
-        raise ResvitError(
-            f"{reference} takes {model.main_input_name}, not images.", "Give a model whose input is pixel_values."
-        )
     return HuggingFaceModel(model, config, _preprocess(files / "preprocessor_config.json", config), not trained)
 
 
@@ -105,6 +123,62 @@ def _class_of(transformers: Any, config: Any, named: object, reference: str) -> 
             "Check --model-arg architecture=…, or install the version that the model was saved with.",
         )
     return kind
+
+
+def _require_image(kind: Any, reference: str) -> None:
+    """Refuse, before anything is built, a class that is no function of one image, and say which of its parts is."""
+    from transformers.models.auto import modeling_auto
+
+    said = kind.main_input_name
+    reads = [said] if isinstance(said, str) else list(said)
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    needs = [item.name for item in parameters if item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD]
+    reads += [name for name in needs if name not in reads]
+    for listed, what in _OTHER_INPUTS.items():
+        mapping = dict(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES", {}))
+        classes = {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
+        films = listed == "VIDEO_CLASSIFICATION" and getattr(kind.config_class, "model_type", None) in mapping
+        if kind.__name__ in classes or films:
+            raise ResvitError(
+                f"{kind.__name__} ({reference}) {what}: that is no network from an image to tensors of fixed shape.",
+                _fix_by_part(kind),
+            )
+    if len(reads) > 1 or not (reads[0] == "pixel_values" or (reads[0] == "inputs" and "Image" in kind.__name__)):
+        raise ResvitError(
+            f"{kind.__name__} ({reference}) reads {', '.join(reads)}: an engine here is a function of images alone.",
+            _fix_by_part(kind),
+        )
+
+
+def _fix_by_part(kind: Any) -> str:
+    """What to give instead: a class beside this one that sees, where there is one."""
+    beside = vars(sys.modules[kind.__module__]).items()
+    parts = sorted(
+        name
+        for name, other in beside
+        if isinstance(other, type)
+        and other is not kind
+        and name.startswith(kind.__name__[:3])
+        and ("Vision" in name or "Backbone" in name)
+        and "PreTrained" not in name
+        and getattr(other, "config_class", None) is not None
+        and getattr(other, "main_input_name", None) == "pixel_values"
+    )
+    own = "give a module of yours from the image alone to tensors of fixed shape (--model file.py:factory)"
+    if not parts:
+        return f"{own[0].upper()}{own[1:]}."
+    return f"Take the part that sees: --model-arg architecture={parts[0]}" + (
+        f" (or {', '.join(parts[1:4])}); or {own}." if len(parts) > 1 else f"; or {own}."
+    )
+
+
+def _own_config(kind: Any, config: Any) -> Any:
+    """The configuration of a part, such as CLIP's vision tower, out of that of the whole."""
+    wanted = getattr(kind, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def _set(config: Any, settings: Mapping[str, Scalar], reference: str) -> None:
@@ -140,13 +214,27 @@ def _require_whole(loaded: Mapping[str, Any], reference: str) -> None:
 
 
 def _input_shape(config: Any, preprocess: Preprocess | None) -> tuple[int, int, int] | None:
-    channels = int(getattr(config, "num_channels", 3))
+    """(C, H, W) by the preprocessing, else by the configuration or that of the backbone inside it."""
+    inside = [config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)]
+    channels = int(next((c.num_channels for c in inside if isinstance(getattr(c, "num_channels", None), int)), 3))
     if preprocess is not None:
         return (channels, *preprocess.size)
-    size = getattr(config, "image_size", None)
-    if isinstance(size, int):
-        return channels, size, size
-    return (channels, int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+    for size in (getattr(part, "image_size", None) for part in inside):
+        if isinstance(size, int):
+            return channels, size, size
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return channels, int(size[0]), int(size[1])
+    return None
+
+
+def _size_step(config: Any) -> int:
+    """What height and width must be a multiple of, where a network cuts its patches into windows of equal size."""
+    for part in (config, getattr(config, "backbone_config", None)):
+        patch, windows = getattr(part, "patch_size", None), getattr(part, "num_windows", None)
+        windows = getattr(part, "num_windows_side", windows)
+        if isinstance(patch, int) and isinstance(windows, int):
+            return patch * windows
+    return 1
 
 
 def _task_options(config: Any) -> dict[str, Any]:

@@ -257,6 +257,7 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
         ResvitError: for a name that the forward does not have, a parameter that nothing is said of, and no image size.
     """
     image = spec.input_shape or _own_input_shape(module)
+    _require_step(module, image, spec.model)
     parameters = inspect.signature(module.forward).parameters.values()
     names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
     needed = [item.name for item in parameters if item.name in names and item.default is item.empty]
@@ -290,6 +291,19 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
             f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64.",
         )
     return tuple(given[name] for name in names if name in given)
+
+
+def _require_step(module: nn.Module, image: tuple[int, int, int] | None, name: str) -> None:
+    """Refuse a size that the network cannot cut into its windows; ``module.size_step`` is what divides it."""
+    step = getattr(module, "size_step", 1)
+    if image is None or not isinstance(step, int) or step < 2 or all(size % step == 0 for size in image[1:]):
+        return
+    near = ",".join(str(step * max(1, round(size / step))) for size in image[1:])
+    raise ResvitError(
+        f"{name} cuts its image into windows, for which height and width must be multiples of {step}; they are "
+        f"{image[1]} and {image[2]}.",
+        f"Give --input-shape {image[0]},{near}.",
+    )
 
 
 def _refuse_lazy(module: nn.Module, name: str) -> None:

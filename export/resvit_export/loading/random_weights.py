@@ -21,7 +21,7 @@ def draw_weights(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter):
+            if not isinstance(weight, nn.Parameter) or not weight.numel():
                 continue
             if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
                 gain = 1.0 if isinstance(module, nn.Linear) else 2.0
@@ -35,5 +35,5 @@ def draw_heads(model: nn.Module) -> None:
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1 and bool((weight == weight.flatten()[0]).all()):
+            if weight.ndim > 1 and weight.numel() and bool((weight == weight.flatten()[0]).all()):
                 weight.normal_(0.0, math.sqrt(1.0 / weight[0].numel()), generator=random)

@@ -15,6 +15,9 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 
+_SMALL = 64
+"""Numbers in a buffer on which a forward may branch."""
+_NUMBERS = frozenset({"__bool__", "__int__", "__float__", "__index__", "item", "tolist"})
 _HERE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
 
@@ -67,6 +70,54 @@ def tensors_alone(module: nn.Module) -> Iterator[list[str]]:
             module.forward = forward
         else:
             del module.forward
+
+
+class KnownBuffers(torch.overrides.TorchFunctionMode):
+    """While a module is traced, let its forward branch on its own small buffers: they are constants once it is trained.
+
+    A flag that a layer sets at its first batch, or a list of which layers mask, has a value; tracing forgets it, and
+    ``if self.ready:`` fails. What is computed from such buffers alone is computed beside the trace, and handed out
+    where Python asks for a number.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+        self._real = {
+            name: buffer.detach().clone() for name, buffer in module.named_buffers() if 0 < buffer.numel() <= _SMALL
+        }
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``; beside it on the real values, where all its tensors are known."""
+        named = kwargs or {}
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, named)) if isinstance(leaf, torch.Tensor)]
+        known = self._real and tensors and all(tensor.numel() <= _SMALL for tensor in tensors)
+        if not known or any(self._value(tensor) is None for tensor in tensors):
+            return func(*args, **named)
+        real_args, real_named = torch.utils._pytree.tree_map_only(torch.Tensor, self._value, (args, named))
+        if getattr(func, "__name__", "") in _NUMBERS:
+            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+                return func(*real_args, **real_named)
+        answer = func(*args, **named)
+        if isinstance(answer, torch.Tensor):
+            with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+                real = func(*real_args, **real_named)
+            if isinstance(real, torch.Tensor):
+                self._known[id(answer)] = (answer, real)
+        return answer
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if id(tensor) in self._known:
+            return self._known[id(tensor)][1]
+        for name in self._real:
+            path, _, own = name.rpartition(".")
+            if self._module.get_submodule(path)._buffers.get(own) is tensor:
+                self._known[id(tensor)] = (tensor, self._real[name])
+                return self._real[name]
+        return None
 
 
 def left_out_note(left_out: list[str]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -84,12 +83,12 @@ class RunOnDevice(Stage[OnDevice]):
         """Write what the device brought back, the verdict, the times, and the audit of its own layers."""
         from resvit_engines.remote.device import Device
         from resvit_engines.remote.ssh import Connection, address_from
-        from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
+        from resvit_engines.remote.wheelhouse import chosen_wheels
 
+        wheels = chosen_wheels()
         with Connection(address_from(self.address), reporter) as connection:
             device = Device(connection, reporter)
-            wheels = os.environ.get(WHEELS_VARIABLE)
-            device.prepare(device.machine(), Path(wheels) if wheels else None)
+            device.prepare(device.machine(), wheels)
             with tempfile.TemporaryDirectory(prefix="resvit-device-") as scratch:
                 job = self._job(Path(scratch), reporter)
                 result = device.run(job)

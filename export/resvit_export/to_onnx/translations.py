@@ -1,4 +1,4 @@
-"""How attention and GroupNorm become ONNX below opset 23: without any arithmetic on shapes.
+"""How attention, GroupNorm, unfold and fold become ONNX: without any arithmetic on shapes.
 
 The exporter's own translations read head and channel counts from the tensors while the network runs (Shape,
 Slice, Concat). In an exported program these are known, so they are written as constants here.
@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 _OWN_ATTENTION_OPSET = 23
-_OWN_GROUP_NORM_OPSET = 21
 
 
 def translations(program: ExportedProgram, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -27,8 +26,12 @@ def translations(program: ExportedProgram, opset: int) -> dict[Callable[..., Any
     if opset < _OWN_ATTENTION_OPSET and all(_is_plain(node) for node in _nodes(program, attention)):
         table[attention] = _attention
     norm = aten.group_norm.default
-    if opset < _OWN_GROUP_NORM_OPSET and all(_has_fixed_maps(node) for node in _nodes(program, norm)):
+    if all(_has_fixed_maps(node) for node in _nodes(program, norm)):
         table[norm] = _group_norm
+    if all(_has_fixed_maps(node) for node in _nodes(program, aten.im2col.default)):
+        table[aten.im2col.default] = _unfold
+    if all(_has_fixed_maps(node) for node in _nodes(program, aten.col2im.default)):
+        table[aten.col2im.default] = _fold
     return table
 
 
@@ -70,7 +73,11 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    """GroupNorm (Wu and He 2018) as InstanceNormalization over [B, groups, C / groups * H * W]."""
+    """GroupNorm (Wu and He 2018) as InstanceNormalization over [B, groups, C / groups * H * W].
+
+    At every opset: ONNX defines GroupNormalization's variance as E[x^2] - E[x]^2, and so ONNX Runtime computes it. Of a
+    black image rounding makes that less than minus epsilon, and its root NaN.
+    """
     del cudnn_enabled
     from onnxscript import opset20 as op
 
@@ -87,6 +94,79 @@ def _group_norm(
     if bias is not None:
         result = op.Add(result, op.Reshape(bias, per_channel))
     return result
+
+
+def _unfold(input: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:  # noqa: A002
+    """Patches [B, C, H, W] to [B, C * kh * kw, positions]: by shape alone, or as a convolution with ones and zeros."""
+    from onnxscript import opset20 as op
+
+    kernel, steps = _pair(kernel_size), _pair(stride)
+    channels, height, width = (int(size) for size in input.shape[1:])
+    if _is_tiling(kernel, steps, _pair(dilation), _pair(padding), (height, width)):
+        rows, columns = height // kernel[0], width // kernel[1]
+        tiles = op.Reshape(input, op.Constant(value_ints=[0, channels, rows, kernel[0], columns, kernel[1]]))
+        patches = op.Transpose(tiles, perm=[0, 1, 3, 5, 2, 4])
+        return op.Reshape(patches, op.Constant(value_ints=[0, channels * kernel[0] * kernel[1], rows * columns]))
+    pads = [*_pair(padding), *_pair(padding)]
+    maps = op.Conv(
+        input,
+        op.Constant(value=_tensor(_one_hot(channels, kernel))),
+        dilations=_pair(dilation),
+        group=channels,
+        kernel_shape=kernel,
+        pads=pads,
+        strides=steps,
+    )
+    return op.Reshape(maps, op.Constant(value_ints=[0, channels * kernel[0] * kernel[1], -1]))
+
+
+def _fold(input: Any, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:  # noqa: A002
+    """Patches [B, C * kh * kw, positions] added up to [B, C, H, W]: TensorRT has no Col2Im."""
+    from onnxscript import opset20 as op
+
+    kernel, steps, spread, edge = _pair(kernel_size), _pair(stride), _pair(dilation), _pair(padding)
+    height, width = _pair(output_size)
+    channels = int(input.shape[1]) // (kernel[0] * kernel[1])
+    if _is_tiling(kernel, steps, spread, edge, (height, width)):
+        rows, columns = height // kernel[0], width // kernel[1]
+        patches = op.Reshape(input, op.Constant(value_ints=[0, channels, kernel[0], kernel[1], rows, columns]))
+        tiles = op.Transpose(patches, perm=[0, 1, 4, 2, 5, 3])
+        return op.Reshape(tiles, op.Constant(value_ints=[0, channels, height, width]))
+    spans = [spread[axis] * (kernel[axis] - 1) for axis in (0, 1)]
+    rows, columns = (
+        (size + 2 * edge[axis] - spans[axis] - 1) // steps[axis] + 1 for axis, size in enumerate((height, width))
+    )
+    maps = op.Reshape(input, op.Constant(value_ints=[0, channels * kernel[0] * kernel[1], rows, columns]))
+    beyond = [
+        size + 2 * edge[axis] - spans[axis] - 1 - (count - 1) * steps[axis]
+        for axis, (size, count) in enumerate(((height, rows), (width, columns)))
+    ]
+    return op.ConvTranspose(
+        maps,
+        op.Constant(value=_tensor(_one_hot(channels, kernel))),
+        dilations=spread,
+        group=channels,
+        kernel_shape=kernel,
+        output_padding=beyond,
+        pads=[*edge, *edge],
+        strides=steps,
+    )
+
+
+def _is_tiling(kernel: list[int], steps: list[int], spread: list[int], edge: list[int], size: tuple[int, int]) -> bool:
+    """Whether patches lie side by side and cover the image: then they are a matter of shape."""
+    whole = all(length % step == 0 for length, step in zip(size, kernel, strict=True))
+    return kernel == steps and spread == [1, 1] and edge == [0, 0] and whole
+
+
+def _one_hot(channels: int, kernel: list[int]) -> np.ndarray[Any, Any]:
+    """Weights [C * kh * kw, 1, kh, kw] that take one value of a window each."""
+    count = kernel[0] * kernel[1]
+    return np.tile(np.eye(count, dtype=np.float32).reshape(count, 1, *kernel), (channels, 1, 1, 1))
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(value)] * 2 if isinstance(value, int) else [int(size) for size in value]
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -101,12 +101,21 @@ class GraphEditor:
             graph=self.graph,
             graph_signature=ExportGraphSignature(specs, self._output_specs()),
             state_dict=state,
-            range_constraints=copy.deepcopy(self.program.range_constraints),
+            range_constraints=self._range_constraints(),
             module_call_graph=copy.deepcopy(self.program.module_call_graph),
             example_inputs=self.program.example_inputs,
             constants=constants,
             verifiers=self.program.verifiers,
         )
+
+    def _range_constraints(self) -> dict[Any, Any]:
+        """The bounds of those free sizes that still stand in the graph: what only a check read is gone with it."""
+        free: set[Any] = set()
+        for node in self.graph.nodes:
+            for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+                sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+                free |= {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+        return {symbol: bounds for symbol, bounds in self.program.range_constraints.items() if symbol in free}
 
     def _tensor(self, spec: InputSpec) -> torch.Tensor:
         target = str(spec.target)

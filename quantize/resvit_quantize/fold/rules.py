@@ -36,6 +36,15 @@ _ALWAYS_NO_OPS = (
     aten.lift_fresh_copy.default,
     aten.contiguous.default,
 )
+_CHECKS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+"""What a program checks while it runs. The trace took it as given, and neither ONNX nor an engine can check it."""
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default)
 _SLICE_END = 2**63 - 1
@@ -74,7 +83,7 @@ def remove_no_ops(editor: GraphEditor) -> Iterator[Item]:
     for node in list(editor.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten._assert_tensor_metadata.default:
+        if node.target in _CHECKS and not node.users:
             editor.graph.erase_node(node)
             continue
         source = node.args[0] if node.args else None

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_kno
 from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded, leads_to_file
 
 Split = Literal["calibration", "validation"]
 _PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
@@ -77,7 +77,7 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if match is None:
         return None
     module, name = match["module"], match["name"]
-    if module.endswith(".py") and not Path(module).expanduser().is_file():
+    if module.endswith(".py") and not leads_to_file(expanded(module)):
         raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
         loaded = module_from(module)
@@ -226,3 +226,31 @@ def batch_of(items: Sequence[Item]) -> Batch:
         geometry if len(geometry) == len(items) else None,
         {name: np.stack([item.inputs[name] for item in items]) for name in items[0].inputs},
     )
+
+
+def items_in(batch: Batch) -> Iterator[Item]:
+    """The images of a batch one by one, each with what is known of it."""
+    for index, image in enumerate(batch.images):
+        yield Item(
+            image,
+            None if batch.labels is None else int(batch.labels[index]),
+            None if batch.targets is None else batch.targets[index],
+            None if batch.geometry is None else batch.geometry[index],
+            {name: value[index] for name, value in batch.inputs.items()},
+        )
+
+
+def in_batches_of(size: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same images in batches of ``size``, the last one perhaps smaller."""
+    waiting: list[Item] = []
+    for batch in batches:
+        if not waiting and len(batch.images) == size:
+            yield batch
+            continue
+        for item in items_in(batch):
+            waiting.append(item)
+            if len(waiting) == size:
+                yield batch_of(waiting)
+                waiting = []
+    if waiting:
+        yield batch_of(waiting)

@@ -1,0 +1,297 @@
+"""Every vision architecture of transformers and timm's by family, with random weights, through every stage to a bundle.
+
+    python benchmarks/families.py --out benchmarks/results/families.md
+    python benchmarks/families.py --until export --only rt_detr
+
+Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
+timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of random
+weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the signal-to-noise
+ratio of the float network's outputs where noise of 40 dB lies on its images: where that is low already, a low SQNR is
+the network's own. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what is done is not
+done again, so that a run can be ended at any time and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from family_models import HEADLESS, MAPPINGS, OTHER_INPUTS, SMALL, TIMM, write_folder
+from machine import describe_machine
+
+ROOT = Path(__file__).parent.parent
+FIRST = ("rt_detr_v2", "d_fine", "dinov3_vit", "conditional_detr", "zoedepth", "mask2former", "maskformer", "lw_detr",
+         "rf_detr", "vitmatte", "efficientloftr", "deformable_detr", "rt_detr", "dpt", "depth_anything")  # fmt: skip
+"""What is deployed most, or was refused: these come first."""
+STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "audit", "bundle")
+GOES_ON = (0, 4, 5)
+"""Exit codes of a build that came to its end: done, rejected by validation, undecided."""
+TIMED_OUT, KILLED = -1, -2
+_NOISE_DB = 40.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: in which list it stands, and how it is named on the command line."""
+
+    name: str
+    listed: str
+    kind: str
+    model: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cases() -> list[Case]:
+    """All of them, those of ``FIRST`` first."""
+    found = [*transformers_cases(), *timm_cases()]
+    return sorted(found, key=lambda case: FIRST.index(case.kind) if case.kind in FIRST else len(FIRST))
+
+
+def transformers_cases() -> Iterator[Case]:
+    """What transformers' own lists name; of those without a head, what has none in another list."""
+    from resvit_export.loading.libraries import import_transformers
+
+    import_transformers()
+    from transformers.models.auto import modeling_auto
+
+    seen: set[str] = set()
+    classes: set[str] = set()
+    for listed in MAPPINGS:
+        mapping = dict(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES"))
+        for kind, named in mapping.items():
+            if listed in (*HEADLESS, *OTHER_INPUTS) and kind in seen:
+                continue
+            for architecture in named if isinstance(named, (tuple, list)) else (named,):
+                if architecture not in classes:
+                    yield Case(architecture, listed.lower().replace("_", " "), kind)
+                    classes.add(architecture)
+        seen |= set(mapping)
+
+
+def timm_cases() -> Iterator[Case]:
+    """timm's, by family."""
+    for name, arguments in TIMM.items():
+        yield Case(f"timm:{name}", "timm", name, f"timm:{name}", arguments)
+
+
+@click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Markdown. [standard output]")
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/families"))
+@click.option("--only", multiple=True, help="Part of a model's name; repeat it.")
+@click.option("--until", type=click.Choice(["export", "bundle", "prune"]), default="bundle", show_default=True)
+@click.option("--again", type=int, multiple=True, help="Do those again that ended with this exit code; repeat it.")
+@click.option("--share", default="1/1", help="Part of the models, such as 2/2: several runs go side by side.")
+@click.option("--seconds", default=900, show_default=True, help="Of one model; then it is ended.")
+@click.option("--memory", default=8.0, show_default=True, help="GiB of one model.")
+@click.option("--table-only", is_flag=True, help="Run nothing.")
+def main(
+    *, out: Path | None, runs: Path, only: tuple[str, ...], until: str, again: tuple[int, ...], share: str,
+    seconds: int, memory: float, table_only: bool,
+) -> None:  # fmt: skip
+    """Take every model through, one after the other, and write the table."""
+    chosen = [case for case in cases() if not only or any(part.lower() in case.name.lower() for part in only)]
+    part, parts = (int(number) for number in share.split("/"))
+    import resvit_export.to_onnx.export  # noqa: F401  what every model's process needs is imported once, before the fork
+
+    rows: list[dict[str, Any]] = []
+    for number, case in enumerate(chosen):
+        record = runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name) / "row.json"
+        known = json.loads(record.read_text()) if record.exists() else None
+        if not table_only and number % parts == part - 1 and (known is None or known["code"] in again):
+            known = row_of(case, record.parent, until, seconds, memory)
+            record.write_text(json.dumps(known, indent=1))
+            click.echo(f"{case.name}: {outcome(known)} ({known['seconds']:.0f} s)", err=True)
+        if known is not None:
+            rows.append(known)
+    text = table(rows, until)
+    if out:
+        out.write_text(text, encoding="utf-8")
+    else:
+        click.echo(text)
+
+
+def row_of(case: Case, folder: Path, until: str, seconds: float, memory: float) -> dict[str, Any]:
+    """Run one model in a process of its own, and read what it left behind."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    code, peak = in_own_process(lambda: take_through(case, folder, until), folder / "log", seconds, memory)
+    log = (folder / "log").read_text(encoding="utf-8", errors="replace")
+    said = re.findall(r"^error: (.*(?:\n    .*)*)\n  → (.*(?:\n    .*)*)$", log, re.MULTILINE)
+    row: dict[str, Any] = {
+        "name": case.name,
+        "kind": case.kind,
+        "listed": case.listed,
+        "code": code,
+        "seconds": time.monotonic() - began,
+        "peak_mib": peak,
+        **recorded(folder / "run"),
+    }
+    if said:
+        row["problem"], row["fix"] = (" ".join(text.split()) for text in said[-1])
+    elif code not in GOES_ON:
+        row["problem"], row["fix"] = " ".join(log.split())[-300:], ""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return row
+
+
+def take_through(case: Case, folder: Path, until: str) -> int:
+    """Build the model as the command line does; returns the exit code."""
+    from resvit_export.cli.main import run
+
+    small = SMALL.get(case.kind)
+    channels, sizes = 3, None
+    reference = case.model
+    if reference is None:
+        reference = f"hf:{write_folder(case.kind, case.name, folder / 'model')}"
+        channels = small.channels if small is not None else 3
+        sizes = small.size if small is not None else None
+    options = [option for name, value in case.arguments.items() for option in ("--model-arg", f"{name}={value}")]
+    if sizes is not None:
+        options += ["--input-shape", f"{channels},{sizes[0]},{sizes[1]}"]
+    common = ["--model", reference, "--run", str(folder / "run"), "--quiet", *options]
+    if until == "export":
+        return run(["export", *common, "--target", "l4"])
+    if until == "prune":
+        return run(["prune", *common, "--prune-macs", "0.5"])
+    data = "fashion-mnist" if channels in (1, 3) else f"{Path(__file__).parent / 'family_models.py'}:four_channels"
+    few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--allow-rejected"]
+    code = run(["build", *common, "--target", "l4", "--precision", "int8", "--data", data, "--task", "other", *few])
+    for model in sorted((folder / "run").glob("export-*/model.onnx"))[:1]:
+        (folder / "run" / "own_noise.json").write_text(json.dumps({"own_noise_db": own_noise(model)}))
+    return code
+
+
+def own_noise(model: Path) -> float:
+    """SNR in dB of the float network's outputs where noise of 40 dB lies on its images."""
+    import numpy as np
+
+    from resvit_calibrate.runtime.sessions import open_session, session_options
+
+    session = open_session(model, session_options())
+    random = np.random.default_rng(0)
+    image = session.get_inputs()[0]
+    clean = random.standard_normal((2, *image.shape[1:]), dtype=np.float32)
+    noisy = clean + random.standard_normal(clean.shape, dtype=np.float32) * 10 ** (-_NOISE_DB / 20)
+    pairs = zip(session.run(None, {image.name: clean}), session.run(None, {image.name: noisy}), strict=True)
+    signal_power = noise_power = 0.0
+    ratios = []
+    for before, after in pairs:
+        signal_power = float(np.mean(np.square(before.astype(np.float64))))
+        noise_power = float(np.mean(np.square(before.astype(np.float64) - after)))
+        ratios.append(10 * np.log10(max(signal_power, 1e-30) / max(noise_power, 1e-30)))
+    return float(min(ratios))
+
+
+def in_own_process(work: Any, log: Path, seconds: float, memory: float) -> tuple[int, float]:
+    """Fork, run ``work`` there with its output in ``log``; returns its exit code and its peak of memory in MiB."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+            code = int(work())
+        except BaseException:  # noqa: BLE001 the log says what it was
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    ends = time.monotonic() + seconds
+    while True:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return (code if code >= 0 else KILLED), usage.ru_maxrss / 1024
+        if time.monotonic() > ends:
+            os.killpg(child, signal.SIGKILL)
+            _, _, usage = os.wait4(child, 0)
+            return TIMED_OUT, usage.ru_maxrss / 1024
+        time.sleep(0.05)
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """How far the build came, and the figures of the table."""
+    stages = {json.loads(path.read_bytes())["stage"] for path in run.glob("*/record.json")}
+    row: dict[str, Any] = {"stages": [stage for stage in STAGES if stage in stages]}
+    for pattern, take in (
+        ("export-*/export.json", lambda d: {"parameters": d["parameters"], "parity": d["parity_max_rel"]}),
+        ("quantize-*/quantize.json", lambda d: {"share": d["macs_share"]}),
+        ("validate-*/verdict.json", lambda d: {"sqnr_db": d["stages"][-1]["sqnr_db"]}),
+        ("own_noise.json", dict),
+    ):
+        for path in sorted(run.glob(pattern))[:1]:
+            row |= take(json.loads(path.read_bytes()))
+    row["bundles"] = len(list(run.glob("bundle-*/*.resvit")))
+    return row
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """One word or two: what became of it."""
+    if row["code"] in GOES_ON:
+        return "goes through"
+    if row["code"] == TIMED_OUT:
+        return "out of time"
+    return "FAILS" if row["code"] in (1, KILLED) else "refused"
+
+
+def table(rows: list[dict[str, Any]], until: str) -> str:
+    """The rows as Markdown, totals first."""
+    machine = describe_machine()
+    lines = ["# Families of networks, through every stage", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
+    lines += [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        + f". `python benchmarks/families.py --until {until}`",
+        "",
+    ]
+    others = [name.lower().replace("_", " ") for name in OTHER_INPUTS]
+    for title, group in (
+        ("transformers, images", [r for r in rows if r["listed"] not in ("timm", *others)]),
+        ("timm", [r for r in rows if r["listed"] == "timm"]),
+        ("transformers, prompts, text or films", [r for r in rows if r["listed"] in others]),
+    ):
+        counts = Counter(outcome(row) for row in group)
+        through = f"{counts['goes through']} of {len(group)} go through"
+        rest = "".join(f", {count} {what}" for what, count in sorted(counts.items()) if what != "goes through")
+        lines += [f"- {title}: {through}{rest}"] if group else []
+    lines += ["", "| network | of | outcome | weights | SQNR | own noise | products in 8 bits | s | why |",
+              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        why = f"{row['problem']} {row['fix']}".strip() if "problem" in row and row["code"] not in GOES_ON else ""
+        cells = [
+            f"{row['name']} ({row['kind']})" if row["listed"] != "timm" else row["name"],
+            row["listed"],
+            outcome(row),
+            f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "—",
+            f"{row['sqnr_db']:.1f} dB" if isinstance(row.get("sqnr_db"), float) else "—",
+            f"{row['own_noise_db']:.0f} dB" if "own_noise_db" in row else "—",
+            f"{row['share']:.1%}" if isinstance(row.get("share"), float) else "—",
+            f"{row['seconds']:.0f}",
+            why.replace("|", "\\|"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""What ``families.py`` goes through: every vision architecture of transformers, in small, and timm's by family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CLASSES = 10
+MAPPINGS = (
+    "OBJECT_DETECTION",
+    "DEPTH_ESTIMATION",
+    "SEMANTIC_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION",
+    "INSTANCE_SEGMENTATION",
+    "IMAGE_SEGMENTATION",
+    "IMAGE_CLASSIFICATION",
+    "IMAGE_MATTING",
+    "IMAGE_TO_IMAGE",
+    "KEYPOINT_DETECTION",
+    "KEYPOINT_MATCHING",
+    "BACKBONE",
+    "IMAGE",
+    "MASK_GENERATION",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+)
+"""Of transformers' own lists (``MODEL_FOR_…_MAPPING_NAMES``), in the order of the table."""
+HEADLESS = ("BACKBONE", "IMAGE")
+"""Lists whose architectures stand in another list with a head, for the most part: only the others are taken."""
+OTHER_INPUTS = (
+    "MASK_GENERATION",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+)
+"""What takes prompts, text or films beside or instead of an image: whether a refusal says so is what is measured."""
+
+_VIT = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+_DINO = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_ratio": 2}
+_SWIN = {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4, "image_size": 128}
+_RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+_FOUR = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_PYRAMID = {"out_features": ["stage2", "stage3", "stage4"]}
+_HGNET = {
+    "stem_channels": [3, 8, 16],
+    "stage_in_channels": [16, 32, 64, 96],
+    "stage_mid_channels": [8, 16, 24, 32],
+    "stage_out_channels": [32, 64, 96, 128],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [2, 2, 2, 2],
+    "hidden_sizes": [32, 64, 96, 128],
+    "embedding_size": 16,
+    "depths": [1, 1, 1, 1],
+}
+_DETR = {
+    "d_model": 48,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 20,
+}
+_TIMM_RESNET = {"use_timm_backbone": False, "backbone": None}
+_RT_DETR = {
+    **_DETR,
+    "encoder_hidden_dim": 48,
+    "encoder_in_channels": [32, 48, 64],
+    "decoder_in_channels": [48, 48, 48],
+    "hidden_expansion": 0.5,
+}
+_WINDOWS = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "window_block_indices": [0, 2],
+    "image_size": 128,
+    "out_features": ["stage2", "stage4"],
+}
+_TEXT = {"text_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}}
+_VISION = {"vision_config": {**_VIT, "image_size": 64, "patch_size": 16}, **_TEXT}
+
+
+@dataclass(frozen=True)
+class Small:
+    """An architecture of transformers in small: settings of its configuration, and of the backbone inside it."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    backbone: tuple[str, Mapping[str, Any]] | None = None
+    """The configuration's class and settings; goes in as ``backbone_config``."""
+    size: tuple[int, int] = (64, 64)
+    channels: int = 3
+
+
+SMALL: dict[str, Small] = {
+    "aimv2_vision_model": Small({**_VIT, "patch_size": 16, "image_size": 64}),
+    "align": Small(_TEXT),
+    "beit": Small({**_VIT, "num_hidden_layers": 4, "image_size": 64, "out_indices": [1, 2, 3, 4]}),
+    "bit": Small({**_RESNET, "layer_type": "preactivation", "num_groups": 8}),
+    "blip": Small(_VISION),
+    "blip-2": Small({**_VISION, "qformer_config": {"hidden_size": 32, "num_hidden_layers": 1}}),
+    "chinese_clip": Small(_VISION),
+    "chmv2": Small(
+        {"post_process_channels": [16, 24, 32, 48], "fusion_hidden_size": 32, "head_hidden_size": 16},
+        ("DINOv3ViTConfig", {**_VIT, "num_hidden_layers": 4, "image_size": 64, **_FOUR}),
+    ),
+    "clip": Small(_VISION),
+    "clipseg": Small({**_VISION, "extract_layers": [0, 1], "reduce_dim": 16}),
+    "conditional_detr": Small(
+        {**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)
+    ),
+    "convnext": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
+    "convnextv2": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
+    "cvt": Small({"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2]}),
+    "d_fine": Small({**_RT_DETR, "feat_strides": [8, 16, 32]}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
+    "dab-detr": Small(
+        {**_DETR, "hidden_size": 48, **_TIMM_RESNET},
+        ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}),
+        (96, 96),
+    ),
+    "data2vec-vision": Small({**_VIT, "num_hidden_layers": 4, "image_size": 64, "out_indices": [0, 1, 2, 3]}),
+    "deformable_detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
+    "deimv2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
+    "deit": Small({**_VIT, "image_size": 64}),
+    "depth_anything": Small(
+        {
+            "reassemble_hidden_size": 96,
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "head_hidden_size": 16,
+        },
+        ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
+        (56, 56),
+    ),
+    "detr": Small({**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, **_FOUR}), (96, 96)),
+    "dinat": Small({"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}),
+    "dinov2": Small({**_DINO, "image_size": 56}, size=(56, 56)),
+    "dinov2_with_registers": Small({**_DINO, "image_size": 64}),
+    "dinov3_convnext": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
+    "dinov3_vit": Small({**_VIT, "image_size": 64, "num_register_tokens": 4}),
+    "donut-swin": Small(_SWIN, size=(128, 128)),
+    "dpt": Small(
+        {
+            **_VIT,
+            "num_hidden_layers": 4,
+            "image_size": 64,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "use_auxiliary_head": False,
+        }
+    ),
+    "efficientloftr": Small(
+        {
+            "stage_num_blocks": [1, 1, 1, 1],
+            "out_features": [16, 16, 32, 64],
+            "hidden_size": 64,
+            "num_attention_layers": 1,
+        },
+        channels=1,
+    ),
+    "efficientnet": Small({"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 320}),
+    "eomt": Small({**_DINO, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
+    "eomt_dinov3": Small({**_VIT, "num_hidden_layers": 4, "num_blocks": 2, "num_queries": 20, "image_size": 64}),
+    "focalnet": Small({"embed_dim": 24, "hidden_sizes": [24, 48, 96, 96], "depths": [1, 1, 1, 1], "image_size": 64}),
+    "glpn": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "decoder_hidden_size": 32,
+        }
+    ),
+    "hgnet_v2": Small(_HGNET),
+    "hiera": Small({"embed_dim": 24, "depths": [1, 1, 2, 1], "image_size": [128, 128]}, size=(128, 128)),
+    "ijepa": Small({**_VIT, "image_size": 64}),
+    "levit": Small(
+        {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}
+    ),
+    "lw_detr": Small(
+        {
+            **_DETR,
+            "decoder_self_attention_heads": 4,
+            "decoder_cross_attention_heads": 4,
+            "projector_scale_factors": [1.0],
+            "group_detr": 1,
+        },
+        ("LwDetrViTConfig", _WINDOWS),
+        (128, 128),
+    ),
+    "mask2former": Small(
+        {
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 32,
+            "encoder_feedforward_dim": 48,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "num_attention_heads": 4,
+            "dim_feedforward": 48,
+            "num_queries": 20,
+        },
+        ("SwinConfig", {**_SWIN, **_FOUR}),
+        (128, 128),
+    ),
+    "maskformer": Small(
+        {"fpn_feature_size": 32, "mask_feature_size": 32}, ("SwinConfig", {**_SWIN, **_FOUR}), (128, 128)
+    ),
+    "metaclip_2": Small(_VISION),
+    "mlcd": Small({**_VIT, "image_size": 56}, size=(56, 56)),
+    "mlcd_vision_model": Small({**_VIT, "image_size": 56}, size=(56, 56)),
+    "mobilenet_v1": Small({"depth_multiplier": 0.25}),
+    "mobilenet_v2": Small({"depth_multiplier": 0.35}),
+    "mobilevit": Small(
+        {"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 48, 64, 96], "image_size": 64}
+    ),
+    "mobilevitv2": Small({"width_multiplier": 0.5, "image_size": 64}),
+    "oneformer": Small(
+        {"hidden_dim": 32, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2},
+        ("SwinConfig", {**_SWIN, **_FOUR}),
+        (128, 128),
+    ),
+    "pixio": Small({**_VIT, "image_size": 64}),
+    "poolformer": Small({"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}),
+    "pp_doclayout_v2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
+    "pp_doclayout_v3": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
+    "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
+    "prompt_depth_anything": Small(
+        {
+            "reassemble_hidden_size": 96,
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "head_hidden_size": 16,
+        },
+        ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
+        (56, 56),
+    ),
+    "pvt": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "image_size": 64,
+        }
+    ),
+    "pvt_v2": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "image_size": 64,
+        }
+    ),
+    "regnet": Small(
+        {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8, "embedding_size": 16}
+    ),
+    "resnet": Small({**_RESNET, "layer_type": "bottleneck"}),
+    "rf_detr": Small(
+        {**_DETR, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4, "group_detr": 1},
+        (
+            "RfDetrDinov2Config",
+            {
+                **_DINO,
+                "num_windows": 2,
+                "image_size": 112,
+                "out_features": ["stage2", "stage4"],
+                "window_block_indexes": [0, 2],
+            },
+        ),
+        (112, 112),
+    ),
+    "rf_detr_dinov2": Small({**_DINO, "num_windows": 2, "image_size": 112}, size=(112, 112)),
+    "rt_detr": Small(_RT_DETR, ("RTDetrResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
+    "rt_detr_resnet": Small(_RESNET),
+    "rt_detr_v2": Small(_RT_DETR, ("RTDetrResNetConfig", {**_RESNET, **_PYRAMID}), (96, 96)),
+    "sapiens2": Small(
+        {
+            **_VIT,
+            "num_attention_heads": 4,
+            "num_key_value_attention_heads": 2,
+            "image_size": 64,
+            "num_first_full_attention_layers": 1,
+            "num_last_full_attention_layers": 1,
+        }
+    ),
+    "segformer": Small(
+        {
+            "hidden_sizes": [16, 32, 48, 64],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 3, 4],
+            "decoder_hidden_size": 32,
+        }
+    ),
+    "siglip": Small(_VISION),
+    "siglip2": Small(_VISION),
+    "siglip_vision_model": Small({**_VIT, "image_size": 64}),
+    "superpoint": Small({"encoder_hidden_sizes": [16, 16, 32, 32], "decoder_hidden_size": 32}),
+    "swiftformer": Small({"embed_dims": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}),
+    "swin": Small(_SWIN, size=(128, 128)),
+    "swin2sr": Small({"embed_dim": 24, "depths": [1, 2], "num_heads": [2, 2], "image_size": 32}, size=(32, 32)),
+    "swinv2": Small(_SWIN, size=(128, 128)),
+    "table-transformer": Small(
+        {**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)
+    ),
+    "textnet": Small({"image_size": [64, 64]}),
+    "tipsv2_dpt": Small(
+        {"neck_hidden_sizes": [16, 24, 32, 48], "fusion_hidden_size": 32},
+        ("Tipsv2VisionConfig", {**_DINO, **_FOUR, "image_size": 56}),
+        (56, 56),
+    ),
+    "tipsv2_vision_model": Small({**_DINO, "image_size": 56}, size=(56, 56)),
+    "upernet": Small(
+        {"hidden_size": 48, "auxiliary_channels": 16, "auxiliary_in_channels": 48},
+        ("ConvNextConfig", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], **_FOUR}),
+    ),
+    "vit": Small({**_VIT, "image_size": 64}),
+    "vit_mae": Small({**_VIT, "image_size": 64}),
+    "vit_msn": Small({**_VIT, "image_size": 64}),
+    "vitdet": Small({**_DINO, "image_size": 64}),
+    "vitmatte": Small(
+        {"hidden_size": 96, "convstream_hidden_sizes": [16, 24, 32], "fusion_hidden_sizes": [48, 32, 24, 16]},
+        ("VitDetConfig", {**_DINO, "image_size": 64, "num_channels": 4, "out_features": ["stage4"]}),
+        channels=4,
+    ),
+    "vitpose_backbone": Small({**_DINO, "image_size": [64, 64]}),
+    "yolos": Small({**_VIT, "image_size": [64, 64], "num_detection_tokens": 20}),
+    "zoedepth": Small(
+        {
+            "neck_hidden_sizes": [16, 24, 32, 48],
+            "fusion_hidden_size": 32,
+            "bottleneck_features": 32,
+            "bin_embedding_dim": 16,
+            "num_relative_features": 16,
+            "bin_configurations": [{"n_bins": 16, "min_depth": 0.001, "max_depth": 10.0}],
+        },
+        (
+            "BeitConfig",
+            {
+                **_VIT,
+                "num_hidden_layers": 4,
+                "image_size": 64,
+                **_FOUR,
+                "reshape_hidden_states": False,
+                "use_relative_position_bias": True,
+            },
+        ),
+    ),
+}
+"""By the type of its configuration. What is not here is built as its own defaults say."""
+
+_VITS = {"depth": 2}
+_STAGES = {"depths": [1, 1, 1, 1]}
+
+TIMM: dict[str, Mapping[str, Any]] = {
+    key: {}
+    for key in [
+        "botnet26t_256",
+        "eca_botnext26ts_256",
+        "halonet26t",
+        "sehalonet33ts",
+        "lambda_resnet26t",
+        "halo2botnet50ts_256",
+        "vit_small_r26_s32_224",
+        "vit_tiny_r_s16_p8_224",
+        "vit_base_mci_224",
+        "coatnet_0_224",
+        "coatnet_nano_rw_224",
+        "maxvit_rmlp_pico_rw_256",
+        "maxvit_pico_rw_256",
+        "maxxvit_rmlp_nano_rw_256",
+        "coatnext_nano_rw_224",
+        "levit_128s",
+        "levit_conv_128s",
+        "efficientformer_l1",
+        "efficientformerv2_s0",
+        "fastvit_t8",
+        "fastvit_sa12",
+        "fastvit_mci0",
+        "nextvit_small",
+        "efficientvit_b0",
+        "efficientvit_m0",
+        "mobilevit_xxs",
+        "mobilevitv2_050",
+        "mobilenetv4_hybrid_medium",
+        "edgenext_xx_small",
+        "convit_tiny",
+        "crossvit_9_240",
+        "coat_lite_tiny",
+        "coat_tiny",
+        "visformer_tiny",
+        "tiny_vit_5m_224",
+        "repvit_m0_9",
+        "swiftformer_xs",
+        "shvit_s1",
+        "iformer_t",
+        "lowformer_b0",
+        "efficientvim_m1",
+        "cpubone_nano",
+        "mvitv2_tiny",
+        "pvt_v2_b0",
+        "twins_pcpvt_small",
+        "twins_svt_small",
+        "pit_ti_224",
+        "pit_ti_distilled_224",
+        "nest_tiny",
+        "davit_tiny",
+        "gcvit_xxtiny",
+        "swin_tiny_patch4_window7_224",
+        "swin_s3_tiny_224",
+        "swinv2_tiny_window8_256",
+        "swinv2_cr_tiny_224",
+        "focalnet_tiny_srf",
+        "hiera_tiny_224",
+        "hieradet_small",
+        "sam2_hiera_tiny",
+        "samvit_base_patch16_224",
+        "xcit_nano_12_p16_224",
+        "volo_d1_224",
+        "cait_xxs24_224",
+        "tnt_s_patch16_224",
+        "sequencer2d_s",
+        "caformer_s18",
+        "convformer_s18",
+        "poolformer_s12",
+        "poolformerv2_s12",
+        "vitamin_small_224",
+        "vit_tiny_patch16_224",
+        "test_vit",
+        "test_vit2",
+        "test_vit3",
+        "test_vit4",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "beit_base_patch16_224",
+        "beitv2_base_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_small_patch16_dinov3",
+        "vit_pe_core_tiny_patch16_384",
+        "vit_relpos_small_patch16_224",
+        "vit_srelpos_small_patch16_224",
+        "test_vit_relpos",
+        "vit_small_patch16_rope_224",
+        "naflexvit_base_patch16_gap",
+        "mixer_s32_224",
+        "gmlp_ti16_224",
+        "resmlp_12_224",
+        "gmixer_12_224",
+        "vit_base_patch16_siglip_gap_224",
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_small_patch14_reg4_dinov2",
+        "flexivit_small",
+        "aimv2_large_patch14_224",
+        "deepseek_vit_412m",
+        "qwen3_vit_88m",
+        "gemma4_vit_167m",
+        "resnet10t",
+        "resnet18",
+        "resnet26d",
+        "ecaresnet26t",
+        "seresnet50",
+        "resnext50_32x4d",
+        "resnetaa50",
+        "resnetrs50",
+        "resnetblur50",
+        "test_resnet",
+        "resnetv2_18",
+        "resnetv2_50x1_bit",
+        "resnetv2_50d_evos",
+        "test_convnext",
+        "test_convnext2",
+        "convnext_atto",
+        "convnextv2_atto",
+        "efficientnet_b0",
+        "efficientnet_lite0",
+        "tf_efficientnetv2_b0",
+        "test_efficientnet",
+        "mixnet_s",
+        "mnasnet_small",
+        "mobilenetv2_050",
+        "mobilenetv3_small_050",
+        "mobilenetv4_conv_small",
+        "mobilenetv5_base",
+        "fbnetc_100",
+        "lcnet_035",
+        "lcnetv2_small",
+        "tinynet_e",
+        "spnasnet_100",
+        "hardcorenas_a",
+        "ghostnet_050",
+        "ghostnetv2_100",
+        "ghostnetv3_050",
+        "repghostnet_050",
+        "rexnet_100",
+        "regnetx_002",
+        "regnety_002",
+        "regnetz_b16",
+        "test_byobnet",
+        "repvgg_a0",
+        "mobileone_s0",
+        "gernet_s",
+        "gcresnext26ts",
+        "bat_resnext26ts",
+        "resnet33ts",
+        "dla34",
+        "dla46_c",
+        "res2net50_14w_8s",
+        "resnest14d",
+        "skresnet18",
+        "legacy_seresnet18",
+        "dpn48b",
+        "densenet121",
+        "vgg11_bn",
+        "vovnet39a",
+        "ese_vovnet19b_slim_dw",
+        "cspresnet50",
+        "darknet17",
+        "cspdarknet53",
+        "cs3darknet_s",
+        "cspnext_tiny",
+        "hrnet_w18_small",
+        "hgnetv2_b0",
+        "hgnet_tiny",
+        "selecsls42",
+        "tresnet_m",
+        "inception_next_atto",
+        "inception_v3",
+        "inception_v4",
+        "inception_resnet_v2",
+        "xception41p",
+        "legacy_xception",
+        "nasnetalarge",
+        "pnasnet5large",
+        "nf_regnet_b0",
+        "test_nfnet",
+        "nf_resnet26",
+        "dm_nfnet_f0",
+        "mambaout_femto",
+        "test_mambaout",
+        "starnet_s050",
+        "fasternet_t0",
+        "rdnet_tiny",
+        "convmixer_768_32",
+        "csatv2",
+    ]
+}
+"""By family, the smallest of each; then those of which a family has several kinds. Arguments for ``--model-arg``."""
+
+
+def write_folder(kind: str, architecture: str, folder: Path) -> Path:
+    """Write a folder with the small configuration of ``kind`` and no weights, for the class ``architecture``."""
+    from resvit_export.loading.libraries import import_transformers
+
+    transformers = import_transformers()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    small = SMALL.get(kind, Small())
+    settings = dict(small.settings)
+    if small.backbone is not None:
+        settings["backbone_config"] = getattr(transformers, small.backbone[0])(**small.backbone[1])
+    config = CONFIG_MAPPING[kind](**settings)
+    config.num_labels, config.architectures = CLASSES, [architecture]
+    config.save_pretrained(folder)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    size = {"height": small.size[0], "width": small.size[1]}
+    processor = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder.resolve()
