@@ -1,6 +1,6 @@
 # make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an L4
 # make test   lint, types and the test suite, without the longest ways from end to end
-# make check  the same without whole builds and compiles: six minutes on two cores
+# make check  the same without what takes more than a second: two minutes on two cores
 # All set up what they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
 
 SHELL := /bin/bash

@@ -79,8 +79,8 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
     """Write the ONNX that the variant compiles."""
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.estimators import Estimator
-    from resvit_calibrate.ranges.ranges import load_ranges, ranges_from, save_ranges
-    from resvit_calibrate.ranges.statistics import load_statistics, save_statistics
+    from resvit_calibrate.ranges.ranges import ranges_from, ranges_from_json, save_ranges
+    from resvit_calibrate.ranges.statistics import save_statistics, statistics_from_npz
     from resvit_engines.targets.table import Precision
     from resvit_export.to_tensorrt.copy import onnx_for_tensorrt, suit_builder
     from resvit_quantize.modelopt.quantizer import quantize_with_modelopt
@@ -98,7 +98,13 @@ def quantized(variant: Variant, model: Path, count: int, folder: Path) -> Path:
         save_statistics(statistics, seen)
         save_ranges(ranges_from(statistics, "random images"), kept)
     settings = QuantizeSettings(Precision(variant.precision))
-    quantize_model(model, load_ranges(kept), settings, out, statistics=load_statistics(seen))
+    quantize_model(
+        model,
+        ranges_from_json(kept.read_bytes(), str(kept)),
+        settings,
+        out,
+        statistics=statistics_from_npz(seen.read_bytes(), str(seen)),
+    )
     suit_builder(out, None if variant.plain else Builder.RTX)
     copy = out.with_suffix(".tensorrt.onnx")
     return copy if onnx_for_tensorrt(out, copy) else out

@@ -29,7 +29,7 @@ from resvit_engines.kernels.measure.results import RESULTS as MEASURED
 from resvit_engines.kernels.measure.results import case_of
 from resvit_engines.targets.table import TARGETS, Precision, Target, find_target
 
-KINDS = ("attention", "bridge")
+KINDS = ("attention", "bridge", "deformable")
 LARGEST_ERROR = {"fp16": 0.02, "int8": 0.03, "fp8": 0.06}
 """Between ours and PyTorch's, as a share of the norm; both round. What is further off is not timed."""
 STATIC_TARGETS = ("jetson-orin", "h100", "jetson-thor", "rtx-5090")

@@ -1,20 +1,21 @@
 """Does the reader of exported programs take what torch wrote, and nothing that somebody changed in it?
 
     python benchmarks/pt2_archives.py
-    python benchmarks/pt2_archives.py --minutes 60 --only resvit --only swin
+    python benchmarks/pt2_archives.py --seconds 60 --only resvit --only swin
 
 Networks of the reference hybrids, timm and transformers, with random weights, are exported for any batch and for one,
 written by torch.export.save, and read: graph and tensors must be those that torch.export.load reads. Then each is
 changed in one place after the other, every kind of place by a hundred hostile values and more, and loaded and run in
 this process under an audit hook. A change must end in a refusal that the user understands, or in a network; an import,
-a file opened, a library loaded, a process started is a failure, as is any other error. Writes
-``results/pt2-archives.md``.
+a file opened, a library loaded, a process started is a failure, as is any other error. Archives that are done are kept
+in a file, and not done again when a run goes on. Writes ``results/pt2-archives.md`` after each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 import resource
 import tempfile
@@ -251,26 +252,50 @@ def outcome(path: Path) -> str:
 
 @click.command()
 @click.option("--only", multiple=True, help="Networks whose name has this in it.")
-@click.option("--minutes", default=30.0, show_default=True, help="For all changed archives together.")
+@click.option("--seconds", default=30.0, show_default=True, help="For the changes to one archive.")
 @click.option("--seed", default=0, show_default=True)
-def main(only: tuple[str, ...], minutes: float, seed: int) -> None:
+@click.option(
+    "--done",
+    "kept",
+    type=click.Path(path_type=Path),
+    default=Path("runs/pt2-archives.jsonl"),
+    show_default=True,
+    help="Archives that are done, a line each; without it everything is done again.",
+)
+def main(only: tuple[str, ...], seconds: float, seed: int, kept: Path) -> None:
     """Read archives as torch wrote them, then changed ones."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     names = [name for name in NETWORKS if not only or any(part in name for part in only)]
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        for name in names:
-            for batch in ("any", "2"):
-                rows.append(_row(name, batch, Path(place) / f"{len(rows)}.pt2"))
-                click.echo(f"{name}, batch {batch}: {rows[-1].problem or f'{rows[-1].nodes} nodes, as torch reads it'}")
-        share = minutes * 60 / max(1, len(rows))
-        for index, row in enumerate(rows):
-            path = Path(place) / f"{index}.pt2"
+    settings = {"seconds": seconds, "seed": seed, "torch": torch.__version__}
+    done = _done(kept, settings)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for number, (name, batch) in enumerate((name, batch) for name in names for batch in ("any", "2")):
+        if (name, batch) in done:
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "it.pt2"
+            row = _row(name, batch, path)
             if path.exists() and not row.problem:
-                _attack(row, path, share, random.Random(seed + index))
-                click.echo(f"{row.name}, batch {row.batch}: {dict(row.outcomes)}")
-    if not only:
-        (RESULTS / "pt2-archives.md").write_text(_page(rows, minutes, seed))
+                _attack(row, path, seconds, random.Random(seed + number))
+        with kept.open("a") as stream:
+            stream.write(json.dumps({**settings, "row": vars(row)}) + "\n")
+        done[name, batch] = row
+        said = row.problem or f"{row.nodes} nodes, as torch reads it"
+        click.echo(f"{name}, batch {batch}: {said}; {dict(row.outcomes)}")
+        if not only:
+            (RESULTS / "pt2-archives.md").write_text(_page(list(done.values()), seconds, seed))
+
+
+def _done(kept: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """The archives that an earlier run with the same settings finished, by name and batch."""
+    rows: dict[tuple[str, str], Row] = {}
+    for line in kept.read_text().splitlines() if kept.exists() else ():
+        document = json.loads(line)
+        row = Row(**document.pop("row"))
+        if document == settings:
+            row.outcomes = Counter(row.outcomes)
+            rows[row.name, row.batch] = row
+    return rows
 
 
 def _row(name: str, batch: str, path: Path) -> Row:
@@ -298,16 +323,21 @@ def _attack(row: Row, path: Path, seconds: float, chosen: random.Random) -> None
         row.outcomes[result if result in ("refused", "loaded") else f"{what}: {result}"] += 1
 
 
-def _page(rows: list[Row], minutes: float, seed: int) -> str:
+def _page(rows: list[Row], seconds: float, seed: int) -> str:
     read = [row for row in rows if not row.problem]
+    unexported = [row for row in rows if row.problem.startswith("not exported")]
     refused, loaded = (sum(row.outcomes[kind] for row in rows) for kind in ("refused", "loaded"))
     wrong = [(row, what) for row in rows for what in row.outcomes if what not in ("refused", "loaded")]
+    machine = describe_machine()
     lines = [
         "# Archives of exported programs",
         "",
-        f"{describe_machine()}; torch {torch.__version__}; seed {seed}, {minutes:g} minutes of changed archives.",
+        f"`python benchmarks/pt2_archives.py --seconds {seconds:g} --seed {seed}`; {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB; Python {machine['python']}, "
+        f"torch {torch.__version__}.",
         "",
-        f"{len(read)} of {len(rows)} exports are read as torch reads them. "
+        f"{len(rows)} of {2 * len(NETWORKS)} archives were tried. "
+        f"{len(read)} of {len(rows) - len(unexported)} exports are read as torch reads them. "
         f"Of {refused + loaded + len(wrong):,} changed archives {refused:,} were refused, {loaded:,} were loaded and "
         f"run, and {len(wrong):,} went wrong.",
         "",

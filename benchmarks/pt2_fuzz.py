@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import encodings.cp437  # noqa: F401 what zipfile decodes names with, and reads when it is first needed
 import json
 import random
 import re

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from machine import write_result
 
 from resvit_calibrate.answers.base import Task
-from resvit_calibrate.answers.replay import FirstImages
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
 from resvit_calibrate.images.targets import MaskTarget
@@ -80,9 +79,8 @@ def measured(kind: str, bits: int) -> dict[str, Any]:
         drops = real_drops(model, ranges, settings, task, validation)
         found: dict[str, Any] = {"model": name, "images": [few, many], "layers": drops}
         for how, loss in (("outputs", None), ("loss", loss_of(task, calibration))):
-            images = calibration.first(few, 1) if loss is None else FirstImages(calibration, few).batches(1)
             damage = measure_sensitivity(
-                graph_from_onnx(model), ranges, settings, images, precisions=("int8",), loss=loss
+                graph_from_onnx(model), ranges, settings, calibration.first(few, 1), precisions=("int8",), loss=loss
             )
             estimate = {layer.node: layer.damage["int8"] for layer in damage.layers}
             found[how] = agreement(np.array([estimate[layer] for layer in drops]), np.array(list(drops.values())))

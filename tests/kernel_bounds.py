@@ -19,6 +19,7 @@ from resvit_engines.kernels.attention import (
     joined,
     parts_of,
 )
+from resvit_engines.kernels.deformable import DeformableConfig, deformable_reference
 from resvit_engines.kernels.launch import ITEM_SIZES, Source
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 
@@ -102,6 +103,31 @@ def attention_outside(
     real = attention_reference(dataclasses.replace(config, out_dtype="fp32", out_scale=1.0), *inputs)
     slack = attention_slack(config, inputs, fp8_unit) + 4 * UNIT * np.abs(real)
     return outside(got, real, slack, config.out_dtype, config.out_scale)
+
+
+def deformable_outside(config: DeformableConfig, inputs: list[np.ndarray], got: np.ndarray) -> int:
+    """How many numbers of deformable attention's output a right kernel could not have written.
+
+    A place in pixels is a product and two sums, of which the largest is at most |place| size + size: it errs by three
+    roundings of that. Between two pixels a sample changes by their difference at most, so by twice the level's largest
+    magnitude for every pixel of error, along both dimensions. A share of a corner is a product of three numbers with
+    four roundings, and the sum runs over four corners of all points; then two scales.
+    """
+    exact = dataclasses.replace(config, out_dtype="fp32", out_scale=1.0)
+    real = deformable_reference(exact, *inputs)
+    value, places, weights = (np.abs(array) for array in inputs)
+    batch, queries, heads = len(value), places.shape[1], config.heads
+    size = deformable_reference(dataclasses.replace(exact, value_scale=1.0), value, inputs[1], weights)
+    places = places.reshape(batch, queries, heads, config.samples, 2)
+    weights = weights.reshape(batch, queries, heads, config.samples)
+    moved = np.zeros((batch, queries, heads, config.head_size))
+    sizes = zip(config.heights, config.widths, config.starts, config.firsts, config.points, strict=True)
+    for height, width, start, first, count in sizes:
+        largest = value[:, start : start + height * width].max(1).reshape(batch, 1, heads, -1)
+        off = 3 * UNIT * ((places[..., first : first + count, :] + 1.0) * (width, height)).sum(-1)
+        moved += (weights[..., first : first + count] * off).sum(-1)[..., None] * 2.0 * largest
+    slack = moved.reshape(real.shape) + (4 * config.samples + 8) * UNIT * size
+    return outside(got, real, slack * config.value_scale + 4 * UNIT * np.abs(real), config.out_dtype, config.out_scale)
 
 
 def held(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, TensorRange
 
@@ -158,3 +159,8 @@ def sqnr(reference: np.ndarray, candidate: np.ndarray) -> float:
     """Signal to quantisation noise in dB."""
     noise = float(((reference - candidate) ** 2).sum())
     return 10 * float(np.log10(float((reference**2).sum()) / max(noise, 1e-30)))
+
+
+def batches(*images: np.ndarray) -> list[Batch]:
+    """Images float32 [B, C, H, W] of which nothing else is known, as a data set streams them."""
+    return [Batch(each, None) for each in images]

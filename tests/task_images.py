@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget, Target
 
 SIZE = (48, 64)
@@ -32,6 +32,8 @@ class Images:
             labels = None if self.known is None else self.known[numbers]
             targets = None if self.targets is None else tuple(self.targets[i] for i in numbers)
             yield Batch(pixels, labels, targets)
+
+    first = ImageSet.first
 
 
 def network(**outputs: np.ndarray):

@@ -80,6 +80,7 @@ def test_the_example_of_the_guide_runs(
     assert named.exported == built.exported
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_rejected_model_is_no_error(workspace: Path, seeded: Callable[..., str]) -> None:
     """A network whose float form is right and whose ranges are not: calibrated on nothing but black images."""
@@ -131,6 +132,7 @@ def test_a_module_is_known_by_all_that_it_computes_and_stays_as_it_is() -> None:
     assert digest(module) != digest(Scaled(2.0).to(torch.float64))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("settings", "problem", "fix"),
     [

@@ -65,6 +65,7 @@ def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> 
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_engine_built_here_is_audited_beside_fp16(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
@@ -87,6 +88,7 @@ def test_the_engine_built_here_is_audited_beside_fp16(
     assert answer(capsys, "audit", "--run", "runs/x")["reused"]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]

@@ -49,6 +49,7 @@ def dropped(maps: torch.Tensor) -> torch.Tensor:
     return F.dropout(maps, 0.3).mean((2, 3))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "behind",
     [
@@ -101,6 +102,7 @@ COUPLINGS = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("behind", COUPLINGS)
 def test_images_that_hang_on_each_other_run_alone(behind: Callable[[torch.Tensor], Any]) -> None:
     program, notes = program_from_module(Net(behind), SHAPE)

@@ -243,6 +243,7 @@ def test_rows_are_of_falling_bits_and_the_control_is_not_at_8() -> None:
     assert not [r for r in rows_of((), (5,)) if r[1] == "fp8"]
 
 
+@pytest.mark.whole
 def test_a_quantiser_that_falls_is_a_reason(tmp_path: Path) -> None:
     from peers.children import Task, run_child
 

@@ -103,6 +103,7 @@ def covered(count: int, trials: int, confidence: float) -> float:
     return hits / trials
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("count", "confidence"), [(25, 0.95), (100, 0.95), (100, 0.8)])
 def test_coverage_is_near_nominal(count, confidence):
     trials = 300

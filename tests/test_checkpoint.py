@@ -174,12 +174,16 @@ def test_weights_that_do_not_fit_are_told_with_the_place_that_was_looked_at(
     tmp_path: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     file = tmp_path / "w.pt"
-    torch.save(
-        {"ema": {"module": {**weights, "1.weight": torch.zeros(5, 3)}}, "model": {"0.bias": weights["0.bias"]}}, file
-    )
+    half = {name: weights[name] for name in ("0.bias", "1.bias")}
+    parts = {
+        "ema": {"module": {**weights, "1.weight": torch.zeros(5, 3)}},
+        "model": half,
+        "head": {"0.bias": half["0.bias"]},
+    }
+    torch.save(parts, file)
     with pytest.raises(ResvitError, match=r"below 'ema.module' do not fit.* 1 wrongly shaped \(1.weight") as caught:
         load_checkpoint(net(), file)
-    assert "some weights fit at 'model' (1 tensors): --checkpoint-key" in caught.value.fix
+    assert "some weights fit at 'model' (2 of 4 tensors): --checkpoint-key" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from quantize_graphs import Graph, outputs_of, sqnr
+from quantize_graphs import Graph, batches, outputs_of, sqnr
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import ranges_from
@@ -94,6 +94,7 @@ def three_layers(g: Graph) -> str:
     return g.conv(value, 16, 32, 1, name="third")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("batch", [1, 4, "batch"])
 @pytest.mark.parametrize(("precision", "bits", "gain"), [(Precision.INT8, 4, 3.0), (Precision.FP8, 8, 1.5)])
 def test_compensation_is_clearly_better_on_new_images(
@@ -105,7 +106,7 @@ def test_compensation_is_clearly_better_on_new_images(
     chunks = chunks_of(correlated(32, 24, 8, 8), size)
     settings = everything(precision, bits)
     plan = plan_of(path, chunks, settings)
-    found = compensate(plan, chunks, settings)
+    found = compensate(plan, batches(*chunks), settings)
     require_sound(plan, found, bits)
     unseen = correlated(16, 24, 8, 8, seed=1)
     exact = run(path, unseen, size)
@@ -124,7 +125,7 @@ def test_corrected_means_are_exact_where_all_rows_are_seen(tmp_path: Path) -> No
     images = correlated(400, 24)
     settings = everything(Precision.INT8, 3)
     plan = plan_of(path, [images], settings)
-    found = compensate(plan, [images], settings)
+    found = compensate(plan, batches(images), settings)
     error = run(written(plan, found, 3, tmp_path / "int8.onnx"), images, 400) - run(path, images, 400)
     # The rows are drawn with replacement, and a fifth of them is held out.
     assert np.abs(error.mean(0)).max() < 0.1 * error.std(0).max() + 1e-6
@@ -191,6 +192,7 @@ def shared(g: Graph) -> str:
 FITTED = [depthwise, grouped, strided, dilated, same_lower, gemm, scaled_gemm, token_product]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("build", FITTED)
 def test_every_kind_of_layer_gains(tmp_path: Path, build: Callable[[Graph], str]) -> None:
     g = Graph("batch", 16, 8, 8)
@@ -199,7 +201,7 @@ def test_every_kind_of_layer_gains(tmp_path: Path, build: Callable[[Graph], str]
     chunks = chunks_of(correlated(512 if build in (gemm, scaled_gemm) else 64, 16, 8, 8), 16)
     settings = everything(Precision.INT8, 4)
     plan = plan_of(path, chunks, settings)
-    found = compensate(plan, chunks, settings)
+    found = compensate(plan, batches(*chunks), settings)
     require_sound(plan, found, 4)
     before, after = found.errors["layer"]
     # Nine inputs leave little room; their own error is most of it.
@@ -220,7 +222,7 @@ def test_what_cannot_be_fitted_is_rounded_to_nearest(tmp_path: Path, build: Call
     chunks = chunks_of(correlated(16, 16, 8, 8), 4)
     settings = everything(Precision.INT8)
     plan = plan_of(path, chunks, settings)
-    found = compensate(plan, chunks, settings)
+    found = compensate(plan, batches(*chunks), settings)
     require_sound(plan, found, 8)
     weight = plan.network.graph.initializers["w"].const_value.numpy()
     (stored,) = found.stored.values()
@@ -236,7 +238,7 @@ def test_a_handful_of_rows_is_nothing_to_fit_to(tmp_path: Path) -> None:
     chunks = chunks_of(correlated(3, 16, 8, 8), 1)
     settings = everything(Precision.INT8)
     plan = plan_of(path, chunks, settings)
-    found = compensate(plan, chunks, settings)
+    found = compensate(plan, batches(*chunks), settings)
     require_sound(plan, found, 8)
     assert not found.bias
 
@@ -259,7 +261,7 @@ def test_dead_inputs_and_weights_of_zeros_are_finite(
     images[:, 5] = 3.0
     settings = everything(precision)
     plan = plan_of(path, [images], settings)
-    found = compensate(plan, [images], settings)
+    found = compensate(plan, batches(images), settings)
     require_sound(plan, found, 8)
     assert sqnr(run(path, images, 32), run(written(plan, found, 8, tmp_path / "q.onnx"), images, 32)) > 20
 
@@ -270,7 +272,7 @@ def test_images_of_zeros_are_survived(tmp_path: Path) -> None:
     chunks = chunks_of(np.zeros((4, 24, 8, 8), np.float32), 2)
     settings = everything(Precision.INT8)
     plan = plan_of(path, chunks, settings)
-    require_sound(plan, compensate(plan, chunks, settings), 8)
+    require_sound(plan, compensate(plan, batches(*chunks), settings), 8)
 
 
 def test_methods_switch_ranges_and_biases(tmp_path: Path) -> None:
@@ -280,11 +282,11 @@ def test_methods_switch_ranges_and_biases(tmp_path: Path) -> None:
     off = Methods(smoothing=False, sparing=False, output_ranges=False, bias_correction=False)
     # Ranges that keep the largest value are too long for four bits.
     plan = plan_of(path, chunks, replace(everything(Precision.INT8, 4), estimator=Estimator.MAX))
-    found = compensate(plan, chunks, everything(Precision.INT8, 4, off))
+    found = compensate(plan, batches(*chunks), everything(Precision.INT8, 4, off))
     assert not found.bias
     assert found.amax == plan.amax
     require_sound(plan, found, 4)
-    on = compensate(plan, chunks, everything(Precision.INT8, 4))
+    on = compensate(plan, batches(*chunks), everything(Precision.INT8, 4))
     assert set(on.bias) == {"first", "second", "third"}
     assert all(on.amax[key] < clip for key, clip in plan.amax.items())
 
@@ -361,7 +363,7 @@ def test_sampled_rows_times_the_weight_are_the_layers_outputs(tmp_path: Path, bu
     graph_node = next(item for item in graph.nodes if item.name == "layer")
     chunks = chunks_of(correlated(6, 16, 8, 8), 3)
     for chunk in chunks:
-        graph(torch.from_numpy(chunk), reading, writing)
+        graph({"input": torch.from_numpy(chunk)}, reading, writing)
     rows = LayerRows(node, array.shape, len(chunks))
     found = rows.of(seen["inputs"]) @ grouped_weight(node, torch.from_numpy(np.array(array)))  # [G, R, O/G]
     found = found.transpose(0, 1).flatten(1)  # [R, O]
@@ -410,7 +412,7 @@ def test_a_layer_left_in_fp16_makes_up_for_what_reaches_it(tmp_path: Path) -> No
     own = {"third": Precision.FP16}
     settings = replace(everything(Precision.INT8, 3), precisions=own)
     plan = plan_of(path, chunks, settings)
-    found = compensate(plan, chunks, settings)
+    found = compensate(plan, batches(*chunks), settings)
     (name,) = found.fitted
     assert name == next(str(node.inputs[1].name) for node in plan.network.graph if node.name == "third")
     images = np.concatenate(chunks)
@@ -434,7 +436,7 @@ def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
     ir.save(model, path)
     chunks = chunks_of(correlated(64, 24, 8, 8), 16)
     plan = plan_of(path, chunks, everything(Precision.INT8, 4))
-    found = compensate(plan, chunks, everything(Precision.INT8, 4))
+    found = compensate(plan, batches(*chunks), everything(Precision.INT8, 4))
     assert found.stored
     for stored in found.stored.values():
         assert not stored.values[:, 1::2].any()

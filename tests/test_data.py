@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -101,6 +102,45 @@ def test_train_and_val_inside_and_labels_follow_train(tmp_path):
     assert np.bincount(calibration.labels).tolist() == [2, 2, 2]
     assert np.bincount(validation.labels).tolist() == [0, 3, 4]
     assert validation.num_classes == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "masks", "listed", "coco"])
+def test_a_part_that_is_not_used_is_named(tmp_path, kind):
+    heard, parts = Heard(), ("train", "val", "test")
+    for number, part in enumerate(parts):
+        if kind == "folder":
+            folder(tmp_path / part, {"a": 4, "b": 4}, seed=number)
+        elif kind == "coco":
+            names = [f"{part}{index}.png" for index in range(4)]
+            folder(tmp_path / part, {"a": 4}, seed=number)
+            for index, name in enumerate(names):
+                (tmp_path / part / "a" / f"{index:03}.png").rename(tmp_path / part / name)
+            boxes = [{"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [1, 1, 4, 4]} for i in range(4)]
+            images = [{"id": index, "file_name": name} for index, name in enumerate(names)]
+            document = {
+                "images": images,
+                "annotations": boxes,
+                "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+            }
+            (tmp_path / part / "annotations.json").write_text(json.dumps(document))
+        else:
+            root = tmp_path / "VOC" if kind == "listed" else tmp_path
+            below = "" if kind == "listed" else part
+            pictures = root / ("JPEGImages" if kind == "listed" else "images") / below
+            masks = root / ("SegmentationClass" if kind == "listed" else "masks") / below
+            for place in (pictures, masks):
+                place.mkdir(parents=True, exist_ok=True)
+            for index in range(4):
+                Image.new("RGB", (8, 8), (number * 9, index * 9, 3)).save(pictures / f"{part}{index}.png")
+                Image.fromarray(np.full((8, 8), index % 2, np.uint8)).save(masks / f"{part}{index}.png")
+            if kind == "listed":
+                lists = root / "ImageSets" / "Segmentation"
+                lists.mkdir(parents=True, exist_ok=True)
+                (lists / f"{part}.txt").write_text("".join(f"{part}{index}\n" for index in range(4)))
+    place = tmp_path / "VOC" if kind == "listed" else tmp_path
+    calibration, validation = open_image_sets(DataSpec(str(place), calibration_images=4), SMALL, heard)
+    assert (len(calibration), len(validation)) == ((4, 8) if kind == "folder" else (4, 4))
+    assert [text for text in heard.warnings if "test" in text and "not" in text and "are used" in text], heard.warnings
 
 
 def test_separate_validation_folder_and_shared_images(tmp_path):

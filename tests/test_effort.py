@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph, basic_block, outputs_of, sqnr
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.channels import amax_for_output
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
@@ -61,12 +62,12 @@ def calibrated(path: Path, images: np.ndarray = IMAGES) -> tuple[Ranges, Statist
     return ranges_from(statistics, "digest"), statistics
 
 
-def source(images: np.ndarray = IMAGES, size: int = 5) -> Callable[[int], Iterator[np.ndarray]]:
+def source(images: np.ndarray = IMAGES, size: int = 5) -> Callable[[int], Iterator[Batch]]:
     """Batches that do not fit the model's."""
 
-    def images_of(count: int) -> Iterator[np.ndarray]:
+    def images_of(count: int) -> Iterator[Batch]:
         for start in range(0, min(count, len(images)), size):
-            yield images[:count][start : start + size]
+            yield Batch(images[:count][start : start + size], None)
 
     return images_of
 

@@ -51,6 +51,7 @@ def equations(draw: st.DrawFn) -> tuple[str, list[list[str]]]:
     return spaced.format(left, "".join(result)), operands
 
 
+@pytest.mark.whole
 @settings(max_examples=150, deadline=None)
 @given(equations(), st.sets(st.integers(0, 2)), st.booleans())
 def test_any_equation_computes_the_same(

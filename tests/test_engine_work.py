@@ -105,6 +105,7 @@ def bottleneck(path: Path) -> Path:
     return g.save(path, g.conv(value, 32, 32, name="last/Conv"))
 
 
+@pytest.mark.whole
 @rtx
 def test_the_form_for_rtx_makes_int8_do_less_than_fp16(tmp_path: Path) -> None:
     source = bottleneck(tmp_path / "model.onnx")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from resvit_calibrate.observe.histogram import BINS, GrowingHistogram, TensorStatistics
 from resvit_calibrate.ranges.estimators import DEAD_AMAX, PRECISIONS, Estimator, amax_from, quantization_error
-from resvit_calibrate.ranges.ranges import Ranges, TensorRange, load_ranges, ranges_from, save_ranges
+from resvit_calibrate.ranges.ranges import Ranges, TensorRange, ranges_from, ranges_from_json, save_ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 
@@ -125,6 +125,7 @@ def divergence_by_the_book(statistics, end):
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("law", ["standard_normal", "standard_cauchy", "standard_exponential"])
 def test_entropy_is_migacz_search(law):
     x = getattr(np.random.default_rng(5), law)(20_000).astype(np.float32)
@@ -158,6 +159,7 @@ def test_growing_does_not_depend_on_the_order():
     assert sum(results[0][1]) == x.size
 
 
+@pytest.mark.whole
 def test_two_hundred_tensors_take_a_moment():
     x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     tensors = {str(i): seen(x * (1 + i / 7)) for i in range(200)}
@@ -172,7 +174,7 @@ def test_ranges_survive_the_file(tmp_path):
     tensors = {"conv": seen(x), "norm": TensorStatistics(0, -2.0, 1.0, None, 0.0), "dead": seen(np.zeros(9))}
     ranges = ranges_from(Statistics(tensors, 4), "abc")
     save_ranges(ranges, tmp_path / "ranges.json")
-    assert load_ranges(tmp_path / "ranges.json") == ranges
+    assert ranges_from_json((tmp_path / "ranges.json").read_bytes(), "ranges.json") == ranges
     assert sum(ranges.tensors["conv"].histogram) == 5000
     assert len(ranges.tensors["conv"].histogram) == len(ranges.tensors["dead"].histogram) == 64
     assert ranges.tensors["conv"].bin_width * 64 >= np.abs(x).max()
@@ -183,7 +185,7 @@ def test_ranges_survive_the_file(tmp_path):
         ranges.amax("conv1", "int8", Estimator.MAX)
     (tmp_path / "ranges.json").write_text('{"tensors": []}')
     with pytest.raises(ResvitError, match="does not hold"):
-        load_ranges(tmp_path / "ranges.json")
+        ranges_from_json((tmp_path / "ranges.json").read_bytes(), "ranges.json")
 
 
 def test_infinite_ranges_and_unknown_precisions_are_refused():

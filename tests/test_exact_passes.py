@@ -105,6 +105,7 @@ def assert_same(before: onnx.ModelProto, image: np.ndarray, which: list[Any] = P
     return operators
 
 
+@pytest.mark.whole
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.lists(VALUES, min_size=12, max_size=12))
 def test_every_pass_keeps_every_answer(steps: list[Step], pixels: list[float]) -> None:

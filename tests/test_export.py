@@ -14,6 +14,8 @@ from torch.export import Dim, ExportedProgram, export
 import resvit_calibrate.runtime.parity as parity
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
+from resvit_export.loading.source import NetworkSource
+from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import program_from_module
 from resvit_export.models.reference import resvit_model
 from resvit_export.to_onnx.canonical import MODULE, pad_in_max_pool
@@ -265,6 +267,26 @@ def test_external_data_stays_in_its_folder(tmp_path: Path) -> None:
     (folder / "w.bin").write_bytes(b"short")
     with pytest.raises(ResvitError, match="missing or too short"):
         import_onnx(path, tmp_path / "model.onnx")
+
+
+def test_every_file_that_a_model_names_for_its_weights_is_part_of_what_it_is(tmp_path: Path) -> None:
+    path, inner = tmp_path / "theirs.onnx", helper.make_tensor("v", TensorProto.FLOAT, [1], [3.0])
+    onnx.save(toy(), path, save_as_external_data=True, location="sub-w.bin", size_threshold=0)
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer[0].external_data[0].value = "other"
+    inner.ClearField("float_data")
+    inner.data_location = TensorProto.EXTERNAL
+    inner.external_data.add(key="location", value="constant.bin")
+    proto.graph.node.append(helper.make_node("Constant", [], ["v"], value=inner))
+    path.write_bytes(proto.SerializeToString())
+    seen = set()
+    for name in ("", "sub-w.bin", "other", "constant.bin"):
+        if name:
+            (tmp_path / name).write_bytes(f"edited {name}".encode())
+        seen.add(NetworkSource(ModelSpec(str(path))).digest)
+    assert len(seen) == 4
+    (tmp_path / "theirs.onnx.data").write_bytes(b"of nobody")
+    assert NetworkSource(ModelSpec(str(path))).digest in seen
 
 
 def test_control_flow_is_refused(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def operators(program: ExportedProgram) -> Counter[str]:
     return Counter(str(n.target).split(".")[1] for n in program.graph.nodes if n.op == "call_function")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("conv", "width"),
     [
@@ -73,6 +74,7 @@ def test_batch_norm_without_affine_and_with_zero_variance() -> None:
     torch.testing.assert_close(scale, torch.full_like(scale, 1e-5**-0.5), rtol=1e-5, atol=0)
 
 
+@pytest.mark.whole
 def test_batch_norm_stays_where_it_cannot_go() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -98,6 +100,7 @@ def test_batch_norm_stays_where_it_cannot_go() -> None:
     assert folded(nn.Sequential(nn.Flatten(), Tokens()), 5, 1)[1].counts() == {"batch_norm": 1}
 
 
+@pytest.mark.whole
 def test_one_convolution_with_two_norms_gets_two_weights() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -192,6 +195,7 @@ def test_broken_norm_and_modules_that_write_are_refused() -> None:
         fold_program(export(Counting().eval(), (torch.zeros(2, 3),)))
 
 
+@pytest.mark.whole
 def test_saved_program_round_trips_and_leads_back_to_modules(tmp_path: Path) -> None:
     module = nn.Sequential()
     module.add_module("trunk", nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)))
@@ -223,6 +227,7 @@ class Branches(nn.Module):
         return F.silu(self.one(images) + self.two(images))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "block", [Branches(3, 1), Branches(5, 3), Branches(3, 3), Branches(3, 1, stride=2), Branches(3, 1, dilation=2)]
 )
@@ -243,6 +248,7 @@ class Forked(Branches):
         return first + self.two(images) + first.mean()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("block", [Apart(3, 1), Forked(3, 1), Branches(5, 3, dilation=2)])
 def test_convolutions_that_do_not_lie_over_each_other_stay_two(block: Branches) -> None:
     _, report = folded(block, 4, 9, 9)

@@ -459,6 +459,7 @@ def test_operands_whose_range_nobody_knows_are_refused(tmp_path: Path) -> None:
     assert "its operands reach to 0" in report.refusals[0].reason
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
 @pytest.mark.parametrize("opset", [20, 23])
 def test_tensorrt_compiles_the_body_where_there_is_no_plugin(tmp_path: Path, opset: int) -> None:

@@ -55,10 +55,11 @@ FAMILIES = {
 }
 
 
-LARGE = ("botnet", "levit")
+QUICK = ("embed", "separate", "multihead")
+"""One of ours, and the two smallest of others."""
 CASES = [
-    *(pytest.param(family, 20, marks=pytest.mark.slow if family in LARGE else ()) for family in FAMILIES),
-    *(pytest.param(family, 23, marks=pytest.mark.slow) for family in ("embed", "separate", *LARGE)),
+    *(pytest.param(family, 20, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES),
+    *(pytest.param(family, 23, marks=pytest.mark.slow) for family in ("embed", "separate", "botnet", "levit")),
 ]
 
 

@@ -11,12 +11,13 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from kernel_bounds import UNIT, attention_outside, held, norm_slack, outside
+from kernel_bounds import UNIT, attention_outside, deformable_outside, held, norm_slack, outside
 from resvit_engines.kernels.attention import LAYOUTS, THREE_TENSORS, AttentionConfig, attention_reference, parts_of
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference, layer_norm
+from resvit_engines.kernels.deformable import DeformableConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 from resvit_engines.plugins.names import DOMAIN, OP_TYPES
-from resvit_quantize.fusion import attention_node, bridge
+from resvit_quantize.fusion import attention_node, bridge, deformable
 from resvit_quantize.fusion.functions import function_of
 from resvit_quantize.fusion.match import ONNX_TYPES
 
@@ -92,6 +93,7 @@ def attention_inputs(config: AttentionConfig, batch: int) -> tuple[list[np.ndarr
     return inputs, dtypes
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "pv"), [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "int8"), ("int8", "fp16"), ("fp8", "fp8")]
@@ -174,6 +176,31 @@ def norm_faults(x: np.ndarray, got: np.ndarray, affine: list[np.ndarray], out: s
     square = (x**2).mean(-1, keepdims=True) / x.var(-1, keepdims=True)
     slack = norm_slack(z, gamma, beta, x.shape[-1]) + np.abs(gamma * z) * x.shape[-1] * UNIT * square
     return outside(got, real, slack + 2 * UNIT * np.abs(real), out, scale)
+
+
+@pytest.mark.parametrize("dtype", OUTPUTS)
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("unit", [True, False])
+def test_deformable_attention(dtype: str, out: str, unit: bool) -> None:
+    rng = np.random.default_rng(0)
+    config = DeformableConfig(
+        3, 8, (5, 1, 3), (4, 6, 1), (1, 4, 2), 9, unit, dtype, "fp32", "fp16", out,
+        0.03 if dtype in EIGHT_BIT else 1.0, 0.023 if out in EIGHT_BIT else 1.0,
+    )  # fmt: skip
+    # Whole pixels, half ones and any others, inside and outside.
+    places = np.where(rng.random((2, 9, 3, 7, 2)) < 0.4, rng.integers(-5, 45, (2, 9, 3, 7, 2)) / 40, 0)
+    places = np.where(places == 0, rng.uniform(-0.3, 1.3, places.shape), places)
+    inputs = [
+        held(rng, (2, config.positions, 24), dtype, 0.03),
+        stored(places if unit else 2 * places - 1, "fp32"),
+        stored(rng.dirichlet(np.ones(7), (2, 9, 3)), "fp16"),
+    ]
+    op_type = deformable.op_type_of(config)
+    (got,) = computed(op_type, deformable.attributes_of(config), inputs, [dtype, "fp32", "fp16"])
+    assert deformable_outside(config, inputs, got) == 0
+    wrong = deformable.attributes_of(dataclasses.replace(config, widths=(4, 5, 1), heights=(5, 1, 4)))
+    (got,) = computed(op_type, wrong, inputs, [dtype, "fp32", "fp16"])
+    assert deformable_outside(config, inputs, got) > got.size // 4
 
 
 @pytest.mark.parametrize("opset", [20, 23])

@@ -63,7 +63,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
     return {}
 
 
-LARGE = ("levit_128s", "botnet26t")
+LARGE = ("levit_128s", "botnet26t", "cross", "windows", "dense")
 CASES = [
     pytest.param(
         (name, precision),

@@ -80,7 +80,11 @@ def test_follows_the_interval(limit):
         assert verdict.kind.value == wanted
 
 
-@pytest.mark.parametrize(("count", "gain"), [(1000, 0.02), (2500, 0.0), (4000, 0.05)])
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("count", "gain"),
+    [(1000, 0.02), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2500, 0.0), (4000, 0.05)))],
+)
 def test_a_drop_above_the_limit_is_rarely_accepted(count, gain):
     random, trials, limit = np.random.default_rng(7), 500, 1.0
     # True drop 1.05 points: just above.
@@ -118,6 +122,7 @@ def acceptance(count: int, limit: float, gain: float, drop: float, confidence: f
     return float(times @ np.array(accepted) / draws)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
 @pytest.mark.parametrize("limit", [0.003, 0.01, 0.02])
 @pytest.mark.parametrize(("count", "gain"), [(200, 0.0), (200, 0.02), (1000, 0.0), (1000, 0.01), (5000, 0.002)])
@@ -128,6 +133,8 @@ def test_a_drop_just_above_the_limit_is_accepted_no_oftener_than_the_confidence_
     assert share <= 1.1 * allowed + 3 * math.sqrt(allowed * (1 - allowed) / draws)
 
 
+@pytest.mark.slow
+@pytest.mark.whole
 def test_a_drop_within_the_limit_is_rarely_rejected_and_mostly_accepted_with_enough_images():
     random = np.random.default_rng(8)
     verdicts = [judged(simulated(random, 10_000, 0.9, 0.015, 0.011)).kind for _ in range(200)]

@@ -141,6 +141,7 @@ def test_a_size_and_digest_are_that(ssh: Path, tmp_path: Path, answer: str) -> N
     assert "\x1b" not in caught.value.problem
 
 
+@pytest.mark.whole
 def test_endless_and_silent_answers_end(ssh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "large"
     file.write_bytes(bytes(1 << 20))

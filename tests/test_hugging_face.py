@@ -54,7 +54,8 @@ SHAPES = {
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ("rt_detr", "segformer") else ()) for kind in SHAPES]
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("rt_detr", "segformer", "detr") else ()) for kind in SHAPES],
 )
 def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None:
     network = load_network(ModelSpec(f"hf:{folder_of(kind, tmp_path / kind)}"))
@@ -67,6 +68,7 @@ def test_every_kind_is_exported_for_any_batch(kind: str, tmp_path: Path) -> None
     assert ("parallel_convolution" in report.counts()) == (kind == "rt_detr")
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_trained_weights_give_what_transformers_gives(tmp_path: Path) -> None:
     folder = folder_of("rt_detr", tmp_path / "model", weights=True)
@@ -81,6 +83,7 @@ def test_trained_weights_give_what_transformers_gives(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["pred_boxes"], expected.pred_boxes.numpy(), atol=1e-5)
 
 
+@pytest.mark.whole
 def test_a_checkpoint_of_the_models_own_keys_fits(tmp_path: Path) -> None:
     folder = folder_of("vit", tmp_path / "trained", weights=True)
     own = import_transformers().ViTForImageClassification.from_pretrained(folder).eval()
@@ -92,6 +95,7 @@ def test_a_checkpoint_of_the_models_own_keys_fits(tmp_path: Path) -> None:
     np.testing.assert_allclose(network.runner()({"input": images})["logits"], expected, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_random_weights_keep_signals_alive(tmp_path: Path) -> None:
     model = hugging_face_model(str(folder_of("rt_detr", tmp_path / "model")), {}).eval()
     with torch.no_grad():

@@ -171,7 +171,7 @@ def test_onnx_with_external_weights(tmp_path: Path) -> None:
     model = onnx.load(path, load_external_data=False)
     model.graph.initializer[0].external_data[0].value = "../weights.bin"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ResvitError, match="outside its folder"):
+    with pytest.raises(ResvitError, match="outside the model's folder"):
         describe_file(path)
 
 

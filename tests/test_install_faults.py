@@ -49,6 +49,7 @@ def test_dead_before_any_step_current_is_whole(faults: Any, tmp_path: Path, lose
     assert ended["old"] >= 8
 
 
+@pytest.mark.slow
 def test_losing_what_was_not_flushed_really_loses_it(faults: Any, tmp_path: Path) -> None:
     """The simulated power failure finds an installation that does not flush."""
     bench = faults.prepared(tmp_path)

@@ -194,6 +194,7 @@ def small_bundle(folder: Path) -> tuple[Path, TrustStore]:
     return folder / "small.resvit", load_trust(folder / "a.pub")
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.skipif(
     builder_here(proxy_target(find_target("jetson-orin"))) is None, reason="no TensorRT for RTX to rehearse with"

@@ -94,6 +94,7 @@ PAIRS = all_pairs(
 )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("layout", "operands", "out", "bias", "bias_dtype", "lengths", "sizes", "heads", "tiled"), PAIRS
 )
@@ -152,6 +153,7 @@ def test_attention_of_the_lengths_that_networks_have(tokens, size, heads, operan
     assert faults(config, inputs_of(config, 1, np.random.default_rng(tokens))) == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("tokens", "size"), [(577, 64), pytest.param(1025, 32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("operands", [("fp16", "fp16"), ("int8", "int8")], ids="-".join)
 def test_attention_of_many_tokens(tokens, size, operands):
@@ -177,6 +179,7 @@ def test_attention_with_a_bias(bias, bias_dtype, layout):
     assert faults(config, inputs_of(config, 2, np.random.default_rng(2), closed=0.2)) == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 def test_rows_that_may_attend_to_nothing_are_zeros(operands):
     config = config_of(90, 150, 16, *operands, layout="split", bias=(True, True, True))
@@ -190,6 +193,7 @@ def test_rows_that_may_attend_to_nothing_are_zeros(operands):
     assert np.abs(got[0]).max(-1).astype(bool).sum() == 87
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 def test_keys_that_a_bias_closes_do_not_count(operands):
     """The first tiles whole, then all but the last key: nothing but that one's value is left."""
@@ -201,6 +205,7 @@ def test_keys_that_a_bias_closes_do_not_count(operands):
     assert np.array_equal(got[0], np.broadcast_to(stored(value, "bf16"), got[0].shape))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 @pytest.mark.parametrize("rising", [False, True])
 def test_vast_logits_stay_finite_and_right(operands, rising):
@@ -245,6 +250,7 @@ def test_values_at_their_largest_stay_themselves(operands):
     assert np.array_equal(got, np.broadcast_to(stored(inputs[2][0, 0, 0] * config.v_scale, "bf16"), got.shape))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 @pytest.mark.parametrize(("out", "low", "high"), [("int8", -128, 127), ("fp8", -448, 448)])
 def test_outputs_saturate(operands, out, low, high):
@@ -300,6 +306,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("more", "wrong"), WRONG, ids=lambda value: "-".join(map(str, value.values())) or "packed")
 def test_a_wrong_constant_is_noticed(more, wrong):
     config = config_of(35, None, 24, "int8", "fp16", out_dtype="int8", **more)

@@ -13,10 +13,11 @@ import pytest
 from kernel_bounds import held
 from resvit_engines.kernels.attention import attention_reference
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference
+from resvit_engines.kernels.deformable import deformable_reference
 from resvit_engines.kernels.measure.results import Measured, case_of
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("attention", "bridge")
+KINDS = ("attention", "bridge", "deformable")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,8 @@ def test_every_hybrid_is_there_at_every_batch() -> None:
 def reference(case: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
     if case.kind == "attention":
         return [attention_reference(case.config, *inputs)]
+    if case.kind == "deformable":
+        return [deformable_reference(case.config, *inputs)]
     return list(bridge_reference(case.config, *inputs))
 
 
@@ -143,6 +146,7 @@ def test_tables_hold_every_row_and_the_least_ratio() -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
+@pytest.mark.whole
 def test_cases_are_checked_timed_and_tabulated_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of the script, with made-up times in place of a GPU's."""
     import kernels
@@ -175,6 +179,7 @@ def test_cases_are_checked_timed_and_tabulated_in_turn(tmp_path: Path, monkeypat
     assert len(json.loads((tmp_path / "kernels-sm90.json").read_text())["rows"]) == 6
 
 
+@pytest.mark.whole
 def test_static_rows_tell_of_the_code_or_of_the_refusal() -> None:
     from kernel_peers.table import static_table
     from kernels import static_rows

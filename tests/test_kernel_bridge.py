@@ -75,6 +75,7 @@ PAIRS = all_pairs(
 )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("batch", "channels", "sides", "embed", "prefix", "dtype", "out", "tokens", "tiled_for"), PAIRS
 )
@@ -118,6 +119,7 @@ def test_bridge_of_the_sizes_that_networks_have(channels, side, embed, dtype):
     assert faults(config, inputs_of(config, 1, rng), bridge_source(config, SM)) == 0
 
 
+@pytest.mark.whole
 def test_the_first_tokens_are_the_table_and_every_image_has_them():
     rng = np.random.default_rng(0)
     config = config_of(16, (3, 3), 24, "fp16", prefix=2)

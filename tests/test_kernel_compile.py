@@ -22,6 +22,7 @@ from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
 from resvit_engines.kernels.compile.compile import kernel_from_source
 from resvit_engines.kernels.compile.ptx import OLDEST_PTX, entry_parameters, served_ptx_version, without_scratch
 from resvit_engines.kernels.compile.resources import inspection, load_widths, mma_counts, require_fits
+from resvit_engines.kernels.deformable import DeformableConfig, deformable_source
 from resvit_engines.kernels.launch import LAUNCH_SHARED_BYTES, Extent, Kernel, Launch, Result, Source, dim
 from resvit_engines.kernels.multiprocessors import MULTIPROCESSORS, resident_blocks
 from resvit_engines.targets.table import FP8_SMS, TARGETS, find_target
@@ -73,6 +74,14 @@ def attention(dtype: str, size: int, *, shares: str | None = None, **more: Any) 
     return Case(lambda sm: attention_source(config, sm), operands, widths, max(widths), fp8=dtype == "fp8", spills=16)
 
 
+def deformable(dtype: str, size: int, *, queries: int, points: tuple[int, ...] = (4, 4, 4)) -> Case:
+    scales = dict.fromkeys(("value_scale", "out_scale"), 0.03) if dtype in ("int8", "fp8") else {}
+    sides = (80, 40, 20)
+    config = DeformableConfig(8, size, sides, sides, points, queries, dtype=dtype, out_dtype=dtype, **scales)
+    # Values by 16 bytes; places and weights are single numbers of 4 and 2. No products of matrices.
+    return Case(lambda sm: deformable_source(config, sm), (), frozenset({2, 4, 16}), fp8=dtype == "fp8")
+
+
 BIAS = (False, True, True)
 BOTNET = {"heads": 4, "queries": 196, "keys": 196, "area": (14, 14), "layout": "channels", "bias": BIAS}
 LEVIT = {"heads": 4, "queries": 196, "keys": 196, "value_size": 32, "layout": "per_head", "bias": BIAS}
@@ -101,8 +110,14 @@ CASES: dict[tuple[str, str, str, str], Case] = {
     ("bridge", "norm", "batch-1", "int8"): bridge("int8", norm=True, batch=1),
     ("bridge", "norm", "batch-32", "int8"): bridge("int8", norm=True, batch=32),
     ("bridge", "norm", "batch-32", "fp8"): bridge("fp8", norm=True, batch=32),
+    ("deformable", "decoder", "32", "fp16"): deformable("fp16", 32, queries=300),
+    ("deformable", "encoder", "32", "fp16"): deformable("fp16", 32, queries=8400),
+    ("deformable", "encoder", "64", "bf16"): deformable("bf16", 64, queries=8400),
+    ("deformable", "decoder", "32", "int8"): deformable("int8", 32, queries=300, points=(3, 6, 3)),
+    ("deformable", "encoder", "32", "fp8"): deformable("fp8", 32, queries=8400),
 }
-"""By attention's layout or the bridge, what is added or follows, a head's size or the batch, and what is multiplied."""
+"""By attention's layout or the other kernel, what is added or follows, a head's size or the batch, and what is
+multiplied or read."""
 
 
 def families(sm: int, operand: str) -> set[str]:
@@ -130,6 +145,7 @@ COMPILED = [(sm, *case) for sm in PTX_OF_SM for case in CASES]
 QUICK = set(pairs_among(COMPILED))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sm", "name"),
     [

@@ -153,6 +153,30 @@ def test_attention_with_a_wrong_scale_is_noticed(sm: int, monkeypatch: pytest.Mo
     assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0)), source) > 100
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "size", "sides", "points", "queries"),
+    [(8, 32, (80, 40, 20), (4, 4, 4), 300), (8, 32, (40, 20, 10), (3, 6, 3), 2100), (3, 24, (9, 1), (2, 5), 17)],
+)
+def test_deformable_attention(
+    heads: int, size: int, sides: tuple[int, ...], points: tuple[int, ...], queries: int, unit: bool, dtype: str,
+    sm: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    require_type(dtype, sm)
+    tests = on_gpu("test_kernel_deformable", sm, monkeypatch)
+    config = tests.config_of(heads, size, (sides, sides, points), queries, dtype=dtype, out_dtype=dtype, unit=unit)
+    assert tests.faults(config, tests.inputs_of(config, 2, np.random.default_rng(0))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", [np.nan, np.inf, 1e30])
+def test_places_that_are_none_or_far_away(place: float, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = on_gpu("test_kernel_deformable", sm, monkeypatch)
+    tests.test_places_that_are_none_or_far_away_give_what_grid_sample_gives(place)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8", "fp8", "int32", "bool"])
 def test_numbers_survive_the_way_to_the_gpu_and_back(dtype: str) -> None:
     numbers = some_numbers(dtype) if dtype != "int32" else np.arange(-5.0, 5.0)

@@ -70,6 +70,7 @@ def test_a_tensor_that_is_not_there_is_refused(model) -> None:
         compare_layers(model, IMAGES, runtime(), ["layer9"])
 
 
+@pytest.mark.whole
 def test_tensorrt_takes_the_graph_with_all_its_outputs(model, tmp_path) -> None:
     """Up to the engine, by the stand-in: running it takes a GPU."""
     script = """

@@ -35,11 +35,11 @@ ORDER = {
         "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
-        "terminal", "outside", "errors",
+        "terminal", "pictures", "outside", "errors",
     ),
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
-GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "outside", "progress", "rows")}
+GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "outside", "pictures", "progress", "rows")}
 BETWEEN = {
     "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},
     "resvit_quantize": {
@@ -182,7 +182,10 @@ def test_the_device_wing_imports_nothing_that_a_jetson_lacks() -> None:
         for node, name in imports_of(tree):
             # Kernels are compiled where Triton is: it is imported there, when a kernel is.
             compiles = file.parent.name == "compile" and node not in first
-            if is_in(name, NOT_ON_A_JETSON) and not (is_in(name, {"triton"}) and (written_in_triton or compiles)):
+            # Pictures are decoded by Pillow where it is installed, and nothing else needs it.
+            decodes = file.parent.name == "pictures" and node not in first and is_in(name, {"PIL"})
+            kernel = is_in(name, {"triton"}) and (written_in_triton or compiles)
+            if is_in(name, NOT_ON_A_JETSON) and not (kernel or decodes):
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {name}")
             if is_in(name, {"resvit_engines.kernels.triton"}) and not written_in_triton:
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} imports {name}")

@@ -91,6 +91,7 @@ def test_arguments_are_parsed_to_plain_values() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.whole
 def test_resvit_model_with_checkpoint(tmp_path: Path) -> None:
     source = resvit_model("embed-nano").eval()
     for tensor in source.parameters():
@@ -115,6 +116,7 @@ def test_resvit_model_with_checkpoint(tmp_path: Path) -> None:
     assert facts["input_shape"] == list(network.input_shape)
 
 
+@pytest.mark.whole
 def test_timm_model_warns_of_random_weights() -> None:
     warnings = Warnings()
     network = load_network(ModelSpec("timm:vit_tiny_r_s16_p8_224", None, {"img_size": 32, "num_classes": 5}), warnings)

@@ -173,8 +173,14 @@ def traced(name):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [
+        pytest.param(name, opset, marks=() if (name, opset) == (NANO[0], 20) else pytest.mark.slow)
+        for name in NANO
+        for opset in (20, 23)
+    ],
+)
 def test_export_is_plain_and_right_at_any_batch(name, opset, tmp_path):
     model, program = traced(name)
     path = tmp_path / "model.onnx"

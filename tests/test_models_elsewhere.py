@@ -26,6 +26,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "transunet"
 SMALL_VIT = {"patch_size": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("VisionTransformer", SMALL_VIT), pytest.param("vit_b_16", {}, marks=pytest.mark.slow)],
@@ -41,6 +42,7 @@ def test_torchvisions_vit_says_its_size_itself(name: str, sizes: dict[str, int],
     np.testing.assert_allclose(found, network.runner()({"input": images})["logits"], atol=1e-4)
 
 
+@pytest.mark.whole
 def test_torchvisions_segmenters_name_their_outputs() -> None:
     name = "torchvision.models.segmentation:lraspp_mobilenet_v3_large"
     network = load_network(ModelSpec(name, model_args={"num_classes": 5}, input_shape=(3, 64, 64)))

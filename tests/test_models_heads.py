@@ -173,6 +173,7 @@ def test_unlabelled_pixels_cost_nothing():
     assert torch.isfinite(segmentation_loss(logits, torch.full_like(classes, -1)))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_training_steps_reduce_the_loss(name):
     torch.manual_seed(0)
@@ -194,7 +195,10 @@ def test_training_steps_reduce_the_loss(name):
 # --- export ---
 
 
-@pytest.mark.parametrize("name", WITH_HEADS)
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("fpn") else ()) for name in WITH_HEADS]
+)
 def test_exported_heads_are_plain_and_right_at_any_batch(name, tmp_path):
     model = shaken(resvit_model(name, **SMALL))
     program, notes = program_from_module(model, model.config.input_shape)
@@ -220,6 +224,7 @@ def test_exported_heads_are_plain_and_right_at_any_batch(name, tmp_path):
     assert not ops.keys() & banned
 
 
+@pytest.mark.whole
 def test_loaded_networks_say_how_many_classes_they_tell_apart(tmp_path):
     for name, classes in (("fpn-nano-det", 4), ("embed-nano-seg", 7)):
         network = load_network(ModelSpec(f"resvit:{name}", model_args={"num_classes": classes}))
@@ -233,6 +238,7 @@ class Pair(NamedTuple):
     far: torch.Tensor
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("answer", "names"),
     [
@@ -257,6 +263,7 @@ def test_outputs_are_named_as_the_forward_names_them(answer, names):
     assert output_names(fold_program(program)[0]) == names
 
 
+@pytest.mark.whole
 def test_names_of_outputs_survive_a_file(tmp_path):
     model = shaken(resvit_model("fpn-nano-det", **SMALL))
     program, _ = program_from_module(model, model.config.input_shape)
@@ -272,6 +279,7 @@ def test_names_of_outputs_survive_a_file(tmp_path):
         np.testing.assert_allclose(found[key], value.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_heads_can_be_pruned(name):
     """The towers lose channels, what answers keeps them, and the names stay."""

@@ -41,6 +41,7 @@ def test_what_numpy_wrote_comes_back(array: np.ndarray, fortran: bool) -> None:
     np.testing.assert_array_equal(back, array)
 
 
+@pytest.mark.whole
 @given(ARRAYS, st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_damaged_file_is_read_or_refused(array: np.ndarray, data: st.DataObject) -> None:

@@ -34,8 +34,11 @@ class AnySize(nn.Module):
         return scores.softmax(-1) @ tokens
 
 
-@pytest.mark.parametrize("batch", [None, 2])
-@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("hides", "batch"),
+    [(False, None), (True, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 2), (True, None)))],
+)
 def test_position_codes_become_constants(batch: int | None, hides: bool, tmp_path) -> None:
     torch.manual_seed(0)
     module = AnySize(hides).eval()
@@ -50,6 +53,7 @@ def test_position_codes_become_constants(batch: int | None, hides: bool, tmp_pat
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_what_differs_from_image_to_image_stays(tmp_path) -> None:
     class Numbered(nn.Module):
         """Adds to each image its number in the batch: of no content, and yet no constant."""

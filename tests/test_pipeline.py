@@ -68,6 +68,7 @@ def test_int8_for_a_jetson_is_validated_and_bundled(
     assert str(workspace) not in json.dumps(manifest.to_json())
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
@@ -87,6 +88,7 @@ def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
     assert "engine.plan" in {file.path for file in manifest.files}
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize("precision", ["fp8", "fp16"])
 def test_other_precisions(
@@ -99,6 +101,7 @@ def test_other_precisions(
     assert quantized["sqnr_db"] > {"fp8": 20, "fp16": 45}[precision]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_same_inputs_give_the_same_bundle_and_a_second_build_does_nothing(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
@@ -180,13 +183,11 @@ def test_too_few_images_are_undecided_and_the_number_needed_is_said(
     assert str(verdict["images_needed"]) in verdict["reason"].replace(",", "")
 
 
+@pytest.mark.slow
 @pytest.mark.whole
-@shortened
-def test_a_baseline_at_chance_level_is_called_out(
-    workspace: Path, capsys: pytest.CaptureFixture[str], limits: list[str]
-) -> None:
+def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = ["--model", "resvit:embed-nano", "--data", "fashion-mnist"]
-    found = result(capsys, "validate", "--target", "l4", *random, *limits, code=ExitCode.UNDECIDED)
+    found = result(capsys, "validate", "--target", "l4", *random, code=ExitCode.UNDECIDED)
     verdict = found["results"]["verdict.json"]  # type: ignore[index]
     assert verdict["chance_level"]
 
@@ -205,6 +206,7 @@ def test_the_modelopt_quantizer_goes_through_the_same_gate(
     assert report["macs_share"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]) -> None:
     seeded("runs/embed-nano", "l4", stages=("fold", "reference"))
@@ -214,11 +216,9 @@ def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str], se
     assert engine["inputs"][0]["shape"][0] == -1
 
 
+@pytest.mark.slow
 @pytest.mark.whole
-@shortened
-def test_no_path_of_this_machine_travels(
-    workspace: Path, capsys: pytest.CaptureFixture[str], limits: list[str]
-) -> None:
+def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every way of naming data and model, looked for in all of the bundle's bytes."""
     from resvit_calibrate.readers.fashion_mnist import read_split
 
@@ -230,13 +230,14 @@ def test_no_path_of_this_machine_travels(
     own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
     assert run(["keygen", "my.key", "-q"]) == 0
     own += ["--key", "my.key", "--timing-cache", "kept"]
-    made = result(capsys, "build", "--target", "l4", *own, *limits)
+    made = result(capsys, "build", "--target", "l4", *own)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
     said = result(capsys, "inspect", str(made["bundle"]), "--trust", "my.pub")
     assert (said["signature"], said["signed_by"]) == ("verified", [read_public_key(Path("my.pub")).keyid])
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_two_targets_share_what_does_not_differ(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]

@@ -119,6 +119,7 @@ def opened(data: str, preprocess: Preprocess, validation: str | None = None) -> 
     return *open_image_sets(spec, preprocess, heard), heard.warnings
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", FORMATS)

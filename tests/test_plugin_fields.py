@@ -17,7 +17,7 @@ from resvit_engines.plugins.names import OP_TYPES
 
 
 def test_every_kind_of_node_is_named_once_with_its_tensors() -> None:
-    assert len(OP_TYPES) == 8 + 6
+    assert len(OP_TYPES) == 8 + 6 + 2
     tensors = {name: (op.inputs, op.outputs) for name, op in OP_TYPES.items()}
     assert tensors["ResvitAttention"] == (("packed",), ("output",))
     assert tensors["ResvitAttentionSplitBiasQ"] == (("q", "k", "v", "bias"), ("output",))
@@ -56,6 +56,7 @@ launches = st.builds(
 )
 
 
+@pytest.mark.whole
 @given(launches, st.booleans())
 def test_what_is_written_is_read(launch: Launch, as_arrays: bool) -> None:
     kernel = dataclasses.replace(kernel_for("ResvitAttentionBias"), launch=launch)

@@ -101,6 +101,7 @@ def kinds(kernel: Kernel) -> str:
     return "p" * len(launch.inputs) + "i" * len(launch.scalars) + "p" * len(launch.outputs)
 
 
+@pytest.mark.whole
 def test_every_op_type_has_a_creator(built) -> None:
     answer = drive(built, "ResvitAttentionBias", fields_from_kernel(kernel_for("ResvitAttentionBias")))
     assert sorted(answer.of("creator")) == sorted(f"{name} {VERSION} {NAMESPACE}" for name in OP_TYPES)
@@ -114,6 +115,7 @@ def test_the_source_lists_the_op_types_in_their_order() -> None:
     assert len(SOURCE.read_text().splitlines()) < 500
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("op_type", ["ResvitAttentionSplitBiasQ", "ResvitBridgeW8NormQ", "ResvitAttentionBias"])
 def test_it_launches_the_kernel_as_it_was_described(built, op_type) -> None:
     kernel = kernel_for(op_type)

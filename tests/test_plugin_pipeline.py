@@ -40,6 +40,7 @@ def from_bundle(folder: Path, name: str) -> onnx.ModelProto:
         return onnx.load_from_string(archive.read(name))
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_every_attention_block_and_the_bridge_is_one_node_and_the_gate_scores_that_file(
     finished_run: Callable[..., Path],
@@ -85,6 +86,7 @@ def test_jetpack_6_gets_each_kernel_in_its_node_and_no_functions(finished_run: C
     assert any("4 kernels of our own" in text for text in document(folder, "audit", "audit.json")["sentences"])
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_newer_tensorrt_gets_them_ahead_of_time(finished_run: Callable[..., Path]) -> None:
     folder = finished_run("jetson-thor", "--plugins", "on")
@@ -98,6 +100,7 @@ def test_newer_tensorrt_gets_them_ahead_of_time(finished_run: Callable[..., Path
     assert plan["commands"] == ["resvit-engine build embed-nano-jetson-thor-int8.resvit --trust KEY.pub"]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_attention_in_8_bits_has_scales_of_its_own_and_passes_the_gate(finished_run: Callable[..., Path]) -> None:
     folder = finished_run("jetson-orin", "--plugins", "on", "--plugin-attention", "8bit")

@@ -51,6 +51,7 @@ def child(environment: dict[str, str], *arguments: str | Path) -> subprocess.Com
 
 
 # 10.13 checks annotations otherwise than 11.4 does; 10.3 has no plugins in Python.
+@pytest.mark.whole
 @pytest.mark.parametrize("version", ["10.13", "10.16", NEWEST])
 def test_every_op_type_registers_and_describes_itself(version, environments) -> None:
     done = child(environments(version), "describe", *OP_TYPES)

@@ -63,6 +63,7 @@ def test_a_detection_transformer(tmp_path: Path) -> None:
     assert offsets in {str(edge.node.name) for edge in asked.edges}
 
 
+@pytest.mark.slow
 def test_an_anchor_free_head_leaves_its_last_convolutions_alone(tmp_path: Path) -> None:
     module = resvit_model("fpn-nano-det")
     config = module.config
@@ -87,6 +88,7 @@ class Warp(nn.Module):
         return self.out(F.grid_sample(self.value(x), grid, align_corners=False))
 
 
+@pytest.mark.whole
 def test_what_is_sampled_is_quantised_and_where_is_not(tmp_path: Path) -> None:
     assert list(found(analysed(Warp(), (3, 16, 16), tmp_path))) == ["flow/Conv"]
 

@@ -105,6 +105,7 @@ def test_a_group_of_another_network_is_refused() -> None:
         costs_from_module(ConvNet(), torch.zeros(1, 3, 8, 8), [hidden("g", "conv9", "fc", 4)])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("target", ["l4", "rtx-4090"])
 def test_latency_never_rises_where_units_go(precision: Precision, target: str) -> None:

@@ -153,6 +153,7 @@ def test_the_kept_weights_are_the_averaged_ones_that_were_scored(tmp_path: Path)
     assert float(loss) == pytest.approx(report.after.loss, rel=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("killed_at", [8, 13, 17, 21, 28])
 def test_a_resumed_training_is_that_of_one_in_a_piece(tmp_path: Path, killed_at: int) -> None:
     """Batch 1 is a trial, 2 to 6 the first score, 7 to 16 the first epoch, 17 to 21 its score."""
@@ -178,6 +179,7 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     assert images.read == 1
 
 
+@pytest.mark.whole
 def test_a_state_of_another_key_or_a_broken_one_is_not_gone_on_from(tmp_path: Path) -> None:
     whole, _ = trained(tmp_path / "whole")
     student, teacher = networks()
@@ -241,6 +243,7 @@ def test_early_stop(tmp_path: Path) -> None:
     assert same(student, teacher)
 
 
+@pytest.mark.whole
 def test_labels_are_learned_where_there_are_any(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 5, 240)
     labels[::3] = -1

@@ -292,6 +292,7 @@ def test_a_module_that_does_not_run_is_refused() -> None:
         find(resvit_model("embed-nano"), (3, 28, 28))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
@@ -315,6 +316,7 @@ def test_reference_hybrids(name: str, counts: dict[Kind, int]) -> None:
     assert [group.name for group in again.groups] == [group.name for group in found.groups]
 
 
+@pytest.mark.whole
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16))
 def test_removing_equals_not_reading(seed: int) -> None:

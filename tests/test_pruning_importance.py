@@ -225,6 +225,7 @@ def test_labels_must_fit() -> None:
         importance_of(module, module.groups(), Importance.TAYLOR, [(images, torch.full((6,), 7))])
 
 
+@pytest.mark.whole
 def test_fisher_foretells_the_loss_of_a_trained_hybrid(fashion: Tensor) -> None:
     """One unit at a time: the estimated loss goes with the measured divergence of the answers."""
     module = resvit_model("embed-nano").eval()

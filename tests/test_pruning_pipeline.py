@@ -135,6 +135,7 @@ def test_a_graph_without_modules_is_refused(workspace: Path, capsys: pytest.Capt
     assert "PyTorch modules" in message
 
 
+@pytest.mark.slow
 def test_a_structure_of_another_model_is_refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result(capsys, "prune", *MODEL, *DATA, "--prune-macs", "0.7", "--run", "runs/p")
     (weights,) = workspace.glob("runs/p/prune-*/pruned.pt")

@@ -80,6 +80,7 @@ def sparse(request: pytest.FixtureRequest) -> tuple[Net, Net, SparseReport]:
     return before, net, sparsify(net, request.param, iter(images()))
 
 
+@pytest.mark.whole
 def test_every_layer_that_can_has_the_pattern_exactly(sparse: tuple[Net, Net, SparseReport]) -> None:
     _, net, report = sparse
     assert set(report.masks) == {"conv.weight", "same.weight", "odd.weight", "fc.weight"}
@@ -96,6 +97,7 @@ def test_every_layer_that_can_has_the_pattern_exactly(sparse: tuple[Net, Net, Sp
     assert report.to_json()["sparse"] == sorted(report.masks)
 
 
+@pytest.mark.whole
 def test_what_is_left_alone_is_named_and_unchanged(sparse: tuple[Net, Net, SparseReport]) -> None:
     before, net, report = sparse
     reasons = {item.layer: item.reason for item in report.left}

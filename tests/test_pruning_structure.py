@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[int, dict[Kind, int]]] = {
     "botnet26t_256": (128, {C: 20, H: 3, B: 4}),
     "mobilevit_s": (64, {C: 23, H: 9, M: 9, E: 3, B: 11}),
 }
+LARGE = ("vit_base_r50_s16_224", "vit_small_r26_s32_224", "botnet26t_256")
 
 
 def builder(name: str, size: int) -> Callable[[], nn.Module]:
@@ -53,8 +54,9 @@ def parameters(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "base" in name else ()) for name in MODELS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in MODELS]
 )
 def test_half_of_everything_goes(name: str) -> None:
     size, counts = MODELS[name]
@@ -99,6 +101,7 @@ def test_pruning_twice_is_one_structure() -> None:
     assert not any(name.startswith(structure.identities) for name in structure.shapes)
 
 
+@pytest.mark.whole
 def test_another_process_loads_without_the_pruning_library(tmp_path: Path) -> None:
     module = resvit_model("embed-nano").eval()
     module.load_state_dict(torch.load(CHECKPOINT, weights_only=True)["state_dict"])

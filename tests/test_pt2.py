@@ -136,6 +136,7 @@ torch.export.register_dataclass(Answer, serialized_type_name="test_pt2.Answer")
 torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="test_pt2.Pair")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("named", [False, True])
 def test_whatever_holds_the_answer_it_is_read(kind: str, named: bool, tmp_path: Path) -> None:
@@ -167,6 +168,7 @@ def test_a_class_that_holds_the_answer_is_not_looked_for(tmp_path: Path) -> None
     assert "gone" not in sys.modules
 
 
+@pytest.mark.whole
 def test_sizes_that_depend_on_the_image_s(tmp_path: Path) -> None:
     class Pyramid(nn.Module):
         def forward(self, image: Tensor) -> Tensor:
@@ -343,6 +345,7 @@ def test_the_file_is_an_archive_as_torch_lays_it_out(archive: Path, tmp_path: Pa
         assert refusal(path)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.data())
 def test_damaged_bytes_are_refused_or_read(archive: Path, data: st.DataObject) -> None:
@@ -364,6 +367,7 @@ def test_a_program_that_says_other_sizes_than_it_computes(archive: Path, tmp_pat
         load_network(ModelSpec(str(changed(archive, tmp_path / "other.pt2", "model.json", lie))))
 
 
+@pytest.mark.whole
 def test_changed_archives_touch_nothing(archive: Path, tmp_path: Path) -> None:
     """A short form of benchmarks/pt2_archives.py."""
     from pt2_archives import outcome
@@ -397,7 +401,15 @@ def test_the_watch_sees_what_would_be_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ["resvit:fpn-nano", "transformers RT-DETRv2", "transformers ViT", "timm resnet10t"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resvit:fpn-nano",
+        pytest.param("transformers RT-DETRv2", marks=pytest.mark.slow),
+        "transformers ViT",
+        "timm resnet10t",
+    ],
+)
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_networks_are_read_as_torch_reads_them(name: str, dynamic: bool, tmp_path: Path) -> None:
     from pt2_archives import NETWORKS, difference, exported

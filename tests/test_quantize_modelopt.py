@@ -42,6 +42,7 @@ def modelopt() -> None:
     pytest.importorskip("modelopt.onnx.quantization")
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("modelopt")
 @pytest.mark.parametrize(("precision", "least"), [("int8", 18.0), ("fp8", 18.0), ("fp16", 50.0)])
 def test_modelopt_quantises_and_is_silent(

@@ -94,6 +94,7 @@ def test_a_wrong_recipe_says_what_is_wrong(text: str, part: str, tmp_path: Path)
     assert part in str(caught.value)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=80).map(lambda text: f"[model]\nname = {text}".encode()))
 def test_whatever_bytes_a_recipe_has_it_is_read_or_refused(

@@ -317,6 +317,7 @@ def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsy
     assert not list(Path("runs/embed-nano").glob("recover-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_rejection_says_that_training_images_are_missing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["build", "--target", "l4", *MODEL, "--calibration-images", "64", "--no-search", "-q"])

@@ -245,6 +245,7 @@ def test_a_bundle_signed_by_somebody_else_is_refused_there(
     assert not (device.home / job.folder / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_connection_cut_during_the_build_is_taken_up_again(device: LoopbackDevice, bundle: Bundle) -> None:
     def back() -> None:
         device.start()
@@ -266,6 +267,7 @@ def test_a_connection_cut_during_the_build_is_taken_up_again(device: LoopbackDev
     assert sum(line.startswith("Building") for line in heard.lines) == 1, "it was built or told twice"
 
 
+@pytest.mark.slow
 def test_a_host_that_went_away_follows_the_job_that_runs(device: LoopbackDevice, bundle: Bundle) -> None:
     class GoneError(Exception):
         pass
@@ -280,6 +282,7 @@ def test_a_host_that_went_away_follows_the_job_that_runs(device: LoopbackDevice,
     assert any("following it" in line for line in heard.lines)
 
 
+@pytest.mark.slow
 def test_a_device_that_disappears_during_the_build_goes_on_when_it_is_back(
     device: LoopbackDevice, bundle: Bundle
 ) -> None:
@@ -295,6 +298,7 @@ def test_a_device_that_disappears_during_the_build_goes_on_when_it_is_back(
     assert (folder / "phases/extract.json").stat().st_mtime_ns == extracted, "a finished phase was repeated"
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_gives_a_sentence_and_can_go_on(device: LoopbackDevice, bundle: Bundle) -> None:
     job = job_of(bundle)
 
@@ -320,6 +324,7 @@ def test_ctrl_c_here_stops_the_job_there(device: LoopbackDevice, bundle: Bundle)
     assert result["error"]["exit_code"] == ExitCode.INTERRUPTED
 
 
+@pytest.mark.slow
 def test_the_device_installs_runs_refuses_and_rolls_back(
     device: LoopbackDevice, bundle: Bundle, tmp_path: Path
 ) -> None:

@@ -60,6 +60,12 @@ def test_addresses() -> None:
     assert address_from("ssh://nvidia@Orin-7.local:2222/") == Address("Orin-7.local", "nvidia", 2222)
     assert str(address_from("ssh://a@b:22")) == "ssh://a@b:22"
     assert Address("b", "a", 2222).by_hand == "ssh -p 2222 a@b"
+    for text, address in {
+        "ssh://[::1]": Address("::1"),
+        "ssh://u@[2001:db8::1]:2222": Address("2001:db8::1", "u", 2222),
+        "ssh://[fe80::1%25eth0]:22": Address("fe80::1%eth0", None, 22),
+    }.items():
+        assert address_from(text) == address_from(str(address_from(text))) == address
 
 
 @pytest.mark.parametrize(
@@ -73,11 +79,26 @@ def test_addresses() -> None:
         "ssh://h:x",
         "ssh://a b",
         "ssh://h;x",
+        "ssh://h\nid",
+        "ssh://@h",
+        "ssh://u@v@h",
+        "ssh://h..h",
+        "ssh://h%0aid",
+        "ssh://u%h@h",
+        "ssh://h:0",
+        "ssh://h:65536",
+        "ssh://h:\u0662\u0662",
+        "ssh://[::1",
+        "ssh://[1.2.3.4]",
+        "ssh://2001:db8::1",
+        f"ssh://{'a' * 5000}",
+        "ssh://\x1b[31mh",
     ],
 )
 def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ResvitError, match=r"cannot be the name|not an address"):
+    with pytest.raises(ResvitError, match=r"cannot be the name|not an address") as caught:
         address_from(text)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
@@ -154,6 +175,7 @@ def test_nobody_at_the_port(device: LoopbackDevice) -> None:
         pass
 
 
+@pytest.mark.whole
 def test_files_go_there_and_come_back(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "a file"
     file.write_bytes(os.urandom(3_000_000))
@@ -168,6 +190,7 @@ def test_files_go_there_and_come_back(device: LoopbackDevice, tmp_path: Path) ->
     assert list((device.home / "some where").iterdir()) == [device.home / "some where" / "a 'file'"]
 
 
+@pytest.mark.whole
 def test_an_upload_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "large"
     file.write_bytes(os.urandom(40 << 20))
@@ -180,6 +203,7 @@ def test_an_upload_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp
     assert "was lost" in heard.lines[0]
 
 
+@pytest.mark.whole
 def test_an_upload_over_a_part_of_something_else_is_made_anew(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"right" * 1000)
@@ -189,6 +213,7 @@ def test_an_upload_over_a_part_of_something_else_is_made_anew(device: LoopbackDe
     assert (device.home / "file").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.whole
 def test_a_download_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     (device.home / "large").write_bytes(os.urandom(40 << 20))
     cutter = Cutter(device, after=20)
@@ -199,6 +224,7 @@ def test_a_download_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tm
     assert list(tmp_path.glob(".large*")) == []
 
 
+@pytest.mark.whole
 def test_a_device_that_stays_away_gives_a_sentence(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(40 << 20))
@@ -253,6 +279,7 @@ def test_progress_crosses_a_file(tmp_path: Path) -> None:
     assert {"outer 6/6", "inner 2/2", "at 2"} <= set(shown.lines)
 
 
+@pytest.mark.whole
 def test_two_uploads_of_one_file_at_once_end_whole(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(4 << 20))

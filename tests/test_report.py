@@ -357,6 +357,7 @@ def test_every_stage_has_its_section_and_a_missing_one_has_none() -> None:
     ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stage", [f.name for f in dataclasses.fields(ReportData) if f.name != "name"])
 def test_any_one_stage_may_be_missing(stage: str) -> None:
     default = () if stage in ("images", "targets") else None
@@ -376,7 +377,7 @@ def test_the_page_asks_the_network_for_nothing() -> None:
 
 
 def test_everything_is_escaped() -> None:
-    evil = "<script>alert('&')</script>"
+    evil = "<script>alert('&')</script>\x1b]0;owned\x07\x00\x9b\u202e\udc80"
     node = {"name": evil, "op": evil, "group": evil, "macs": 1, "weighted": True, "precision": "fp16", "reason": evil}
     data = dataclasses.replace(
         full(),
@@ -391,6 +392,8 @@ def test_everything_is_escaped() -> None:
     page = html_from_run(data)
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;" in page
+    assert "\\x1b]0;owned\\x07\\x00\\x9b\\u202e\\x80" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\ud800-\udfff]", page)
     _Outline(page)
 
 

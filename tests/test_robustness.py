@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import BEFORE_QUANTIZE, shortened
+from conftest import BEFORE_QUANTIZE
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
@@ -41,6 +41,7 @@ def said(capfd: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "signals",
@@ -78,6 +79,7 @@ def test_killed_at_any_moment_a_run_continues_to_the_same_result(
     assert not [path for path in Path("runs/r").rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
@@ -119,6 +121,7 @@ def test_nan_in_the_weights_names_the_tensor(workspace: Path, capfd: pytest.Capt
     assert name in said(capfd, "fold", *MODEL, code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
 def test_a_network_that_gives_nan_is_refused(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("net.py").write_text(
         "import torch\n"
@@ -166,6 +169,7 @@ def test_a_truncated_data_file(workspace: Path, capfd: pytest.CaptureFixture[str
     assert "cut.npz" in said(capfd, "calibrate", *MODEL, "--data", "cut.npz", code=ExitCode.INPUT)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_grey_images_for_a_colour_model(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dice = np.random.default_rng(0)
@@ -195,10 +199,10 @@ def test_broken_images_are_named_and_too_many_stop(workspace: Path, capfd: pytes
     assert "1%" in said(capfd, "calibrate", *MODEL, "--data", "images", code=ExitCode.INPUT).replace(" %", "%")
 
 
+@pytest.mark.slow
 @pytest.mark.whole
-@shortened
 def test_an_onnx_with_external_data(
-    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str], limits: list[str]
+    workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     seeded("runs/torch", "jetson-orin", stages=("fold", "export"))
     assert run(["export", *MODEL, "--run", "runs/torch"]) == 0
@@ -207,7 +211,7 @@ def test_an_onnx_with_external_data(
     onnx.save(onnx.load(source), "big/m.onnx", save_as_external_data=True, location="m.onnx.data")
     assert Path("big/m.onnx.data").stat().st_size > 100_000
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
-    arguments = ["build", "--model", "big/m.onnx", "--target", "l4", "--data", "fashion-mnist", *normal, *limits]
+    arguments = ["build", "--model", "big/m.onnx", "--target", "l4", "--data", "fashion-mnist", *normal]
     assert run(arguments) == 0
     shutil.copy("big/m.onnx", "alone.onnx")
     assert "m.onnx.data" in said(capfd, "export", "--model", "alone.onnx", "--run", "runs/alone", code=ExitCode.INPUT)
@@ -245,6 +249,7 @@ def test_patterns_must_match_something(
     assert "blocks.9*" in said(capfd, *arguments, code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
 def test_a_model_that_does_not_say_its_normalisation(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("net.py").write_text(
         "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))\n"

@@ -158,6 +158,7 @@ def test_any_record_is_a_stage_to_be_done_again(tmp_path: Path, record: bytes) -
     assert work.calls == before + 1
 
 
+@pytest.mark.whole
 @given(JSON)
 @settings(deadline=None)
 def test_a_document_of_another_form_is_a_users_fault(document: object) -> None:

@@ -183,6 +183,7 @@ def test_each_look_is_stricter_and_all_together_err_as_once() -> None:
     assert len({assignment.digest for assignment, _ in asked}) == len(asked)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("trials", [400, pytest.param(4000, marks=pytest.mark.slow)])
 def test_several_looks_rarely_accept_what_is_above_the_limit(trials: int) -> None:
     """Every plan truly beyond the limit, each look a fresh draw of the gate's luck: at most alpha are accepted."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import CHECKPOINT
-from quantize_graphs import Graph, basic_block, hybrid, ranges_of
+from quantize_graphs import Graph, basic_block, batches, hybrid, ranges_of
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
@@ -71,10 +71,11 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
+@pytest.mark.whole
 def test_one_pass_ranks_as_brute_force_does(trained: tuple[Path, Ranges, np.ndarray]) -> None:
     model, ranges, x = trained
-    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x])
-    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, [x])
+    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x))
+    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x))
     assert [layer.node for layer in fast.layers] == [layer.node for layer in slow.layers]
     assert len(fast.layers) == 20
     for precision in ("int8", "fp8"):
@@ -92,8 +93,8 @@ def test_one_pass_ranks_as_brute_force_does(trained: tuple[Path, Ranges, np.ndar
 def test_it_is_exact_where_the_network_is_linear_and_has_one_output(tmp_path: Path) -> None:
     model, x = linear_chain(tmp_path / "model.onnx"), images(5, 3, 8, 8)
     ranges = ranges_of(model, x)
-    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x[:2], x[2:]], probes=1)
-    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, [x])
+    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x[:2], x[2:]), probes=1)
+    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x))
     assert (fast.images, slow.images) == (5, 5)
     for one, two in zip(fast.layers, slow.layers, strict=True):
         for precision in ("int8", "fp8"):
@@ -104,7 +105,9 @@ def test_each_of_several_outputs_counts_by_its_own_power(tmp_path: Path) -> None
     x = images(4, 3, 8, 8)
     single, double = (linear_chain(tmp_path / f"{n}.onnx", outputs=n) for n in (1, 2))
     for measure in (measure_sensitivity, brute_force_sensitivity):
-        one, two = (measure(graph_from_onnx(model), ranges_of(model, x), INT8, [x]) for model in (single, double))
+        one, two = (
+            measure(graph_from_onnx(model), ranges_of(model, x), INT8, batches(x)) for model in (single, double)
+        )
         for first, second in zip(one.layers, two.layers, strict=True):
             assert second.damage["int8"] == pytest.approx(2 * first.damage["int8"], rel=1e-3)
         assert two.together["int8"] == pytest.approx(2 * one.together["int8"], rel=1e-3)
@@ -114,8 +117,8 @@ def test_a_fixed_batch_is_filled_up_and_estimates_the_same(tmp_path: Path) -> No
     x = images(6, 3, 8, 8)
     free, fixed = linear_chain(tmp_path / "free.onnx"), linear_chain(tmp_path / "fixed.onnx", batch=4)
     ranges = ranges_of(free, x)
-    expected = measure_sensitivity(graph_from_onnx(free), ranges, INT8, [x])
-    found = measure_sensitivity(graph_from_onnx(fixed), ranges, INT8, [x], probes=256)
+    expected = measure_sensitivity(graph_from_onnx(free), ranges, INT8, batches(x))
+    found = measure_sensitivity(graph_from_onnx(fixed), ranges, INT8, batches(x), probes=256)
     assert found.images == 6
     assert found.together["int8"] == pytest.approx(expected.together["int8"], rel=1e-3)
     for one, two in zip(found.layers, expected.layers, strict=True):
@@ -126,7 +129,7 @@ def test_the_same_seed_gives_the_same_and_another_nearly(tmp_path: Path) -> None
     model, x = hybrid(tmp_path / "model.onnx"), images(8, 3, 16, 16)
     ranges = ranges_of(model, x)
     first, again, other = (
-        measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x], seed=seed) for seed in (0, 0, 1)
+        measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x), seed=seed) for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other
@@ -144,8 +147,8 @@ def test_the_shortcut_of_a_residual_belongs_to_the_convolution_that_feeds_it(tmp
     clone = quantizable.plan.network.clone()
     placed = quantizable.placement_of(["block.conv2/Conv"], clone)
     assert {edge.node for edge in placed.edges} <= set(clone.graph)
-    fast = measure_sensitivity(graph_from_onnx(model), ranges_of(model, x), INT8, [x], probes=64)
-    slow = brute_force_sensitivity(graph_from_onnx(model), ranges_of(model, x), INT8, [x])
+    fast = measure_sensitivity(graph_from_onnx(model), ranges_of(model, x), INT8, batches(x), probes=64)
+    slow = brute_force_sensitivity(graph_from_onnx(model), ranges_of(model, x), INT8, batches(x))
     for one, two in zip(fast.layers, slow.layers, strict=True):
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=0.4)
 
@@ -163,8 +166,8 @@ def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path)
     ranges = ranges_of(model, x)
     product = quantizable_products(graph_from_onnx(model), ranges, INT8, Precision.INT8).products["main/Conv"]
     assert {edge.node.name for edge in product.edges} == {"main/Conv", "add"}
-    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x], probes=1, precisions=("int8",))
-    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, [x], precisions=("int8",))
+    fast = measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x), probes=1, precisions=("int8",))
+    slow = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x), precisions=("int8",))
     for one, two in zip(fast.layers, slow.layers, strict=True):
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=1e-2)
 
@@ -172,22 +175,23 @@ def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path)
 def test_excluded_layers_are_measured_and_not_counted(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(2, 3, 16, 16)
     ranges = ranges_of(model, x)
-    plain = measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x])
-    less = measure_sensitivity(graph_from_onnx(model), ranges, replace(INT8, exclude=("stem/Conv",)), [x])
+    plain = measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x))
+    less = measure_sensitivity(graph_from_onnx(model), ranges, replace(INT8, exclude=("stem/Conv",)), batches(x))
     stem = less.layers[0]
     assert (stem.node, stem.quantized) == ("stem/Conv", ("fp8",) if "fp8" in plain.layers[0].quantized else ())
     assert stem.damage["int8"] == pytest.approx(plain.layers[0].damage["int8"])
     assert less.share(stem, "int8") == 0.0
     assert less.total("int8") < plain.total("int8")
     assert less.coverage("int8") < plain.coverage("int8")
-    wanted = measure_sensitivity(graph_from_onnx(model), ranges, replace(INT8, include=("head/Gemm",)), [x])
+    wanted = measure_sensitivity(graph_from_onnx(model), ranges, replace(INT8, include=("head/Gemm",)), batches(x))
     assert "int8" in wanted.layers[-1].quantized
 
 
 def test_fewer_levels_do_more_damage_and_only_in_int8(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(2, 3, 16, 16)
     eight, five = (
-        measure_sensitivity(graph_from_onnx(model), ranges_of(model, x), replace(INT8, bits=b), [x]) for b in (8, 5)
+        measure_sensitivity(graph_from_onnx(model), ranges_of(model, x), replace(INT8, bits=b), batches(x))
+        for b in (8, 5)
     )
     assert set(five.together) == {"int8"}
     # A step is 127/15 as large: 18.6 dB.
@@ -199,11 +203,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     ranges = ranges_of(model, x)
     for measure in (measure_sensitivity, brute_force_sensitivity):
         with pytest.raises(ResvitError, match="FP16 is what"):
-            measure(graph_from_onnx(model), ranges, QuantizeSettings(Precision.FP16), [x])
+            measure(graph_from_onnx(model), ranges, QuantizeSettings(Precision.FP16), batches(x))
         with pytest.raises(ResvitError, match="no images"):
             measure(graph_from_onnx(model), ranges, INT8, [])
         with pytest.raises(ResvitError, match="NaN"):
-            measure(graph_from_onnx(model), ranges, INT8, [x * np.float32(np.nan)])
+            measure(graph_from_onnx(model), ranges, INT8, batches(x * np.float32(np.nan)))
 
 
 def test_brute_force_takes_operators_without_a_gradient(tmp_path: Path) -> None:
@@ -213,9 +217,9 @@ def test_brute_force_takes_operators_without_a_gradient(tmp_path: Path) -> None:
     model, x = g.save(tmp_path / "model.onnx", value), images(3, 3, 8, 8)
     ranges = ranges_of(model, x)
     with pytest.raises(ResvitError, match="LpNormalization") as refused:
-        measure_sensitivity(graph_from_onnx(model), ranges, INT8, [x])
+        measure_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x))
     assert refused.value.code == ExitCode.IMPOSSIBLE
-    found = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, [x], precisions=("int8",))
+    found = brute_force_sensitivity(graph_from_onnx(model), ranges, INT8, batches(x), precisions=("int8",))
     assert [layer.node for layer in found.layers] == ["first/Conv", "second/Conv"]
     assert all(20 < sqnr_db(layer.damage["int8"]) < 60 for layer in found.layers)
 

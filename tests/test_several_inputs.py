@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from conftest import copy_stages
 from resvit_engines.bench.commands import arrays_from, golden_feeds
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
@@ -116,21 +117,38 @@ def test_an_onnx_file_with_two_inputs(tmp_path: Path) -> None:
         (["--data", f"{HERE}:wrong_sizes", *SHAPES], r"the data gives int64 [1, 3]"),
         (["--data", f"{HERE}:too_much", *SHAPES], "gives angle, which the network does not read"),
         (["--data", f"{HERE}:data", *SHAPES, "--prune-macs", "0.5"], "Pruning works for networks that read images"),
-        (["--data", f"{HERE}:data", *SHAPES, "--effort", "best"], "--effort best works for networks that read images"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    copy_stages(
+        built, tmp_path / "run", ("fold", "export")
+    )  # what is wrong after them is said without doing them again
     command = ["build", "--model", f"{HERE}:network", "--target", "jetson-orin", "--run", str(tmp_path / "run")]
     code = run([*command, *arguments, "--task", "other", "--no-search", "--quiet"])
     assert code in (ExitCode.INPUT, ExitCode.IMPOSSIBLE)
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_sensitivity_says_what_it_cannot(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["sensitivity", "--run", str(built), "--target", "l4", "--quiet"]) == ExitCode.IMPOSSIBLE
-    assert "this one reads input, sizes" in capsys.readouterr().err
+@pytest.mark.slow
+def test_sensitivity_learning_and_recovery_know_both_inputs(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    copy_stages(built, folder)
+    arguments = ["--model", f"{HERE}:network", "--data", f"{HERE}:data", *SHAPES, "--run", str(folder), *FEW]
+    for method in ("one-pass", "brute-force"):
+        more = ["--task", "other", "--target", "l4", "--images", "4", "--method", method]
+        assert run(["sensitivity", *arguments[: -len(FEW)], *more, "--quiet"]) == 0
+    gradient, measured = (
+        json.loads(path.read_bytes()) for path in sorted(folder.glob("sensitivity-*/sensitivity.json"))
+    )
+    assert {gradient["method"], measured["method"]} == {"one-pass", "brute-force"}
+    assert run(["build", *arguments, "--target", "l4", "--effort", "best"]) == 0
+    learned = [json.loads(path.read_bytes()) for path in folder.glob("quantize-*/quantize.json")]
+    assert {each["effort"] for each in learned} == {"fast", "best"}
+    training = ["--train-data", f"{HERE}:training", "--recover", "always", "--recover-epochs", "1"]
+    assert run(["build", *arguments, "--target", "l4", *training]) == 0
+    assert json.loads(one(folder, "recover-*/recover.json").read_bytes())["trained"] > 4
 
 
 @pytest.mark.parametrize(

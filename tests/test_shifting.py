@@ -63,6 +63,7 @@ def quantised_db(path: Path, images: np.ndarray, settings: QuantizeSettings) -> 
     return min(sqnr(before[name], after[name]) for name in before)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("activation", ["Gelu", "HardSwish", "Mish", "Sigmoid", "Softplus"])
 @pytest.mark.parametrize("readers", [1, 2])
 def test_activations_of_one_sign_gain_and_the_network_stays(tmp_path: Path, activation: str, readers: int) -> None:

@@ -42,6 +42,7 @@ def torchmetrics():
     return importlib.import_module("torchmetrics.functional")
 
 
+@pytest.mark.whole
 def test_the_point_values_are_means_over_images_of_those_of_torchmetrics(torchmetrics):
     random = np.random.default_rng(0)
     known = depths(random, 15)

@@ -53,6 +53,7 @@ def coco_says(found, known) -> tuple[float, float]:
     return float(judged.stats[0]), float(judged.stats[1])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", range(6))
 def test_the_point_value_is_that_of_pycocotools(seed):
     random = np.random.default_rng(seed)
@@ -106,6 +107,7 @@ def pair(seed: int = 0, count: int = 60, noise: float = 0.0, **settings):
     return task, task.answers(network(**outputs), images, 16), task.answers(network(**other), images, 16)
 
 
+@pytest.mark.whole
 def test_a_comparison_and_its_verdicts():
     task, first, second = pair(noise=1.0)
     got = task.compare(first, second)
@@ -132,6 +134,7 @@ def test_a_comparison_and_its_verdicts():
     assert drawn["scores"].min() >= 0.3
 
 
+@pytest.mark.whole
 def test_a_perfect_copy_of_few_images_is_no_proof():
     task, first, second = pair(count=60)
     got = task.compare(first, second)

@@ -134,7 +134,7 @@ def test_a_detectors_layers_are_ranked_by_its_loss(tmp_path: Path) -> None:
     assert sensitivity_from_json(found.to_json()) == found
     layers = {layer.node: layer.damage["int8"] for layer in found.layers if layer.quantized}
     by_outputs = measure_sensitivity(
-        graph_from_onnx(tmp_path / "model.onnx"), ranges, settings, [batch.images], precisions=("int8",)
+        graph_from_onnx(tmp_path / "model.onnx"), ranges, settings, [Batch(batch.images, None)], precisions=("int8",)
     )
     assert by_outputs.measure == "outputs"
     assert set(layers) <= {layer.node for layer in by_outputs.layers}

@@ -27,6 +27,7 @@ def verdict_of(folder: Path) -> dict:
     return json.loads(file.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_segmenter_is_judged_by_its_masks(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-seg", "--checkpoint", str(ASSETS / "fpn-nano-seg.pt")]
     data = ["--data", "resvit_calibrate.readers.scenes:segmentation"]

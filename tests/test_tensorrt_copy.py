@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
+from deformable_graphs import given, graph
+from fusion_graphs import computed
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
@@ -27,6 +30,7 @@ def attention_model(path: Path, opset: int) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_attention_that_no_kernel_serves_builds_from_the_copy_only(tmp_path: Path) -> None:
     model = attention_model(tmp_path / "model.onnx", 23)
     with pytest.raises(ResvitError) as caught:
@@ -73,3 +77,33 @@ def test_tensorrt_reads_the_words_that_it_samples_by(tmp_path: Path, mode: str, 
         (node,) = ir.load(tmp_path / "copy.onnx").graph
         assert node.attributes.get_string("mode") == said
     assert not onnx_for_tensorrt(model, tmp_path / "none.onnx", find_target("l4"))  # of TensorRT for RTX
+
+
+@pytest.mark.parametrize(
+    ("target", "gathers"),
+    [("jetson-orin", False), ("jetson-thor", False), ("jetson-thor@7.2", True), ("h100", False), ("l4", False)],
+)
+def test_deformable_attention_is_gathered_where_tensorrt_samples_it_wrongly(
+    tmp_path: Path, target: str, gathers: bool
+) -> None:
+    model, copy = tmp_path / "model.onnx", tmp_path / "copy.onnx"
+    ir.save(graph(), model)
+    assert onnx_for_tensorrt(model, copy, find_target(target)) is (target != "l4")
+    if target == "l4":  # of TensorRT for RTX
+        return
+    network = ir.load(copy)
+    kinds = {node.op_type for node in network.graph}
+    assert ("GridSample" in kinds, "GatherND" in kinds) == (not gathers, gathers)
+    assert not network.functions
+    assert not any(node.domain for node in network.graph)
+    if gathers:
+        (right,), (got,) = computed(graph(), **given()), computed(network, **given())
+        np.testing.assert_allclose(got, right, rtol=0.02, atol=0.02)
+        build_engine(copy, tmp_path / "copy.plan", find_target("l4"))
+
+
+def test_a_sampling_that_is_no_deformable_attention_is_said_in_old_words_there_too(tmp_path: Path) -> None:
+    model = sampling_model(tmp_path / "model.onnx", "linear")
+    assert onnx_for_tensorrt(model, tmp_path / "copy.onnx", find_target("jetson-thor@7.2"))
+    (node,) = ir.load(tmp_path / "copy.onnx").graph
+    assert (node.op_type, node.attributes.get_string("mode")) == ("GridSample", "bilinear")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.console import console, emit_json, run_command, table
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, one_line, printable
 from resvit_engines.progress import Lines, Quiet, Terminal
-from resvit_engines.terminal import CleanStream, clean_streams, one_line, printable
+from resvit_engines.terminal import CleanStream, clean_streams
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202eb\r\x00\x7f\u2028\udcffé→"
 ANY = st.text(st.characters(exclude_categories=()))
@@ -48,6 +48,7 @@ def test_what_is_text_stays(text: str) -> None:
     assert one_line(text) == text
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp437"])
 @given(text=ANY)
 @settings(deadline=None)
@@ -98,9 +99,10 @@ def test_an_error_has_its_own_lines_alone(capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr()
     assert [line for line in said.err.splitlines() if not line.startswith(" ")] == [said.err.splitlines()[0]]
     assert commands(said.err + said.out, but="\n") == []
-    assert json.loads(said.out)["error"]["problem"] == f"It is {HOSTILE}\nerror: none"
+    assert json.loads(said.out)["error"]["problem"] == f"It is {printable(HOSTILE)}\nerror: none"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}])
 def test_help_and_errors_on_a_terminal_that_is_not_utf8(variables: dict[str, str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", **variables}
@@ -118,6 +120,7 @@ def test_help_and_errors_on_a_terminal_that_is_not_utf8(variables: dict[str, str
         assert b"Unicode" not in done.stderr
 
 
+@pytest.mark.whole
 def test_nobody_reads(tmp_path: Path) -> None:
     for arguments in (["targets"], ["targets", "--json"], ["--help"]):
         command = [sys.executable, "-m", "resvit_export", *arguments]

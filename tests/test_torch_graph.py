@@ -290,9 +290,10 @@ def torch_outputs(case: Case) -> list[Array]:
     graph = TorchGraph(ir.from_proto(onnx.load_from_string(case.proto())))
     first = case.inputs[0]
     assert first is not None
-    return [value.numpy() for value in graph(torch.from_numpy(np.array(first))).values()]
+    return [value.numpy() for value in graph({"input": torch.from_numpy(np.array(first))}).values()]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{i}" for i, c in enumerate(CASES)])
 def test_an_operator_gives_what_the_runtime_gives(case: Case) -> None:
     for expected, found in zip(runtime_outputs(case), torch_outputs(case), strict=True):
@@ -338,6 +339,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
         TorchGraph(network)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["embed-nano", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpn-nano", "dual-nano"))]
@@ -349,7 +351,7 @@ def test_whole_hybrids(name: str, opset: int, tmp_path: Path) -> None:
     onnx_from_program(program, path, opset=opset, batch=2)
     images = rand(2, 1, 28, 28)
     with torch.no_grad():
-        found = TorchGraph(network_from_onnx(path))(torch.from_numpy(images))
+        found = TorchGraph(network_from_onnx(path))({"input": torch.from_numpy(images)})
     for output, expected in outputs_of(path, images).items():
         np.testing.assert_allclose(found[output].numpy(), expected, rtol=1e-3, atol=1e-4)
 
@@ -357,11 +359,11 @@ def test_whole_hybrids(name: str, opset: int, tmp_path: Path) -> None:
 def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
     graph = TorchGraph(network_from_onnx(hybrid(tmp_path / "model.onnx"))).double()
     images = torch.from_numpy(rand(1, 3, 16, 16)).double().requires_grad_()
-    graph(images)["logits"].sum().backward()
+    graph({"input": images})["logits"].sum().backward()
     assert images.grad is not None
     direction = torch.from_numpy(rand(1, 3, 16, 16, seed=1)).double()
     with torch.no_grad():
-        ahead, behind = (graph(images + sign * 1e-6 * direction)["logits"].sum() for sign in (1, -1))
+        ahead, behind = (graph({"input": images + sign * 1e-6 * direction})["logits"].sum() for sign in (1, -1))
     assert (images.grad * direction).sum().item() == pytest.approx(((ahead - behind) / 2e-6).item(), rel=1e-5)
 
 
@@ -380,7 +382,7 @@ def test_what_listeners_return_is_used(tmp_path: Path) -> None:
         return value
 
     with torch.no_grad():
-        logits = graph(torch.from_numpy(rand(3, 3, 16, 16)), reading, writing)["logits"]
+        logits = graph({"input": torch.from_numpy(rand(3, 3, 16, 16))}, reading, writing)["logits"]
     np.testing.assert_array_equal(logits.numpy(), graph.tensor("head.bias").expand(3, -1).numpy())
     assert {("stem/Conv", 0), ("stem/Conv", 1), ("blocks.0/Add1", 0)} <= set(heard)
     assert "stem/Conv" in written

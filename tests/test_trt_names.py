@@ -71,6 +71,7 @@ def test_the_versions_are_those_that_are_compared() -> None:
     assert set(VERSIONS) == set(BINDINGS)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_table_is_true_of_tensorrt(version, unpacked) -> None:
     real = names_of(version, unpacked)

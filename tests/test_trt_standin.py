@@ -86,6 +86,7 @@ def test_a_range_of_batches_becomes_a_profile(tmp_path, model, gpu) -> None:
     assert report.inputs[0].shape == (-1, 32, 8, 8)
 
 
+@pytest.mark.whole
 def test_the_timing_cache_is_kept_and_read_again(tmp_path, model, gpu) -> None:
     gpu(87)
     target, folder = find_target("jetson-orin"), tmp_path / "cache"
@@ -129,6 +130,7 @@ def test_several_gpus_are_asked_of_tensorrt(tmp_path, model, gpu) -> None:
     assert report.to_json()["hardware_compatible"] is True
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

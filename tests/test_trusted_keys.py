@@ -170,6 +170,7 @@ ATTRIBUTE = st.sampled_from(ATTRIBUTES).flatmap(
 LINES = st.lists(st.one_of(ATTRIBUTE, st.sampled_from(("", "# a", *PEM.splitlines(), SSH)), st.text(max_size=20)))
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(LINES, LINES, st.sampled_from((PEM, SSH + "\n", SSH + " me\n")))
 def test_every_line_of_a_key_file_counts_or_is_refused(before: list[str], behind: list[str], key: str) -> None:

@@ -100,6 +100,7 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_whatever_a_factory_reads_changes_what_its_network_is_known_by(
     project: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, pytest.MonkeyPatch], Any]
@@ -110,6 +111,7 @@ def test_whatever_a_factory_reads_changes_what_its_network_is_known_by(
     assert digest(project) != before
 
 
+@pytest.mark.whole
 def test_a_comment_in_a_module_changes_no_network_but_its_code(project: Path) -> None:
     before = digest(project)
     source = NetworkSource(ModelSpec(f"{project.name}.net:make"))
@@ -120,6 +122,7 @@ def test_a_comment_in_a_module_changes_no_network_but_its_code(project: Path) ->
     assert NetworkSource(ModelSpec(f"{project.name}.net:make")).code != code
 
 
+@pytest.mark.whole
 def test_an_edited_neighbour_folds_again_and_an_unchanged_one_does_not(tmp_path: Path) -> None:
     (tmp_path / "edited_neighbour.py").write_text("SCALE = 1.0\n")
     (tmp_path / "build.py").write_text(

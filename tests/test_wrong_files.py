@@ -104,6 +104,27 @@ def test_a_wrong_file_is_a_users_fault(
     assert "bug in" not in said.err
 
 
+def test_an_onnx_has_bounds_wherever_it_is_given(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("huge.onnx").open("wb") as stream:
+        stream.write(Path("ok.onnx").read_bytes())
+        stream.truncate(1 << 40)  # a file of holes
+    call = oh.make_node("f0", ["x"], ["y"], domain="own")
+    opsets = [oh.make_opsetid("", 17), oh.make_opsetid("own", 1)]
+    doubling = []
+    for number in range(31):
+        inner, domain = (f"f{number + 1}", "own") if number < 30 else ("Relu", "")
+        calls = [oh.make_node(inner, [first], [second], domain=domain) for first, second in ("xm", "my")]
+        doubling.append(oh.make_function("own", f"f{number}", ["x"], ["y"], calls, opsets))
+    value = [oh.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy"]
+    graph = oh.make_graph([call], "g", value[:1], value[1:])
+    onnx.save(oh.make_model(graph, functions=doubling, opset_imports=opsets, ir_version=8), "doubling.onnx")
+    for name, says in (("huge.onnx", "holds at most 2 GiB"), ("doubling.onnx", "written out, its functions are")):
+        for command in ("audited onnx", "compared onnx", "model"):
+            run, arguments = COMMANDS[command]
+            code = run([part.replace("./FILE.onnx", name).replace("FILE", name) for part in arguments])
+            assert (code, says in capsys.readouterr().err) == (ExitCode.INPUT, True), (name, command)
+
+
 def read_text(text: str, read: Callable[[Path], object]) -> ExitCode | None:
     """What reading a file of this text ends with: nothing, or the code of its error."""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +137,7 @@ def read_text(text: str, read: Callable[[Path], object]) -> ExitCode | None:
     return None
 
 
+@pytest.mark.whole
 @given(st.sampled_from(sorted(item.toml for item in SETTINGS.values())), JSON)
 @settings(deadline=None, max_examples=200)
 def test_any_value_of_any_setting_is_taken_or_refused(key: str, value: object) -> None:
@@ -138,6 +160,7 @@ def test_any_text_is_a_recipe_or_refused(text: str) -> None:
     assert read_text(text, recipe_from_toml) in (None, ExitCode.INPUT)
 
 
+@pytest.mark.whole
 @given(JSON, st.dictionaries(st.sampled_from(["fp16", "int8", "x"]), JSON))
 @settings(deadline=None)
 def test_any_measured_times_are_read_or_refused(value: object, times: dict[str, object]) -> None:
@@ -152,6 +175,7 @@ LAYER = st.fixed_dictionaries(
 TENSORS = st.fixed_dictionaries({"Inputs": st.lists(st.fixed_dictionaries({"Name": JSON, "Dimensions": JSON}))})
 
 
+@pytest.mark.whole
 @given(st.lists(LAYER | TENSORS, max_size=3), JSON)
 @settings(deadline=None)
 def test_any_layer_file_is_read_or_refused(layers: list[object], bindings: object) -> None:

@@ -38,6 +38,13 @@ def data(split: str = "calibration") -> Iterator[dict]:
         yield {"images": images, "inputs": {"sizes": random.integers(50, 90, (4, 2))}}
 
 
+def training(split: str = "train") -> Iterator[dict]:
+    random = np.random.default_rng(2)
+    for _ in range(4):
+        images = random.standard_normal((40, 3, 16, 16), dtype=np.float32)
+        yield {"images": images, "inputs": {"sizes": random.integers(50, 90, (40, 2))}}
+
+
 def images() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((4, 3, 16, 16), dtype=np.float32)
 

@@ -1,7 +1,8 @@
 """Every shape at which the reference hybrids call a kernel of ours.
 
 Sizes are those of timm's ``vit_small_r26_s32`` (224, 384), ``vit_base_r50_s16`` (224, 384; DPT-Hybrid's backbone is the
-latter), ``vit_large_r50_s32`` (224, 384), ``mobilevit_s`` (256), and ``botnet26t_256`` and ``botnet50ts_256``.
+latter), ``vit_large_r50_s32`` (224, 384), ``mobilevit_s`` (256), and ``botnet26t_256`` and ``botnet50ts_256``; for
+deformable attention, of the detectors and segmenters that have it, as they are published.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resvit_engines.kernels import attention, bridge
+from resvit_engines.kernels import attention, bridge, deformable
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
+from resvit_engines.kernels.deformable import DeformableConfig, deformable_source
 from resvit_engines.kernels.launch import Source
 
 BATCHES = (1, 8, 32)
@@ -56,6 +58,17 @@ BOTNET = (
 )
 """Side and head size; four heads and a bias of relative positions for each image and head."""
 
+_DETR_800 = ((100, 50, 25, 13), (134, 67, 34, 17), (4, 4, 4, 4))
+"""Heights, widths and points of the levels of an image of 800 x 1066."""
+PYRAMIDS = (
+    ("RT-DETR 640, decoder", ((80, 40, 20), (80, 40, 20), (4, 4, 4)), 300),
+    ("D-FINE 640, decoder", ((80, 40, 20), (80, 40, 20), (3, 6, 3)), 300),
+    ("Grounding DINO 800, decoder", _DETR_800, 900),
+    ("Deformable DETR 800, encoder", _DETR_800, 17821),
+    ("Mask2Former 1024, pixel decoder", ((32, 64, 128), (32, 64, 128), (4, 4, 4)), 21504),
+)
+"""Levels and queries; all have eight heads of 32."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -82,7 +95,7 @@ def all_cases(
     kinds: Sequence[str] = (), dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = BATCHES
 ) -> Iterator[Case]:
     """Every case of some kinds (all, if none is named)."""
-    for kind, make in {"attention": _attention, "bridge": _bridge}.items():
+    for kind, make in {"attention": _attention, "bridge": _bridge, "deformable": _deformable}.items():
         if not kinds or kind in kinds:
             for dtype in dtypes:
                 for batch in batches:
@@ -134,4 +147,18 @@ def _bridge(dtype: str, batch: int) -> Iterator[Case]:
         yield Case(
             "bridge", vit.name, dtype, batch, config, shapes, lambda sm, config=config: bridge_source(config, sm),
             bridge.traffic_bytes(config, shapes), bridge.operations(config, shapes),
+        )  # fmt: skip
+
+
+def _deformable(dtype: str, batch: int) -> Iterator[Case]:
+    for name, (heights, widths, points), queries in PYRAMIDS:
+        config = DeformableConfig(
+            8, 32, heights, widths, points, queries, dtype=dtype, out_dtype=dtype, value_scale=_scale(dtype),
+            out_scale=_scale(dtype), batch=batch,
+        )  # fmt: skip
+        sampled = (batch, queries, config.heads, config.samples)
+        shapes = ((batch, config.positions, 8 * 32), (*sampled, 2), sampled)
+        yield Case(
+            "deformable", name, dtype, batch, config, shapes, lambda sm, config=config: deformable_source(config, sm),
+            deformable.traffic_bytes(config, shapes), deformable.operations(config, shapes),
         )  # fmt: skip

@@ -47,8 +47,12 @@ def rivals(case: Case, *, compiled: bool) -> Iterator[tuple[str, Work, Any]]:
 def inputs_of(case: Case, generator: torch.Generator) -> list[torch.Tensor]:
     """Random inputs on the GPU, none of them zeros."""
     found = []
-    for shape, dtype in zip(case.shapes, case.source(_sm()).launch.inputs, strict=True):
+    for index, (shape, dtype) in enumerate(zip(case.shapes, case.source(_sm()).launch.inputs, strict=True)):
         values = torch.randn(shape, generator=generator, device="cuda")
+        if case.kind == "deformable" and index == 1:
+            # All over the levels, which is the hardest on the cache.
+            found.append(torch.rand(shape, generator=generator, device="cuda").to(TYPES[dtype]))
+            continue
         if dtype == "bool":
             found.append(values > -1)
             continue
@@ -121,4 +125,28 @@ def _bridge(case: Case) -> Work:
     return work
 
 
-FUNCTIONS: dict[str, Callable[[Case], Work]] = {"attention": _attention, "bridge": _bridge}
+def _deformable(case: Case) -> Work:
+    config = case.config
+    heads, size = config.heads, config.head_size
+
+    def work(value: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        batch, queries = places.shape[:2]
+        # In FP32, as autocast has grid_sample: places in FP16 are off by up to a tenth of a pixel.
+        real = _real(value, config.value_scale).float().view(batch, -1, heads, size)
+        # (B, Q, H, P, 2) -> (B * H, Q, P, 2) of each level
+        grids = (2 * places.float() - 1).transpose(1, 2).flatten(0, 1).split(config.points, -2)
+        areas = [height * width for height, width in zip(config.heights, config.widths, strict=True)]
+        samples = []
+        for level, grid, height, width in zip(real.split(areas, 1), grids, config.heights, config.widths, strict=True):
+            image = level.permute(0, 2, 3, 1).reshape(batch * heads, size, height, width)
+            samples.append(F.grid_sample(image, grid, align_corners=False))
+        shares = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+        y = (torch.cat(samples, -1) * shares).sum(-1).view(batch, heads * size, queries).transpose(1, 2)
+        return _stored(y.contiguous(), config.out_dtype, config.out_scale)
+
+    return work
+
+
+FUNCTIONS: dict[str, Callable[[Case], Work]] = {
+    "attention": _attention, "bridge": _bridge, "deformable": _deformable,
+}  # fmt: skip

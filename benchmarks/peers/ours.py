@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from peers.methods import Job, Work
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 
 
@@ -22,7 +20,7 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
     without = tuple(settings.get("without", ()))
     chosen = quantize_settings(job.precision, str(settings["effort"]), job.bits, without)
 
-    def first(count: int) -> Iterator[npt.NDArray[np.float32]]:
+    def first(count: int) -> Iterator[Batch]:
         return job.calibration.first(count, job.batch)
 
     def run() -> None:

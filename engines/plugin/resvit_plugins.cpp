@@ -36,6 +36,7 @@ constexpr std::array kOP_TYPES{
     "ResvitAttention", "ResvitAttentionQ", "ResvitAttentionBias", "ResvitAttentionBiasQ", "ResvitAttentionSplit",
     "ResvitAttentionSplitQ", "ResvitAttentionSplitBias", "ResvitAttentionSplitBiasQ", "ResvitBridge",
     "ResvitBridgeNorm", "ResvitBridgeNormQ", "ResvitBridgeW8", "ResvitBridgeW8Norm", "ResvitBridgeW8NormQ",
+    "ResvitDeformable", "ResvitDeformableQ",
 };
 
 std::atomic<nvinfer1::ILoggerFinder*> gLoggerFinder{nullptr};

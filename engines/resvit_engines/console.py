@@ -20,8 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams, one_line
+from resvit_engines.errors import ExitCode, ResvitError, one_line
+from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,8 +1,38 @@
-"""The one error type of this project and its exit codes."""
+"""The one error type of this project and its exit codes; and text that commands no terminal, as its words are.
+
+Imports the standard library only.
+"""
 
 from __future__ import annotations
 
 import enum
+import re
+
+_MARKS = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+_CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_MARKS}]")
+_CONTROL_OR_BREAK = re.compile(f"[\x00-\x1f\x7f-\x9f{_MARKS}]")
+_SHORT = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
+
+
+def printable(text: str) -> str:
+    """``text`` with its line ends and tabs, and every other control character as an escape such as ``\\x1b``.
+
+    These are C0 (ESC among them), C1, DEL, the marks that turn the direction of text (CVE-2021-42574), line separators
+    and lone surrogates.
+    """
+    return _CONTROL.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line: line ends and tabs are escapes too."""
+    return _CONTROL_OR_BREAK.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is not UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return _SHORT.get(match[0]) or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
 
 
 class ExitCode(enum.IntEnum):
@@ -37,13 +67,15 @@ class ResvitError(Exception):
     """Anything that a user can cause or mend: what happened, and what to do about it.
 
     ``problem`` is one sentence about what happened, with the names and numbers involved; ``fix`` is the next
-    thing to try. Raise it where the cause is known; the command line prints both and exits with ``code``.
+    thing to try; both are ``printable``. Raise it where the cause is known; the command line prints both and exits with
+    ``code``.
     """
 
     def __init__(self, problem: str, fix: str, code: ExitCode = ExitCode.INPUT) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.fix = fix
+        # Names that others chose stand in both.
+        self.problem = printable(problem)
+        self.fix = printable(fix)
+        super().__init__(self.problem)
         self.code = code
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import open_outside
+from resvit_engines.outside import FILE_MOST, open_outside, require_size
 
 _CHUNK = 1 << 20
 OPEN_FILE, OPEN_FOLDER = 0o644, 0o755
@@ -51,9 +51,10 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes as 64 hexadecimal digits, read in 1 MiB pieces.
 
-    Raises ``ResvitError`` where it is no file that can be read.
+    Raises ``ResvitError`` where it is no file that can be read, or one of more than 64 GiB.
     """
     with open_outside(path) as stream:
+        require_size(stream, FILE_MOST, str(path))
         return sha256_stream(stream)
 
 

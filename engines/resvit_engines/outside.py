@@ -22,6 +22,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 
 TEXT_MOST = 64 << 20
 """Bytes of the longest text that is read at once, such as a record, a recipe or a list of layers."""
+FILE_MOST = 64 << 30
+"""Bytes of the largest file that is read from its beginning to its end, such as one of weights."""
 DEPTH_MOST = 64
 """How deep lists and objects may lie in each other."""
 MAKE_AGAIN = "It is damaged, or of another version: make it again with this one."
@@ -32,6 +34,34 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` as the folder that they stand for.
+
+    Raises:
+        ResvitError: INPUT where nobody has that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ResvitError(f"{path} leads nowhere: {error}", "Write the whole path.") from error
+
+
+def leads_to_file(path: Path) -> bool:
+    """Whether a plain file is at ``path``; not where no file system could hold such a path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def leads_to_folder(path: Path) -> bool:
+    """Whether a folder is at ``path``; not where no file system could hold such a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def open_at_once(path: Path) -> io.BufferedReader:
@@ -74,6 +104,15 @@ def open_outside(path: Path, what: str = "") -> io.BufferedReader:
     return stream
 
 
+def require_size(stream: io.BufferedReader, most: int, name: str) -> None:
+    """Refuse an opened file of more than ``most`` bytes; ``name`` stands for it in errors. Raises ``ResvitError``."""
+    size = os.fstat(stream.fileno()).st_size
+    if size > most:
+        raise ResvitError(
+            f"{name} is longer than the {_size(most)} that such a file may have.", "Give the file that was meant."
+        )
+
+
 def _no_plain_file(name: str, mode: int) -> ResvitError:
     return ResvitError(f"{name} is {kind_of_file(mode)}, and not a file.", "Give the path of a file.")
 
@@ -87,6 +126,7 @@ def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:
     name = what or str(path)
     with open_outside(path, name) as stream:
         try:
+            require_size(stream, most, name)
             data = stream.read(most + 1)
         except OSError as error:
             raise ResvitError(
@@ -154,4 +194,6 @@ def _deeper_than(value: Any, most: int) -> bool:
 
 
 def _size(count: int) -> str:
+    if count >= 1 << 30:
+        return f"{count >> 30} GiB"
     return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count} bytes"

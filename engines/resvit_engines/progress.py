@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from resvit_engines.terminal import CleanConsole, CleanStream, one_line
+from resvit_engines.errors import one_line
+from resvit_engines.terminal import CleanConsole, CleanStream
 
 T = TypeVar("T")
 

@@ -1,16 +1,14 @@
 """Text on its way to a terminal: what files, devices and libraries call things must not command it.
 
-``printable`` and ``one_line`` write every control character as an escape: C0 (ESC among them), C1, DEL, the marks that
-turn the direction of text (CVE-2021-42574), line separators and lone surrogates. ``clean_streams`` puts that, and
-replacement of what the terminal's encoding lacks, before standard output and error, so that nothing that is printed
-goes around it; ``CleanConsole`` does it for rich, which writes colours of its own.
+``clean_streams`` puts ``errors.printable``, and replacement of what the terminal's encoding lacks, before standard
+output and error, so that nothing that is printed goes around it; ``CleanConsole`` does it for rich, which writes
+colours of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import IO, TextIO, cast
@@ -18,27 +16,7 @@ from typing import IO, TextIO, cast
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-_MARKS = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
-_CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_MARKS}]")
-_CONTROL_OR_BREAK = re.compile(f"[\x00-\x1f\x7f-\x9f{_MARKS}]")
-_SHORT = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
-
-
-def printable(text: str) -> str:
-    """``text`` with its line ends and tabs, and every other control character as an escape such as ``\\x1b``."""
-    return _CONTROL.sub(_escape, text)
-
-
-def one_line(text: str) -> str:
-    """``text`` on one line: line ends and tabs are escapes too."""
-    return _CONTROL_OR_BREAK.sub(_escape, text)
-
-
-def _escape(match: re.Match[str]) -> str:
-    number = ord(match[0])
-    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is not UTF-8
-        return f"\\x{number - 0xDC00:02x}"
-    return _SHORT.get(match[0]) or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
+from resvit_engines.errors import printable
 
 
 class NobodyReadsError(Exception):

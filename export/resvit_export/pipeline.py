@@ -21,7 +21,6 @@ from resvit_export.stages.decide import predict, recover, times
 from resvit_export.to_tensorrt.parser import require_readable
 from resvit_export.to_tensorrt.plugin_choice import By
 from resvit_export.variant import Variant
-from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
@@ -130,7 +129,6 @@ class Pipeline:
     @cached_property
     def recovered(self) -> recover.Recovered:
         """The float ONNX with its weights trained, the quantisers in the loop."""
-        self.run.require_images_alone(self.network, "Recovery")
         before = self.vary(recovers=False).calibrated
         images = self.run.training_images(self.network, RECOVERY_IMAGES)
         how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed)
@@ -151,8 +149,6 @@ class Pipeline:
         how = (settings, self.images[0], self.network.images_per_call, self.run.builder)
         if self.recipe.quantizer is Quantizer.MODELOPT:
             return self.do(quantize.QuantizeByModelOpt(self.float_model, *how))
-        if self.recipe.effort is Effort.BEST:
-            self.run.require_images_alone(self.network, "--effort best")
         clips = self.recovered.clips if self.variant.recovers else None
         return self.do(quantize.Quantize(self.float_model, ranges.ranges, ranges.statistics, clips, *how))
 
@@ -182,8 +178,9 @@ class Pipeline:
     def validated(self) -> gate.Validated:
         """The answers of the ONNX that ships held against the original network's, and judged."""
         clips = (self.float_model, self.calibrated.statistics, self.quantized.file(quantize.REPORT))
-        limit = (self.recipe.max_drop, self.variant.confidence)
-        return self.do(gate.Validate(self.questions, self.run.label, *gate.sides(self.answered), *clips, *limit))
+        limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
+        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
+        return self.do(gate.Validate(self.questions, self.run.label, *how))
 
     @cached_property
     def predicted(self) -> predict.Predicted:

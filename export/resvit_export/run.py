@@ -107,6 +107,7 @@ class Sources:
                 unlabelled=recipe.task is TaskKind.OTHER or recipe.metric is not None,
                 classes=self.classes,
                 known_classes=known_classes,
+                said=frozenset(recipe.preprocess),
             )
             self._sets = open_image_sets(spec, preprocess, self.reporter)
         return self._sets

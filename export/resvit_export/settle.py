@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from resvit_quantize.search.assignments import Assignment
     from resvit_quantize.search.search import Answer
 
-_ALONE = "sensitivity is measured for networks that read images alone."
-
 
 def settled(pipeline: Pipeline) -> Pipeline:
     """The pipeline, or the one that recovers or was searched, where the gate or the recipe asks for it.
@@ -36,7 +34,7 @@ def recovered_if_rejected(pipeline: Pipeline) -> Pipeline:
     if recipe.recover is not Recovery.AUTO or recipe.train_data is None or not recoverable(recipe):
         return pipeline
     verdict = pipeline.validated.verdict
-    if verdict.kind is not VerdictKind.REJECTED or pipeline.network.inputs:
+    if verdict.kind is not VerdictKind.REJECTED:
         return pipeline
     pipeline.run.reporter.say(f"calibration alone is rejected ({verdict.reason}): recovery follows")
     return pipeline.vary(recovers=True)
@@ -53,8 +51,7 @@ def searched(pipeline: Pipeline) -> Pipeline:
         verdict = pipeline.validated.verdict
         if verdict.kind is VerdictKind.ACCEPTED:
             return pipeline
-        why = _ALONE if pipeline.network.inputs else hopeless(verdict.verdict, recipe)
-        if why:
+        if why := hopeless(verdict.verdict, recipe):
             reporter.warn(f"No precisions are searched for: {why}")
             return pipeline
         reporter.say(f"the plain recipe is {verdict.kind.value}: the search follows")
@@ -71,7 +68,6 @@ def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) 
     run, plain = pipeline.run, pipeline.vary(recovers=False)
     require_own_quantizer(run.recipe)
     run.sources.require_images()
-    run.require_images_alone(plain.network, "Sensitivity")
     known = run.target.precisions if run.target else (Precision.INT8, Precision.FP8)
     eight_bits = [p.value for p in (Precision.INT8, Precision.FP8) if p in known]
     return run.folder.do(

@@ -63,6 +63,17 @@ class File:
         if not same:
             raise _changed(self.path)
 
+    def content(self) -> bytes:
+        """What is in the file, the very bytes that were digested; raises ``ResvitError`` INPUT where it was changed."""
+        data = read_outside(self.path, _RECORD_MOST)
+        if sha256_bytes(data) != self.digest:
+            raise _changed(self.path)
+        return data
+
+    def json(self) -> Any:
+        """The same, parsed as JSON; raises as ``content``, and where it is none."""
+        return json_from_outside(self.content(), str(self.path))
+
 
 @dataclass(frozen=True)
 class Output:
@@ -155,14 +166,11 @@ class Artifact:
 
     def content(self, name: str) -> bytes:
         """One file as it was when it was written; raises ``ResvitError`` INPUT where it was changed since."""
-        data = read_outside(self.path(name), _RECORD_MOST)
-        if sha256_bytes(data) != self.file(name).digest:
-            raise _changed(self.path(name))
-        return data
+        return self.file(name).content()
 
     def json(self, name: str) -> dict[str, Any]:
         """Content of one JSON file, as it was when it was written; raises as ``content``, and where it is none."""
-        return self._parsed(name, json_from_outside(self.content(name), str(self.path(name))), dict[str, Any])
+        return self._parsed(name, self.file(name).json(), dict[str, Any])
 
     def read(self, name: str, reader: Callable[[dict[str, Any]], T]) -> T:
         """What ``reader`` makes of one JSON file.

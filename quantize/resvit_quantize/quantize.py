@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
@@ -32,13 +33,13 @@ def quantize_model(
     reporter: Reporter = SILENT,
     *,
     statistics: Statistics | None = None,
-    images: Callable[[int], Iterable[np.ndarray]] | None = None,
+    images: Callable[[int], Iterable[Batch]] | None = None,
     suit: Suit = as_it_is,
 ) -> QuantizeReport:
     """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
 
     ``statistics`` are the calibration's by channel; ``images(n)`` gives the first n calibration images or all,
-    float32 [B, C, H, W] in batches, for ``Effort.BEST``. ``suit`` rewrites the file for a builder before it is reported
+    in batches, for ``Effort.BEST``. ``suit`` rewrites the file for a builder before it is reported
     on. Raises :class:`ResvitError` for a model that does not read
     or check, as :func:`plan_quantization` does, for weights that are not finite, and for ``Effort.BEST`` without
     images.

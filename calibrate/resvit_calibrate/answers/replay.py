@@ -33,7 +33,7 @@ class FirstImages(ImageSet):
         self.images, self.count = images, min(count, len(images))
         self.description = images.description
         self.num_classes, self.class_names, self.class_ids = images.num_classes, images.class_names, images.class_ids
-        self.task, self.preprocess = images.task, images.preprocess
+        self.task, self.preprocess, self.doubt = images.task, images.preprocess, images.doubt
         self.contents, self.digest = images.contents[: self.count], f"{images.digest}/{count}"
 
     def __len__(self) -> int:
@@ -41,19 +41,7 @@ class FirstImages(ImageSet):
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream them in order."""
-        left = self.count
-        for batch in self.images.batches(batch_size):
-            if left <= 0:
-                return
-            part = slice(left)
-            yield Batch(
-                batch.images[part],
-                None if batch.labels is None else batch.labels[part],
-                None if batch.targets is None else batch.targets[part],
-                None if batch.geometry is None else batch.geometry[part],
-                {name: value[part] for name, value in batch.inputs.items()},
-            )
-            left -= len(batch.images)
+        return self.images.first(self.count, batch_size)
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from resvit_calibrate.data.numbering import with_classes
+from resvit_calibrate.data.pixel_doubts import require_readable, with_white
 from resvit_calibrate.data.sources import (
     KINDS,
     Pools,
@@ -47,10 +48,12 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     An image whose bytes are on both sides is dropped from calibration. Warns once where images are fewer
     than asked for, are broken, or are not in the network's colours. Raises ``ResvitError`` where the data is
     missing or unusable, and where validation has neither labels nor targets, or labels of only one class.
+    Where it cannot be told how pixels are to be read, ``doubt`` of the sets says so.
     """
     calibration, validation = _opened(spec, preprocess, reporter)
     _require(validation, "validation")
     _require(calibration, "calibration")
+    with_white((calibration, validation), reporter)
     if validation.task in (None, "classification") and not spec.unlabelled:
         _require_classes(validation)
     if calibration.task == validation.task == "segmentation":
@@ -76,7 +79,8 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
             "Give other images for one of the two, or leave validation_data out to have the data divided.",
         )
     _warn(spec, calibration, validation, reporter)
-    _say_how_pixels_are_read(preprocess, calibration, validation, reporter)
+    doubt = require_readable(spec, preprocess, calibration, validation, reporter)
+    calibration.doubt = validation.doubt = doubt
     return calibration, validation
 
 
@@ -145,6 +149,7 @@ def open_training_images(
         images = IndexedImageSet(pool, chosen, preprocess, reporter)
     found = len(images)
     _require(images, "training")
+    with_white((images,), reporter)
     images = images.without(frozenset(avoid.contents))
     if not len(images):
         raise ResvitError(
@@ -231,38 +236,3 @@ def _warn(spec: DataSpec, calibration: ImageSet, validation: ImageSet, reporter:
         total = len(calibration) + len(validation)
         kinds = ("grey", "colour") if calibration.preprocess.channels == 3 else ("colour", "grey")
         reporter.warn(f"{converted} of {total} images are {kinds[0]} and are converted to {kinds[1]}")
-
-
-def _say_how_pixels_are_read(
-    asked: Preprocess, calibration: ImageSet, validation: ImageSet, reporter: Reporter
-) -> None:
-    """Say where pixels are not what a trainer may have made of the same files."""
-    both = (calibration, validation)
-    whole = [
-        what for images, what in zip(both, ("calibration", "validation"), strict=True) if images.preprocess != asked
-    ]
-    if whole:
-        reporter.warn(
-            f"the {' and '.join(whole)} images are of the network's size already and are used whole: "
-            f"crop_fraction={asked.crop_fraction:g} is for larger ones"
-            + ("" if len(whole) == 2 else ", and cuts those on the other side: the two do not show the same of a scene")
-        )
-    if turned := sum(images.turned for images in both):
-        done, other = ("turned upright", "ignore") if asked.exif == "apply" else ("read as they are stored", "apply")
-        reporter.warn(
-            f"{turned} of {sum(map(len, both))} images have an EXIF orientation and are {done}; torchvision and timm "
-            f"turn none, other trainers do: --preprocess exif={other} reads them the other way"
-        )
-    brightest = max(images.brightest for images in both)
-    if 0 < brightest <= asked.white // 4 + 1:
-        bits = max(8, brightest.bit_length())
-        reporter.warn(
-            f"the 16-bit images reach {brightest} of {asked.white} and come out nearly black: "
-            + (
-                "write them with 8 bits, or with white at 65535"
-                if any(images.deep_colour for images in both)
-                else f"if they hold {bits} bits, say --preprocess white={(1 << bits) - 1}"
-            )
-        )
-    elif brightest > asked.white:
-        reporter.warn(f"the 16-bit images reach {brightest}: what is above white={asked.white} is cut off")

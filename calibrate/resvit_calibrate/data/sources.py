@@ -12,9 +12,9 @@ from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
-from resvit_calibrate.readers.coco import CocoPixels, annotation_files, open_coco, with_shared_classes
-from resvit_calibrate.readers.folders import pixels_from_folder, split_folders
-from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse_unread, require_read
+from resvit_calibrate.readers.coco import CocoPixels, annotation_files, open_coco, unused_files, with_shared_classes
+from resvit_calibrate.readers.folders import note_of_unused, pixels_from_folder, split_folders
+from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse_unread, require_read, unused_parts
 from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
@@ -200,6 +200,8 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return _class_pools(root, split_folders(root), told=told)
     layout = _layout_of(root, kind)
     pools = [_paired(part, layout, root, options) for part in layout.parts]
+    if len(pools) > 1:
+        pools[0].notes += unused_parts(layout, root)
     return Pools(pools[0], pools[1] if len(pools) > 1 else None)
 
 
@@ -210,7 +212,9 @@ def _class_pools(root: Path, parts: tuple[Path, Path] | None, *, told: bool) -> 
         refuse_masks(part, told=told)
     if parts is None:
         return Pools(pixels_from_folder(root), None)
-    return Pools(*(pixels_from_folder(part) for part in parts))
+    train, validation = (pixels_from_folder(part) for part in parts)
+    train.notes += note_of_unused(root, [part.name for part in parts])
+    return Pools(train, validation)
 
 
 def _coco_pools(root: Path, *, any_name: bool) -> Pools:
@@ -220,7 +224,10 @@ def _coco_pools(root: Path, *, any_name: bool) -> Pools:
             f"{root} holds no annotations.json and no instances_*.json.", "Name the file itself: `coco:FILE.json`."
         )
     train = open_coco(found[0])
-    return Pools(train, None if found[1] is None else open_coco(found[1]))
+    if found[1] is None:
+        return Pools(train, None)
+    train.notes += unused_files(root, (found[0], found[1]))
+    return Pools(train, open_coco(found[1]))
 
 
 def _layout_of(root: Path, kind: Kind) -> Layout:

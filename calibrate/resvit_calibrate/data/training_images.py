@@ -12,7 +12,7 @@ from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.targets import DepthTarget, MaskTarget
 from resvit_calibrate.readers.user.batch import Item
-from resvit_calibrate.readers.user.loader import StreamImageSet, batch_of
+from resvit_calibrate.readers.user.loader import StreamImageSet, batch_of, items_in
 
 _WINDOW_BYTES = 256 << 20
 
@@ -46,7 +46,7 @@ def _mixed(images: StreamImageSet, positions: npt.NDArray[np.int64], batch_size:
     batch: list[Item] = []
     for part in images.batches(batch_size):
         room = max(batch_size, _WINDOW_BYTES // _bytes_of_one(part))
-        for item in _apart(part):
+        for item in items_in(part):
             window.append(item)
             if len(window) <= room:
                 continue
@@ -59,17 +59,6 @@ def _mixed(images: StreamImageSet, positions: npt.NDArray[np.int64], batch_size:
         if len(batch) == batch_size or not window:
             yield batch_of(batch)
             batch = []
-
-
-def _apart(batch: Batch) -> Iterator[Item]:
-    for index, image in enumerate(batch.images):
-        yield Item(
-            image,
-            None if batch.labels is None else int(batch.labels[index]),
-            None if batch.targets is None else batch.targets[index],
-            None if batch.geometry is None else batch.geometry[index],
-            {name: value[index] for name, value in batch.inputs.items()},
-        )
 
 
 def _bytes_of_one(batch: Batch) -> int:

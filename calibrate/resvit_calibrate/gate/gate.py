@@ -75,15 +75,19 @@ class Verdict:
 
 
 def judge(
-    comparison: Comparison, max_drop: float, confidence: float = 0.95, class_names: Sequence[str] = ()
+    comparison: Comparison,
+    max_drop: float,
+    confidence: float = 0.95,
+    class_names: Sequence[str] = (),
+    doubt: str = "",
 ) -> Verdict:
     """Accept where the drop is surely at most ``max_drop``, reject where surely above; both in the task's unit.
 
     "Surely" is by the two-sided interval at ``confidence``, so that a network beyond the limit is accepted
     with a probability of about (1 - confidence) / 2 at most. Everything else is undecided; so is any
     comparison with a reference that is no better than what needs no network, or whose answers fit other class numbers
-    than the data's, which ``class_names`` name. A candidate with NaN or infinite
-    outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
+    than the data's, which ``class_names`` name, and any on images that may have been read wrongly, by ``doubt``. A
+    candidate with NaN or infinite outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
     """
     if not 0.0 <= max_drop <= 100.0:
         raise ResvitError(
@@ -105,6 +109,8 @@ def judge(
             VerdictKind.REJECTED,
             f"the quantised network gives NaN or infinity for {comparison.not_finite} of {comparison.images} images",
         )
+    if doubt:
+        return verdict(VerdictKind.UNDECIDED, f"these images tell nothing yet: {doubt}")
     if hopeless:
         return verdict(VerdictKind.UNDECIDED, hopeless, chance=True)
     measured = comparison.measured(interval, confidence)

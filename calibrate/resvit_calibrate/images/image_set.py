@@ -17,6 +17,7 @@ from resvit_engines.errors import ResvitError
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.class_list import ClassList
+    from resvit_calibrate.images.pixels import Look
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class DataSpec:
     ``validation_data`` is of the same kinds; without it, validation images are taken from ``data``, apart from
     the calibration images. ``validation_images`` = None takes all that are left. ``seed`` decides which images
     are chosen. ``unlabelled`` allows validation images of which nothing is known. ``classes`` are the network's, as the
-    user says, and ``known_classes`` as its own configuration does (see ``data.numbering``).
+    user says, and ``known_classes`` as its own configuration does (see ``data.numbering``). ``said`` names the settings
+    of the preprocessing that the user gave: what data leave open is in doubt where it is not among them.
     """
 
     data: str
@@ -41,6 +43,7 @@ class DataSpec:
     unlabelled: bool = False
     classes: ClassList | None = None
     known_classes: ClassList | None = None
+    said: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.data.strip() or (self.validation_data is not None and not self.validation_data.strip()):
@@ -74,6 +77,17 @@ class Batch:
         """All that the network reads, the images under the name ``image_input``."""
         return {image_input: self.images, **self.inputs}
 
+    def first(self, count: int) -> Batch:
+        """The first ``count`` images, or all if there are fewer, with all that is known of them."""
+        part = slice(count)
+        return Batch(
+            self.images[part],
+            None if self.labels is None else self.labels[part],
+            None if self.targets is None else self.targets[part],
+            None if self.geometry is None else self.geometry[part],
+            {name: value[part] for name, value in self.inputs.items()},
+        )
+
 
 class ImageSet(abc.ABC):
     """Images in a fixed order that can be streamed again and again in bounded memory.
@@ -81,10 +95,10 @@ class ImageSet(abc.ABC):
     ``contents`` has one digest per image, before preprocessing; ``digest`` is the SHA-256 over them, the
     labels and the targets, in order. ``preprocess`` is what these images really go through. ``num_classes`` and
     ``class_names`` are None and empty where the data does not say. ``converted`` counts the images whose
-    colours are not the network's: grey for a colour network, or colour for a grey one; ``turned`` those whose EXIF
-    orientation is not upright; ``brightest`` is the largest pixel of those of 16 bits, 0 where there are none, and
-    ``deep_colour`` says that some of these are in colour. ``prepared`` says that somebody else's code made the
-    network's input, so that ``preprocess`` is only the size that it must have. ``task`` is
+    colours are not the network's: grey for a colour network, or colour for a grey one; ``looks`` holds what else is
+    known of each without decoding it, of image files and arrays. ``factory`` names the user's code that made the
+    network's input, so that ``preprocess`` is only the size that it must have. ``doubt`` says why answers to these
+    images tell nothing, empty where nothing does. ``task`` is
     ``classification``, ``detection``, ``segmentation`` or ``depth`` by what is known of the images, None where
     nothing is. ``class_ids`` are the numbers that the data itself gives to class 0, 1, 2…, where it has others.
     """
@@ -98,10 +112,14 @@ class ImageSet(abc.ABC):
     class_ids: tuple[int, ...] = ()
     task: str | None = None
     converted: int = 0
-    turned: int = 0
-    brightest: int = 0
-    deep_colour: bool = False
-    prepared: bool = False
+    looks: Sequence[Look] = ()
+    factory: str | None = None
+    doubt: str = ""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether somebody else's code made the network's input."""
+        return self.factory is not None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -111,12 +129,12 @@ class ImageSet(abc.ABC):
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream all images in order, ``batch_size`` at a time; the last batch may be smaller."""
 
-    def first(self, count: int, batch_size: int) -> Iterator[npt.NDArray[np.float32]]:
-        """Stream the first ``count`` images, or all if there are fewer, without their labels."""
+    def first(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Stream the first ``count`` images, or all if there are fewer."""
         for batch in self.batches(min(batch_size, max(count, 1))):
             if count <= 0:
                 return
-            yield batch.images[:count]
+            yield batch.first(count)
             count -= len(batch.images)
 
     @property

@@ -74,9 +74,7 @@ class IndexedImageSet(ImageSet):
         targets = () if self.task is None else tuple(look.target for look in self._looks.values())
         self.digest = digest_of(self.contents, self.labels, targets)
         self.converted = sum(look.colour != (self.preprocess.channels == 3) for look in self._looks.values())
-        self.turned = sum(look.turned for look in self._looks.values())
-        self.brightest = max((look.brightest for look in self._looks.values()), default=0)
-        self.deep_colour = any(look.brightest and look.colour for look in self._looks.values())
+        self.looks = tuple(self._looks.values())
         self.description = f"{len(self)} of {len(self._pixels)} images of {self._pixels.name}"
 
     def __len__(self) -> int:
@@ -146,25 +144,11 @@ class IndexedImageSet(ImageSet):
         height, width = image.shape[:2]
         try:
             geometry = self.preprocess.geometry(height, width)
-            found = self._target(index, height, width)
+            found = self._pixels.target(index, height, width)
             target = None if found is None else carried(found, geometry)
             return _Prepared(index, self.preprocess.apply(image), target, geometry)
         except ResvitError as error:
             raise ResvitError(f"{self._pixels.title(index)}: {error.problem}", error.fix) from error
-
-    def _target(self, index: int, height: int, width: int) -> Target | None:
-        try:
-            return self._pixels.target(index, height, width)
-        except BrokenImage as error:
-            if not self._looks[index].turned:
-                raise
-            how, other = (
-                ("was turned upright", "ignore") if self.preprocess.exif == "apply" else ("is as stored", "apply")
-            )
-            raise ResvitError(
-                f"the image {how}, its EXIF orientation is another, and what is known of it does not fit: {error}.",
-                f"If boxes and masks were made on images read the other way, say --preprocess exif={other}.",
-            ) from error
 
     def _batch(self, ready: list[_Prepared]) -> Batch:
         labels = self._pixels.labels

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.images.targets import Target
+from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside
+from resvit_engines.pictures.decode import AS_USUAL, Decoding, decode, deep_values, eight_bits, header_of, reason
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
-
-
-_ORIENTATION = 0x0112  # EXIF's tag
-WHITE = 0xFFFF
-"""The pixel of a 16-bit image that is white, where nothing else is said."""
-
-
-class Decoding(NamedTuple):
-    """What an image file leaves open: whether it is turned as its EXIF orientation says, and which pixel is white."""
-
-    upright: bool = True
-    white: int = WHITE
-    """Of 16-bit grey images; 4095 where a camera or scanner stored 12 bits."""
-
-
-AS_USUAL = Decoding()
+_FILE_MOST = 2 << 30
+"""Bytes of the largest picture's file."""
 
 
 class BrokenImage(Exception):  # noqa: N818 - a finding about the data, caught and counted
@@ -49,10 +33,31 @@ class Look(NamedTuple):
     """SHA-256 of what is known to be in the image; empty where that is nothing, or a label."""
     classes: tuple[int, ...] = ()
     """The classes that a mask holds, in order."""
-    turned: bool = False
-    """Whether its EXIF orientation is other than upright."""
-    brightest: int = 0
-    """Of an image of 16 bits the largest pixel, as far as Pillow tells it; 0 for all others."""
+    orientation: int = 1
+    """EXIF's, 1 to 8; 1 is upright."""
+    stored: tuple[int, int] = (0, 0)
+    """Height and width of a file's pixels before they are turned."""
+    annotated: tuple[int, int] | None = None
+    """Height and width of what boxes or pixels were annotated on, where that is known."""
+    brightest: float = 0.0
+    """Of an image of more than 8 bits the largest value; 0 for all others."""
+    darkest: float = 0.0
+    """And the smallest."""
+    kind: str = "uint8"
+    """NumPy's name for the type of the stored values."""
+
+    @property
+    def turned(self) -> bool:
+        """Whether its EXIF orientation is other than upright."""
+        return self.orientation != 1
+
+    @property
+    def annotated_upright(self) -> bool | None:
+        """Whether a turned image was annotated upright, False as stored; None where its size does not tell."""
+        height, width = self.stored
+        if self.orientation < 5 or height == width:
+            return None
+        return {(width, height): True, (height, width): False}.get(self.annotated or (0, 0))
 
 
 class Pixels(Protocol):
@@ -106,12 +111,12 @@ class Untargeted:
 
 
 class ArrayPixels(Untargeted):
-    """Images of one array, uint8 [N, H, W] or [N, H, W, C]; it may be a memory map."""
+    """Images of one array [N, H, W] or [N, H, W, C], uint8, uint16 or floating; it may be a memory map."""
 
     def __init__(
         self,
         name: str,
-        images: npt.NDArray[np.uint8],
+        images: npt.NDArray[Any],
         labels: npt.NDArray[np.int64] | None,
         class_names: tuple[str, ...] = (),
     ) -> None:
@@ -134,12 +139,15 @@ class ArrayPixels(Untargeted):
     def look(self, index: int) -> Look:
         """Digest one image's pixels."""
         image = np.ascontiguousarray(self._images[index])
-        return Look(hashlib.sha256(image.tobytes()).digest(), image.shape[2] == 3)
+        found = Look(hashlib.sha256(image.tobytes()).digest(), image.shape[2] == 3)
+        return found if image.dtype == np.uint8 else _with_range(found, image)
 
     def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
-        """Copy one image: uint8 [H, W, C]; an array leaves nothing open."""
-        del decoding
-        return np.array(self._images[index], dtype=np.uint8)
+        """One image as 8 bits: uint8 [H, W, C]; raise ``BrokenImage`` where ``decoding`` does not fit its values."""
+        try:
+            return eight_bits(self._images[index], decoding.white)
+        except ValueError as error:
+            raise BrokenImage(str(error)) from error
 
 
 class FilePixels(Untargeted):
@@ -173,24 +181,28 @@ class FilePixels(Untargeted):
         return self.files[index]
 
     def look(self, index: int) -> Look:
-        """Digest one file's bytes and read the image's header, and all of it where it has 16 bits."""
+        """Digest one file's bytes and read the image's header, and all of it where it has more than 8 bits."""
         data = file_bytes(self.root / self.files[index])
         try:
-            with opened(data) as image:
-                colour, turned = image.mode not in _GREY_MODES, _is_turned(image)
-                brightest = _brightest(image)
-        except MemoryError:
+            header, deep = header_of(data), deep_values(data)
+        except (MemoryError, ResvitError):
             raise
         except Exception as error:
             raise BrokenImage(reason(error)) from error
-        return Look(hashlib.sha256(data).digest(), colour, turned=turned, brightest=brightest)
+        found = Look(
+            hashlib.sha256(data).digest(),
+            header.colour,
+            orientation=header.orientation,
+            stored=(header.height, header.width),
+        )
+        return found if deep is None else _with_range(found, deep)
 
     def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
         """Decode one file: uint8 [H, W, 1 or 3]."""
         data = file_bytes(self.root / self.files[index])
         try:
             return decode(data, decoding)
-        except MemoryError:
+        except (MemoryError, ResvitError):
             raise
         # A damaged file makes Pillow's many decoders raise nearly anything: OSError, SyntaxError, struct.error…
         except Exception as error:
@@ -198,73 +210,13 @@ class FilePixels(Untargeted):
 
 
 def file_bytes(path: Path) -> bytes:
-    """Read one file; raise ``BrokenImage`` where that fails."""
+    """Read one file of at most 2 GiB, without waiting for a pipe; raise ``BrokenImage`` where that fails."""
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BrokenImage(getattr(error, "strerror", None) or str(error)) from error
+        return read_outside(path, _FILE_MOST, "it")
+    except ResvitError as error:
+        gone = error.problem.startswith("There is no file")
+        raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
 
 
-def decode(data: bytes, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
-    """Decode an image file's bytes: uint8 [H, W, 1] for grey, [H, W, 3] for everything else.
-
-    Pixels of 16-bit grey up to ``white`` are divided evenly among 0 to 255, and all above are 255: with the usual
-    white they keep their high byte, as Pillow does for 16-bit colour. Transparency is dropped and palettes are looked
-    up, as ``Image.convert("RGB")`` and so torchvision's and timm's datasets do. Of a moving image, the first is taken.
-    """
-    from PIL import ImageOps
-
-    with opened(data) as image:
-        if image.mode == "F":
-            raise ValueError("it holds floating-point pixels")
-        if decoding.white != WHITE and _is_deep_colour(image):
-            raise ValueError("of 16-bit colour only the high byte is read, and another white cannot be said")
-        image.load()
-        upright = ImageOps.exif_transpose(image) if decoding.upright else image
-        if upright.mode.startswith("I"):
-            deep = np.asarray(upright).astype(np.int64)
-            if deep.min() < 0 or deep.max() > 0xFFFF:
-                raise ValueError("it holds pixels of more than 16 bits")
-            return np.minimum(deep * 256 // (decoding.white + 1), 255).astype(np.uint8)[:, :, None]
-        if upright.mode in _GREY_MODES:
-            return np.array(upright.convert("L"), dtype=np.uint8)[:, :, None]
-        if "transparency" in upright.info:
-            # The same colours by way of RGBA, without Pillow's warning about it.
-            upright = upright.convert("RGBA")
-        return np.array(upright.convert("RGB"), dtype=np.uint8)
-
-
-def _is_turned(image: Image) -> bool:
-    # Of a PNG, Pillow would decode everything to look for EXIF data behind the pixels.
-    if image.format == "PNG" and "exif" not in image.info:
-        return False
-    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-
-
-def _is_deep_colour(image: Image) -> bool:
-    # Pillow has no mode for it: the raw mode of what it is about to decode tells it.
-    return not image.mode.startswith("I") and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-
-
-def _brightest(image: Image) -> int:
-    if _is_deep_colour(image):
-        return int(np.asarray(image.convert("RGB")).max()) * 256 + 255
-    return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
-
-
-def opened(data: bytes) -> Image:
-    """Open an image file's bytes with Pillow, which reads no more than the header at first."""
-    from PIL import Image as Pillow
-
-    if not data:
-        raise ValueError("the file is empty")
-    return Pillow.open(io.BytesIO(data))
-
-
-def reason(error: Exception) -> str:
-    """Why an image cannot be decoded, in a few words."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be recognised"
-    return str(error) or type(error).__name__
+def _with_range(look: Look, values: npt.NDArray[Any]) -> Look:
+    return look._replace(brightest=float(values.max()), darkest=float(values.min()), kind=values.dtype.name)

@@ -15,7 +15,7 @@ from resvit_calibrate.observe.histogram import ChannelStatistics, TensorStatisti
 from resvit_calibrate.observe.meter import PROBE_STEP, Meter, coprime_step
 from resvit_calibrate.observe.observers import STARTS, STEPS, VALUES, observed_model
 from resvit_calibrate.ranges.estimators import Estimator, amax_from
-from resvit_calibrate.ranges.statistics import Statistics, load_statistics, save_statistics
+from resvit_calibrate.ranges.statistics import Statistics, save_statistics, statistics_from_npz
 from resvit_calibrate.runtime.runner import pieces
 from resvit_calibrate.runtime.sessions import (
     Array,
@@ -37,8 +37,8 @@ __all__ = [
     "amax_from",
     "collect_statistics",
     "coprime_step",
-    "load_statistics",
     "save_statistics",
+    "statistics_from_npz",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from resvit_calibrate.ranges.estimators import DEAD_AMAX, PRECISIONS, Estimator,
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import canonical_json, write_atomic
+from resvit_engines.outside import json_from_outside
 
 _COARSE = 64
 
@@ -112,10 +112,11 @@ def save_ranges(ranges: Ranges, path: Path) -> None:
     write_atomic(path, canonical_json(ranges.to_json()))
 
 
-def load_ranges(path: Path) -> Ranges:
-    """Read what ``save_ranges`` wrote. Raises ResvitError for anything else."""
+def ranges_from_json(data: bytes, where: str) -> Ranges:
+    """Read what ``save_ranges`` wrote, which errors call ``where``. Raises ResvitError for anything else."""
+    fix = "Run the calibrate stage again."
+    stored = json_from_outside(data, where, fix)
     try:
-        stored = json.loads(path.read_bytes())
         tensors = {
             name: TensorRange(
                 float(entry["min"]),
@@ -127,5 +128,5 @@ def load_ranges(path: Path) -> Ranges:
             for name, entry in stored["tensors"].items()
         }
         return Ranges(tensors, int(stored["images"]), str(stored["data_digest"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResvitError(f"{path} does not hold calibration ranges.", "Run the calibrate stage again.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ResvitError(f"{where} does not hold calibration ranges.", fix) from error

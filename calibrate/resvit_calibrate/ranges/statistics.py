@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,13 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         )
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Read what ``save_statistics`` wrote. Raises ResvitError for anything else."""
+def statistics_from_npz(data: bytes, where: str) -> Statistics:
+    """Read what ``save_statistics`` wrote, which errors call ``where``. Raises ResvitError for anything else."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             return _statistics({key: stored[key] for key in stored.files})
     except Exception as error:
-        raise ResvitError(f"{path} does not hold calibration statistics.", "Run the calibrate stage again.") from error
+        raise ResvitError(f"{where} does not hold calibration statistics.", "Run the calibrate stage again.") from error
 
 
 def _statistics(stored: dict[str, Array]) -> Statistics:

@@ -11,7 +11,7 @@ import numpy as np
 from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look
 from resvit_calibrate.images.targets import BoxTarget, digest_of_target, in_view
 from resvit_calibrate.readers.coco_file import CocoFile, read_coco
-from resvit_calibrate.readers.folders import VALIDATION_NAMES, split_folders
+from resvit_calibrate.readers.folders import VALIDATION_NAMES, note_of_unused, split_folders
 from resvit_engines.errors import ResvitError
 
 _NAMES = ("annotations.json", "_annotations.coco.json")
@@ -32,7 +32,9 @@ class CocoPixels(FilePixels):
 
     def look(self, index: int) -> Look:
         """Digest the file's bytes and the boxes."""
-        return super().look(index)._replace(target=digest_of_target(self._boxes(index)))
+        height, width = self.coco.sizes[index].tolist()
+        size = (height, width) if height else None
+        return super().look(index)._replace(target=digest_of_target(self._boxes(index)), annotated=size)
 
     def target(self, index: int, height: int, width: int) -> BoxTarget:
         """The boxes of one image, in its pixels."""
@@ -115,6 +117,14 @@ def annotation_files(root: Path, *, any_name: bool = False) -> tuple[Path, Path 
         f"{root} has {len(found)} annotation files: {', '.join(str(file.relative_to(root)) for file in found)}.",
         f"Name the one to use, `coco:{found[0]}`, and another one for validation if there is one.",
     )
+
+
+def unused_files(root: Path, used: tuple[Path, Path]) -> tuple[str, ...]:
+    """That a folder has annotations beside those that are used, such as those of a test set; none where it has not."""
+    if used[0].parent != used[1].parent:
+        return note_of_unused(root, [file.relative_to(root).parts[0] for file in used])
+    others = [file.name for file in _files_in(root, any_name=False) if "test" in _tag(file)]
+    return note_of_unused(root, [file.name for file in used], others)
 
 
 def _files_in(root: Path, *, any_name: bool) -> list[Path]:

@@ -7,6 +7,7 @@ Xiao, Rasul and Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded, leads_to_file
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -59,7 +61,7 @@ def find_files(split: Split) -> tuple[Path, Path]:
         found = []
         for kind in ("images-idx3", "labels-idx1"):
             plain = folder / f"{_PREFIX[split]}-{kind}-ubyte"
-            found += [path for path in (plain.with_name(f"{plain.name}.gz"), plain) if path.is_file()][:1]
+            found += [path for path in (plain.with_name(f"{plain.name}.gz"), plain) if leads_to_file(path)][:1]
         if len(found) == 2:
             return found[0], found[1]
     raise ResvitError(
@@ -69,8 +71,12 @@ def find_files(split: Split) -> tuple[Path, Path]:
 
 def _folders() -> tuple[Path, ...]:
     if chosen := os.environ.get(_VARIABLE):
-        return (Path(chosen).expanduser(),)
+        return (expanded(chosen),)
     return (Path("data/fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))
+
+
+_MOST = 60_000 * 28 * 28
+"""Values of the largest file."""
 
 
 def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
@@ -81,7 +87,9 @@ def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, _UINT8, dimensions)):
                 raise ResvitError(f"{path} is not an idx file of {dimensions}-dimensional bytes.", _FIX)
             shape = tuple(int(side) for side in np.frombuffer(header, dtype=">u4", offset=4))
-            size = int(np.prod(shape, dtype=np.int64))
+            size = math.prod(shape)
+            if size > _MOST:
+                raise ResvitError(f"{path} announces {size:,} values, and Fashion-MNIST has {_MOST:,} at most.", _FIX)
             # One byte more than announced, so that a file that is too long is noticed as well.
             values = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:

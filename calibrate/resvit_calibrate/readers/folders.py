@@ -6,25 +6,21 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.decode import SUFFIXES
 
-_SUFFIXES = (
-    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
-)
-"""What Pillow decodes by itself, of the kinds that pictures are kept in."""
 _ENDINGS_SHOWN = 5
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 _LAYOUT = (
     "Give a folder with one sub-folder of images for each class, or one with `train` and `val` inside; "
-    f"images end in {', '.join(_SUFFIXES)}."
+    f"images end in {', '.join(SUFFIXES)}."
 )
 
 
@@ -35,6 +31,18 @@ def split_folders(root: Path) -> tuple[Path, Path] | None:
             if (root / first).is_dir() and (root / second).is_dir():
                 return root / first, root / second
     return None
+
+
+def note_of_unused(root: Path, used: Iterable[str], there: Iterable[str] | None = None) -> tuple[str, ...]:
+    """That ``root`` has other parts than those that are ``used``; none where it has not.
+
+    The parts that are ``there`` are folders of the names that parts have, where nothing else is said.
+    """
+    if there is None:
+        there = [name for name in (*TRAINING_NAMES, *VALIDATION_NAMES) if (root / name).is_dir()]
+    taken = tuple(used)
+    left = [name for name in there if name not in taken]
+    return (f"{root} is divided: {' and '.join(taken)} are used, {', '.join(left)} not",) if left else ()
 
 
 def class_names(root: Path) -> tuple[str, ...]:
@@ -82,6 +90,8 @@ def pixels_from_folder(root: Path) -> FilePixels:
 
 def order_note(where: str, names: tuple[str, ...]) -> str | None:
     """That the order of names is not that of the numbers in them, with the first class of which that is true."""
+    if list(names) != sorted(names):
+        return None  # an order of the data's own, such as Fashion-MNIST's
     by_value = sorted(names, key=_natural)
     for number, (name, other) in enumerate(zip(names, by_value, strict=True)):
         if name != other:
@@ -152,7 +162,7 @@ def _visible(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return _visible(name) and name.lower().endswith(_SUFFIXES)
+    return _visible(name) and name.lower().endswith(SUFFIXES)
 
 
 def _raise(error: OSError) -> None:

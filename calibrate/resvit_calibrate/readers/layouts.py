@@ -19,6 +19,7 @@ from resvit_calibrate.readers.folders import (
     class_names,
     ending_of,
     files_below,
+    note_of_unused,
     split_folders,
 )
 from resvit_calibrate.readers.paired import Part
@@ -37,6 +38,7 @@ _ABOUT = (
 _TAILS = ("annot", "_labels", "_label", "_masks", "_mask", "_annotations", "_gt", "_seg", "_depth", "masks", "labels")
 """What names of folders or files end in beside others of the same name without it: CamVid's `trainannot`."""
 _SAMPLED = 200
+_PARTS = (*TRAINING_NAMES, *VALIDATION_NAMES)
 _CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13} | {
     27: 14, 28: 15, 31: 16, 32: 17, 33: 18
 }  # fmt: skip
@@ -77,6 +79,18 @@ def layouts_in(root: Path) -> list[Layout]:
     return [_layout((root / first, root / second), _parts(root, first, second)) for first, second in _pairs_in(root)]
 
 
+def unused_parts(layout: Layout, root: Path) -> tuple[str, ...]:
+    """That ``root`` has more parts than the two that are used: folders, or lists of names; none where it has not."""
+    first, second = layout.parts
+    if first.listed is not None and second.listed is not None:
+        there = [file.name for file in sorted(first.listed.parent.glob("*.txt")) if file.stem in _PARTS]
+        return note_of_unused(root, [first.listed.name, second.listed.name], there)
+    if first.root != second.root:
+        return note_of_unused(root, [first.root.name, second.root.name])
+    used = [Path(part.images).name for part in layout.parts]
+    return note_of_unused(root / Path(first.images).parent, used)
+
+
 def refuse_unread(root: Path) -> None:
     """Refuse what would be read as class folders and is not: a folder above data, and pictures beside their masks.
 
@@ -85,7 +99,7 @@ def refuse_unread(root: Path) -> None:
     """
     names = class_names(root)
     for name in names:
-        inner = _pairs_in(root / name) if name.lower() not in (*TRAINING_NAMES, *VALIDATION_NAMES) else []
+        inner = _pairs_in(root / name) if name.lower() not in _PARTS else []
         if inner:
             raise ResvitError(
                 f"{root} has no class folders: {root / name} holds {inner[0][0]} and {inner[0][1]}.",

@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import opened
+from resvit_calibrate.images.pixels import file_bytes
 from resvit_calibrate.readers.folders import class_names, files_below, is_image
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.decode import opened
 
 _FEW = 32
 """Values or colours of a mask at most; a picture of as many pixels has more."""
@@ -105,7 +106,7 @@ def _refuse_names(root: Path, files: Sequence[str]) -> None:
 def _look(path: Path) -> _Look:
     """What one file looks like; one that cannot be decoded is left to whoever reads it."""
     try:
-        with opened(path.read_bytes()) as image:
+        with opened(file_bytes(path)) as image:
             if image.format in ("JPEG", "MPO", "JPEG2000") or image.width * image.height > _LARGEST:
                 return _Look.PICTURE
             palette = image.mode == "P"

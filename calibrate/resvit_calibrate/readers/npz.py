@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import tempfile
@@ -20,8 +21,9 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors
 
 _FIX = (
-    "Write it with numpy.savez(path, images=…, labels=…): images uint8 [N, H, W] or [N, H, W, 1 or 3], "
-    "labels integers [N]; or, instead of labels, masks integers [N, H, W], depth metres [N, H, W], or boxes [A, 4] "
+    "Write it with numpy.savez(path, images=…, labels=…): images uint8 [N, H, W] or [N, H, W, 1 or 3] (or "
+    "uint16 or floating-point, with --preprocess white=… where white is not 65535 or 1), labels integers [N]; or, "
+    "instead of labels, masks integers [N, H, W], depth metres [N, H, W], or boxes [A, 4] "
     "with box_classes [A] and box_offsets [N + 1]; val_images and the like may follow."
 )
 
@@ -61,8 +63,8 @@ def _pair(
 ) -> ArrayPixels:
     images = _mapped(archive, f"{prefix}images", path)
     where = f"{prefix}images of {path}"
-    if images.dtype != np.uint8:
-        raise ResvitError(f"{where} is of type {images.dtype}, not uint8.", _FIX)
+    if images.dtype != np.uint8 and images.dtype.kind != "f" and images.dtype.newbyteorder("=") != np.uint16:
+        raise ResvitError(f"{where} is of type {images.dtype}, not uint8, uint16 or floating-point.", _FIX)
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or 0 in images.shape:
         raise ResvitError(f"{where} has the shape {list(images.shape)}, which is not one of images.", _FIX)
     name = f"{path.name} ({prefix}images)"
@@ -109,7 +111,7 @@ def _mapped(archive: zipfile.ZipFile, entry: str, path: Path) -> npt.NDArray[Any
             raise ResvitError(
                 f"{entry} of {path} is an array of Python objects, which would need pickle to run code.", _FIX
             )
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if not count:
             return np.empty(shape, dtype)
         order: Literal["C", "F"] = "F" if fortran else "C"
@@ -137,8 +139,16 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"array format {version} is for structured types")
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array format {version} is for structured types")
+    try:
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    # NumPy parses the header as Python, and whatever that raises has no end: TokenError, SyntaxError, TypeError…
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise
+    except Exception as error:
+        raise ValueError(f"its header cannot be read ({error})") from error
+    if any(not isinstance(side, int) or side < 0 for side in shape):
+        raise ValueError(f"its header tells the shape {list(shape)}")
+    return shape, fortran, dtype

@@ -39,7 +39,7 @@ class TargetArrays(ArrayPixels):
     def __init__(
         self,
         name: str,
-        images: npt.NDArray[np.uint8],
+        images: npt.NDArray[Any],
         kind: str,
         arrays: Mapping[str, npt.NDArray[Any]],
         options: TargetOptions,
@@ -88,7 +88,7 @@ class TargetArrays(ArrayPixels):
 
 def pixels_from_arrays(
     name: str,
-    images: npt.NDArray[np.uint8],
+    images: npt.NDArray[Any],
     kind: str,
     arrays: Mapping[str, npt.NDArray[Any]],
     options: TargetOptions,

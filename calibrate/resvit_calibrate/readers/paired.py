@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look, file_bytes, opened, reason
+from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look, file_bytes
 from resvit_calibrate.images.targets import Target, TargetOptions
 from resvit_calibrate.readers.folders import files_below, is_image, notes_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
+from resvit_engines.pictures.decode import opened, reason
 
 IMAGES = "images"
 CLASS_NAMES_FILE = "classes.txt"
@@ -149,7 +150,8 @@ class PairedPixels(FilePixels):
         """Digest both files, and decode the other one, so that what is wrong with it shows before any work."""
         found = super().look(index)
         data, values = self._read(index)
-        return found._replace(target=hashlib.sha256(data).digest(), classes=self.seen(values))
+        about, size = hashlib.sha256(data).digest(), (int(values.shape[0]), int(values.shape[1]))
+        return found._replace(target=about, classes=self.seen(values), annotated=size)
 
     def target(self, index: int, height: int, width: int) -> Target:
         """Read one image's counterpart: [H, W] like the image."""

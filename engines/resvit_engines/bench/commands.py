@@ -17,6 +17,7 @@ from resvit_engines.files import atomic_file
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name, output_of
 from resvit_engines.run.npy import read_array
+from resvit_engines.run.prepared import NONE, Listed, images_from
 from resvit_engines.run.runner import Runner
 
 
@@ -24,7 +25,8 @@ from resvit_engines.run.runner import Runner
 class Answered:
     """What a runner made of images: the output that was written, its shape and type, the file, and what computed it.
 
-    ``why`` says why that was not the engine.
+    ``why`` says why that was not the engine. ``files`` are the pictures of the rows, where pictures were given, and
+    ``left_out`` what else lay in their folder.
     """
 
     images: int
@@ -34,10 +36,13 @@ class Answered:
     path: str
     label: str
     why: str
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), "shape": list(self.shape)}
+        lists = {"shape": list(self.shape), "files": list(self.files), "left_out": list(self.left_out)}
+        return {**dataclasses.asdict(self), **lists}
 
 
 def outputs_into(
@@ -47,8 +52,9 @@ def outputs_into(
     manifest: Manifest,
     output_name: str | None = None,
     beside: Mapping[str, Array] | None = None,
+    pictures: Listed = NONE,
 ) -> Answered:
-    """Run ``images`` [N, …], with what is read ``beside`` them by name; returns what was done.
+    """Run ``images`` [N, …], with what is read ``beside`` them by name; returns what was done, of which ``pictures``.
 
     One output [N, …] is written to ``path``, whole or not at all.
 
@@ -62,7 +68,9 @@ def outputs_into(
     with atomic_file(path) as partial, partial.open("wb") as stream:
         np.save(stream, outputs[name])
     written = outputs[name]
-    return Answered(len(images), name, written.shape, written.dtype.name, str(path), runner.label, runner.why)
+    files = tuple(map(str, pictures.files))
+    told = (written.shape, written.dtype.name, str(path), runner.label, runner.why)
+    return Answered(len(images), name, *told, files, pictures.left_out)
 
 
 def golden_feeds(folder: Path, manifest: Manifest, runner: Runner) -> Arrays | None:
@@ -74,20 +82,29 @@ def golden_feeds(folder: Path, manifest: Manifest, runner: Runner) -> Arrays | N
     return {input_name(runner, manifest): images, **golden_inputs(folder, manifest.golden, len(images))}
 
 
-def arrays_from(sources: Sequence[str]) -> tuple[Array, Arrays]:
-    """The images and what is read beside them, from ``FILE.npy`` and any number of ``NAME=FILE.npy``.
+def arrays_from(sources: Sequence[str], preprocess: Mapping[str, Any] | None = None) -> tuple[Array, Arrays]:
+    """The images and what is read beside them, from one source of images and any number of ``NAME=FILE.npy``.
+
+    Pictures become images as ``preprocess``, of the bundle's manifest, says: see ``images_from``.
 
     Raises:
-        ResvitError: INPUT where there is not one file of images, and as ``read_array``.
+        ResvitError: INPUT where there is not one source of images, and as ``read_array`` and ``images_from``.
     """
     named = dict(source.split("=", 1) for source in sources if _is_named(source))
+    beside = {name: read_array(Path(file), "input") for name, file in named.items()}
+    return images_from(image_source(sources), preprocess), beside
+
+
+def image_source(sources: Sequence[str]) -> Path:
+    """Of ``sources`` the one that holds images; raises ``ResvitError`` INPUT where there is not one."""
     images = [source for source in sources if not _is_named(source)]
     if len(images) != 1:
         raise ResvitError(
             f"{len(images)} files of images were given.",
-            "Give one --input FILE.npy, and --input NAME=FILE.npy for whatever else the model reads.",
+            "Give one --input FILE.npy, picture or folder of pictures, and --input NAME=FILE.npy for whatever else "
+            "the model reads.",
         )
-    return read_array(Path(images[0]), "input"), {name: read_array(Path(f), "input") for name, f in named.items()}
+    return Path(images[0])
 
 
 def _is_named(source: str) -> bool:

@@ -41,7 +41,7 @@ def bench_options(function: F) -> F:
 @click.command(
     name="run",
     epilog="\b\nExamples:\n  resvit-engine run net.resvit --input images.npy --output logits.npy\n"
-    "  resvit-engine run net-jetson-orin-int8 --input images.npy --output logits.npy --json",
+    "  resvit-engine run net-jetson-orin-int8 --input photos --output logits.npy --json",
 )
 @click.argument("what", metavar="BUNDLE_OR_NAME")
 @click.option(
@@ -49,8 +49,9 @@ def bench_options(function: F) -> F:
     "sources",
     multiple=True,
     required=True,
-    metavar="[NAME=]FILE",
-    help="Images [N, C, H, W], .npy; of a model that reads more, NAME=FILE for each of the others.",
+    metavar="[NAME=]PATH",
+    help="A picture, a folder of them, or prepared images [N, C, H, W] as .npy; of a model that reads more, NAME=FILE "
+    "for each of the others.",
 )
 @click.option("--output", "target", type=click.Path(path_type=Path), required=True, help="Where the outputs go, .npy.")
 @click.option("--output-name", help="Which output, where the model has several.  [default: logits, or the first]")
@@ -64,17 +65,20 @@ def run_command(
 ) -> None:  # fmt: skip
     """Run images through a bundle, or through what is installed under a name, after checking its signature.
 
-    Images are prepared as manifest.json says under 'preprocess'. Any number of them: they run in batches.
+    Pictures (with Pillow installed) are prepared as manifest.json says under 'preprocess', in the order of their names;
+    images in an .npy are prepared so already. Any number of them: they run in batches.
     """
-    from resvit_engines.bench.commands import arrays_from, outputs_into
+    from resvit_engines.bench.commands import arrays_from, image_source, outputs_into
     from resvit_engines.console import emit_json
     from resvit_engines.install.state import default_root
     from resvit_engines.keys.public import load_trust
     from resvit_engines.run.opened import opened
+    from resvit_engines.run.prepared import listed
 
-    images, beside = arrays_from(sources)
+    pictures = listed(image_source(sources))
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
-        done = outputs_into(target, runner, images, manifest, output_name, beside)
+        images, beside = arrays_from(sources, manifest.preprocess)
+        done = outputs_into(target, runner, images, manifest, output_name, beside, pictures)
     if as_json:
         emit_json(done.to_json())
     elif quiet:
@@ -82,6 +86,8 @@ def run_command(
     else:
         if done.why:
             click.echo(f"Not by the engine: {done.why}.")
+        if done.left_out:
+            click.echo(f"Left out, since their names are not those of pictures: {', '.join(done.left_out)}.")
         click.echo(f"{done.images} images by {done.label}: {done.output} {list(done.shape)} in {target}")
 
 

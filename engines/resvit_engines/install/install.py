@@ -33,6 +33,7 @@ from resvit_engines.install.state import (
 )
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.machine import Machine, this_machine
+from resvit_engines.outside import leads_to_folder
 from resvit_engines.progress import SILENT, Reporter
 
 
@@ -228,7 +229,7 @@ def _other(state: State, version: str) -> Version | None:
 
 def _require_installed(root: Path, name: str) -> Path:
     folder = model_folder(root, name)
-    if not (folder / "versions").is_dir():
+    if not leads_to_folder(folder / "versions"):
         names = ", ".join(installed_names(root)) or "nothing"
         raise ResvitError(f"{name} is not installed under {root} (installed: {names}).", "Check the name and --root.")
     return folder

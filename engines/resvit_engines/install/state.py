@@ -28,6 +28,7 @@ from typing import Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import OPEN_FILE, OPEN_FOLDER, explain_os_errors, make_folder, pretty_json, write_atomic
 from resvit_engines.names import is_name, require_name
+from resvit_engines.outside import leads_to_folder
 from resvit_engines.records import Record, record_from_file
 
 ROOT_VARIABLE = "RESVIT_ROOT"
@@ -113,7 +114,7 @@ def model_folder(root: Path, name: object) -> Path:
 
 def installed_names(root: Path) -> list[str]:
     """The names under which something is installed."""
-    if not root.is_dir():
+    if not leads_to_folder(root):
         return []
     return sorted(path.name for path in root.iterdir() if is_name(path.name) and (path / "versions").is_dir())
 

@@ -21,6 +21,7 @@ from resvit_engines.keys.guarded import read_small
 from resvit_engines.keys.key_file import KEY_FILE_MOST
 from resvit_engines.keys.public import PublicKey, public_key_from_bytes
 from resvit_engines.keys.ssh_agent import AgentKey, agent_keys, sign_by_agent
+from resvit_engines.outside import expanded
 
 KEY_VARIABLE = "RESVIT_SIGNING_KEY"
 KEY_FILE_VARIABLE = "RESVIT_SIGNING_KEY_FILE"
@@ -49,13 +50,13 @@ def load_signing_key(source: str | None = None) -> SigningKey | None:
     """
     if source is None:
         if text := os.environ.get(KEY_VARIABLE):
-            return _key_from_pem(text.encode(), f"${KEY_VARIABLE}", "environment")
+            return _key_from_pem(os.fsencode(text), f"${KEY_VARIABLE}", "environment")
         source = os.environ.get(KEY_FILE_VARIABLE) or None
     if source is None:
         return None
     if source == AGENT or source.startswith(f"{AGENT}:"):
         return _key_from_agent(source.removeprefix(AGENT).removeprefix(":"))
-    return _key_from_file(Path(source).expanduser())
+    return _key_from_file(expanded(source))
 
 
 def make_key_pair(private: Path, public: Path, public_key: Callable[[bytes], PublicKey]) -> PublicKey:

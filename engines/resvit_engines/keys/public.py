@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from resvit_engines.errors import ResvitError
 from resvit_engines.keys.guarded import read_guarded, read_small, require_guarded, untrusted
 from resvit_engines.keys.key_file import KEY_FILE_MOST, LIST_MOST, NAME_MOST, key_file_from_bytes, revoked_from_bytes
+from resvit_engines.outside import expanded
 
 TRUST_VARIABLE = "RESVIT_TRUST"
 REVOKED = "revoked"
@@ -138,7 +139,7 @@ def load_trust(path: Path | None = None) -> TrustStore:
     """
     own = [Path(value)] if (value := os.environ.get(TRUST_VARIABLE)) else []
     named = path or (own[0] if own else None)
-    chosen = (named or default_trust_folder()).expanduser()
+    chosen = expanded(named or default_trust_folder())
     if not os.path.lexists(chosen):
         if named:
             raise ResvitError(
@@ -146,7 +147,7 @@ def load_trust(path: Path | None = None) -> TrustStore:
             )
         return TrustStore((), source=str(chosen))
     store = _stored(chosen)
-    for other in (place.expanduser() for place in (*own, default_trust_folder())):
+    for other in map(expanded, (*own, default_trust_folder())):
         if other != chosen and os.path.lexists(other):
             store = dataclasses.replace(store, revoked=store.revoked | _stored(other).withdrawn)
     return store

@@ -44,6 +44,11 @@ def _bridge() -> Iterator[OpType]:
         )
 
 
-OP_TYPES: Mapping[str, OpType] = {op.name: op for op in (*_attention(), *_bridge())}
+def _deformable() -> Iterator[OpType]:
+    for suffixes in _chosen("Q"):
+        yield OpType("ResvitDeformable" + "".join(suffixes), ("value", "places", "weights"), ("output",))
+
+
+OP_TYPES: Mapping[str, OpType] = {op.name: op for op in (*_attention(), *_bridge(), *_deformable())}
 """Every op type by name. Suffixes: ``Q`` the (normalised, else the only) output has 8 bits; ``Split`` q, k and v are
 three inputs; ``W8`` the weight has 8 bits; ``Norm`` a LayerNorm follows."""

@@ -19,7 +19,7 @@ from resvit_engines.remote.progress_events import replay
 from resvit_engines.remote.ssh import Answer, Connection, quoted
 from resvit_engines.remote.ssh_files import download, upload
 from resvit_engines.remote.wheel import requirements_for, write_device_wheel
-from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE, download_wheels
+from resvit_engines.remote.wheelhouse import download_wheels
 from resvit_engines.targets.table import version_of
 
 ROOT = ".local/share/resvit-device"
@@ -196,8 +196,6 @@ class Device:
                 self.reporter.say("The device's pip finds no network: downloading its wheels here")
                 wheels = Path(scratch)
                 download_wheels(machine, wheels)
-            elif not wheels.is_dir():
-                raise ResvitError(f"There is no folder {wheels}.", f"Let {WHEELS_VARIABLE} name a folder of wheels.")
             files = sorted(wheels.glob("*.whl"))
             for file in self.reporter.track(files, "copy wheels", len(files)):
                 upload(self.connection, file, f"{ROOT}/wheels/{file.name}")

@@ -8,6 +8,7 @@ arrived is kept, checked by digest and continued.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import selectors
@@ -17,11 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import open_outside
 from resvit_engines.progress import SILENT, Reporter
 
 T = TypeVar("T")
@@ -50,6 +52,11 @@ _OPTIONS = {
     "RemoteCommand": "none",
     "RequestTTY": "no",
 }
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
+_HOST = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]{0,254}", re.ASCII)
+_PLACE = re.compile(
+    r"(?:(?P<name>[^:\[\]/]+)|\[(?P<number>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\])(?::(?P<port>[0-9]{1,5}))?"
+)
 _LOST = r"closed|reset|broken pipe|lost|mux_client|not responding|disconnect|software caused|eof"
 
 
@@ -76,7 +83,8 @@ class Address:
         return f"ssh {f'-p {self.port} ' if self.port else ''}{self.login}"
 
     def __str__(self) -> str:
-        return f"ssh://{self.login}{f':{self.port}' if self.port else ''}"
+        place = f"[{self.host}]" if ":" in self.host else self.host
+        return f"ssh://{f'{self.user}@' if self.user else ''}{place}{f':{self.port}' if self.port else ''}"
 
 
 @dataclass(frozen=True)
@@ -96,25 +104,30 @@ def address_from(text: str) -> Address:
     fix = "Write it as ssh://user@host or ssh://user@host:port; the host may be an alias of your ~/.ssh/config."
     if not text.startswith("ssh://"):
         raise ResvitError(f"The device '{text}' is not an address that begins with ssh://.", fix)
-    try:
-        parts = urlsplit(text)
-        host, user, port, password = parts.hostname, parts.username, parts.port, parts.password
-    except ValueError as error:
-        raise ResvitError(f"The device '{text}' is not an address: {error}.", fix) from error
-    if password is not None:
+    user, at, place = text.removeprefix("ssh://").removesuffix("/").rpartition("@")
+    name, colon, _ = user.partition(":")
+    if colon:
+        host = place if _HOST.fullmatch(place) else "host"
         raise ResvitError(
             "The address holds a password, and passwords are never used or stored.",
-            f"Use a key: ssh-copy-id {user}@{host}, then leave the password out.",
+            f"Use a key: ssh-copy-id {name if _USER.fullmatch(name) else 'user'}@{host}, then leave the password out.",
         )
-    if parts.path.strip("/") or parts.query or parts.fragment or not host:
+    if at and not _USER.fullmatch(user):
+        raise ResvitError(f"'{user}' in '{text}' cannot be the name of a user.", fix)
+    found = _PLACE.fullmatch(place)
+    port = int(found["port"]) if found and found["port"] else None
+    if found is None or (port is not None and not 0 < port < 1 << 16):
         raise ResvitError(f"The device '{text}' is not an address of a host.", fix)
-    # urlsplit lowers the host; aliases are case-sensitive.
-    host = parts.netloc.rpartition("@")[2]
-    host = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
-    for name in (host, user or "x"):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:%-]*", name):
-            raise ResvitError(f"'{name}' in '{text}' cannot be the name of a host or user.", fix)
-    return Address(host, user, port)
+    host = found["name"]
+    if host is None:
+        host = found["number"].replace("%25", "%")
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError as error:
+            raise ResvitError(f"The device '{text}' is not an address: {error}.", fix) from error
+    elif not _HOST.fullmatch(host):
+        raise ResvitError(f"'{host}' in '{text}' cannot be the name of a host.", fix)
+    return Address(host, user or None, port)
 
 
 class Connection:
@@ -135,6 +148,8 @@ class Connection:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Connection:
+        if config := os.environ.get(CONFIG_VARIABLE):
+            open_outside(Path(config), f"{config}, which {CONFIG_VARIABLE} names").close()  # ssh would wait for a pipe
         # A socket's path may have about 100 characters, and some systems have long temporary folders.
         place = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  (mkdtemp makes it private)
         self._folder = tempfile.TemporaryDirectory(prefix="resvit-ssh-", dir=place)

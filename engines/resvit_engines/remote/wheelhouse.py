@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.parser
+import os
 import subprocess
 import sys
 import zipfile
@@ -14,11 +15,28 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine
+from resvit_engines.outside import leads_to_folder
 from resvit_engines.remote.wheel import pip_platforms, requirements_for
 from resvit_engines.targets.table import version_of
 
 WHEELS_VARIABLE = "RESVIT_DEVICE_WHEELS"
 """Names a folder on this machine with the wheels that a device without a network needs."""
+
+
+def chosen_wheels() -> Path | None:
+    """The folder that ``$RESVIT_DEVICE_WHEELS`` names; None where it is not set or empty.
+
+    Raises ``ResvitError`` INPUT where it names no folder.
+    """
+    named = os.environ.get(WHEELS_VARIABLE)
+    if not named:
+        return None
+    folder = Path(named)
+    if not leads_to_folder(folder):
+        raise ResvitError(
+            f"There is no folder {named}.", f"Let {WHEELS_VARIABLE} name a folder of wheels, or unset it."
+        )
+    return folder
 
 
 def download_wheels(machine: Machine, folder: Path) -> None:

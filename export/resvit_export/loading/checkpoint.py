@@ -106,7 +106,9 @@ def _misfit(
         if each
     ]
     where = f" below '{place.key}'" if place and place.prefix else ""
-    others = [f"'{other.key}' ({other.fitting} tensors)" for other in found if other is not place and other.fitting]
+    # A place with a few layers of the network's sizes is another network's.
+    likely = [other for other in found if other is not place and 2 * other.fitting >= len(expected)]
+    others = [f"'{other.key}' ({other.fitting} of {len(expected)} tensors)" for other in likely]
     return ResvitError(
         f"The weights in {path}{where} do not fit the model, which has {len(expected)} tensors: {'; '.join(findings)}.",
         "Give the model and the arguments that this checkpoint was trained with (num_classes, image size, variant)"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded, leads_to_file
 from resvit_export.loading.libraries import import_beside_torchvision, import_timm
 from resvit_export.loading.spec import Scalar
 from resvit_export.loading.user_code import user_error
@@ -97,7 +97,7 @@ def _call(
 
 
 def _find_factory(place: str, name: str) -> Callable[..., object]:
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
+    if place.endswith(".py") and not leads_to_file(expanded(place)):
         raise ResvitError(f"The file {place} does not exist.", "Check the path given to --model.")
     try:
         torchvision = place.partition(".")[0] == "torchvision"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.random_weights import draw_weights
 
@@ -86,7 +87,7 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
             cover the network; MISSING without transformers.
     """
     transformers = import_transformers()
-    folder = Path(reference).expanduser()
+    folder = expanded(reference)
     with _quiet(transformers), _refusals(reference):
         place = str(folder) if folder.is_dir() else reference
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import importlib.metadata
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.readers.user.code import digest_of_file, user_files
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
+from resvit_engines.outside import expanded, leads_to_folder
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.weights.regular_file import require_file
@@ -89,12 +89,13 @@ class NetworkSource:
         if self._network is None:
             from resvit_export.loading.libraries import quiet_libraries
             from resvit_export.loading.load import load_network, network_from_module
+            from resvit_quantize.pruning.copies import copy_of
 
             with quiet_libraries():
                 self._network = (
                     load_network(self.spec, reporter)
                     if self._module is None
-                    else network_from_module(copy.deepcopy(self._module), self.spec, reporter)
+                    else network_from_module(copy_of(self._module), self.spec, reporter)
                 )
         return self._network
 
@@ -138,10 +139,11 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
     if spec.model.endswith((".onnx", ".pt2")):
         # The path may change and the model stay the same.
         identity["model"] = _file_digest("model", Path(spec.model))
+        identity |= _weight_files(Path(spec.model))
     elif spec.model.startswith("hf:"):
         identity["files"] = _folder_digests(spec.model.removeprefix("hf:"))
     elif colon and head.endswith(".py"):
-        identity["model"] = f"{_file_digest('model', Path(head).expanduser())}:{factory}"
+        identity["model"] = f"{_file_digest('model', expanded(head))}:{factory}"
     elif colon and head not in ("resvit", "timm", "object"):
         identity["source"] = _module_digest(head)
     return identity
@@ -149,8 +151,8 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
 
 def _folder_digests(reference: str) -> Mapping[str, str]:
     """Digests of a model's settings and weights, in a folder or in the hub's cache; none where it is in neither."""
-    folder = Path(reference).expanduser()
-    if not folder.is_dir():
+    folder = expanded(reference)
+    if not leads_to_folder(folder):
         try:
             from huggingface_hub import hf_hub_download
 
@@ -179,10 +181,17 @@ def metric_identity(metric: str | None) -> str | None:
 
 def _file_digest(what: str, path: Path) -> str:
     require_file(path, what, f"--{what}")
-    digest = sha256_file(path)
-    # Weights beside an ONNX file (external data) change the model as well.
-    outside = sorted(file for file in path.parent.glob(f"{path.name}*data") if file.is_file())
-    return "+".join([digest, *(sha256_file(file) for file in outside)])
+    return sha256_file(path)
+
+
+def _weight_files(model: Path) -> dict[str, Any]:
+    """Digests of the files beside an ONNX model that hold its weights, under the names that the model has for them."""
+    if model.suffix != ".onnx":
+        return {}
+    from resvit_export.loading.weights.onnx_proto import external_files
+
+    files = {name: sha256_file(file) for name, file in external_files(model).items()}
+    return {"weight_files": files} if files else {}
 
 
 def _module_digest(module: str) -> str | None:

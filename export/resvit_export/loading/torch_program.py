@@ -24,6 +24,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
 from resvit_export.loading.user_code import KnownBuffers, left_out_note, tensors_alone, user_error
+from resvit_quantize.pruning.copies import forgetting
 
 COUPLED = "its answers depend on the other images of a batch; it is exported for batch 1"
 
@@ -41,7 +42,7 @@ def program_from_module(
     module.eval()
     several = [item for item in inputs if isinstance(item, NetworkInput)]
     alone = None if several else tuple(size for size in inputs if isinstance(size, int))
-    with tensors_alone(module) as left_out:
+    with forgetting(module), tensors_alone(module) as left_out:
         try:
             with torch.no_grad():
                 _call(module, *_examples(several, alone, 1))

@@ -96,7 +96,7 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
         """Run ``func``; beside it on the real values, where all its tensors are known."""
         named = kwargs or {}
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, named)) if isinstance(leaf, torch.Tensor)]
-        known = tensors and all(tensor.numel() <= _SMALL for tensor in tensors)
+        known = tensors and all(_is_small(tensor) for tensor in tensors)
         if not known or any(self._value(tensor) is None for tensor in tensors):
             return func(*args, **named)
         real_args, real_named = torch.utils._pytree.tree_map_only(torch.Tensor, self._value, (args, named))
@@ -120,6 +120,12 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
                 self._known[id(tensor)] = (tensor, real)
                 return real
         return None
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has few values at any batch: comparing a number that depends on it would fix the batch."""
+    count = tensor.numel()
+    return isinstance(count, int) and count <= _SMALL
 
 
 def left_out_note(left_out: list[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import read_outside, text_from_outside
+from resvit_engines.outside import expanded, leads_to_folder, read_outside, text_from_outside
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 from resvit_export.recipe.setting import Place, Setting
 
@@ -103,7 +103,7 @@ def absolute_file(text: str, folder: Path) -> str:
     """Make the path of a file absolute; ``agent`` and ``agent:COMMENT``, which name a key, stay."""
     if re.fullmatch(r"agent(:.*)?", text):
         return text
-    return str((folder / Path(text).expanduser()).resolve())
+    return str((folder / expanded(text)).resolve())
 
 
 def absolute_reference(text: str, folder: Path) -> str:
@@ -113,11 +113,11 @@ def absolute_reference(text: str, folder: Path) -> str:
     ``file.py:factory`` only the file is a path.
     """
     head, colon, tail = text.rpartition(":")
-    if head == "hf" and (named := folder / Path(tail).expanduser()).is_dir():
+    if head == "hf" and leads_to_folder(named := folder / expanded(tail)):
         return f"hf:{named.resolve()}"
     if colon and head.endswith(".py"):
-        return f"{(folder / Path(head).expanduser()).resolve()}:{tail}"
-    path = folder / Path(text).expanduser()
+        return f"{(folder / expanded(head)).resolve()}:{tail}"
+    path = folder / expanded(text)
     looks_like_path = text.startswith(("/", "./", "../", "~")) or "/" in text
     if path.exists() or (looks_like_path and ":" not in text) or text.endswith((".pt", ".pth", ".npz", ".onnx")):
         return str(path.resolve())

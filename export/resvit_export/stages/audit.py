@@ -18,7 +18,6 @@ from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
-from resvit_engines.outside import open_outside
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
 from resvit_engines.targets.table import Precision, Target, proxy_target
@@ -135,7 +134,6 @@ def audit_of_layers(layers: Path, onnx: Path, fp16_layers: Path | None = None) -
     """
     from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
-    open_outside(onnx).close()  # onnx itself would wait for a pipe
     engine = layers_from_file(layers)
     fp16 = layers_from_file(fp16_layers).kernels if fp16_layers else None
     subject = Subject(layers.name, None, "TensorRT", engine.form, _batch_of(engine.kernels, engine.io_names))

@@ -33,7 +33,6 @@ from resvit_export.to_tensorrt.copy import TENSORRT_COPY
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
-    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.bundle.source import RecordedFile
     from resvit_engines.keys.private import SigningKey
 
@@ -97,9 +96,10 @@ def naming_of(run: Run) -> Naming:
 def bundle_of(run: Run, validation: ImageSet, contents: Contents) -> Bundle:
     """Of a run's finished stages; its preprocessing is what the validation images really went through.
 
-    What a loader of the user's did to them is not known, and nothing is said of it.
+    What a loader of the user's did to them is not known: it is named, so that nobody guesses.
     """
-    return Bundle(naming_of(run), None if validation.prepared else validation.preprocess, contents)
+    made = {"factory": validation.factory} if validation.prepared else validation.preprocess.to_json()
+    return Bundle(naming_of(run), made, contents)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Bundle(Stage[Bundled]):
     artifact: ClassVar[type[Artifact]] = Bundled
 
     naming: Naming
-    preprocess: Preprocess | None
-    """What the validation images went through; None where a loader of the user's made the input itself."""
+    preprocess: Mapping[str, Any]
+    """What the validation images went through; only ``factory`` where a loader of the user's made the input itself."""
     contents: Contents
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -213,7 +213,7 @@ class Bundle(Stage[Bundled]):
             warning=None if record.kind is VerdictKind.ACCEPTED else warning,
             model=dict(self.naming.network.identity),
             settings=dict(self.naming.recipe),
-            preprocess=self.preprocess.to_json() if self.preprocess else None,
+            preprocess=self.preprocess,
             versions={"resvit-export": package_version("resvit-export"), **self.contents.quantized.record.versions},
             stages={artifact.stage: artifact.record.key for artifact in chain},
         )
@@ -225,9 +225,9 @@ class Bundle(Stage[Bundled]):
         commands = "\n".join(f"    {command}" for command in plan.commands)
         notes = "\n".join(plan.notes)
         prepared = (
-            'prepared as manifest.json says under "preprocess"'
-            if self.preprocess
-            else "as the training's own loader made them"
+            f"as {self.preprocess['factory']}, code of whoever trained the network, made them"
+            if "factory" in self.preprocess
+            else 'prepared as manifest.json says under "preprocess"'
         )
         return f"""{self.naming.file_name}
 

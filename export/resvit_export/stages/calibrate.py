@@ -61,9 +61,9 @@ class Calibrated(Artifact):
     @functools.cached_property
     def known(self) -> Ranges:
         """The same, read."""
-        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_calibrate.ranges.ranges import ranges_from_json
 
-        return load_ranges(self.path(RANGES))
+        return ranges_from_json(self.content(RANGES), str(self.path(RANGES)))
 
     @property
     def statistics(self) -> File:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -59,8 +58,8 @@ class RunOnDevice(Stage[OnDevice]):
     """Build the bundle's engine on the device at ``address``, validate and time it there.
 
     The first ``count`` validation images are copied and answered; ``original`` holds the original network's answers,
-    and ``outputs`` names the graph's outputs. ``rehearse`` lets TensorRT for RTX stand in. ``audit`` is for the
-    engine's own layers.
+    and ``outputs`` names the graph's outputs. ``rehearse`` lets TensorRT for RTX stand in. ``doubt`` says why the
+    images tell nothing, where something does. ``audit`` is for the engine's own layers.
     """
 
     name: ClassVar[str] = "device"
@@ -77,18 +76,19 @@ class RunOnDevice(Stage[OnDevice]):
     outputs: tuple[str, ...]
     max_drop: float
     confidence: float
+    doubt: str
     audit: Audit
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write what the device brought back, the verdict, the times, and the audit of its own layers."""
         from resvit_engines.remote.device import Device
         from resvit_engines.remote.ssh import Connection, address_from
-        from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
+        from resvit_engines.remote.wheelhouse import chosen_wheels
 
+        wheels = chosen_wheels()
         with Connection(address_from(self.address), reporter) as connection:
             device = Device(connection, reporter)
-            wheels = os.environ.get(WHEELS_VARIABLE)
-            device.prepare(device.machine(), Path(wheels) if wheels else None)
+            device.prepare(device.machine(), wheels)
             with tempfile.TemporaryDirectory(prefix="resvit-device-") as scratch:
                 job = self._job(Path(scratch), reporter)
                 result = device.run(job)
@@ -126,7 +126,8 @@ class RunOnDevice(Stage[OnDevice]):
             comparison = task.compare(
                 self.original.answers(questions.task).first(self.count), candidate, self.confidence
             )
-            verdict = judge(comparison, self.max_drop, self.confidence, questions.images.class_names)
+            names = questions.images.class_names
+            verdict = judge(comparison, self.max_drop, self.confidence, names, self.doubt)
             document.update(verdict=verdict.to_json(), runner=result.outputs.runner)
             for file in files:
                 file.unlink()

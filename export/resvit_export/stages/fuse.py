@@ -100,7 +100,7 @@ class Fuse(Stage[Fused]):
         from resvit_quantize.fusion.match import Kind
 
         wanted = frozenset(Kind) if self.kinds is None else frozenset(Kind(name) for name in self.kinds)
-        operands = None if self.ranges is None else _operands(self.ranges.path, self.attention)
+        operands = None if self.ranges is None else _operands(self.ranges, self.attention)
         network, report = fused_network(self.model.path, wanted, self.target, by=self.choice.by, operands=operands)
         if report.matches:
             with atomic_file(folder / MODEL) as partial:
@@ -121,11 +121,11 @@ def sentences_of(report: FusionReport, choice: PluginChoice) -> list[str]:
     return [first, *left]
 
 
-def _operands(ranges: Path, precision: Precision) -> Operands:
+def _operands(ranges: File, precision: Precision) -> Operands:
     from resvit_calibrate.ranges.estimators import Estimator
-    from resvit_calibrate.ranges.ranges import load_ranges
+    from resvit_calibrate.ranges.ranges import ranges_from_json
     from resvit_quantize.fusion.fuse import Operands
 
-    known = load_ranges(ranges)
+    known = ranges_from_json(ranges.content(), str(ranges.path))
     # Calibration keeps histograms of what products with weights read; of these tensors it knows the extremes.
     return Operands(precision.value, lambda name: known.amax(name, precision.value, Estimator.MAX))

@@ -6,7 +6,6 @@ the shapes that the original architecture takes on for it. ``load_checkpoint`` r
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Mapping
@@ -161,13 +160,14 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     from resvit_quantize.pruning.choose.choice import choose_widths
     from resvit_quantize.pruning.choose.importance import importance_of
     from resvit_quantize.pruning.choose.recorder import costs_from_module
+    from resvit_quantize.pruning.copies import copy_of
     from resvit_quantize.pruning.find.discover import groups_from_module
     from resvit_quantize.pruning.structure import Structure
 
     network = stage.source.network(reporter)
     assert network.module is not None
     budget, batches = stage.budget, _tensors_of(stage.images)
-    module, example = copy.deepcopy(network.module).eval(), torch.zeros(2, *network.input_shape)
+    module, example = copy_of(network.module).eval(), torch.zeros(2, *network.input_shape)
     method = budget.importance if budget else Importance.MAGNITUDE
     notes: list[str] = []
     widths: WidthsRecord | None = None
@@ -182,7 +182,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
             raise ResvitError(
                 "Nothing in this network can be pruned: "
                 + "; ".join(f"{path}: {reason}" for path, reason in list(found.left_alone.items())[:3]),
-                "Leave the --prune options out, or allow more kinds with --prune-what.",
+                "Leave out what asks for pruning (--prune-macs and the like), or allow more kinds with --prune-what.",
                 ExitCode.IMPOSSIBLE,
             )
         costs = costs_from_module(module, example[:1], found.groups)
@@ -192,6 +192,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
         importance = importance_of(module, found.groups, method, batches, images=IMPORTANCE_IMAGES, seed=stage.seed)
         choice = choose_widths(found.groups, importance, costs, budget.of_choice())
         curves = _curves(module, found.groups, importance, batches, costs.macs({}), reporter)
+        module = copy_of(module)  # methods may have cached answers by the module that gave them
         structure = prune(module, found.groups, choice.kept, structure)
         channels = {group.name: group.width for group in found.groups}
         widths = WidthsRecord(
@@ -258,6 +259,7 @@ def _curves(
     import torch
 
     from resvit_quantize.pruning.apply import prune
+    from resvit_quantize.pruning.copies import copy_of
 
     shares: tuple[float, ...] = CURVE_SHARES
     count = int(CURVE_MACS / max(macs, 1.0) / max(len(groups) * len(shares), 1))
@@ -274,7 +276,7 @@ def _curves(
             points = [(1.0, 1.0)]
             for share in shares if group.units > 1 else (0.0,):
                 units = max(round(share * group.units), 1 if group.units > 1 else 0)
-                trial = copy.deepcopy(module)
+                trial = copy_of(module)
                 prune(trial, groups, {group.name: np.sort(order[:units])})
                 points.append((units / group.units, _alike(exact, _answers(trial, pictures))))
             found.append(GroupCurve(group.name, group.kind, tuple(points), len(pictures)))

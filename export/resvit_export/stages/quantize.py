@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -69,22 +68,24 @@ class Quantize(Stage[Quantized]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
-        from resvit_calibrate.ranges.ranges import load_ranges
-        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_calibrate.ranges.ranges import ranges_from_json
+        from resvit_calibrate.ranges.statistics import statistics_from_npz
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
 
-        settings, ranges = self.settings, load_ranges(self.ranges.path)
+        settings, ranges = self.settings, ranges_from_json(self.ranges.content(), str(self.ranges.path))
         if self.clips is not None:
             settings = settings_behind_recovery(settings)
-            ranges = pinned_ranges(ranges, json.loads(self.clips.path.read_bytes()))
+            ranges = pinned_ranges(ranges, self.clips.json())
         report = quantize_model(
             self.model.path,
             ranges,
             settings,
             folder / MODEL,
             reporter,
-            statistics=load_statistics(self.statistics.path) if self.clips is None else None,
+            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path))
+            if self.clips is None
+            else None,
             images=lambda count: self.images.first(count, self.batch_size),
             suit=lambda out: suit_builder(out, self.builder),
         )
@@ -142,16 +143,16 @@ class Halve(Stage[Quantized]):
 
     def write(self, out: Path) -> QuantizeReport:
         """Write it to any path; returns the report."""
-        from resvit_calibrate.ranges.ranges import load_ranges
-        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_calibrate.ranges.ranges import ranges_from_json
+        from resvit_calibrate.ranges.statistics import statistics_from_npz
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.settings import QuantizeSettings
 
         return quantize_model(
             self.model.path,
-            load_ranges(self.ranges.path),
+            ranges_from_json(self.ranges.content(), str(self.ranges.path)),
             QuantizeSettings(Precision.FP16),
             out,
-            statistics=load_statistics(self.statistics.path),
+            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path)),
             suit=lambda model: suit_builder(model, self.builder),
         )

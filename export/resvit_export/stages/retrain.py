@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -66,6 +65,7 @@ class Retrain(Stage[Retrained]):
         import torch
 
         from resvit_export.loading.checkpoint import structure_in, write_network
+        from resvit_quantize.pruning.copies import copy_of
         from resvit_quantize.pruning.distill.distill import distill
         from resvit_quantize.pruning.distill.options import DistillOptions
         from resvit_quantize.pruning.structure import Structure
@@ -85,7 +85,7 @@ class Retrain(Stage[Retrained]):
             "masks": sorted(masks),
         }
         key, state = sha256_bytes(canonical_json(training)), folder.parent / RESUME
-        student = copy.deepcopy(pruned.module)
+        student = copy_of(pruned.module)
         report = distill(student, teacher.module, self.images, options, state, key, reporter, masks=masks)
         write_network(folder, "retrained", student, structure_in(self.weights.path) or Structure(), teacher.input_shape)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,8 @@ class Validated(Artifact):
 class Validate(Stage[Validated]):
     """Judge what ships against the original: PyTorch where the model came as PyTorch, else the float ONNX.
 
-    ``floating``, ``statistics`` and ``quantize_report`` tell whether validation looks like calibration.
+    ``floating``, ``statistics`` and ``quantize_report`` tell whether validation looks like calibration. ``class_names``
+    are what the verdict calls the classes, which the digest of the images does not tell.
     """
 
     name: ClassVar[str] = "validate"
@@ -66,6 +66,9 @@ class Validate(Stage[Validated]):
     quantize_report: File
     max_drop: float
     confidence: float
+    class_names: tuple[str, ...]
+    doubt: str
+    """Why the images tell nothing, where something does."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""
@@ -77,7 +80,7 @@ class Validate(Stage[Validated]):
         original = self.reference.answers(self.questions.task) if self.reference else onnx_float
         candidate = self.candidate.answers(self.questions.task)
         comparison = task.compare(original, candidate, self.confidence)
-        verdict = judge(comparison, self.max_drop, self.confidence, images.class_names)
+        verdict = judge(comparison, self.max_drop, self.confidence, self.class_names, self.doubt)
         itself = task.compare(original, original, self.confidence)
         rows = [ScoreRow.of("pytorch" if self.reference else "onnx float", itself)]
         if self.pruned:
@@ -99,7 +102,7 @@ class Validate(Stage[Validated]):
             runtime_note=self.candidate.runtime_note,
             diagnostics=tuple(item.to_json() for item in diagnostics),
             golden=self.candidate.golden,
-            class_names=tuple(images.class_names or ()),
+            class_names=self.class_names,
             rows=tuple(rows),
             changed_total=len(changed),
             changed=tuple(shown),
@@ -112,15 +115,15 @@ class Validate(Stage[Validated]):
         """Whether the ranges cut much of what the first validation images hold."""
         from resvit_calibrate.ranges.clipping import clipped_shares, shares_from_statistics
         from resvit_calibrate.ranges.diagnostics import clipping_diagnostics
-        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_calibrate.ranges.statistics import statistics_from_npz
 
-        clips = json.loads(self.quantize_report.path.read_bytes()).get("clips") or {}
+        clips = self.quantize_report.json().get("clips") or {}
         if not clips:
             return ()
         batch_size = self.questions.batch_size
         batches = self.questions.images.batches(min(batch_size, CLIPPING_IMAGES))
         few = itertools.islice(batches, max(CLIPPING_IMAGES // batch_size, 1))
-        seen = load_statistics(self.statistics.path)
+        seen = statistics_from_npz(self.statistics.content(), str(self.statistics.path))
         return clipping_diagnostics(clipped_shares(self.floating.path, clips, few), shares_from_statistics(seen, clips))
 
 

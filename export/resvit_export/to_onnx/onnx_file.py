@@ -8,26 +8,30 @@ that trust what they read come after. Everything that is wrong with a file is to
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.loading.weights.onnx_proto import (
+    MOST_BYTES,
+    file_inside,
+    graphs_of,
+    invalid,
+    proto_from_file,
+    tensors_of,
+)
 
 MOST_NODES = 100_000
 """With all functions written out; the largest hybrids have some 10,000."""
 MOST_ELEMENTS = 1 << 30
 """Of any one tensor at one image: 4 GiB of float32, which no device here would hold."""
-_MOST_BYTES = 2**31 - 1
-"""Of a file without its external data: protobuf ends there."""
-_DEEPEST = 16
-"""Graphs within graphs, and calls within calls."""
+_DEEPEST_CALLS = 32
 _LONGEST_NAME = 4096
 _IR_VERSION = 10
 """What our own export writes."""
@@ -70,12 +74,11 @@ def model_from_file(path: Path) -> onnx.ModelProto:
     Raises ``ResvitError`` for a file that is damaged, invalid, quantised, in half precision, random, or beyond the
     bounds of this module; and for operators outside ONNX.
     """
-    proto = _parsed(path)
+    proto = bounded_model(path)
     with reading(path):
-        _require_bounded(proto, path)
         _require_plain(proto, path)
         _read_external_data(proto, path)
-        _require_whole_tensors(proto, path)
+        _require_wholetensors_of(proto, path)
         proto = _checked(proto, path)
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
@@ -83,13 +86,26 @@ def model_from_file(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def bounded_model(path: Path) -> onnx.ModelProto:
+    """Read the model at ``path`` as it is, quantised or not, without the weights that lie beside it.
+
+    Raises ``ResvitError`` for a file that is damaged, invalid or beyond the bounds of this module.
+    """
+    proto = proto_from_file(path)
+    with reading(path):
+        _require_bounded(proto, path)
+    return proto
+
+
 @contextlib.contextmanager
 def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
-    """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``.
+    """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``, and nothing beside it.
 
     What would be a fault of ours in a graph that we exported is the file's in one that somebody else wrote: nobody
     but its owner can mend it.
     """
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     except ResvitError as error:
@@ -104,93 +120,44 @@ def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
             f"{path} {what}: {(lines or [type(error).__name__])[0][:300]}",
             "Export it again; onnx.checker.check_model with full_check=True tells more.",
         ) from error
-
-
-def _parsed(path: Path) -> onnx.ModelProto:
-    if not path.exists():
-        raise ResvitError(f"The model {path} does not exist.", "Check the path given to --model.")
-    if not path.is_file():
-        raise ResvitError(f"The model {path} is no file.", "Name the .onnx file itself.")
-    size = path.stat().st_size
-    damaged = f"{path} is not a readable ONNX model ({size:,} bytes)"
-    if size > _MOST_BYTES:
-        raise ResvitError(
-            f"{damaged}: one file holds at most 2 GiB.", "Save it with its weights beside it (save_as_external_data)."
-        )
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ResvitError(f"{damaged}.", "The file is truncated or foreign; export it again.") from error
-    if not proto.graph.node:
-        raise ResvitError(f"{damaged}: it holds no operators.", "The file is empty or foreign; export it again.")
-    return proto
-
-
-def _refuse(path: Path, why: str, fix: str = "Export the model again.") -> ResvitError:
-    return ResvitError(f"{path} is not valid ONNX: {why}.", fix)
-
-
-def _graphs(proto: onnx.ModelProto, path: Path) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph, the bodies of functions, and all graphs inside them; raises where they lie too deep."""
-    pending: list[tuple[onnx.GraphProto | onnx.FunctionProto, int]] = [(proto.graph, 0)]
-    pending += [(function, 0) for function in proto.functions]
-    while pending:
-        graph, depth = pending.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    pending.append((attribute.g, depth + 1))
-        if depth > _DEEPEST:
-            raise _refuse(path, f"it holds graphs within graphs, over {_DEEPEST} deep")
+    finally:
+        logging.disable(logged)
 
 
 def _nodes(proto: onnx.ModelProto, path: Path) -> Iterator[onnx.NodeProto]:
-    for graph in _graphs(proto, path):
+    for graph in graphs_of(proto, path):
         yield from graph.node
-
-
-def _tensors(proto: onnx.ModelProto, path: Path) -> Iterator[TensorProto]:
-    """All tensors, with the names of those that hang on a Constant."""
-    for graph in _graphs(proto, path):
-        if isinstance(graph, onnx.GraphProto):
-            yield from graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    if not attribute.t.name and node.output:
-                        attribute.t.name = node.output[0]
-                    yield attribute.t
 
 
 def _require_bounded(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse what no exporter writes, or what would take hours to read."""
     domains = ["" if entry.domain in _STANDARD else entry.domain for entry in proto.opset_import]
     if "" not in domains:
-        raise _refuse(path, "it names no version of ONNX's operators", "Export the model again, at opset 20.")
+        raise invalid(path, "it names no version of ONNX's operators", "Export the model again, at opset 20.")
     if len(set(domains)) < len(domains):
-        raise _refuse(path, "it names two versions of the same operators")
-    for graph in _graphs(proto, path):
+        raise invalid(path, "it names two versions of the same operators")
+    for graph in graphs_of(proto, path):
         named = [*graph.input, *graph.output] if isinstance(graph, onnx.FunctionProto) else []
         if isinstance(graph, onnx.GraphProto):
             if graph.sparse_initializer:
-                raise _refuse(path, "it holds sparse weights", "Export it with dense weights.")
+                raise invalid(path, "it holds sparse weights", "Export it with dense weights.")
             for kind, values in (("input", graph.input), ("output", graph.output), ("weight", graph.initializer)):
                 names = [value.name for value in values]
                 if len(set(names)) < len(names):
                     twice = next(name for name in names if names.count(name) > 1)
-                    raise _refuse(path, f"it has two {kind}s of the name {twice!r}")
+                    raise invalid(path, f"it has two {kind}s of the name {twice!r}")
                 named += names
         for node in graph.node:
             named += [*node.input, *node.output, node.name, node.op_type, node.domain]
             for attribute in node.attribute:
                 if attribute.type not in _ATTRIBUTES:
-                    raise _refuse(
+                    raise invalid(
                         path, f"{node.op_type} '{node.name}' has the attribute {attribute.name!r} of an unknown kind"
                     )
+        if any(not isinstance(name, str) for name in named):  # protobuf gives bytes that are no UTF-8 as they are
+            raise invalid(path, "it holds a name that is not UTF-8")
         if any(len(name) > _LONGEST_NAME for name in named):
-            raise _refuse(path, f"it holds a name of over {_LONGEST_NAME:,} characters")
+            raise invalid(path, f"it holds a name of over {_LONGEST_NAME:,} characters")
     _require_few_nodes(proto, path)
     _require_sane_inputs(proto, path)
 
@@ -200,21 +167,21 @@ def _require_few_nodes(proto: onnx.ModelProto, path: Path) -> None:
     functions = {(function.domain, function.name): function for function in proto.functions}
     for domain, name in functions:
         if domain in _STANDARD:
-            raise _refuse(path, f"it redefines the standard operator {name}")
+            raise invalid(path, f"it redefines the standard operator {name}")
     if len(functions) < len(proto.functions):
-        raise _refuse(path, "it defines one function twice")
+        raise invalid(path, "it defines one function twice")
     counts: dict[tuple[str, str], int] = {}
 
     def count(graph: onnx.GraphProto | onnx.FunctionProto, calls: tuple[tuple[str, str], ...]) -> int:
-        if len(calls) > 2 * _DEEPEST:
-            raise _refuse(path, f"its functions call each other over {2 * _DEEPEST} deep")
+        if len(calls) > _DEEPEST_CALLS:
+            raise invalid(path, f"its functions call each other over {_DEEPEST_CALLS} deep")
         total = 0
         for node in graph.node:
             key = (node.domain, node.op_type)
             total += 1
             if key in functions:
                 if key in calls:
-                    raise _refuse(path, f"its function {node.op_type} calls itself")
+                    raise invalid(path, f"its function {node.op_type} calls itself")
                 if key not in counts:
                     counts[key] = count(functions[key], (*calls, key))
                 total += counts[key]
@@ -226,7 +193,7 @@ def _require_few_nodes(proto: onnx.ModelProto, path: Path) -> None:
     total = max(count(proto.graph, ()), *(count(function, ((function.domain, function.name),))
                                           for function in proto.functions), 0)  # fmt: skip
     if total > MOST_NODES:
-        raise _refuse(path, f"written out, its functions are {total:,} operators; {MOST_NODES:,} are read")
+        raise invalid(path, f"written out, its functions are {total:,} operators; {MOST_NODES:,} are read")
 
 
 def _require_sane_inputs(proto: onnx.ModelProto, path: Path) -> None:
@@ -241,7 +208,7 @@ def _require_sane_inputs(proto: onnx.ModelProto, path: Path) -> None:
             )
         sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
         if any(size < 1 for size in sizes):
-            raise _refuse(path, f"its input {value.name} has a size of {min(sizes)}")
+            raise invalid(path, f"its input {value.name} has a size of {min(sizes)}")
         require_fits(math.prod(sizes), f"{path}: its input {value.name}")
 
 
@@ -279,13 +246,13 @@ def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path} holds {node.op_type} ('{node.name}'): sequences, optionals and text are in no engine.",
                 "Export the network so that all of its values are tensors.",
             )
-    for tensor in _tensors(proto, path):
+    for tensor in tensors_of(proto, path):
         if tensor.data_type in _HALF and len(tensor.dims) > 1:
             raise _half(path, tensor.name)
         if tensor.data_type not in _PLAIN:
             names = {number: name for name, number in TensorProto.DataType.items()}
             kind = names.get(tensor.data_type, f"type {tensor.data_type}")
-            raise _refuse(path, f"the weights {tensor.name} are of {kind}, not of float32", "Give the float32 model.")
+            raise invalid(path, f"the weights {tensor.name} are of {kind}, not of float32", "Give the float32 model.")
 
 
 def _half(path: Path, name: str) -> ResvitError:
@@ -300,13 +267,13 @@ def _bytes_of(tensor: TensorProto) -> int:
     return size
 
 
-def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:
+def _require_wholetensors_of(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse tensors whose sizes and data do not agree, before anybody allocates what they declare."""
-    for tensor in _tensors(proto, path):
+    for tensor in tensors_of(proto, path):
         if any(size < 0 for size in tensor.dims):
-            raise _refuse(path, f"the weights {tensor.name} have the sizes {list(tensor.dims)}")
+            raise invalid(path, f"the weights {tensor.name} have the sizes {list(tensor.dims)}")
         if tensor.HasField("segment"):
-            raise _refuse(path, f"the weights {tensor.name} come in segments")
+            raise invalid(path, f"the weights {tensor.name} come in segments")
         held = len(tensor.raw_data) if tensor.HasField("raw_data") else None
         if held is None:
             values = max(len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data),
@@ -315,7 +282,7 @@ def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:
         else:
             complete = held == _bytes_of(tensor)
         if not complete:
-            raise _refuse(
+            raise invalid(
                 path,
                 f"the weights {tensor.name} should be {list(tensor.dims)}, and the file holds "
                 f"{held if held is not None else values:,} {'bytes' if held is not None else 'numbers'}",
@@ -326,11 +293,11 @@ def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
     """Take the weights that lie in other files into the model: from files in its own folder alone."""
     folder = path.resolve().parent
     total, files = 0, {}
-    for tensor in _tensors(proto, path):
+    for tensor in tensors_of(proto, path):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        file = _file_inside(folder, entries.get("location", ""), tensor.name, path)
+        file = file_inside(folder, entries.get("location", ""), tensor.name, path)
         short = ResvitError(
             f"{path}: the weight file '{entries['location']}' is missing or too short for {tensor.name}.",
             "Copy it beside the model again.",
@@ -345,30 +312,12 @@ def _read_external_data(proto: onnx.ModelProto, path: Path) -> None:
             raise short
         files[file], total = size, total + needed
         if total > 2 * sum(files.values()):
-            raise _refuse(path, f"its weights are {total:,} bytes, and its weight files hold less than half of that")
+            raise invalid(path, f"its weights are {total:,} bytes, and its weight files hold less than half of that")
         with file.open("rb") as data:
             data.seek(int(start))
             tensor.raw_data = data.read(needed)
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")  # so that the same weights give the same bytes, wherever they lay
-
-
-def _file_inside(folder: Path, location: str, weights: str, path: Path) -> Path:
-    """The weight file, which lies in the model's folder, through no link out of it."""
-    inside = (
-        location.isprintable()
-        and location not in ("", ".")
-        and not os.path.isabs(location)  # noqa: PTH117
-        and "\\" not in location
-        and ".." not in Path(location).parts
-        and (folder / location).resolve().is_relative_to(folder)
-    )
-    if not inside:
-        raise ResvitError(
-            f"{path}: the weights {weights} lie outside the model's folder ({location!r}).",
-            "Put the model and its weight files into one folder and save it again with onnx.save.",
-        )
-    return folder / location
 
 
 def _is_sane(value: onnx.ValueInfoProto) -> bool:
@@ -398,7 +347,7 @@ def _checked(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 "Export the network with tensors as outputs.",
             )
         if any(size.HasField("dim_value") and size.dim_value < 0 for size in value.type.tensor_type.shape.dim):
-            raise _refuse(path, f"its output {value.name} has a negative size")
-    if proto.ByteSize() <= _MOST_BYTES:
+            raise invalid(path, f"its output {value.name} has a negative size")
+    if proto.ByteSize() <= MOST_BYTES:
         onnx.checker.check_model(proto)
     return proto

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from resvit_engines.files import atomic_file
 from resvit_engines.targets.table import Builder, Target
+from resvit_export.to_tensorrt.sampling import rewrite_sampling
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,9 +46,7 @@ def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plug
     kernel serves (in FP32, or with an odd head size) instead of computing it from smaller kernels. It cannot stand in
     the validated file: ONNX's checker and ONNX Runtime refuse attributes that the operator does not define.
 
-    For a ``target`` of TensorRT's, ``GridSample`` says ``bilinear`` and ``bicubic``, as before opset 20: TensorRT's
-    parsers up to 11.1 take ``linear`` for a mode they don't know, and sample the nearest (NVIDIA/TensorRT 4646). ONNX
-    Runtime refuses the old words.
+    For a ``target`` of TensorRT's, ``GridSample`` is said so that its version samples as ONNX means (``sampling``).
 
     Where ``plugins`` says how kernels of our own reach the engine (``aot`` or ``library``), each node of ours carries
     its kernel, compiled for ``target``.
@@ -56,8 +55,8 @@ def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plug
 
     network = onnx_ir.load(model)
     changed = _let_attention_decompose(network)
-    if target is not None and target.builder is not Builder.RTX:
-        changed += _spell_sampling(network)
+    if target is not None:
+        changed += rewrite_sampling(network, target)
     if plugins != "off":
         from resvit_export.to_tensorrt.plugin_kernels import carry_kernels
 
@@ -66,19 +65,6 @@ def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plug
     if changed:
         onnx_ir.save(network, out)
     return bool(changed)
-
-
-def _spell_sampling(network: ir.Model) -> int:
-    import onnx_ir
-
-    old = {"linear": "bilinear", "cubic": "bicubic"}
-    count = 0
-    for node in network.graph:
-        mode = node.attributes.get_string("mode", "linear") if node.op_type == "GridSample" and not node.domain else ""
-        if mode in old:
-            node.attributes["mode"] = onnx_ir.AttrString("mode", old[mode])
-            count += 1
-    return count
 
 
 def _let_attention_decompose(network: ir.Model) -> int:

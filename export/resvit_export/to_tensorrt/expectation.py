@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from resvit_engines.audit.expectation import Attention, Consumer, Expectation, Plugin, QdqPair
-from resvit_engines.errors import ResvitError
 from resvit_engines.plugins.names import DOMAIN
+from resvit_export.to_onnx.onnx_file import bounded_model, reading
 from resvit_quantize.graph.regions import is_view
 
 _PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "MultiHeadAttention"})
@@ -46,14 +46,12 @@ def expectation_from_onnx(path: Path, batch: int = 1) -> Expectation:
 
 def _shaped(path: Path, batch: int) -> ir.Model:
     """The model with types and shapes at a fixed batch, as far as they can be told."""
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ResvitError(
-            f"{path} cannot be read as an ONNX model: {error}.", "Give the ONNX file that the engine was built from."
-        ) from error
-    if not len(model.graph):  # an empty file parses as a model of nothing
-        raise ResvitError(f"{path} holds no ONNX graph.", "Give the ONNX file that the engine was built from.")
+    proto = bounded_model(path)
+    with reading(path):
+        return _at_batch(ir.serde.deserialize_model(proto), batch)
+
+
+def _at_batch(model: ir.Model, batch: int) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     symbols = {str(v.shape[0]) for v in model.graph.inputs if v.shape and not isinstance(v.shape[0], int)}
     for value in (*model.graph.inputs, *model.graph.outputs, *(o for n in model.graph for o in n.outputs)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resvit_engines.kernels.attention import AttentionConfig, attention_refusal, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_refusal, bridge_source
+from resvit_engines.kernels.deformable import DeformableConfig, deformable_refusal, deformable_source
 from resvit_engines.kernels.launch import Kernel, Source
 from resvit_engines.plugins.fields import fields_from_kernel
 from resvit_engines.targets.table import Target
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _KERNELS: dict[type, tuple[Callable[[Any, int], str | None], Callable[[Any, int], Source]]] = {
     AttentionConfig: (attention_refusal, attention_source),
     BridgeConfig: (bridge_refusal, bridge_source),
+    DeformableConfig: (deformable_refusal, deformable_source),
 }
 """For each configuration: why a GPU has no such kernel, and the kernel before it is compiled."""
 

@@ -22,21 +22,17 @@ _PASSED_ON = ("QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshap
 def describe_onnx(path: Path) -> dict[str, Any]:
     """Describe an ONNX file without reading external weights (they must be there and long enough, though)."""
     try:
-        import onnx
-        from google.protobuf.message import DecodeError
+        from resvit_export.loading.weights.onnx_proto import proto_from_file
     except ImportError as error:
         raise ResvitError(
             "Reading ONNX needs the package onnx, which is not installed.",
             "pip install 'resvit-export[host]'",
             ExitCode.MISSING,
         ) from error
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError, RuntimeError, OSError) as error:
-        raise damaged(path, "an ONNX file", error) from error
+    model = proto_from_file(path)
     graph = model.graph
-    if not graph.node or not model.opset_import:
-        raise damaged(path, "an ONNX file", "it holds no graph or no opset")
+    if not model.opset_import:
+        raise damaged(path, "an ONNX file", "it holds no opset")
     weights = _weights(graph)
     external = _check_external(path, weights.values())
     operators = Counter(node.op_type for node in graph.node)
@@ -105,7 +101,10 @@ def _weights(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _check_external(path: Path, tensors: Iterable[onnx.TensorProto]) -> list[str]:
+    from resvit_export.loading.weights.onnx_proto import file_inside
+
     needed: dict[str, int] = {}
+    files: dict[str, Path] = {}
     for tensor in tensors:
         if tensor.data_location != tensor.EXTERNAL:
             continue
@@ -115,11 +114,10 @@ def _check_external(path: Path, tensors: Iterable[onnx.TensorProto]) -> list[str
         except ValueError as error:
             raise damaged(path, "an ONNX file", error) from error
         location = entry.get("location", "")
+        files[location] = file_inside(path.resolve().parent, location, tensor.name, path)
         needed[location] = max(needed.get(location, 0), end)
     for location, size in needed.items():
-        if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-            raise damaged(path, "an ONNX file", f"its weights point to {location!r}, outside its folder")
-        file = path.parent / location
+        file = files[location]
         if not file.is_file() or file.stat().st_size < size:
             state = "shorter than it says" if file.is_file() else "not there"
             raise ResvitError(

@@ -94,15 +94,9 @@ def input_of(model: Path, images: Path) -> dict[str, np.ndarray[Any, Any]]:
     Raises:
         ResvitError: INPUT for a file that is no such array, or a graph with several inputs.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
+    from resvit_export.to_onnx.onnx_file import bounded_model
 
-    if not model.is_file():
-        raise ResvitError(f"There is no file {model}.", "Give the path of an ONNX file.")
-    try:
-        graph = onnx.load(model, load_external_data=False).graph
-    except (DecodeError, ValueError) as error:
-        raise ResvitError(f"{model} cannot be read as an ONNX model: {error}.", "Give the path of one.") from error
+    graph = bounded_model(model).graph
     constants = {item.name for item in graph.initializer}
     names = [item.name for item in graph.input if item.name not in constants]
     if len(names) != 1:

@@ -123,6 +123,96 @@ _NORM = """
  again = Cast <to = 1> (tokens)
  result = LayerNormalization <axis = -1, epsilon: float = @eps> (again, gamma, beta)
 """
+# Every point reads four pixels, by their positions in all levels together; a pixel that is not in its level counts
+# nothing. It is said by a factor of zero and not by a choice, so that what is no number stays so.
+_DEFORMABLE = """
+ value32 = Cast <to = 1> (value)
+ value_view = Constant <value_ints: ints = @value_view> ()
+ value4 = Reshape (value32, value_view)
+ value_heads = Transpose <perm = [0, 2, 1, 3]> (value4)
+ pyramid_view = Constant <value_ints: ints = @pyramid_view> ()
+ pyramid = Reshape (value_heads, pyramid_view)
+ places32 = Cast <to = 1> (places)
+ places_view = Constant <value_ints: ints = @places_view> ()
+ places5 = Reshape (places32, places_view)
+ places_heads = Transpose <perm = [0, 2, 1, 3, 4]> (places5)
+ weights32 = Cast <to = 1> (weights)
+ weights_view = Constant <value_ints: ints = @weights_view> ()
+ weights4 = Reshape (weights32, weights_view)
+ shares = Transpose <perm = [0, 2, 1, 3]> (weights4)
+ coordinate = Constant <value_int = 0> ()
+ x0 = Gather <axis = -1> (places_heads, coordinate)
+ other_coordinate = Constant <value_int = 1> ()
+ y0 = Gather <axis = -1> (places_heads, other_coordinate)
+ x_factor = Constant <value_floats: floats = @x_factor> ()
+ y_factor = Constant <value_floats: floats = @y_factor> ()
+ x_shift = Constant <value_floats: floats = @x_shift> ()
+ y_shift = Constant <value_floats: floats = @y_shift> ()
+ x1 = Mul (x0, x_factor)
+ y1 = Mul (y0, y_factor)
+ x = Add (x1, x_shift)
+ y = Add (y1, y_shift)
+ left = Floor (x)
+ top = Floor (y)
+ to_right = Sub (x, left)
+ to_bottom = Sub (y, top)
+ one = Constant <value_float = 1.0> ()
+ to_left = Sub (one, to_right)
+ to_top = Sub (one, to_bottom)
+ nought = Constant <value_float = 0.0> ()
+ x_last = Constant <value_floats: floats = @x_last> ()
+ y_last = Constant <value_floats: floats = @y_last> ()
+ x_most = Constant <value_ints: ints = @x_most> ()
+ y_most = Constant <value_ints: ints = @y_most> ()
+ width = Constant <value_ints: ints = @width> ()
+ start = Constant <value_ints: ints = @start> ()
+ least = Constant <value_int = 0> ()
+ index_view = Constant <value_ints: ints = @index_view> ()
+ right = Add (left, one)
+ bottom = Add (top, one)
+"""
+_CORNER = """
+ x_before_N = GreaterOrEqual (COLUMN, nought)
+ x_behind_N = LessOrEqual (COLUMN, x_last)
+ y_before_N = GreaterOrEqual (ROW, nought)
+ y_behind_N = LessOrEqual (ROW, y_last)
+ x_inside_N = And (x_before_N, x_behind_N)
+ y_inside_N = And (y_before_N, y_behind_N)
+ inside_N = And (x_inside_N, y_inside_N)
+ counts_N = Cast <to = 1> (inside_N)
+ area_N = Mul (ACROSS, DOWN)
+ weighted_N = Mul (area_N, shares)
+ share4_N = Mul (weighted_N, counts_N)
+ share_N = Reshape (share4_N, index_view)
+ column_N = Cast <to = 7> (COLUMN)
+ row_N = Cast <to = 7> (ROW)
+ column_low_N = Max (column_N, least)
+ column_in_N = Min (column_low_N, x_most)
+ row_low_N = Max (row_N, least)
+ row_in_N = Min (row_low_N, y_most)
+ row_start_N = Mul (row_in_N, width)
+ in_level_N = Add (row_start_N, column_in_N)
+ position_N = Add (in_level_N, start)
+ index_N = Reshape (position_N, index_view)
+ pixel_N = GatherND <batch_dims = 1> (pyramid, index_N)
+ part_N = Mul (pixel_N, share_N)
+"""
+_SUMMED = """
+ upper = Add (part_0, part_1)
+ lower = Add (part_2, part_3)
+ points = Add (upper, lower)
+ points_view = Constant <value_ints: ints = @points_view> ()
+ points4 = Reshape (points, points_view)
+ axis = Constant <value_ints = [2]> ()
+ summed = ReduceSum <keepdims = 0> (points4, axis)
+ summed_view = Constant <value_ints: ints = @summed_view> ()
+ summed4 = Reshape (summed, summed_view)
+ queries_first = Transpose <perm = [0, 2, 1, 3]> (summed4)
+ joined_view = Constant <value_ints: ints = @joined> ()
+ joined = Reshape (queries_first, joined_view)
+ value_scale = Constant <value_float: float = @value_scale> ()
+ result = Mul (joined, value_scale)
+"""
 _NARROW = """
  OUTPUT = Cast <to: int = @out_type> (result)
 """
@@ -166,6 +256,21 @@ def _bridge(op_type: str) -> str:
     return body
 
 
+def _deformable(op_type: str) -> str:
+    body = _DEFORMABLE
+    for number, (column, row, across, down) in enumerate(
+        (
+            ("left", "top", "to_left", "to_top"),
+            ("right", "top", "to_right", "to_top"),
+            ("left", "bottom", "to_left", "to_bottom"),
+            ("right", "bottom", "to_right", "to_bottom"),
+        )
+    ):
+        corner = _CORNER.replace("_N", f"_{number}").replace("COLUMN", column).replace("ROW", row)
+        body += corner.replace("ACROSS", across).replace("DOWN", down)
+    return body + _SUMMED + _end(op_type, "output")
+
+
 def _end(op_type: str, output: str) -> str:
     return (_QUANTIZED if op_type.endswith("Q") else _NARROW).replace("OUTPUT", output)
 
@@ -173,6 +278,7 @@ def _end(op_type: str, output: str) -> str:
 _BODIES: Mapping[str, Callable[[str], str]] = {
     "ResvitAttention": _attention,
     "ResvitBridge": _bridge,
+    "ResvitDeformable": _deformable,
 }
 
 

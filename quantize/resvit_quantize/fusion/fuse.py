@@ -15,8 +15,9 @@ from onnx_ir.passes import common
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.kernels.deformable import DeformableConfig
 from resvit_engines.plugins.names import DOMAIN
-from resvit_quantize.fusion import attention_node, bridge
+from resvit_quantize.fusion import attention_node, bridge, deformable
 from resvit_quantize.fusion.attention import attention_of
 from resvit_quantize.fusion.functions import function_of
 from resvit_quantize.fusion.layout import BATCH
@@ -49,7 +50,7 @@ def fuse(
     """Rewrite, in place, every part of these kinds that fits and that ``decide`` has no reason to leave alone.
 
     Each becomes one node of the domain ``ai.resvit``, with a function of the same name in the model. With
-    ``operands``, attention reads its queries, keys and values in 8 bits.
+    ``operands``, attention reads its queries, keys and values in 8 bits, and deformable attention its values.
     """
     matches: list[Match] = []
     refusals: list[Refusal] = []
@@ -93,6 +94,7 @@ def config_of(node: ir.Node) -> Config:
 _CONFIGS: dict[str, type[Config]] = {
     "ResvitAttention": AttentionConfig,
     "ResvitBridge": BridgeConfig,
+    "ResvitDeformable": DeformableConfig,
 }
 
 
@@ -114,6 +116,13 @@ def _candidates(
     if Kind.BRIDGE in kinds:
         for conv in [node for node in model.graph if bridge.is_bridge(node, shapes)]:
             yield Kind.BRIDGE, str(conv.name), partial(_checked_bridge, model, conv, shapes)
+    if Kind.DEFORMABLE in kinds:
+        for group in deformable.groups(model):
+            yield (
+                Kind.DEFORMABLE,
+                deformable.module_of(group),
+                partial(_checked_deformable, model, group, shapes, operands),
+            )
 
 
 def _checked_attention(
@@ -131,3 +140,12 @@ def _checked_attention(
 def _checked_bridge(model: ir.Model, conv: ir.Node, shapes: dict[str, tuple[int, ...]]) -> tuple[Match, Rewrite]:
     part = bridge.bridge_of(conv, shapes)
     return bridge.match_of(part), lambda name: bridge.rewrite(model, part, name)
+
+
+def _checked_deformable(
+    model: ir.Model, group: deformable.Group, shapes: dict[str, tuple[int, ...]], operands: Operands | None
+) -> tuple[Match, Rewrite]:
+    part = deformable.deformable_of(group, shapes)
+    if operands is not None:
+        part = deformable.narrowed(part, operands.amax, operands.dtype)
+    return deformable.match_of(part, shapes), lambda name: deformable.rewrite(model, part, name)

@@ -28,10 +28,13 @@ class Traced:
     places: np.ndarray
 
 
-def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] = ()) -> list[Traced]:
+def traces(
+    value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] = (), *, widened: bool = False
+) -> list[Traced]:
     """The value seen from itself, and from every value that it is a view of, the farthest last.
 
-    Nodes in ``through`` scale; the elements pass them in place. What lies between two of them is left out.
+    Nodes in ``through`` scale; the elements pass them in place. What lies between two of them is left out. With
+    ``widened``, a cast of FP16 or BF16 to FP32 changes nothing.
     """
     traced: list[Traced] = []
     chain: list[ir.Node] = []
@@ -41,7 +44,7 @@ def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] 
         if places is None:
             break
         # Where a cast lies between, the numbers are others.
-        if value is None or source.dtype == value.dtype:
+        if value is None or source.dtype == value.dtype or (widened and _same_numbers(source, value)):
             traced.append(Traced(source, places))
         node = source.producer()
         if node is None or not (is_view(node) or node in through):
@@ -51,6 +54,10 @@ def traces(value: ir.Value | None, shapes: Shapes, through: Collection[ir.Node] 
         chain.insert(0, node)
         source = _data_of(node)
     return traced
+
+
+def _same_numbers(narrow: ir.Value, wide: ir.Value) -> bool:
+    return wide.dtype == ir.DataType.FLOAT and narrow.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _data_of(node: ir.Node) -> ir.Value | None:

@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from resvit_engines.kernels.attention import AttentionConfig
 from resvit_engines.kernels.bridge import BridgeConfig
+from resvit_engines.kernels.deformable import DeformableConfig
 from resvit_engines.kernels.numerics import EIGHT_BIT
 from resvit_quantize.graph.network import constant
 
-Config: TypeAlias = AttentionConfig | BridgeConfig
+Config: TypeAlias = AttentionConfig | BridgeConfig | DeformableConfig
 
 
 class Kind(str, enum.Enum):
@@ -22,6 +23,7 @@ class Kind(str, enum.Enum):
 
     ATTENTION = "attention"
     BRIDGE = "bridge"
+    DEFORMABLE = "deformable attention"
 
 
 class RefusedError(Exception):

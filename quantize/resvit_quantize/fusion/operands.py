@@ -28,8 +28,10 @@ _TINY = 2.0**-18
 """Scales are stored in FP16; of one that is smaller, fewer than six bits are left."""
 _MOST = 2.0**15
 """What FP16 holds of a factor."""
+_REACH = 60000.0
+"""What FP16 holds of a value, with some room."""
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-_STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 def narrowed(attention: Attention, amax: Amax, dtype: str) -> tuple[Attention, tuple[float, ...]]:
@@ -38,16 +40,12 @@ def narrowed(attention: Attention, amax: Amax, dtype: str) -> tuple[Attention, t
     Raises:
         RefusedError: where the range of an operand is not known, or is nothing.
     """
-    names = [str(value.name) for value in attention.block.operands]
-    try:
-        clips = [amax(name) for name in names]
-    except KeyError as error:
-        raise RefusedError(f"the range of {error} was not calibrated") from error
+    clips = [clip_of(str(value.name), amax) for value in attention.block.operands]
     largest = _LARGEST[dtype]
     reach = f"its operands reach to {', '.join(f'{clip:.3g}' for clip in clips)}"
     if attention.config.dtype != "fp16":
         raise RefusedError(f"its operands are {attention.config.dtype.upper()}, and only FP16 is quantised for it")
-    if not all(0.0 < clip < 60000.0 for clip in clips):
+    if not all(0.0 < clip < _REACH for clip in clips):
         raise RefusedError(reach)
     shared = {"split": (0, 1, 2), "q_kv": (0, 1, 1)}.get(attention.config.layout, (0, 0, 0))
     # The scale of the tensor that holds a part is that of the largest part in it.
@@ -66,6 +64,30 @@ def narrowed(attention: Attention, amax: Amax, dtype: str) -> tuple[Attention, t
     return dataclasses.replace(attention, config=config), tuple(factors)
 
 
+def clip_of(name: str, amax: Amax) -> float:
+    """The clip of a tensor.
+
+    Raises:
+        RefusedError: where its range is not known.
+    """
+    try:
+        return amax(name)
+    except KeyError as error:
+        raise RefusedError(f"the range of {error} was not calibrated") from error
+
+
+def scale_of(clip: float, dtype: str) -> float:
+    """The scale of a tensor in ``int8`` or ``fp8``, as FP16 holds it.
+
+    Raises:
+        RefusedError: where FP16 holds too little of it.
+    """
+    scale = _scale(clip, _LARGEST[dtype]) if 0.0 < clip < _REACH else 0.0
+    if scale < _TINY:
+        raise RefusedError(f"its values reach to {clip:.3g}, and one scale in FP16 does not serve that")
+    return scale
+
+
 def insert(model: ir.Model, attention: Attention, factors: tuple[float, ...]) -> Attention:
     """Put the factors and quantisers behind the tensors that ``attention`` (as ``narrowed`` gave it) reads.
 
@@ -82,7 +104,7 @@ def insert(model: ir.Model, attention: Attention, factors: tuple[float, ...]) ->
         if np.any(vector != 1.0):
             factor = add_initializer(model, f"{name}/factor", vector.astype(np.float16))
             source = inserter.node("Mul", [source, factor], name)
-        made[value] = inserter.quantised(source, scales[index], _STORED[config.dtype], name)
+        made[value] = inserter.quantised(source, scales[index], STORED[config.dtype], name)
     return dataclasses.replace(attention, inputs=tuple(made[value] for value in attention.inputs), sequence_first=False)
 
 

@@ -23,6 +23,13 @@ SMALLEST_SCALE = 2.0**-20
 LARGEST_SCALE = 65504.0
 
 
+_TINIEST = 1e-30
+
+
+FLOOR_COST = 1e-4
+"""The share of a tensor's power that steps of ``SMALLEST_SCALE`` may cost where smaller ones were wanted."""
+
+
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
     """A weight in 8 bits and its FP32 scales along the channel axis."""
@@ -42,16 +49,31 @@ def largest_level(precision: Precision, bits: int = 8) -> float:
 
 
 def scale_from_amax(amax: np.ndarray | float, precision: Precision, bits: int = 8) -> np.ndarray:
-    """The scale for a largest magnitude, FP32 but exact in FP16 and never too small for ``amax``.
+    """The scale for a largest magnitude, FP32 and never too small for ``amax``.
 
+    It is exact in FP16 where FP16 has one that serves; else what reads through it must compute in FP32
+    (``is_beyond_half``): a few weak channels beside strong ones get a coarser step, a tensor of them does not.
     Rounding up keeps ``amax`` on the grid. Zeros (a channel without weights) get the smallest scale.
     """
     wanted = np.asarray(amax, np.float64) / largest_level(precision, bits)
+    weak = (wanted > 0) & (wanted < SMALLEST_SCALE)
+    # Values reach to about three times their root mean square; a step costs a twelfth of its square, or the value.
+    power = np.square(np.asarray(amax, np.float64) / 3.0)
+    cost = np.where(weak, np.minimum(power, SMALLEST_SCALE**2 / 12.0), 0.0).sum()
+    if (wanted > LARGEST_SCALE).any() or cost > FLOOR_COST * power.sum():
+        exact = np.where(wanted > 0, wanted, SMALLEST_SCALE).clip(_TINIEST)
+        scale = exact.astype(np.float32)
+        return np.nextafter(scale, np.where(scale < exact, np.float32(np.inf), scale))
     wanted = np.clip(wanted, SMALLEST_SCALE, LARGEST_SCALE)
-    scale = wanted.astype(np.float16)
-    low = scale.astype(np.float64) < wanted
-    scale = np.nextafter(scale, np.where(low, np.float16(np.inf), scale))
-    return scale.astype(np.float32)
+    half = wanted.astype(np.float16)
+    low = half.astype(np.float64) < wanted
+    half = np.nextafter(half, np.where(low, np.float16(np.inf), half))
+    return half.astype(np.float32)
+
+
+def is_beyond_half(scale: np.ndarray) -> bool:
+    """Whether FP16 loses scales: the digits of small ones, large ones altogether."""
+    return bool(((scale > 0) & (scale < SMALLEST_SCALE)).any() or (scale > LARGEST_SCALE).any())
 
 
 def weight_shape(weight: np.ndarray, axis: int) -> tuple[list[int], tuple[int, ...]]:

@@ -88,14 +88,13 @@ def place(
     precision: Precision,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    unfit: dict[str, str] | None = None,
     precisions: Mapping[str, Precision] | None = None,
     shortcuts: Shortcuts = Shortcuts.SHARED,
 ) -> Placement:
     """Choose the edges to quantise.
 
-    ``unfit`` names tensors whose range no FP16 scale can carry, with the reason. ``precisions`` gives nodes, by
-    name, a precision of their own; those that the rules would leave in FP16 are quantised if it says so.
+    ``precisions`` gives nodes, by name, a precision of their own; those that the rules would leave in FP16 are
+    quantised if it says so.
     ``shortcuts`` says which of the trunk's residual additions are quantised on their shortcut's side.
 
     Raises :class:`ResvitError` for patterns that match nothing.
@@ -113,7 +112,7 @@ def place(
         node = product.node
         own = (precisions or {}).get(product.name)
         used = own or precision
-        why_not = _impossible(product, unfit or {})
+        why_not = _impossible(product)
         if why_not is None and node in refused:
             why_not = "excluded by the recipe"
         if why_not is None and node not in wanted and own is None:
@@ -133,13 +132,13 @@ def place(
         tensor = add.inputs[shortcut]
         if convolution.outputs[0] not in add.inputs and (tensor, chosen.get(convolution)) not in shared:
             continue
-        if add not in refused and convolution in chosen and str(tensor and tensor.name) not in (unfit or {}):
+        if add not in refused and convolution in chosen:
             reason = "shortcut of a residual that a convolution feeds"
             edges.append(Edge(add, shortcut, reason, chosen[convolution]))
     return Placement(tuple(edges), tuple(weights), reasons)
 
 
-def _impossible(product: Product, unfit: dict[str, str]) -> str | None:
+def _impossible(product: Product) -> str | None:
     """Why a product cannot be quantised at all."""
     node = product.node
     if product.weight is None:
@@ -156,7 +155,7 @@ def _impossible(product: Product, unfit: dict[str, str]) -> str | None:
         return "the activation is transposed"
     if node.op_type == "ConvTranspose" and int_attribute(node, "group", 1) != 1:
         return "grouped transposed convolution"
-    return unfit.get(str(node.inputs[0].name)) if node.inputs[0] is not None else "no input"
+    return "no input" if node.inputs[0] is None else None
 
 
 def _unwise(product: Product, precision: Precision) -> str | None:

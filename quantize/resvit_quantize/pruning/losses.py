@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resvit_engines.errors import ResvitError
+from resvit_quantize.pruning.copies import forgetting
 
 Outputs: TypeAlias = "list[Tensor]"
 """The floating tensors among all that a network returns, in the order of its own tuple or dict."""
@@ -18,7 +19,8 @@ Outputs: TypeAlias = "list[Tensor]"
 
 def answers(module: nn.Module, images: Tensor) -> Outputs:
     """Run ``module`` on images [B, C, H, W]."""
-    leaves = pytree.tree_leaves(module(images))
+    with forgetting(module):
+        leaves = pytree.tree_leaves(module(images))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from resvit_quantize.graph.network import add_initializer, all_nodes, constant, infer_types
 from resvit_quantize.graph.schema import Slots, half_slots, holds_graph, is_float, is_opaque
+from resvit_quantize.placement.grid import is_beyond_half
 from resvit_quantize.qdq.guards import FP16_MAX, FP16_TINY, guarded_nodes
 
 HEADROOM = 2.0
@@ -106,7 +107,9 @@ class _Conversion:
         """Whether input ``index`` is to be FP16."""
         if not self._flexible(node):
             return self._reads_half(node, index)
-        return (node.outputs[0] if node.op_type == "DequantizeLinear" else node.inputs[0]) in self.half
+        if node.op_type == "DequantizeLinear":
+            return node.outputs[0] in self.half
+        return node.inputs[0] in self.half and _scale_loss(node) is None
 
     def _why_float(self, node: ir.Node, slots: Slots | str) -> str | None:
         if node.graph is not self.model.graph:
@@ -139,6 +142,8 @@ class _Conversion:
         producer = value.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
             scale = constant(producer.inputs[1])
+            if (reason := _scale_loss(producer)) is not None:
+                return reason
             grid = 128.0 if producer.inputs[0] and producer.inputs[0].dtype == ir.DataType.INT8 else 448.0
             largest = 0.0 if scale is None else float(scale.max()) * grid
             return f"is clipped at {largest:.4g}; FP16 ends at 65504" if largest > FP16_MAX else None
@@ -152,8 +157,10 @@ class _Conversion:
         if (value, half) in self.copies:
             return self.copies[value, half]
         suffix = "fp16" if half else "fp32"
-        array = constant(value)
-        if array is not None:
+        array, producer = constant(value), value.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            copy = self._dequantized_anew(producer, f"{value.name}/{suffix}", half)
+        elif array is not None:
             copy = add_initializer(self.model, f"{value.name}/{suffix}", array.astype(np.float16))
         else:
             copy = self._cast(value, f"{value.name}/{suffix}", half)
@@ -171,6 +178,20 @@ class _Conversion:
         else:
             self.model.graph.insert_after(producer, node)
         return node.outputs[0]
+
+    def _dequantized_anew(self, node: ir.Node, name: str, half: bool) -> ir.Value:
+        """The same 8-bit values in the other precision; a Cast behind would part them from their reader."""
+        stored, scale, *zero = node.inputs
+        array = constant(scale)
+        if array is None:
+            return self._cast(node.outputs[0], name, half)
+        own = add_initializer(self.model, f"{name}/scale", array.astype(np.float16 if half else np.float32))
+        made = ir.node("DequantizeLinear", [stored, own, *zero], node.attributes.copy(), name=f"{name}/{node.op_type}")
+        made.metadata_props.update(node.metadata_props)
+        made.outputs[0].name, made.outputs[0].shape = name, node.outputs[0].shape
+        made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+        self.model.graph.insert_after(node, made)
+        return made.outputs[0]
 
     def _retype_attributes(self, node: ir.Node) -> None:
         if not node.outputs or node.outputs[0] not in self.half:
@@ -200,6 +221,14 @@ class _Conversion:
             del initializers[str(copy.name)]
             copy.name = name
             self.model.graph.register_initializer(copy)
+
+
+def _scale_loss(node: ir.Node) -> str | None:
+    """Why FP16 cannot hold the scale of a Q or DQ."""
+    scale = constant(node.inputs[1]) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+    if scale is None or not is_beyond_half(scale):
+        return None
+    return f"is quantised in steps of {float(scale.min()):.3g}, which FP16 cannot hold"
 
 
 def _shape_arithmetic(model: ir.Model) -> set[ir.Node]:

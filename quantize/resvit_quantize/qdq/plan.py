@@ -19,7 +19,6 @@ from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
 from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.graph.analysis import Analysis
 from resvit_quantize.graph.network import constant
-from resvit_quantize.placement.grid import LARGEST, LARGEST_SCALE, SMALLEST_SCALE
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.placement.placement import Edge, EdgeKey, Placement, edge_key, place
 from resvit_quantize.settings import QuantizeSettings
@@ -58,10 +57,9 @@ def plan_quantization(
     graph = graph.copy()
     network, analysis = graph.network, graph.analysis
     precision, methods = settings.precision, settings.methods
-    unfit = {} if precision is Precision.FP16 else _unfit_tensors(analysis, ranges, settings)
     spared = _spared(analysis, settings) if methods.sparing and precision is not Precision.FP16 else {}
     own = dict.fromkeys(spared, Precision.FP16) | dict(settings.precisions)
-    placement = place(analysis, precision, settings.include, settings.exclude, unfit, own)
+    placement = place(analysis, precision, settings.include, settings.exclude, own)
     placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
     channels = _widened_channels(analysis, statistics) if statistics else {}
     opened: tuple[Opened, ...] = ()
@@ -155,25 +153,3 @@ def _output_amax(
     if not energy.any():
         energy += 1.0
     return amax_for_output(channels, energy, edge.precision.value, absmax, settings.bits)
-
-
-def _unfit_tensors(analysis: Analysis, ranges: Ranges, settings: QuantizeSettings) -> dict[str, str]:
-    """Tensors whose scale FP16 cannot hold, with the reason."""
-    grid = LARGEST[settings.precision]
-    unfit: dict[str, str] = {}
-    for name in _candidates(analysis):
-        if name not in ranges.tensors or not ranges.tensors[name].amax:
-            continue
-        amax = ranges.amax(name, settings.precision.value, settings.estimator)
-        if not SMALLEST_SCALE <= amax / grid <= LARGEST_SCALE:
-            unfit[name] = f"its input reaches {amax:.3g} in calibration, whose scale FP16 cannot hold"
-    return unfit
-
-
-def _candidates(analysis: Analysis) -> list[str]:
-    """Tensors that the rules may quantise: inputs of weighted nodes and of the Adds behind them."""
-    values: list[ir.Value | None] = [p.node.inputs[0] for p in analysis.products if p.weight is not None]
-    for product in analysis.products:
-        for use in product.node.outputs[0].uses():
-            values += use.node.inputs if use.node.op_type == "Add" else ()
-    return list(dict.fromkeys(str(v.name) for v in values if v is not None and v in analysis.data))

@@ -10,9 +10,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph.network import constant
-from resvit_quantize.placement.grid import LARGEST_SCALE, SMALLEST_SCALE, largest_level, scale_from_amax, weight_shape
+from resvit_quantize.placement.grid import largest_level, scale_from_amax, weight_shape
 from resvit_quantize.placement.placement import EdgeKey, Weight, edge_key
 from resvit_quantize.qdq.plan import Plan
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
@@ -21,6 +22,8 @@ from resvit_quantize.torch_graph.graph import TorchGraph
 SPARSE = 0.45
 """The share of zeros from which on a weight was made sparse on purpose: 2:4 has a half."""
 
+Feeds = dict[str, Tensor]
+"""What a graph's inputs are fed, [B, ...] by name."""
 Outputs = dict[str, Tensor]
 """Of a graph, by name."""
 
@@ -51,9 +54,9 @@ class Student:
                 self._scales[key] = torch.tensor(float(scale), device=device)
                 self.stretches[key] = torch.zeros((), device=device, requires_grad=True)
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """Outputs by name for images float32 [B, C, H, W]."""
-        return self.graph(images, reading=self._read)  # type: ignore[no-any-return]
+    def __call__(self, feeds: Feeds) -> Outputs:
+        """Outputs by name for what the graph's inputs are fed."""
+        return self.graph(feeds, reading=self._read)  # type: ignore[no-any-return]
 
     @property
     def learned(self) -> dict[str, Tensor]:
@@ -99,40 +102,41 @@ def weight_scale(weight: Tensor, place: Weight, bits: int) -> Tensor:
     """Scales that broadcast against ``weight``, the same as ``scale_from_amax`` of its channels; no gradient."""
     shape, others = weight_shape(np.empty(weight.shape), place.axis)
     amax = weight.detach().abs().amax(others).double()
-    wanted = (amax / largest_level(place.precision, bits)).clamp(SMALLEST_SCALE, LARGEST_SCALE)
-    half = wanted.to(torch.float16)
-    # The next larger half has the next larger bits, for positive numbers.
-    larger = (half.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(half.double() < wanted, larger, half).float().reshape(shape)
+    scale = scale_from_amax(amax.cpu().numpy(), place.precision, bits)
+    return torch.from_numpy(scale).to(weight.device).reshape(shape)
 
 
 class Pieces:
     """Outputs of a graph for any number of images, also where its constants fix the batch size."""
 
-    def __init__(self, network: ir.Model, sample: Tensor) -> None:
-        self.teacher = TorchGraph(network).to(sample.device)
+    def __init__(self, network: ir.Model, sample: Batch, device: torch.device) -> None:
+        self.teacher, self.device = TorchGraph(network).to(device), device
         shape = network.graph.inputs[0].shape
         fixed = shape[0] if shape is not None else None
         self.size: int | None = None
-        if isinstance(fixed, int) and not self._takes(sample.repeat(fixed + 1, 1, 1, 1)[: fixed + 1], fixed):
+        if isinstance(fixed, int) and not self._takes(_filled(self.feeds(sample), fixed + 1), fixed):
             self.size = fixed
 
-    def __call__(self, graph: Student | TorchGraph, images: Tensor) -> Outputs:
-        """Outputs by name for images float32 [N, C, H, W]."""
+    def feeds(self, batch: Batch) -> Feeds:
+        """What the graphs read of a batch, on their device."""
+        return {name: value.to(self.device) for name, value in self.teacher.feeds(batch).items()}
+
+    def __call__(self, graph: Student | TorchGraph, feeds: Feeds) -> Outputs:
+        """Outputs by name for any number of images and what is read beside them."""
         if self.size is None:
-            outputs: Outputs = graph(images)
+            outputs: Outputs = graph(feeds)
             return outputs
         parts: list[Outputs] = []
-        for part in torch.split(images, self.size):
-            # A last part that is too short is filled up with its last image.
-            filled = torch.cat([part, part[-1:].expand(self.size - len(part), *part.shape[1:])])
-            parts.append({name: value[: len(part)] for name, value in graph(filled).items()})
+        for start in range(0, len(next(iter(feeds.values()))), self.size):
+            part = {name: value[start : start + self.size] for name, value in feeds.items()}
+            count = len(next(iter(part.values())))
+            parts.append({name: value[:count] for name, value in graph(_filled(part, self.size)).items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def targets(self, images: Tensor) -> Outputs:
+    def targets(self, feeds: Feeds) -> Outputs:
         """What the float graph answers; finite, else :class:`ResvitError`."""
         with torch.no_grad():
-            outputs = self(self.teacher, images)
+            outputs = self(self.teacher, feeds)
         if not all(bool(value.isfinite().all()) for value in outputs.values()):
             raise ResvitError(
                 "The float model gives NaN or infinity for training images, and has nothing to teach.",
@@ -140,17 +144,27 @@ class Pieces:
             )
         return outputs
 
-    def _takes(self, images: Tensor, fixed: int) -> bool:
+    def _takes(self, feeds: Feeds, fixed: int) -> bool:
         """Whether a batch that is larger than the graph's own gives each image its own outputs."""
         with torch.no_grad():
             try:
-                together, alone = self.teacher(images), self.teacher(images[:fixed])
+                together = self.teacher(feeds)
+                alone = self.teacher({name: value[:fixed] for name, value in feeds.items()})
             except RuntimeError:
                 return False
         return all(
-            len(value) == len(images) and torch.allclose(value[:fixed], alone[name], rtol=1e-3, atol=1e-4)
+            len(value) == fixed + 1 and torch.allclose(value[:fixed], alone[name], rtol=1e-3, atol=1e-4)
             for name, value in together.items()
         )
+
+
+def _filled(feeds: Feeds, count: int) -> Feeds:
+    """``count`` entries of each: what is missing is the last one again."""
+    found = {}
+    for name, value in feeds.items():
+        kept = value[:count]
+        found[name] = torch.cat([kept, kept[-1:].expand(count - len(kept), *kept.shape[1:])])
+    return found
 
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

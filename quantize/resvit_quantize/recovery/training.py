@@ -110,7 +110,7 @@ class RecoveryLearner:
     ) -> None:
         self.images, self.held_out, self.used, self.options, self.device = images, held_out, used, options, device
         self.student = Student(plan, bits, device)
-        self.pieces = Pieces(teacher, self._tensors(next(images.batches_at(used, options.batch)))[0])
+        self.pieces = Pieces(teacher, next(images.batches_at(used, options.batch)), device)
         self.constants, self.stretches = [*self.student.trained.values()], [*self.student.stretches.values()]
         groups = [{"params": [p], "size": max(_rms(p), _SMALLEST_SIZE)} for p in self.constants]
         groups += [{"params": self.stretches, "size": 1.0 if options.learned_clips else 0.0}]
@@ -119,8 +119,9 @@ class RecoveryLearner:
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The distance from the teacher's answers, and from the labels where they count."""
         del step
-        images, labels = self._tensors(batch)
-        return distance(self.pieces(self.student, images), self.pieces.targets(images), labels, self.options)
+        feeds = self.pieces.feeds(batch)
+        labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(self.device)
+        return distance(self.pieces(self.student, feeds), self.pieces.targets(feeds), labels, self.options)
 
     def clip(self) -> Tensor:
         """Bound the gradients of constants and clips apart; the norm of the constants'."""
@@ -152,9 +153,9 @@ class RecoveryLearner:
         plain = dataclasses.replace(self.options, label_weight=0.0)
         with torch.no_grad():
             for batch in self.images.batches_at(self.held_out, self.options.batch):
-                images, _ = self._tensors(batch)
-                targets, outputs = self.pieces.targets(images), self.pieces(self.student, images)
-                loss += float(distance(outputs, targets, None, plain)) * len(images)
+                feeds = self.pieces.feeds(batch)
+                targets, outputs = self.pieces.targets(feeds), self.pieces(self.student, feeds)
+                loss += float(distance(outputs, targets, None, plain)) * len(batch.images)
                 noise += sum(float((outputs[n] - t).square().sum()) for n, t in targets.items())
                 signal += sum(float(t.square().sum()) for t in targets.values())
                 name = _classifier(targets)
@@ -162,7 +163,7 @@ class RecoveryLearner:
                     same = None
                 else:
                     same += float((outputs[name].argmax(1) == targets[name].argmax(1)).sum())
-                seen += len(images)
+                seen += len(batch.images)
         agreement = None if same is None else same / seen
         return Score(step, loss / seen, noise / max(signal, 1e-12), agreement, train_loss)
 
@@ -180,10 +181,6 @@ class RecoveryLearner:
         scores = left / min(self.options.evaluate_every, schedule.steps_per_epoch)
         # A held-out image costs about half of a training step's: forward only, twice.
         return each * (left + 0.5 * scores * len(self.held_out) / self.options.batch)
-
-    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(self.device)
-        return torch.from_numpy(batch.images).to(self.device), labels
 
 
 def _rms(value: Tensor) -> float:

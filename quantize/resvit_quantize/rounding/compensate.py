@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.runtime.sessions import cpu_count
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.equalize.biases import add_biases
@@ -73,9 +74,9 @@ class Compensation:
 
 
 def compensate(
-    plan: Plan, images: Sequence[np.ndarray], settings: QuantizeSettings, reporter: Reporter = SILENT
+    plan: Plan, images: Sequence[Batch], settings: QuantizeSettings, reporter: Reporter = SILENT
 ) -> Compensation:
-    """Round all weights of the plan on calibration images, float32 [B, C, H, W] in chunks of the graph's batch.
+    """Round all weights of the plan on calibration images, in chunks of the graph's batch.
 
     Every chunk's live activations stay in memory. Raises :class:`ResvitError` for weights that are not finite and
     graphs that torch cannot run.
@@ -105,7 +106,7 @@ class _Run:
         self,
         graph: TorchGraph,
         plan: Plan,
-        images: Sequence[np.ndarray],
+        images: Sequence[Batch],
         settings: QuantizeSettings,
         importance: Mapping[ir.Node, Tensor],
     ) -> None:
@@ -117,7 +118,8 @@ class _Run:
         self.readers = Counter(edge_key(edge) for edge in plan.placement.edges)
         self.shared = Counter(weight_key(weight)[0] for weight in plan.placement.weights)
         self.count = len(images)
-        self.exact: dict[str, Chunks] = {graph.image: [torch.from_numpy(chunk) for chunk in images]}
+        feeds = [graph.feeds(chunk) for chunk in images]
+        self.exact: dict[str, Chunks] = {name: [each[name] for each in feeds] for name in graph.inputs}
         self.noisy = dict(self.exact)
 
     def step(self, node: ir.Node) -> None:

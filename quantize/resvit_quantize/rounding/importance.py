@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_quantize.torch_graph.graph import TorchGraph
 
 _IMAGES = 64
@@ -23,12 +23,10 @@ _FLOOR = 0.05
 """The least weight of a position, the mean being one: it keeps fits regular where only few positions matter."""
 
 
-def position_importance(
-    graph: TorchGraph, nodes: Iterable[ir.Node], chunks: Sequence[np.ndarray]
-) -> dict[ir.Node, Tensor]:
+def position_importance(graph: TorchGraph, nodes: Iterable[ir.Node], chunks: Sequence[Batch]) -> dict[ir.Node, Tensor]:
     """A weight for each output position of an image, [P] with a mean of one, by node.
 
-    ``chunks`` are images float32 [B, C, H, W] in the graph's batch; the first 64 images are looked at.
+    ``chunks`` hold as many images as the graph's batch; the first 64 images are looked at.
     """
     wanted, generator = set(nodes), torch.Generator().manual_seed(0)
     sums: dict[ir.Node, Tensor] = {}
@@ -41,14 +39,18 @@ def position_importance(
 
         def hook(gradient: Tensor) -> None:
             found = _by_position(node, gradient)
-            sums[node] = found if node not in sums else sums[node] + found
+            if node in sums and len(found) != len(sums[node]):
+                wanted.discard(node)  # its rows are not positions of one image: the images lie along another axis
+                del sums[node]
+            elif node in wanted:
+                sums[node] = sums.get(node, 0.0) + found
 
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
     seen = 0
     for chunk in chunks:
-        outputs = [v for v in graph(torch.from_numpy(chunk), writing=writing).values() if v.requires_grad]
+        outputs = [v for v in graph(graph.feeds(chunk), writing=writing).values() if v.requires_grad]
         for left in reversed(range(_PROBES)):
             # Every output counts alike, whatever its unit.
             signs = [
@@ -57,7 +59,7 @@ def position_importance(
             ]
             if outputs:
                 torch.autograd.backward(outputs, signs, retain_graph=left > 0)
-        seen += len(chunk)
+        seen += len(chunk.images)
         if seen >= _IMAGES:
             break
     return {node: _normalised(found) for node, found in sums.items() if found.sum() > 0 and found.isfinite().all()}

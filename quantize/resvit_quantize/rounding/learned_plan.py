@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
+from resvit_calibrate.readers.user.loader import in_batches_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.table import Precision
@@ -30,7 +32,8 @@ _MEMORY = 3 << 29
 """Bytes of activations that both networks may keep alive at once: 1.5 GiB."""
 _DYNAMIC_CHUNK = 8
 
-ImageSource = Callable[[int], Iterable[np.ndarray]]
+ImageSource = Callable[[int], Iterable[Batch]]
+"""The first so many images, or all if there are fewer, in batches of any size."""
 
 
 def learned_plan(
@@ -80,23 +83,15 @@ def _asked_for(plan: Plan, settings: QuantizeSettings) -> set[str]:
     return included | set(settings.precisions)
 
 
-def _chunks(images: ImageSource, plan: Plan) -> Iterable[np.ndarray]:
+def _chunks(images: ImageSource, plan: Plan) -> Iterator[Batch]:
     """Calibration images in whole chunks of the graph's batch, as many as the memory holds."""
     shape = plan.network.graph.inputs[0].shape
     fixed = shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
     size = fixed or _DYNAMIC_CHUNK
     wanted = max(min(_MOST, _MEMORY // max(2 * _live_bytes(plan), 1)), size)
-    waiting: list[np.ndarray] = []
-    count = taken = 0
-    for batch in images(wanted):
-        waiting.append(batch)
-        count += len(batch)
-        while count >= size and taken + size <= wanted:
-            whole = np.concatenate(waiting)
-            yield np.ascontiguousarray(whole[:size])
-            waiting, count, taken = [whole[size:]], len(whole) - size, taken + size
-    if fixed is None and count and taken < wanted:
-        yield np.concatenate(waiting)[: wanted - taken]
+    for chunk in in_batches_of(size, images(wanted if fixed is None else wanted - wanted % fixed)):
+        if fixed is None or len(chunk.images) == fixed:
+            yield chunk
 
 
 def _live_bytes(plan: Plan) -> int:
@@ -119,7 +114,7 @@ def _live_bytes(plan: Plan) -> int:
     return max(most // max(batch, 1), 1)
 
 
-def _announcement(plan: Plan, chunks: list[np.ndarray]) -> str:
+def _announcement(plan: Plan, chunks: list[Batch]) -> str:
     """How much there is to do and about how long it takes, by the speed of a matrix product on this machine."""
     side = 768
     square = torch.ones(side, side)
@@ -128,7 +123,7 @@ def _announcement(plan: Plan, chunks: list[np.ndarray]) -> str:
     for _ in range(3):
         _ = square @ square
     rate = 3 * side**3 / max(time.perf_counter() - begin, 1e-9)  # multiply-accumulates a second
-    images = sum(len(chunk) for chunk in chunks)
+    images = sum(len(chunk.images) for chunk in chunks)
     # Two forward passes, and about as much again around them at a third of the speed.
     passes = 6.0 * images * sum(product.macs for product in plan.analysis.products)
     seconds = (passes + _fitting(plan.analysis)) / rate

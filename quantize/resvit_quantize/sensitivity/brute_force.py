@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
@@ -21,7 +22,7 @@ Outputs = dict[str, npt.NDArray[np.float64]]
 def measured_noise(
     formats: Sequence[QuantizableProducts],
     bits: int,
-    batches: Sequence[npt.NDArray[np.float32]],
+    batches: Sequence[Batch],
     reporter: Reporter = SILENT,
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Noise-to-signal power by precision: of each layer quantised alone, and of all that the rules quantise."""
@@ -61,19 +62,19 @@ def _bytes(network: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(network).SerializeToString())
 
 
-def _survives_optimizing(model: bytes, batches: Sequence[npt.NDArray[np.float32]]) -> bool:
+def _survives_optimizing(model: bytes, batches: Sequence[Batch]) -> bool:
     """Whether ONNX Runtime's optimiser leaves a graph's outputs as they are; some FP8 graphs it breaks."""
-    (image,) = onnx_runner(model, optimize=False).dtypes
-    return not checked_runner(model, {image: batches[0][:4]})[1]
+    image = next(iter(onnx_runner(model, optimize=False).dtypes))
+    return not checked_runner(model, batches[0].first(4).feeds(image))[1]
 
 
-def _outputs(runner: OnnxRunner, batches: Sequence[npt.NDArray[np.float32]]) -> Outputs:
-    (image,) = runner.dtypes
+def _outputs(runner: OnnxRunner, batches: Sequence[Batch]) -> Outputs:
+    image = next(iter(runner.dtypes))
     found: dict[str, list[npt.NDArray[np.float64]]] = {}
     for batch in batches:
-        for name, value in runner({image: batch}).items():
+        for name, value in runner(batch.feeds(image)).items():
             if np.issubdtype(value.dtype, np.floating):
-                rows = value.reshape(len(batch), -1).astype(np.float64)
+                rows = value.reshape(len(batch.images), -1).astype(np.float64)
                 found.setdefault(name, []).append(
                     rows - rows.mean(axis=1, keepdims=True) if rows.shape[1] > 1 else rows
                 )

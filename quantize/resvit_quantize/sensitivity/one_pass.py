@@ -87,11 +87,14 @@ class DamageEstimate:
 
         Raises :class:`ResvitError` for outputs that are not finite.
         """
-        count, pixels = len(batch.images), batch.images
+        count = len(batch.images)
         # What fills a fixed batch up gets no signs, so that it counts nowhere.
-        images = torch.from_numpy(np.concatenate([pixels, np.repeat(pixels[-1:], self.batch - count, axis=0)]))
+        feeds = {
+            name: torch.cat([value, value[-1:].repeat(self.batch - count, *[1] * (value.ndim - 1))])
+            for name, value in self.graph.feeds(batch).items()
+        }
         dots: dict[_Key, float] = {}
-        clean = self._measured(self._forward_with_errors(images, dots), batch)
+        clean = self._measured(self._forward_with_errors(feeds, dots), batch)
         for name, value in clean.items():
             self.signal[name] += _power(value.detach())
         # A loss of one image at a time has one direction, and needs no probes to find its length.
@@ -106,7 +109,7 @@ class DamageEstimate:
                 self.moved[name][key] += dot**2
         for each in self.formats:
             with torch.no_grad():
-                noisy = self._measured(self.graph(images, self._quantized_reading(each)), batch)
+                noisy = self._measured(self.graph(feeds, self._quantized_reading(each)), batch)
             for name, value in clean.items():
                 self.noise[each.precision.value][name] += _power(noisy[name] - value.detach())
         self.images += count
@@ -138,7 +141,7 @@ class DamageEstimate:
             for precision, by_output in self.noise.items()
         }
 
-    def _forward_with_errors(self, images: Tensor, dots: dict[_Key, float]) -> dict[str, Tensor]:
+    def _forward_with_errors(self, feeds: dict[str, Tensor], dots: dict[_Key, float]) -> dict[str, Tensor]:
         """The float outputs; a backward pass from them then fills ``dots`` with ``(Jᵀu)·d`` of every product."""
         read: dict[int, Tensor] = {}
 
@@ -170,7 +173,7 @@ class DamageEstimate:
             result.register_hook(hook)  # type: ignore[no-untyped-call]
             return result
 
-        clean: dict[str, Tensor] = self.graph(images, reading, writing)
+        clean: dict[str, Tensor] = self.graph(feeds, reading, writing)
         for name, value in clean.items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise ResvitError(

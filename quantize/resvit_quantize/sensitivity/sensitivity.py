@@ -18,17 +18,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.ranges import Ranges
-from resvit_calibrate.readers.user.batch import Item
-from resvit_calibrate.readers.user.loader import batch_of
+from resvit_calibrate.readers.user.loader import in_batches_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
@@ -40,8 +36,6 @@ from resvit_quantize.settings import QuantizeSettings
 if TYPE_CHECKING:
     from resvit_quantize.sensitivity.task_loss import TaskLoss
 
-Images = Iterable[npt.NDArray[np.float32]]
-"""Batches float32 [B, C, H, W] of any size."""
 COVERAGE = 0.98
 """The share of the multiply-accumulates that a short list of exclusions should leave quantised."""
 
@@ -159,7 +153,7 @@ def measure_sensitivity(
     graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
-    images: Images | Iterable[Batch],
+    images: Iterable[Batch],
     reporter: Reporter = SILENT,
     total: int = 0,
     *,
@@ -168,9 +162,9 @@ def measure_sensitivity(
     seed: int = 0,
     loss: TaskLoss | None = None,
 ) -> Sensitivity:
-    """Estimate all damages in one pass over ``images`` (``total`` of them, for the progress).
+    """Estimate all damages in one pass over ``images``, in batches of any size (``total`` of them, for the progress).
 
-    With ``loss``, the images are ``Batch``es with their targets, and a damage is ``E[(g·d)²] / E[L²]``: the squared
+    With ``loss``, the images have their targets, and a damage is ``E[(g·d)²] / E[L²]``: the squared
     change of an image's loss to first order, against the loss itself; ``g`` is its gradient at the layer's output.
 
     ``probes`` backward passes are made for an image. The same seed gives the same result on the same machine.
@@ -185,7 +179,7 @@ def measure_sensitivity(
     count = 0
     size = estimates[0].batch
     with threads_for(sum(product.macs for product in formats[0].plan.analysis.products)):
-        for batch in reporter.track(_batches_of(images, size), "sensitivity", total, size):
+        for batch in reporter.track(in_batches_of(size, images), "sensitivity", total, size):
             for estimate in estimates:
                 estimate.add(batch)
             count += len(batch.images)
@@ -203,7 +197,7 @@ def brute_force_sensitivity(
     graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
-    images: Images,
+    images: Iterable[Batch],
     reporter: Reporter = SILENT,
     *,
     precisions: tuple[str, ...] = ("int8", "fp8"),
@@ -215,8 +209,8 @@ def brute_force_sensitivity(
     """
     from resvit_quantize.sensitivity.brute_force import measured_noise
 
-    batches = [np.ascontiguousarray(batch, np.float32) for batch in images]
-    count = sum(map(len, batches))
+    batches = list(images)
+    count = sum(len(batch.images) for batch in batches)
     _require_images(count)
     formats = _formats(graph, ranges, settings, precisions)
     damage, together = measured_noise(formats, settings.bits, batches, reporter)
@@ -234,20 +228,6 @@ def _formats(
     if settings.bits < 8:
         wanted = [Precision.INT8]
     return tuple(quantizable_products(graph, ranges, settings, precision) for precision in wanted)
-
-
-def _batches_of(images: Images | Iterable[Batch], size: int) -> Iterator[Batch]:
-    """The same images in batches of ``size``, the last one perhaps smaller; with their targets, where they have any."""
-    rest: list[Item] = []
-    for some in images:
-        batch = some if isinstance(some, Batch) else Batch(some, None)
-        for index, image in enumerate(batch.images):
-            rest.append(Item(image, target=batch.targets[index] if batch.targets else None))
-            if len(rest) == size:
-                yield batch_of(rest)
-                rest = []
-    if rest:
-        yield batch_of(rest)
 
 
 def _require_images(count: int) -> None:

@@ -6,7 +6,7 @@ names; PyTorch's program has others, and a model that came as ONNX has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.graph.network import constant
 from resvit_quantize.torch_graph.operators import OPERATORS
@@ -42,7 +43,7 @@ class TorchGraph(nn.Module):
                 ExitCode.IMPOSSIBLE,
             )
         self.nodes = list(model.graph)
-        self.image = str(model.graph.inputs[0].name)
+        self.inputs = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
         self.outputs = [str(value.name) for value in model.graph.outputs]
         self.slots: dict[str, str] = {}
         """Where the constant of each name lives in this module."""
@@ -63,12 +64,22 @@ class TorchGraph(nn.Module):
         found: Tensor = getattr(self, self.slots[name])
         return found
 
+    def feeds(self, batch: Batch) -> dict[str, Tensor]:
+        """What the graph reads of a batch, by the names of its inputs; the images are its first."""
+        arrays = batch.feeds(self.inputs[0])
+        if missing := [name for name in self.inputs if name not in arrays]:
+            raise ResvitError(
+                f"The network reads {', '.join(missing)} beside its images, and the data does not give it.",
+                "Give it in the batches' `inputs`, by name.",
+            )
+        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in self.inputs}
+
     def forward(
-        self, images: Tensor, reading: Reading | None = None, writing: Writing | None = None
+        self, feeds: Mapping[str, Tensor], reading: Reading | None = None, writing: Writing | None = None
     ) -> dict[str, Tensor]:
-        """Compute the graph's outputs by name; ``images`` float32 [B, C, H, W] is its first input."""
+        """Compute the graph's outputs by name from what its inputs are fed, as :meth:`feeds` gives it."""
         values: dict[str, Tensor] = {name: self.tensor(name) for name in self.slots}
-        values[self.image] = images
+        values.update(feeds)
         for node in self.nodes:
             inputs: list[Any] = [None if v is None else values[str(v.name)] for v in node.inputs]
             heard = node.op_type in _HEARD

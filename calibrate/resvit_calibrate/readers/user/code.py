@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from resvit_engines.files import sha256_bytes, sha256_file
+from resvit_engines.outside import expanded
 
 ABSENT = "absent"
 """In the place of a digest, where nothing was there."""
@@ -80,7 +81,7 @@ def module_from(place: str) -> ModuleType:
     if not place.endswith(".py"):
         with _importable(Path.cwd()):
             return importlib.import_module(place)
-    path = Path(place).expanduser()
+    path = expanded(place)
     spec = importlib.util.spec_from_file_location(f"_resvit_user_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_kno
 from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import expanded, leads_to_file
 
 Split = Literal["calibration", "validation"]
 _PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
@@ -36,6 +36,11 @@ class Factory:
         except (TypeError, ValueError):
             parameters = ()  # type: ignore[assignment]  # a built-in without a signature takes no split
         self.splits = any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    @property
+    def name(self) -> str:
+        """Its file or module and its own name, without a path."""
+        return self.text.replace("\\", "/").rpartition("/")[2]
 
     def images(self, split: Split, preprocess: Preprocess) -> Iterator[Item]:
         """Call it and pass on one image at a time, with its label or target."""
@@ -72,7 +77,7 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if match is None:
         return None
     module, name = match["module"], match["name"]
-    if module.endswith(".py") and not Path(module).expanduser().is_file():
+    if module.endswith(".py") and not leads_to_file(expanded(module)):
         raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
         loaded = module_from(module)
@@ -106,12 +111,10 @@ class StreamImageSet(ImageSet):
     against the first, since a comparison needs the same images every time.
     """
 
-    prepared = True
-
     def __init__(self, factory: Factory, split: Split, preprocess: Preprocess, stop: int | None) -> None:
         self._factory = factory
         self._split: Split = split
-        self.preprocess = preprocess
+        self.preprocess, self.factory = preprocess, factory.name
         self._kept: dict[int, _Seen] = {}
         tasks: set[str | None] = set()
         classes: dict[str, tuple[int, ...]] = {}
@@ -135,11 +138,12 @@ class StreamImageSet(ImageSet):
     def _describe(self) -> None:
         self.contents = tuple(seen.content for seen in self._kept.values())
         self.digest = digest_of(self.contents, self.labels, [seen.about for seen in self._kept.values()])
-        self.description = f"{len(self)} images of {self._factory.text.rpartition('/')[2]} ({self._split})"
+        self.description = f"{len(self)} images of {self.factory} ({self._split})"
 
     def _only(self, kept: dict[int, _Seen], split: Split) -> StreamImageSet:
         other = StreamImageSet.__new__(StreamImageSet)
         other._factory, other._split, other.preprocess, other._kept = self._factory, split, self.preprocess, kept
+        other.factory = self.factory
         other.task, other.num_classes = self.task, self.num_classes
         other._describe()
         return other
@@ -222,3 +226,31 @@ def batch_of(items: Sequence[Item]) -> Batch:
         geometry if len(geometry) == len(items) else None,
         {name: np.stack([item.inputs[name] for item in items]) for name in items[0].inputs},
     )
+
+
+def items_in(batch: Batch) -> Iterator[Item]:
+    """The images of a batch one by one, each with what is known of it."""
+    for index, image in enumerate(batch.images):
+        yield Item(
+            image,
+            None if batch.labels is None else int(batch.labels[index]),
+            None if batch.targets is None else batch.targets[index],
+            None if batch.geometry is None else batch.geometry[index],
+            {name: value[index] for name, value in batch.inputs.items()},
+        )
+
+
+def in_batches_of(size: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same images in batches of ``size``, the last one perhaps smaller."""
+    waiting: list[Item] = []
+    for batch in batches:
+        if not waiting and len(batch.images) == size:
+            yield batch
+            continue
+        for item in items_in(batch):
+            waiting.append(item)
+            if len(waiting) == size:
+                yield batch_of(waiting)
+                waiting = []
+    if waiting:
+        yield batch_of(waiting)

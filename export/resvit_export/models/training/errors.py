@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import click
 
-from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.terminal import clean_streams, printable
+from resvit_engines.errors import ExitCode, ResvitError, printable
+from resvit_engines.terminal import clean_streams
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,9 +21,16 @@ def environment() -> Environment:
             "pip install 'resvit-export[host]'",
             ExitCode.MISSING,
         ) from error
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        """Names come from files: what is no character to see stands there as an escape, as on a terminal."""
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

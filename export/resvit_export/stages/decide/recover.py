@@ -73,21 +73,21 @@ class Recover(Stage[Recovered]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the trained model, its clips, and how it was trained."""
-        from resvit_calibrate.ranges.ranges import load_ranges
-        from resvit_calibrate.ranges.statistics import load_statistics
+        from resvit_calibrate.ranges.ranges import ranges_from_json
+        from resvit_calibrate.ranges.statistics import statistics_from_npz
         from resvit_quantize.recovery.options import RecoverOptions
         from resvit_quantize.recovery.recover import recover_model
 
         report = recover_model(
             self.model.path,
-            load_ranges(self.ranges.path),
+            ranges_from_json(self.ranges.content(), str(self.ranges.path)),
             self.settings,
             self.images,
             folder / MODEL,
             folder.parent / RESUME,
             RecoverOptions(epochs=self.epochs, seed=self.seed),
             reporter,
-            statistics=load_statistics(self.statistics.path),
+            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path)),
         )
         document = report.to_json()
         (folder / CLIPS).write_bytes(pretty_json(document.pop("clips")))

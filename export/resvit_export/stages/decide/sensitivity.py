@@ -62,23 +62,22 @@ class Measure(Stage[Measured]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the damage of every layer; a graph without gradients is refused unless the method is brute force."""
-        from resvit_calibrate.answers.replay import FirstImages
-        from resvit_calibrate.ranges.ranges import load_ranges
+        from resvit_calibrate.ranges.ranges import ranges_from_json
         from resvit_quantize.graph.analysed import graph_from_onnx
         from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
         from resvit_quantize.sensitivity.task_loss import task_loss
 
-        graph, ranges = graph_from_onnx(self.model.path), load_ranges(self.ranges.path)
+        graph, ranges = graph_from_onnx(self.model.path), ranges_from_json(self.ranges.content(), str(self.ranges.path))
+        images = self.images.first(self.count, 16)
         if self.method is Method.BRUTE_FORCE:
-            few = self.images.first(self.count, 16)
-            damage = brute_force_sensitivity(graph, ranges, self.settings, few, reporter, precisions=self.precisions)
+            damage = brute_force_sensitivity(graph, ranges, self.settings, images, reporter, precisions=self.precisions)
         else:
             loss = task_loss(self.task.task(), self.images)
             damage = measure_sensitivity(
                 graph,
                 ranges,
                 self.settings,
-                self.images.first(self.count, 16) if loss is None else FirstImages(self.images, self.count).batches(16),
+                images,
                 reporter,
                 self.count,
                 precisions=self.precisions,

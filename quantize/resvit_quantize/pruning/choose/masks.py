@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from resvit_quantize.pruning.copies import forgetting
 from resvit_quantize.pruning.groups import Group, Role, Slice
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -138,7 +139,7 @@ def _called(module: nn.Module, paths: set[str], example: Tensor) -> set[str]:
 
     handles = [module.get_submodule(path).register_forward_pre_hook(noting(path)) for path in sorted(paths)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), forgetting(module):
             module(example)
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resvit_engines.errors import ResvitError
 from resvit_engines.targets.costs import LayerKind
 from resvit_quantize.pruning.choose.costs import Attending, Axis, Costs, Weighted, Weights, heads_over
+from resvit_quantize.pruning.copies import forgetting
 from resvit_quantize.pruning.groups import Group, Kind
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -130,7 +131,7 @@ def _run(module: nn.Module, image: Tensor) -> tuple[list[_Call], list[_Product]]
         handles += [each.register_forward_pre_hook(entering(path)), each.register_forward_hook(leaving)]
     linear = frozenset(path for path, each in module.named_modules() if isinstance(each, nn.Linear))
     try:
-        with _evaluated(module), _Products(inside, linear) as seen:
+        with _evaluated(module), forgetting(module), _Products(inside, linear) as seen:
             module(image)
     finally:
         for handle in handles:

@@ -6,7 +6,6 @@ and V, then ``scaled_dot_product_attention`` or a softmax over a square of token
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.structure import number_attributes, set_tensor
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -108,7 +108,7 @@ def attentions(module: nn.Module, example: Tensor) -> tuple[Attention, ...]:
     for path, each in module.named_modules():
         handles += [each.register_forward_pre_hook(entering(path, each)), each.register_forward_hook(leave)]
     try:
-        with _Watch(stack):
+        with forgetting(module), _Watch(stack):
             module(example)
     finally:
         for handle in handles:
@@ -181,7 +181,7 @@ def head_counts(module: nn.Module, attention: Attention, example: Tensor) -> dic
     Every guess is tried on the module itself, on ``example``, its input: with a head removed it must give what it
     gives with that head's outputs unread. None where no guess holds.
     """
-    inside = copy.deepcopy(module.get_submodule(attention.path))
+    inside = copy_of(module.get_submodule(attention.path))
     for counts in _guesses(inside, attention):
         if _holds(inside, attention, counts, example):
             return counts
@@ -213,7 +213,7 @@ def _holds(inside: nn.Module, attention: Attention, counts: Mapping[str, int], e
     kept = np.arange(attention.heads)[attention.heads // 2 :]
     gone = np.arange(attention.heads)[: attention.heads // 2]
     columns = np.arange(attention.inner).reshape(attention.heads, -1)
-    full, less = copy.deepcopy(inside), copy.deepcopy(inside)
+    full, less = copy_of(inside), copy_of(inside)
     prefix = f"{attention.path}."
     for writer, rows in attention.rows().items():
         _take(less, writer.removeprefix(prefix), 0, np.sort(rows[kept].ravel()))

@@ -8,7 +8,6 @@ the walk itself, which has a bound.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention
 from resvit_quantize.pruning.find.joins import EntangledError, Node, Part, set_maps
 
@@ -102,7 +102,7 @@ def traced(
             "pip install 'resvit-export[host]'.",
             ExitCode.MISSING,
         ) from error
-    model = copy.deepcopy(module).eval().requires_grad_(True)
+    model = copy_of(module).eval().requires_grad_(True)
     cores: dict[str, nn.Module] = {}
     for attention in attentions:
         cores[attention.path] = _Core(attention)

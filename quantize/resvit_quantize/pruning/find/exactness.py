@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resvit_quantize.pruning.apply import prune
+from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.find.attention_heads import close
 from resvit_quantize.pruning.groups import Group, Kept, Kind, Role
 
 
 def probe(module: nn.Module) -> nn.Module:
     """A copy whose norms and biases are random, so that no error hides behind ones and zeros. In evaluation mode."""
-    made = copy.deepcopy(module).eval()
+    made = copy_of(module).eval()
     with torch.no_grad():
         for owner in made.modules():
             for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
@@ -73,7 +73,7 @@ def _search(groups: Sequence[Group], problem: Callable[[Sequence[Group]], str], 
 
 
 def _differs(module: nn.Module, groups: Sequence[Group], kept: Kept, image: Tensor) -> str:
-    zeroed = copy.deepcopy(module)
+    zeroed = copy_of(module)
     state = zeroed.state_dict()
     for group in groups:
         gone = np.setdiff1d(np.arange(group.units), kept[group.name])
@@ -102,7 +102,7 @@ def _breaks(module: nn.Module, groups: Sequence[Group], kept: Kept, image: Tenso
 
 
 def _pruned(module: nn.Module, groups: Sequence[Group], kept: Kept, image: Tensor) -> list[Tensor] | str:
-    less = copy.deepcopy(module)
+    less = copy_of(module)
     try:
         prune(less, groups, {group.name: kept[group.name] for group in groups})
         return _outputs(less, image)
@@ -112,6 +112,6 @@ def _pruned(module: nn.Module, groups: Sequence[Group], kept: Kept, image: Tenso
 
 
 def _outputs(module: nn.Module, image: Tensor) -> list[Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), forgetting(module):
         leaves = pytree.tree_leaves(module(image))
     return [each for each in leaves if isinstance(each, Tensor)]

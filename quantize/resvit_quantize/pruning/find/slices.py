@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.find.attention_heads import LAYERS, close
 from resvit_quantize.pruning.find.dependencies import Touched
 from resvit_quantize.pruning.find.joins import EntangledError
@@ -220,7 +220,7 @@ def reads_linearly(module: nn.Module) -> bool:
     if type(module).forward in plain or not isinstance(module, (*LAYERS, *_TRANSPOSED)):
         return True
     axis = 0 if isinstance(module, _TRANSPOSED) else 1
-    zeroed, less = copy.deepcopy(module), copy.deepcopy(module)
+    zeroed, less = copy_of(module), copy_of(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     kept = max(1, weight.shape[axis] // 2)

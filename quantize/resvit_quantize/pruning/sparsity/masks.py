@@ -10,7 +10,6 @@ linear layer reads maps [B, H, W, C]. It passes over subclasses with a forward o
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_quantize.modelopt.quiet import quiet_modelopt
+from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.sparsity.report import LeftAlone, SparseMethod, SparseReport
 
 Layer: TypeAlias = "nn.Linear | _ConvNd"
@@ -112,7 +112,8 @@ def _seen(module: nn.Module, layers: dict[str, Layer], images: Tensor) -> _Run:
         for name, layer in layers.items()
     ]
     try:
-        leaves = torch.utils._pytree.tree_leaves(module(images))
+        with forgetting(module):
+            leaves = torch.utils._pytree.tree_leaves(module(images))
     finally:
         for hook in hooks:
             hook.remove()
@@ -153,7 +154,7 @@ def _reads_weight_as_it_is(layer: Layer) -> bool:
         return True
     # A forward of its own: with weights twice as large it must answer twice as much, or it does not use them so.
     try:
-        twice = copy.deepcopy(layer).float()
+        twice = copy_of(layer).float()
         if twice.bias is not None:
             twice.bias.zero_()
         sides = () if isinstance(layer, nn.Linear) else tuple(4 * side for side in layer.kernel_size)
@@ -179,8 +180,9 @@ def _hessians(module: nn.Module, layers: dict[str, Layer], batches: Iterable[Ten
         for name, layer in layers.items()
     ]
     try:
-        for images in batches:
-            module(images)
+        with forgetting(module):
+            for images in batches:
+                module(images)
     finally:
         for hook in hooks:
             hook.remove()

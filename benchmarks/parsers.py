@@ -1,0 +1,651 @@
+"""Every parser of data from outside, with data that it reads, and how to change that.
+
+A parser is a function of a file (or of a folder, with one file in it changed) that gives something or raises
+``ResvitError``. ``ended`` says how one attempt ended; anything but ``read`` or ``refused`` is a fault.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mutants
+import numpy as np
+
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import SILENT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Mutator = Callable[[bytes, random.Random], bytes]
+ALLOWED = frozenset(ExitCode) - {ExitCode.OK, ExitCode.BUG, ExitCode.USAGE}
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Parser:
+    """``read`` gets the path of the first of ``files``, or of their folder; one of those in ``change`` is changed."""
+
+    read: Callable[[Path], object]
+    files: Mapping[str, bytes]
+    change: Mapping[str, Mutator]
+    whole: bool = False
+    """``read`` gets the folder."""
+
+
+def ended(parser: Parser, dice: random.Random, folder: Path) -> str:
+    """Change one thing, read it, and say how that ended."""
+    name = dice.choice(sorted(parser.change))
+    for other, content in parser.files.items():
+        path = folder / other
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(parser.change[name](content, dice) if other == name else content)
+    seen: list[str] = []
+    before, tempfile.tempdir = tempfile.tempdir, str(folder / "scratch")
+    (folder / "scratch").mkdir(exist_ok=True)
+    try:
+        with mutants.watched(folder, seen), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parser.read(folder if parser.whole else folder / next(iter(parser.files)))
+        result = "read"
+    except ResvitError as error:
+        result = "refused"
+        if error.code not in ALLOWED:
+            result = f"exit code {error.code}: {error.problem:.150}"
+        elif _COMMANDS.search(str(error)):
+            result = f"control characters: {str(error)!r:.200}"
+    except Exception as error:  # noqa: BLE001 what is counted here
+        result = f"{type(error).__name__}: {error}"[:300]
+    finally:
+        tempfile.tempdir = before
+    return f"touched {seen[0]}" if seen else result
+
+
+def parsers() -> dict[str, Parser]:
+    """All of them, by what they read."""
+    return {
+        **_checkpoints(),
+        **_onnx(),
+        **_records(),
+        **_trust(),
+        **_device(),
+        **_calibration(),
+        **_data(),
+        **_pictures(),
+    }
+
+
+def _one(read: Callable[[Path], object], name: str, content: bytes, change: Mutator) -> Parser:
+    return Parser(read, {name: content}, {name: change})
+
+
+def _checkpoints() -> dict[str, Parser]:
+    import torch
+    from safetensors.torch import save
+    from torch import nn
+
+    from resvit_export.loading.checkpoint import load_checkpoint
+    from resvit_export.tools.inspect import describe_file
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+
+    def read(path: Path) -> None:
+        try:
+            load_checkpoint(network(), path)
+        finally:
+            describe_file(path)
+
+    torch.manual_seed(0)
+    weights = network().state_dict()
+    saved, legacy, arrays = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    torch.save({"state_dict": weights, "epoch": 3}, saved)
+    torch.save({"state_dict": weights, "epoch": 3}, legacy, _use_new_zipfile_serialization=False)
+    np.savez(arrays, **{name: value.numpy() for name, value in weights.items()})
+    return {
+        "checkpoint": _one(read, "w.pt", saved.getvalue(), mutants.of_archive),
+        "checkpoint before PyTorch 1.6": _one(read, "w.pt", legacy.getvalue(), mutants.of_bytes),
+        "checkpoint of safetensors": _one(read, "w.safetensors", save(weights), mutants.of_bytes),
+        "checkpoint of NumPy": _one(read, "w.npz", arrays.getvalue(), mutants.of_archive),
+    }
+
+
+def _onnx() -> dict[str, Parser]:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from resvit_export.loading.source import NetworkSource
+    from resvit_export.loading.spec import ModelSpec
+    from resvit_export.to_onnx.own_onnx import import_onnx
+    from resvit_export.to_tensorrt.expectation import expectation_from_onnx
+    from resvit_export.tools.inspect import describe_file
+
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("w", (4, 3, 3, 3)), ("f", (4, 5)), ("b", (5,)))
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv", pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("own", ["c"], ["r"], domain="own"),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["l"], axis=1),
+        helper.make_node("Gemm", ["l", "f", "b"], ["y"], name="fc"),
+    ]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "own", ["a"], ["z"], [helper.make_node("Relu", ["a"], ["z"])], opsets[:1])
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 8, 8]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5]),
+    ]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    with tempfile.TemporaryDirectory() as place:
+        onnx.save(
+            copy_of(model), Path(place) / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+        )
+        outside, data = (Path(place, name).read_bytes() for name in ("m.onnx", "w.bin"))
+
+    def change(content: bytes, dice: random.Random) -> bytes:
+        return mutants.of_bytes(content, dice) if dice.random() < 0.5 else changed_message(content, dice)
+
+    def read(path: Path) -> None:
+        NetworkSource(ModelSpec(str(path))).digest  # noqa: B018 what it is known by is read from the file
+        try:
+            expectation_from_onnx(path)
+            describe_file(path)
+        finally:
+            import_onnx(path, path.with_name("out.onnx"))
+
+    return {
+        "ONNX": _one(read, "m.onnx", model.SerializeToString(), change),
+        "ONNX with weights beside it": Parser(
+            read, {"m.onnx": outside, "w.bin": data}, {"m.onnx": change, "w.bin": mutants.of_bytes}
+        ),
+    }
+
+
+def copy_of(message: Any) -> Any:
+    """Another message of the same content."""
+    return type(message).FromString(message.SerializeToString())
+
+
+def changed_message(content: bytes, dice: random.Random) -> bytes:
+    """An ONNX file in which some fields hold something else, are left out or come twice."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(content)
+    for _ in range(dice.choice((1, 1, 2))):
+        message: Any = model
+        while True:
+            fields = message.ListFields()
+            if not fields:
+                break
+            descriptor, value = dice.choice(fields)
+            repeated = not isinstance(value, (bytes, str, int, float)) and hasattr(value, "__len__")
+            if descriptor.message_type and dice.random() < 0.85:
+                message = dice.choice(list(value)) if repeated else value
+                continue
+            if repeated and dice.random() < 0.5:
+                kept = list(value) + [dice.choice(list(value))] * dice.choice((0, 1, 30))
+                del value[:]
+                value.extend(kept if dice.random() < 0.6 else kept[:-1])
+            elif descriptor.message_type or dice.random() < 0.2:
+                message.ClearField(descriptor.name)
+            else:
+                new = _other_value(descriptor, dice)
+                if repeated:
+                    value[dice.randrange(len(value))] = new
+                else:
+                    setattr(message, descriptor.name, new)
+            break
+    return bytes(model.SerializeToString())
+
+
+def _other_value(descriptor: Any, dice: random.Random) -> Any:
+    if descriptor.cpp_type == descriptor.CPPTYPE_STRING:
+        texts = [text for text in (*mutants.TEXTS, "Conv", "Loop", "w", "x", "y", "Relu") if text.isascii()]
+        text = dice.choice(texts)
+        return text.encode() if descriptor.type == descriptor.TYPE_BYTES else text
+    if descriptor.cpp_type in (descriptor.CPPTYPE_FLOAT, descriptor.CPPTYPE_DOUBLE):
+        return dice.choice((0.0, -1.0, 1e30, float("nan"), float("inf")))
+    if descriptor.cpp_type == descriptor.CPPTYPE_ENUM:
+        return dice.choice(list(descriptor.enum_type.values_by_number))
+    small = descriptor.cpp_type in (descriptor.CPPTYPE_INT32, descriptor.CPPTYPE_UINT32)
+    return dice.choice((0, 1, 2, 3, 7, 16, 255, 65536, 2**31 - 1) if small else (0, 1, -1, 3, 99, 2**31, 2**40, 2**62))
+
+
+def _records() -> dict[str, Parser]:
+    import tomli_w
+
+    from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_engines.audit.inspector import layers_from_file
+    from resvit_engines.targets.layer_times import measured_times_from_json
+    from resvit_export.loading.network_record import NetworkRecord
+    from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+    from resvit_export.recipe.recipe import Recipe
+    from resvit_export.run_folder import read_record
+    from resvit_export.stage import Artifact, Output, Record
+    from resvit_export.stages.calibrate import CalibrationImages
+
+    text = recipe_to_toml(
+        Recipe(model="resvit:embed-nano", targets=("l4",), data="fashion-mnist", task_options={"classes": 10})
+    ).encode()
+    recipe = tomllib.loads(text.decode())
+
+    def change_recipe(content: bytes, dice: random.Random) -> bytes:
+        if dice.random() < 0.5:
+            return mutants.of_bytes(content, dice)
+        try:
+            return tomli_w.dumps(mutants.of_document(recipe, dice, _TOML)).encode(errors="replace")
+        except (TypeError, ValueError):
+            return b"\x00"
+
+    network = NetworkRecord((3, 8, 8), 5, Preprocess((8, 8), 3), True, "0" * 64, class_names={0: "cat"})
+    images = CalibrationImages("x", 3, "0" * 64, ("a",), ())
+    stage = Record("fold", "0" * 64, {"a": 1}, {"torch": "2"}, {"a.json": Output("0" * 64, 3)}, 1.0, 10)
+
+    def read_documents(path: Path) -> None:
+        artifact = Artifact(path.parent, Record("s", "0" * 64, {}, {}, {}, 0.0, 0), reused=True)
+        document = artifact._parsed
+        from resvit_engines.outside import json_from_outside, read_outside
+
+        value = json_from_outside(read_outside(path), str(path))
+        reader = NetworkRecord.from_json if b"input_shape" in path.read_bytes() else CalibrationImages.from_json
+        document(path.name, value, reader)
+
+    times = {"device": "orin", "layers": {"conv": {"fp16": 3.0, "int8": 2.0}}}
+    layer = {
+        "Name": "conv",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "x", "Dimensions": [1, 3], "Format/Datatype": "Int8"}],
+        "Outputs": [{"Name": "y", "Dimensions": [1, 3], "Format/Datatype": "Half"}],
+        "TacticName": "t",
+        "Metadata": "[ONNX Layer: conv]",
+    }
+    layers = {"Layers": [layer], "Bindings": ["x", "y"]}
+    return {
+        "recipe": _one(recipe_from_toml, "recipe.toml", text, change_recipe),
+        "record of a stage": Parser(
+            read_record,
+            {"record.json": json.dumps(stage.to_json()).encode()},
+            {"record.json": mutants.of_json},
+            whole=True,
+        ),
+        "record of a network": _one(read_documents, "a.json", json.dumps(network.to_json()).encode(), mutants.of_json),
+        "record of images": _one(read_documents, "a.json", json.dumps(images.to_json()).encode(), mutants.of_json),
+        "measured times": _one(measured_times_from_json, "t.json", json.dumps(times).encode(), mutants.of_json),
+        "layers of an engine": _one(layers_from_file, "l.json", json.dumps(layers).encode(), mutants.of_json),
+    }
+
+
+_TOML = tuple(value for value in mutants.VALUES if value is not None and value not in ([None], [1.5, "x", None]))
+
+
+def _trust() -> dict[str, Parser]:
+    from trusted import (
+        A_MANIFEST,
+        ENVELOPE,
+        KEY_FILE,
+        LIST,
+        MANIFEST,
+        PRIVATE,
+        SIGNING,
+        read_key,
+        read_list,
+        read_manifest,
+        read_signature,
+    )
+
+    from resvit_engines.bundle.bundle import extract_bundle, write_bundle
+    from resvit_engines.bundle.bundle import read_manifest as manifest_of
+    from resvit_engines.keys.private import load_signing_key
+    from resvit_engines.keys.public import load_trust
+    from resvit_export.tools.inspect import describe_file
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "b.resvit"
+        files = {"model.onnx": b"onnx" * 8, "golden_input.npy": b"g" * 9, "golden_output.npy": b"h" * 9}
+        write_bundle(path, A_MANIFEST, files, SIGNING)
+        bundle = path.read_bytes()
+
+    def read_private(path: Path) -> None:
+        path.chmod(0o600)
+        load_signing_key(str(path))
+
+    def read_trust(folder: Path) -> None:
+        folder.chmod(0o755)
+        load_trust(folder / "keys")
+
+    def read_bundle(path: Path) -> None:
+        into = path.with_name("out")
+        shutil.rmtree(into, ignore_errors=True)
+        try:
+            manifest_of(path)
+            extract_bundle(path, into)
+        finally:
+            describe_file(path, path.with_name("none"))
+
+    def of(read: Callable[[bytes], None]) -> Callable[[Path], None]:
+        return lambda path: read(path.read_bytes())
+
+    return {
+        "key file": _one(of(read_key), "a.pub", KEY_FILE, mutants.of_bytes),
+        "list of revoked keys": _one(of(read_list), "revoked", LIST, mutants.of_bytes),
+        "folder of keys": Parser(
+            read_trust,
+            {"keys/a.pub": KEY_FILE, "keys/revoked": LIST},
+            {"keys/a.pub": mutants.of_bytes, "keys/revoked": mutants.of_bytes},
+            whole=True,
+        ),
+        "private key": _one(read_private, "a.key", PRIVATE, mutants.of_bytes),
+        "signature": _one(of(read_signature), "signature.json", ENVELOPE, mutants.of_bytes),
+        "manifest": _one(of(read_manifest), "manifest.json", MANIFEST, mutants.of_json),
+        "bundle": _one(read_bundle, "b.resvit", bundle, mutants.of_archive),
+    }
+
+
+def _device() -> dict[str, Parser]:
+    from resvit_engines.machine import Machine
+    from resvit_engines.records import record_from_bytes
+    from resvit_engines.remote.device import listed_results
+    from resvit_engines.remote.job_result import Answers, DeviceBundle, Skipped, result_from_json
+    from resvit_engines.remote.progress_events import replay
+
+    machine = {
+        "arch": "aarch64",
+        "memory_mib": 1,
+        "free_disk_mib": 1,
+        "python": "3.10.12",
+        "sm": 87,
+        "gpu": "Orin",
+        "jetpack": "6.1",
+        "tensorrt": "10.3.0",
+    }
+    error = {"error": {"problem": "p", "fix": "f", "exit_code": 8}}
+    kernel = {
+        "name": "gemm",
+        "type": "gemm",
+        "inputs": ["Int8"],
+        "outputs": ["Half"],
+        "input_shapes": [[1, 8]],
+        "output_shapes": [[1, 8]],
+        "layers": ["fc/MatMul"],
+        "constants": [],
+        "constant_shapes": [],
+        "input_names": [],
+        "output_names": [],
+        "tactic": "",
+    }
+    engine = {
+        "target": "jetson-orin",
+        "builder": "TensorRT",
+        "builder_version": "10.3.0",
+        "sm": 87,
+        "bytes": 3,
+        "seconds": 7.5,
+        "peak_mib": 12,
+        "sha256": "3d" * 32,
+        "inputs": [],
+        "outputs": [],
+        "warnings": [],
+        "kernels": [kernel],
+    }
+    job = {
+        "engine": engine,
+        "rehearsal": False,
+        "facts": machine,
+        "golden": Skipped("none").to_json(),
+        "outputs": Answers(3, "TensorRT 10.3.0").to_json(),
+        "bench": Skipped("none").to_json(),
+        "bundle": DeviceBundle("x.resvit", "0" * 64, "key", "id").to_json(),
+    }
+    result = {"result": job}
+    events = [{"begin": "b", "total": 3, "weight": 1}, {"step": 1}, {"say": "x"}, {"warn": "y"}, {"end": 1}]
+    listed = b"built:\nengine.plan\n\noutputs/images-0001-ab.npy\n"
+
+    def read_progress(path: Path) -> None:
+        replay(iter(path.read_bytes().decode(errors="replace").splitlines()), SILENT)
+
+    def change_progress(content: bytes, dice: random.Random) -> bytes:
+        lines = content.splitlines()
+        if dice.random() < 0.5:
+            return b"\n".join(mutants.of_json(line, dice) if dice.random() < 0.5 else line for line in lines)
+        return mutants.of_bytes(content, dice)
+
+    def read_result(path: Path) -> None:
+        result_from_json(record_from_bytes(path.read_bytes(), "the result"), "ssh://dev")
+
+    return {
+        "what a device is": _one(
+            lambda path: Machine.from_json(record_from_bytes(path.read_bytes(), "it")),
+            "a.json",
+            json.dumps(machine).encode(),
+            mutants.of_json,
+        ),
+        "error of a device": _one(read_result, "a.json", json.dumps(error).encode(), mutants.of_json),
+        "result of a device": _one(read_result, "a.json", json.dumps(result).encode(), mutants.of_json),
+        "progress of a device": _one(
+            read_progress, "a.log", b"\n".join(json.dumps(event).encode() for event in events), change_progress
+        ),
+        "files of a device": _one(
+            lambda path: listed_results(path.read_bytes().decode(errors="replace"), 1, "ssh://dev"),
+            "a.txt",
+            listed,
+            mutants.of_bytes,
+        ),
+    }
+
+
+def _calibration() -> dict[str, Parser]:
+    from resvit_calibrate.observe.histogram import TensorStatistics
+    from resvit_calibrate.ranges.ranges import ranges_from, ranges_from_json
+    from resvit_calibrate.ranges.statistics import Statistics, save_statistics, statistics_from_npz
+    from resvit_engines.run.npy import read_array
+
+    seen = TensorStatistics(9, -1.0, 2.0, np.arange(128, dtype=np.int64), 0.1)
+    statistics = Statistics({"a": seen, "b": TensorStatistics(0, -1.0, 1.0, None, 0.0)}, 4)
+    with tempfile.TemporaryDirectory() as place:
+        save_statistics(statistics, Path(place) / "s.npz")
+        kept = Path(place, "s.npz").read_bytes()
+    ranges = json.dumps(ranges_from(statistics, "0" * 64).to_json()).encode()
+    array = io.BytesIO()
+    np.save(array, np.zeros((2, 3, 4), np.float32))
+    return {
+        "ranges": _one(lambda path: ranges_from_json(path.read_bytes(), path.name), "r.json", ranges, mutants.of_json),
+        "statistics": _one(
+            lambda path: statistics_from_npz(path.read_bytes(), path.name), "s.npz", kept, mutants.of_archive
+        ),
+        "array": _one(lambda path: read_array(path, "input"), "a.npy", array.getvalue(), mutants.of_bytes),
+    }
+
+
+def _images(count: int = 6) -> dict[str, bytes]:
+    from PIL import Image
+
+    rng, files = np.random.default_rng(0), {}
+    for number in range(count):
+        out = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (9, 10, 3), np.uint8)).save(out, "PNG")
+        files[f"{number}.png"] = out.getvalue()
+    return files
+
+
+def _opened(**more: Any) -> Callable[[Path], object]:
+    """Open what a path names as data, and read all of its images."""
+    from resvit_calibrate.data.image_sets import open_image_sets
+    from resvit_calibrate.images.image_set import DataSpec
+    from resvit_calibrate.images.preprocess import Preprocess
+
+    def read(path: Path) -> None:
+        for images in open_image_sets(DataSpec(str(path), calibration_images=2, **more), Preprocess((8, 8), 3)):
+            for _ in images.batches(4):
+                pass
+
+    return read
+
+
+def _data() -> dict[str, Parser]:
+    from resvit_calibrate.images.class_list import class_list_from_file
+    from resvit_calibrate.readers.fashion_mnist import read_split
+
+    pictures = _images()
+    entries = [{"id": number, "file_name": name, "width": 10, "height": 9} for number, name in enumerate(pictures)]
+    boxes = [
+        {
+            "id": number,
+            "image_id": number,
+            "category_id": 1 + number % 2,
+            "bbox": [1, 1, 4, 4],
+            "area": 16,
+            "iscrowd": 0,
+        }
+        for number in range(len(pictures))
+    ]
+    coco = {
+        "images": entries,
+        "annotations": boxes,
+        "categories": [{"id": 1, "name": "a", "supercategory": "b"}, {"id": 2, "name": "b"}],
+    }
+
+    def archive(**arrays: Any) -> bytes:
+        out = io.BytesIO()
+        np.savez(out, images=np.random.default_rng(1).integers(0, 256, (8, 9, 10, 3), np.uint8), **arrays)
+        return out.getvalue()
+
+    def idx(values: Any) -> bytes:
+        sizes = struct.pack(f">{values.ndim}I", *values.shape)
+        return gzip.compress(bytes((0, 0, 8, values.ndim)) + sizes + values.astype(np.uint8).tobytes())
+
+    def read_mnist(folder: Path) -> None:
+        with variable("RESVIT_FASHION_MNIST", str(folder)):
+            for split in ("train", "test"):
+                read_split(split)
+
+    def change_idx(content: bytes, dice: random.Random) -> bytes:
+        return (
+            mutants.of_bytes(content, dice)
+            if dice.random() < 0.3
+            else gzip.compress(mutants.of_bytes(gzip.decompress(content), dice), 1)
+        )
+
+    mnist = {
+        f"{split}-{kind}-ubyte.gz": idx(np.zeros(shape))
+        for split in ("train", "t10k")
+        for kind, shape in (("images-idx3", (4, 28, 28)), ("labels-idx1", (4,)))
+    }
+    labels = np.arange(8) % 2
+    return {
+        "COCO": Parser(
+            _opened(),
+            {**pictures, "annotations.json": json.dumps(coco).encode()},
+            {"annotations.json": mutants.of_json},
+            whole=True,
+        ),
+        "list of classes": _one(class_list_from_file, "classes.txt", b"cat\ndog\nowl\n", mutants.of_bytes),
+        "classes in JSON": _one(
+            class_list_from_file, "c.json", json.dumps({"cat": 0, "dog": 1}).encode(), mutants.of_json
+        ),
+        "NPZ with labels": _one(_opened(), "a.npz", archive(labels=labels), mutants.of_archive),
+        "NPZ with masks": _one(
+            _opened(),
+            "a.npz",
+            archive(masks=np.zeros((8, 9, 10), np.uint8) + labels[:, None, None].astype(np.uint8)),
+            mutants.of_archive,
+        ),
+        "NPZ with boxes": _one(
+            _opened(),
+            "a.npz",
+            archive(
+                boxes=np.tile(np.array([1, 1, 5, 5], np.float32), (8, 1)), box_classes=labels, box_offsets=np.arange(9)
+            ),
+            mutants.of_archive,
+        ),
+        "Fashion-MNIST": Parser(read_mnist, mnist, dict.fromkeys(mnist, change_idx), whole=True),
+    }
+
+
+def _pictures() -> dict[str, Parser]:
+    from PIL import Image
+
+    rng = np.random.default_rng(2)
+    colour = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    made: dict[str, bytes] = {}
+    for name, image, options in (
+        ("png", colour, {}),
+        ("jpg", colour, {"exif": turned}),
+        ("tiff", colour, {"compression": "tiff_lzw"}),
+        ("gif", colour.convert("P"), {}),
+        ("bmp", colour, {}),
+        ("webp", colour, {}),
+        ("png of 16 bits", Image.fromarray(rng.integers(0, 65536, (20, 24), np.uint16)), {}),
+    ):
+        out = io.BytesIO()
+        image.save(out, {"jpg": "JPEG"}.get(name, name.partition(" ")[0].upper()), **options)
+        made[name] = out.getvalue()
+    masks = {
+        f"masks/{number}.png": content
+        for number, content in enumerate(
+            _encoded(Image.fromarray(np.full((9, 10), number % 2, np.uint8))) for number in range(6)
+        )
+    }
+    found = {}
+    for name, content in made.items():
+        ending = name.partition(" ")[0]
+        files = {f"{kind}/{name}": data for kind in "ab" for name, data in _images(4).items()}
+        changed = f"a/x.{ending}"
+        found[f"picture: {name}"] = Parser(
+            _opened(), {**files, changed: content}, {changed: mutants.of_bytes}, whole=True
+        )
+    pictures = {f"images/{name}": data for name, data in _images().items()}
+    depths = {f"depth/{number}.npy": _array(np.full((9, 10), 2.5, np.float32)) for number in range(6)}
+    found["depths"] = Parser(_opened(), {**pictures, **depths}, {"depth/0.npy": mutants.of_bytes}, whole=True)
+    found["masks"] = Parser(_opened(), {**pictures, **masks}, {"masks/0.png": mutants.of_bytes}, whole=True)
+    return found
+
+
+def _array(array: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def _encoded(image: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+class variable:  # noqa: N801 used as a context
+    """Within the block a variable of the environment has a value."""
+
+    def __init__(self, name: str, value: str) -> None:
+        self.name, self.value = name, value
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get(self.name)
+        os.environ[self.name] = self.value
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            os.environ.pop(self.name, None)
+        else:
+            os.environ[self.name] = self.before
