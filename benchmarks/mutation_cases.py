@@ -48,7 +48,7 @@ CALIBRATE = (
         ("tests/test_channels.py", "tests/test_statistics.py"),
     ),
     Mutation(
-        "calibrate/resvit_calibrate/images/preprocess.py",
+        "engines/resvit_engines/pictures/preprocess.py",
         "min(most, max(1, round(side * scale)))",
         "min(most, max(1, int(side * scale)))",
         "a letterboxed image loses a row or column of pixels to truncation",
@@ -94,7 +94,7 @@ CALIBRATE = (
 QUANTIZE = (
     Mutation(
         "quantize/resvit_quantize/placement/grid.py",
-        "    scale = np.nextafter(scale, np.where(low, np.float16(np.inf), scale))\n",
+        "    half = np.nextafter(half, np.where(low, np.float16(np.inf), half))\n",
         "",
         "a scale is rounded to FP16 downwards, and the largest value leaves the grid",
         ("tests/test_qdq.py", "tests/test_scales.py"),

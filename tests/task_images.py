@@ -16,6 +16,7 @@ class Images:
     """Images whose first pixel is their number, so that a network of the tests knows which one it sees."""
 
     description = "a set of the tests"
+    doubt = ""
 
     def __init__(self, targets: Sequence[Target] | None, labels=None, count=None, classes=None, ids=()) -> None:
         self.targets, self.known, self.num_classes, self.class_ids = targets, labels, classes, tuple(ids)

@@ -227,4 +227,4 @@ def test_layer_files_need_their_onnx_and_belong_together(engine: Path, capsys: p
     assert "profilingVerbosity=detailed" in capsys.readouterr().err
     shutil.copy(names, engine / "no.onnx")
     assert run(["audit", "--layers", str(engine / "int8.json"), "--onnx", str(engine / "no.onnx")]) == ExitCode.INPUT
-    assert "cannot be read as an ONNX model" in capsys.readouterr().err
+    assert "is not a readable ONNX model" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / f"{name}.onnx").write_bytes(data)
         with pytest.raises(ResvitError, match="not a readable ONNX model"):
             import_onnx(tmp_path / f"{name}.onnx", tmp_path / "model.onnx")
-    with pytest.raises(ResvitError, match="does not exist"):
+    with pytest.raises(ResvitError, match="There is no file"):
         import_onnx(tmp_path / "missing.onnx", tmp_path / "model.onnx")
 
 

@@ -174,7 +174,7 @@ def test_a_model_of_texts_is_refused(tmp_path: Path) -> None:
     config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config.architectures = ["BertModel"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ResvitError, match="takes input_ids, not images"):
+    with pytest.raises(ResvitError, match="reads input_ids: an engine here is a function of images alone"):
         hugging_face_model(str(tmp_path), {})
 
 

@@ -52,7 +52,8 @@ def test_a_scale_alone_serves_its_tensor_whatever_its_size(amax: float, precisio
     scale = float(scale_from_amax(amax, precision))
     largest = 127 if precision is Precision.INT8 else 448
     assert amax <= scale * largest * (1 + 1e-7)
-    assert scale * largest <= 2 * amax
+    # FP8 keeps its relative steps beneath a range that is too wide.
+    assert scale * largest <= (2 if precision is Precision.INT8 else 5.2) * amax
 
 
 def test_weak_channels_beside_strong_ones_keep_the_scales_in_fp16() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantize_graphs import Graph
+from quantize_graphs import Graph, batches
 from resvit_quantize.graph.network import network_from_onnx
 
 torch = pytest.importorskip("torch")
@@ -21,7 +21,7 @@ def found(path: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     network = network_from_onnx(path)
     graph = TorchGraph(network)
     nodes = [node for node in graph.nodes if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {str(node.name): value.numpy() for node, value in position_importance(graph, nodes, [images]).items()}
+    return {str(node.name): value.numpy() for node, value in position_importance(graph, nodes, batches(images)).items()}
 
 
 def test_only_the_class_token_matters_in_front_of_its_head(tmp_path: Path) -> None:
