@@ -97,6 +97,16 @@ class Small:
     channels: int = 3
 
 
+_DEPTH_ANYTHING = Small(
+    {
+        "reassemble_hidden_size": 96,
+        "neck_hidden_sizes": [16, 24, 32, 48],
+        "fusion_hidden_size": 32,
+        "head_hidden_size": 16,
+    },
+    ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
+    (56, 56),
+)
 SMALL: dict[str, Small] = {
     "aimv2_vision_model": Small({**_VIT, "patch_size": 16, "image_size": 64}),
     "align": Small(_TEXT),
@@ -129,16 +139,7 @@ SMALL: dict[str, Small] = {
     ),
     "deimv2": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
     "deit": Small({**_VIT, "image_size": 64}),
-    "depth_anything": Small(
-        {
-            "reassemble_hidden_size": 96,
-            "neck_hidden_sizes": [16, 24, 32, 48],
-            "fusion_hidden_size": 32,
-            "head_hidden_size": 16,
-        },
-        ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
-        (56, 56),
-    ),
+    "depth_anything": _DEPTH_ANYTHING,
     "detr": Small(
         {**_DETR, "d_model": 128, "decoder_attention_heads": 8, "encoder_attention_heads": 8, **_TIMM_RESNET},
         ("ResNetConfig", {**_RESNET, **_FOUR}),
@@ -268,16 +269,7 @@ SMALL: dict[str, Small] = {
     ),
     "pp_doclayout_v3": Small({**_RT_DETR, "x4_feat_dim": 32}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
     "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
-    "prompt_depth_anything": Small(
-        {
-            "reassemble_hidden_size": 96,
-            "neck_hidden_sizes": [16, 24, 32, 48],
-            "fusion_hidden_size": 32,
-            "head_hidden_size": 16,
-        },
-        ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
-        (56, 56),
-    ),
+    "prompt_depth_anything": _DEPTH_ANYTHING,
     "pvt": Small(
         {
             "hidden_sizes": [16, 32, 48, 64],

@@ -131,14 +131,24 @@ _installed: list[bool] = []
 
 
 @contextlib.contextmanager
+def listening(watcher: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Let ``watcher`` hear every audit event of this process; Python has no way to take a hook out again."""
+    if not _installed:
+        sys.addaudithook(lambda event, arguments: [each(event, arguments) for each in _watchers] and None)
+        _installed.append(True)
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+@contextlib.contextmanager
 def watched(folder: Path, seen: list[str], libraries: Sequence[str] = ()) -> Iterator[None]:
     """Note in ``seen`` what is written outside of ``folder``, what is executed, and a look for ``CANARY``.
 
     Shared ``libraries`` that are loaded by name when they are first needed are not noted.
     """
-    if not _installed:
-        sys.addaudithook(lambda event, arguments: [watcher(event, arguments) for watcher in _watchers] and None)
-        _installed.append(True)
     inside = (str(folder), "/dev/null")
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
@@ -156,8 +166,5 @@ def watched(folder: Path, seen: list[str], libraries: Sequence[str] = ()) -> Ite
         elif _RUNS.fullmatch(event) and not any(name in str(arguments[0]) for name in libraries):
             seen.append(f"{event} {arguments[:2]!r:.200}")
 
-    _watchers.append(note)
-    try:
+    with listening(note):
         yield
-    finally:
-        _watchers.remove(note)

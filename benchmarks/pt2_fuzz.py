@@ -14,9 +14,11 @@ import re
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mutants import listening
 
 CANARY = "pt2_canary"
 """A module that there is not: whoever looks for it, executed what the archive says."""
@@ -121,13 +123,6 @@ _WATCHED = re.compile(
     r"|os\.(system|exec|fork|forkpty|posix_spawn|spawn|startfile|kill|putenv|remove|rename|rmdir|mkdir|link|symlink|chmod"
     r"|chown|truncate|listdir|scandir|chdir|add_dll_directory)"
 )
-_watchers: list[Callable[[str, tuple[Any, ...]], None]] = []
-
-
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watchers and _WATCHED.fullmatch(event):
-        for watcher in _watchers:
-            watcher(event, arguments)
 
 
 @contextlib.contextmanager
@@ -137,12 +132,11 @@ def watched(archive: Path, seen: list[str]) -> Iterator[None]:
 
     Not noted are the archive itself, and source files and encodings that are read to show a traceback.
     """
-    if _hook not in _installed:
-        sys.addaudithook(_hook)
-        _installed.append(_hook)
     libraries = tuple({str(Path(module.__file__).parent) for module in _libraries()})
 
     def watcher(event: str, arguments: tuple[Any, ...]) -> None:
+        if not _WATCHED.fullmatch(event):
+            return
         if event == "open" and isinstance(arguments[0], (str, bytes, Path)):
             name, mode = str(arguments[0]), arguments[1]
             if name == str(archive) or (name.endswith(".py") and name.startswith(libraries) and mode in ("r", "rb")):
@@ -151,14 +145,8 @@ def watched(archive: Path, seen: list[str]) -> Iterator[None]:
             return
         seen.append(f"{event} {arguments[:2]!r:.200}")
 
-    _watchers.append(watcher)
-    try:
+    with listening(watcher):
         yield
-    finally:
-        _watchers.remove(watcher)
-
-
-_installed: list[Callable[[str, tuple[Any, ...]], None]] = []
 
 
 def _libraries() -> list[Any]:

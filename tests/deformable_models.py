@@ -43,10 +43,14 @@ class Network(nn.Module):
         boxes = self.boxes(queries).sigmoid().unsqueeze(2)  # (B, Q, 1, 4)
         if self.points_of_level:
             boxes = boxes.expand(-1, -1, len(self.shapes_list), -1)
+        return self.answer(queries, memory, boxes)
+
+    def answer(self, queries: Tensor, memory: Tensor, places: Tensor) -> Tensor:
+        """Classes [B, K] of queries [B, Q, C] that look around places [B, Q, L, 2 or 4] of the memory [B, S, C]."""
         out = self.attention(
             hidden_states=queries,
             encoder_hidden_states=memory,
-            reference_points=boxes,
+            reference_points=places,
             spatial_shapes=self.shapes,
             spatial_shapes_list=self.shapes_list,
             level_start_index=self.starts,
@@ -69,15 +73,7 @@ class OfImages(Network):
             places.append(torch.stack((across, y), -1).flatten(0, 1))
         memory = torch.cat(maps, 1)
         around = torch.cat(places)[None, :, None].expand(len(memory), -1, len(self.shapes_list), -1)
-        out = self.attention(
-            hidden_states=memory,
-            encoder_hidden_states=memory,
-            reference_points=around,
-            spatial_shapes=self.shapes,
-            spatial_shapes_list=self.shapes_list,
-            level_start_index=self.starts,
-        )
-        return self.classes((memory + out[0]).relu()).mean(1)
+        return self.answer(memory, memory, around)
 
 
 def _awake(network: nn.Module) -> nn.Module:

@@ -70,9 +70,13 @@ class File:
             raise _changed(self.path)
         return data
 
+    def read(self, parse: Callable[[bytes, str], T]) -> T:
+        """What ``parse`` makes of the content, which errors call by the file's path; raises as both do."""
+        return parse(self.content(), str(self.path))
+
     def json(self) -> Any:
-        """The same, parsed as JSON; raises as ``content``, and where it is none."""
-        return json_from_outside(self.content(), str(self.path))
+        """The content parsed as JSON; raises as ``content``, and where it is none."""
+        return self.read(json_from_outside)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ def golden_feeds(folder: Path, manifest: Manifest, runner: Runner) -> Arrays | N
     return {input_name(runner, manifest): images, **golden_inputs(folder, manifest.golden, len(images))}
 
 
-def arrays_from(sources: Sequence[str], preprocess: Mapping[str, Any] | None = None) -> tuple[Array, Arrays]:
+def arrays_from(
+    sources: Sequence[str], preprocess: Mapping[str, Any] | None = None, pictures: Listed | None = None
+) -> tuple[Array, Arrays]:
     """The images and what is read beside them, from one source of images and any number of ``NAME=FILE.npy``.
 
     Pictures become images as ``preprocess``, of the bundle's manifest, says: see ``images_from``.
@@ -92,7 +94,7 @@ def arrays_from(sources: Sequence[str], preprocess: Mapping[str, Any] | None = N
     """
     named = dict(source.split("=", 1) for source in sources if _is_named(source))
     beside = {name: read_array(Path(file), "input") for name, file in named.items()}
-    return images_from(image_source(sources), preprocess), beside
+    return images_from(image_source(sources), preprocess, pictures), beside
 
 
 def image_source(sources: Sequence[str]) -> Path:

@@ -77,7 +77,7 @@ def run_command(
 
     pictures = listed(image_source(sources))
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
-        images, beside = arrays_from(sources, manifest.preprocess)
+        images, beside = arrays_from(sources, manifest.preprocess, pictures)
         done = outputs_into(target, runner, images, manifest, output_name, beside, pictures)
     if as_json:
         emit_json(done.to_json())

@@ -17,12 +17,13 @@ Golub and LeVeque's formula (1983).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim
+from resvit_engines.kernels.multiprocessors import multiprocessors_of, power_of_two
 from resvit_engines.kernels.numerics import (
     EIGHT_BIT,
     FLOATS,
@@ -35,8 +36,6 @@ from resvit_engines.kernels.numerics import (
 )
 
 _WIDEST = 4096
-_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 87: 16, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
-"""Of the largest GPU with this compute capability that is in wide use (NVIDIA's data sheets); only tiles follow it."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def bridge_source(config: BridgeConfig, sm: int) -> Source:
             "BM": positions,
             "BN": columns,
             "BK": depth,
-            "COLUMNS": max(16, _power_of_two(config.embed)),
+            "COLUMNS": max(16, power_of_two(config.embed)),
         },
         warps=warps,
         stages=stages,
@@ -189,7 +188,7 @@ def _tiles(config: BridgeConfig, sm: int) -> tuple[int, int, int, int, int]:
 
     def fills(positions: int, columns: int) -> bool:
         programs = -(-config.area // positions) * (1 if config.norm else -(-config.embed // columns))
-        return config.batch * programs >= _MULTIPROCESSORS.get(sm, 64)
+        return config.batch * programs >= multiprocessors_of(sm)
 
     positions, columns, warps = next((choice for choice in choices if fills(*choice[:2])), choices[-1])
     return positions, columns, depth, warps, 3
@@ -207,7 +206,3 @@ def traffic_bytes(config: BridgeConfig, shapes: Sequence[Sequence[int]]) -> int:
 def operations(config: BridgeConfig, shapes: Sequence[Sequence[int]]) -> int:
     """Floating-point (or integer) operations for input ``shapes``: those on tensor cores, the rest is below 1%."""
     return 2 * math.prod(shapes[0]) * config.embed
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

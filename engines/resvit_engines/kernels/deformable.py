@@ -14,12 +14,13 @@ coordinate and 2 a weight: B H (S D i + Q D o + 10 Q P). Arithmetic: 8 B Q H P D
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from resvit_engines.kernels.launch import ITEM_SIZES, Extent, Launch, Result, Source, dim, product
+from resvit_engines.kernels.multiprocessors import multiprocessors_of, power_of_two
 from resvit_engines.kernels.numerics import (
     EIGHT_BIT,
     FLOATS,
@@ -35,8 +36,6 @@ MOST_LEVELS, MOST_POINTS = 8, 64
 _LARGEST_HEAD, _MOST_HEADS = 256, 64
 _WIDE = ("fp32", *FLOATS)
 _LOAD_BYTES, _WARP = 16, 32
-_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 87: 16, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
-"""Of the largest GPU with this compute capability that is in wide use (NVIDIA's data sheets); only tiles follow it."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def deformable_source(config: DeformableConfig, sm: int) -> Source:
             "INVERSE": 1.0 / config.out_scale,
             "TOGETHER": together,
             "BM": rows,
-            "BD": _power_of_two(config.head_size),
+            "BD": power_of_two(config.head_size),
         },
         warps=warps,
         stages=1,
@@ -222,15 +221,11 @@ def _tiles(config: DeformableConfig, sm: int) -> tuple[int, int]:
     With one thread for 16 bytes of a row, a warp has as many rows as it can read in one load each. A program has whole
     queries: at least one, so as many rows as there are heads.
     """
-    row_bytes = max(_power_of_two(config.head_size) * ITEM_SIZES[config.dtype], 1)
+    row_bytes = max(power_of_two(config.head_size) * ITEM_SIZES[config.dtype], 1)
     of_warp = max(_WARP * _LOAD_BYTES // row_bytes, 1)
-    choices = [(max(warps * of_warp, _power_of_two(config.heads)), warps) for warps in (4, 2, 1)]
+    choices = [(max(warps * of_warp, power_of_two(config.heads)), warps) for warps in (4, 2, 1)]
 
     def fills(rows: int) -> bool:
-        return config.batch * -(-config.queries // (rows // config.heads)) >= _MULTIPROCESSORS.get(sm, 64)
+        return config.batch * -(-config.queries // (rows // config.heads)) >= multiprocessors_of(sm)
 
     return next((choice for choice in choices if fills(choice[0])), choices[-1])
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

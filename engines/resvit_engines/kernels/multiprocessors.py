@@ -1,5 +1,6 @@
 """What one multiprocessor of each GPU holds (CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability"), and how many thread blocks that comes to."""
+Capability"), and how many thread blocks that comes to;
+what tiles are chosen by."""
 
 from __future__ import annotations
 
@@ -32,6 +33,10 @@ MULTIPROCESSORS: Mapping[int, Multiprocessor] = {
 }
 """By compute capability without its dot."""
 
+_COUNTS: Mapping[int, int] = {80: 108, 87: 16, 90: 132, 100: 148, 103: 148, 110: 20, 120: 170, 121: 48}
+"""Of the largest GPU with this compute capability that is in wide use (NVIDIA's data sheets); only tiles follow it."""
+_USUAL_COUNT = 64
+
 _REGISTERS = 65536
 _REGISTER_UNIT = 256
 """Registers are given to a warp in units of this many."""
@@ -42,6 +47,16 @@ _SHARED_RESERVED = 1024
 """Bytes of shared memory that the system takes for each block, from SM 8.0 on."""
 _TENSOR_COLUMNS = 512
 """Columns of tensor memory, where there is any."""
+
+
+def multiprocessors_of(sm: int) -> int:
+    """How many multiprocessors a tile is chosen for."""
+    return _COUNTS.get(sm, _USUAL_COUNT)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below ``number``: Triton's tiles have such sides."""
+    return 1 << (number - 1).bit_length()
 
 
 def warp_slots(sm: int) -> int:

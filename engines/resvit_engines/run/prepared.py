@@ -57,11 +57,12 @@ def listed(source: Path) -> Listed:
     return Listed(files, left_out)
 
 
-def images_from(source: Path, preprocess: Mapping[str, Any] | None) -> Array:
+def images_from(source: Path, preprocess: Mapping[str, Any] | None, pictures: Listed | None = None) -> Array:
     """Images [N, C, h, w] from ``source``: an ``.npy`` of prepared ones, or what becomes them as ``preprocess`` says.
 
     That is a picture, a folder of pictures, or an ``.npz`` whose ``images`` [N, H, W] or [N, H, W, C] are not prepared,
-    as for calibration. ``preprocess`` is the entry of that name in the bundle's manifest.
+    as for calibration. ``preprocess`` is the entry of that name in the bundle's manifest. ``pictures`` is
+    ``listed(source)`` where that is known already, so that rows and names stay together.
 
     Raises:
         ResvitError: INPUT where it does not say how pictures are prepared, or one cannot be read; MISSING without
@@ -72,7 +73,7 @@ def images_from(source: Path, preprocess: Mapping[str, Any] | None) -> Array:
     if source.suffix.lower() == ".npz":
         how = _read(preprocess)
         return _prepared_array(read_entry(source, "images", _TOGETHER_MOST), how, f"images of {source}")
-    files = listed(source).files
+    files = (pictures or listed(source)).files
     how = _read(preprocess)
     _require_room(len(files), how)
     return np.stack([_prepared(file, how) for file in files])

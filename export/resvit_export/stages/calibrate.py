@@ -63,7 +63,7 @@ class Calibrated(Artifact):
         """The same, read."""
         from resvit_calibrate.ranges.ranges import ranges_from_json
 
-        return ranges_from_json(self.content(RANGES), str(self.path(RANGES)))
+        return self.file(RANGES).read(ranges_from_json)
 
     @property
     def statistics(self) -> File:

@@ -126,6 +126,6 @@ def _operands(ranges: File, precision: Precision) -> Operands:
     from resvit_calibrate.ranges.ranges import ranges_from_json
     from resvit_quantize.fusion.fuse import Operands
 
-    known = ranges_from_json(ranges.content(), str(ranges.path))
+    known = ranges.read(ranges_from_json)
     # Calibration keeps histograms of what products with weights read; of these tensors it knows the extremes.
     return Operands(precision.value, lambda name: known.amax(name, precision.value, Estimator.MAX))

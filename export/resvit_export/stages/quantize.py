@@ -73,7 +73,7 @@ class Quantize(Stage[Quantized]):
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
 
-        settings, ranges = self.settings, ranges_from_json(self.ranges.content(), str(self.ranges.path))
+        settings, ranges = self.settings, self.ranges.read(ranges_from_json)
         if self.clips is not None:
             settings = settings_behind_recovery(settings)
             ranges = pinned_ranges(ranges, self.clips.json())
@@ -83,9 +83,7 @@ class Quantize(Stage[Quantized]):
             settings,
             folder / MODEL,
             reporter,
-            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path))
-            if self.clips is None
-            else None,
+            statistics=self.statistics.read(statistics_from_npz) if self.clips is None else None,
             images=lambda count: self.images.first(count, self.batch_size),
             suit=lambda out: suit_builder(out, self.builder),
         )
@@ -150,9 +148,9 @@ class Halve(Stage[Quantized]):
 
         return quantize_model(
             self.model.path,
-            ranges_from_json(self.ranges.content(), str(self.ranges.path)),
+            self.ranges.read(ranges_from_json),
             QuantizeSettings(Precision.FP16),
             out,
-            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path)),
+            statistics=self.statistics.read(statistics_from_npz),
             suit=lambda model: suit_builder(model, self.builder),
         )

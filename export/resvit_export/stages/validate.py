@@ -123,7 +123,7 @@ class Validate(Stage[Validated]):
         batch_size = self.questions.batch_size
         batches = self.questions.images.batches(min(batch_size, CLIPPING_IMAGES))
         few = itertools.islice(batches, max(CLIPPING_IMAGES // batch_size, 1))
-        seen = statistics_from_npz(self.statistics.content(), str(self.statistics.path))
+        seen = self.statistics.read(statistics_from_npz)
         return clipping_diagnostics(clipped_shares(self.floating.path, clips, few), shares_from_statistics(seen, clips))
 
 

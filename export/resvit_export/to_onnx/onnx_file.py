@@ -78,7 +78,7 @@ def model_from_file(path: Path) -> onnx.ModelProto:
     with reading(path):
         _require_plain(proto, path)
         _read_external_data(proto, path)
-        _require_wholetensors_of(proto, path)
+        _require_whole_tensors(proto, path)
         proto = _checked(proto, path)
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
@@ -267,7 +267,7 @@ def _bytes_of(tensor: TensorProto) -> int:
     return size
 
 
-def _require_wholetensors_of(proto: onnx.ModelProto, path: Path) -> None:
+def _require_whole_tensors(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse tensors whose sizes and data do not agree, before anybody allocates what they declare."""
     for tensor in tensors_of(proto, path):
         if any(size < 0 for size in tensor.dims):

@@ -17,7 +17,7 @@ from resvit_quantize.placement.grid import largest_level, scale_from_amax, weigh
 from resvit_quantize.placement.placement import EdgeKey, Weight, edge_key
 from resvit_quantize.qdq.plan import Plan
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
-from resvit_quantize.torch_graph.graph import TorchGraph
+from resvit_quantize.torch_graph.graph import TorchGraph, filled
 
 SPARSE = 0.45
 """The share of zeros from which on a weight was made sparse on purpose: 2:4 has a half."""
@@ -114,7 +114,7 @@ class Pieces:
         shape = network.graph.inputs[0].shape
         fixed = shape[0] if shape is not None else None
         self.size: int | None = None
-        if isinstance(fixed, int) and not self._takes(_filled(self.feeds(sample), fixed + 1), fixed):
+        if isinstance(fixed, int) and not self._takes(filled(self.feeds(sample), fixed + 1), fixed):
             self.size = fixed
 
     def feeds(self, batch: Batch) -> Feeds:
@@ -130,7 +130,7 @@ class Pieces:
         for start in range(0, len(next(iter(feeds.values()))), self.size):
             part = {name: value[start : start + self.size] for name, value in feeds.items()}
             count = len(next(iter(part.values())))
-            parts.append({name: value[:count] for name, value in graph(_filled(part, self.size)).items()})
+            parts.append({name: value[:count] for name, value in graph(filled(part, self.size)).items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def targets(self, feeds: Feeds) -> Outputs:
@@ -156,15 +156,6 @@ class Pieces:
             len(value) == fixed + 1 and torch.allclose(value[:fixed], alone[name], rtol=1e-3, atol=1e-4)
             for name, value in together.items()
         )
-
-
-def _filled(feeds: Feeds, count: int) -> Feeds:
-    """``count`` entries of each: what is missing is the last one again."""
-    found = {}
-    for name, value in feeds.items():
-        kept = value[:count]
-        found[name] = torch.cat([kept, kept[-1:].expand(count - len(kept), *kept.shape[1:])])
-    return found
 
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

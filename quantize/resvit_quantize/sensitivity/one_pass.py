@@ -19,7 +19,7 @@ from resvit_quantize.placement.placement import WeightKey, edge_key, weight_key
 from resvit_quantize.sensitivity.products import QuantizableProducts
 from resvit_quantize.sensitivity.task_loss import TaskLoss
 from resvit_quantize.torch_graph.fake_quant import fake_quantize
-from resvit_quantize.torch_graph.graph import Reading, TorchGraph
+from resvit_quantize.torch_graph.graph import Reading, TorchGraph, filled
 
 _Key = tuple[str, str]
 """Precision and product."""
@@ -89,10 +89,7 @@ class DamageEstimate:
         """
         count = len(batch.images)
         # What fills a fixed batch up gets no signs, so that it counts nowhere.
-        feeds = {
-            name: torch.cat([value, value[-1:].repeat(self.batch - count, *[1] * (value.ndim - 1))])
-            for name, value in self.graph.feeds(batch).items()
-        }
+        feeds = filled(self.graph.feeds(batch), self.batch)
         dots: dict[_Key, float] = {}
         clean = self._measured(self._forward_with_errors(feeds, dots), batch)
         for name, value in clean.items():

@@ -124,6 +124,15 @@ def _require_all(node: ir.Node, count: int) -> None:
             raise _refusal(node, f"its output {value.name} is read")
 
 
+def filled(feeds: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """``count`` entries of each, for a fixed batch: what is missing is the last one again, what is beyond is left."""
+    found = {}
+    for name, value in feeds.items():
+        kept = value[:count]
+        found[name] = torch.cat([kept, kept[-1:].expand(count - len(kept), *kept.shape[1:])])
+    return found
+
+
 def unsupported_operators(model: ir.Model) -> tuple[str, ...]:
     """The operators of a graph that have no torch form here, each once, in the graph's order."""
     unknown = (node for node in model.graph if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS)

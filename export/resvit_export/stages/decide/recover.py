@@ -80,14 +80,14 @@ class Recover(Stage[Recovered]):
 
         report = recover_model(
             self.model.path,
-            ranges_from_json(self.ranges.content(), str(self.ranges.path)),
+            self.ranges.read(ranges_from_json),
             self.settings,
             self.images,
             folder / MODEL,
             folder.parent / RESUME,
             RecoverOptions(epochs=self.epochs, seed=self.seed),
             reporter,
-            statistics=statistics_from_npz(self.statistics.content(), str(self.statistics.path)),
+            statistics=self.statistics.read(statistics_from_npz),
         )
         document = report.to_json()
         (folder / CLIPS).write_bytes(pretty_json(document.pop("clips")))

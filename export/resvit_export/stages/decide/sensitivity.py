@@ -67,7 +67,7 @@ class Measure(Stage[Measured]):
         from resvit_quantize.sensitivity.sensitivity import brute_force_sensitivity, measure_sensitivity
         from resvit_quantize.sensitivity.task_loss import task_loss
 
-        graph, ranges = graph_from_onnx(self.model.path), ranges_from_json(self.ranges.content(), str(self.ranges.path))
+        graph, ranges = graph_from_onnx(self.model.path), self.ranges.read(ranges_from_json)
         images = self.images.first(self.count, 16)
         if self.method is Method.BRUTE_FORCE:
             damage = brute_force_sensitivity(graph, ranges, self.settings, images, reporter, precisions=self.precisions)
