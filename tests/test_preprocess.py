@@ -86,7 +86,9 @@ def test_json_round_trip():
         {"size": [4]},
         {"size": 4},
         {"size": [4.5, 4]},
-        {"size": [4, 4], "channels": 2},
+        {"size": [4, 4], "channels": 0},
+        {"size": [4, 4], "channels": True},
+        {"size": [4, 4], "channels": 10**9},
         {"size": [4, 4], "resize": "squash"},
         {"size": [4, 4], "interpolation": "cubic"},
         {"size": [4, 4], "crop_fraction": 0},
@@ -105,6 +107,16 @@ def test_unusable_entries_are_refused_with_a_fix(entries):
     with pytest.raises(ResvitError) as caught:
         Preprocess.from_json(entries)
     assert caught.value.fix
+
+
+def test_more_channels_than_a_picture_has_come_as_arrays_of_the_networks_size():
+    preprocess = Preprocess((4, 4), 5)
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, 5)).astype(np.uint8)
+    assert np.array_equal(preprocess.fit(image), image)
+    assert preprocess.apply(image).shape == (5, 4, 4)
+    for picture in (image[:, :, :3], image[:, :, 0], np.zeros((8, 8, 5), np.uint8)):
+        with pytest.raises(ResvitError, match="reads 5 channels"):
+            preprocess.fit(picture)
 
 
 def test_what_the_user_says_wins_over_the_model_and_the_rest_is_the_models():

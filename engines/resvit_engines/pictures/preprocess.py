@@ -30,6 +30,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "padding": get_args(Padding),
     "exif": get_args(Exif),
 }
+_PICTURE_CHANNELS = (1, 3)
+_MOST_CHANNELS = 4096
+"""Bands of a satellite's camera, frames of a clip: networks read what no picture holds, and a loader feeds it."""
 # A picture that is all but a line would have to be enlarged beyond any memory before it is cut.
 _MOST_ENLARGED = 64
 _FILTERS: dict[str, Any] = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -74,10 +77,8 @@ class PicturePreprocess:
         size = tuple(self.size)
         if len(size) != 2 or any(_not_positive_int(side) for side in size):
             raise _unusable(f"size is {self.size!r}", "two positive whole numbers, height and width")
-        if self.channels not in (1, 3):
-            raise _unusable(
-                f"channels is {self.channels!r}", "1 or 3; feed other images by a factory, `file.py:factory`"
-            )
+        if _not_positive_int(self.channels) or self.channels > _MOST_CHANNELS:
+            raise _unusable(f"channels is {self.channels!r}", f"a whole number from 1 to {_MOST_CHANNELS}")
         if _not_positive_int(self.white) or self.white > WHITE:
             raise _unusable(f"white is {self.white!r}", f"a whole number from 1 to {WHITE}")
         if not 0.0 < self.crop_fraction <= 1.0:
@@ -150,6 +151,11 @@ class PicturePreprocess:
         """Convert the colours, resize, crop and pad: uint8 [h, w, C], still in RGB order."""
         if isinstance(image, np.ndarray) and (whole := self._whole(image)) is not None:
             return whole
+        if self.channels not in _PICTURE_CHANNELS:
+            raise ResvitError(
+                f"A picture was given, and the network reads {self.channels} channels.",
+                f"Feed it arrays of {self.channels} channels by a factory, `file.py:factory`.",
+            )
         if isinstance(image, np.ndarray):
             grey = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
             picture: Image = _pillow().fromarray(np.ascontiguousarray(grey))
@@ -164,7 +170,7 @@ class PicturePreprocess:
         pixels = image[:, :, None] if image.ndim == 2 else image
         if self.placed(*pixels.shape[:2]) != (*pixels.shape[:2], 0, 0) or pixels.shape[:2] != self.size:
             return None
-        if pixels.shape[2] == 1:
+        if pixels.shape[2] == 1 and self.channels in _PICTURE_CHANNELS:
             return np.repeat(pixels, self.channels, axis=2)
         return pixels if pixels.shape[2] == self.channels else None
 

@@ -246,7 +246,10 @@ def _task_options(config: Any) -> dict[str, Any]:
 
 
 def _preprocess(path: Path, config: Any) -> Preprocess | None:
-    """What ``preprocessor_config.json`` says; None where there is none, or it names no size."""
+    """What ``preprocessor_config.json`` says; None where there is none, it names no size, or no picture is read."""
+    channels = int(getattr(config, "num_channels", 3))
+    if channels not in (1, 3):  # a picture and a guess of its mask, or a radar's bands: the user's own loader feeds it
+        return None
     try:
         own = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -262,10 +265,10 @@ def _preprocess(path: Path, config: Any) -> Preprocess | None:
     mean = own.get("image_mean", [0.5]) if normalises else [0.0]
     std = own.get("image_std", [0.5]) if normalises else [1.0]
     scaled = tuple(float(value) / factor for value in mean)
-    pads = scaled if len(scaled) == int(getattr(config, "num_channels", 3)) else scaled[:1]
+    pads = scaled if len(scaled) == channels else scaled[:1]
     return Preprocess(
         size=size,
-        channels=int(getattr(config, "num_channels", 3)),
+        channels=channels,
         resize=resize,
         crop_fraction=fraction,
         interpolation=_RESAMPLE.get(own.get("resample"), "bilinear"),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import onnx_ir.passes.common
 from resvit_export.loading.inputs import IMAGE
 from resvit_export.to_onnx import optimizer
 from resvit_export.to_onnx.packed_heads import split_along_heads
+from resvit_export.to_onnx.plain_attention import write_out_attention
 from resvit_export.to_onnx.stand_ins import bound_stand_ins
 
 MODULE = "module"
@@ -45,6 +46,7 @@ def optimize(model: ir.Model) -> None:
         infer_shapes(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     bound_stand_ins(model)
+    write_out_attention(model)
     pad_in_max_pool(model)
     split_along_heads(model)
     _drop_unused_initializers(model.graph)
