@@ -1,4 +1,4 @@
-"""Recognising what the user named as data: a folder of one of four kinds, a file, or a factory."""
+"""Recognising what the user named as data: a folder of one of five kinds, a file, or a factory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse
 from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
+from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
+from resvit_calibrate.readers.texts import ENDINGS as LISTS
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 
-Kind = Literal["folder", "coco", "masks", "depth"]
+Kind = Literal["folder", "coco", "masks", "depth", "text"]
 KINDS = (
-    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, or COCO's annotations), "
-    "an .npz file, or file.py:factory."
+    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, COCO's annotations, or "
+    "pictures with a list of their texts), an .npz file, or file.py:factory."
 )
 
 
@@ -71,6 +73,8 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return _folder_pools(path, kind, options)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(open_coco(path), None)
+    if path is not None and (kind == "text" or (kind is None and path.suffix.lower() in LISTS)):
+        return Pools(pixels_from_list(path), None)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
         raise ResvitError(f"{path} describes data for YOLO, which is not read.", CONVERT)
     if path is not None and kind is None and path.suffix != ".py":
@@ -94,6 +98,10 @@ def kind_of_folder(root: Path) -> Kind:
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
+    if lists := text_lists(root):
+        found.append(("text", str(lists[0].relative_to(root))))
+    elif texts_beside(root):
+        found.append(("text", f"texts beside its pictures ({BESIDE})"))
     layouts = layouts_in(root)
     found += [(layout.kind, layout.words) for layout in layouts if layout.kind in ("masks", "depth")]
     if len({kind for kind, _ in found}) > 1:
@@ -196,6 +204,8 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     kind = kind or kind_of_folder(root)
     if kind == "coco":
         return _coco_pools(root, any_name=told)
+    if kind == "text":
+        return _text_pools(root)
     if kind == "folder":
         return _class_pools(root, split_folders(root), told=told)
     layout = _layout_of(root, kind)
@@ -228,6 +238,17 @@ def _coco_pools(root: Path, *, any_name: bool) -> Pools:
         return Pools(train, None)
     train.notes += unused_files(root, (found[0], found[1]))
     return Pools(train, open_coco(found[1]))
+
+
+def _text_pools(root: Path) -> Pools:
+    """Pictures with a list, or two, of their texts, or with texts beside them."""
+    lists = text_lists(root)
+    if not lists:
+        halves = split_folders(root)
+        pools = [pixels_from_texts_beside(part) for part in halves or (root,)]
+    else:
+        pools = [pixels_from_list(path) for path in lists]
+    return Pools(pools[0], pools[1] if len(pools) > 1 else None)
 
 
 def _layout_of(root: Path, kind: Kind) -> Layout:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.readers.folders import name_inside, printable
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
@@ -151,7 +152,7 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
         if identity in ids:
             repeated.append(str(identity))
         ids[identity] = number
-        names.append(_safe_name(entry.get("file_name"), where))
+        names.append(name_inside(entry.get("file_name"), f"{where}: file_name", _FIX))
         for side, name in enumerate(("height", "width")):
             if entry.get(name) is None:
                 continue
@@ -186,8 +187,8 @@ def _categories(
             raise ResvitError(f"{where} has no whole number as its id.", _FIX)
         if identity in names:
             raise ResvitError(f"{path} gives the category id {identity} more than once.", _FIX)
-        names[identity] = _printable(str(entry.get("name", identity)))
-        above[identity] = _printable(str(entry.get("supercategory")))
+        names[identity] = printable(str(entry.get("name", identity)))
+        above[identity] = printable(str(entry.get("supercategory")))
     groups = {
         identity
         for identity, name in names.items()
@@ -252,24 +253,6 @@ def _cut(
     kept = np.isfinite(small).all(axis=1) & (small[:, 2] > small[:, 0]) & (small[:, 3] > small[:, 1])
     outside = (np.abs(held[kept] - boxes[kept]) > _OUTSIDE).any(axis=1)
     return held, kept, int(outside.sum())
-
-
-def _safe_name(name: Any, where: str) -> str:
-    """A path that stays inside of the images' folder; what Windows wrote with backslashes is read too."""
-    if not isinstance(name, str) or not name.strip() or "\0" in name or _printable(name) != name:
-        raise ResvitError(f"{where}: file_name is {name!r}.", _FIX)
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.name:
-        raise ResvitError(
-            f"{where}: file_name {name!r} leads out of the folder of images.",
-            "Write file names relative to the folder of images, without `..`.",
-        )
-    return str(path)
-
-
-def _printable(text: str) -> str:
-    """JSON can hold halves of characters, which no file name has and no terminal shows."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _shown(value: Any) -> str:
