@@ -502,6 +502,7 @@ PLACE = st.sampled_from(sorted(FIELDS)).flatmap(
 TEXTS = st.sampled_from(["", "0", "1", "-1", "1.0", "nan", "inf", "1e9", "0x1", " 1", "1" * 40, "٣", "²", "1_0"])
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.lists(st.tuples(PLACE, JSON | TEXTS), min_size=1, max_size=4))
 def test_whatever_stands_in_fields_is_read_or_refused(tmp_path_factory, changes):
@@ -525,6 +526,7 @@ def test_whatever_stands_in_fields_is_read_or_refused(tmp_path_factory, changes)
     assert not any(".." in Path(name).parts or Path(name).is_absolute() for name in read.file_names)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.binary(max_size=64) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(0, 10**6))
 def test_whatever_bytes_stand_in_a_file_they_are_read_or_refused(tmp_path_factory, data, place):

@@ -52,6 +52,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "kind",
@@ -267,6 +268,7 @@ def test_the_part_that_sees_comes_out_of_a_model_of_images_and_text(tmp_path: Pa
     assert model.input_shape == (3, 32, 32)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("registers", [0, 4])
 def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> None:
     # Without register tokens, one of its parameters is empty: there is nothing in it to look at.
@@ -280,6 +282,7 @@ def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.whole
 def test_a_size_that_windows_do_not_divide_is_said_with_the_next(tmp_path: Path) -> None:
     folder = bare_folder("RfDetrConfig:RfDetrForObjectDetection", tmp_path)  # by its own defaults: 518 px
     with pytest.raises(ResvitError, match="multiples of 56; they are 518 and 518") as caught:
