@@ -20,6 +20,7 @@ from resvit_calibrate.readers.folders import (
     VALIDATION_NAMES,
     ending_of,
     files_below,
+    is_file,
     is_image,
     name_inside,
     notes_of,
@@ -105,7 +106,7 @@ def pixels_from_list(path: Path) -> TextPixels:
         if rows.get(inside, text) != text:
             raise ResvitError(f"{where} gives {inside} another text than a line before.", "Keep one of the two.")
         rows[inside] = text
-        if not (folder / inside).is_file():
+        if not is_file(folder / inside):
             missing.append(inside)
     if not rows:
         raise ResvitError(f"{path} lists no picture.", _FIX)
@@ -218,7 +219,7 @@ def _lists_pictures(path: Path) -> bool:
 def _first_is_in(path: Path, folder: Path) -> bool:
     try:
         _, name, _ = next(_rows(path))
-        return is_image(PurePosixPath(name).name) and (folder / name_inside(name, str(path), _FIX)).is_file()
+        return is_image(PurePosixPath(name).name) and is_file(folder / name_inside(name, str(path), _FIX))
     except (ResvitError, StopIteration):
         return False
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.readers.boxes.table import BoxTable
 from resvit_calibrate.readers.folders import name_inside, printable
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
@@ -30,27 +30,6 @@ _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.0*)?")
 _DECIMAL = re.compile(r"-?[0-9]{1,16}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
 
 
-@dataclass(frozen=True, eq=False)
-class CocoFile:
-    """N images with A boxes; image i has those from ``offsets[i]`` to ``offsets[i + 1]``.
-
-    ``file_names`` are relative and never lead upwards. ``sizes`` int64 [N, 2] are height and width, 0 where the
-    file does not say. ``boxes`` float32 [A, 4] are x1, y1, x2, y2 in the image's pixels, each with an area;
-    ``classes`` int64 [A] count from 0 in the order of the categories' ids, which are ``class_ids``.
-    """
-
-    path: Path
-    file_names: tuple[str, ...]
-    sizes: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float32]
-    classes: npt.NDArray[np.int64]
-    crowd: npt.NDArray[np.bool_]
-    offsets: npt.NDArray[np.int64]
-    class_names: tuple[str, ...]
-    class_ids: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
 class _Box(NamedTuple):
     """What is kept of an annotation while the file is read: outlines are most of such a file."""
 
@@ -60,7 +39,7 @@ class _Box(NamedTuple):
     crowd: Any
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Path) -> BoxTable:
     """Read an annotation file.
 
     Numbers may be written as texts, and ``iscrowd`` may be null or missing for 0. A category without annotations that
@@ -98,7 +77,7 @@ def read_coco(path: Path) -> CocoFile:
         )
     order = np.argsort(image[kept], kind="stable")
     counts = np.bincount(image[kept], minlength=len(names))
-    return CocoFile(
+    return BoxTable(
         path=path,
         file_names=tuple(names),
         sizes=sizes,
