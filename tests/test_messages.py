@@ -179,7 +179,7 @@ def written_names() -> str:
     return "\n".join([*names, *(path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts)])
 
 
-_EXAMPLE = re.compile(r"(?:FILE|KEY|table|logits|images|release|net|net-\w+|model-[\w-]+)\.\w+|CMakeLists\.txt")
+_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-\w+|model-[\w-]+)\.\w+|CMakeLists\.txt")
 
 
 @pytest.mark.whole
