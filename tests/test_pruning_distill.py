@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +111,47 @@ def trained(
 def same(one: nn.Module, other: nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Auxiliary(Net):
+    """Answers with a second head while it trains, as GoogLeNet does."""
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__(hidden)
+        self.second = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return {"logits": logits, "second": self.second(x.mean((2, 3)).repeat(1, 4))} if self.training else logits
+
+
+class Losing(Net):
+    """Asks for targets while it trains, and answers with losses then, as torchvision's detectors do."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        logits = super().forward(x)
+        if not self.training:
+            return logits
+        if targets is None:
+            raise ValueError("targets should not be None while training")
+        return {"loss": nn.functional.cross_entropy(logits, targets)}
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Losing])
+def test_a_network_that_answers_otherwise_in_training_is_trained_on_what_it_answers_else(
+    kind: type[Net], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    teacher, student = kind(), kind()
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        student.head.weight.add_(torch.randn_like(student.head.weight), alpha=0.3)
+    mean = student.stem[1].running_mean
+    assert mean is not None
+    before = mean.clone()
+    report = distill(student, teacher, Images(), dataclasses.replace(FAST, epochs=4), tmp_path / "state", "key")
+    assert report.after.loss < 0.6 * report.before.loss
+    assert not torch.equal(before, mean)  # its BatchNorms trained
 
 
 @pytest.mark.whole

@@ -172,15 +172,14 @@ def predictions_kept(image_set: ImageSet) -> Generator[None, tuple[Batch, Arrays
             )
         logits.append(_logits(outputs, len(batch.images)))
         labels.append(batch.labels)
-    found = Predictions(np.concatenate(logits), np.concatenate(labels))
-    classes, highest = found.logits.shape[1], int(found.labels.max())
-    if highest >= classes or int(found.labels.min()) < 0:
-        raise ResvitError(
-            f"The data has the label {highest if highest >= classes else found.labels.min()}, but the network "
-            f"knows classes 0 to {classes - 1}.",
-            "Use the data that the network was trained for; its classes must be in the same order.",
-        )
-    return found
+        classes = logits[-1].shape[1]
+        wrong = labels[-1][(labels[-1] >= classes) | (labels[-1] < 0)]
+        if len(wrong):
+            raise ResvitError(
+                f"The data has the label {wrong.max()}, but the network knows classes 0 to {classes - 1}.",
+                "Use the data that the network was trained for; its classes must be in the same order.",
+            )
+    return Predictions(np.concatenate(logits), np.concatenate(labels))
 
 
 def compare(reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> ClassComparison:
