@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look
+from resvit_calibrate.images.pixels import UNSEEN, BrokenImage, FilePixels, Look
 from resvit_calibrate.images.targets import BoxTarget, digest_of_target, in_view
 from resvit_calibrate.readers.coco_file import CocoFile, read_coco
 from resvit_calibrate.readers.folders import VALIDATION_NAMES, note_of_unused, split_folders
@@ -36,8 +36,9 @@ class CocoPixels(FilePixels):
         size = (height, width) if height else None
         return super().look(index)._replace(target=digest_of_target(self._boxes(index)), annotated=size)
 
-    def target(self, index: int, height: int, width: int) -> BoxTarget:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> BoxTarget:
         """The boxes of one image, in its pixels."""
+        del seen  # the boxes are in memory
         said = tuple(self.coco.sizes[index].tolist())
         if said not in ((0, 0), (height, width)):
             raise BrokenImage(f"is {height}x{width} pixels, but annotated as {said[0]}x{said[1]}")
