@@ -338,8 +338,7 @@ def test_what_changes_after_it_was_opened_is_refused(tmp_path, kind, what):
         picture = Image.open(changed)
         picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(changed)
     with pytest.raises(ResvitError, match="was changed after the images were opened"):
-        for images in sets:
-            everything(images)
+        [everything(images) for images in sets]
 
 
 @pytest.mark.parametrize(("channels", "found"), [(3, "grey images|grey and are converted to colour"), (1, "colour")])
@@ -387,6 +386,24 @@ def test_npz_with_its_own_validation_and_fortran_order(tmp_path):
     np.testing.assert_array_equal(np.rint(everything(validation) * 255), more.transpose(0, 3, 1, 2))
     kept = {image.tobytes() for image in images[2:].transpose(0, 3, 1, 2)}
     assert {image.tobytes() for image in np.rint(everything(calibration) * 255).astype(np.uint8)} == kept
+
+
+def test_what_an_npz_holds_besides_is_named(tmp_path):
+    images, labels = noise(20, 8, 8, 3), np.arange(20) % 2
+    for kept, unread in (
+        ({}, {"test_images": images[:4], "test_labels": labels[:4]}),
+        ({"val_images": noise(4, 8, 8, 3, seed=1), "val_labels": labels[:4]}, {"x_test": images[:4]}),
+        ({}, {"val_labels": labels[:4]}),
+        ({}, {"valid_images": images[:4]}),
+    ):
+        heard = Heard()
+        path = npz(tmp_path / "d.npz", images=images, labels=labels, **kept, **unread)
+        open_image_sets(DataSpec(path, calibration_images=8), SMALL, heard)
+        assert [text for text in heard.warnings if all(name in text for name in unread) and "not" in text]
+    heard = Heard()
+    path = npz(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array(["a", "b"]))
+    open_image_sets(DataSpec(path, calibration_images=8), SMALL, heard)
+    assert heard.warnings == []
 
 
 @pytest.mark.parametrize(
