@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
+from resvit_engines.files import refused
 from resvit_export.cli.main import _COMMANDS, run
 
 if sys.version_info >= (3, 11):
@@ -106,6 +109,16 @@ def test_impossible_wishes_leave_nothing_behind(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert run("build --model a --target jetson-orin --precision fp8 --data b".split()) == ExitCode.IMPOSSIBLE
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_whatever_the_system_refuses_is_named_with_a_remedy(number: int) -> None:
+    told = refused(OSError(number, os.strerror(number), "some/file"))
+    assert "some/file" in told.problem
+    assert "[Errno" not in told.problem
+    assert told.fix
+    assert told.code == ExitCode.SYSTEM
+    assert "[Errno" not in refused(OSError(number, os.strerror(number))).problem
 
 
 def test_errors_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

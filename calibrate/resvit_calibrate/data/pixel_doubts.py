@@ -155,6 +155,14 @@ def _about_white(both: Sequence[ImageSet], looks: Sequence[Look], spec: DataSpec
         if "white" in spec.said:
             return ""
         return dark + remedy + ("" if white == 1 else f", or white={white} if they are as dark as that")
+    if level > 2 * white:
+        bits = _bits_of(level)
+        bright = (
+            f"the {name} images reach {level:g}, and what is above white={white} is cut off, most of what they show: "
+            f"say --preprocess white={(1 << bits) - 1} if they hold {bits} bits, or write them with 8 bits as meant"
+        )
+        reporter.warn(bright)
+        return bright
     if reach[-1] > white * (1 + _OVERSHOOT * (white == 1)):
         reporter.warn(f"the {name} images reach {reach[-1]:g}: what is above white={white} is cut off")
     return ""

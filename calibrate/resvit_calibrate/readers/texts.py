@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from resvit_calibrate.images.pixels import FilePixels, Look
+from resvit_calibrate.images.pixels import UNSEEN, FilePixels, Look
 from resvit_calibrate.images.targets import Target, TextTarget, digest_of_target
 from resvit_calibrate.readers.folders import (
     TRAINING_NAMES,
@@ -59,9 +59,9 @@ class TextPixels(FilePixels):
         """Digest the file and its text."""
         return super().look(index)._replace(target=digest_of_target(TextTarget(self.texts[index])))
 
-    def target(self, index: int, height: int, width: int) -> Target:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target:
         """The text of one picture."""
-        del height, width
+        del height, width, seen  # the texts are in memory
         return TextTarget(self.texts[index])
 
 

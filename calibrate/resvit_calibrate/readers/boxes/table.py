@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look
+from resvit_calibrate.images.pixels import UNSEEN, BrokenImage, FilePixels, Look
 from resvit_calibrate.images.targets import BoxTarget, digest_of_target, in_view
 from resvit_engines.errors import ResvitError
 
@@ -94,8 +94,9 @@ class BoxPixels(FilePixels):
         size = (height, width) if height else None
         return super().look(index)._replace(target=digest_of_target(self._boxes(index)), annotated=size)
 
-    def target(self, index: int, height: int, width: int) -> BoxTarget:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> BoxTarget:
         """The boxes of one image, in its pixels."""
+        del seen  # the boxes are in memory
         said = tuple(self.table.sizes[index].tolist())
         if said not in ((0, 0), (height, width)):
             raise BrokenImage(f"is {height}x{width} pixels, but annotated as {said[0]}x{said[1]}")
