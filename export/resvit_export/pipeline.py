@@ -175,7 +175,7 @@ class Pipeline:
     @cached_property
     def validated(self) -> gate.Validated:
         """The answers of the ONNX that ships held against the original network's, and judged."""
-        clips = (self.float_model, self.calibrated.statistics, self.quantized.file(quantize.REPORT))
+        clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
         how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
         return self.do(gate.Validate(self.questions, self.run.label, *how))

@@ -245,7 +245,8 @@ def verdict_line(record: VerdictRecord) -> str:
 
 def _validate(record: VerdictRecord) -> list[Table | str]:
     note = [record.runtime_note] if record.runtime_note else []
-    return [accuracy_table(record), verdict_line(record), *note]
+    blame = [record.blame.sentence] if record.blame else []
+    return [accuracy_table(record), verdict_line(record), *blame, *note]
 
 
 def _compile(compiled: Compiled) -> list[Table | str]:

@@ -101,6 +101,8 @@ def hero_from_run(data: ReportData) -> Hero:
     notes = []
     if verdict.chance_level:
         notes.append("Check the data, the labels and the preprocessing: no drop can be measured from guesses.")
+    if data.verdict.blame is not None:
+        notes.append(data.verdict.blame.sentence)
     needed = verdict.images_needed
     if needed and str(needed) not in sentence:
         notes.append(f"About {needed:,} images would settle it; {verdict.images:,} were used.")
