@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -101,6 +102,11 @@ def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, wor
     (network,) = Path("runs/small").glob("prune-*/prune.json")
     report = json.loads(network.read_bytes())
     assert report["after"]["macs"] <= 0.81 * report["before"]["macs"]
+    (trained,) = Path("runs/small").glob("retrain-*/retrain.json")
+    objective = json.loads(trained.read_bytes())["objective"]
+    assert objective.startswith("the teacher's boxes and labelled" if task == "detection" else "the teacher's map")
+    assert "labelled" in objective
+    assert objective in html.unescape(Path("runs/small/report.html").read_text(encoding="utf-8"))
     assert len(list(Path("runs/small").glob("compile-*/engine.plan"))) == 1
     assert len(list(Path("runs/small").glob("bundle-*/*.resvit"))) == 1
 

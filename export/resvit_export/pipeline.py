@@ -96,7 +96,8 @@ class Pipeline:
         """The pruned network, taught by the one that it was."""
         before, images = self.pruned, self.run.training_images(self.network, MOST_IMAGES)
         how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed, self.run.network.code)
-        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how))
+        taught = self.run.taught(self.network, self.network.outputs)
+        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how, *taught))
 
     @cached_property
     def folded(self) -> fold.Folded:
@@ -122,7 +123,8 @@ class Pipeline:
         """The float ONNX with its weights trained, the quantisers in the loop."""
         before = self.vary(recovers=False).calibrated
         images = self.run.training_images(self.network, RECOVERY_IMAGES)
-        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed)
+        taught = self.run.taught(self.network, self.exported.report.to_json()["outputs"])
+        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed, *taught)
         settings, model = self.run.quantize_settings({}), self.exported.model
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
 

@@ -265,6 +265,13 @@ class Run:
         self._require_classes(network, task, outputs)
         return task
 
+    def taught(
+        self, network: NetworkRecord, outputs: Sequence[Mapping[str, Any]]
+    ) -> tuple[TaskChoice | None, int | None]:
+        """What a student of this network learns to say, and how many classes the validation images know."""
+        task = self.task(network, outputs).for_training()
+        return task, self.image_sets(network)[1].num_classes if task else None
+
     def training_images(self, network: NetworkRecord, most: int) -> TrainingImages:
         """Images to train on, at most so many where the recipe does not say."""
         return self.sources.training_images(self.preprocess(network), most, network.class_list)

@@ -125,7 +125,11 @@ def _retrain(report: DistillReport) -> list[Table | str]:
         for when, score in (("pruned", report.before), ("retrained", report.after))
     ]
     title = f"Trained on {report.images:,} images, against the unpruned model on {report.held_out:,} others"
-    return [table(title, ("weights", "step", "agreement", "top-1", "loss"), rows), _stop(report)]
+    return [table(title, ("weights", "step", "agreement", "top-1", "loss"), rows), _loss(report), _stop(report)]
+
+
+def _loss(report: DistillReport | RecoverReport) -> str:
+    return f"The loss is of {report.objective}"
 
 
 def _stop(report: DistillReport | RecoverReport) -> str:
@@ -166,7 +170,7 @@ def _recover(report: RecoverReport) -> list[Table | str]:
         for when, score in (("before", report.before), ("after", report.after))
     ]
     title = f"Recovery on {report.images:,} images, against the float model on {report.held_out:,} others"
-    return [table(title, ("weights", "step", "agreement", "SQNR"), rows), _stop(report)]
+    return [table(title, ("weights", "step", "agreement", "SQNR"), rows), _loss(report), _stop(report)]
 
 
 def _ranges(ranges: Ranges) -> list[Table | str]:
