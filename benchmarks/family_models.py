@@ -251,6 +251,21 @@ SMALL: dict[str, Small] = {
     "levit": Small(
         {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}
     ),
+    "llama4": Small(
+        {
+            "vision_config": {
+                "hidden_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 384,
+                "image_size": 56,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+                "vision_output_dim": 64,
+            }
+        },
+        size=(56, 56),
+    ),
     "depth_pro": Small(
         {
             "patch_size": 56,
