@@ -315,6 +315,7 @@ class _Outline(HTMLParser):
         return [str(attrs["id"]) for tag, attrs in self.attributes if tag == "h2"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "word"), [("accepted", "Accepted"), ("rejected", "Rejected"), ("undecided", "Undecided")]
 )
@@ -398,6 +399,7 @@ def test_everything_is_escaped() -> None:
     _Outline(page)
 
 
+@pytest.mark.whole
 def test_same_data_same_page(tmp_path: Path) -> None:
     write_report(tmp_path / "a.html", full())
     write_report(tmp_path / "b.html", full())
