@@ -182,7 +182,7 @@ def section(run: Calibrated, tensors: int) -> list[str]:
     }
     for estimator in (Estimator.MAX, Estimator.PERCENTILE):
         rows[f"Plain {estimator.value} ranges, no method"] = run.quantised(
-            dataclasses.replace(settings, estimator=estimator, methods=Methods(*[False] * 5, sparing=True))
+            dataclasses.replace(settings, estimator=estimator, methods=Methods(*[False] * 5))
         )
     for method in _METHODS:
         without = dataclasses.replace(settings, methods=dataclasses.replace(Methods(), **{method: False}))
