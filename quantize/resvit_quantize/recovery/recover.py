@@ -29,6 +29,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.graph.external import EXTERNAL_ABOVE
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight
 from resvit_quantize.placement.placement import WeightKey, weight_key
@@ -97,7 +98,7 @@ def recover_model(
             stored = StoredWeight(*quantise_weight(array, axis, precision, settings.bits))
             array = stored.restored(axis)  # noqa: PLW2901
         plan.network.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(array), name=name)
-    onnx_from_network(plan.network, out)
+    onnx_from_network(plan.network, out, external_above=EXTERNAL_ABOVE)
     state.unlink(missing_ok=True)
     return report
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.distill.features import compared_features
 from resvit_quantize.pruning.distill.loss import Answering, is_class_score, label_loss, outputs_of, shifted
 from resvit_quantize.pruning.distill.options import (
@@ -116,6 +117,7 @@ class DistillLearner:
         self._mask()
         pair = self._tensors(next(images.batches_at(used[:2], 2)))[0]
         self.features = compared_features(student, teacher, pair, options)
+        self.steady = steady_parts(student, pair)
         with torch.no_grad():
             self.answering = Answering(teaching, answers(teacher, pair), options)
         self.told = self.answering.told
@@ -131,6 +133,8 @@ class DistillLearner:
         # Seeded by the step, so that dropout in a resumed training is that of one in a piece.
         torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.worker.rank)
         self.joined.train()
+        for part in self.steady:
+            part.training = False
         images, labels = self._tensors(batch)
         images = shifted(images, self.options.shift)
         batch = batch if not self.options.shift else dataclasses.replace(batch, targets=None)
@@ -243,6 +247,22 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
         if value.requires_grad:
             groups[weight_decay if name.endswith("weight") and value.ndim >= 2 else 0.0].append(value)
     return [{"params": values, "weight_decay": decay, "size": 1.0} for decay, values in groups.items() if values]
+
+
+def steady_parts(module: nn.Module, images: Tensor) -> list[nn.Module]:
+    """The parts that stay in evaluation while ``module`` trains; none where it answers in training as it does else.
+
+    Auxiliary heads (GoogLeNet) and losses come from the modules that put layers together, which then have to stay;
+    BatchNorm and dropout are layers, which train.
+    """
+    trial = copy_of(module)
+    with torch.no_grad():
+        wanted = [output.shape for output in answers(trial.eval(), images)]
+        try:
+            same = [output.shape for output in answers(trial.train(), images)] == wanted
+        except Exception:  # noqa: BLE001 - whatever a forward raises that asks for labels
+            same = False
+    return [] if same else [part for part in module.modules() if next(part.children(), None) is not None]
 
 
 def _home(module: nn.Module) -> torch.device:
