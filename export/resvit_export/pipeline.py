@@ -96,7 +96,8 @@ class Pipeline:
         """The pruned network, taught by the one that it was."""
         before, images = self.pruned, self.run.training_images(self.network, MOST_IMAGES)
         how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed, self.run.network.code)
-        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how))
+        taught = self.run.taught(self.network, self.network.outputs)
+        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how, *taught))
 
     @cached_property
     def folded(self) -> fold.Folded:
@@ -122,7 +123,8 @@ class Pipeline:
         """The float ONNX with its weights trained, the quantisers in the loop."""
         before = self.vary(recovers=False).calibrated
         images = self.run.training_images(self.network, RECOVERY_IMAGES)
-        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed)
+        taught = self.run.taught(self.network, self.exported.report.to_json()["outputs"])
+        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed, *taught)
         settings, model = self.run.quantize_settings({}), self.exported.model
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
 
@@ -175,7 +177,7 @@ class Pipeline:
     @cached_property
     def validated(self) -> gate.Validated:
         """The answers of the ONNX that ships held against the original network's, and judged."""
-        clips = (self.float_model, self.calibrated.statistics, self.quantized.file(quantize.REPORT))
+        clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
         how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
         return self.do(gate.Validate(self.questions, self.run.label, *how))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from resvit_calibrate.answers.classes import INPUT
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
-from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
+from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target, TextTarget
 from resvit_calibrate.readers.user.code import Reads
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
@@ -35,7 +35,7 @@ Seen: TypeAlias = tuple[Batch, dict[str, Array]]
 """A batch and a network's outputs for it."""
 Keeping: TypeAlias = Generator[None, "Seen | None", Any]
 _TRIED = 2
-_KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths"}
+_KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths", TextTarget: "texts"}
 
 
 class Answers(Protocol):

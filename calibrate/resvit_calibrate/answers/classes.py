@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.gate.comparison import Comparison
+from resvit_calibrate.gate.comparison import SHARE, Comparison
 from resvit_calibrate.gate.intervals import images_to_decide, paired_difference, share
 from resvit_calibrate.gate.numbering import OtherNumbering, Pairs, other_numbering
 from resvit_calibrate.images.image_set import Batch, ImageSet
@@ -107,7 +107,7 @@ class ClassComparison(Comparison):
 
     metric = "top-1"
     what = "accuracy"
-    unit = "percentage points"
+    unit = SHARE
     agreement_of = "images with the same class"
 
     def __post_init__(self) -> None:

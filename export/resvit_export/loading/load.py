@@ -88,6 +88,10 @@ class Network:
             notes=self.notes,
             coupled=COUPLED in self.notes,
             class_names=dict(self.class_names),
+            outputs=tuple(
+                {"name": name, "shape": list(shape)}
+                for name, shape in zip(output_names(self.program), output_shapes(self.program), strict=True)
+            ),
         )
 
 
