@@ -185,7 +185,7 @@ def _require_float32(program: ExportedProgram) -> None:
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):  # what autocasts has one of its own
         value = node.meta.get("val")
-        product = isinstance(node.target, torch._ops.OpOverload) and node.target.name().partition(".")[0] in _PRODUCTS
+        product = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _PRODUCTS
         if product and isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
             raise ResvitError(
                 f"The network computes {node.target} in {str(value.dtype).removeprefix('torch.')}{_line_of(node)}.",
