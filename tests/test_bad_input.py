@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,22 @@ class Property(Net):
         raise KeyError("mean")
 
 
+class Halves(Net):
+    def forward(self, images: torch.Tensor) -> Any:
+        return super().forward(images.half()).float()
+
+
+class Casting(Net):
+    def forward(self, images: torch.Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(images)
+
+
+class Writing(Net):
+    def forward(self, images: torch.Tensor) -> Any:
+        return super().forward(images.mul_(2))
+
+
 class Ends(Net):
     def forward(self, images: torch.Tensor) -> Any:
         raise SystemExit(0)
@@ -118,6 +134,15 @@ def test_weights_of_any_precision_are_computed_in_float32(dtype: torch.dtype) ->
         (Ends(), r"ends the process while it is loaded \(test_bad_input.py, line \d+"),
         (Net(lambda net, images, classes: classes.mean()), "no tensor with an entry for each image"),
         (Net(lambda net, images, classes: {}), "no tensor with an entry for each image"),
+        (Net(lambda net, images, classes: classes * 0), "answers every image alike"),
+        (Net(lambda net, images, classes: net.head.bias.expand(len(images), 10) + 0), "answers every image alike"),
+        (Net(lambda net, images, classes: (classes, net.conv.weight)), r"is \[8, 3, 3, 3\] whatever the batch"),
+        (Net(lambda net, images, classes: (classes, net.head.bias + 1)), r"is \[10\] whatever the batch"),
+        (Net(lambda net, images, classes: classes[:, :0]), "holds no number"),
+        (Halves().half(), r"test_bad_input.py, line \d+.*Its weights became float32"),
+        (Casting(), r"computes aten.* in bfloat16 \(test_bad_input.py, line \d+"),
+        (Writing(), "writes into its own image"),
+        (Net(lambda net, images, classes: classes.to_sparse()), "fails on a batch of shape"),
         (Net().to("meta"), "weights without values: conv.weight is on the device .meta"),
         (Net(lambda net, images, classes: classes + torch.zeros(1, device="meta")), "meta"),
     ],
@@ -218,6 +243,31 @@ def test_any_names_go_through(
     assert len(set(taken)) == len(taken)
     assert all(name.isprintable() for name in taken)
     onnx.checker.check_model(ours, full_check=True)
+
+
+def changed(*nodes: onnx.NodeProto, output: str = "", shape: Sequence[int | str] = ()) -> onnx.ModelProto:
+    """The graph with ``nodes`` behind it; ``output`` then is its only one, empty for none at all."""
+    model = graph()
+    model.graph.node.extend(nodes)
+    del model.graph.output[:]
+    if output:
+        model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (changed(), "it has no output"),
+        (changed(helper.make_node("Identity", ["f"], ["z"]), output="z", shape=[8, 10]), "one entry for each image"),
+        (changed(helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0), output="z"), "a single number"),
+        (changed(helper.make_node("Sub", ["y", "y"], ["z"]), output="z", shape=["N", 10]), "answers every image alike"),
+    ],
+)
+def test_a_file_whose_outputs_are_no_answers_is_told_so(model: onnx.ModelProto, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ResvitError, match=words) as caught:
+        imported(model, tmp_path)
+    assert caught.value.code is ExitCode.INPUT
 
 
 @pytest.mark.whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -33,6 +33,28 @@ def refuse_random(run: Runner, draw: Draw, name: str, *, batch: int = 1, drawn: 
             f"{name} is random: two runs on one image differ{f' by {moved:.3g}' if moved else ''}{drawn}.",
             "Leave out what draws random numbers when it answers: F.dropout needs training=self.training, and noise "
             "belongs under 'if self.training'.",
+        )
+
+
+def refuse_blind(run: Runner, draw: Draw, name: str, *, batch: int = 1, whole: Collection[str] = ()) -> None:
+    """Refuse a network that answers every image alike, to the last bit: weights that are zero, an image left unread.
+
+    Images of full and of low contrast are tried, which saturate nothing together. ``whole`` are outputs of whole
+    numbers, such as a class, which noise may well leave alike.
+
+    Raises:
+        ResvitError: INPUT.
+    """
+    random = np.random.default_rng(1)
+    faint = {
+        key: value * np.float32(0.1) if value.dtype.kind == "f" else value for key, value in draw(batch, random).items()
+    }
+    answers = [run(feeds) for feeds in (draw(batch, random), draw(batch, random), faint)]
+    names = [key for key, value in answers[0].items() if value.dtype.kind == "f" and key not in whole]
+    if names and all(np.array_equal(answers[0][key], other[key], equal_nan=True) for key in names for other in answers):
+        raise ResvitError(
+            f"{name} answers every image alike ({', '.join(names)}): what it returns does not depend on its image.",
+            "Check that the forward reads its image, and that the weights were loaded.",
         )
 
 

@@ -136,7 +136,13 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
     notes += cast
     require_finite(module, str(spec.checkpoint or spec.model))
     inputs = _inputs(module, spec)
-    program, trace_notes = program_from_module(module, inputs)
+    try:
+        program, trace_notes = program_from_module(module, inputs)
+    except ResvitError as error:
+        if not cast:
+            raise
+        own = "Its weights became float32: a forward that casts by itself has to follow them (x.to(self.weight.dtype))."
+        raise ResvitError(error.problem, f"{own} Otherwise: {error.fix}", error.code) from error
     shape = input_shape_of(program)
     for note in (*notes, *trace_notes):
         reporter.say(note)

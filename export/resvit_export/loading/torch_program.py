@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -17,15 +18,20 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
-from resvit_calibrate.runtime.behaviour import couples_images, refuse_random
+from resvit_calibrate.runtime.behaviour import couples_images, refuse_blind, refuse_random
 from resvit_calibrate.runtime.runner import Runner, pieces
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
-from resvit_export.loading.user_code import KnownBuffers, left_out_note, tensors_alone, user_error
+from resvit_export.loading.user_code import KnownBuffers, is_library, left_out_note, tensors_alone, user_error
 from resvit_quantize.pruning.copies import forgetting
 
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in ("conv1d", "conv2d", "conv3d", "convolution", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm",
+                 "conv_transpose2d", "scaled_dot_product_attention", "einsum")
+)  # fmt: skip
 COUPLED = "its answers depend on the other images of a batch; it is exported for batch 1"
 
 
@@ -52,8 +58,9 @@ def program_from_module(
             raise _failing(error, several, alone) from error
         notes = left_out_note(left_out)
         program, why = _exported(module, several, alone)
-        refuse_random_program(program, "The network")
         try:
+            _refuse_changed_inputs(module, several, alone)
+            refuse_random_program(program, "The network")
             _refuse_random_module(module, several, alone)
         except ResvitError:
             raise
@@ -69,6 +76,8 @@ def _exported(
     why = "the network works for one batch size only; it is exported for batch 1"
     try:
         program = _export(module, *_examples(several, alone, 2), dynamic=True)
+        _require_batched(program)
+        _require_float32(program)
         if has_dynamic_batch(program):
             if coupling_of(program) is None:
                 return program, ()
@@ -82,7 +91,24 @@ def _exported(
         program = _export(module, *_examples(several, alone, 1), dynamic=False)
     except Exception as error:
         raise _not_exportable(error) from error
+    _require_batched(program)
+    _require_float32(program)
     return program, (why,)
+
+
+def _require_batched(program: ExportedProgram) -> None:
+    """Refuse outputs that never have one entry for each image, such as anchors that are alike for all."""
+    for name, shape in zip(output_names(program), output_shapes(program), strict=True):
+        if isinstance(shape[0], int) and shape[0] != (fixed_batch_of(program) or 1):
+            raise ResvitError(
+                f"The network's output {name} is {list(shape)} whatever the batch: there is no entry for each image.",
+                "Leave it out of what the forward returns, or expand it along the batch.",
+            )
+        if 0 in shape:
+            raise ResvitError(
+                f"The network's output {name} is {list(shape)}: it holds no number.",
+                "Check the sizes that its forward computes for this image.",
+            )
 
 
 def coupling_of(program: ExportedProgram) -> float | None:
@@ -133,7 +159,7 @@ def _never_draws(node: torch.fx.Node) -> bool:
 
 
 def refuse_random_program(program: ExportedProgram, name: str) -> None:
-    """Refuse a program that draws random numbers, with the line of the user's that does, where it is known.
+    """Refuse a program that draws random numbers, with the line of the user's that does, or answers every image alike.
 
     Raises:
         ResvitError: INPUT.
@@ -141,10 +167,53 @@ def refuse_random_program(program: ExportedProgram, name: str) -> None:
     drawing = drawing_nodes(program)
     where = ""
     if drawing:
-        where = f": {drawing[0].target} draws random numbers"
-        lines = re.findall(r'File "(.*)", line (\d+), in \w+\n\s*(.*)', str(drawing[0].meta.get("stack_trace", "")))
-        where += f" ({Path(lines[-1][0]).name}, line {lines[-1][1]}: {lines[-1][2]})" if lines else ""
-    refuse_random(runner_from_program(program), _drawn(program), name, batch=fixed_batch_of(program) or 1, drawn=where)
+        where = f": {drawing[0].target} draws random numbers{_line_of(drawing[0])}"
+    run, batch = runner_from_program(program), fixed_batch_of(program) or 1
+    refuse_random(run, _drawn(program), name, batch=batch, drawn=where)
+    refuse_blind(run, _drawn(program), name, batch=batch, whole=_whole_outputs(program))
+
+
+def _line_of(node: torch.fx.Node) -> str:
+    """The line of the user's that a node came from, in brackets; empty where it is not known."""
+    lines = re.findall(r'File "(.*)", line (\d+), in \w+\n\s*(.*)', str(node.meta.get("stack_trace", "")))
+    lines = [line for line in lines if not is_library(line[0])] or lines
+    return f" ({Path(lines[-1][0]).name}, line {lines[-1][1]}: {lines[-1][2]})" if lines else ""
+
+
+def _require_float32(program: ExportedProgram) -> None:
+    """Refuse products in another precision: which is used where is chosen here, and compared with float32."""
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):  # what autocasts has one of its own
+        value = node.meta.get("val")
+        product = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _PRODUCTS
+        if product and isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            raise ResvitError(
+                f"The network computes {node.target} in {str(value.dtype).removeprefix('torch.')}{_line_of(node)}.",
+                "Leave torch.autocast and casts out of its forward: precisions are chosen here, against float32.",
+            )
+
+
+def _whole_outputs(program: ExportedProgram) -> set[str]:
+    """The outputs that are whole numbers or truth values, which a runner gives as floats."""
+    outputs = program.graph.output_node().args[0]
+    assert isinstance(outputs, (tuple, list))
+    kinds = [node.meta["val"].dtype if isinstance(node, torch.fx.Node) else torch.float32 for node in outputs]
+    return {name for name, kind in zip(output_names(program), kinds, strict=True) if not kind.is_floating_point}
+
+
+def _refuse_changed_inputs(module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> None:
+    """Refuse a forward that writes into its image: who asks it twice about one image gets two answers."""
+    feeds = random_feeds(tuple(several) or (NetworkInput(IMAGE, alone or ()),), 1, np.random.default_rng(0))
+    given = {name: torch.from_numpy(array.copy()) for name, array in feeds.items()}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _ = _call(module, (), given) if several else _call(module, tuple(given.values()), {})
+    changed = [name for name, tensor in given.items() if not np.array_equal(tensor.numpy(), feeds[name])]
+    if changed:
+        raise ResvitError(
+            f"The network writes into its own {'image' if changed[0] == IMAGE else changed[0]} while it runs.",
+            "Let its forward compute a new tensor: x = x * 2 instead of x.mul_(2).",
+        )
 
 
 def _refuse_random_module(module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> None:
@@ -152,12 +221,14 @@ def _refuse_random_module(module: nn.Module, several: Sequence[NetworkInput], al
     inputs = tuple(several) or (NetworkInput(IMAGE, alone or ()),)
 
     def run(arrays: Arrays) -> Arrays:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answer = _call(module, (), tensors) if several else _call(module, tuple(tensors.values()), {})
+            answer = _call(module, (), given) if several else _call(module, tuple(given.values()), {})
         leaves = torch.utils._pytree.tree_leaves(answer)
-        return {str(i): leaf.float().numpy() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        return {
+            str(i): leaf.detach().float().numpy() for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+        }
 
     with torch.random.fork_rng(devices=[]):
         refuse_random(run, functools.partial(random_feeds, inputs), "The network")
@@ -258,7 +329,7 @@ def runner_from_program(program: ExportedProgram) -> Runner:
                 leaves = [torch.from_numpy(piece[name]) for name in order]
                 positional, keywords = torch.utils._pytree.tree_unflatten(leaves, structure)
                 answer = torch.utils._pytree.tree_leaves(call(*positional, **keywords))
-                outputs.append([leaf.float().numpy()[:size] for leaf in answer])
+                outputs.append([leaf.detach().float().numpy()[:size] for leaf in answer])
         return {name: np.concatenate([part[i] for part in outputs]) for i, name in enumerate(names)}
 
     return run

@@ -26,7 +26,7 @@ _TORCH = Path(torch.__file__).parent
 def user_error(error: BaseException, what: str, fix: str) -> ResvitError:
     """An error raised in the user's code, with its own message and the line of theirs that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not _is_library(f.filename)]
+    own = [f for f in frames if not is_library(f.filename)]
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
     lines = [line for line in str(error).splitlines() if line.strip()]
     message = lines[0].strip()[:300] if lines else ""
@@ -55,7 +55,8 @@ def told_as_user_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Whether a frame is of PyTorch, of Python's imports or of this package: no line that a user would mend."""
     path = Path(filename)
     return (
         filename.startswith("<")

@@ -368,6 +368,8 @@ def _checked(proto: onnx.ModelProto, weights: Collection[str], path: Path) -> on
     told = [value for value in proto.graph.value_info if value.name not in weights and _is_sane(value)]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(told)
+    if not proto.graph.output:
+        raise invalid(path, "it has no output")
     for value in proto.graph.output:
         if not value.type.HasField("tensor_type"):
             raise ResvitError(

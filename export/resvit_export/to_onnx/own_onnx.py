@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from resvit_calibrate.images.preprocess import Preprocess
-from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_random
+from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_blind, refuse_random
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
@@ -79,6 +79,7 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
         canonicalise(model, list(own.values()), names)
         image_first(model)
         _require_known_shapes(model, path)
+        _require_batched(model, path)
         write_model(model, out)
     batch, *shape = shape_of(model.graph.inputs[0])
     batches = (batch,) if isinstance(batch, int) else (1, 2)
@@ -93,6 +94,7 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     with reading(path, "cannot be computed"):
         draw = functools.partial(random_feeds, inputs)
         refuse_random(reference, draw, path.name, batch=batches[0])
+        refuse_blind(reference, draw, path.name, batch=batches[0])
         moved = couples_images(reference, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
         if moved is not None:
             raise coupled_error(
@@ -267,6 +269,23 @@ def _make_printable(model: ir.Model) -> None:
 
 def _printable(name: str | None) -> str | None:
     return name and "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
+def _require_batched(model: ir.Model, path: Path) -> None:
+    """Refuse outputs that do not have one entry for each image, such as anchors that are alike for all."""
+    batch = shape_of(model.graph.inputs[0])[0]
+    for value in model.graph.outputs:
+        sizes = shape_of(value)
+        if not sizes or (isinstance(sizes[0], int) and sizes[0] != batch):
+            raise ResvitError(
+                f"{path}: its output {value.name} is {list(sizes) if sizes else 'a single number'}, and not one entry "
+                f"for each image of the batch ({batch}).",
+                "Export the network without that output, or with the batch as its first size.",
+            )
+        if 0 in sizes:
+            raise ResvitError(
+                f"{path}: its output {value.name} is {list(sizes)}: it holds no number.", "Check the image's size."
+            )
 
 
 def _require_known_shapes(model: ir.Model, path: Path) -> None:
