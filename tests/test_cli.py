@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode
+from resvit_engines.files import refused
 from resvit_export.cli.main import _COMMANDS, run
 
 if sys.version_info >= (3, 11):
@@ -38,6 +41,7 @@ def helps() -> dict[str, dict[str, object]]:
     return found
 
 
+@pytest.mark.whole
 def test_what_people_type_is_there() -> None:
     """The declared commands are functions of this tree, and one of them is run as the installer writes it."""
     scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
@@ -49,6 +53,7 @@ def test_what_people_type_is_there() -> None:
         assert (done.returncode, done.stderr) == (0, ""), script
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", ["", *_COMMANDS])
 def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict[str, object]]) -> None:
     found = helps[command]
@@ -106,6 +111,16 @@ def test_impossible_wishes_leave_nothing_behind(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_whatever_the_system_refuses_is_named_with_a_remedy(number: int) -> None:
+    told = refused(OSError(number, os.strerror(number), "some/file"))
+    assert "some/file" in told.problem
+    assert "[Errno" not in told.problem
+    assert told.fix
+    assert told.code == ExitCode.SYSTEM
+    assert "[Errno" not in refused(OSError(number, os.strerror(number))).problem
+
+
 def test_errors_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["build", "--model", "a", "--target", "orin", "--data", "b", "--json"]) == ExitCode.IMPOSSIBLE
@@ -122,6 +137,7 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fp8" in targets["l4"]["precisions"]
 
 
+@pytest.mark.whole
 def test_a_plain_install_says_which_extra_is_missing(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = (
         "import sys\n"

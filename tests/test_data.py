@@ -294,6 +294,53 @@ def test_a_file_that_vanished_is_broken(tmp_path):
         pixels.read(0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        *((kind, "the image") for kind in ("folder", "masks", "npz", "npz masks")),
+        *((kind, "what is known of it") for kind in ("masks", "depth", "npz masks", "npz depth")),
+    ],
+)
+def test_what_changes_after_it_was_opened_is_refused(tmp_path, kind, what):
+    """The digest in every key is that of the images that were there at first; no others are ever read under it."""
+    images, known = noise(20, 8, 8, 3), np.tile(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3, (20, 1, 1))
+    metres = known.astype(np.float32) + 1
+    root = tmp_path / "r"
+    if kind.startswith("npz"):
+        root = tmp_path / "r.npz"
+        others = {"npz": {"labels": np.arange(20) % 2}, "npz masks": {"masks": known}, "npz depth": {"depth": metres}}
+        np.savez(root, images=images, **others[kind])
+        changed = root
+        old = images[-1] if what == "the image" else (known if kind == "npz masks" else metres)[-1]
+    elif kind == "folder":
+        folder(root, {"a": 10, "b": 10})
+        changed = root / "b" / "000.png"
+    else:
+        for name, values in (("images", images), (kind, known if kind == "masks" else metres)):
+            (root / name).mkdir(parents=True)
+            for number, value in enumerate(values):
+                if value.dtype == np.float32:
+                    np.save(root / name / f"{number}.npy", value)
+                else:
+                    Image.fromarray(value).save(root / name / f"{number}.png")
+        changed = root / ("images" if what == "the image" else kind)
+        changed /= "0.npy" if changed.name == "depth" else "0.png"
+    sets = open_image_sets(DataSpec(str(root), calibration_images=10, validation_images=10), Preprocess((8, 8), 3))
+    data = changed.read_bytes()
+    if kind.startswith("npz"):
+        place = data.rindex(old.tobytes())
+        with changed.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(old[::-1].tobytes())
+    elif changed.suffix == ".npy":
+        np.save(changed, metres[0][::-1])
+    else:
+        picture = Image.open(changed)
+        picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(changed)
+    with pytest.raises(ResvitError, match="was changed after the images were opened"):
+        [everything(images) for images in sets]
+
+
 @pytest.mark.parametrize(("channels", "found"), [(3, "grey images|grey and are converted to colour"), (1, "colour")])
 def test_converted_colours_are_told_once(tmp_path, channels, found):
     root = folder(tmp_path / "r", {"a": 4, "b": 4})
@@ -339,6 +386,24 @@ def test_npz_with_its_own_validation_and_fortran_order(tmp_path):
     np.testing.assert_array_equal(np.rint(everything(validation) * 255), more.transpose(0, 3, 1, 2))
     kept = {image.tobytes() for image in images[2:].transpose(0, 3, 1, 2)}
     assert {image.tobytes() for image in np.rint(everything(calibration) * 255).astype(np.uint8)} == kept
+
+
+def test_what_an_npz_holds_besides_is_named(tmp_path):
+    images, labels = noise(20, 8, 8, 3), np.arange(20) % 2
+    for kept, unread in (
+        ({}, {"test_images": images[:4], "test_labels": labels[:4]}),
+        ({"val_images": noise(4, 8, 8, 3, seed=1), "val_labels": labels[:4]}, {"x_test": images[:4]}),
+        ({}, {"val_labels": labels[:4]}),
+        ({}, {"valid_images": images[:4]}),
+    ):
+        heard = Heard()
+        path = npz(tmp_path / "d.npz", images=images, labels=labels, **kept, **unread)
+        open_image_sets(DataSpec(path, calibration_images=8), SMALL, heard)
+        assert [text for text in heard.warnings if all(name in text for name in unread) and "not" in text]
+    heard = Heard()
+    path = npz(tmp_path / "d.npz", images=images, labels=labels, class_names=np.array(["a", "b"]))
+    open_image_sets(DataSpec(path, calibration_images=8), SMALL, heard)
+    assert heard.warnings == []
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("families")
 
 
+@pytest.mark.whole
 def test_every_architecture_that_transformers_lists_is_in_it(families: Any) -> None:
     from transformers.models.auto import modeling_auto
 
@@ -35,6 +36,7 @@ def test_every_architecture_that_transformers_lists_is_in_it(families: Any) -> N
     assert len(list(families.timm_cases())) >= 120
 
 
+@pytest.mark.whole
 def test_timms_names_exist_and_every_family_is_in_it(families: Any) -> None:
     from resvit_export.loading.libraries import import_timm
 
@@ -45,6 +47,7 @@ def test_timms_names_exist_and_every_family_is_in_it(families: Any) -> None:
     assert set(timm.list_modules()) <= {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("work", "code"),
     [

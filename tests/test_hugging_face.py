@@ -52,6 +52,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "kind",
@@ -157,8 +158,43 @@ def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResvitError, match="comes with code of its own, which is not run"):
         hugging_face_model(str(damaged(folder_of("vit", tmp_path / "b"), auto_map=auto, model_type="own_kind")), {})
     (vit / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ResvitError, match="cannot be read"):
+    with pytest.raises(ResvitError, match="does not read as JSON"):
         hugging_face_model(str(vit), {})
+    own = damaged(folder_of("vit", tmp_path / "c"), auto_map={"AutoModel": "own.Model"}, architectures=["Own"])
+    with pytest.raises(ResvitError, match="comes with code of its own, which is not run"):
+        hugging_face_model(str(own), {})
+    (vit / "config.json").write_text("{")
+    with pytest.raises(ResvitError, match="transformers cannot load"):
+        hugging_face_model(str(vit), {})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [],
+        {"size": "big"},
+        {"size": {"height": -3, "width": 0}},
+        {"size": {"height": 32, "width": 32}, "image_mean": "x"},
+        {"size": {"height": 32, "width": 32}, "image_std": [0, 0, 0]},
+        {"size": {"height": 32, "width": 32}, "rescale_factor": 0},
+        {"do_center_crop": True, "crop_size": {"height": 32}},
+        {"size": {"height": "a", "width": None}},
+    ],
+)
+def test_preprocessing_that_nobody_could_mean_is_the_files_fault(own: object, tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(ResvitError) as caught:
+        hugging_face_model(str(folder), {})
+    assert caught.value.code is ExitCode.INPUT
+
+
+def test_a_model_without_a_size_asks_for_one(tmp_path: Path) -> None:
+    folder = folder_of("rt_detr", tmp_path / "m")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ResvitError, match="does not say which images it takes") as caught:
+        load_network(ModelSpec(f"hf:{folder}"))
+    assert "--input-shape" in caught.value.fix
 
 
 def test_weights_of_a_backbone_alone_are_refused(tmp_path: Path) -> None:
@@ -294,6 +330,7 @@ def test_a_library_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest
     assert caught.value.code == ExitCode.MISSING
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("registers", [0, 4])
 def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> None:
     # Without register tokens, one of its parameters is empty: there is nothing in it to look at.
@@ -348,6 +385,7 @@ def test_an_encoder_answers_with_its_pyramid_beside_its_last_map(tmp_path: Path)
     }
 
 
+@pytest.mark.whole
 def test_a_size_that_windows_do_not_divide_is_said_with_the_next(tmp_path: Path) -> None:
     folder = bare_folder("RfDetrConfig:RfDetrForObjectDetection", tmp_path)  # by its own defaults: 518 px
     with pytest.raises(ResvitError, match="multiples of 56; they are 518 and 518") as caught:

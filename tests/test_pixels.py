@@ -219,6 +219,16 @@ def test_boxes_that_lie_on_the_image_the_other_way_round_name_the_setting(
     assert f"--preprocess exif={right}" in refused.value.fix
 
 
+@pytest.mark.parametrize(("most", "white", "doubted"), [(65535, 4095, True), (4095, 255, True), (4095, 3500, False)])
+def test_a_white_that_cuts_most_off_proves_nothing(most: int, white: int, doubted: bool, tmp_path: Path) -> None:
+    for index in range(6):
+        (tmp_path / "data" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        deep(index, most).save(tmp_path / "data" / str(index % 2) / f"{index}.png")
+    _, images, warned = opened(str(tmp_path / "data"), Preprocess((16, 16), 1, white=white))
+    assert any("is cut off" in text for text in warned)
+    assert (f"say --preprocess white={most}" in images.doubt) == doubted
+
+
 @pytest.mark.parametrize(("most", "white", "says"), [
     (4095, 65535, "hold 12 bits, say --preprocess white=4095"),
     (16383, 65535, "hold 14 bits, say --preprocess white=16383"),

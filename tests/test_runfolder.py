@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,9 +21,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from resvit_engines.builder import timing_cache
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, atomic_file, write_atomic
+from resvit_engines.install import state as install_state
 from resvit_engines.progress import SILENT, Quiet, Reporter
+from resvit_engines.remote.job_folder import JobFolder
 from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stage import RECORD, Artifact, File, Stage
 from test_outside import JSON
@@ -147,6 +152,7 @@ def test_a_stage_of_another_form_is_done_again_with_a_sentence(
     assert capsys.readouterr().err.count("is damaged; the stage is done again.") == 1
 
 
+@pytest.mark.whole
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_record_is_a_stage_to_be_done_again(tmp_path: Path, record: bytes) -> None:
@@ -204,6 +210,46 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
         pass
 
 
+def _link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _link_elsewhere(path: Path) -> None:
+    path.symlink_to(path.parent / "elsewhere")
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+IN_PLACE_OF_A_FILE = {"folder": Path.mkdir, "pipe": os.mkfifo, "loop": _link_to_itself, "link": _link_elsewhere}
+
+
+@pytest.mark.parametrize("kind", [*IN_PLACE_OF_A_FILE, "socket"])
+@pytest.mark.parametrize("lock", ["run", "install", "job", "cache"])
+def test_something_else_where_a_lock_belongs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lock: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    owner = timing_cache.Owner("jetson-orin", 87, "tensorrt", "10.3.0")
+    held: dict[str, tuple[str, Callable[[Path], contextlib.AbstractContextManager[object]]]] = {
+        "run": (".lock", lambda folder: RunFolder(folder, SILENT).locked()),
+        "install": (".lock", lambda folder: install_state.locked(folder, lambda: None)),
+        "job": (".lock", lambda folder: JobFolder(folder).working(SILENT)),
+        "cache": (f"{owner.file_name}.lock", lambda folder: timing_cache.locked(folder, owner)),
+    }
+    name, hold = held[lock]
+    ({**IN_PLACE_OF_A_FILE, "socket": _socket}[kind])(Path(name))
+    with pytest.raises(ResvitError) as caught, hold(Path()):
+        pass
+    assert caught.value.code == ExitCode.SYSTEM
+    assert name in caught.value.problem
+    assert "emove" in caught.value.fix
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.whole
 def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import sys, time

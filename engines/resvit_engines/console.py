@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resvit_engines.errors import ExitCode, ResvitError, one_line
+from resvit_engines.files import refused
 from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,9 +106,8 @@ def _run(group: click.Command, program: str, arguments: list[str], missing: str)
             as_json,
         )
     except OSError as error:
-        return _fail(
-            f"The operating system refused: {error}.", "Check the path, permissions and disk.", ExitCode.SYSTEM, as_json
-        )
+        told = refused(error)
+        return _fail(told.problem, told.fix, told.code, as_json)
     except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence instead of a traceback)
         if os.environ.get("RESVIT_DEBUG"):
             traceback.print_exc()

@@ -15,11 +15,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import FILE_MOST, open_outside, require_size
+from resvit_engines.outside import FILE_MOST, kind_of_file, open_outside, require_size
 
 _CHUNK = 1 << 20
 OPEN_FILE, OPEN_FOLDER = 0o644, 0o755
 """Modes of what other users read as well, such as an installation: they are the same whatever the umask."""
+_REMEDIES = (
+    ((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again; finished stages are kept."),
+    (
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Choose a folder that you may write to, or change its permissions.",
+    ),
+    ((errno.ENOENT, errno.ENOTDIR), "Check that the path leads to a folder that exists, or can be made."),
+    (
+        (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO),
+        "Something else is in its place: remove or rename it, or choose another path.",
+    ),
+    ((errno.ELOOP,), "It is a link that leads to itself, or one where none belongs: remove it."),
+    ((errno.ENAMETOOLONG,), "Choose a shorter path."),
+    ((errno.EMFILE, errno.ENFILE), "Too many files are open: raise the limit, for example with ulimit -n 4096."),
+    ((errno.EIO, errno.ESTALE, errno.ENODEV), "Check the disk that it lies on."),
+)
 _NEVER = 0o002
 """Not even with a umask of 0 is anything written that everybody on the machine may change."""
 
@@ -79,19 +95,23 @@ def explain_os_errors(path: Path) -> Iterator[None]:
                 "Free some space and run the same command again; finished stages are kept.",
                 ExitCode.SYSTEM,
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or _on_the_way(error, path):
             raise ResvitError(
-                f"{path} cannot be written: {os.strerror(error.errno or 0)}.",
-                "Choose a folder that you may write to, or change its permissions.",
-                ExitCode.SYSTEM,
-            ) from error
-        if _on_the_way(error, path):
-            raise ResvitError(
-                f"{path} cannot be written: {os.strerror(error.errno or 0)}.",
-                "Check that the path leads to a folder that exists, or can be made.",
-                ExitCode.SYSTEM,
+                f"{path} cannot be written: {os.strerror(error.errno or 0)}.", _remedy(error), ExitCode.SYSTEM
             ) from error
         raise
+
+
+def refused(error: OSError) -> ResvitError:
+    """What the operating system refused where nobody nearer could say: the file, why, and what to do about it."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    what = f"{' and '.join(names)} cannot be used: {reason}." if names else f"The operating system refused: {reason}."
+    return ResvitError(what, _remedy(error), ExitCode.SYSTEM)
+
+
+def _remedy(error: OSError) -> str:
+    return next((fix for numbers, fix in _REMEDIES if error.errno in numbers), "Check the path, permissions and disk.")
 
 
 def _on_the_way(error: OSError, path: Path) -> bool:
@@ -148,6 +168,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_lock(path: Path, mode: int) -> int:
+    """The descriptor of a file that one process holds at a time; it is made with ``mode`` where it is missing.
+
+    Raises:
+        ResvitError: SYSTEM where something else is in its place, or it may not be written.
+    """
+    with explain_os_errors(path):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+        kind = os.fstat(lock).st_mode
+        if stat.S_ISREG(kind):
+            return lock
+        os.close(lock)
+        raise ResvitError(
+            f"{path} is {kind_of_file(kind)}, where a file belongs.", "Remove it: it is made anew.", ExitCode.SYSTEM
+        )
 
 
 def remove(path: Path) -> None:

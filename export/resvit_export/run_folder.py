@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, pretty_json, sha256_file
+from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, open_lock, pretty_json, sha256_file
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
@@ -55,7 +55,7 @@ class RunFolder:
         """
         with explain_os_errors(self.path):
             make_folder(self.path)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o664)
+            lock = open_lock(self.path / ".lock", 0o664)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,6 +77,10 @@ class RunFolder:
     def do(self, stage: Stage[A]) -> A:
         """The finished stage: as it stands, if it is intact, else done now."""
         return self.do_together([stage], lambda missing: stage.fill(missing[0][1], self.reporter))[0]
+
+    def has(self, stage: Stage[A]) -> bool:
+        """Whether the stage was done once, whatever has become of its files."""
+        return os.path.lexists(self._folder(Key.of(stage)))
 
     def do_together(
         self, stages: Sequence[Stage[A]], fill: Callable[[Sequence[tuple[Stage[A], Path]]], None]

@@ -114,13 +114,13 @@ class IndexedImageSet(ImageSet):
 
     def image(self, index: int) -> npt.NDArray[np.uint8] | None:
         """Read one image: uint8 [H, W, 1 or 3]."""
-        return self._pixels.read(self._alive()[index], self.preprocess.decoding)
+        return self._read(self._alive()[index])
 
     def target(self, index: int) -> Target | None:
         """What is in ``image(index)``, in that image's own pixels, or None."""
         number = self._alive()[index]
-        height, width = self._pixels.read(number, self.preprocess.decoding).shape[:2]
-        return self._pixels.target(number, height, width)
+        height, width = self._read(number).shape[:2]
+        return self._pixels.target(number, height, width, self._looks[number])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream all images in order; memory holds about two batches and the images being decoded."""
@@ -140,15 +140,19 @@ class IndexedImageSet(ImageSet):
             yield self._batch(ready)
 
     def _prepared(self, index: int) -> _Prepared:
-        image = self._pixels.read(index, self.preprocess.decoding)
+        image = self._read(index)
         height, width = image.shape[:2]
         try:
             geometry = self.preprocess.geometry(height, width)
-            found = self._pixels.target(index, height, width)
+            found = self._pixels.target(index, height, width, self._looks[index])
             target = None if found is None else carried(found, geometry)
             return _Prepared(index, self.preprocess.apply(image), target, geometry)
         except ResvitError as error:
             raise ResvitError(f"{self._pixels.title(index)}: {error.problem}", error.fix) from error
+
+    def _read(self, index: int) -> npt.NDArray[np.uint8]:
+        """The image whose bytes were digested when the set was opened."""
+        return self._pixels.read(index, self.preprocess.decoding, self._looks[index])
 
     def _batch(self, ready: list[_Prepared]) -> Batch:
         labels = self._pixels.labels

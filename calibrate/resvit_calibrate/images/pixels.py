@@ -60,11 +60,15 @@ class Look(NamedTuple):
         return {(width, height): True, (height, width): False}.get(self.annotated or (0, 0))
 
 
+UNSEEN = Look(b"", colour=False)
+"""Of an image that nobody looked at yet: whatever is read is right."""
+
+
 class Pixels(Protocol):
     """N images with random access. ``native_size`` is (height, width) where all images share it.
 
     ``task`` says what is known of each: ``classification`` where it has a label, ``detection``,
-    ``segmentation`` or ``depth`` where it has a target, None where nothing is known. ``class_ids`` are the
+    ``segmentation``, ``depth`` or ``text`` where it has a target, None where nothing is known. ``class_ids`` are the
     numbers that the data gives its classes, where it has others than 0, 1, 2….
     """
 
@@ -88,12 +92,15 @@ class Pixels(Protocol):
         """Digest one image's bytes; raise ``BrokenImage`` where they are not an image."""
         ...
 
-    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
-        """Decode one image: uint8 [H, W, 1 or 3]; raise ``BrokenImage`` where that fails."""
+    def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
+        """Decode one image: uint8 [H, W, 1 or 3]; raise ``BrokenImage`` where that fails.
+
+        ``seen`` is what ``look`` told of it; raise ``ResvitError`` where its bytes are not any more those.
+        """
         ...
 
-    def target(self, index: int, height: int, width: int) -> Target | None:
-        """What is in one image of this size, in its own pixels; raise ``BrokenImage`` where it does not fit."""
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target | None:
+        """What is in one image of this size, in its own pixels; raises as ``read``, and where it does not fit."""
         ...
 
 
@@ -104,9 +111,9 @@ class Untargeted:
     class_ids: tuple[int, ...] = ()
     num_classes: int | None = None
 
-    def target(self, index: int, height: int, width: int) -> Target | None:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target | None:
         """There is none."""
-        del index, height, width
+        del index, height, width, seen
         return None
 
 
@@ -142,10 +149,12 @@ class ArrayPixels(Untargeted):
         found = Look(hashlib.sha256(image.tobytes()).digest(), image.shape[2] == 3)
         return found if image.dtype == np.uint8 else _with_range(found, image)
 
-    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
+    def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """One image as 8 bits: uint8 [H, W, C]; raise ``BrokenImage`` where ``decoding`` does not fit its values."""
+        image = np.array(self._images[index])  # a map of a file shows what is written there later
+        require_seen(image.tobytes(), seen.content, self.title(index))
         try:
-            return eight_bits(self._images[index], decoding.white)
+            return eight_bits(image, decoding.white)
         except ValueError as error:
             raise BrokenImage(str(error)) from error
 
@@ -197,9 +206,10 @@ class FilePixels(Untargeted):
         )
         return found if deep is None else _with_range(found, deep)
 
-    def read(self, index: int, decoding: Decoding = AS_USUAL) -> npt.NDArray[np.uint8]:
+    def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """Decode one file: uint8 [H, W, 1 or 3]."""
         data = file_bytes(self.root / self.files[index])
+        require_seen(data, seen.content, str(self.root / self.files[index]))
         try:
             return decode(data, decoding)
         except (MemoryError, ResvitError):
@@ -216,6 +226,24 @@ def file_bytes(path: Path) -> bytes:
     except ResvitError as error:
         gone = error.problem.startswith("There is no file")
         raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
+
+
+def require_seen(data: bytes, digest: bytes, name: str) -> None:
+    """Refuse ``data`` that has another SHA-256 than ``digest``, which was taken when the images were opened.
+
+    An empty ``digest`` tells nothing. Raises:
+        ResvitError: INPUT; the answers would be about other images than the records say.
+    """
+    if digest and hashlib.sha256(data).digest() != digest:
+        raise changed_since_opened(name)
+
+
+def changed_since_opened(name: str) -> ResvitError:
+    """That an image, or what is known of it, is not any more what was digested."""
+    return ResvitError(
+        f"{name} was changed after the images were opened.",
+        "Run the same command again, and let nothing write there meanwhile.",
+    )
 
 
 def _with_range(look: Look, values: npt.NDArray[Any]) -> Look:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from resvit_calibrate.images.pixels import ArrayPixels
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import npz_targets
+from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import explain_os_errors
 
@@ -46,7 +47,9 @@ def pixels_from_npz(path: Path, options: TargetOptions = AS_USUAL) -> tuple[Arra
             validation = None
             if "val_images" in entries:
                 validation = _pair(archive, path, entries, "val_", options, names)
-            return _pair(archive, path, entries, "", options, names), validation
+            first = _pair(archive, path, entries, "", options, names)
+            first.notes += _note_of_unread(path, entries)
+            return first, validation
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
         raise ResvitError(f"{path} is not a usable .npz file: {error}.", _FIX) from error
     except OSError as error:
@@ -89,6 +92,15 @@ def _pair(
                 f"{prefix}labels of {path} holds {labels.max()}, but {len(names)} classes have names.", _FIX
             )
     return ArrayPixels(name, images, labels, names)
+
+
+def _note_of_unread(path: Path, entries: set[str]) -> tuple[str, ...]:
+    """That the file holds more than is read, such as a third part, or labels under another name; none if not."""
+    prefixes = [prefix for prefix in ("", "val_") if f"{prefix}images" in entries]
+    read = {f"{prefix}{entry}" for prefix in prefixes for entry in ("images", "labels", *npz_targets.ENTRIES)}
+    left = sorted(entries - read - {"class_names"})
+    used = " and ".join(f"{prefix}images" for prefix in prefixes)
+    return (f"of {path} {used} and what belongs to them are read, {shortened(left)} not",) if left else ()
 
 
 def _labels(values: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[np.int64]:

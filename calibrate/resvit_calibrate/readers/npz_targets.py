@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import ArrayPixels, Look
+from resvit_calibrate.images.pixels import UNSEEN, ArrayPixels, Look, changed_since_opened
 from resvit_calibrate.images.targets import (
     BoxTarget,
     DepthTarget,
@@ -70,9 +70,11 @@ class TargetArrays(ArrayPixels):
         classes = seen_in(target.classes) if isinstance(target, MaskTarget) else ()
         return super().look(index)._replace(target=digest_of_target(target), classes=classes)
 
-    def target(self, index: int, height: int, width: int) -> Target:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target:
         """One image's target, in its pixels."""
         target = self._target(index)
+        if seen.target and digest_of_target(target) != seen.target:
+            raise changed_since_opened(self.title(index))
         return in_view(target, height, width) if isinstance(target, BoxTarget) else target
 
     def _target(self, index: int) -> Target:

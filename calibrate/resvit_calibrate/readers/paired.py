@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.images.pixels import BrokenImage, FilePixels, Look, file_bytes
+from resvit_calibrate.images.pixels import UNSEEN, BrokenImage, FilePixels, Look, file_bytes, require_seen
 from resvit_calibrate.images.targets import Target, TargetOptions
 from resvit_calibrate.readers.folders import files_below, is_image, notes_of
 from resvit_engines.errors import ResvitError
@@ -153,9 +153,10 @@ class PairedPixels(FilePixels):
         about, size = hashlib.sha256(data).digest(), (int(values.shape[0]), int(values.shape[1]))
         return found._replace(target=about, classes=self.seen(values), annotated=size)
 
-    def target(self, index: int, height: int, width: int) -> Target:
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target:
         """Read one image's counterpart: [H, W] like the image."""
-        _, values = self._read(index)
+        data, values = self._read(index)
+        require_seen(data, seen.target, str(self.root / self._others[index]))
         require_size(self._others[index], values.shape, height, width)
         return self.made(values)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import explain_os_errors, make_folder, sha256_bytes, write_atomic
+from resvit_engines.files import explain_os_errors, make_folder, open_lock, sha256_bytes, write_atomic
 from resvit_engines.outside import json_from_outside, read_outside
 
 
@@ -95,7 +95,9 @@ def locked(folder: Path, owner: Owner) -> Iterator[None]:
     path = folder / f"{owner.file_name}.lock"
     with explain_os_errors(path):
         make_folder(folder)
-        stream = path.open("ab")
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        lock = open_lock(path, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

@@ -26,7 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import OPEN_FILE, OPEN_FOLDER, explain_os_errors, make_folder, pretty_json, write_atomic
+from resvit_engines.files import (
+    OPEN_FILE,
+    OPEN_FOLDER,
+    explain_os_errors,
+    make_folder,
+    open_lock,
+    pretty_json,
+    write_atomic,
+)
 from resvit_engines.names import is_name, require_name
 from resvit_engines.outside import leads_to_folder
 from resvit_engines.records import Record, record_from_file
@@ -202,7 +210,7 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
         sync_folder(folder.parent)
         sync_folder(folder.parent.parent)
         # Who can open it could hold it for ever.
-        handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        handle = open_lock(folder / ".lock", 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import (
     explain_os_errors,
     make_folder,
+    open_lock,
     pretty_json,
     remove,
     sha256_bytes,
@@ -65,7 +66,7 @@ class JobFolder:
         """
         with explain_os_errors(self.path):
             make_folder(self.path)
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            lock = open_lock(self.path / LOCK, 0o600)
         try:
             self._hold(lock)
             (self.path / RESULT).unlink(missing_ok=True)

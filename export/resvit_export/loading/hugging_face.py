@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import expanded
+from resvit_engines.outside import expanded, json_from_outside, leads_to_file, read_outside
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.random_weights import draw_weights
 
@@ -120,7 +119,8 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
         else:
             model = kind(config)
             draw_weights(model)
-    return HuggingFaceModel(model, config, _preprocess(files / "preprocessor_config.json", config), not trained)
+        preprocess = _preprocess(files / "preprocessor_config.json", config)
+        return HuggingFaceModel(model, config, preprocess, not trained)
 
 
 def _class_of(transformers: Any, config: Any, named: object, reference: str) -> Any:
@@ -131,6 +131,8 @@ def _class_of(transformers: Any, config: Any, named: object, reference: str) -> 
             "Name it, for example --model-arg architecture=RTDetrForObjectDetection.",
         )
     kind = getattr(transformers, names[0], None)
+    if not isinstance(kind, type) and getattr(config, "auto_map", None):
+        raise _own_code(reference)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise ResvitError(
             f"transformers {transformers.__version__} has no model class {names[0]}.",
@@ -301,12 +303,17 @@ def _preprocess(path: Path, config: Any) -> Preprocess | None:
     channels = int(getattr(config, "num_channels", 3))
     if channels not in (1, 3):  # a picture and a guess of its mask, or a radar's bands: the user's own loader feeds it
         return None
-    try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ResvitError(f"{path} cannot be read: {error}.", "Copy or download the model again.") from error
+    again = "Copy or download the model again."
+    own = json_from_outside(read_outside(path), str(path), again)
+    try:
+        return _preprocess_from(own, config, channels)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ResvitError(f"{path} is not what transformers writes: {type(error).__name__}: {error}.", again) from error
+
+
+def _preprocess_from(own: Mapping[str, Any], config: Any, channels: int) -> Preprocess | None:
     size, resize, fraction = _sizes(own, config)
     if size is None:
         return None
@@ -334,7 +341,11 @@ def _sizes(own: Mapping[str, Any], config: Any) -> tuple[tuple[int, int] | None,
     size = own.get("size")
     if isinstance(size, int):
         size = {"height": size, "width": size} if "Segformer" in str(own) else {"shortest_edge": size}
+    if isinstance(size, list) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
     size = size or {}
+    if not isinstance(size, dict):
+        raise TypeError(f"its size is {size!r}")
     if own.get("do_center_crop") and isinstance(own.get("crop_size"), (int, dict)):
         crop = own["crop_size"]
         height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
@@ -367,6 +378,13 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _own_code(reference: str) -> ResvitError:
+    return ResvitError(
+        f"{reference} comes with code of its own, which is not run.",
+        "Read that code, and give the network by a factory of yours: --model file.py:factory.",
+    )
+
+
 @contextlib.contextmanager
 def _refusals(reference: str) -> Iterator[None]:
     """What transformers raises, in a sentence."""
@@ -379,11 +397,8 @@ def _refusals(reference: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if "trust_remote_code" in text:
-            raise ResvitError(
-                f"{reference} comes with code of its own, which is not run.",
-                "Read that code, and give the network by a factory of yours: --model file.py:factory.",
-            ) from error
-        if isinstance(error, OSError):
+            raise _own_code(reference) from error
+        if isinstance(error, OSError) and not leads_to_file(expanded(reference) / "config.json"):
             raise ResvitError(
                 f"{reference} is neither a folder with a config.json nor in the hub's cache on this machine, and "
                 "nothing is downloaded.",
