@@ -146,9 +146,9 @@ class Other(Task):
                 scores.append(self._scores(self.function, outputs, batch, fine))
         return Outputs(np.concatenate(scores) if scores else np.zeros(0), np.concatenate(finite), keeper.taken())
 
-    def load(self, path: Path) -> Outputs:
+    def load(self, data: bytes, where: str) -> Outputs:
         """Read what ``Outputs.save`` wrote."""
-        arrays = load_arrays(path, self.name)
+        arrays = load_arrays(data, where, self.name)
         return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays))
 
     def compare(self, reference: Outputs, candidate: Outputs, confidence: float = 0.95) -> Comparison:
