@@ -175,7 +175,9 @@ def row_of(case: Case, folder: Path, until: str, seconds: float, memory: float) 
         **recorded(folder / "run"),
     }
     if said:
-        row["problem"], row["fix"] = (" ".join(text.split()) for text in said[-1])
+        row["problem"], row["fix"] = (
+            " ".join(text.split()).replace(str((folder / "model").resolve()), "the folder") for text in said[-1]
+        )
     elif code not in GOES_ON:
         row["problem"], row["fix"] = " ".join(log.split())[-300:], ""
     shutil.rmtree(folder / "run", ignore_errors=True)

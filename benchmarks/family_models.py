@@ -288,6 +288,7 @@ SMALL: dict[str, Small] = {
             "d_latents": 64,
             "num_self_attends_per_block": 1,
             "num_cross_attention_heads": 1,
+            "image_size": 224,
             "num_self_attention_heads": 4,
         },
         size=(224, 224),
