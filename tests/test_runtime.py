@@ -153,8 +153,8 @@ def test_an_optimiser_that_breaks_the_graph_is_not_used(tmp_path, monkeypatch, e
     made = []
     open_runner = runtime.onnx_runner
 
-    def opened(model, *, optimize=True):
-        made.append((open_runner(model, optimize=optimize), optimize))
+    def opened(model, *, optimize=True, folder=None):
+        made.append((open_runner(model, optimize=optimize, folder=folder), optimize))
         return made[-1][0]
 
     def call(self, arrays):
