@@ -450,7 +450,7 @@ SMALL: dict[str, Small] = {
         ("ConvNextConfig", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], **_FOUR}),
     ),
     "vit": Small({**_VIT, "image_size": 64}),
-    "vit_mae": Small({**_VIT, "image_size": 64}),
+    "vit_mae": Small({**_VIT, "image_size": 64, "mask_ratio": 0.0}),
     "vit_msn": Small({**_VIT, "image_size": 64}),
     "vitdet": Small({**_DINO, "image_size": 64}),
     "vitmatte": Small(

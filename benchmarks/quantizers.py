@@ -25,7 +25,6 @@ from typing import Any
 
 import click
 from machine import RESULTS, write_result
-from peers import ours
 from peers.cases import PERTURBED, RANDOM, Case, Wish, case_from
 from peers.children import Task, missing, reference_into, run_child
 from peers.methods import BY_NAME, INT8, Method, rows_of
@@ -43,7 +42,7 @@ SHARED = ("children.py", "coarsen.py", "coverage.py", "images.py")
 
 def task_of(case: Case, method: Method, precision: str, bits: int, folder: Path, batch: int) -> Task:
     """What the children are told; rows whose graph is the same share its folder."""
-    native = method.native_bits and (method.module != "ours" or ours.has_native_bits())
+    native = method.native_bits
     made = bits if native and precision == INT8 else 8
     return Task(
         method=method.name,

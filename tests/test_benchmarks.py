@@ -1,4 +1,4 @@
-"""The comparison's own logic: what it counts, what it coarsens, what it prints. No quantiser is run."""
+"""The comparison's own logic: what it counts, what it coarsens, what it prints; and our own row, which is run."""
 
 from __future__ import annotations
 
@@ -200,6 +200,20 @@ def test_a_reader_gives_every_image_once_whole_or_in_ranges(tmp_path: Path) -> N
             in_ranges.append(feed["input"])
     assert [len(part) for part in in_ranges] == [2, 2, 2, 1]
     assert np.array_equal(np.concatenate(in_ranges), np.concatenate(whole))
+
+
+@pytest.mark.parametrize("name", ["ours-fast", "ours-best", "ours-fast-no-smoothing"])
+def test_our_own_row_quantises(name: str, tmp_path: Path) -> None:
+    from peers import ours
+    from peers.methods import BY_NAME, Job
+
+    graph = Graph("batch", 1, 4, 4)
+    mapped = graph.conv("input", 8, 1, name="conv")
+    model = graph.save(tmp_path / "float.onnx", graph.op("Reshape", mapped, graph.ints(-1, 128), name="reshape"))
+    images = stored_images(tmp_path / "s", 9)
+    job = Job(model, "resvit:embed-nano", None, images, 3, "int8", 8, tmp_path / "model.onnx")
+    ours.work(job, BY_NAME[name].settings).run()
+    assert "QuantizeLinear" in [node.op_type for node in onnx.load(job.out).graph.node]
 
 
 def row(name: str, agreement: float, *, share: float = 1.0, drop: float = 0.0, status: str = "ok") -> dict[str, Any]:

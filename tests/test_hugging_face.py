@@ -344,25 +344,43 @@ def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> Non
     }
 
 
+def test_a_masked_autoencoder_sees_all_patches_in_their_order(tmp_path: Path) -> None:
+    folder = bare_folder("ViTMAEConfig:ViTMAEModel", tmp_path, **SMALL, image_size=32, patch_size=8)
+    with pytest.raises(ResvitError, match="leaves out 75% of its patches") as caught:
+        hugging_face_model(str(folder), {})
+    assert "mask_ratio=0.0" in caught.value.fix
+    model = hugging_face_model(str(folder), {"mask_ratio": 0.0}).eval()
+    images = torch.randn(2, 3, 32, 32)
+    swapped = images.clone()
+    swapped[:, :, :8, :8], swapped[:, :, :8, 8:16] = images[:, :, :8, 8:16], images[:, :, :8, :8]
+    with torch.no_grad():
+        answers = [model(batch) for batch in (images, images, swapped)]
+    answer, again, other = (each["last_hidden_state"] for each in answers)
+    assert set(answers[0]) == {"last_hidden_state"}
+    assert answer.shape == (2, 1 + 16, 32)
+    torch.testing.assert_close(again, answer, rtol=0, atol=0)
+    assert not torch.allclose(other, answer)
+
+
 def test_an_encoder_answers_with_its_pyramid_beside_its_last_map(tmp_path: Path) -> None:
-    trunk = {"hidden_size": 8, "image_size": [32, 32], "embed_dim_per_stage": [8, 8, 8, 8]}
-    trunk |= {"blocks_per_stage": [1, 1, 1, 1], "num_attention_heads_per_stage": [1, 1, 1, 1]}
+    trunk = {"hidden_size": 8, "image_size": [128, 128], "embed_dim_per_stage": [8, 16, 24, 32]}
+    trunk |= {"blocks_per_stage": [1, 1, 2, 1], "num_attention_heads_per_stage": [1, 1, 1, 1]}
     trunk |= {
-        "window_size_per_stage": [2, 2, 2, 2],
+        "window_size_per_stage": [4, 4, 4, 4],
         "global_attention_blocks": [3],
         "model_type": "sam2_hiera_det_model",
     }
-    vision = {"backbone_config": trunk, "backbone_channel_list": [8, 8, 8, 8], "fpn_hidden_size": 8}
-    sizes = [[8, 8], [4, 4], [2, 2]]
+    sizes = [[32, 32], [16, 16], [8, 8]]
+    vision = {"backbone_config": trunk, "backbone_channel_list": [32, 24, 16, 8], "fpn_hidden_size": 8}
     folder = bare_folder(
         "Sam2Config:Sam2VisionModel", tmp_path, vision_config={**vision, "backbone_feature_sizes": sizes}
     )
     with torch.no_grad():
-        answers = hugging_face_model(str(folder), {}).eval()(torch.randn(2, 3, 32, 32))
+        answers = hugging_face_model(str(folder), {}).eval()(torch.randn(2, 3, 128, 128))
     shapes = {name: tuple(answer.shape) for name, answer in answers.items()}
     # Neither positions, which are no answers, nor the layers' own outputs.
     assert shapes == {
-        "last_hidden_state": (2, 1, 1, 8),
+        "last_hidden_state": (2, 4, 4, 32),
         **{f"fpn_hidden_states_{index}": (2, 8, *size) for index, size in enumerate(sizes)},
     }
 

@@ -179,13 +179,13 @@ def test_what_cannot_be_compared():
 def test_saved_and_loaded(tmp_path):
     first = predictions([0, 1, 2], [2, 1, 0])
     first.save(tmp_path / "a b.npz")
-    again = Predictions.load(tmp_path / "a b.npz")
+    again = Predictions.load((tmp_path / "a b.npz").read_bytes(), "a.npz")
     np.testing.assert_array_equal(again.logits, first.logits)
     np.testing.assert_array_equal(again.labels, first.labels)
     for content in (b"", b"nonsense", (tmp_path / "a b.npz").read_bytes()[:200]):
         (tmp_path / "bad.npz").write_bytes(content)
         with pytest.raises(ResvitError):
-            Predictions.load(tmp_path / "bad.npz")
+            Predictions.load((tmp_path / "bad.npz").read_bytes(), "a.npz")
 
 
 # --- predicting ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ResvitError
+from resvit_quantize.training.objectives.base import Objective
 from resvit_quantize.training.objectives.maps import at_pixels, lattice
-from resvit_quantize.training.objectives.objective import Objective, Teaching
+from resvit_quantize.training.objectives.objective import Teaching
 
 SIZE = (60, 80)
 LAYOUTS = ("cells", "sigmoid", "softmax", "selected")

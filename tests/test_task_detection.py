@@ -177,14 +177,14 @@ def test_an_untrained_detector_is_undecided():
 def test_saved_and_loaded(tmp_path):
     task, first, second = pair(noise=0.5, count=20)
     first.save(tmp_path / "a.npz")
-    again = task.load(tmp_path / "a.npz")
+    again = task.load((tmp_path / "a.npz").read_bytes(), "a.npz")
     assert len(again) == 20
     assert task.compare(again, second).to_json() == task.compare(first, second).to_json()
     few = task.compare(first.first(10), second.first(10))
     assert few.images == 10
     (tmp_path / "a.npz").write_bytes(b"nonsense")
     with pytest.raises(ResvitError, match="cannot be read"):
-        task.load(tmp_path / "a.npz")
+        task.load((tmp_path / "a.npz").read_bytes(), "a.npz")
     with pytest.raises(ResvitError, match="cannot be compared"):
         task.compare(first, second.first(10))
 

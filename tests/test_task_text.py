@@ -77,7 +77,7 @@ def test_one_wrong_character_is_one_line_and_one_edit(tmp_path):
     assert len(changed) == 20
     assert changed[0]["float"] == repr(texts[changed[0]["index"]])
     first.save(tmp_path / "a.npz")
-    again = task.load(tmp_path / "a.npz")
+    again = task.load((tmp_path / "a.npz").read_bytes(), "a.npz")
     assert again.texts == first.texts
     assert task.compare(again, second).to_json() == got.to_json()
 

@@ -124,7 +124,7 @@ def make(task: Task) -> dict[str, Any]:
 def score(task: Task) -> dict[str, Any]:
     """Answer the test images with the quantised graph and compare with the float answers."""
     folder, test = Path(task.folder), StoredImages(Path(task.test))
-    reference = Predictions.load(Path(task.reference))
+    reference = Predictions.load(Path(task.reference).read_bytes(), task.reference)
     notes: list[str] = []
     if (folder / "logits.npy").is_file():
         made = json.loads((folder / MADE).read_bytes())

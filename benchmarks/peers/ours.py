@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peers.methods import Job, Work
 from resvit_calibrate.images.image_set import Batch
-from resvit_engines.errors import ResvitError
+
+if TYPE_CHECKING:
+    from resvit_quantize.settings import QuantizeSettings
 
 
 def work(job: Job, settings: Mapping[str, Any]) -> Work:
@@ -31,28 +32,10 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
     return Work(run)
 
 
-def quantize_settings(precision: str, effort: str, bits: int, without: tuple[str, ...] = ()) -> Any:
-    """``QuantizeSettings`` for one row; raises ``ResvitError`` where this version has no such setting."""
+def quantize_settings(precision: str, effort: str, bits: int, without: tuple[str, ...] = ()) -> QuantizeSettings:
+    """The settings of one row."""
     from resvit_engines.targets.table import Precision
-    from resvit_quantize import settings
-    from resvit_quantize.settings import QuantizeSettings
+    from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
-    known = {field.name for field in dataclasses.fields(QuantizeSettings)}
-    extra: dict[str, Any] = {}
-    for name, value, usual in (("effort", effort, "fast"), ("bits", bits, 8)):
-        if name in known:
-            extra[name] = value
-        elif value != usual:
-            raise ResvitError(f"This version has no setting {name} = {value}.", "Leave the row out with --only.")
-    if without:
-        if "methods" not in known:
-            raise ResvitError("This version cannot leave a method out.", "Leave the row out with --only.")
-        extra["methods"] = settings.Methods(**dict.fromkeys(without, False))
-    return QuantizeSettings(Precision(precision), **extra)
-
-
-def has_native_bits() -> bool:
-    """Whether this version quantises to fewer than 8 bits itself."""
-    from resvit_quantize.settings import QuantizeSettings
-
-    return any(field.name == "bits" for field in dataclasses.fields(QuantizeSettings))
+    methods = Methods(**dict.fromkeys(without, False))
+    return QuantizeSettings(Precision(precision), effort=Effort(effort), bits=bits, methods=methods)

@@ -25,8 +25,8 @@ from resvit_engines.outside import json_from_outside, read_outside
 from resvit_engines.progress import Reporter
 
 RECORD = "record.json"
-_RECORD_MOST = 1 << 30
-"""Bytes of the longest record that a stage writes: ranges and sensitivities grow with the network."""
+_AT_ONCE_MOST = 16 << 30
+"""Bytes of the longest file of a stage that is read at once: answers grow with the images."""
 _OF_ANOTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What reading a document raises that is not what this version writes."""
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class File:
 
     def content(self) -> bytes:
         """What is in the file, the very bytes that were digested; raises ``ResvitError`` INPUT where it was changed."""
-        data = read_outside(self.path, _RECORD_MOST)
+        data = read_outside(self.path, _AT_ONCE_MOST)
         if sha256_bytes(data) != self.digest:
             raise _changed(self.path)
         return data

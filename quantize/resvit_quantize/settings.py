@@ -39,7 +39,7 @@ class Methods:
     """Biases take back the mean error that quantised weights cause."""
     sparing: bool = True
     """Up to 2% of the multiply-accumulates stay in FP16: the convolution that reads the image, or, under
-    ``Effort.BEST``, the layers that were measured to hurt the most."""
+    ``Effort.BEST``, the layers that were measured to hurt the most; and so do shortcuts that 8 bits leave little of."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import io
 import itertools
 import zipfile
 from collections.abc import Generator, Mapping
@@ -107,8 +108,8 @@ class Task(abc.ABC):
         return self.answers_of({"outputs": runner}, image_set, batch_size)["outputs"]
 
     @abc.abstractmethod
-    def load(self, path: Path) -> Answers:
-        """Read what ``Answers.save`` wrote; raises ``ResvitError`` for anything else."""
+    def load(self, data: bytes, where: str) -> Answers:
+        """Read what ``Answers.save`` wrote, which errors call ``where``; raises ``ResvitError`` for anything else."""
 
     @abc.abstractmethod
     def compare(self, reference: Any, candidate: Any, confidence: float = 0.95) -> Comparison:
@@ -234,20 +235,20 @@ def save_arrays(path: Path, task: str, arrays: Mapping[str, Array]) -> None:
         np.savez_compressed(stream, task=np.array(task), **arrays)  # type: ignore[arg-type]
 
 
-def load_arrays(path: Path, task: str) -> dict[str, Array]:
-    """Read what ``save_arrays`` wrote for the same task; nothing in it is executed.
+def load_arrays(data: bytes, where: str, task: str) -> dict[str, Array]:
+    """Read what ``save_arrays`` wrote for the same task, which errors call ``where``; nothing in it is executed.
 
     Raises:
         ResvitError: for a file that is damaged, or of another task.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         if str(arrays.pop("task", "classification")) != task:
             raise ValueError(f"it is not of the task {task}")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ResvitError(
-            f"The answers {path} cannot be read: {error}.", "Remove the run's folder and run again."
+            f"The answers {where} cannot be read: {error}.", "Remove the run's folder and run again."
         ) from error
     return arrays
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Generator, Mapping
@@ -60,14 +61,14 @@ class Predictions:
         return Predictions(self.logits[:count], self.labels[:count])
 
     @classmethod
-    def load(cls, path: Path) -> Predictions:
-        """Read what ``save`` wrote; raises ``ResvitError`` for anything else."""
+    def load(cls, data: bytes, where: str) -> Predictions:
+        """Read what ``save`` wrote, which errors call ``where``; raises ``ResvitError`` for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 return cls(stored["logits"].astype(np.float32), stored["labels"].astype(np.int64))
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ResvitError(
-                f"The predictions {path} cannot be read: {error}.", "Remove the run's folder and run again."
+                f"The predictions {where} cannot be read: {error}.", "Remove the run's folder and run again."
             ) from error
 
 

@@ -48,13 +48,13 @@ class Maps(Answers):
         return dataclasses.replace(self, raw=self.raw.first(count), **kept)
 
     @classmethod
-    def load(cls: type[_M], path: Path) -> _M:
+    def load(cls: type[_M], data: bytes, where: str) -> _M:
         """Read what ``save`` wrote; raises ``ResvitError`` as ``load_arrays``."""
-        arrays = load_arrays(path, cls.task)
+        arrays = load_arrays(data, where, cls.task)
         missing = {*cls._per_image(), *cls.together} - arrays.keys()
         if missing:
             raise ResvitError(
-                f"The answers {path} lack {', '.join(sorted(missing))}.", "Remove the run's folder and run again."
+                f"The answers {where} lack {', '.join(sorted(missing))}.", "Remove the run's folder and run again."
             )
         fields: dict[str, Any] = {name: arrays[name] for name in (*cls._per_image(), *cls.together)}
         return cls(step=int(arrays["step"]), raw=Raw.from_arrays(arrays), **fields)

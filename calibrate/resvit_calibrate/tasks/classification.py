@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from resvit_calibrate.answers.base import Keeping, Task, options_from
@@ -32,9 +31,9 @@ class Classification(Task):
         """Logits and labels of every image."""
         return predictions_kept(image_set)
 
-    def load(self, path: Path) -> Predictions:
+    def load(self, data: bytes, where: str) -> Predictions:
         """Read ``Predictions``."""
-        return Predictions.load(path)
+        return Predictions.load(data, where)
 
     def compare(self, reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> ClassComparison:
         """Accuracies, and Tango's interval of their difference."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -113,9 +112,9 @@ class Depth(Task):
         kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
         return Depths(*kept, scores[:, 0], scores[:, 1], np.stack([row[2] for row in rows]))
 
-    def load(self, path: Path) -> Depths:
+    def load(self, data: bytes, where: str) -> Depths:
         """Read what ``Depths.save`` wrote."""
-        return Depths.load(path)
+        return Depths.load(data, where)
 
     def compare(self, reference: Depths, candidate: Depths, confidence: float = 0.95) -> Resampled:
         """AbsRel and delta 1, means over images of means over pixels, and the interval of the rise of AbsRel.

@@ -124,9 +124,9 @@ class Detection(Task):
             )
         return Detections(tuple(found), tuple(known), np.concatenate(finite), keeper.taken())
 
-    def load(self, path: Path) -> Detections:
+    def load(self, data: bytes, where: str) -> Detections:
         """Read what ``Detections.save`` wrote."""
-        arrays = load_arrays(path, self.name)
+        arrays = load_arrays(data, where, self.name)
         names = ("boxes", "scores", "classes")
         found = [Boxes(*(arrays[n][part] for n in names)) for part in _parts(arrays["offsets"])]
         names = ("known_boxes", "known_classes", "known_crowd")

@@ -127,9 +127,9 @@ class Embedding(Task):
             )
         return found
 
-    def load(self, path: Path) -> Embeddings:
+    def load(self, data: bytes, where: str) -> Embeddings:
         """Read what ``Embeddings.save`` wrote."""
-        arrays = load_arrays(path, self.name)
+        arrays = load_arrays(data, where, self.name)
         return Embeddings(arrays["vectors"], arrays["labels"])
 
     def compare(self, reference: Embeddings, candidate: Embeddings, confidence: float = 0.95) -> EmbeddingComparison:

@@ -172,9 +172,9 @@ class Other(Task):
         every = np.concatenate(scores) if scores else np.zeros(0)
         return Outputs(every, np.concatenate(finite), keeper.taken(), np.concatenate(decisions))
 
-    def load(self, path: Path) -> Outputs:
+    def load(self, data: bytes, where: str) -> Outputs:
         """Read what ``Outputs.save`` wrote."""
-        arrays = load_arrays(path, self.name)
+        arrays = load_arrays(data, where, self.name)
         return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays), arrays["decisions"])
 
     def compare(self, reference: Outputs, candidate: Outputs, confidence: float = 0.95) -> Comparison:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -104,9 +103,9 @@ class Segmentation(Task):
         kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
         return Masks(*kept, shared, answered, known, np.concatenate(pairs))
 
-    def load(self, path: Path) -> Masks:
+    def load(self, data: bytes, where: str) -> Masks:
         """Read what ``Masks.save`` wrote."""
-        return Masks.load(path)
+        return Masks.load(data, where)
 
     def compare(self, reference: Masks, candidate: Masks, confidence: float = 0.95) -> Resampled:
         """MIoU and Dice over classes, and the interval of the difference in mIoU.

@@ -178,9 +178,9 @@ class Text(Task):
             finite.append(fine)
         return Readings(np.concatenate(classes), tuple(texts), count, np.concatenate(finite), keeper.taken())
 
-    def load(self, path: Path) -> Readings:
+    def load(self, data: bytes, where: str) -> Readings:
         """Read what ``Readings.save`` wrote."""
-        arrays = load_arrays(path, self.name)
+        arrays = load_arrays(data, where, self.name)
         joined = arrays["texts"].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
         ends = np.cumsum(arrays["lengths"])
         texts = tuple(joined[end - length : end] for end, length in zip(ends, arrays["lengths"], strict=True))

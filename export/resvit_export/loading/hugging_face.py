@@ -27,6 +27,8 @@ _ANSWERS = ("logits", "pred_boxes", "predicted_depth", "class_queries_logits", "
 """Fields of a model's output that applications read; where it has none of them, all tensors of it are kept."""
 _KEPT_FOR_OTHERS = re.compile(r"^((encoder|decoder)_)?hidden_states$|attentions$|position")
 """Fields of several tensors that are no answers: the layers' own outputs, and positions, the same for every image."""
+_OF_MASKING = ("mask", "ids_restore")
+"""What a masked autoencoder says of its masking: constants, where it masks nothing."""
 _SOFTMAX = frozenset({"detr", "yolos", "table-transformer"})
 """Detectors whose last score stands for "no object"; the others' scores go through a sigmoid."""
 _DETR_COCO = 91
@@ -58,6 +60,7 @@ class HuggingFaceModel(nn.Module):
         self.preprocess = preprocess
         self.random_weights = random_weights
         self.input_name = _reads(type(model))[0]
+        self._patch = config.patch_size if _masks_at_random(type(model), config) is not None else None
         self.input_shape = _input_shape(config, preprocess)
         self.size_step = _size_step(config)
         self.task_options = _task_options(config)
@@ -65,9 +68,14 @@ class HuggingFaceModel(nn.Module):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Answer for images float32 [B, C, H, W]; ``pixel_mask`` int64 [B, H, W] is 0 where they are padded."""
-        mask = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
-        answer = self.model(**{self.input_name: pixel_values}, return_dict=True, **mask)
-        tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor)}
+        beside = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
+        if self._patch is not None:  # a masked autoencoder that masks nothing: its patches stay in their order
+            images, _, height, width = pixel_values.shape
+            patches = (height // self._patch) * (width // self._patch)
+            beside["noise"] = torch.arange(patches, dtype=torch.float32).expand(images, patches)
+        answer = self.model(**{self.input_name: pixel_values}, return_dict=True, **beside)
+        own = _OF_MASKING if self._patch is not None else ()
+        tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor) and name not in own}
         # A backbone answers with a tuple of maps, some encoders with maps of several sizes beside their last one.
         maps = {
             f"{name}_{index}": value
@@ -100,6 +108,7 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
         _require_image(kind, reference)
         config = _own_config(kind, config)
         _set(config, settings, reference)
+        _refuse_masking(kind, config, reference)
         files = _folder_of(folder, reference)
         trained = any(next(files.glob(pattern), None) for pattern in _WEIGHTS)
         if trained:
@@ -173,6 +182,23 @@ def _reads(kind: Any) -> list[str]:
     needs = [item.name for item in parameters if item.name in takes and item.default is item.empty]
     grid = [_GRID] if _GRID in takes else []
     return list(dict.fromkeys([*main, *needs, *grid]))
+
+
+def _masks_at_random(kind: Any, config: Any) -> float | None:
+    """Which part of its patches a masked autoencoder leaves out, by the order of its ``noise``; None for all others.
+
+    Hiera takes ``noise`` too, and masks in its pretraining alone.
+    """
+    takes = inspect.signature(kind.forward).parameters
+    return float(config.mask_ratio) if config.model_type == "vit_mae" and "noise" in takes else None
+
+
+def _refuse_masking(kind: Any, config: Any, reference: str) -> None:
+    if ratio := _masks_at_random(kind, config):
+        raise ResvitError(
+            f"{kind.__name__} ({reference}) leaves out {ratio:.0%} of its patches, drawn at random for each image.",
+            "Let it see all of them: --model-arg mask_ratio=0.0.",
+        )
 
 
 def _fix_by_part(kind: Any) -> str:

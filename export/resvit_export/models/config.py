@@ -33,10 +33,15 @@ class Task(str, enum.Enum):
 
 
 class Block(str, enum.Enum):
-    """The residual block of the trunk (He et al. 2016)."""
+    """The residual block of the trunk."""
 
     BASIC = "basic"
+    """Two 3x3 convolutions (He et al. 2016)."""
     BOTTLENECK = "bottleneck"
+    """1x1, 3x3 and 1x1 convolutions (He et al. 2016)."""
+    MOBILE = "mobile"
+    """Inverted: a depthwise 5x5 convolution on four times the width, with squeeze-and-excitation and hard-swish (Howard
+    et al. 2019)."""
 
 
 class Stem(str, enum.Enum):
@@ -212,7 +217,7 @@ def check(config: HybridConfig) -> None:
             f"Choose {max(16, round(width / 16) * 16)}.",
         )
     require(
-        config.block is Block.BASIC or all(width % 64 == 0 for width in config.stage_widths),
+        config.block is not Block.BOTTLENECK or all(width % 64 == 0 for width in config.stage_widths),
         f"{config.name}: a bottleneck trunk with stage_widths = {show(config.stage_widths)}.",
         "Choose multiples of 64: the inner width is a quarter and must be a multiple of 16.",
     )

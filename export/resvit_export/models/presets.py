@@ -1,4 +1,4 @@
-"""The reference hybrids by name: three joins in four sizes, and three small ones with other heads. Needs no torch."""
+"""The reference hybrids by name: three joins in four sizes, mobile ones, and some with other heads. Needs no torch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,14 @@ _HEADS: dict[str, dict[str, Any]] = {
     "embed-nano-seg": _SCENES | {"task": Task.SEGMENTATION, "num_classes": 11},
 }
 
-MODEL_NAMES: tuple[str, ...] = (*(f"{join.value}-{size}" for join in Join for size in _SIZES), *_HEADS)
+# What phones and small Jetsons run (MobileNetV3, Howard et al. 2019; its trunk in front of a ViT).
+_MOBILE: dict[str, dict[str, Any]] = {
+    "mobile-nano": {"stem_width": 16, "stage_depths": (1, 2), "stage_widths": (32, 48)},
+    "mobile-tiny": {"stem_width": 16, "stage_depths": (1, 2, 3, 2), "stage_widths": (16, 32, 48, 96), "depth": 4},
+    "mobile-small": {"stem_width": 16, "stage_depths": (1, 2, 3, 4), "stage_widths": (16, 32, 64, 160), "depth": 6},
+}
+
+MODEL_NAMES: tuple[str, ...] = (*(f"{join.value}-{size}" for join in Join for size in _SIZES), *_MOBILE, *_HEADS)
 
 
 def preset(name: str) -> HybridConfig:
@@ -98,6 +105,8 @@ def preset(name: str) -> HybridConfig:
             f"There is no reference model named {name!r}.",
             f"Did you mean {' or '.join(near)}?" if near else f"Choose one of {', '.join(MODEL_NAMES)}.",
         )
-    join, size = name.split("-")[:2]
-    values = _SIZES[size] | _JOINS[Join(join)][size] | _HEADS.get(name, {})
-    return HybridConfig(**values, name=name, join=Join(join))
+    kind, size = name.split("-")[:2]
+    join = Join.EMBED if name in _MOBILE else Join(kind)
+    mobile = {"stem": Stem.SMALL, "block": Block.MOBILE} | _MOBILE[name] if name in _MOBILE else {}
+    values = _SIZES[size] | _JOINS[join][size] | mobile | _HEADS.get(name, {})
+    return HybridConfig(**values, name=name, join=join)

@@ -1,4 +1,4 @@
-"""The convolutional half: a BatchNorm ResNet (He et al. 2016, with the stride on the 3x3 convolution)."""
+"""The convolutional half: a BatchNorm ResNet (He et al. 2016, the stride on the 3x3 convolution), or a mobile one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,43 @@ class ConvNorm(nn.Sequential):
         if relu:
             self.relu = nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class SqueezeExcitation(nn.Module):
+    """Channels times a gate that is told from their means (Hu et al. 2018), a hard sigmoid: the shape stays."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(width, max(8, width // 4), 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.excite = nn.Conv2d(max(8, width // 4), width, 1)
+        self.gate = nn.Hardsigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale the channels."""
+        gate: torch.Tensor = self.gate(self.excite(self.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return x * gate
+
+
+class MobileBlock(nn.Module):
+    """MobileNetV3's: ``project(gated(depthwise(expand(x))))``, plus ``x`` where the shape stays."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, expansion: int = 4, kernel: int = 5) -> None:
+        super().__init__()
+        inner = expansion * width_in
+        self.expand = ConvNorm(width_in, inner, 1, relu=False)
+        self.depthwise = nn.Conv2d(inner, inner, kernel, stride, padding=kernel // 2, groups=inner, bias=False)
+        self.norm = nn.BatchNorm2d(inner)
+        self.swish = nn.Hardswish()
+        self.gated = SqueezeExcitation(inner)
+        self.project = ConvNorm(inner, width_out, 1, relu=False)
+        self.residual = stride == 1 and width_in == width_out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the block."""
+        inner = self.swish(self.norm(self.depthwise(self.swish(self.expand(x)))))
+        out: torch.Tensor = self.project(self.gated(inner))
+        return x + out if self.residual else out
 
 
 class ResidualBlock(nn.Module):
@@ -60,10 +97,10 @@ class Trunk(nn.Module):
             )
         self.stages = nn.ModuleList()
         for index, (depth, width_out) in enumerate(zip(config.stage_depths, config.stage_widths, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for position in range(depth):
                 stride = 2 if index > 0 and position == 0 else 1
-                blocks.append(ResidualBlock(config.block, width, width_out, stride))
+                blocks.append(_block(config.block, width, width_out, stride))
                 width = width_out
             self.stages.append(nn.Sequential(*blocks))
 
@@ -75,3 +112,9 @@ class Trunk(nn.Module):
             x = stage(x)
             maps.append(x)
         return tuple(maps)
+
+
+def _block(kind: Block, width_in: int, width_out: int, stride: int) -> nn.Module:
+    if kind is Block.MOBILE:
+        return MobileBlock(width_in, width_out, stride)
+    return ResidualBlock(kind, width_in, width_out, stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -135,7 +136,7 @@ def _changed_images(validated: Validated) -> list[ChangedImage]:
     import numpy as np
 
     verdict = validated.verdict
-    with np.load(validated.path(CHANGED), allow_pickle=False) as pictures:
+    with np.load(io.BytesIO(validated.content(CHANGED)), allow_pickle=False) as pictures:
         return [
             ChangedImage(
                 pictures[f"image_{item.index}"],

@@ -62,7 +62,7 @@ class Answered(Artifact):
 
     def answers(self, task: TaskChoice) -> Answers:
         """Read them."""
-        return task.task().load(self.path(ANSWERS))
+        return self.file(ANSWERS).read(task.task().load)
 
 
 @dataclass(frozen=True)

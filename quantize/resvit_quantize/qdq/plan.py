@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
-from resvit_calibrate.ranges.channels import amax_for_output
+from resvit_calibrate.ranges.channels import amax_for_output, channel_error
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
@@ -28,6 +29,9 @@ _SPARED = 0.02
 
 
 _FEW_CHANNELS = 4
+_LEAST_SHORTCUT_DB = 25.0
+"""A shortcut that would keep a lower SQNR in 8 bits stays in FP16."""
+_DB_PER_BIT = 6.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,9 @@ def plan_quantization(
             amax[key] = _output_amax(placement, value, channels[key[0]], absmax, edge, settings)
         else:
             amax[key] = ranges.amax(key[0], edge.precision.value, settings.estimator)
+    if methods.sparing:
+        scales = {name: item.scale for name, item in smoothed.items()}
+        placement = _without_lost_shortcuts(placement, amax, channels, scales, settings.bits)
     means = {name: entry.mean for name, entry in channels.items()}
     means |= {name: channels[name].mean / item.scale for name, item in smoothed.items()}
     return Plan(network, analysis, placement, amax, moved, means)
@@ -129,6 +136,32 @@ def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
             left += product.macs
             found[product.name] = "reads the image: costs little in FP16, and all that follows depends on it"
     return found if total and left <= _SPARED * total else {}
+
+
+def _without_lost_shortcuts(
+    placement: Placement,
+    amax: Mapping[EdgeKey, float],
+    channels: Mapping[str, ChannelStatistics],
+    scales: Mapping[str, np.ndarray],
+    bits: int,
+) -> Placement:
+    """The placement without the shortcuts of which 8 bits leave too little, by the calibration's statistics.
+
+    What a layer reads, its weights and the mean over many products make small again; what a shortcut loses is lost to
+    all blocks behind it. Where a few channels hold most of a stream, one step for all is too coarse for the others.
+    """
+    weighted = {weight.node for weight in placement.weights}
+    least = _LEAST_SHORTCUT_DB - _DB_PER_BIT * (8 - bits)
+    kept = []
+    for edge in placement.edges:
+        key = edge_key(edge)
+        seen = None if edge.node in weighted else channels.get(key[0])
+        if seen is not None:
+            noise = channel_error(seen, amax[key], edge.precision.value, scales.get(key[0]), bits)[0].sum()
+            if seen.mean_square.sum(dtype=np.float64) < 10.0 ** (least / 10.0) * noise:
+                continue
+        kept.append(edge)
+    return replace(placement, edges=tuple(kept))
 
 
 def _output_amax(

@@ -124,7 +124,8 @@ _ERRORS = f"{INTERNAL}errors"
 def _measured(model: bytes, feeds: Arrays) -> tuple[Arrays, np.ndarray]:
     """Outputs of a graph that ``_with_errors`` made, and its sums over all images [places, 2]."""
     runner = onnx_runner(model)
-    total, parts = np.zeros(0), []
+    total = np.zeros(0)
+    parts: list[Arrays] = []
     for piece, size in pieces(feeds, runner.batch or len(next(iter(feeds.values())))):
         answers = dict(zip(runner.outputs, run_session(runner.session, list(runner.outputs), piece), strict=True))
         sums = answers.pop(_ERRORS).astype(np.float64)
@@ -246,7 +247,8 @@ def _bytes(model: ir.Model) -> bytes:
 
 def _lowest(expected: Arrays, answers: Arrays, sets: bool) -> float:
     """The lowest SQNR of the float outputs in dB; -infinity where one is not finite."""
-    answers = paired_rows(expected, answers) if sets else answers
+    if sets:
+        answers = dict(paired_rows(expected, answers))
     values = [sqnr(value, answers[name]) for name, value in expected.items() if value.dtype.kind == "f"]
     return min((-math.inf if math.isnan(value) else value for value in values), default=math.inf)
 

@@ -13,7 +13,8 @@ from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.distill.options import Answer, DistillOptions
 from resvit_quantize.pruning.losses import Outputs
-from resvit_quantize.training.objectives.objective import Teaching, unread
+from resvit_quantize.training.objectives.base import unread
+from resvit_quantize.training.objectives.objective import Teaching
 from resvit_quantize.training.standing import relative_error, softened_divergence
 
 

@@ -63,10 +63,10 @@ def class_divergence(scores: Tensor, wanted: Tensor, reader: BoxReader) -> Tenso
         aim = wanted.float().clamp(min=_TINY)
         return (aim * (aim.log() - F.log_softmax(scores.float(), -1))).sum(-1)
     if reader.activation == "sigmoid":  # by the logits: a probability near 0 would have no gradient
-        scores, wanted = torch.broadcast_tensors(scores.float(), wanted.float())
-        aim = wanted.clamp(_TINY, 1.0 - _TINY)
+        aim = wanted.float().clamp(_TINY, 1.0 - _TINY)
         entropy = -(aim * aim.log() + (1.0 - aim) * (1.0 - aim).log())
-        return (F.binary_cross_entropy_with_logits(scores, aim, reduction="none") - entropy).sum(-1)
+        missed, seen = F.softplus(-scores.float()), F.softplus(scores.float())
+        return (aim * missed + (1.0 - aim) * seen - entropy).sum(-1)
     return divergence(scores, wanted).sum(-1)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_calibrate.tasks.depth import Depth
+from resvit_quantize.training.objectives.base import Objective, Outputs
 from resvit_quantize.training.objectives.maps import at_pixels, lattice
-from resvit_quantize.training.objectives.objective import Objective, Outputs
 from resvit_quantize.training.standing import relative_error
 
 _SHARED = 0.5

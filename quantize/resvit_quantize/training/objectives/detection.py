@@ -14,6 +14,7 @@ from resvit_calibrate.answers.boxes import BoxReader
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_calibrate.tasks.detection import Detection
+from resvit_quantize.training.objectives.base import Objective, Outputs
 from resvit_quantize.training.objectives.boxes import (
     CELLS,
     asked,
@@ -25,7 +26,6 @@ from resvit_quantize.training.objectives.boxes import (
     likely,
     overlaps,
 )
-from resvit_quantize.training.objectives.objective import Objective, Outputs
 
 CLASS, SIDES, OVERLAP = 2.0, 5.0, 2.0
 """The weights of classes, L1 (in shares of the input) and GIoU: Deformable DETR's (Zhu et al. 2021)."""

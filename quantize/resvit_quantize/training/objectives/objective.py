@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from resvit_calibrate.answers.base import Task
 from resvit_calibrate.answers.boxes import BoxReader
-from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.tasks.depth import Depth
 from resvit_calibrate.tasks.detection import Detection
 from resvit_calibrate.tasks.segmentation import Segmentation
-from resvit_engines.errors import ResvitError
+from resvit_quantize.training.objectives.base import Objective
+from resvit_quantize.training.objectives.depth import DepthObjective
+from resvit_quantize.training.objectives.detection import DetectionObjective
+from resvit_quantize.training.objectives.segmentation import SegmentationObjective
 from resvit_quantize.training.standing import TrainingImages
-
-Outputs: TypeAlias = Mapping[str, Tensor]
-"""Of a network, [B, ...] by name."""
-
-
-class Objective(abc.ABC):
-    """How far a student's answers are from its teacher's and, where the images have them, from the labels.
-
-    ``told`` says it in words, for the record and the report; ``reads`` names the outputs that it judges. ``labelled``:
-    the training images have what the task asks for.
-    """
-
-    told: str
-    reads: tuple[str, ...]
-    labelled: bool
-
-    def __call__(self, outputs: Outputs, targets: Outputs, batch: Batch) -> Tensor:
-        """The loss of a batch, a scalar. ``targets`` are the teacher's answers; raises ``ResvitError`` for NaN there.
-
-        What the student gets wrong of the labels of ``batch`` counts too, where there are any.
-        """
-        if not all(bool(targets[name].isfinite().all()) for name in self.reads):
-            raise ResvitError(
-                "The network that teaches gives NaN or infinity for training images.",
-                "Check the checkpoint and the preprocessing; 'resvit-export validate' names what is not finite.",
-            )
-        return self.loss(outputs, targets, batch if self.labelled else dataclasses.replace(batch, targets=None))
-
-    @abc.abstractmethod
-    def loss(self, outputs: Outputs, targets: Outputs, batch: Batch) -> Tensor:
-        """The loss of a batch whose targets are finite."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +56,6 @@ class Teaching:
 
         That is so for classes, for anything else, and for maps that hold numbers of classes.
         """
-        from resvit_quantize.training.objectives.depth import DepthObjective
-        from resvit_quantize.training.objectives.detection import DetectionObjective
-        from resvit_quantize.training.objectives.segmentation import SegmentationObjective
 
         arrays: dict[str, npt.NDArray[np.float32]] = {
             name: np.broadcast_to(np.float32(0), tuple(shape)) for name, shape in shapes.items()
@@ -108,8 +73,3 @@ class Teaching:
             return DepthObjective(task, task.name_of(arrays), labelled=self.labelled)
         name = task.name_of(arrays)
         return SegmentationObjective(name, labelled=self.labelled) if arrays[name].ndim == 4 else None
-
-
-def unread(objective: Objective, outputs: Outputs) -> list[str]:
-    """The outputs that the objective does not judge."""
-    return [name for name in outputs if name not in objective.reads]

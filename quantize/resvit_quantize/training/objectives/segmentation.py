@@ -12,8 +12,8 @@ from torch import Tensor
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.errors import ResvitError
+from resvit_quantize.training.objectives.base import Objective, Outputs
 from resvit_quantize.training.objectives.maps import at_pixels, lattice
-from resvit_quantize.training.objectives.objective import Objective, Outputs
 
 
 class SegmentationObjective(Objective):
