@@ -36,6 +36,7 @@ from resvit_export.loading.torch_program import (
     output_names,
     output_shapes,
     program_from_module,
+    refuse_blind_program,
     refuse_random_program,
     runner_from_program,
 )
@@ -239,6 +240,7 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
             spec.model, moved, "Export it again for batch 1, without a dynamic shape, or mend its forward."
         )
     require_finite({**program.constants, **program.state_dict}, spec.model)
+    refuse_blind_program(program, spec.model)
     shape = input_shape_of(program)
     if spec.input_shape not in (None, shape):
         raise ResvitError(f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape.")

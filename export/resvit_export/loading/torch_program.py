@@ -61,6 +61,8 @@ def program_from_module(
         try:
             _refuse_changed_inputs(module, several, alone)
             refuse_random_program(program, "The network")
+            if COUPLED not in why:  # an image alone may be all that is left of it: less the mean of a batch of one
+                refuse_blind_program(program, "The network")
             _refuse_random_module(module, several, alone)
         except ResvitError:
             raise
@@ -159,7 +161,7 @@ def _never_draws(node: torch.fx.Node) -> bool:
 
 
 def refuse_random_program(program: ExportedProgram, name: str) -> None:
-    """Refuse a program that draws random numbers, with the line of the user's that does, or answers every image alike.
+    """Refuse a program that draws random numbers, with the line of the user's that does, where it is known.
 
     Raises:
         ResvitError: INPUT.
@@ -168,9 +170,17 @@ def refuse_random_program(program: ExportedProgram, name: str) -> None:
     where = ""
     if drawing:
         where = f": {drawing[0].target} draws random numbers{_line_of(drawing[0])}"
-    run, batch = runner_from_program(program), fixed_batch_of(program) or 1
-    refuse_random(run, _drawn(program), name, batch=batch, drawn=where)
-    refuse_blind(run, _drawn(program), name, batch=batch, whole=_whole_outputs(program))
+    refuse_random(runner_from_program(program), _drawn(program), name, batch=fixed_batch_of(program) or 1, drawn=where)
+
+
+def refuse_blind_program(program: ExportedProgram, name: str) -> None:
+    """Refuse a program that answers every image alike.
+
+    Raises:
+        ResvitError: INPUT.
+    """
+    run, whole = runner_from_program(program), _whole_outputs(program)
+    refuse_blind(run, _drawn(program), name, batch=fixed_batch_of(program) or 1, whole=whole)
 
 
 def _line_of(node: torch.fx.Node) -> str:
