@@ -43,6 +43,8 @@ demo: setup data
 	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
 
 # A module's tests share what they built, so a module stays with one worker; tests/conftest.py has the order.
+# Compiled modules are kept: pytest rewrites every assertion otherwise, and the tests start many programs.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # TESTS= also runs the full forms of tests that are shortened otherwise.
 TESTS := not slow

@@ -2,17 +2,22 @@
 
     python benchmarks/families.py --out benchmarks/results/families.md
     python benchmarks/families.py --until export --only rt_detr
+    python benchmarks/families.py --until prune --only levit
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
 timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of
 random weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the
 ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
-already, a low SQNR is the network's own. Each model runs in a process of its own, within ``--memory`` and
-``--seconds``; what is done is not done again, so that a run can be ended at any time and started again.
+already, a low SQNR is the network's own. "As far as" is the last stage that was run: rows of ``--until export`` are
+folded, exported and compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text
+or films is no function of one image: refused by name, it is counted apart, and the part of it that sees has its own
+row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what is done is not done again,
+so that a run can be ended at any time and started again.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -28,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from family_models import HEADLESS, MAPPINGS, OTHER_INPUTS, SMALL, TIMM, write_folder
+from family_models import HEADLESS, MAPPINGS, OTHER_INPUTS, SMALL, TIMM, TOWERS, write_folder
 from machine import describe_machine
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +44,18 @@ STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "aud
 GOES_ON = (0, 4, 5)
 """Exit codes of a build that came to its end: done, rejected by validation, undecided."""
 TIMED_OUT, KILLED = -1, -2
+NO_FUNCTION = "no function of one image"
+_SAID_SO = (
+    "an engine here is a function of images alone",
+    "that is no network from an image to tensors of fixed shape",
+    "reads patches of photos of any aspect ratio",
+)
+"""What the refusals say that a class is not at fault for, nor the tool: it asks for more than one image."""
+UNTIL = ("bundle", "export")
+"""What the table takes a row from: the run that went further, where it was done."""
 _NOISE_DB = 40.0
+_ONCE = ("torch._dynamo", "torchvision", "torch.onnx._internal.exporter._core", "onnxscript", "onnxruntime")
+"""Imported before the fork: half of the time that a small model's export takes, else."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,8 @@ def transformers_cases() -> Iterator[Case]:
                     classes.add(architecture)
                     kinds.add(kind)
         seen |= kinds
+    for kind, architecture in TOWERS:
+        yield Case(architecture, "the part that sees", kind)
 
 
 def timm_cases() -> Iterator[Case]:
@@ -104,23 +122,39 @@ def main(
     """Take every model through, one after the other, and write the table."""
     chosen = [case for case in cases() if not only or any(part.lower() in case.name.lower() for part in only)]
     part, parts = (int(number) for number in share.split("/"))
-    import resvit_export.to_onnx.export  # noqa: F401  what every model's process needs is imported once, before the fork
+    if not table_only:
+        import resvit_export.to_onnx.export  # noqa: F401  what every model's process needs is imported once, before the fork
 
+        for name in _ONCE:
+            importlib.import_module(name)
     rows: list[dict[str, Any]] = []
     for number, case in enumerate(chosen):
-        record = runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name) / "row.json"
+        record = _record(runs, until, case)
         known = json.loads(record.read_text()) if record.exists() else None
         if not table_only and number % parts == part - 1 and (known is None or known["code"] in again):
             known = row_of(case, record.parent, until, seconds, memory)
             record.write_text(json.dumps(known, indent=1))
             click.echo(f"{case.name}: {outcome(known)} ({known['seconds']:.0f} s)", err=True)
-        if known is not None:
-            rows.append(known)
-    text = table(rows, until)
+        rows += furthest(runs, case)
+    text = table(rows, len(chosen))
     if out:
         out.write_text(text, encoding="utf-8")
     else:
         click.echo(text)
+
+
+def _record(runs: Path, until: str, case: Case) -> Path:
+    return runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name) / "row.json"
+
+
+def furthest(runs: Path, case: Case) -> list[dict[str, Any]]:
+    """The row of ``case`` from the run that went furthest, with what pruning it came to; none where it was not run."""
+    done = {until: _record(runs, until, case) for until in (*UNTIL, "prune")}
+    known = {until: json.loads(path.read_text()) for until, path in done.items() if path.exists()}
+    row: dict[str, Any] | None = next((known[until] for until in UNTIL if until in known), None)
+    if row is None:
+        return []
+    return [{**row, "pruned": outcome(known["prune"]) if "prune" in known else None}]
 
 
 def row_of(case: Case, folder: Path, until: str, seconds: float, memory: float) -> dict[str, Any]:
@@ -252,18 +286,21 @@ def outcome(row: Mapping[str, Any]) -> str:
         return "goes through"
     if row["code"] == TIMED_OUT:
         return "out of time"
-    return "FAILS" if row["code"] in (1, KILLED) else "refused"
+    if row["code"] in (1, KILLED):
+        return "FAILS"
+    return NO_FUNCTION if any(said in row.get("problem", "") for said in _SAID_SO) else "refused"
 
 
-def table(rows: list[dict[str, Any]], until: str) -> str:
-    """The rows as Markdown, totals first."""
+def table(rows: list[dict[str, Any]], architectures: int) -> str:
+    """The rows as Markdown, totals first; ``architectures`` is how many there are, run or not."""
     machine = describe_machine()
     lines = ["# Families of networks, through every stage", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
     lines += [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f". `python benchmarks/families.py --until {until}`",
+        + ".",
         "",
+        f"- {len(rows)} of {architectures} architectures were run",
     ]
     others = [name.lower().replace("_", " ") for name in OTHER_INPUTS]
     for title, group in (
@@ -272,21 +309,28 @@ def table(rows: list[dict[str, Any]], until: str) -> str:
         ("transformers, prompts, text or films", [r for r in rows if r["listed"] in others]),
     ):
         counts = Counter(outcome(row) for row in group)
-        through = f"{counts['goes through']} of {len(group)} go through"
-        rest = "".join(f", {count} {what}" for what, count in sorted(counts.items()) if what != "goes through")
-        lines += [f"- {title}: {through}{rest}"] if group else []
-    lines += ["", "| network | of | outcome | weights | SQNR | own noise | products in 8 bits | s | why |",
-              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        apart = counts.pop(NO_FUNCTION, 0)
+        through = counts.pop("goes through", 0)
+        rest = "".join(f", {count} {what}" for what, count in sorted(counts.items()))
+        rest += f"; {apart} more are {NO_FUNCTION}, and say so" if apart else ""
+        bundles = sum(1 for row in group if row.get("bundles"))
+        counted = f"{through} of {len(group) - apart} go through, {bundles} of them to a bundle"
+        lines += [f"- {title}: {counted}{rest}"] if len(group) > apart else []
+        lines += [f"- {title}: all {apart} are {NO_FUNCTION}, and say so"] if apart and len(group) == apart else []
+    lines += ["", "| network | of | outcome | as far as | weights | SQNR | own noise | products in 8 bits | pruned | s "
+              "| why |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         why = f"{row['problem']} {row['fix']}".strip() if "problem" in row and row["code"] not in GOES_ON else ""
         cells = [
             f"{row['name']} ({row['kind']})" if row["listed"] != "timm" else row["name"],
             row["listed"],
             outcome(row),
+            (row.get("stages") or ["—"])[-1],
             f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "—",
             f"{row['sqnr_db']:.1f} dB" if isinstance(row.get("sqnr_db"), float) else "—",
             f"{row['own_noise_db']:.0f} dB" if "own_noise_db" in row else "—",
             f"{row['share']:.1%}" if isinstance(row.get("share"), float) else "—",
+            row.get("pruned") or "—",
             f"{row['seconds']:.0f}",
             why.replace("|", "\\|"),
         ]

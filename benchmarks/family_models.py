@@ -56,6 +56,26 @@ _HGNET = {
     "embedding_size": 16,
     "depths": [1, 1, 1, 1],
 }
+_LCNET = {
+    "stem_channels": [3, 8, 16],
+    "block_configs": [
+        [[3, 16, 16, 1, True]],
+        [[3, 16, 24, 2, False]],
+        [[3, 24, 32, 2, True]],
+        [[3, 32, 48, 2, False]],
+    ],
+}
+_STRIPES = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{name}_{ratio}ratio": [[side if name[0] != "h" else 1, side if name[0] != "v" else 1], [1, 1],
+                                 [side // 2 if name[0] != "h" else 0, side // 2 if name[0] != "v" else 0]]
+        for ratio, side in (("long", 7), ("mid", 5), ("short", 3))
+        for name in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+    },
+}  # fmt: skip
+"""Strides and paddings of the blocks of a text detector that look along and across the lines."""
 _DETR = {
     "d_model": 48,
     "encoder_layers": 1,
@@ -107,9 +127,26 @@ _DEPTH_ANYTHING = Small(
     ("Dinov2Config", {**_DINO, **_FOUR, "image_size": 56, "reshape_hidden_states": False}),
     (56, 56),
 )
+_SAM = Small(
+    {
+        "vision_config": {
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "mlp_dim": 192,
+            "image_size": 128,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+            "output_channels": 32,
+        }
+    },
+    size=(128, 128),
+)
 SMALL: dict[str, Small] = {
     "aimv2_vision_model": Small({**_VIT, "patch_size": 16, "image_size": 64}),
-    "align": Small(_TEXT),
+    "align": Small(
+        {**_TEXT, "vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 640}}
+    ),
     "beit": Small({**_VIT, "num_hidden_layers": 4, "image_size": 64, "out_indices": [1, 2, 3, 4]}),
     "bit": Small({**_RESNET, "layer_type": "preactivation", "num_groups": 8}),
     "blip": Small(_VISION),
@@ -120,6 +157,31 @@ SMALL: dict[str, Small] = {
         ("DINOv3ViTConfig", {**_VIT, "num_hidden_layers": 4, "image_size": 64, **_FOUR, "return_class_token": True}),
     ),
     "clip": Small(_VISION),
+    "altclip": Small(_VISION),
+    "owlvit": Small(_VISION),
+    "owlv2": Small(_VISION),
+    "sam": _SAM,
+    "sam_hq": _SAM,
+    "sam2": Small(
+        {
+            "vision_config": {
+                "backbone_config": {
+                    "model_type": "sam2_hiera_det_model",
+                    "hidden_size": 16,
+                    "image_size": [128, 128],
+                    "blocks_per_stage": [1, 1, 2, 1],
+                    "embed_dim_per_stage": [16, 32, 48, 64],
+                    "num_attention_heads_per_stage": [1, 2, 3, 4],
+                    "window_size_per_stage": [4, 4, 4, 4],
+                    "global_attention_blocks": [3],
+                },
+                "backbone_channel_list": [64, 48, 32, 16],
+                "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+                "fpn_hidden_size": 32,
+            }
+        },
+        size=(128, 128),
+    ),
     "clipseg": Small({**_VISION, "extract_layers": [0, 1], "reduce_dim": 16}),
     "conditional_detr": Small(
         {**_DETR, **_TIMM_RESNET}, ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]}), (96, 96)
@@ -188,6 +250,21 @@ SMALL: dict[str, Small] = {
     "ijepa": Small({**_VIT, "image_size": 64}),
     "levit": Small(
         {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "image_size": 64}
+    ),
+    "llama4": Small(
+        {
+            "vision_config": {
+                "hidden_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 384,
+                "image_size": 56,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+                "vision_output_dim": 64,
+            }
+        },
+        size=(56, 56),
     ),
     "depth_pro": Small(
         {
@@ -269,6 +346,29 @@ SMALL: dict[str, Small] = {
     ),
     "pp_doclayout_v3": Small({**_RT_DETR, "x4_feat_dim": 32}, ("HGNetV2Config", {**_HGNET, **_FOUR}), (96, 96)),
     "pp_doclayout_v4": Small({**_RT_DETR}, ("HGNetV2Config", {**_HGNET, **_PYRAMID}), (96, 96)),
+    "pp_ocrv5_server_det": Small(
+        {
+            "neck_out_channels": 32,
+            "intraclass_block_config": _STRIPES,
+            "scale_factor_list": [1, 2, 4, 8],
+            "kernel_list": [3, 2, 2],
+        },
+        ("HGNetV2Config", {**_HGNET, **_FOUR}),
+    ),
+    "pp_ocrv6_medium_det": Small(
+        {
+            "neck_out_channels": 32,
+            "intraclass_block_config": _STRIPES,
+            "scale_factor_list": [1, 2, 4, 8],
+            "kernel_list": [3, 2, 2],
+        },
+        ("PPLCNetV4Config", {**_LCNET, **_FOUR}),
+    ),
+    "pp_ocrv6_small_det": Small(
+        {"neck_out_channels": 32, "layer_list_out_channels": [16, 24, 32, 48]},
+        ("PPLCNetV4Config", {**_LCNET, **_FOUR}),
+    ),
+    "pp_lcnet_v4": Small({**_LCNET, **_FOUR}),
     "prompt_depth_anything": _DEPTH_ANYTHING,
     "pvt": Small(
         {
@@ -383,6 +483,22 @@ SMALL: dict[str, Small] = {
     ),
 }
 """By the type of its configuration. What is not here is built as its own defaults say."""
+
+TOWERS = (
+    ("clip", "CLIPVisionModelWithProjection"),
+    ("sam", "SamVisionModel"),
+    ("sam_hq", "SamHQVisionModel"),
+    ("sam2", "Sam2VisionModel"),
+    ("owlvit", "OwlViTVisionModel"),
+    ("owlv2", "Owlv2VisionModel"),
+    ("align", "AlignVisionModel"),
+    ("altclip", "AltCLIPVisionModel"),
+    ("blip", "BlipVisionModel"),
+    ("blip-2", "Blip2VisionModel"),
+    ("chinese_clip", "ChineseCLIPVisionModel"),
+    ("clipseg", "CLIPSegVisionModel"),
+)
+"""The parts that see, of what reads prompts or text besides: the kind of the whole, and the class of the part."""
 
 TIMM = (Path(__file__).parent / "family_timm.txt").read_text(encoding="utf-8").split()
 """By family, the smallest of each; then those of which a family has several kinds."""

@@ -55,7 +55,7 @@ CALIBRATE = (
         ("tests/test_geometry.py", "tests/test_preprocess.py", "tests/test_data.py"),
     ),
     Mutation(
-        "calibrate/resvit_calibrate/readers/coco_file.py",
+        "calibrate/resvit_calibrate/readers/boxes/coco_file.py",
         "ids = tuple(sorted(names.keys() - groups))",
         "ids = tuple(name for name in names if name not in groups)",
         "COCO's classes are counted in the order of the file, not of their ids",

@@ -578,7 +578,47 @@ def _data() -> dict[str, Parser]:
             mutants.of_archive,
         ),
         "Fashion-MNIST": Parser(read_mnist, mnist, dict.fromkeys(mnist, change_idx), whole=True),
+        **_lists(),
     }
+
+
+def _lists() -> dict[str, Parser]:
+    """Files of lines, YAML and XML about pictures."""
+    pictures = _images()
+    yolo = {f"labels/{Path(name).stem}.txt": b"0 0.5 0.5 0.2 0.2\n1 .1 .1 .9 .1 .9 .9\n" for name in pictures}
+    beside = {f"images/{name}": data for name, data in pictures.items()}
+    described = b"path: .\ntrain: images\nval: [images]\nnc: 2\nnames: {0: a, 1: b}\n"
+    annotation = (
+        b"<annotation><size><width>10</width><height>9</height></size><object><name>a</name><difficult>0</difficult>"
+        b"<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></object></annotation>"
+    )
+    voc = {f"Annotations/{Path(name).stem}.xml": annotation for name in pictures}
+    rows = [(name, f"text {number}, \u00e9") for number, name in enumerate(pictures)]
+    texts = {
+        "gt.txt": "".join(f"{name}\t{text}\n" for name, text in rows),
+        "labels.txt": "".join(f'{name}, "{text}"\n' for name, text in rows),
+        "metadata.csv": "file_name,text\n" + "".join(f'{name},"{text}"\n' for name, text in rows),
+        "metadata.jsonl": "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows),
+    }
+    found = {
+        "YOLO's boxes": Parser(
+            _opened(), {**beside, **yolo, "data.yaml": described}, dict.fromkeys(yolo, mutants.of_bytes), whole=True
+        ),
+        "YOLO's data.yaml": Parser(
+            _opened(), {**beside, **yolo, "data.yaml": described}, {"data.yaml": mutants.of_bytes}, whole=True
+        ),
+        "VOC's XML": Parser(
+            _opened(),
+            {**{f"JPEGImages/{name}": data for name, data in pictures.items()}, **voc},
+            dict.fromkeys(voc, mutants.of_bytes),
+            whole=True,
+        ),
+    }
+    for name, text in texts.items():
+        found[f"texts: {name}"] = Parser(
+            _opened(), {**pictures, name: text.encode()}, {name: mutants.of_bytes}, whole=True
+        )
+    return found
 
 
 def _pictures() -> dict[str, Parser]:

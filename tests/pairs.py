@@ -44,13 +44,13 @@ def all_pairs(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def pairs_among(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Those of the rows, in their order, that together have every pair that any of them has."""
-    left = {pair for row in rows for pair in pairs_of(row)}
+def values_among(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Those of the rows, in their order, that together have every value that any of them has in its place."""
+    left = {part for row in rows for part in enumerate(row)}
     chosen = set()
     while left:
-        best = max(range(len(rows)), key=lambda index: len(left.intersection(pairs_of(rows[index]))))
-        left.difference_update(pairs_of(rows[best]))
+        best = max(range(len(rows)), key=lambda index: len(left.intersection(enumerate(rows[index]))))
+        left.difference_update(enumerate(rows[best]))
         chosen.add(best)
     return [rows[index] for index in sorted(chosen)]
 

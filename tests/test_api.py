@@ -122,6 +122,7 @@ def digest(module: nn.Module) -> str:
     return NetworkSource(ModelSpec(f"object:{type(module).__name__}"), module).digest
 
 
+@pytest.mark.whole
 def test_a_module_is_known_by_all_that_it_computes_and_stays_as_it_is() -> None:
     module = Scaled(2.0).train().to(torch.float64)
     assert digest(module) == digest(Scaled(2.0).to(torch.float64))

@@ -74,6 +74,7 @@ def test_the_line_that_draws_is_named() -> None:
         program_from_module(Net(dropped), SHAPE)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "behind",
     [
@@ -117,6 +118,7 @@ def saved(path: Path, behind: Callable[[torch.Tensor], Any], batch: int | None) 
     return path
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_saved_program_whose_images_hang_on_each_other_is_refused(tmp_path: Path, batch: int | None) -> None:
     path = saved(tmp_path / "net.pt2", COUPLINGS[2], batch)
@@ -237,6 +239,7 @@ class Flagged(torch.nn.Module):
         return x.mean((2, 3)) * self.shares[0]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("ready", [True, False])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_a_forward_may_branch_on_its_own_small_buffers(ready: bool, share: float) -> None:

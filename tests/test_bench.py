@@ -181,6 +181,7 @@ def test_drift_that_meets_all_alike_does_not_count() -> None:
     assert ratio.low == pytest.approx(ratio.high)
 
 
+@pytest.mark.whole
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     random = np.random.default_rng(7)
     held = 0

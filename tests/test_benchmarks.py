@@ -100,6 +100,7 @@ def test_coverage_does_not_count_16_bits_nor_one_side_alone(network: Path, tmp_p
     assert coverage(network, tmp_path / "half.onnx").share == 0.0
 
 
+@pytest.mark.whole
 @given(
     bits=st.integers(2, 8),
     scale=st.floats(1e-4, 10),

@@ -149,6 +149,7 @@ def built(tmp_path: Path, name: str, notes: Notes, **settings) -> int | None:
     return report.workspace_mib
 
 
+@pytest.mark.whole
 @linux
 @pytest.mark.parametrize("killed", [True, False])
 def test_with_too_little_memory_it_tries_half_the_workspace(tmp_path, child, killed) -> None:
@@ -160,6 +161,7 @@ def test_with_too_little_memory_it_tries_half_the_workspace(tmp_path, child, kil
     assert ("OOM killer" if killed else "out of memory") in tries[0]
 
 
+@pytest.mark.whole
 @linux
 def test_it_gives_up_where_no_kernel_would_be_left(tmp_path, child) -> None:
     child(fits=1, killed=True)
@@ -216,6 +218,7 @@ def control_group(limit: int) -> Path | None:
     return None
 
 
+@pytest.mark.whole
 @linux
 def test_the_real_oom_killer_is_recognised(tmp_path) -> None:
     group = control_group(200 * MIB)

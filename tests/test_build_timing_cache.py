@@ -46,6 +46,7 @@ def test_devices_and_versions_have_files_of_their_own(tmp_path, change) -> None:
     assert "another device or version" in cached.refusal
 
 
+@pytest.mark.whole
 def test_no_damaged_byte_reaches_tensorrt(tmp_path) -> None:
     write_timing_cache(tmp_path, OWNER, b"measured")
     path = tmp_path / OWNER.file_name
@@ -59,6 +60,7 @@ def test_no_damaged_byte_reaches_tensorrt(tmp_path) -> None:
     assert read_timing_cache(tmp_path, OWNER).content == b"measured"
 
 
+@pytest.mark.whole
 def test_builds_side_by_side_lose_nothing(tmp_path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", ADD, str(tmp_path)]) for _ in range(4)]
     assert [writer.wait() for writer in writers] == [0] * 4

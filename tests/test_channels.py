@@ -220,6 +220,7 @@ def test_the_range_for_the_output_is_that_of_an_exhaustive_search(precision, bit
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(finite, min_size=4, max_size=40),

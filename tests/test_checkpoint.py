@@ -91,6 +91,7 @@ class Parts(nn.Module):
         self.model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
 
 
+@pytest.mark.whole
 @given(
     keys=st.lists(KEYS, max_size=3),
     prefix=PREFIXES,
@@ -331,6 +332,7 @@ HOSTILE: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_content_that_is_built_to_hang_is_refused_at_once(tmp_path: Path, content: Any) -> None:
     file = tmp_path / "w.pt"
@@ -434,6 +436,7 @@ def originals() -> dict[str, bytes]:
     return {"zip": archive.getvalue(), "legacy": legacy.getvalue(), "safetensors": save(net().state_dict())}
 
 
+@pytest.mark.whole
 @given(
     kind=st.sampled_from(["zip", "legacy", "safetensors", "pickle in a whole archive"]),
     damage=st.lists(

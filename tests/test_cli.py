@@ -41,6 +41,7 @@ def helps() -> dict[str, dict[str, object]]:
     return found
 
 
+@pytest.mark.whole
 def test_what_people_type_is_there() -> None:
     """The declared commands are functions of this tree, and one of them is run as the installer writes it."""
     scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
@@ -52,6 +53,7 @@ def test_what_people_type_is_there() -> None:
         assert (done.returncode, done.stderr) == (0, ""), script
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", ["", *_COMMANDS])
 def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict[str, object]]) -> None:
     found = helps[command]
@@ -135,6 +137,7 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fp8" in targets["l4"]["precisions"]
 
 
+@pytest.mark.whole
 def test_a_plain_install_says_which_extra_is_missing(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = (
         "import sys\n"

@@ -405,6 +405,7 @@ def test_gradients_pass_the_grid_and_stop_at_its_end() -> None:
     assert scale.grad.item() == pytest.approx((1 - 0.52) + (-2 + 1.8) + 127, abs=1e-4)
 
 
+@pytest.mark.whole
 def test_a_layer_left_in_fp16_makes_up_for_what_reaches_it(tmp_path: Path) -> None:
     g = Graph("batch", 24, 8, 8)
     path = g.save(tmp_path / "float.onnx", three_layers(g))
@@ -424,6 +425,7 @@ def test_a_layer_left_in_fp16_makes_up_for_what_reaches_it(tmp_path: Path) -> No
     assert with_fit > sqnr(exact, run(written(plan, found, 3, tmp_path / "b.onnx"), images, 16)) + 0.1
 
 
+@pytest.mark.whole
 def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
     g = Graph("batch", 24, 8, 8)
     path = g.save(tmp_path / "float.onnx", three_layers(g))

@@ -82,6 +82,7 @@ def test_tensorrt_for_rtx_leaves_the_epilogue_of_8_bit_layers_to_another_kernel(
     assert (first.activation_bytes, first.kernels) == (1000 + 2000 + 4000, 1)
 
 
+@pytest.mark.whole
 def test_change_is_the_difference_of_totals(target: Target) -> None:
     works = [pointwise("in", "x", 5000)]
     for index in range(6):

@@ -117,6 +117,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_whatever_a_list_holds_it_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:

@@ -19,7 +19,7 @@ from resvit_calibrate.data.image_sets import open_image_sets, open_training_imag
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import BoxTarget
-from resvit_calibrate.readers.coco_file import read_coco
+from resvit_calibrate.readers.boxes.coco_file import read_coco
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 
@@ -149,7 +149,7 @@ def test_boxes_outside_are_cut_and_boxes_of_nothing_are_dropped_and_counted(tmp_
     write(tmp_path / "annotations.json", content, tmp_path)
     heard = Heard()
     calibration, _ = open_image_sets(DataSpec(str(tmp_path), calibration_images=10), INPUT, heard)
-    boxes = calibration._pixels.coco.boxes
+    boxes = calibration._pixels.table.boxes
     np.testing.assert_allclose(boxes, [[0, 0, 10, 5], [30, 18, 32, 20], [0.2, 0, 32, 20]])
     assert any("2 boxes that reach beyond" in text for text in heard.warnings)
     assert any("5 boxes without any area" in text and "0001.png, 0002.png" in text for text in heard.warnings)
@@ -502,6 +502,7 @@ PLACE = st.sampled_from(sorted(FIELDS)).flatmap(
 TEXTS = st.sampled_from(["", "0", "1", "-1", "1.0", "nan", "inf", "1e9", "0x1", " 1", "1" * 40, "٣", "²", "1_0"])
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.lists(st.tuples(PLACE, JSON | TEXTS), min_size=1, max_size=4))
 def test_whatever_stands_in_fields_is_read_or_refused(tmp_path_factory, changes):
@@ -525,6 +526,7 @@ def test_whatever_stands_in_fields_is_read_or_refused(tmp_path_factory, changes)
     assert not any(".." in Path(name).parts or Path(name).is_absolute() for name in read.file_names)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.binary(max_size=64) | JSON.map(lambda value: json.dumps(value).encode()), st.integers(0, 10**6))
 def test_whatever_bytes_stand_in_a_file_they_are_read_or_refused(tmp_path_factory, data, place):

@@ -218,6 +218,7 @@ def test_masks_that_cannot_be_used(tmp_path, make, said):
         stream(tmp_path)
 
 
+@pytest.mark.whole
 def test_one_broken_mask_of_many_is_skipped_with_its_image(tmp_path):
     masks(tmp_path, 210)
     (tmp_path / "masks" / "007.png").write_bytes(b"")

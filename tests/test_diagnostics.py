@@ -158,6 +158,7 @@ strange = st.one_of(
 )
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=200)
 @given(
     st.lists(strange, min_size=1, max_size=20), st.booleans(), st.sampled_from(PRECISIONS), st.sampled_from(Estimator)

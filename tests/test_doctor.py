@@ -110,6 +110,7 @@ def test_fashion_mnist_missing_is_a_warning(tmp_path: Path, monkeypatch: pytest.
     assert "dataset-fashion-mnist" in check.fix
 
 
+@pytest.mark.whole
 def test_it_runs_without_torch_and_without_onnx() -> None:
     code = (
         "import sys\n"

@@ -98,6 +98,7 @@ def test_best_is_closer_to_float_than_fast_and_says_what_it_does(tmp_path: Path)
     assert noise[Effort.BEST] > noise[Effort.FAST] + 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, "batch"])
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 def test_best_takes_any_batch_and_both_precisions(tmp_path: Path, batch: int | str, precision: Precision) -> None:
@@ -116,6 +117,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, effort: Effort) -> None:
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effort", Effort)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_switch(tmp_path: Path, effort: Effort, method: str) -> None:

@@ -40,6 +40,7 @@ def true_error(x, amax, precision):
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=150)
 @given(st.lists(finite, min_size=1, max_size=60), st.sampled_from(PRECISIONS), st.sampled_from(Estimator))
 def test_amax_is_finite_positive_and_capped_by_the_maximum(values, precision, estimator):
@@ -75,6 +76,7 @@ def test_the_judged_error_is_the_real_one(precision, share):
     assert judged == pytest.approx(true_error(x, amax, precision), rel=0.03)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_mse_finds_the_clip_of_an_exhaustive_search(precision):
     x = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)

@@ -112,6 +112,7 @@ def test_every_pass_keeps_every_answer(steps: list[Step], pixels: list[float]) -
     assert_same(chain(steps), np.array(pixels, np.float32).reshape(3, 4), [optimize])
 
 
+@pytest.mark.whole
 @settings(max_examples=12, deadline=None)
 @given(STEPS, st.lists(VALUES, min_size=12, max_size=12))
 def test_each_pass_by_itself(steps: list[Step], pixels: list[float]) -> None:

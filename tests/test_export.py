@@ -384,6 +384,7 @@ def test_a_packed_tensor_that_is_read_whole_stays(tmp_path: Path) -> None:
     assert split_along_heads(model) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kernel", "dilation", "padding", "stride"),
     [

@@ -23,6 +23,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("families")
 
 
+@pytest.mark.whole
 def test_every_architecture_that_transformers_lists_is_in_it(families: Any) -> None:
     from transformers.models.auto import modeling_auto
 
@@ -35,6 +36,7 @@ def test_every_architecture_that_transformers_lists_is_in_it(families: Any) -> N
     assert len(list(families.timm_cases())) >= 120
 
 
+@pytest.mark.whole
 def test_timms_names_exist_and_every_family_is_in_it(families: Any) -> None:
     from resvit_export.loading.libraries import import_timm
 
@@ -45,6 +47,7 @@ def test_timms_names_exist_and_every_family_is_in_it(families: Any) -> None:
     assert set(timm.list_modules()) <= {timm.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("work", "code"),
     [
@@ -87,8 +90,51 @@ def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypat
         families.main.callback(**arguments, out=tmp_path / "table.md", again=again, table_only=False)
     assert done == ["one", "two", "two"]
     text = (tmp_path / "table.md").read_text()
-    assert "timm: 1 of 2 go through, 1 refused" in text
+    assert "timm: 1 of 2 go through, 0 of them to a bundle, 1 refused" in text
     assert "p\\|q" in text
+
+
+def test_a_row_comes_from_the_run_that_went_further(families: Any, tmp_path: Path) -> None:
+    case = families.Case("one", "backbone", "one")
+    row = {"name": "one", "kind": "one", "listed": "backbone", "code": 0, "seconds": 1.0}
+    assert families.furthest(tmp_path, case) == []
+    for until, own in (
+        ("export", {"stages": ["fold", "export"]}),
+        ("prune", {"code": 3, "problem": "p", "fix": "f"}),
+        ("bundle", {"stages": list(families.STAGES), "bundles": 1}),
+    ):
+        path = tmp_path / until / "one" / "row.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({**row, **own}))
+        (found,) = families.furthest(tmp_path, case) or [None]
+        last = "bundle" if until == "bundle" else "export"
+        assert found["stages"][-1] == last
+        assert found["pruned"] == (None if until == "export" else "refused")
+    text = families.table([found], 4)
+    assert "1 of 4 architectures were run" in text
+    assert "transformers, images: 1 of 1 go through, 1 of them to a bundle\n" in text
+
+
+def test_what_reads_more_than_an_image_is_counted_apart(families: Any, tmp_path: Path) -> None:
+    # The sentence is the tool's own: the table tells by it.
+    (case,) = [case for case in families.cases() if case.name == "OwlViTForObjectDetection"]
+    asks = families.row_of(case, tmp_path / "model", "export", 1e6, 16.0)
+    assert asks["code"] == 3
+    assert families.outcome(asks) == families.NO_FUNCTION
+    other = {**asks, "name": "another", "problem": "A size that windows do not divide."}
+    assert families.outcome(other) == "refused"
+    text = families.table([asks, other], 2)
+    assert "films: 0 of 1 go through, 0 of them to a bundle, 1 refused; 1 more are no function of one image" in text
+
+
+def test_parts_that_see_are_rows_of_their_own(families: Any) -> None:
+    from resvit_export.loading.libraries import import_transformers
+
+    transformers = import_transformers()
+    names = [case.name for case in families.cases()]
+    assert len(set(names)) == len(names)
+    for kind, architecture in families.TOWERS:
+        assert hasattr(transformers, architecture), (kind, architecture)
 
 
 SAMPLE = (

@@ -59,6 +59,7 @@ def install(tmp_path: Path, key: SigningKey, content: bytes, release: int) -> Pa
     return root
 
 
+@pytest.mark.whole
 def test_an_installation_has_the_same_modes_whatever_the_umask(tmp_path: Path, key: SigningKey) -> None:
     for release, content in enumerate((b"one", b"two", b"two", b"three"), 1):
         root = install(tmp_path, key, content, release)

@@ -63,6 +63,7 @@ def test_batch_norm_goes_into_every_kind_of_convolution(conv: nn.Module, width: 
     assert len(operators(program)) == 2
 
 
+@pytest.mark.whole
 def test_batch_norm_without_affine_and_with_zero_variance() -> None:
     norm = nn.BatchNorm2d(3, affine=False)
     module = stir(nn.Sequential(nn.Conv2d(2, 3, 1), norm))
@@ -127,6 +128,7 @@ class Scaled(nn.Module):
         return x + self.gamma * self.rest(self.drop(self.linear(x)))
 
 
+@pytest.mark.whole
 def test_layer_scale_goes_into_the_linear_layer() -> None:
     module = Scaled()
     program, report = folded(module, 5, 6)
@@ -135,6 +137,7 @@ def test_layer_scale_goes_into_the_linear_layer() -> None:
     torch.testing.assert_close(program.state_dict["linear.bias"], module.gamma * module.linear.bias)
 
 
+@pytest.mark.whole
 def test_a_factor_that_is_not_per_channel_stays() -> None:
     class Tokenwise(Scaled):
         def __init__(self) -> None:
@@ -144,6 +147,7 @@ def test_a_factor_that_is_not_per_channel_stays() -> None:
     assert folded(Tokenwise(), 5, 6)[1].counts() == {"no_op": 1}
 
 
+@pytest.mark.whole
 def test_standardised_weights_become_plain() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -162,6 +166,7 @@ def test_standardised_weights_become_plain() -> None:
     assert torch.equal(program.state_dict["0.weight"], expected)  # rounded once, so exact to the bit
 
 
+@pytest.mark.whole
 def test_an_expanded_token_stays_small() -> None:
     class Token(nn.Module):
         def __init__(self) -> None:
@@ -176,6 +181,7 @@ def test_an_expanded_token_stays_small() -> None:
     assert sum(tensor.numel() for tensor in program.state_dict.values()) == 64
 
 
+@pytest.mark.whole
 def test_broken_norm_and_modules_that_write_are_refused() -> None:
     module = stir(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)))
     module[1].running_var[0] = -1
@@ -255,6 +261,7 @@ def test_convolutions_that_do_not_lie_over_each_other_stay_two(block: Branches) 
     assert "parallel_convolution" not in report.counts()
 
 
+@pytest.mark.whole
 def test_what_a_program_checks_while_it_runs_is_gone() -> None:
     class Checking(nn.Module):
         def __init__(self) -> None:

@@ -38,6 +38,7 @@ OF_IMAGES = ("deformable_detr", "mask2former", "oneformer")
 POINTS = {"d_fine": (3, 6, 3), "deim": (3, 6, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("rt_detr", "d_fine") else pytest.mark.slow) for name in MODELS]

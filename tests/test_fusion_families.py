@@ -63,6 +63,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "opset"), CASES)
 def test_a_familys_attention_and_bridges_become_nodes(tmp_path: Path, family: str, opset: int) -> None:
     expected, built = FAMILIES[family], Built(tmp_path, FAMILIES[family].model, opset)

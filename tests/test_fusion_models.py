@@ -89,6 +89,7 @@ def case(request: pytest.FixtureRequest, networks: dict[str, Built], tmp_path_fa
     return Case(built, NETWORKS[name], precision, path, report)
 
 
+@pytest.mark.slow
 def test_there_are_as_many_nodes_as_blocks_and_the_outputs_stay(case: Case) -> None:
     onnx.checker.check_model(onnx.load(case.path), full_check=True)
     model = ir.load(case.path)

@@ -52,6 +52,7 @@ def by_a_power(g: Graph, x: str, value: float) -> str:
 FORMS = st.sampled_from([by_the_sum, by_the_norm, by_the_largest, by_the_root, by_a_power])
 
 
+@pytest.mark.whole
 @settings(max_examples=25, deadline=None)
 @given(FORMS, EPSILONS, st.sampled_from([0.0, 1e-4, 1.0]))
 def test_what_an_epsilon_guards_is_answered_as_in_float(

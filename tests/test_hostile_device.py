@@ -208,6 +208,7 @@ def test_an_error_is_never_a_success_and_its_code_is_one_of_a_job(code: object) 
     assert caught.value.code == expected
 
 
+@pytest.mark.whole
 @given(JSON, st.sampled_from(["error", "result"]))
 @example("x", "error")
 @example([], "error")
@@ -243,6 +244,7 @@ EVENT = st.dictionaries(
 )
 
 
+@pytest.mark.whole
 @given(st.lists(EVENT.map(json.dumps) | st.text(), max_size=30))
 @example(["5", "[]", "[" * 5000])
 @example(['{"begin": "b", "total": 3, "weight": 1}'] * 3000 + ['{"say": "x"}'])

@@ -52,6 +52,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "kind",
@@ -157,8 +158,43 @@ def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResvitError, match="comes with code of its own, which is not run"):
         hugging_face_model(str(damaged(folder_of("vit", tmp_path / "b"), auto_map=auto, model_type="own_kind")), {})
     (vit / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ResvitError, match="cannot be read"):
+    with pytest.raises(ResvitError, match="does not read as JSON"):
         hugging_face_model(str(vit), {})
+    own = damaged(folder_of("vit", tmp_path / "c"), auto_map={"AutoModel": "own.Model"}, architectures=["Own"])
+    with pytest.raises(ResvitError, match="comes with code of its own, which is not run"):
+        hugging_face_model(str(own), {})
+    (vit / "config.json").write_text("{")
+    with pytest.raises(ResvitError, match="transformers cannot load"):
+        hugging_face_model(str(vit), {})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [],
+        {"size": "big"},
+        {"size": {"height": -3, "width": 0}},
+        {"size": {"height": 32, "width": 32}, "image_mean": "x"},
+        {"size": {"height": 32, "width": 32}, "image_std": [0, 0, 0]},
+        {"size": {"height": 32, "width": 32}, "rescale_factor": 0},
+        {"do_center_crop": True, "crop_size": {"height": 32}},
+        {"size": {"height": "a", "width": None}},
+    ],
+)
+def test_preprocessing_that_nobody_could_mean_is_the_files_fault(own: object, tmp_path: Path) -> None:
+    folder = folder_of("vit", tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(ResvitError) as caught:
+        hugging_face_model(str(folder), {})
+    assert caught.value.code is ExitCode.INPUT
+
+
+def test_a_model_without_a_size_asks_for_one(tmp_path: Path) -> None:
+    folder = folder_of("rt_detr", tmp_path / "m")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ResvitError, match="does not say which images it takes") as caught:
+        load_network(ModelSpec(f"hf:{folder}"))
+    assert "--input-shape" in caught.value.fix
 
 
 def test_weights_of_a_backbone_alone_are_refused(tmp_path: Path) -> None:
@@ -237,7 +273,10 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
         ("SuperPointConfig:SuperPointForKeypointDetection", "as many points as it finds", "a module of yours"),
         ("EfficientLoFTRConfig:EfficientLoFTRForKeypointMatching", "compares two images", "a module of yours"),
         ("VideoMAEConfig:VideoMAEModel", "takes films", "a module of yours"),
-        ("SamConfig:SamModel", "takes points or boxes", "architecture=SamVisionEncoder"),
+        ("SamConfig:SamModel", "takes points or boxes", "architecture=SamVisionModel;"),
+        ("Siglip2Config:Siglip2ForImageClassification", "reads patches of photos", "fixed size"),
+        ("MllamaConfig:MllamaVisionModel", "reads pixel_values, aspect_ratio_ids", "a module of yours"),
+        ("Llama4Config:Llama4ForConditionalGeneration", "reads input_ids", "architecture=Llama4VisionModel"),
         ("BertConfig:BertModel", "reads input_ids", "a module of yours"),
     ],
 )
@@ -267,6 +306,31 @@ def test_the_part_that_sees_comes_out_of_a_model_of_images_and_text(tmp_path: Pa
     assert model.input_shape == (3, 32, 32)
 
 
+def test_a_tower_that_inherits_the_name_of_the_words_reads_its_image(tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    vision |= {"image_size": 16, "patch_size": 4, "vision_output_dim": 16, "projector_input_dim": 16}
+    folder = bare_folder(
+        "Llama4Config:Llama4VisionModel", tmp_path, vision_config={**vision, "projector_output_dim": 16}
+    )
+    kind = import_transformers().Llama4VisionModel
+    assert kind.main_input_name == "input_ids"
+    with torch.no_grad():
+        answers = hugging_face_model(str(folder), {}).eval()(torch.randn(2, 3, 16, 16))
+    assert {len(answer) for answer in answers.values()} == {2}
+
+
+def test_a_library_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_: object) -> None:
+        raise ImportError("\nViTModel requires the pasta library but it was not found in your environment.\nMore.")
+
+    folder = bare_folder("ViTConfig:ViTModel", tmp_path)
+    monkeypatch.setattr(import_transformers().ViTModel, "__init__", built)
+    with pytest.raises(ResvitError, match="requires the pasta library") as caught:
+        hugging_face_model(str(folder), {})
+    assert caught.value.code == ExitCode.MISSING
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("registers", [0, 4])
 def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> None:
     # Without register tokens, one of its parameters is empty: there is nothing in it to look at.
@@ -280,6 +344,30 @@ def test_a_backbone_answers_with_its_maps(registers: int, tmp_path: Path) -> Non
     }
 
 
+def test_an_encoder_answers_with_its_pyramid_beside_its_last_map(tmp_path: Path) -> None:
+    trunk = {"hidden_size": 8, "image_size": [32, 32], "embed_dim_per_stage": [8, 8, 8, 8]}
+    trunk |= {"blocks_per_stage": [1, 1, 1, 1], "num_attention_heads_per_stage": [1, 1, 1, 1]}
+    trunk |= {
+        "window_size_per_stage": [2, 2, 2, 2],
+        "global_attention_blocks": [3],
+        "model_type": "sam2_hiera_det_model",
+    }
+    vision = {"backbone_config": trunk, "backbone_channel_list": [8, 8, 8, 8], "fpn_hidden_size": 8}
+    sizes = [[8, 8], [4, 4], [2, 2]]
+    folder = bare_folder(
+        "Sam2Config:Sam2VisionModel", tmp_path, vision_config={**vision, "backbone_feature_sizes": sizes}
+    )
+    with torch.no_grad():
+        answers = hugging_face_model(str(folder), {}).eval()(torch.randn(2, 3, 32, 32))
+    shapes = {name: tuple(answer.shape) for name, answer in answers.items()}
+    # Neither positions, which are no answers, nor the layers' own outputs.
+    assert shapes == {
+        "last_hidden_state": (2, 1, 1, 8),
+        **{f"fpn_hidden_states_{index}": (2, 8, *size) for index, size in enumerate(sizes)},
+    }
+
+
+@pytest.mark.whole
 def test_a_size_that_windows_do_not_divide_is_said_with_the_next(tmp_path: Path) -> None:
     folder = bare_folder("RfDetrConfig:RfDetrForObjectDetection", tmp_path)  # by its own defaults: 518 px
     with pytest.raises(ResvitError, match="multiples of 56; they are 518 and 518") as caught:

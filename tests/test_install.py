@@ -313,6 +313,7 @@ def test_everything_is_on_the_disk_before_the_switch(
     assert done.folder.exists()
 
 
+@pytest.mark.whole
 def test_a_switch_is_one_rename(device: Device, tmp_path: Path) -> None:
     """Somebody who opens ``current`` all the time always finds a whole version."""
     device.install(bundle(tmp_path / "1", b"one"))

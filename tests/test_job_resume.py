@@ -102,6 +102,7 @@ def exchanged(path: Path) -> None:
 ATTACKS = [changed, lost, linked, pipe, exchanged]
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([*ATTACKS, added]),

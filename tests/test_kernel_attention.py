@@ -316,6 +316,7 @@ def test_a_wrong_constant_is_noticed(more, wrong):
     assert faults(config, inputs, with_constants(right, **wrong)) > 10
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", [("fp16", "fp16"), ("int8", "fp16")], ids="-".join)
 def test_one_key_of_many_that_is_left_out_is_noticed(operands):
     """The bound must not be so wide that an error in the loop hides in it."""

@@ -57,6 +57,7 @@ def reference(case: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
     return list(bridge_reference(case.config, *inputs))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "fp8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rivals_compute_what_ours_does(kind: str, dtype: str) -> None:

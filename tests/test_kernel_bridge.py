@@ -161,6 +161,7 @@ def test_the_largest_8_bit_numbers_do_not_overflow_the_sum(dtype):
     assert faults(config, inputs, bridge_source(config, SM)) == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "wrong",
     [{"IN_SCALE": 0.031}, {"CHANNELS": 39}, {"AREA": 20}, {"EPS": 0.5}, {"INVERSE": 28.0}, {"PREFIX": 0}],
@@ -174,6 +175,7 @@ def test_a_wrong_constant_is_noticed(wrong):
     assert faults(config, inputs, with_constants(right, **wrong)) > 10
 
 
+@pytest.mark.whole
 def test_one_channel_of_many_that_is_left_out_is_noticed():
     """The bound on a long sum must not be so wide that an error in the loop hides in it."""
     config = config_of(1024, (7, 7), 64, "fp16")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pairs import pairs_among
+from pairs import values_among
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.attention import AttentionConfig, attention_source
 from resvit_engines.kernels.bridge import BridgeConfig, bridge_source
@@ -142,7 +142,7 @@ def test_every_gpu_asked_for_is_compiled_for() -> None:
 
 
 COMPILED = [(sm, *case) for sm in PTX_OF_SM for case in CASES]
-QUICK = set(pairs_among(COMPILED))
+QUICK = set(values_among(COMPILED))
 
 
 @pytest.mark.whole
@@ -347,6 +347,7 @@ def test_without_triton_the_fix_is_named(program: Callable[[str], Source], monke
     assert "pip install" in error.value.fix
 
 
+@pytest.mark.whole
 def test_an_interpreting_triton_is_told() -> None:
     program_ = """
 from resvit_engines.errors import ResvitError
@@ -368,6 +369,7 @@ except ResvitError as error:
     assert not done.stderr
 
 
+@pytest.mark.whole
 def test_kernels_compiled_at_the_same_time_do_not_mix(program: Callable[[str], Source]) -> None:
     sources = [replace(program("plain"), constants={"BLOCK": 1 << power}) for power in range(5, 13)]
     one_by_one = [kernel_from_source(source, 87, "8.5") for source in sources]
@@ -425,6 +427,7 @@ def test_a_missing_assembler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.code is ExitCode.MISSING
 
 
+@pytest.mark.whole
 def test_spilled_registers_are_seen() -> None:
     kernel = kernel_from_source(CASES["packed", "plain", "32", "bf16"].source(80), 80, "8.5")
     assert inspection(kernel).spill_bytes == 0

@@ -100,6 +100,7 @@ def test_the_reference_is_the_composition_of_grid_sample(
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("place", [np.nan, np.inf, -np.inf, 1e30, -1e30, 3e9, -3e9])
 def test_places_that_are_none_or_far_away_give_what_grid_sample_gives(place: float) -> None:
     config = config_of(out_dtype="fp16")
@@ -116,6 +117,7 @@ def test_places_that_are_none_or_far_away_give_what_grid_sample_gives(place: flo
 PAIRS = all_pairs(VALUES, VALUES, WIDE, WIDE, (True, False), PYRAMIDS, (1, 3, 8), (8, 16, 24, 80), (1, 19), (1, 64))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("dtype", "out", "place", "weight", "unit", "pyramid", "heads", "size", "queries", "batch"), PAIRS
 )
@@ -150,6 +152,7 @@ def test_deformable_attention_of_any_shape(dtype, out, unit, levels, heads, size
     assert faults(config, inputs, deformable_source(dataclasses.replace(config, batch=tiled), SM)) == 0
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", VALUES)
 def test_values_at_their_largest_stay_themselves(dtype: str) -> None:
     """All points within, and weights that add up to 1: the mean of equal values is the value."""
@@ -163,6 +166,7 @@ def test_values_at_their_largest_stay_themselves(dtype: str) -> None:
     assert np.array_equal(got, np.broadcast_to(stored(largest * np.float32(config.value_scale), "bf16"), got.shape))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("out", "low", "high"), [("int8", -128, 127), ("fp8", -448, 448)])
 def test_outputs_saturate(out: str, low: int, high: int) -> None:
     config = config_of(out_dtype=out, out_scale=0.0001)
@@ -172,6 +176,7 @@ def test_outputs_saturate(out: str, low: int, high: int) -> None:
     assert (got.min(), got.max()) == (low, high)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -197,6 +197,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_exported_program_is_taken_as_it_is(program: Path) -> None:
     network = load_network(ModelSpec(str(program)))
     assert (network.input_shape, network.num_classes) == ((3, 8, 8), 6)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import pytest
 
 import resvit_engines.cli.main
 import resvit_export.cli.main
@@ -118,12 +119,14 @@ def foreign(flag: str, text: Text) -> bool:
     return any(flag.removeprefix("--") in flags.split() and program in module for program, flags in FOREIGN.items())
 
 
+@pytest.mark.whole
 def test_every_command_in_a_message_exists() -> None:
     for text in texts():
         for program, name in _COMMAND.findall(text.words):
             assert not name or name in commands(program) or name in _NOT_A_COMMAND, text
 
 
+@pytest.mark.whole
 def test_every_option_in_a_message_exists_where_it_is_printed() -> None:
     """In the command that the message names, in that of its module, else in the program that has the wing."""
     checked = 0
@@ -143,6 +146,7 @@ def test_every_option_in_a_message_exists_where_it_is_printed() -> None:
     assert checked > 150
 
 
+@pytest.mark.whole
 def test_messages_of_a_command_name_its_own_options() -> None:
     for program, group in PROGRAMS.items():
         context = click.Context(group)
@@ -175,9 +179,10 @@ def written_names() -> str:
     return "\n".join([*names, *(path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts)])
 
 
-_EXAMPLE = re.compile(r"(?:FILE|KEY|table|logits|images|release|net|net-\w+|model-[\w-]+)\.\w+|CMakeLists\.txt")
+_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-\w+|model-[\w-]+)\.\w+|CMakeLists\.txt")
 
 
+@pytest.mark.whole
 def test_every_file_in_a_message_is_one_of_the_products_or_plainly_an_example() -> None:
     known = written_names()
     for text in sentences():

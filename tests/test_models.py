@@ -65,6 +65,7 @@ def test_nano_weighs_less_than_two_megabytes(name):
     assert 4 * parameters(resvit_model(name)) < 2_000_000
 
 
+@pytest.mark.whole
 def test_sizes_are_the_published_ones():
     """timm's table: vit_small_r26_s32_224 36.43 M parameters, vit_base_r50_s16_384 98.95 M."""
     with torch.device("meta"):

@@ -42,6 +42,7 @@ def test_torchvisions_vit_says_its_size_itself(name: str, sizes: dict[str, int],
     np.testing.assert_allclose(found, network.runner()({"input": images})["logits"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_torchvisions_segmenters_name_their_outputs() -> None:
     name = "torchvision.models.segmentation:lraspp_mobilenet_v3_large"
@@ -72,6 +73,7 @@ def test_detectors_without_a_fixed_graph_are_refused(two_stages: bool, words: st
     assert "RT-DETR" in caught.value.fix
 
 
+@pytest.mark.whole
 def test_the_real_faster_rcnn_is_refused() -> None:
     name = "torchvision.models.detection:fasterrcnn_mobilenet_v3_large_fpn"
     with pytest.raises(ResvitError, match="has no fixed graph: between its two stages"):

@@ -195,6 +195,7 @@ def test_training_steps_reduce_the_loss(name):
 # --- export ---
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("fpn") else ()) for name in WITH_HEADS]

@@ -32,6 +32,7 @@ def read(data: bytes) -> np.ndarray:
         return read_array(path, "input")
 
 
+@pytest.mark.whole
 @given(ARRAYS, st.booleans())
 @settings(deadline=None)
 def test_what_numpy_wrote_comes_back(array: np.ndarray, fortran: bool) -> None:

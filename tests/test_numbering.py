@@ -36,6 +36,7 @@ def predictions(known: np.ndarray, answered: np.ndarray, outputs: int = CLASSES)
     return Predictions(logits, known)
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.permutations(range(CLASSES)), st.floats(0.6, 1.0), st.integers(120, 400))
 def test_a_permutation_is_found_and_the_right_order_is_left_alone(

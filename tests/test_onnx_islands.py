@@ -34,6 +34,7 @@ class AnySize(nn.Module):
         return scores.softmax(-1) @ tokens
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("hides", "batch"),

@@ -63,6 +63,7 @@ def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
         read_outside(path)
 
 
+@pytest.mark.whole
 @given(JSON)
 @settings(deadline=None)
 def test_json_comes_back_as_it_was_written(value: object) -> None:
@@ -73,6 +74,7 @@ def test_json_comes_back_as_it_was_written(value: object) -> None:
 ALMOST_JSON = st.text(alphabet='[]{}":,0123456789eE+-.\\utrfalsn NaI')
 
 
+@pytest.mark.whole
 @given(st.binary() | ALMOST_JSON.map(str.encode))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_give_a_value_or_one_kind_of_error(data: bytes) -> None:

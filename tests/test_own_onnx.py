@@ -247,6 +247,7 @@ def test_the_list_of_unread_operators_is_the_parsers_own() -> None:
 ORIGINAL = model_of().SerializeToString()
 
 
+@pytest.mark.whole
 @settings(max_examples=60, deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(0, len(ORIGINAL) - 1), st.integers(0, 255)), min_size=1, max_size=4),

@@ -49,7 +49,8 @@ NAMES = (
     *("progress of a device", "files of a device", "ranges", "statistics", "array", "COCO", "list of classes"),
     *("classes in JSON", "NPZ with labels", "NPZ with masks", "NPZ with boxes", "Fashion-MNIST", "picture: png"),
     *("picture: jpg", "picture: tiff", "picture: gif", "picture: bmp", "picture: webp", "picture: png of 16 bits"),
-    *("depths", "masks"),
+    *("depths", "masks", "YOLO's boxes", "YOLO's data.yaml", "VOC's XML", "texts: gt.txt", "texts: labels.txt"),
+    *("texts: metadata.csv", "texts: metadata.jsonl"),
 )
 SLOW = dict.fromkeys(("ONNX", "ONNX with weights beside it"), 300)
 """Cases of the long form, where a thousand would take more than a minute."""

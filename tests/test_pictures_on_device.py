@@ -193,6 +193,7 @@ def test_so_it_does_for_arrays(kind: str, size: int, tmp_path: Path) -> None:
     assert {image.tobytes() for image in given(images)} <= made
 
 
+@pytest.mark.slow
 def test_so_it_does_for_the_data_of_the_examples() -> None:
     from resvit_calibrate.readers.fashion_mnist import read_split
 
@@ -204,6 +205,7 @@ def test_so_it_does_for_the_data_of_the_examples() -> None:
     assert {image.tobytes() for image in given(images)} <= made
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bits", [10, 12, 14])
 @pytest.mark.parametrize("name", DEEP)
 def test_few_bits_in_sixteen_are_read_rightly_or_in_doubt(name: str, bits: int, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_the_same_inputs_give_the_same_bundle_and_a_second_build_does_nothing(
     assert all(item["reused"] for item in again["stages"])  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_the_recipe_of_a_run_reproduces_it(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]

@@ -117,6 +117,7 @@ def test_nodes_with_kernels_are_found_in_the_file(tmp_path) -> None:
         plugin_nodes(tmp_path / "d.onnx")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("functions", [True, False])
 def test_the_parser_takes_the_plugin_before_the_function(functions, tmp_path, environments) -> None:
     """And stops there: what stands in for TensorRT has no plugins in Python."""

@@ -209,6 +209,7 @@ def test_one_block_of_several_always_stays() -> None:
     assert sum(len(choice.kept.get(f"blocks.{i}", [0])) for i in range(3)) == 1
 
 
+@pytest.mark.whole
 @settings(max_examples=30, deadline=None)
 @given(
     share=st.floats(0.45, 1.0),
@@ -249,6 +250,7 @@ def test_budgets_are_met(share: float, measure: str, seed: int, precision: Preci
 NANO = (resvit_model("embed-nano").eval(), torch.zeros(1, 1, 28, 28))
 
 
+@pytest.mark.whole
 def test_a_latency_budget_is_met_on_a_wide_network() -> None:
     module = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(1024, 4096), nn.Linear(4096, 1024))))
     groups = [hidden(f"{i}", f"{i}", f"{i + 1}", 4096) for i in (0, 2, 4)]

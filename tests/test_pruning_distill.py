@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +113,48 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Auxiliary(Net):
+    """Answers with a second head while it trains, as GoogLeNet does."""
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__(hidden)
+        self.second = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return {"logits": logits, "second": self.second(x.mean((2, 3)).repeat(1, 4))} if self.training else logits
+
+
+class Losing(Net):
+    """Asks for targets while it trains, and answers with losses then, as torchvision's detectors do."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        logits = super().forward(x)
+        if not self.training:
+            return logits
+        if targets is None:
+            raise ValueError("targets should not be None while training")
+        return {"loss": nn.functional.cross_entropy(logits, targets)}
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Losing])
+def test_a_network_that_answers_otherwise_in_training_is_trained_on_what_it_answers_else(
+    kind: type[Net], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    teacher, student = kind(), kind()
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        student.head.weight.add_(torch.randn_like(student.head.weight), alpha=0.3)
+    mean = student.stem[1].running_mean
+    assert mean is not None
+    before = mean.clone()
+    report = distill(student, teacher, Images(), dataclasses.replace(FAST, epochs=4), tmp_path / "state", "key")
+    assert report.after.loss < 0.6 * report.before.loss
+    assert not torch.equal(before, mean)  # its BatchNorms trained
+
+
+@pytest.mark.whole
 def test_a_narrower_student_comes_nearer_to_the_teacher(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     student, teacher = networks()
@@ -170,6 +213,7 @@ def test_a_resumed_training_is_that_of_one_in_a_piece(tmp_path: Path, killed_at:
     assert images.read == 1 + 36 - (killed_at - 1) + ((killed_at - 17) if killed_at in range(17, 22) else 0)
 
 
+@pytest.mark.whole
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     whole, report = trained(tmp_path)
     images = Images()
@@ -192,6 +236,7 @@ def test_a_state_of_another_key_or_a_broken_one_is_not_gone_on_from(tmp_path: Pa
     assert same(again, whole)
 
 
+@pytest.mark.whole
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path: Path) -> None:
     one_epoch = dataclasses.replace(FAST, epochs=1)
     # The learning rate follows from the number of all epochs, so the reference has as many.
@@ -221,6 +266,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path: Path) -> N
     assert same(first, networks()[0])
 
 
+@pytest.mark.whole
 def test_masked_weights_stay_zero_in_what_is_kept(tmp_path: Path) -> None:
     mask = torch.rand(8, 8, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.5
     student, report = trained(tmp_path, masks={"blocks.0.up.weight": mask})
@@ -231,6 +277,7 @@ def test_masked_weights_stay_zero_in_what_is_kept(tmp_path: Path) -> None:
     assert report.after.step > 0
 
 
+@pytest.mark.whole
 def test_early_stop(tmp_path: Path) -> None:
     """A student that is its teacher cannot become better, and stays as it was."""
     _, teacher = networks()
@@ -279,6 +326,7 @@ def test_distance_of_known_answers() -> None:
     assert float(distance([maps[0] * 1.5, maps[1]], maps, FAST)) == pytest.approx(0.125)
 
 
+@pytest.mark.whole
 def test_several_outputs_in_any_nesting(tmp_path: Path) -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -398,6 +446,7 @@ def test_images_that_end_too_soon_are_said(tmp_path: Path) -> None:
         trained(tmp_path, images=Short())
 
 
+@pytest.mark.whole
 def test_frozen_parameters_stay(tmp_path: Path) -> None:
     student, teacher = networks()
     student.stem.requires_grad_(False)

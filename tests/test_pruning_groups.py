@@ -282,6 +282,7 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+@pytest.mark.whole
 def test_kinds_are_what_was_asked_for() -> None:
     found = find(resvit_model("dual-nano"), (1, 28, 28), frozenset({Kind.MLP, Kind.BLOCKS}))
     assert {group.kind for group in found.groups} == {Kind.MLP, Kind.BLOCKS}

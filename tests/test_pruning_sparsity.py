@@ -80,6 +80,7 @@ def sparse(request: pytest.FixtureRequest) -> tuple[Net, Net, SparseReport]:
     return before, net, sparsify(net, request.param, iter(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_every_layer_that_can_has_the_pattern_exactly(sparse: tuple[Net, Net, SparseReport]) -> None:
     _, net, report = sparse

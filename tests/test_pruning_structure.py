@@ -54,6 +54,7 @@ def parameters(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in MODELS]
@@ -86,6 +87,7 @@ def test_half_of_everything_goes(name: str) -> None:
     assert all(isinstance(again.get_submodule(path), nn.Identity) for path in structure.identities)
 
 
+@pytest.mark.whole
 def test_pruning_twice_is_one_structure() -> None:
     module = resvit_model("dual-nano").eval()
     image = torch.randn(2, 1, 28, 28)
@@ -127,6 +129,7 @@ assert "torch_pruning" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.whole
 def test_attributes_and_gradients_follow() -> None:
     module = resvit_model("embed-nano")
     module.proj.weight.requires_grad_(False)

@@ -213,6 +213,7 @@ _SIZES = st.recursive(
 )
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(_SIZES)
 def test_whatever_sympy_writes_of_a_size_is_read(size: Any) -> None:
@@ -400,6 +401,7 @@ def test_the_watch_sees_what_would_be_touched(tmp_path: Path) -> None:
     assert {"open", "import", "os.system"} <= {event.partition(" ")[0] for event in seen}
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "name",

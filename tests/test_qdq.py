@@ -199,6 +199,7 @@ def test_gemm_axis_follows_its_transpose(tmp_path: Path) -> None:
     assert node(tmp_path / "int8.onnx", "straight/weight/DequantizeLinear").attributes["axis"].as_int() == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize(("settings", "least"), [(INT8, 28.0), (FP8, 22.0)])
 def test_the_quantised_hybrid_agrees_with_the_float_one(

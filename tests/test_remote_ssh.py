@@ -133,6 +133,7 @@ def test_what_ssh_says_becomes_a_sentence(said: str, problem: str, fix: str, lat
     assert error.code == ExitCode.SYSTEM
 
 
+@pytest.mark.whole
 def test_commands_run_in_the_devices_home(device: LoopbackDevice) -> None:
     with Connection(address_from(device.address)) as connection:
         answer = connection.run('pwd; echo "it\'s" >&2; exit 3')
@@ -243,6 +244,7 @@ def test_a_device_that_stays_away_gives_a_sentence(device: LoopbackDevice, tmp_p
     assert not (device.home / "file").exists()
 
 
+@pytest.mark.whole
 def test_a_full_disk_there_is_named(device: LoopbackDevice, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

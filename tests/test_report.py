@@ -31,6 +31,7 @@ from resvit_export.report.sections.ranges import pictures_from_ranges
 from resvit_export.to_onnx.report import ExportReport
 from resvit_quantize.fold.program import FoldReport
 from resvit_quantize.qdq.report import QuantizeReport
+from resvit_quantize.sensitivity.own_noise import OwnNoise
 
 VOID = {"meta", "img", "wbr", "br", "link", "hr", "input"}
 NAMES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -314,6 +315,7 @@ class _Outline(HTMLParser):
         return [str(attrs["id"]) for tag, attrs in self.attributes if tag == "h2"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "word"), [("accepted", "Accepted"), ("rejected", "Rejected"), ("undecided", "Undecided")]
 )
@@ -397,6 +399,7 @@ def test_everything_is_escaped() -> None:
     _Outline(page)
 
 
+@pytest.mark.whole
 def test_same_data_same_page(tmp_path: Path) -> None:
     write_report(tmp_path / "a.html", full())
     write_report(tmp_path / "b.html", full())
@@ -437,6 +440,14 @@ def test_a_verdict_without_numbers_still_renders() -> None:
     broken = verdict("rejected", reason="The quantised network returns NaN.", stages=rows)
     text = _Outline(html_from_run(ReportData(name="run", verdict=broken))).text
     assert "returns NaN" in text
+
+
+def test_who_is_to_blame_for_a_low_ratio_is_said_below_the_verdict() -> None:
+    blame = OwnNoise(9.2, 12.5, 40.5, 77, (("blocks.3.mlp.fc1/Gelu_output_0", 21.0),))
+    page = html_from_run(ReportData(name="run", verdict=verdict("rejected", blame=blame.to_json())))
+    assert "The network&#39;s own sensitivity is to blame" in page
+    assert "the float network keeps 12.5 dB" in page
+    assert "to blame" not in html_from_run(ReportData(name="run", verdict=verdict("rejected")))
 
 
 def test_chance_level_is_said_in_words() -> None:

@@ -51,6 +51,7 @@ RETRAIN = DistillReport.from_json(
         "seconds": 1.0,
         "device": "cpu",
         "kept_step": 0,
+        "objective": "the teacher's boxes",
         "features": [],
     }
 )
@@ -66,6 +67,7 @@ def test_widths_are_drawn_beside_the_widest_and_curves_by_sensitivity() -> None:
     assert found.curves[0].points == ((0.25 * WIDTH, round(0.6 * HEIGHT, 1)), (WIDTH, 0.0))
     assert "49.0% of the multiply-accumulates" in found.sentences[0]
     assert any("50.00% to 97.50%" in sentence for sentence in found.sentences)
+    assert "The loss is of the teacher's boxes." in found.sentences
 
 
 def test_the_page_has_the_section_only_where_something_was_pruned() -> None:

@@ -152,6 +152,7 @@ def test_a_stage_of_another_form_is_done_again_with_a_sentence(
     assert capsys.readouterr().err.count("is damaged; the stage is done again.") == 1
 
 
+@pytest.mark.whole
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_record_is_a_stage_to_be_done_again(tmp_path: Path, record: bytes) -> None:
@@ -248,6 +249,7 @@ def test_something_else_where_a_lock_belongs_is_named(
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.whole
 def test_killed_in_the_middle_of_a_stage_then_started_again(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import sys, time

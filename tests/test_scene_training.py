@@ -30,6 +30,7 @@ class Killed(Silent):
         return super().track(items, what, total, weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "metrics"), [("fpn-nano-det", {"mAP 50:95", "mAP 50"}), ("fpn-nano-seg", {"mIoU", "Dice"})]
 )

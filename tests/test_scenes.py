@@ -41,6 +41,7 @@ def digest(scene) -> str:
     return hashlib.sha256(scene.pixels.tobytes() + scene.instances.tobytes() + scene.classes.tobytes()).hexdigest()
 
 
+@pytest.mark.whole
 def test_boxes_are_the_extent_of_what_is_seen(some):
     for scene in some:
         boxes = scene.boxes()
@@ -119,6 +120,7 @@ class Chosen:
         return 0.0 if self.mirrored else 0.9
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_an_item_at_its_own_size_is_the_original(mirrored):
     from resvit_calibrate.readers.scenes import _filled, _placed
@@ -165,6 +167,7 @@ def test_networks_get_what_they_were_trained_with():
     assert len(MASK_CLASSES) == resvit_config("fpn-nano-seg").num_classes == config.num_classes + 1
 
 
+@pytest.mark.whole
 def test_factories_give_boxes_and_masks_of_the_same_scenes():
     (images, boxes), (same, masks) = next(iter(detection("calibration"))), next(iter(segmentation("calibration")))
     assert np.array_equal(images, same)
@@ -176,6 +179,7 @@ def test_factories_give_boxes_and_masks_of_the_same_scenes():
     assert [len(batch) for batch, _ in batches(Scenes("test"), 70, "detection")] == [32, 32, 6]
 
 
+@pytest.mark.whole
 def test_written_scenes_are_read_back_exactly(script, tmp_path):
     done = CliRunner().invoke(
         script.main, ["--out", str(tmp_path / "a"), "--train", "6", "--val", "5", "--edges", "96", "120", "--quiet"]

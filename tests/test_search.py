@@ -75,6 +75,7 @@ def gate(limit: float, asked: list[tuple[Assignment, float]] | None = None):
     return accepts
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=60)
 @given(problems)
 def test_the_plans_are_nested_and_neither_slower_and_worse(problem: Problem) -> None:
@@ -99,6 +100,7 @@ def test_the_plans_are_nested_and_neither_slower_and_worse(problem: Problem) -> 
     assert (kept[0], kept[-1]) == (assignments[0], assignments[-1])
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=60)
 @given(problems, st.floats(0.0, 0.2))
 def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit: float) -> None:
@@ -121,6 +123,7 @@ def test_the_search_is_never_worse_than_the_plain_recipe(problem: Problem, limit
     json.dumps(result.to_json(), allow_nan=False)
 
 
+@pytest.mark.whole
 @settings(deadline=None, max_examples=60)
 @given(problems, st.floats(0.3, 1.2))
 def test_a_budget_is_kept_or_the_nearest_is_named(problem: Problem, share: float) -> None:
@@ -183,6 +186,7 @@ def test_each_look_is_stricter_and_all_together_err_as_once() -> None:
     assert len({assignment.digest for assignment, _ in asked}) == len(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize("trials", [400, pytest.param(4000, marks=pytest.mark.slow)])
 def test_several_looks_rarely_accept_what_is_above_the_limit(trials: int) -> None:

@@ -71,6 +71,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_one_pass_ranks_as_brute_force_does(trained: tuple[Path, Ranges, np.ndarray]) -> None:
     model, ranges, x = trained
@@ -125,6 +126,7 @@ def test_a_fixed_batch_is_filled_up_and_estimates_the_same(tmp_path: Path) -> No
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=0.25)
 
 
+@pytest.mark.whole
 def test_the_same_seed_gives_the_same_and_another_nearly(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(8, 3, 16, 16)
     ranges = ranges_of(model, x)
@@ -172,6 +174,7 @@ def test_the_error_of_a_shortcut_adds_to_that_of_its_convolution(tmp_path: Path)
         assert one.damage["int8"] == pytest.approx(two.damage["int8"], rel=1e-2)
 
 
+@pytest.mark.whole
 def test_excluded_layers_are_measured_and_not_counted(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(2, 3, 16, 16)
     ranges = ranges_of(model, x)

@@ -47,6 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_stages_know_both_inputs(built: Path) -> None:
     exported = json.loads(one(built, "export-*/export.json").read_bytes())
     assert exported["input"] == {"name": "input", "shape": ["batch", 3, 16, 16]}
@@ -91,6 +92,7 @@ def test_the_bundle_runs_on_the_device_side(built: Path, tmp_path: Path) -> None
         golden_check(tmp_path, manifest, "onnxruntime")
 
 
+@pytest.mark.slow
 def test_an_onnx_file_with_two_inputs(tmp_path: Path) -> None:
     path = tmp_path / "sized.onnx"
     arguments = (torch.zeros(2, 3, 16, 16), torch.ones(2, 2, dtype=torch.int64))

@@ -80,6 +80,28 @@ def test_activations_of_one_sign_gain_and_the_network_stays(tmp_path: Path, acti
     assert gain > 1.0
 
 
+@pytest.mark.parametrize("last", ["Add", "Sub", "Mul"])
+def test_a_learned_affine_behind_the_activation_is_part_of_it(tmp_path: Path, last: str) -> None:
+    images = images_of(*SHAPE)
+    g = Graph("batch", *SHAPE[1:])
+    value = g.op("HardSwish", g.linear("input", 32, 48, "fc1"), name="act")
+    for number, op in enumerate(("Mul", last)):
+        value = g.op(op, value, g.constant(f"c{number}", np.array([1.7], np.float32)), name=f"affine.{number}")
+    path = g.save(tmp_path / "float.onnx", g.linear(value, 48, 16, "fc2"))
+    assert "Add" in ops(planned(path, images))
+    without = replace(INT8, methods=Methods(smoothing=False, shifting=False))
+    only_shift = replace(INT8, methods=Methods(smoothing=False))
+    assert quantised_db(path, images, only_shift) > quantised_db(path, images, without) + 0.5
+
+
+def test_an_offset_of_what_is_no_activation_stays(tmp_path: Path) -> None:
+    images = images_of(*SHAPE)
+    g = Graph("batch", *SHAPE[1:])
+    value = g.op("Add", g.linear("input", 32, 48, "fc1"), g.constant("c", np.array(3.0, np.float32)), name="act")
+    path = g.save(tmp_path / "float.onnx", g.linear(value, 48, 16, "fc2"))
+    assert not ops(planned(path, images))
+
+
 def test_fp8_is_finest_around_zero_and_is_not_shifted(tmp_path: Path) -> None:
     plan = planned(mlp(tmp_path), images_of(*SHAPE), replace(INT8, precision=Precision.FP8))
     assert "Add" not in ops(plan)

@@ -426,6 +426,7 @@ def ssh_agent(*keys: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Ite
         socket.unlink(missing_ok=True)
 
 
+@pytest.mark.whole
 def test_an_openssh_key_signs_by_file_and_by_agent_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ssh_key(tmp_path / "first", "me@desk")
     second, rsa = ssh_key(tmp_path / "second", "other"), ssh_key(tmp_path / "third", "rsa", "rsa")
@@ -473,6 +474,7 @@ def test_the_trust_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "absent" in refused(load_trust, code=ExitCode.INPUT)
 
 
+@pytest.mark.whole
 def test_what_does_not_belong_into_the_trust_folder(tmp_path: Path) -> None:
     folder = tmp_path / "keys"
     folder.mkdir()

@@ -371,6 +371,7 @@ def chains(draw: st.DrawFn) -> tuple[Graph, str]:
     return g, outlier_conv(g, value, 8, width, "last")
 
 
+@pytest.mark.whole
 @settings(max_examples=25, deadline=None)
 @given(chains())
 def test_no_chain_of_operators_changes(tmp_path_factory: pytest.TempPathFactory, chain: tuple[Graph, str]) -> None:

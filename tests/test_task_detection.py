@@ -145,6 +145,7 @@ def test_a_perfect_copy_of_few_images_is_no_proof():
     assert verdict.images_needed == 390
 
 
+@pytest.mark.whole
 def test_nan_is_rejected_with_the_count_and_never_a_reference():
     random = np.random.default_rng(1)
     known = scenes(random, 30)
@@ -160,6 +161,7 @@ def test_nan_is_rejected_with_the_count_and_never_a_reference():
         TASK.compare(second, first)
 
 
+@pytest.mark.whole
 def test_an_untrained_detector_is_undecided():
     random = np.random.default_rng(2)
     known = scenes(random, 50)
@@ -171,6 +173,7 @@ def test_an_untrained_detector_is_undecided():
     assert "not clearly above 1" in verdict.reason
 
 
+@pytest.mark.whole
 def test_saved_and_loaded(tmp_path):
     task, first, second = pair(noise=0.5, count=20)
     first.save(tmp_path / "a.npz")

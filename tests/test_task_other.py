@@ -132,6 +132,30 @@ def test_the_largest_outputs_carry_no_others():
     assert judge(task.compare(first, second), 1.0).kind is VerdictKind.REJECTED
 
 
+def test_one_image_of_ten_that_is_wrong_is_not_hidden_by_the_mean():
+    """Noise of 0.4 of the amplitude on 12% of the images leaves the mean near the least, and misreads those."""
+    task = task_named("other", {})
+    random = np.random.default_rng(0)
+    clean = random.normal(size=(600, 5, 7)).astype(np.float32)
+    noise = 0.4 * random.normal(size=clean.shape) * (random.random(600) < 0.12)[:, None, None]
+    first, second = (
+        task.answers(network(a=x), Images(None, count=600), 50) for x in (clean, (clean + noise).astype(np.float32))
+    )
+    got = task.compare(first, second)
+    assert got.pooled - 20.0 > -4.0
+    assert got.low < 14.0
+    verdict = judge(got, 1.0)
+    assert verdict.kind is VerdictKind.REJECTED
+    assert "(that of the worst 5%, plus 6)" in verdict.reason
+    assert got.decisions is not None
+    assert (
+        f"the same at {got.decisions[0]:.1%} of the positions and everywhere in {got.decisions[1]:.1%}"
+        in verdict.reason
+    )
+    assert got.decisions[0] > 0.9
+    assert got.decisions[1] < got.decisions[0]
+
+
 def test_unlabelled_images_do_without_a_metric():
     random = np.random.default_rng(0)
     task = task_named("other", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
@@ -99,5 +102,72 @@ def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, wor
     (network,) = Path("runs/small").glob("prune-*/prune.json")
     report = json.loads(network.read_bytes())
     assert report["after"]["macs"] <= 0.81 * report["before"]["macs"]
+    (trained,) = Path("runs/small").glob("retrain-*/retrain.json")
+    objective = json.loads(trained.read_bytes())["objective"]
+    assert objective.startswith("the teacher's boxes and labelled" if task == "detection" else "the teacher's map")
+    assert "labelled" in objective
+    assert objective in html.unescape(Path("runs/small/report.html").read_text(encoding="utf-8"))
     assert len(list(Path("runs/small").glob("compile-*/engine.plan"))) == 1
     assert len(list(Path("runs/small").glob("bundle-*/*.resvit"))) == 1
+
+
+READER = """
+import torch
+from torch import nn
+
+class Reader(nn.Module):
+    # Every 8 pixels of a line are one level of grey: the scores are largest for the level's own class.
+    def __init__(self, levels=10):
+        super().__init__()
+        self.mean = nn.Conv2d(1, 16, 8, 8)
+        self.scores = nn.Conv2d(16, levels + 1, 1)
+        level = torch.arange(levels) / levels
+        with torch.no_grad():
+            self.mean.weight.fill_(1 / 64)
+            self.mean.bias.zero_()
+            self.scores.weight[1:] = 2 * level[:, None, None, None] / 16
+            self.scores.bias[1:] = -level ** 2
+            self.scores.weight[0] = 0
+            self.scores.bias[0] = -1
+
+    def forward(self, image):
+        return self.scores(self.mean(image)).squeeze(2).permute(0, 2, 1)
+
+def make():
+    return Reader()
+"""
+
+
+def test_a_reader_is_judged_by_its_lines_and_drawn_with_them(workspace: Path) -> None:
+    Path("reader.py").write_text(READER)
+    random = np.random.default_rng(0)
+    Path("lines").mkdir()
+    texts = []
+    for number in range(400):
+        digits = random.permutation(10)[:6]
+        pixels = np.repeat(np.repeat(np.round(digits * 25.5).astype(np.uint8)[None], 8, 0), 8, 1)
+        Image.fromarray(pixels).save(f"lines/{number}.png")
+        texts.append(f"{number}.png\t{''.join(map(str, digits))}\n")
+    Path("lines/rec_gt.txt").write_text("".join(texts))
+    model = ["--model", "reader.py:make", "--input-shape", "1x8x48", "--preprocess", "mean=0", "--preprocess", "std=1"]
+    options = ["--task-option", "characters=0123456789", "--max-drop", "2", "--data", "lines"]
+    few = ["--calibration-images", "64", "--no-search", "--quiet"]
+    assert run(["build", *model, *options, *few, "--target", "jetson-orin", "--run", "runs/text"]) == 0
+    verdict = verdict_of(Path("runs/text"))
+    assert (verdict["task"], verdict["metric"], verdict["verdict"]) == ("text", "lines right", "accepted")
+    assert "read with decoder=ctc blank=0" in verdict["reason"]
+    assert verdict["stages"][-1]["values"] == {"lines right": 1.0, "CER": 0.0}
+    assert "lines right" in Path("runs/text/report.html").read_text()
+    # Another alphabet is another question, and reads nothing right.
+    options[1] = "characters=abcdefghij"
+    assert run(["validate", *model, *options, *few, "--target", "jetson-orin", "--run", "runs/text"]) == 5
+    options[1] = "characters=012"
+    assert run(["validate", *model, *options, *few, "--target", "jetson-orin", "--run", "runs/text"]) == ExitCode.INPUT
+
+
+def test_vectors_are_judged_by_what_they_find(workspace: Path) -> None:
+    model = ["--model", "resvit:embed-nano", "--checkpoint", str(ASSETS / "embed-nano.pt"), "--data", "fashion-mnist"]
+    task = ["--task", "embedding", "--max-drop", "3", "--target", "jetson-orin", "--run", "runs/vectors"]
+    assert run(["validate", *model, *task, *FEW[:2], "--validation-images", "600", *FEW[4:]]) == 0
+    verdict = verdict_of(Path("runs/vectors"))
+    assert (verdict["task"], verdict["metric"]) == ("embedding", "recall@1")

@@ -79,6 +79,7 @@ def test_tensorrt_reads_the_words_that_it_samples_by(tmp_path: Path, mode: str, 
     assert not onnx_for_tensorrt(model, tmp_path / "none.onnx", find_target("l4"))  # of TensorRT for RTX
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("target", "gathers"),
     [("jetson-orin", False), ("jetson-thor", False), ("jetson-thor@7.2", True), ("h100", False), ("l4", False)],

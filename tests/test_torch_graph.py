@@ -339,6 +339,7 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path: Path) -> None:
         TorchGraph(network)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_the_table_is_true_of_tensorrt(version, unpacked) -> None:
     assert [name for name, expected in there.items() if expected is not (name in real)] == []
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not build._installed("tensorrt_rtx_bindings"), reason="TensorRT for RTX is not installed")
 def test_the_table_is_true_of_tensorrt_for_rtx() -> None:
     real = names_of_rtx()

@@ -63,6 +63,7 @@ def gpu(monkeypatch, environment):
     return use
 
 
+@pytest.mark.whole
 def test_it_builds_and_says_what_it_found(tmp_path, model, gpu) -> None:
     gpu(87)
     target, notes = find_target("jetson-orin"), Notes()
@@ -80,6 +81,7 @@ def test_it_builds_and_says_what_it_found(tmp_path, model, gpu) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.plan", "log"]
 
 
+@pytest.mark.whole
 def test_a_range_of_batches_becomes_a_profile(tmp_path, model, gpu) -> None:
     gpu(87)
     report = build_engine(model, tmp_path / "e.plan", find_target("jetson-orin"), BuildSettings(batch=(1, 4, 8)))
@@ -114,6 +116,7 @@ def test_the_timing_cache_is_kept_and_read_again(tmp_path, model, gpu) -> None:
     assert (folder / CACHE).read_bytes() == first
 
 
+@pytest.mark.whole
 def test_a_cache_folder_that_cannot_be_written_costs_no_engine(tmp_path, model, gpu) -> None:
     gpu(87)
     (tmp_path / "file").write_text("")
@@ -122,6 +125,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_no_engine(tmp_path, model, 
     assert any("timing cache" in note for note in notes.said)
 
 
+@pytest.mark.whole
 def test_several_gpus_are_asked_of_tensorrt(tmp_path, model, gpu) -> None:
     gpu(89)
     settings = BuildSettings(hardware_compatible=True)

@@ -197,6 +197,7 @@ def test_any_bytes_are_a_key_or_refused(data: bytes) -> None:
         assert known is None or (isinstance(known, KeyFile) and len(known.raw) == 32)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.text(max_size=300), st.binary(), st.dates(), st.booleans())
 def test_what_is_written_reads_again(name: str, seed: bytes, day: date, revoked: bool) -> None:

@@ -100,6 +100,7 @@ CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_whatever_a_factory_reads_changes_what_its_network_is_known_by(
@@ -170,6 +171,7 @@ def test_what_may_read_anything_is_known_by_its_program(model: str, arguments: d
     assert known_by_name(ModelSpec(model, model_args=arguments)) is named
 
 
+@pytest.mark.whole
 def test_names_of_outputs_and_parts_without_gradients_are_in_the_digest() -> None:
     class Net(nn.Module):
         def __init__(self, name: str, factor: float) -> None:

@@ -145,6 +145,7 @@ def test_any_value_of_any_setting_is_taken_or_refused(key: str, value: object) -
     assert read_text(f"{key} = {text}", recipe_from_toml) in (None, ExitCode.INPUT, ExitCode.IMPOSSIBLE)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "text",
     [f"a = {'[' * 5000}", f"a = {'{a=' * 5000}", ".".join("a" * 5000) + " = 1", "a = " + "9" * 5000,
@@ -154,6 +155,7 @@ def test_recipes_that_no_recipe_is(text: str) -> None:
     assert read_text(text, recipe_from_toml) == ExitCode.INPUT
 
 
+@pytest.mark.whole
 @given(st.text() | JSON.map(json.dumps))
 @settings(deadline=None)
 def test_any_text_is_a_recipe_or_refused(text: str) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
@@ -25,9 +24,6 @@ from resvit_export.variant import Variant
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
-
-OLDEST_OPSET = 20
-"""What every TensorRT from 10.3 on reads."""
 
 
 class Pipeline:
@@ -88,6 +84,8 @@ class Pipeline:
         """The network without what matters least."""
         refusals.require_budget(self.recipe)
         self.run.require_images_alone(self.network, "Pruning")
+        if self.run.target is not None:  # what is said of the whole network after pruning is too late
+            self._require_ready(self._exported(self.do(fold.Fold(self.run.network))))
         network, images = self.run.network, None if self.recipe.data is None else self.images[0]
         preprocess, budget = self.preprocess if images else None, prune.budget_of(self.recipe, self.run.target)
         sparse, seed, trained = self.recipe.sparsity is not None, self.recipe.seed, self.recipe.retrains
@@ -98,7 +96,8 @@ class Pipeline:
         """The pruned network, taught by the one that it was."""
         before, images = self.pruned, self.run.training_images(self.network, MOST_IMAGES)
         how = (images, self.preprocess, self.recipe.prune_epochs, self.recipe.seed, self.run.network.code)
-        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how))
+        taught = self.run.taught(self.network, self.network.outputs)
+        return self.do(retrain.Retrain(self.run.network, before.weights, before.masks, *how, *taught))
 
     @cached_property
     def folded(self) -> fold.Folded:
@@ -112,26 +111,20 @@ class Pipeline:
     @cached_property
     def exported(self) -> export.Exported:
         """The float ONNX, its parity with PyTorch checked; or the user's own ONNX, checked. The target reads it."""
-        exported = self._exported()
+        return self._exported(None if self.run.network.from_onnx else self.folded)
+
+    def _exported(self, folded: fold.Folded | None) -> export.Exported:
+        exported = self.do(export.export_of(self.run, folded))
         require_readable(exported.report.operators, self.run.target)
         return exported
-
-    def _exported(self) -> export.Exported:
-        target, recipe = self.run.target, self.recipe
-        if self.run.network.from_onnx:
-            reader = (target.opset, target.software) if target else (None, "")
-            return self.do(export.Import(self.run.network, recipe.shape_wishes, *reader))
-        # What cannot be validated here is not exported.
-        opset = target.opset if target and target.opset <= scorable_opset() else OLDEST_OPSET
-        batch = None if recipe.dynamic_batch else recipe.batch_range[0]
-        return self.do(export.Export(self.folded.program, self.folded.network, opset, batch))
 
     @cached_property
     def recovered(self) -> recover.Recovered:
         """The float ONNX with its weights trained, the quantisers in the loop."""
         before = self.vary(recovers=False).calibrated
         images = self.run.training_images(self.network, RECOVERY_IMAGES)
-        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed)
+        taught = self.run.taught(self.network, self.exported.report.to_json()["outputs"])
+        how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed, *taught)
         settings, model = self.run.quantize_settings({}), self.exported.model
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
 
@@ -140,7 +133,14 @@ class Pipeline:
         """The ranges of all activations, from one pass over the calibration images."""
         self.questions  # noqa: B018  (data that cannot be validated on is refused before the pass)
         images, per_call = self.images[0], self.network.images_per_call
-        return self.do(calibrate.Calibrate(self.float_model, images, self.preprocess, per_call))
+        stage = calibrate.Calibrate(self.float_model, images, self.preprocess, per_call)
+        if not self.run.folder.has(stage):
+            self._require_ready(self.exported)
+        return self.do(stage)
+
+    def _require_ready(self, exported: export.Exported) -> None:
+        images = self.images if self.recipe.data is not None else None
+        refusals.require_ready(self.run, self.network, exported, images)
 
     @cached_property
     def quantized(self) -> quantize.Quantized:
@@ -177,7 +177,7 @@ class Pipeline:
     @cached_property
     def validated(self) -> gate.Validated:
         """The answers of the ONNX that ships held against the original network's, and judged."""
-        clips = (self.float_model, self.calibrated.statistics, self.quantized.file(quantize.REPORT))
+        clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
         how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
         return self.do(gate.Validate(self.questions, self.run.label, *how))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
+from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.recipe.choices import Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
-from resvit_export.run import Run
+from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
+from resvit_export.stages.export import Exported
+
+if TYPE_CHECKING:
+    from resvit_calibrate.images.image_set import ImageSet
+
+_STILL_WRITTEN = 3
+"""Bytes for each byte of the float ONNX: the quantised one, its engine or plan, and the bundle of both."""
 
 
 def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
@@ -36,9 +47,73 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
         )
 
 
+def require_ready(
+    run: Run, network: NetworkRecord, exported: Exported, images: tuple[ImageSet, ImageSet] | None
+) -> None:
+    """Refuse what would end the run behind its first long stage, calibrating or pruning; takes seconds.
+
+    What is known by then is the float ONNX, whose operators, batch and parity were checked. Here come the disk, the
+    patterns, the training images, and whether its answers on two validation images are what the task can judge.
+    Without ``images`` nothing that needs any is asked.
+
+    Raises:
+        ResvitError: as the stage that would have come upon it; SYSTEM where the disk has no room.
+    """
+    from resvit_calibrate.runtime.runner import onnx_runner
+    from resvit_quantize.graph.network import MOST_ALONE, too_large
+    from resvit_quantize.placement.placement import require_patterns
+
+    recipe, model = run.recipe, exported.model.path
+    float_bytes = sum(file.bytes for file in exported.record.outputs.values())
+    _require_room(run.folder.path, float_bytes)
+    least = float_bytes // (2 if recipe.precision is Precision.FP16 else 4)
+    if least > MOST_ALONE and not recipe.prunes:
+        raise too_large(least)
+    if recipe.quantizer is Quantizer.MODELOPT:
+        require_modelopt(recipe)
+    if not recipe.prunes:  # pruned layers are others
+        require_patterns(model, run.quantize_settings({}))
+    if images is None:
+        return
+    task = run.task(network, exported.report.to_json()["outputs"])
+    task.task().require_answers(onnx_runner(model), images[1])
+    if recipe.retrains:
+        run.training_images(network, MOST_IMAGES)
+    elif recipe.recover is Recovery.ALWAYS:
+        run.training_images(network, RECOVERY_IMAGES)
+
+
+def _require_room(folder: Path, float_bytes: int) -> None:
+    """Refuse a disk on which what follows the float ONNX will not fit."""
+    free, needed = shutil.disk_usage(folder).free, _STILL_WRITTEN * float_bytes
+    if free < needed:
+        raise ResvitError(
+            f"The disk is full before the work is done: {folder} has {free >> 20:,} MiB left, and quantised model, "
+            f"engine and bundle take about {-(-needed >> 20):,} MiB.",
+            "Free some space, or name a folder on another disk with --run; finished stages are kept.",
+            ExitCode.SYSTEM,
+        )
+
+
 def recoverable(recipe: Recipe) -> bool:
     """Whether recovery can serve: for 8 bits by our own quantiser."""
     return recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+
+
+def require_modelopt(recipe: Recipe) -> None:
+    """Refuse ModelOpt's quantiser where it is not installed, and what it cannot be told."""
+    if recipe.include:
+        raise ResvitError(
+            "ModelOpt's quantiser cannot be told to include single nodes.",
+            "Drop --include, or use --quantizer resvit.",
+            ExitCode.IMPOSSIBLE,
+        )
+    if importlib.util.find_spec("modelopt") is None:
+        raise ResvitError(
+            "ModelOpt is not installed.",
+            "pip install 'resvit-export[modelopt]', or use --quantizer resvit.",
+            ExitCode.MISSING,
+        )
 
 
 def require_prunable(recipe: Recipe, target: Target | None) -> None:

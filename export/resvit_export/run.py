@@ -252,7 +252,7 @@ class Run:
 
         Raises ``ResvitError`` for outputs that the task cannot read, and data with more or fewer classes than these.
         """
-        from resvit_calibrate.tasks.kinds import task_of
+        from resvit_calibrate.tasks.kinds import task_of, with_files_read
 
         recipe = self.recipe
         kind = recipe.task
@@ -260,9 +260,17 @@ class Run:
             kind = TaskKind(task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name)
         own = network.task_options if kind is TaskKind.DETECTION else {}
         # What the user says of the outputs goes before what a detector says of its own.
-        task = TaskChoice(kind.value, {**own, **recipe.task_options}, recipe.metric, metric_identity(recipe.metric))
+        options = with_files_read({**own, **recipe.task_options})
+        task = TaskChoice(kind.value, options, recipe.metric, metric_identity(recipe.metric))
         self._require_classes(network, task, outputs)
         return task
+
+    def taught(
+        self, network: NetworkRecord, outputs: Sequence[Mapping[str, Any]]
+    ) -> tuple[TaskChoice | None, int | None]:
+        """What a student of this network learns to say, and how many classes the validation images know."""
+        task = self.task(network, outputs).for_training()
+        return task, self.image_sets(network)[1].num_classes if task else None
 
     def training_images(self, network: NetworkRecord, most: int) -> TrainingImages:
         """Images to train on, at most so many where the recipe does not say."""
@@ -283,7 +291,7 @@ class Run:
         from resvit_calibrate.tasks.class_count import require_outputs_for
 
         for images in reversed(self.image_sets(network)):
-            if images.task == task.kind:
+            if task.kind in (images.task, TaskKind.EMBEDDING.value):
                 require_outputs_for(images, task.kind, task.options, outputs)
 
 

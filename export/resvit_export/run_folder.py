@@ -78,6 +78,10 @@ class RunFolder:
         """The finished stage: as it stands, if it is intact, else done now."""
         return self.do_together([stage], lambda missing: stage.fill(missing[0][1], self.reporter))[0]
 
+    def has(self, stage: Stage[A]) -> bool:
+        """Whether the stage was done once, whatever has become of its files."""
+        return os.path.lexists(self._folder(Key.of(stage)))
+
     def do_together(
         self, stages: Sequence[Stage[A]], fill: Callable[[Sequence[tuple[Stage[A], Path]]], None]
     ) -> list[A]:

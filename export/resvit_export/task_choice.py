@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
 
 
+_TAUGHT = ("detection", "segmentation", "depth")
+
+
 @dataclass(frozen=True)
 class TaskChoice:
     """``options`` say how outputs are read; ``metric`` names a function, whose code ``metric_digest`` tells apart."""
@@ -18,6 +21,10 @@ class TaskChoice:
     options: Mapping[str, Any]
     metric: str | None = None
     metric_digest: str | None = None
+
+    def for_training(self) -> TaskChoice | None:
+        """What decides the loss of a training: the reading of boxes, masks or depths; None where outputs are alone."""
+        return TaskChoice(self.kind, self.options) if self.kind in _TAUGHT else None
 
     def task(self) -> Task:
         """The task; raises as ``task_named``."""

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import difflib
 import io
+import itertools
 import zipfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from resvit_calibrate.answers.classes import INPUT
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
-from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
+from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target, TextTarget
 from resvit_calibrate.readers.user.code import Reads
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
@@ -34,7 +35,8 @@ _O = TypeVar("_O")
 Seen: TypeAlias = tuple[Batch, dict[str, Array]]
 """A batch and a network's outputs for it."""
 Keeping: TypeAlias = Generator[None, "Seen | None", Any]
-_KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths"}
+_TRIED = 2
+_KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths", TextTarget: "texts"}
 
 
 class Answers(Protocol):
@@ -89,6 +91,17 @@ class Task(abc.ABC):
         if not any_image:
             raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
         return {name: _returned(keeper) for name, keeper in keepers.items()}
+
+    def require_answers(self, runner: Runner, image_set: ImageSet) -> None:
+        """Ask a network about one batch of ``_TRIED`` images and keep nothing, before anything depends on its answers.
+
+        Raises as ``keeping``.
+        """
+        keeper = self.keeping(image_set)
+        next(keeper)
+        for batch in itertools.islice(image_set.batches(_TRIED), 1):
+            keeper.send((batch, _outputs(runner, batch)))
+        keeper.close()
 
     def answers(self, runner: Runner, image_set: ImageSet, batch_size: int) -> Any:
         """The answers of one network; raises as ``keeping``."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.gate.comparison import Comparison
+from resvit_calibrate.gate.comparison import SHARE, Comparison
 from resvit_calibrate.gate.intervals import images_to_decide, paired_difference, share
 from resvit_calibrate.gate.numbering import OtherNumbering, Pairs, other_numbering
 from resvit_calibrate.images.image_set import Batch, ImageSet
@@ -108,7 +108,7 @@ class ClassComparison(Comparison):
 
     metric = "top-1"
     what = "accuracy"
-    unit = "percentage points"
+    unit = SHARE
     agreement_of = "images with the same class"
 
     def __post_init__(self) -> None:
@@ -173,15 +173,14 @@ def predictions_kept(image_set: ImageSet) -> Generator[None, tuple[Batch, Arrays
             )
         logits.append(_logits(outputs, len(batch.images)))
         labels.append(batch.labels)
-    found = Predictions(np.concatenate(logits), np.concatenate(labels))
-    classes, highest = found.logits.shape[1], int(found.labels.max())
-    if highest >= classes or int(found.labels.min()) < 0:
-        raise ResvitError(
-            f"The data has the label {highest if highest >= classes else found.labels.min()}, but the network "
-            f"knows classes 0 to {classes - 1}.",
-            "Use the data that the network was trained for; its classes must be in the same order.",
-        )
-    return found
+        classes = logits[-1].shape[1]
+        wrong = labels[-1][(labels[-1] >= classes) | (labels[-1] < 0)]
+        if len(wrong):
+            raise ResvitError(
+                f"The data has the label {wrong.max()}, but the network knows classes 0 to {classes - 1}.",
+                "Use the data that the network was trained for; its classes must be in the same order.",
+            )
+    return Predictions(np.concatenate(logits), np.concatenate(labels))
 
 
 def compare(reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> ClassComparison:

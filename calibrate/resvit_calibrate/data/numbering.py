@@ -8,7 +8,7 @@ import numpy as np
 
 from resvit_calibrate.images.class_list import REMEDY, ClassList
 from resvit_calibrate.images.pixels import Pixels
-from resvit_calibrate.readers.coco import CocoPixels
+from resvit_calibrate.readers.boxes.table import BoxPixels
 from resvit_calibrate.readers.folders import order_note
 from resvit_calibrate.readers.masks import MaskPixels
 from resvit_calibrate.readers.npz_targets import TargetArrays
@@ -48,8 +48,8 @@ def _used(pool: Pixels) -> list[int]:
     """The classes that images have; of masks all that have a name, since nobody has looked yet."""
     if pool.labels is not None:
         return sorted(set(np.unique(pool.labels).tolist()))
-    if isinstance(pool, CocoPixels):
-        return sorted(set(np.unique(pool.coco.classes).tolist()))
+    if isinstance(pool, BoxPixels):
+        return sorted(set(np.unique(pool.table.classes).tolist()))
     return list(range(len(pool.class_names)))
 
 
@@ -59,7 +59,7 @@ def _moved(pool: Pixels, moved: Mapping[int, int], classes: ClassList) -> Pixels
         if lost:
             raise ResvitError(f"{pool.name} has the label {lost[0]}, which {classes.source} does not have.", REMEDY)
         pool.labels = np.vectorize(moved.__getitem__, otypes=[np.int64])(pool.labels)
-    elif isinstance(pool, CocoPixels):
+    elif isinstance(pool, BoxPixels):
         pool = pool.moved(moved, classes.names)
     elif isinstance(pool, MaskPixels):
         before = pool.moved or {number: number for number in moved}

@@ -63,6 +63,7 @@ def require_readable(
     both = (calibration, validation)
     looks = [look for images in both for look in images.looks]
     _say_who_prepares(asked, calibration, validation, reporter)
+    _say_what_is_squeezed(asked, validation, reporter)
     doubts = [_about_turning(asked, both, looks, spec, reporter), _about_white(both, looks, spec, reporter)]
     return "; ".join(doubt for doubt in doubts if doubt)
 
@@ -81,6 +82,25 @@ def _say_who_prepares(asked: Preprocess, calibration: ImageSet, validation: Imag
         reporter.warn(
             f"{told[0]}, {told[1]}: ranges and verdict hold only if both do the same, and the bundle records what "
             "the validation images went through"
+        )
+
+
+def _say_what_is_squeezed(asked: Preprocess, validation: ImageSet, reporter: Reporter) -> None:
+    """Lines of text that are longer than the network's input is wide."""
+    if validation.task != "text" or not validation.looks:
+        return
+    height, width = asked.size
+    shapes = [look.stored for look in validation.looks]
+    longer = sum(tall > 0 and wide * height > tall * width for tall, wide in shapes)
+    if asked.resize == "stretch":
+        reporter.warn(
+            f"lines of any length are drawn to {height}x{width} pixels; recognisers are mostly trained on lines that "
+            "keep their shape, with what is left padded: --preprocess resize=letterbox"
+        )
+    elif longer:
+        reporter.warn(
+            f"{longer} of {len(shapes)} lines are longer than {width}:{height}, which the network's input is; they are "
+            + ("cut" if asked.resize == "crop" else "made smaller as a whole")
         )
 
 

@@ -1,4 +1,4 @@
-"""Recognising what the user named as data: a folder of one of four kinds, a file, or a factory."""
+"""Recognising what the user named as data: a folder of one of seven kinds, a file, or a factory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
-from resvit_calibrate.readers.coco import CocoPixels, annotation_files, open_coco, unused_files, with_shared_classes
+from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, unused_files
+from resvit_calibrate.readers.boxes.table import BoxPixels, with_classes_of_both, with_shared_classes
+from resvit_calibrate.readers.boxes.voc import pixels_from_voc
+from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file, yolo_from_file, yolo_from_folder
 from resvit_calibrate.readers.folders import note_of_unused, pixels_from_folder, split_folders
-from resvit_calibrate.readers.layouts import CONVERT, Layout, layouts_in, refuse_unread, require_read, unused_parts
+from resvit_calibrate.readers.layouts import Layout, layouts_in, refuse_unread, require_read, unused_parts
 from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
+from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
+from resvit_calibrate.readers.texts import ENDINGS as LISTS
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 
-Kind = Literal["folder", "coco", "masks", "depth"]
+Kind = Literal["folder", "coco", "yolo", "voc", "masks", "depth", "text"]
 KINDS = (
-    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, or COCO's annotations), "
-    "an .npz file, or file.py:factory."
+    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
+    "VOC have them, or pictures with a list of their texts), an .npz file, or file.py:factory."
 )
 
 
@@ -71,8 +76,10 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return _folder_pools(path, kind, options)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(open_coco(path), None)
+    if path is not None and (kind == "text" or (kind is None and path.suffix.lower() in LISTS)):
+        return Pools(pixels_from_list(path), None)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
-        raise ResvitError(f"{path} describes data for YOLO, which is not read.", CONVERT)
+        return Pools(*yolo_from_file(path))
     if path is not None and kind is None and path.suffix != ".py":
         return Pools(*pixels_from_npz(path, options))
     if kind is not None:
@@ -94,8 +101,19 @@ def kind_of_folder(root: Path) -> Kind:
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
+    if lists := text_lists(root):
+        found.append(("text", str(lists[0].relative_to(root))))
+    elif texts_beside(root):
+        found.append(("text", f"texts beside its pictures ({BESIDE})"))
     layouts = layouts_in(root)
-    found += [(layout.kind, layout.words) for layout in layouts if layout.kind in ("masks", "depth")]
+    described = yolo_file(root)
+    if described is not None:
+        found.append(("yolo", described.name))
+    for layout in layouts:
+        if layout.kind in ("masks", "depth", "voc") or (layout.kind == "yolo" and described is None):
+            found.append((layout.kind, layout.words))
+    if not found and is_yolo(root):
+        found.append(("yolo", "text files with boxes beside its pictures"))
     if len({kind for kind, _ in found}) > 1:
         raise ResvitError(
             f"{root} could be several kinds of data: it holds {', '.join(what for _, what in found)}.",
@@ -114,7 +132,7 @@ def same_numbering(train: Pixels, validation: Pixels, reporter: Reporter | None 
     Classes follow the source that has all of the other's; ``reporter`` hears where that changes validation. Raises
     ``ResvitError`` where neither has, and for COCO files and masks that do not agree.
     """
-    if isinstance(train, CocoPixels) and isinstance(validation, CocoPixels):
+    if isinstance(train, BoxPixels) and isinstance(validation, BoxPixels):
         return with_shared_classes(train, validation)
     names, others = train.class_names, validation.class_names
     if train.task != validation.task or not names or not others or names == others:
@@ -156,7 +174,7 @@ def numbered_like(pool: Pixels, images: ImageSet) -> Pixels:
             + (f"{', '.join(missing[:5])} are unknown there." if missing else "their order differs."),
             "Use the same classes, in the same order, in both.",
         )
-    if isinstance(pool, CocoPixels):
+    if isinstance(pool, BoxPixels):
         return pool.renumbered(images.class_ids or tuple(range(len(known))), known)
     if pool.labels is not None:
         _renumber(pool, known)
@@ -196,9 +214,16 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     kind = kind or kind_of_folder(root)
     if kind == "coco":
         return _coco_pools(root, any_name=told)
+    if kind == "text":
+        return _text_pools(root)
+    if kind == "yolo":
+        described = yolo_file(root)
+        return Pools(*(yolo_from_file(described) if described is not None else yolo_from_folder(root)))
     if kind == "folder":
         return _class_pools(root, split_folders(root), told=told)
     layout = _layout_of(root, kind)
+    if kind == "voc":
+        return _voc_pools(layout)
     pools = [_paired(part, layout, root, options) for part in layout.parts]
     if len(pools) > 1:
         pools[0].notes += unused_parts(layout, root)
@@ -230,11 +255,30 @@ def _coco_pools(root: Path, *, any_name: bool) -> Pools:
     return Pools(train, open_coco(found[1]))
 
 
+def _voc_pools(layout: Layout) -> Pools:
+    """The pictures of VOC's XML files; classes that occur in one part alone are classes of both."""
+    pools = [pixels_from_voc(part) for part in layout.parts]
+    if len(pools) == 1:
+        return Pools(pools[0], None)
+    return Pools(*with_classes_of_both(*pools))
+
+
+def _text_pools(root: Path) -> Pools:
+    """Pictures with a list, or two, of their texts, or with texts beside them."""
+    lists = text_lists(root)
+    if not lists:
+        halves = split_folders(root)
+        pools = [pixels_from_texts_beside(part) for part in halves or (root,)]
+    else:
+        pools = [pixels_from_list(path) for path in lists]
+    return Pools(pools[0], pools[1] if len(pools) > 1 else None)
+
+
 def _layout_of(root: Path, kind: Kind) -> Layout:
     """The folder's layout of one kind; raises ``ResvitError`` where it has none, or several."""
     found = [layout for layout in layouts_in(root) if layout.kind == kind]
     if not found:
-        about, pictures = "masks" if kind == "masks" else "depth", (root / IMAGES).is_dir()
+        about, pictures = {"voc": "Annotations"}.get(kind, kind), (root / IMAGES).is_dir()
         raise ResvitError(
             f"{root} has no folder {about if pictures else IMAGES}.",
             f"Put pictures into {root / IMAGES} and files of the same names into {root / about}.",

@@ -21,13 +21,16 @@ class TrainingImages:
     """Images that are read in any order, as far as their source allows.
 
     Files and arrays come in exactly the order asked for. What a factory streams is mixed within a window of
-    256 MiB, since it can only be read from its beginning.
+    256 MiB, since it can only be read from its beginning. ``task`` says what is known of them, and ``class_ids`` which
+    numbers the data gives to classes, as of an ``ImageSet``.
     """
 
     def __init__(self, images: IndexedImageSet | StreamImageSet) -> None:
         self._images = images
         self.digest = images.digest
         self.description = images.description
+        self.task = images.task
+        self.class_ids = images.class_ids
 
     def __len__(self) -> int:
         return len(self._images)

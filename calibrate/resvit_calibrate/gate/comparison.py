@@ -14,6 +14,8 @@ from resvit_calibrate.gate.numbering import OtherNumbering
 
 POINTS = "points"
 """Hundredths of the metric: 1 point of mAP, mIoU or AbsRel is 0.01."""
+SHARE = "percentage points"
+"""Where the metric is a share of the images."""
 FEWEST_CHANGED = 10
 """With fewer images that count differently, the images drawn again say nothing of those not yet seen."""
 

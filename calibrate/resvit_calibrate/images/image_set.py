@@ -62,9 +62,9 @@ class DataSpec:
 class Batch:
     """Images float32 [B, C, H, W], C-contiguous and preprocessed, and what is known of each.
 
-    ``labels`` int64 [B] are the classes of whole images, ``targets`` the boxes, masks or depths in them, in
-    pixels of the network's input. ``geometry`` says how each image became input, where that is known. ``inputs`` are
-    what the network reads beside the images, arrays [B, …] by the names of its inputs.
+    ``labels`` int64 [B] are the classes of whole images, ``targets`` the boxes, masks, depths or texts in
+    them, in pixels of the network's input. ``geometry`` says how each image became input, where that is known.
+    ``inputs`` are what the network reads beside the images, arrays [B, …] by the names of its inputs.
     """
 
     images: npt.NDArray[np.float32]
@@ -99,8 +99,8 @@ class ImageSet(abc.ABC):
     known of each without decoding it, of image files and arrays. ``factory`` names the user's code that made the
     network's input, so that ``preprocess`` is only the size that it must have. ``doubt`` says why answers to these
     images tell nothing, empty where nothing does. ``task`` is
-    ``classification``, ``detection``, ``segmentation`` or ``depth`` by what is known of the images, None where
-    nothing is. ``class_ids`` are the numbers that the data itself gives to class 0, 1, 2…, where it has others.
+    ``classification``, ``detection``, ``segmentation``, ``depth`` or ``text`` by what is known of the images, None
+    where nothing is. ``class_ids`` are the numbers that the data itself gives to class 0, 1, 2…, where it has others.
     """
 
     description: str

@@ -68,7 +68,7 @@ class Pixels(Protocol):
     """N images with random access. ``native_size`` is (height, width) where all images share it.
 
     ``task`` says what is known of each: ``classification`` where it has a label, ``detection``,
-    ``segmentation`` or ``depth`` where it has a target, None where nothing is known. ``class_ids`` are the
+    ``segmentation``, ``depth`` or ``text`` where it has a target, None where nothing is known. ``class_ids`` are the
     numbers that the data gives its classes, where it has others than 0, 1, 2….
     """
 

@@ -1,4 +1,4 @@
-"""What is known to be in an image: boxes, a class for every pixel, or depths; and how it becomes the network's."""
+"""What is known to be in an image: boxes, classes or depths of its pixels, a text; and how it becomes the network's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ class DepthTarget:
     depth: npt.NDArray[np.float32]
 
 
-Target: TypeAlias = BoxTarget | MaskTarget | DepthTarget
+@dataclass(frozen=True)
+class TextTarget:
+    """``text``: what is written in the image."""
+
+    text: str
+
+
+Target: TypeAlias = BoxTarget | MaskTarget | DepthTarget | TextTarget
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,10 @@ def carried(target: Target, geometry: Geometry) -> Target:
     """Carry a target in the image's own pixels over to the network's input.
 
     Boxes are cut at the input's edges, and those of which nothing remains are left out. Masks and depths take
-    the nearest pixel; beside the image they are unlabelled.
+    the nearest pixel; beside the image they are unlabelled. A text stays what it is.
     """
+    if isinstance(target, TextTarget):
+        return target
     if isinstance(target, BoxTarget):
         return in_view(replace(target, boxes=geometry.boxes_to_network(target.boxes)), *geometry.size)
     if isinstance(target, MaskTarget):
@@ -184,6 +193,8 @@ def clipped(boxes: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any
 
 def digest_of_target(target: Target) -> bytes:
     """SHA-256 of one target: its kind, its shape and its values."""
+    if isinstance(target, TextTarget):
+        return hashlib.sha256(f"TextTarget {target.text}".encode("utf-8", "surrogatepass")).digest()
     if isinstance(target, BoxTarget):
         arrays: tuple[npt.NDArray[Any], ...] = (target.boxes, target.classes, target.crowd)
     elif isinstance(target, MaskTarget):

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
@@ -133,6 +133,48 @@ def files_below(
                     yield os.path.relpath(Path(folder, file), root)
                 elif left_out is not None:
                     left_out[ending_of(file)] += 1
+
+
+def name_inside(name: object, where: str, fix: str) -> str:
+    """A path that a list gives, which stays inside of its folder; what Windows wrote with backslashes is read too.
+
+    ``where`` says whose name it is. Raises ``ResvitError``, with ``fix`` for what is no name at all.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name or printable(name) != name:
+        raise ResvitError(f"{where} is {name!r}.", fix)
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.name:
+        raise ResvitError(
+            f"{where} {name!r} leads out of the folder of images.",
+            "Write file names relative to the folder of images, without `..`.",
+        )
+    return str(path)
+
+
+def plain_path(path: Path) -> Path:
+    """The absolute path without ``..``; links stay, since folders beside them are looked for by their names."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; the name may be anything."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long or holds NUL, a folder that may not be searched
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; the name may be anything."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def printable(text: str) -> str:
+    """JSON can hold halves of characters, which no file name has and no terminal shows."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def ending_of(name: str) -> str:

@@ -43,10 +43,6 @@ _CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 
     27: 14, 28: 15, 31: 16, 32: 17, 33: 18
 }  # fmt: skip
 """From `labelIds` to the numbers that networks are trained with (cityscapesscripts/helpers/labels.py)."""
-CONVERT = (
-    "Convert it to COCO's detection format (annotations.json beside `images`), or give a function of your own: "
-    "--data file.py:function."
-)
 
 
 @dataclass(frozen=True)
@@ -118,17 +114,11 @@ def refuse_unread(root: Path) -> None:
 
 def require_read(layout: Layout, root: Path) -> None:
     """Refuse by name what is recognised and not read. Raises ``ResvitError``."""
-    if layout.kind == "yolo":
-        raise ResvitError(f"{root} is laid out as for YOLO ({layout.words}), which is not read.", CONVERT)
-    if layout.kind == "voc":
-        raise ResvitError(
-            f"{root} holds boxes as PASCAL VOC's XML files ({layout.words}), which are not read.", CONVERT
-        )
     if layout.kind == "unread":
         raise ResvitError(
             f"{root} holds {layout.words}, and the files of the latter are not of a kind that is read.",
-            f"Masks are {', '.join(masks.SUFFIXES)}, depths {', '.join(depth.SUFFIXES)}, boxes COCO's annotations.json;"
-            f" say `folder:{root}` if both are classes.",
+            f"Masks are {', '.join(masks.SUFFIXES)}, depths {', '.join(depth.SUFFIXES)}, boxes COCO's annotations.json,"
+            f" YOLO's text or VOC's XML files; say `folder:{root}` if both are classes.",
         )
 
 

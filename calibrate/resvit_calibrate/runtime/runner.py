@@ -111,7 +111,9 @@ def pieces(feeds: Arrays, batch: int) -> Iterator[tuple[Arrays, int]]:
         yield part, size
 
 
-def checked_runner(model: Path | bytes, arrays: Arrays, *, sets: bool = False) -> tuple[OnnxRunner, str]:
+def checked_runner(
+    model: Path | bytes, arrays: Arrays, *, sets: bool = False, folder: Path | None = None
+) -> tuple[OnnxRunner, str]:
     """Turn an ONNX model into a ``Runner`` whose optimised graph computes what the graph as written computes.
 
     Both run once on ``arrays``. Optimisers have been seen to break quantised graphs wholly, while rounding moves
@@ -119,7 +121,7 @@ def checked_runner(model: Path | bytes, arrays: Arrays, *, sets: bool = False) -
     written, slower. Answers that are ``sets`` have their rows paired first. Returns the runner and a sentence about it,
     empty where all is well.
     """
-    optimized, written = onnx_runner(model), onnx_runner(model, optimize=False)
+    optimized, written = onnx_runner(model, folder=folder), onnx_runner(model, optimize=False, folder=folder)
     fast, slow = optimized(arrays), written(arrays)
     fast = paired_rows(slow, fast) if sets else fast
     for name, expected in slow.items():
@@ -133,15 +135,17 @@ def checked_runner(model: Path | bytes, arrays: Arrays, *, sets: bool = False) -
     return optimized, ""
 
 
-def onnx_runner(model: Path | bytes, *, float_math: bool = True, optimize: bool = True) -> OnnxRunner:
+def onnx_runner(
+    model: Path | bytes, *, float_math: bool = True, optimize: bool = True, folder: Path | None = None
+) -> OnnxRunner:
     """Turn an ONNX model, given as a file or as its bytes, into a ``Runner`` on the CPU.
 
     ``float_math`` keeps Q/DQ unfused, so that the result is what the graph means; without ``optimize`` the graph
-    runs as it is written. Raises ResvitError for a
-    model that cannot be loaded, and with code MISSING for a quantised one that this runtime gets wrong.
+    runs as it is written; ``folder`` is where the external data of bytes lies. Raises ResvitError for a model that
+    cannot be loaded, and with code MISSING for a quantised one that this runtime gets wrong.
     """
     health = self_test()
-    source, folder = model, None
+    source = model
     if not health.exact:
         repaired = with_float32_quantizers(model)
         if repaired is not None:
@@ -153,7 +157,7 @@ def onnx_runner(model: Path | bytes, *, float_math: bool = True, optimize: bool 
                     ExitCode.MISSING,
                 )
             source = repaired
-            folder = model.parent if isinstance(model, Path) else None
+            folder = model.parent if isinstance(model, Path) else folder
     session = open_session(source, session_options(float_math=float_math, optimize=optimize), folder=folder)
     return OnnxRunner(
         session=session,

@@ -52,8 +52,7 @@ def open_session(model: Path | bytes, options: Any, *, folder: Path | None = Non
     ort = onnxruntime_module()
     if isinstance(model, Path) and not model.is_file():
         raise ResvitError(f"There is no model file {model}.", "Check the path.")
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    add_weight_folder(options, folder)
     source = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -64,6 +63,12 @@ def open_session(model: Path | bytes, options: Any, *, folder: Path | None = Non
             "If the file is complete and passes onnx.checker, an operator or external data file is missing; "
             "export it again, or with a lower opset.",
         ) from error
+
+
+def add_weight_folder(options: Any, folder: Path | None) -> None:
+    """Say in a session's options where the external data of a model given as bytes lies, if it has any."""
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
 
 
 def run_session(session: Any, outputs: list[str], feeds: Arrays) -> list[Array]:

@@ -11,8 +11,12 @@ from resvit_calibrate.answers.base import options_from
 from resvit_calibrate.answers.boxes import BoxReader, DetectionOptions
 from resvit_calibrate.images.class_list import REMEDY
 from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.tasks.embedding import Embedding
 from resvit_calibrate.tasks.segmentation import Segmentation
+from resvit_calibrate.tasks.text import Text
 from resvit_engines.errors import ResvitError
+
+_READERS: dict[str, type[Embedding] | type[Text]] = {task.name: task for task in (Embedding, Text)}
 
 
 def require_outputs_for(
@@ -33,6 +37,8 @@ def require_outputs_for(
             _require_number(images, {shape[1]}, kind)
         return
     arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    if kind in _READERS:
+        _READERS[kind](options).require_outputs(arrays)
     if kind == "detection":
         reader = BoxReader(options_from(DetectionOptions, kind, options), arrays, images.num_classes)
         if reader.options.class_numbers == "id" and images.class_ids:

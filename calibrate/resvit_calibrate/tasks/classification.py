@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from resvit_calibrate.answers.base import Keeping, Task, options_from
 from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predictions_kept
+from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.images.image_set import ImageSet
 
 
@@ -21,7 +22,7 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     metric = "top-1"
-    unit = "percentage points"
+    unit = SHARE
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, self.name, options)

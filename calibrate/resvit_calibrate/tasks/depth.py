@@ -179,21 +179,26 @@ class Depth(Task):
         return {"depth": answers.maps[index]}
 
     def _output(self, outputs: Mapping[str, Array]) -> Array:
-        maps = {
-            name: value if value.ndim == 3 else value[:, 0]
+        value = outputs[self.name_of(outputs)]
+        return value if value.ndim == 3 else value[:, 0]
+
+    def name_of(self, outputs: Mapping[str, Array]) -> str:
+        """Which output has the depths. Raises ``ResvitError`` where that is not clear, saying which there are."""
+        maps = [
+            name
             for name, value in outputs.items()
             if value.dtype.kind == "f" and (value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1))
-        }
+        ]
         wanted = self.options.output
         if wanted is None and len(maps) == 1:
-            return next(iter(maps.values()))
+            return maps[0]
         if wanted is None or wanted not in maps:
             raise ResvitError(
                 f"Depth needs an output [B, 1, h, w] or [B, h, w]{f' called {wanted}' if wanted else ''}; the network "
                 f"has {shapes_of(outputs)}.",
                 "Name one with --task-option output=NAME.",
             )
-        return maps[wanted]
+        return wanted
 
     def _scored(self, found: Array | None, known: Array) -> tuple[Array, tuple[float, float, Array]]:
         """The map as depths, and of it AbsRel, delta 1 (Eigen, NIPS 2014) and a sample of what is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,7 +110,7 @@ class Detection(Task):
             batch, outputs = seen
             reader = reader or BoxReader(self.options, outputs, image_set.num_classes)
             targets = targets_of(batch, BoxTarget, self.name, image_set)
-            known += [self.numbered(target, image_set, reader.classes) for target in targets]
+            known += [self.numbered(target, image_set.class_ids, reader.classes) for target in targets]
             boxes, scores = outputs[reader.boxes], outputs[reader.scores]
             both = {reader.boxes: boxes, reader.scores: scores}
             fine = finite_images(both, len(boxes))
@@ -211,10 +211,10 @@ class Detection(Task):
             "known_classes": truth.classes[~truth.crowd],
         }
 
-    def numbered(self, target: BoxTarget, image_set: ImageSet, classes: int) -> BoxTarget:
-        """The target with the network's class numbers; refuses those that it doesn't have."""
-        if self.options.class_numbers == "id" and image_set.class_ids:
-            target = replace(target, classes=np.array(image_set.class_ids, np.int64)[target.classes])
+    def numbered(self, target: BoxTarget, ids: Sequence[int], classes: int) -> BoxTarget:
+        """The target with the network's class numbers, the data's own being ``ids``; refuses those it doesn't have."""
+        if self.options.class_numbers == "id" and ids:
+            target = replace(target, classes=np.array(ids, np.int64)[target.classes])
         highest = int(target.classes.max(initial=-1))
         if highest >= classes or int(target.classes.min(initial=0)) < 0:
             raise ResvitError(

@@ -1,4 +1,4 @@
-"""What a network is for: classes, boxes, masks, depths or something else, each with its metrics."""
+"""What a network is for: classes, boxes, masks, depths, vectors, texts or something else, each with its metrics."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from typing import Any
 
 from resvit_calibrate.answers.base import Answers, Task
 from resvit_calibrate.answers.boxes import PAIRS
+from resvit_calibrate.data.sources import existing
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.tasks.classification import Classification
 from resvit_calibrate.tasks.depth import Depth
 from resvit_calibrate.tasks.detection import Detection
+from resvit_calibrate.tasks.embedding import Embedding
 from resvit_calibrate.tasks.other import Other
 from resvit_calibrate.tasks.segmentation import Segmentation
+from resvit_calibrate.tasks.text import Text
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import read_outside, text_from_outside
 
 __all__ = ["KINDS", "Answers", "Comparison", "Task", "kind_of", "task_named", "task_of"]
 
-_TASKS: dict[str, type[Classification] | type[Detection] | type[Segmentation] | type[Depth]] = {
-    task.name: task for task in (Classification, Detection, Segmentation, Depth)
-}
+_TASKS: dict[
+    str, type[Classification] | type[Detection] | type[Segmentation] | type[Depth] | type[Embedding] | type[Text]
+] = {task.name: task for task in (Classification, Detection, Segmentation, Depth, Embedding, Text)}
 KINDS = (*_TASKS, Other.name)
 
 
@@ -39,6 +43,20 @@ def task_named(kind: str, options: Mapping[str, Any], metric: str | None = None)
             f"The task {kind} has its own metric, and {metric} was given.", "Say --task other, or leave --metric out."
         )
     return Other(options, metric) if kind == Other.name else _TASKS[kind](options)
+
+
+def with_files_read(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a task with the content of the file in the place of its name, where ``characters`` names one.
+
+    Raises:
+        ResvitError: for a file that is no text.
+    """
+    named = options.get("characters")
+    path = existing(named) if isinstance(named, str) else None
+    if path is None or not path.is_file():
+        return dict(options)
+    fix = "Give a file with one character a line, as UTF-8, in the order of the network's classes."
+    return {**options, "characters": text_from_outside(read_outside(path), str(path), fix)}
 
 
 def task_of(

@@ -174,11 +174,15 @@ class Segmentation(Task):
         return {"mask": answers.maps[index]}
 
     def output_of(self, outputs: Mapping[str, Array]) -> Array:
-        """The output with the masks. Raises ``ResvitError`` where that is not clear, saying which there are."""
+        """The output with the masks; raises as ``name_of``."""
+        return outputs[self.name_of(outputs)]
+
+    def name_of(self, outputs: Mapping[str, Array]) -> str:
+        """Which output has the masks. Raises ``ResvitError`` where that is not clear, saying which there are."""
         wanted = self.options.output
-        maps = {name: value for name, value in outputs.items() if value.ndim in (3, 4)}
+        maps = [name for name, value in outputs.items() if value.ndim in (3, 4)]
         if wanted is None and len(maps) == 1:
-            return next(iter(maps.values()))
+            return maps[0]
         if wanted is None or wanted not in maps:
             asked = f"none of them is {wanted}" if wanted else "which one holds the masks is not said"
             raise ResvitError(
@@ -186,7 +190,7 @@ class Segmentation(Task):
                 f"{shapes_of(outputs)}, and {asked}.",
                 "Name one with --task-option output=NAME.",
             )
-        return maps[wanted]
+        return wanted
 
     def _fits(self, output: Array, size: tuple[int, int]) -> None:
         height, width = output.shape[-2:]

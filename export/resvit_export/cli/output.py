@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.builder.settings import TITLES
 from resvit_engines.console import Output, console, mib, table
@@ -124,7 +125,11 @@ def _retrain(report: DistillReport) -> list[Table | str]:
         for when, score in (("pruned", report.before), ("retrained", report.after))
     ]
     title = f"Trained on {report.images:,} images, against the unpruned model on {report.held_out:,} others"
-    return [table(title, ("weights", "step", "agreement", "top-1", "loss"), rows), _stop(report)]
+    return [table(title, ("weights", "step", "agreement", "top-1", "loss"), rows), _loss(report), _stop(report)]
+
+
+def _loss(report: DistillReport | RecoverReport) -> str:
+    return f"The loss is of {report.objective}"
 
 
 def _stop(report: DistillReport | RecoverReport) -> str:
@@ -165,7 +170,7 @@ def _recover(report: RecoverReport) -> list[Table | str]:
         for when, score in (("before", report.before), ("after", report.after))
     ]
     title = f"Recovery on {report.images:,} images, against the float model on {report.held_out:,} others"
-    return [table(title, ("weights", "step", "agreement", "SQNR"), rows), _stop(report)]
+    return [table(title, ("weights", "step", "agreement", "SQNR"), rows), _loss(report), _stop(report)]
 
 
 def _ranges(ranges: Ranges) -> list[Table | str]:
@@ -228,11 +233,11 @@ def _points(value: float | None) -> str:
 
 
 def metric_value(row: ScoreRow, name: str) -> str:
-    """One metric of a stage of a verdict: top-1 and top-5 in %, the others as they are usually written."""
+    """One metric of a stage of a verdict: shares of images in %, the others as they are usually written."""
     value = row.values.get(name)
     if value is None:
         return ""
-    if name in ("top-1", "top-5"):
+    if row.unit == SHARE and "distance" not in name:
         return f"{value:.2%}"
     return f"{value:.1f} dB" if row.unit == "dB" else f"{value:.4f}"
 
@@ -244,7 +249,8 @@ def verdict_line(record: VerdictRecord) -> str:
 
 def _validate(record: VerdictRecord) -> list[Table | str]:
     note = [record.runtime_note] if record.runtime_note else []
-    return [accuracy_table(record), verdict_line(record), *note]
+    blame = [record.blame.sentence] if record.blame else []
+    return [accuracy_table(record), verdict_line(record), *blame, *note]
 
 
 def _compile(compiled: Compiled) -> list[Table | str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from resvit_calibrate.images.preprocess import Preprocess
-from resvit_engines.errors import ResvitError
-from resvit_engines.outside import expanded
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import expanded, json_from_outside, leads_to_file, read_outside
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.random_weights import draw_weights
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _ANSWERS = ("logits", "pred_boxes", "predicted_depth", "class_queries_logits", "masks_queries_logits")
 """Fields of a model's output that applications read; where it has none of them, all tensors of it are kept."""
+_KEPT_FOR_OTHERS = re.compile(r"^((encoder|decoder)_)?hidden_states$|attentions$|position")
+"""Fields of several tensors that are no answers: the layers' own outputs, and positions, the same for every image."""
 _SOFTMAX = frozenset({"detr", "yolos", "table-transformer"})
 """Detectors whose last score stands for "no object"; the others' scores go through a sigmoid."""
 _DETR_COCO = 91
@@ -37,6 +39,8 @@ _OTHER_INPUTS = {
     "MASK_GENERATION": "takes points or boxes beside its image",
 }
 """Lists of transformers (``MODEL_FOR_…_MAPPING_NAMES``) whose classes are more than a function of one image."""
+_GRID = "spatial_shapes"
+"""The parameter of a forward whose images are cut into patches before it: rows and columns of patches of each."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 _ARCHITECTURE = "architecture"
 
@@ -53,7 +57,7 @@ class HuggingFaceModel(nn.Module):
         self.model = model
         self.preprocess = preprocess
         self.random_weights = random_weights
-        self.input_name = str(getattr(model, "main_input_name", "pixel_values"))
+        self.input_name = _reads(type(model))[0]
         self.input_shape = _input_shape(config, preprocess)
         self.size_step = _size_step(config)
         self.task_options = _task_options(config)
@@ -64,15 +68,15 @@ class HuggingFaceModel(nn.Module):
         mask = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
         answer = self.model(**{self.input_name: pixel_values}, return_dict=True, **mask)
         tensors = {name: value for name, value in answer.items() if isinstance(value, Tensor)}
-        # A backbone answers with a tuple of maps.
+        # A backbone answers with a tuple of maps, some encoders with maps of several sizes beside their last one.
         maps = {
             f"{name}_{index}": value
             for name, several in answer.items()
-            if isinstance(several, (tuple, list))
+            if isinstance(several, (tuple, list)) and not _KEPT_FOR_OTHERS.search(name)
             for index, value in enumerate(several)
             if isinstance(value, Tensor)
         }
-        return {name: tensors[name] for name in _ANSWERS if name in tensors} or tensors or maps
+        return {name: tensors[name] for name in _ANSWERS if name in tensors} or {**tensors, **maps}
 
 
 def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> HuggingFaceModel:
@@ -106,7 +110,8 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
         else:
             model = kind(config)
             draw_weights(model)
-    return HuggingFaceModel(model, config, _preprocess(files / "preprocessor_config.json", config), not trained)
+        preprocess = _preprocess(files / "preprocessor_config.json", config)
+        return HuggingFaceModel(model, config, preprocess, not trained)
 
 
 def _class_of(transformers: Any, config: Any, named: object, reference: str) -> Any:
@@ -117,6 +122,8 @@ def _class_of(transformers: Any, config: Any, named: object, reference: str) -> 
             "Name it, for example --model-arg architecture=RTDetrForObjectDetection.",
         )
     kind = getattr(transformers, names[0], None)
+    if not isinstance(kind, type) and getattr(config, "auto_map", None):
+        raise _own_code(reference)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise ResvitError(
             f"transformers {transformers.__version__} has no model class {names[0]}.",
@@ -129,11 +136,7 @@ def _require_image(kind: Any, reference: str) -> None:
     """Refuse, before anything is built, a class that is no function of one image, and say which of its parts is."""
     from transformers.models.auto import modeling_auto
 
-    said = kind.main_input_name
-    reads = [said] if isinstance(said, str) else list(said)
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
-    needs = [item.name for item in parameters if item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD]
-    reads += [name for name in needs if name not in reads]
+    reads = _reads(kind)
     for listed, what in _OTHER_INPUTS.items():
         mapping = dict(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES", {}))
         classes = {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
@@ -143,6 +146,13 @@ def _require_image(kind: Any, reference: str) -> None:
                 f"{kind.__name__} ({reference}) {what}: that is no network from an image to tensors of fixed shape.",
                 _fix_by_part(kind),
             )
+    if _GRID in reads:
+        raise ResvitError(
+            f"{kind.__name__} ({reference}) reads patches of photos of any aspect ratio, cut before the network "
+            f"([B, patches, values], with {_GRID}), not images.",
+            "Take the weights of the same family for a fixed size, which read images (of SigLIP 2 those without "
+            "'naflex'), or give a module of yours that cuts its image itself (--model file.py:factory).",
+        )
     if len(reads) > 1 or not (reads[0] == "pixel_values" or (reads[0] == "inputs" and "Image" in kind.__name__)):
         raise ResvitError(
             f"{kind.__name__} ({reference}) reads {', '.join(reads)}: an engine here is a function of images alone.",
@@ -150,8 +160,24 @@ def _require_image(kind: Any, reference: str) -> None:
         )
 
 
+def _reads(kind: Any) -> list[str]:
+    """What the forward of ``kind`` reads: its main input first, then what else it cannot do without.
+
+    The main input is what the class says, where its forward has such a parameter: a tower inside a larger model often
+    inherits the name of the words.
+    """
+    parameters = [item for item in inspect.signature(kind.forward).parameters.values() if item.name != "self"]
+    takes = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
+    said = getattr(kind, "main_input_name", "pixel_values")
+    main = [name for name in ([said] if isinstance(said, str) else said) if name in takes] or takes[:1]
+    needs = [item.name for item in parameters if item.name in takes and item.default is item.empty]
+    grid = [_GRID] if _GRID in takes else []
+    return list(dict.fromkeys([*main, *needs, *grid]))
+
+
 def _fix_by_part(kind: Any) -> str:
-    """What to give instead: a class beside this one that sees, where there is one."""
+    """What to give instead: a class beside this one that sees, where there is one and transformers offers it."""
+    offered = import_transformers()
     beside = vars(sys.modules[kind.__module__]).items()
     parts = sorted(
         name
@@ -162,7 +188,8 @@ def _fix_by_part(kind: Any) -> str:
         and ("Vision" in name or "Backbone" in name)
         and "PreTrained" not in name
         and getattr(other, "config_class", None) is not None
-        and getattr(other, "main_input_name", None) == "pixel_values"
+        and hasattr(offered, name)
+        and _reads(other) == ["pixel_values"]
     )
     own = "give a module of yours from the image alone to tensors of fixed shape (--model file.py:factory)"
     if not parts:
@@ -250,12 +277,17 @@ def _preprocess(path: Path, config: Any) -> Preprocess | None:
     channels = int(getattr(config, "num_channels", 3))
     if channels not in (1, 3):  # a picture and a guess of its mask, or a radar's bands: the user's own loader feeds it
         return None
-    try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ResvitError(f"{path} cannot be read: {error}.", "Copy or download the model again.") from error
+    again = "Copy or download the model again."
+    own = json_from_outside(read_outside(path), str(path), again)
+    try:
+        return _preprocess_from(own, config, channels)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ResvitError(f"{path} is not what transformers writes: {type(error).__name__}: {error}.", again) from error
+
+
+def _preprocess_from(own: Mapping[str, Any], config: Any, channels: int) -> Preprocess | None:
     size, resize, fraction = _sizes(own, config)
     if size is None:
         return None
@@ -283,7 +315,11 @@ def _sizes(own: Mapping[str, Any], config: Any) -> tuple[tuple[int, int] | None,
     size = own.get("size")
     if isinstance(size, int):
         size = {"height": size, "width": size} if "Segformer" in str(own) else {"shortest_edge": size}
+    if isinstance(size, list) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
     size = size or {}
+    if not isinstance(size, dict):
+        raise TypeError(f"its size is {size!r}")
     if own.get("do_center_crop") and isinstance(own.get("crop_size"), (int, dict)):
         crop = own["crop_size"]
         height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
@@ -316,6 +352,13 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _own_code(reference: str) -> ResvitError:
+    return ResvitError(
+        f"{reference} comes with code of its own, which is not run.",
+        "Read that code, and give the network by a factory of yours: --model file.py:factory.",
+    )
+
+
 @contextlib.contextmanager
 def _refusals(reference: str) -> Iterator[None]:
     """What transformers raises, in a sentence."""
@@ -328,15 +371,19 @@ def _refusals(reference: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if "trust_remote_code" in text:
-            raise ResvitError(
-                f"{reference} comes with code of its own, which is not run.",
-                "Read that code, and give the network by a factory of yours: --model file.py:factory.",
-            ) from error
-        if isinstance(error, OSError):
+            raise _own_code(reference) from error
+        if isinstance(error, OSError) and not leads_to_file(expanded(reference) / "config.json"):
             raise ResvitError(
                 f"{reference} is neither a folder with a config.json nor in the hub's cache on this machine, and "
                 "nothing is downloaded.",
                 f"Fetch it where there is a network (hf download {reference}), or give the folder of the model.",
+            ) from error
+        if isinstance(error, ImportError):
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            raise ResvitError(
+                f"transformers cannot build {reference} here: {lines[0] if lines else error!r}",
+                "Install that library beside transformers, or take a network that does without it.",
+                ExitCode.MISSING,
             ) from error
         raise user_error(
             error, f"transformers cannot load {reference}", "Check the folder, --model-arg and the version."

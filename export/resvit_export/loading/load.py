@@ -39,11 +39,14 @@ from resvit_export.loading.torch_program import (
     refuse_random_program,
     runner_from_program,
 )
-from resvit_export.loading.user_code import user_error
+from resvit_export.loading.user_code import told_as_user_errors, user_error
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
     from resvit_calibrate.runtime.runner import Runner
+
+_FEW = 4
+"""Channels of an image, at most, where nothing else tells its layout."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Network:
             notes=self.notes,
             coupled=COUPLED in self.notes,
             class_names=dict(self.class_names),
+            outputs=tuple(
+                {"name": name, "shape": list(shape)}
+                for name, shape in zip(output_names(self.program), output_shapes(self.program), strict=True)
+            ),
         )
 
 
@@ -99,7 +106,9 @@ def load_network(spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
         raise ResvitError("An ONNX model has no PyTorch program.", "It goes through import_onnx.")
     if spec.model.endswith(".pt2"):
         return _network_from_pt2(spec, reporter)
-    return network_from_module(module_from_name(spec.model, spec.model_args), spec, reporter)
+    with told_as_user_errors(spec.model):
+        module = module_from_name(spec.model, spec.model_args)
+    return network_from_module(module, spec, reporter)
 
 
 def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter = SILENT) -> Network:
@@ -107,6 +116,11 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
 
     Without a checkpoint, a module that a name stands for has random weights, and the user is told.
     """
+    with told_as_user_errors(spec.model):
+        return _network_from_module(module, spec, reporter)
+
+
+def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter) -> Network:
     notes: list[str] = []
     _refuse_lazy(module, spec.model)
     if spec.checkpoint is not None:
@@ -257,6 +271,7 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
         ResvitError: for a name that the forward does not have, a parameter that nothing is said of, and no image size.
     """
     image = spec.input_shape or _own_input_shape(module)
+    _require_channels_first(image, spec.model)
     _require_step(module, image, spec.model)
     parameters = inspect.signature(module.forward).parameters.values()
     names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
@@ -288,9 +303,24 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
         raise ResvitError(
             f"The forward of {spec.model} needs {', '.join(needed)}, and nothing says what {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'}.",
-            f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64.",
+            f"Give shape and type of each: {example}, for example --shape sizes=1x2:int64. What only training needs, "
+            "such as labels, is no input of an engine: give it a default of None, or wrap the network in a module "
+            "whose forward takes the image alone.",
         )
     return tuple(given[name] for name in names if name in given)
+
+
+def _require_channels_first(image: tuple[int, int, int] | None, name: str) -> None:
+    """Refuse a size that is height, width and channels: no image is ``_FEW`` pixels wide and has more channels."""
+    if image is None or image[2] > _FEW or image[0] <= _FEW:
+        return
+    height, width, channels = image
+    raise ResvitError(
+        f"{name} is to take images of {height} channels that are {width} pixels high and {channels} wide: that is "
+        "height, width and channels.",
+        f"Give --input-shape {channels},{height},{width}. A network that reads [B, H, W, C] needs a wrapper whose "
+        "forward takes [B, C, H, W] and permutes it.",
+    )
 
 
 def _require_step(module: nn.Module, image: tuple[int, int, int] | None, name: str) -> None:
@@ -307,8 +337,13 @@ def _require_step(module: nn.Module, image: tuple[int, int, int] | None, name: s
 
 
 def _refuse_lazy(module: nn.Module, name: str) -> None:
-    """Refuse layers that wait for their first image to know their sizes: there is nothing to load or to check."""
-    for tensor in module.state_dict().values():
+    """Refuse layers that wait for their first image to know their sizes, and weights that were never allocated."""
+    for key, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise ResvitError(
+                f"{name} has weights without values: {key} is on the device 'meta'.",
+                "Let the factory make the network on the CPU, or load its weights before it returns it.",
+            )
         if isinstance(tensor, torch.Tensor) and torch.nn.parameter.is_lazy(tensor):
             raise ResvitError(
                 f"{name} has lazy layers, whose sizes are not known yet.",

@@ -35,6 +35,8 @@ class NetworkRecord:
     image_range: tuple[int, int] | None = None
     class_names: Mapping[int, str] = field(default_factory=dict)
     """What the model's configuration calls its classes, where it does."""
+    outputs: tuple[Mapping[str, Any], ...] = ()
+    """Of a network in PyTorch: ``name`` and ``shape`` of each, free sizes as text."""
 
     @property
     def class_list(self) -> ClassList | None:
@@ -65,6 +67,7 @@ class NetworkRecord:
             "notes": list(self.notes),
             **({"coupled": True} if self.coupled else {}),
             **({"class_names": {str(n): name for n, name in self.class_names.items()}} if self.class_names else {}),
+            **({"outputs": [dict(item) for item in self.outputs]} if self.outputs else {}),
         }
 
     @classmethod
@@ -85,4 +88,5 @@ class NetworkRecord:
             coupled=document.get("coupled", False),
             image_range=tuple(document["image_range"]) if "image_range" in document else None,
             class_names={int(number): name for number, name in document.get("class_names", {}).items()},
+            outputs=tuple(document.get("outputs", ())),
         )

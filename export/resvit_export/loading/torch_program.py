@@ -87,11 +87,15 @@ def _exported(
 
 def coupling_of(program: ExportedProgram) -> float | None:
     """How far an image's answers move with the other images of its batch (``couples_images``)."""
-    sets = any(node.target is torch.ops.aten.topk.default for node in program.graph.nodes)
-    batch = fixed_batch_of(program)
+    sets, batch = selects_rows(program), fixed_batch_of(program)
     if drawing_nodes(program):
         return None  # each run differs from the last; that is said by itself
     return couples_images(runner_from_program(program), _drawn(program), batch=batch, sets=sets)
+
+
+def selects_rows(program: ExportedProgram) -> bool:
+    """Whether the program picks rows by score, so that their order hangs on rounding."""
+    return any(node.target is torch.ops.aten.topk.default for node in program.graph.nodes)
 
 
 def drawing_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
@@ -226,6 +230,14 @@ def output_names(program: ExportedProgram) -> list[str]:
     if len(shapes) == 1:
         return ["logits" if len(shapes[0]) == 2 else "output"]
     return [f"output_{index}" for index in range(len(shapes))]
+
+
+def floating_outputs(program: ExportedProgram) -> tuple[str, ...]:
+    """The names of the outputs that are floating, in the forward's order."""
+    nodes = program.graph.output_node().args[0]
+    assert isinstance(nodes, (tuple, list))
+    named = zip(output_names(program), nodes, strict=True)
+    return tuple(name for name, node in named if node.meta["val"].is_floating_point())
 
 
 def runner_from_program(program: ExportedProgram) -> Runner:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resvit_calibrate.readers.user.code import is_users
 from resvit_engines.errors import ResvitError
 
 _SMALL = 64
@@ -30,6 +31,28 @@ def user_error(error: BaseException, what: str, fix: str) -> ResvitError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     message = lines[0].strip()[:300] if lines else ""
     return ResvitError(f"{what}{place}: {type(error).__name__}: {message}", fix)
+
+
+@contextlib.contextmanager
+def told_as_user_errors(name: str) -> Iterator[None]:
+    """Tell what the user's own code raises while the network ``name`` is loaded, wherever in it that may be.
+
+    A module runs code of its owner's in its forward, and in ``train``, ``state_dict``, properties and hooks too. An
+    error on the way through none of the user's files is ours, and stays what it is. ``SystemExit`` is never ours.
+    """
+    try:
+        yield
+    except ResvitError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = not any(is_users(frame.filename) for frame in frames if not frame.filename.startswith("<"))
+        if ours and not isinstance(error, SystemExit):
+            raise
+        what = "ends the process" if isinstance(error, SystemExit) else "fails"
+        raise user_error(
+            error, f"The code of {name} {what} while it is loaded", "Mend that line; it runs when a network is loaded."
+        ) from error
 
 
 def _is_library(filename: str) -> bool:

@@ -71,6 +71,10 @@ class TaskKind(Choice):
     DETECTION = "detection"
     SEGMENTATION = "segmentation"
     DEPTH = "depth"
+    EMBEDDING = "embedding"
+    """A vector for the image, by which images of its class are found."""
+    TEXT = "text"
+    """What is written in the image."""
     OTHER = "other"
     """By a metric of the user's own, or by how near the outputs are."""
 

@@ -41,7 +41,9 @@ def plain_values(key: str, text: str) -> bool | int | float | str:
 
 
 def task_values(key: str, text: str) -> Any:
-    """Read a value of ``--task-option``: whole numbers for ``ignore``, else plain."""
+    """Read a value of ``--task-option``: whole numbers for ``ignore``, ``characters`` as they are, else plain."""
+    if key == "characters":
+        return text
     if key == "ignore":
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not all(re.fullmatch(r"-?\d+", part) for part in parts):

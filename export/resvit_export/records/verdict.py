@@ -13,6 +13,7 @@ from resvit_engines.records import Record
 
 if TYPE_CHECKING:
     from resvit_calibrate.gate.comparison import Comparison
+    from resvit_quantize.sensitivity.own_noise import OwnNoise
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class VerdictRecord:
     rows: tuple[ScoreRow, ...]
     changed_total: int
     changed: tuple[ChangedAnswer, ...]
+    blame: OwnNoise | None = None
+    """Where the outputs have a low SQNR: whether the network or its quantisation is to blame."""
 
     @property
     def kind(self) -> VerdictKind:
@@ -118,6 +121,7 @@ class VerdictRecord:
             "stages": [row.to_json() for row in self.rows],
             "changed_total": self.changed_total,
             "changed": [item.to_json() for item in self.changed],
+            "blame": None if self.blame is None else self.blame.to_json(),
         }
 
     @classmethod
@@ -135,4 +139,13 @@ class VerdictRecord:
             rows=tuple(ScoreRow.from_json(row) for row in document["stages"]),
             changed_total=document["changed_total"],
             changed=tuple(ChangedAnswer.from_json(item) for item in document["changed"]),
+            blame=_blame_from_json(document.get("blame")),
         )
+
+
+def _blame_from_json(document: Mapping[str, Any] | None) -> OwnNoise | None:
+    if document is None:
+        return None
+    from resvit_quantize.sensitivity.own_noise import OwnNoise
+
+    return OwnNoise.from_json(document)

@@ -20,6 +20,7 @@ from resvit_export.stages.bundle import Bundled
 from resvit_export.stages.calibrate import Calibrated
 from resvit_export.stages.compile import Compiled
 from resvit_export.stages.decide.predict import Predicted
+from resvit_export.stages.decide.recover import Recovered
 from resvit_export.stages.decide.search import Searched
 from resvit_export.stages.device import OnDevice, newest_on_device
 from resvit_export.stages.export import Exported
@@ -74,6 +75,7 @@ def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
 def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportData:
     found = tuple(stages.values())
     pruned, retrained, folded = _one(found, Pruned), _one(found, Retrained), _one(found, Folded)
+    recovered = _one(found, Recovered)
     exported, calibrated, quantized = _one(found, Exported), _one(found, Calibrated), _one(found, Quantized)
     validated, predicted, searched = _one(found, Validated), _one(found, Predicted), _one(found, Searched)
     compiled, audited, bundled = _one(found, Compiled), _one(found, Audited), _one(found, Bundled)
@@ -85,6 +87,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
         name=_title(pipeline),
         prune=pruned.report if pruned else None,
         retrain=retrained.report if retrained else None,
+        recover=recovered.report if recovered else None,
         fold=folded.report if folded else None,
         export=exported.report if exported else None,
         ranges=calibrated.known if calibrated else None,

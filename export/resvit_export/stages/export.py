@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_export.loading.inputs import ShapeWish
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.source import NetworkSource
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.fold import Folded
 from resvit_export.stages.load import Loaded, write_network_record
 
 if TYPE_CHECKING:
     from resvit_export.to_onnx.report import ExportReport
 
+OLDEST_OPSET = 20
+"""What every TensorRT from 10.3 on reads."""
 MODEL = "model.onnx"
 REPORT = "export.json"
 
@@ -72,6 +77,17 @@ class Export(Stage[Exported]):
             report = onnx_from_program(program, folder / MODEL, opset=self.opset, batch=self.batch)
         write_network_record(folder, self.network)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+
+def export_of(run: Run, folded: Folded | None) -> Export | Import:
+    """The export of a run: of the folded program, or where there is none of the user's own ONNX."""
+    target, recipe = run.target, run.recipe
+    if folded is None:
+        return Import(run.network, recipe.shape_wishes, *((target.opset, target.software) if target else (None, "")))
+    # What cannot be validated here is not exported.
+    opset = target.opset if target and target.opset <= scorable_opset() else OLDEST_OPSET
+    batch = None if recipe.dynamic_batch else recipe.batch_range[0]
+    return Export(folded.program, folded.network, opset, batch)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import numpy as np
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.targets.table import Precision
 from resvit_export.records.verdict import ChangedAnswer, ScoreRow, VerdictRecord
 from resvit_export.stage import Artifact, File, Stage
+from resvit_export.stages.quantize import Quantized
 from resvit_export.stages.score import Answered, Questions, Scored, shipped_in
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.ranges.diagnostics import Diagnostic
     from resvit_calibrate.runtime.sessions import Array
+    from resvit_quantize.sensitivity.own_noise import OwnNoise
 
 VERDICT = "verdict.json"
 CHANGED = "changed.npz"
@@ -29,6 +32,8 @@ CHANGED_SHOWN = 24
 DRAWN = 8
 """Of these, those over which answers are drawn: each takes a row of the report."""
 _PICTURE_SIDE = 224
+BLAME_IMAGES = 8
+"""Images that tell whether a network is sensitive itself."""
 CLIPPING_IMAGES = 64
 """Images that tell whether validation looks like calibration."""
 
@@ -47,8 +52,9 @@ class Validated(Artifact):
 class Validate(Stage[Validated]):
     """Judge what ships against the original: PyTorch where the model came as PyTorch, else the float ONNX.
 
-    ``floating``, ``statistics`` and ``quantize_report`` tell whether validation looks like calibration. ``class_names``
-    are what the verdict calls the classes, which the digest of the images does not tell.
+    ``floating``, ``statistics`` and ``quantized`` tell whether validation looks like calibration and, with
+    ``selects_rows`` (see :class:`ExportReport`), what a low SQNR comes from. ``class_names`` are what the verdict calls
+    the classes, which the digest of the images does not tell.
     """
 
     name: ClassVar[str] = "validate"
@@ -63,7 +69,8 @@ class Validate(Stage[Validated]):
     candidate: Scored
     floating: File
     statistics: File
-    quantize_report: File
+    quantized: Quantized
+    selects_rows: bool
     max_drop: float
     confidence: float
     class_names: tuple[str, ...]
@@ -92,6 +99,7 @@ class Validate(Stage[Validated]):
 
         diagnostics = self._clipping()
         tell(diagnostics, reporter)
+        blame = self._blame(comparison.sqnr_db)
         changed = [ChangedAnswer.from_json(item) for item in task.changed(original, candidate)]
         shown = changed[: DRAWN if changed and task.drawing(original, changed[0].index) else CHANGED_SHOWN]
         record = VerdictRecord(
@@ -106,10 +114,21 @@ class Validate(Stage[Validated]):
             rows=tuple(rows),
             changed_total=len(changed),
             changed=tuple(shown),
+            blame=blame,
         )
         (folder / VERDICT).write_bytes(pretty_json(record.to_json()))
         pictures = _pictures(task, images, original, candidate, shown, self.questions.batch_size)
         np.savez_compressed(folder / CHANGED, **pictures)  # type: ignore[arg-type]  # of the names, none is an option
+
+    def _blame(self, sqnr_db: float) -> OwnNoise | None:
+        """Where the outputs have a low SQNR, whether the network or its quantisation is to blame."""
+        from resvit_quantize.sensitivity.own_noise import LOW_DB, own_noise
+
+        if not sqnr_db < LOW_DB:
+            return None
+        few = next(self.questions.images.batches(min(self.questions.batch_size, BLAME_IMAGES)))
+        model, precision = self.quantized.model.path, Precision(self.quantized.report.precision)
+        return own_noise(self.floating.path, model, precision, few.feeds(), sets=self.selects_rows)
 
     def _clipping(self) -> tuple[Diagnostic, ...]:
         """Whether the ranges cut much of what the first validation images hold."""
@@ -117,7 +136,7 @@ class Validate(Stage[Validated]):
         from resvit_calibrate.ranges.diagnostics import clipping_diagnostics
         from resvit_calibrate.ranges.statistics import statistics_from_npz
 
-        clips = self.quantize_report.json().get("clips") or {}
+        clips = self.quantized.report.clips
         if not clips:
             return ()
         batch_size = self.questions.batch_size

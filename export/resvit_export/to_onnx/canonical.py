@@ -105,7 +105,7 @@ def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str])
             taken.add(name)
             for other in _values(graph):
                 if other is not value and other.name == name:
-                    other.name = f"{name}_"
+                    other.name = _unique(name, {str(each.name) for each in _values(graph)})
             value.name = name
     fixed = {*graph.inputs, *graph.outputs}
     taken |= {str(value.name) for value in named}

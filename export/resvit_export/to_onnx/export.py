@@ -22,7 +22,6 @@ from resvit_export.to_onnx.branches import refuse_branches
 from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.report import (
-    EXTERNAL_ABOVE,
     ExportReport,
     measure_parity,
     report_of,
@@ -30,6 +29,7 @@ from resvit_export.to_onnx.report import (
     write_model,
 )
 from resvit_export.to_onnx.translations import translations
+from resvit_quantize.graph.external import EXTERNAL_ABOVE
 
 __all__ = ["ExportReport", "import_onnx", "onnx_from_program"]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.inliner
@@ -19,7 +20,6 @@ from onnx import AttributeProto, TensorProto
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.weights.onnx_proto import (
-    MOST_BYTES,
     file_inside,
     graphs_of,
     invalid,
@@ -32,6 +32,8 @@ MOST_NODES = 100_000
 MOST_ELEMENTS = 1 << 30
 """Of any one tensor at one image: 4 GiB of float32, which no device here would hold."""
 _DEEPEST_CALLS = 32
+_LARGE = 1024
+"""Bytes of a weight that no conversion of an operator has to read: sizes, scales and axes are smaller."""
 _LONGEST_NAME = 4096
 _IR_VERSION = 10
 """What our own export writes."""
@@ -79,11 +81,42 @@ def model_from_file(path: Path) -> onnx.ModelProto:
         _require_plain(proto, path)
         _read_external_data(proto, path)
         _require_whole_tensors(proto, path)
-        proto = _checked(proto, path)
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        proto = light(proto, lambda part: _checked(part, weights, path))
         if proto.functions:
-            proto = onnx.inliner.inline_local_functions(proto)
+            proto = light(proto, onnx.inliner.inline_local_functions)
         _require_plain(proto, path)
     return proto
+
+
+def light(proto: onnx.ModelProto, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:
+    """What ``change`` makes of a model that it sees without its large weights, which stand among the inputs meanwhile.
+
+    ONNX's own functions take a model as one message of protobuf, which ends at 2 GiB. Up to IR version 3 weights stood
+    among the inputs too; later that makes them defaults, which nobody overrides here: none is there afterwards.
+    """
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    own = [value for value in proto.graph.input if value.name not in weights]
+    large = [tensor for tensor in proto.graph.initializer if tensor.ByteSize() > _LARGE]
+    small = [tensor for tensor in proto.graph.initializer if tensor.ByteSize() <= _LARGE]
+    apart = onnx.ModelProto()
+    apart.graph.initializer.extend(large)
+    _replace(proto.graph.initializer, small)
+    _replace(
+        proto.graph.input, [*own, *(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large)]
+    )
+    names = {tensor.name for tensor in apart.graph.initializer}
+    changed = change(proto)
+    _replace(changed.graph.input, [value for value in changed.graph.input if value.name not in names])
+    changed.graph.initializer.extend(apart.graph.initializer)
+    return changed
+
+
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    """Let a repeated field of a message hold these values, some of which it may have held before."""
+    kept = [type(value).FromString(value.SerializeToString()) for value in values]
+    del field[:]
+    field.extend(kept)
 
 
 def bounded_model(path: Path) -> onnx.ModelProto:
@@ -327,13 +360,8 @@ def _is_sane(value: onnx.ValueInfoProto) -> bool:
     )
 
 
-def _checked(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+def _checked(proto: onnx.ModelProto, weights: Collection[str], path: Path) -> onnx.ModelProto:
     """The model as ONNX's checker accepts it, without what only repeats or contradicts the rest."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in weights]
-    # Up to IR version 3 weights stood among the inputs; later that makes them defaults, which nobody overrides here.
-    del proto.graph.input[:]
-    proto.graph.input.extend(inputs)
     proto.ir_version = max(proto.ir_version, _IR_VERSION)
     if any(value.type.WhichOneof("value") is None for value in proto.graph.output):
         proto = onnx.shape_inference.infer_shapes(proto)
@@ -348,6 +376,5 @@ def _checked(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             )
         if any(size.HasField("dim_value") and size.dim_value < 0 for size in value.type.tensor_type.shape.dim):
             raise invalid(path, f"its output {value.name} has a negative size")
-    if proto.ByteSize() <= MOST_BYTES:
-        onnx.checker.check_model(proto)
+    onnx.checker.check_model(proto)
     return proto

@@ -23,7 +23,7 @@ from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.image_input import ImageEntrance, take_image
-from resvit_export.to_onnx.onnx_file import model_from_file, reading, require_fits
+from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits
 from resvit_export.to_onnx.report import (
     ExportReport,
     inputs_of_graph,
@@ -146,7 +146,7 @@ def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.Mod
     if version >= OLDEST_OPSET:
         return proto
     with reading(path, f"(opset {version}) cannot be converted to opset {OLDEST_OPSET}"):
-        converted = onnx.version_converter.convert_version(proto, OLDEST_OPSET)
+        converted = light(proto, lambda part: onnx.version_converter.convert_version(part, OLDEST_OPSET))
     notes.append(f"converted from opset {version} to {OLDEST_OPSET}")
     return converted
 

@@ -14,8 +14,8 @@ from resvit_calibrate.runtime.parity import Difference, differences, flat_differ
 from resvit_calibrate.runtime.runner import Runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_file
 from resvit_export.loading.inputs import NetworkInput, random_feeds
+from resvit_quantize.graph.external import EXTERNAL_ABOVE, write_onnx
 
 _TYPES = {
     ir.DataType.FLOAT: "float32",
@@ -23,10 +23,6 @@ _TYPES = {
     ir.DataType.INT32: "int32",
     ir.DataType.BOOL: "bool",
 }
-
-EXTERNAL_ABOVE = int(1.8e9)
-"""Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
-
 
 FLAT_IMAGES = (
     ("zeros", 0.0, 0.0),
@@ -170,33 +166,7 @@ def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOV
     """
     import onnx
 
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if weights > external_above:
-        data = path.with_name(f"{path.name}.data")
-        # Shapes and other small constants stay in the model, where shape inference can read them.
-        large = [
-            v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes > 256
-        ]
-        with atomic_file(data) as partial:
-            # The bytes go into the partial file, and the model refers to the final name.
-            written = ir.external_data.convert_tensors_to_external(
-                [value.const_value for value in large if value.const_value is not None],
-                base_dir=partial.parent,
-                relative_path=partial.name,
-            )
-        for value, tensor in zip(large, written, strict=True):
-            value.const_value = ir.ExternalTensor(
-                data.name,
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=str(value.name),
-                base_dir=path.parent,
-            )
-    proto = ir.serde.serialize_model(model)
-    with atomic_file(path) as partial:
-        partial.write_bytes(proto.SerializeToString(deterministic=True))
+    write_onnx(model, path, external_above)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

@@ -29,6 +29,7 @@ _POINTWISE = frozenset(
     {"Gelu", "Mul", "HardSwish", "Mish", "Swish", "Elu", "Celu", "Selu", "Softplus", "Sigmoid", "HardSigmoid"}
 )
 """Activations that TensorRT computes in kernels of their own."""
+_OFFSETS = frozenset({"Add", "Sub", "Identity"})
 _LOPSIDED = 1.2
 """A symmetric grid that reaches this much further than half of the range is worth a shift."""
 _REACHES = (1.0, 0.85, 0.7, 0.5)
@@ -89,6 +90,13 @@ def close_activations(model: ir.Model, opened: tuple[Opened, ...]) -> None:
 
 def _is_pointwise(value: ir.Value) -> bool:
     node = value.producer()
+    # An offset of one number, as blocks with a learned affine have behind their activation, is in the same kernel.
+    while node is not None and node.op_type in _OFFSETS:
+        computed = [each for each in node.inputs if each is not None and constant(each) is None]
+        arrays = [array for array in map(constant, node.inputs) if array is not None]
+        if len(computed) != 1 or any(array.size != 1 for array in arrays):
+            return False
+        node = computed[0].producer()
     if node is None or node.op_type not in _POINTWISE:
         return False
     # A factor for each channel, as norms end with, is smoothing's already.

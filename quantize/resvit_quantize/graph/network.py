@@ -10,11 +10,13 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from resvit_calibrate.runtime.sessions import add_weight_folder
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_file
+from resvit_quantize.graph.external import weight_bytes, weight_folder, write_onnx
 from resvit_quantize.graph.schema import holds_graph
 
-_PROTOBUF_LIMIT = 2**31 - 1
+MOST_ALONE = 2**31 - 1 - (64 << 20)
+"""Bytes of weights in one file: protobuf ends at 2 GiB, with the graph itself."""
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
@@ -54,27 +56,33 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
-def onnx_from_network(model: ir.Model, path: Path) -> int:
-    """Check types and shapes in full, write the file in one step, and return its size in bytes."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size > _PROTOBUF_LIMIT - (64 << 20):
-        raise ResvitError(
-            f"The quantised model holds {size >> 20} MiB of weights; one ONNX file holds at most 2 GiB.",
-            "Use a smaller model.",
-        )
-    proto = ir.serde.serialize_model(model)
+def onnx_from_network(model: ir.Model, path: Path, *, external_above: int | None = None) -> int:
+    """Check types and shapes in full, write the file in one step, and return its size in bytes.
+
+    What ships is one file. With ``external_above`` weights of more bytes may lie beside it (:func:`write_onnx`).
+    """
+    size = weight_bytes(model)
+    if external_above is None and size > MOST_ALONE:
+        raise too_large(size)
+    write_onnx(model, path, MOST_ALONE if external_above is None else external_above)
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        path.unlink()
         raise ResvitError(
             f"The quantised graph does not check: {error}",
             "This is a defect of the quantiser; report it with the model's structure.",
             ExitCode.BUG,
         ) from error
-    data = proto.SerializeToString(deterministic=True)
-    with atomic_file(path) as partial:
-        partial.write_bytes(data)
-    return len(data)
+    return path.stat().st_size
+
+
+def too_large(size: int) -> ResvitError:
+    """The error for a quantised model of ``size`` bytes of weights, which fits into no ONNX file."""
+    return ResvitError(
+        f"The quantised model holds {size >> 20:,} MiB of weights; one ONNX file holds at most 2 GiB.",
+        "Use a smaller model, or --precision int8, which takes half of FP16's.",
+    )
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -151,6 +159,7 @@ def observed_shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, tu
     options.log_severity_level = 4
     random = np.random.default_rng(0)
     try:
+        add_weight_folder(options, weight_folder(model))
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         runs = [session.run(names, _random_feeds(model, random)) for _ in range(2)]
     except Exception:  # noqa: BLE001  # a graph that does not run has no shapes to observe
@@ -220,6 +229,7 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
+        add_weight_folder(options, weight_folder(model))
         session = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return list(session.run(None, {}))
     except Exception as error:

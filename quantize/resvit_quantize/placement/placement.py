@@ -10,16 +10,19 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.targets.table import Precision
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.analysis import Analysis, HybridPart, Product
 from resvit_quantize.graph.network import constant, int_attribute
 from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.placement.positions import position_products
+from resvit_quantize.settings import QuantizeSettings
 
 _SMALL = 16
 _FP8_FILTER = 32
@@ -188,6 +191,15 @@ def channel_axis(node: ir.Node) -> int:
     if node.op_type == "Gemm":
         return 0 if int_attribute(node, "transB") else 1
     return 1
+
+
+def require_patterns(model: Path, settings: QuantizeSettings) -> None:
+    """Refuse patterns that match nothing in the float ``model``, before its ranges are measured.
+
+    Raises :class:`ResvitError` with the names nearest to the pattern, and for a model that cannot be read.
+    """
+    if settings.include or settings.exclude:
+        place(graph_from_onnx(model).analysis, settings.precision, settings.include, settings.exclude)
 
 
 def _residual_adds(analysis: Analysis, shortcuts: Shortcuts) -> dict[ir.Node, tuple[int, ir.Node]]:

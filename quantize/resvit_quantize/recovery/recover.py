@@ -29,12 +29,14 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.graph.external import EXTERNAL_ABOVE
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight
 from resvit_quantize.placement.placement import WeightKey, weight_key
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.recovery.options import FEWEST_IMAGES, USUAL, RecoverOptions, RecoverReport
 from resvit_quantize.settings import Effort, QuantizeSettings
+from resvit_quantize.training.objectives.objective import Teaching
 from resvit_quantize.training.standing import TrainingImages
 
 
@@ -49,6 +51,7 @@ def recover_model(
     reporter: Reporter = SILENT,
     *,
     statistics: Statistics | None = None,
+    teaching: Teaching | None = None,
 ) -> RecoverReport:
     """Train the constants of ``model`` as ``settings`` will quantise it; write the new float ONNX to ``out``.
 
@@ -56,7 +59,8 @@ def recover_model(
     the result with :func:`settings_behind_recovery` and :func:`pinned_ranges`. ``state`` keeps what a killed call
     needs to go on and is removed at the end; ``statistics`` serve as in :func:`plan_quantization`. Raises
     :class:`ResvitError` where nothing is quantised, where the graph has an operator without gradients, for fewer
-    than 128 images, and for images that the graph cannot read.
+    than 128 images, and for images that the graph cannot read. ``teaching`` says what the answers are, and so what
+    loses beside their distance: boxes, masks or depths.
     """
     from resvit_quantize.recovery.training import train
 
@@ -83,9 +87,10 @@ def recover_model(
         "options": dataclasses.asdict(options),
         "images": images.digest,
         "statistics": statistics is not None,
+        "teaching": teaching.identity if teaching else None,
     }
     key = sha256_bytes(canonical_json(identity))
-    trained, report = train(plan, graph.network, settings.bits, images, wanted, options, state, key, reporter)
+    trained, report = train(plan, graph.network, settings.bits, images, wanted, options, state, key, reporter, teaching)
     grids = on_grid(plan)
     for name, array in trained.items():
         if name in grids:
@@ -93,7 +98,7 @@ def recover_model(
             stored = StoredWeight(*quantise_weight(array, axis, precision, settings.bits))
             array = stored.restored(axis)  # noqa: PLW2901
         plan.network.graph.initializers[name].const_value = ir.tensor(np.ascontiguousarray(array), name=name)
-    onnx_from_network(plan.network, out)
+    onnx_from_network(plan.network, out, external_above=EXTERNAL_ABOVE)
     state.unlink(missing_ok=True)
     return report
 

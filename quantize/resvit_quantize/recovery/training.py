@@ -22,6 +22,7 @@ from resvit_quantize.qdq.plan import Plan
 from resvit_quantize.recovery.options import HELD_OUT, RecoverOptions, RecoverReport, Score
 from resvit_quantize.recovery.student import Outputs, Pieces, Student
 from resvit_quantize.training.loop import Schedule, Training, split
+from resvit_quantize.training.objectives.objective import Teaching
 from resvit_quantize.training.resume import require_same_shapes
 from resvit_quantize.training.standing import TrainingImages, relative_error, softened_divergence
 from resvit_quantize.training.worker import Worker
@@ -61,11 +62,12 @@ def train(
     state_file: Path,
     key: str,
     reporter: Reporter,
+    teaching: Teaching | None,
 ) -> tuple[dict[str, npt.NDArray[np.float32]], RecoverReport]:
     """Train on ``count`` of the images, and return the best constants, not on grids, and the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held_out, used = split(count, len(images), min(max(count // 10, HELD_OUT[0]), HELD_OUT[1]), options.seed)
-    learner = RecoveryLearner(plan, teacher, bits, images, held_out, used, options, device)
+    learner = RecoveryLearner(plan, teacher, bits, images, held_out, used, options, device, teaching)
     schedule = Schedule(
         "recover",
         options.epochs,
@@ -107,10 +109,18 @@ class RecoveryLearner:
         used: npt.NDArray[np.int64],
         options: RecoverOptions,
         device: torch.device,
+        teaching: Teaching | None,
     ) -> None:
         self.images, self.held_out, self.used, self.options, self.device = images, held_out, used, options, device
         self.student = Student(plan, bits, device)
-        self.pieces = Pieces(teacher, next(images.batches_at(used, options.batch)), device)
+        sample = next(images.batches_at(used, options.batch))
+        self.pieces = Pieces(teacher, sample, device)
+        answers = self.pieces.targets(self.pieces.feeds(sample.first(2)))
+        shapes = {name: value.shape for name, value in answers.items() if value.is_floating_point()}
+        self.objective = teaching.objective(shapes) if teaching else None
+        plain = "the float model's outputs: error to signal"
+        plain += ", and divergence of classes" if _classifier(answers) else ""
+        self.told = f"{plain}; {self.objective.told}" if self.objective else plain
         self.constants, self.stretches = [*self.student.trained.values()], [*self.student.stretches.values()]
         groups = [{"params": [p], "size": max(_rms(p), _SMALLEST_SIZE)} for p in self.constants]
         groups += [{"params": self.stretches, "size": 1.0 if options.learned_clips else 0.0}]
@@ -121,7 +131,9 @@ class RecoveryLearner:
         del step
         feeds = self.pieces.feeds(batch)
         labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(self.device)
-        return distance(self.pieces(self.student, feeds), self.pieces.targets(feeds), labels, self.options)
+        outputs, targets = self.pieces(self.student, feeds), self.pieces.targets(feeds)
+        loss = distance(outputs, targets, labels, self.options)
+        return loss if self.objective is None else loss + self.objective(outputs, targets, batch)
 
     def clip(self) -> Tensor:
         """Bound the gradients of constants and clips apart; the norm of the constants'."""
@@ -156,6 +168,8 @@ class RecoveryLearner:
                 feeds = self.pieces.feeds(batch)
                 targets, outputs = self.pieces.targets(feeds), self.pieces(self.student, feeds)
                 loss += float(distance(outputs, targets, None, plain)) * len(batch.images)
+                if self.objective is not None:
+                    loss += float(self.objective(outputs, targets, batch)) * len(batch.images)
                 noise += sum(float((outputs[n] - t).square().sum()) for n, t in targets.items())
                 signal += sum(float(t.square().sum()) for t in targets.values())
                 name = _classifier(targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.graph.external import weight_folder
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.sensitivity.products import QuantizableProducts
 
@@ -31,14 +33,16 @@ def measured_noise(
     together: dict[str, float] = {}
     references: dict[str, tuple[Outputs, bool]] = {}
     for each in formats:
-        precision = each.precision.value
-        clean = _outputs(onnx_runner(_bytes(each.plan.network)), batches)
-        optimize = _survives_optimizing(_quantized(each, each.products, bits), batches)
-        noisy = _outputs(onnx_runner(_quantized(each, sorted(each.chosen), bits), optimize=optimize), batches)
+        precision, folder = each.precision.value, weight_folder(each.plan.network)
+        clean = _outputs(onnx_runner(_bytes(each.plan.network), folder=folder), batches)
+        optimize = _survives_optimizing(_quantized(each, each.products, bits), batches, folder)
+        noisy = _outputs(
+            onnx_runner(_quantized(each, sorted(each.chosen), bits), optimize=optimize, folder=folder), batches
+        )
         references[precision], together[precision] = (clean, optimize), noise_to_signal(clean, noisy)
     for each, name in reporter.track(runs, "sensitivity (layers)", len(runs)):
-        clean, optimize = references[each.precision.value]
-        noisy = _outputs(onnx_runner(_quantized(each, [name], bits), optimize=optimize), batches)
+        (clean, optimize), folder = references[each.precision.value], weight_folder(each.plan.network)
+        noisy = _outputs(onnx_runner(_quantized(each, [name], bits), optimize=optimize, folder=folder), batches)
         damage[each.precision.value][name] = noise_to_signal(clean, noisy)
     return damage, together
 
@@ -62,10 +66,10 @@ def _bytes(network: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(network).SerializeToString())
 
 
-def _survives_optimizing(model: bytes, batches: Sequence[Batch]) -> bool:
+def _survives_optimizing(model: bytes, batches: Sequence[Batch], folder: Path | None) -> bool:
     """Whether ONNX Runtime's optimiser leaves a graph's outputs as they are; some FP8 graphs it breaks."""
-    image = next(iter(onnx_runner(model, optimize=False).dtypes))
-    return not checked_runner(model, batches[0].first(4).feeds(image))[1]
+    image = next(iter(onnx_runner(model, optimize=False, folder=folder).dtypes))
+    return not checked_runner(model, batches[0].first(4).feeds(image), folder=folder)[1]
 
 
 def _outputs(runner: OnnxRunner, batches: Sequence[Batch]) -> Outputs:

@@ -35,6 +35,11 @@ class Learner(Resumable, Protocol):
     """What trains. Each group of its optimiser's parameters has a ``size``, which its learning rate is relative to."""
 
     @property
+    def told(self) -> str:
+        """What the loss of the answers is, in words."""
+        ...
+
+    @property
     def score_type(self) -> type[TrainingScore]:
         """What :meth:`score` gives."""
         ...
@@ -129,6 +134,7 @@ class Training:
         else:
             self.began -= standing.seconds
             self.reporter.say(f"{what}: going on behind step {standing.step} of {total}")
+        self.reporter.say(f"{what}: the loss is of {self.learner.told}")
         self.reporter.say(f"{what}: before training, {self._scores(standing)[0]}")
         if announce is not None:
             announce(standing.step)
@@ -145,6 +151,7 @@ class Training:
             steps=standing.step,
             seconds=round(time.monotonic() - self.began, 1),
             device=str(self.worker.device),
+            objective=self.learner.told,
         )
         self.reporter.say(f"{what}: {stop.value}; kept step {report.after.step} of {standing.step}, {report.after}")
         return standing.best, report

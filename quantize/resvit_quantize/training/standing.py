@@ -77,6 +77,10 @@ class TrainingImages(Protocol):
     """Images that can be read in any order; ``resvit_calibrate.data.training_images`` has one for each kind of data."""
 
     digest: str
+    task: str | None
+    """What is known of them, as of an ``ImageSet``."""
+    class_ids: tuple[int, ...]
+    """The numbers that the data itself gives to class 0, 1, 2…, where it has others."""
 
     def __len__(self) -> int: ...
 
@@ -99,7 +103,7 @@ class TrainingScore:
 
     step: int
     loss: float
-    """Distance of the answers alone; what the best weights are chosen by."""
+    """Of the answers alone, without maps inside the network; what the best weights are chosen by."""
     nsr: float
     """Noise to signal: Σ (teacher - student)² / Σ teacher², over all outputs."""
     agreement: float | None
@@ -136,6 +140,8 @@ class TrainingReport(Generic[S]):
     seconds: float
     """Of all calls together, where one went on from another."""
     device: str
+    objective: str
+    """What the answers' loss was, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -18,6 +18,7 @@ from resvit_calibrate.images.targets import (
     MaskTarget,
     Target,
     TargetOptions,
+    TextTarget,
     digest_of_target,
     in_view,
 )
@@ -27,13 +28,15 @@ from resvit_engines.errors import ResvitError
 
 SHAPE = (
     "Let it return an iterable of (images, labels): float32 [B, C, H, W] as the network reads them, and int [B]; or, "
-    "in the place of labels, masks int [B, H, W], depths float [B, H, W], or one dictionary per image with `boxes` "
-    "[M, 4] (x1, y1, x2, y2 in pixels of the input) and `classes` [M]."
+    "in the place of labels, masks int [B, H, W], depths float [B, H, W], B texts, or one dictionary per image with "
+    "`boxes` [M, 4] (x1, y1, x2, y2 in pixels of the input) and `classes` [M]."
 )
-_KINDS = ("labels", "masks", "depth", "targets")
+_KINDS = ("labels", "masks", "depth", "texts", "targets")
 _OTHERS = ("geometry", "inputs")
-_PER_IMAGE = ("boxes", "mask", "depth")
-_TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"}
+_PER_IMAGE = ("boxes", "mask", "depth", "text")
+_TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
+    TextTarget: "text"
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +166,7 @@ def _known(
     """The label or target of every image of a batch."""
     if second is None:
         return [None] * count
-    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, *_TASKS)):
+    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, str, *_TASKS)):
         if len(second) != count:
             raise ResvitError(f"{text} gave {len(second)} targets for {count} images.", SHAPE)
         return [_target(text, one, size, options) for one in second]
@@ -183,7 +186,9 @@ def _known(
 
 
 def _target(text: str, one: Any, size: tuple[int, int], options: TargetOptions) -> Target:
-    """One image's target, given as one or as a dictionary."""
+    """One image's target, given as one, as a text or as a dictionary."""
+    if isinstance(one, (str, TextTarget)):
+        return one if isinstance(one, TextTarget) else TextTarget(one)
     if isinstance(one, BoxTarget):
         return _boxes(text, one.boxes, one.classes, one.crowd, size)
     if isinstance(one, MaskTarget):
@@ -197,6 +202,10 @@ def _target(text: str, one: Any, size: tuple[int, int], options: TargetOptions) 
             f"{text} gave a target with {what or 'nothing'} for one image.",
             f"Give a dictionary with one of {', '.join(f'`{kind}`' for kind in _PER_IMAGE)}.",
         )
+    if found[0] == "text":
+        if not isinstance(one["text"], str):
+            raise ResvitError(f"{text} gave a text of type {type(one['text']).__name__}.", SHAPE)
+        return TextTarget(one["text"])
     if found[0] == "mask":
         return _mask(text, one["mask"], size, options)
     if found[0] == "depth":

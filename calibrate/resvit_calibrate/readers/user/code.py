@@ -88,7 +88,10 @@ def module_from(place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles look their module up
     with _importable(path.resolve().parent):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except SystemExit as error:  # a script without a guard around its command line
+            raise ImportError(f"it ends the process (exit {error.code}) when it is imported") from error
     return module
 
 

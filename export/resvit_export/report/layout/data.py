@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from resvit_quantize.fold.program import FoldReport
     from resvit_quantize.pruning.distill.options import DistillReport
     from resvit_quantize.qdq.report import QuantizeReport
+    from resvit_quantize.recovery.options import RecoverReport
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ReportData:
     """What the page is called: the model's name, or the run folder's."""
     prune: PruneRecord | None = None
     retrain: DistillReport | None = None
+    recover: RecoverReport | None = None
     fold: FoldReport | None = None
     export: ExportReport | None = None
     ranges: Ranges | None = None

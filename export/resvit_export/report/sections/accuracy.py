@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_export.records.verdict import ScoreRow, VerdictRecord
 from resvit_export.report.layout import wording
@@ -100,6 +101,8 @@ def hero_from_run(data: ReportData) -> Hero:
     notes = []
     if verdict.chance_level:
         notes.append("Check the data, the labels and the preprocessing: no drop can be measured from guesses.")
+    if data.verdict.blame is not None:
+        notes.append(data.verdict.blame.sentence)
     needed = verdict.images_needed
     if needed and str(needed) not in sentence:
         notes.append(f"About {needed:,} images would settle it; {verdict.images:,} were used.")
@@ -189,7 +192,8 @@ def _names(rows: Sequence[ScoreRow]) -> dict[str, str]:
     if unit == "dB":
         axis = "By how many dB the outputs miss the least SQNR; accuracy was not measured."
     else:
-        axis = f"Drop of {metric} in points, hundredths of it; to the right is worse."
+        what = "percentage points" if unit == SHARE else "points, hundredths of it"
+        axis = f"Drop of {metric} in {what}; to the right is worse."
     return _named(metric, unit, unit, axis, "Agreement", agreement)
 
 
@@ -199,8 +203,8 @@ def _named(metric: str, unit: str, words: str, axis: str, agreement: str, of: st
 
 
 def _value(row: ScoreRow) -> str:
-    """The first metric of a stage: top-1 in %, the others as they are usually written."""
-    if row.metric == "top-1":
+    """The first metric of a stage: shares of images in %, the others as they are usually written."""
+    if row.unit == SHARE:
         return wording.percent(row.value)
     return wording.number(row.value, 1 if row.unit == "dB" else 4)
 

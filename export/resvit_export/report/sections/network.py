@@ -149,6 +149,9 @@ def facts_from_run(data: ReportData) -> list[tuple[str, str]]:
         facts.append(("ONNX against PyTorch", _errors(export.parity_max_abs, export.parity_max_rel)))
     if data.fold:
         facts.append(("After folding against before", _errors(data.fold.max_abs_error, data.fold.max_rel_error)))
+    if recover := data.recover:
+        images = wording.plural(recover.images, "image")
+        facts.append(("Recovery", f"trained on {images}; the loss is of {recover.objective}"))
     if data.quantize:
         facts.append(("Quantiser", data.quantize.quantizer))
         facts.append(("Range estimator", data.quantize.estimator))

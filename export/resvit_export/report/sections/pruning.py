@@ -96,7 +96,12 @@ def _sentences(prune: PruneRecord, retrain: DistillReport | None) -> list[str]:
                 f"on {wording.plural(retrain.held_out, 'held-out image')}."
             )
         else:
-            found.append(f"Training on {images} took the error to signal from {before.nsr:.3g} to {after.nsr:.3g}.")
+            found.append(
+                f"Training on {images} took the loss from {before.loss:.3g} to {after.loss:.3g}, and the error to "
+                f"signal from {before.nsr:.3g} to {after.nsr:.3g}, "
+                f"on {wording.plural(retrain.held_out, 'held-out image')}."
+            )
+        found.append(f"The loss is of {retrain.objective}.")
     return [*found, *prune.notes]
 
 

@@ -12,6 +12,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_export.stage import Artifact, File, Stage
+from resvit_export.task_choice import TaskChoice
 
 if TYPE_CHECKING:
     from resvit_calibrate.data.training_images import TrainingImages
@@ -56,7 +57,11 @@ class Recovered(Artifact):
 
 @dataclass(frozen=True)
 class Recover(Stage[Recovered]):
-    """Train the weights against the float model, for the quantisers that ``settings`` put into the graph."""
+    """Train the weights against the float model, for the quantisers that ``settings`` put into the graph.
+
+    ``task`` is what has a loss of its own, boxes, masks or depths, and ``classes`` how many of them the validation
+    images know.
+    """
 
     name: ClassVar[str] = "recover"
     artifact: ClassVar[type[Artifact]] = Recovered
@@ -70,14 +75,23 @@ class Recover(Stage[Recovered]):
     preprocess: Preprocess
     epochs: int
     seed: int
+    task: TaskChoice | None
+    classes: int | None
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the trained model, its clips, and how it was trained."""
         from resvit_calibrate.ranges.ranges import ranges_from_json
         from resvit_calibrate.ranges.statistics import statistics_from_npz
+        from resvit_export.to_onnx.report import selects_rows
+        from resvit_quantize.graph.network import network_from_onnx
         from resvit_quantize.recovery.options import RecoverOptions
         from resvit_quantize.recovery.recover import recover_model
+        from resvit_quantize.training.objectives.objective import Teaching
 
+        teaching = None
+        if self.task is not None:
+            selects = selects_rows(network_from_onnx(self.model.path))
+            teaching = Teaching.of(self.task.task(), self.images, self.classes, selects=selects)
         report = recover_model(
             self.model.path,
             self.ranges.read(ranges_from_json),
@@ -88,6 +102,7 @@ class Recover(Stage[Recovered]):
             RecoverOptions(epochs=self.epochs, seed=self.seed),
             reporter,
             statistics=self.statistics.read(statistics_from_npz),
+            teaching=teaching,
         )
         document = report.to_json()
         (folder / CLIPS).write_bytes(pretty_json(document.pop("clips")))

@@ -19,6 +19,8 @@ from resvit_quantize.training.standing import TrainingImages
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from resvit_quantize.training.objectives.objective import Teaching
+
 
 def distill(
     student: nn.Module,
@@ -29,11 +31,13 @@ def distill(
     key: str,
     reporter: Reporter = SILENT,
     masks: Mapping[str, Tensor] | None = None,
+    teaching: Teaching | None = None,
 ) -> DistillReport:
     """Train ``student`` in place until it answers as ``teacher`` does, and leave the best averaged weights in it.
 
     Both read images [B, C, H, W] and answer with tensors of equal shapes, in any nesting. ``masks`` are bool, by
-    the name of a parameter of ``student``, and weights where a mask is False are zero throughout.
+    the name of a parameter of ``student``, and weights where a mask is False are zero throughout. ``teaching`` says
+    what the answers are, and so what loses: boxes, masks or depths; without it their distance does.
 
     ``state_file`` keeps what a killed call needs to go on where it stopped: written every two minutes, at each
     epoch's end and on Ctrl-C. One of another ``key``, which must tell student, teacher, images, options and masks
@@ -55,4 +59,4 @@ def distill(
         )
     if student is teacher:
         raise ResvitError("The student and the teacher are one and the same module.", "Prune a copy of the model.")
-    return train(student, teacher, images, count, options, masks or {}, state_file, key, reporter)
+    return train(student, teacher, images, count, options, masks or {}, state_file, key, reporter, teaching)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_quantize.pruning.distill.options import Answer, DistillOptions
 from resvit_quantize.pruning.losses import Outputs
+from resvit_quantize.training.objectives.objective import Teaching, unread
 from resvit_quantize.training.standing import relative_error, softened_divergence
 
 
@@ -30,6 +32,33 @@ def distance(outputs: Outputs, targets: Outputs, options: DistillOptions) -> Ten
         else:
             parts.append(relative_error(output, target))
     return torch.stack(parts).mean()
+
+
+class Answering:
+    """The loss of all answers: of the task where it has one, and the distance of those that it does not read.
+
+    ``sample`` is what the teacher answers to a few images; ``told`` says in words what the loss is.
+    """
+
+    def __init__(self, teaching: Teaching | None, sample: Outputs, options: DistillOptions) -> None:
+        self.options, self.names = options, teaching.outputs if teaching else ()
+        shapes = {name: value.shape for name, value in zip(self.names, sample, strict=False)}
+        fits = teaching is not None and len(self.names) == len(sample)
+        self.objective = teaching.objective(shapes) if teaching and fits else None
+        classes = any(is_class_score(value, len(sample), options.answer) for value in sample)
+        plain = "the teacher's class scores: divergence" if classes else "the teacher's outputs: error to signal"
+        self.told = self.objective.told if self.objective else plain
+
+    def __call__(self, outputs: Outputs, targets: Outputs, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        if self.objective is None:
+            return distance(outputs, targets, self.options)
+        own, aim = (dict(zip(self.names, each, strict=True)) for each in (outputs, targets))
+        loss = self.objective(own, aim, batch)
+        left = unread(self.objective, aim)
+        if not left:
+            return loss
+        return loss + distance([own[name] for name in left], [aim[name] for name in left], self.options)
 
 
 def label_loss(outputs: Outputs, labels: Tensor, options: DistillOptions) -> Tensor:

@@ -55,7 +55,7 @@ class DistillOptions:
     label_weight: float = 0.0
     """Of the cross-entropy with the labels, where there are any."""
     shift: int = 0
-    """Training images move by up to so many pixels each way."""
+    """Training images move by up to so many pixels each way; what is labelled in them then counts for nothing."""
     seed: int = 0
     limit: int | None = None
     """At most so many images, held-out ones included."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.distill.features import compared_features
-from resvit_quantize.pruning.distill.loss import distance, is_class_score, label_loss, outputs_of, shifted
+from resvit_quantize.pruning.distill.loss import Answering, is_class_score, label_loss, outputs_of, shifted
 from resvit_quantize.pruning.distill.options import (
     HELD_OUT,
     HELD_OUT_SHARE,
@@ -28,6 +29,7 @@ from resvit_quantize.pruning.distill.options import (
 from resvit_quantize.pruning.distill.tensors import checked_masks, holding, load_tensors, move_average, tensors_of
 from resvit_quantize.pruning.losses import answers
 from resvit_quantize.training.loop import Schedule, Training, split
+from resvit_quantize.training.objectives.objective import Teaching
 from resvit_quantize.training.resume import require_same_shapes
 from resvit_quantize.training.standing import TrainingImages, relative_error
 from resvit_quantize.training.worker import Worker, worker
@@ -46,6 +48,7 @@ def train(
     state_file: Path,
     key: str,
     reporter: Reporter,
+    teaching: Teaching | None,
 ) -> DistillReport:
     """Train ``student`` on ``count`` of the images, leave the best weights in it, and report."""
     with _borrowed(student, teacher) as process:
@@ -53,7 +56,7 @@ def train(
         held_out, used = split(count, len(images), held, options.seed)
         # What is left over at an epoch's end is too few for a BatchNorm, and is in another order in the next.
         batch = min(max(1, options.batch // process.world), len(used) // process.world)
-        learner = DistillLearner(student, teacher, images, held_out, used, batch, options, masks, process)
+        learner = DistillLearner(student, teacher, images, held_out, used, batch, options, masks, process, teaching)
         schedule = Schedule(
             "distill",
             options.epochs,
@@ -106,6 +109,7 @@ class DistillLearner:
         options: DistillOptions,
         masks: Mapping[str, Tensor],
         process: Worker,
+        teaching: Teaching | None,
     ) -> None:
         self.student, self.teacher, self.images, self.options = student, teacher, images, options
         self.held_out, self.batch, self.worker, self.device = held_out, batch, process, process.device
@@ -113,6 +117,10 @@ class DistillLearner:
         self._mask()
         pair = self._tensors(next(images.batches_at(used[:2], 2)))[0]
         self.features = compared_features(student, teacher, pair, options)
+        self.steady = steady_parts(student, pair)
+        with torch.no_grad():
+            self.answering = Answering(teaching, answers(teacher, pair), options)
+        self.told = self.answering.told
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(student, options.weight_decay), lr=options.learning_rate, betas=_BETAS
         )
@@ -125,8 +133,11 @@ class DistillLearner:
         # Seeded by the step, so that dropout in a resumed training is that of one in a piece.
         torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.worker.rank)
         self.joined.train()
+        for part in self.steady:
+            part.training = False
         images, labels = self._tensors(batch)
         images = shifted(images, self.options.shift)
+        batch = batch if not self.options.shift else dataclasses.replace(batch, targets=None)
         with self._autocast():
             with torch.no_grad(), outputs_of(self.teacher, self.features) as teacher_maps:
                 targets = answers(self.teacher, images)
@@ -137,7 +148,7 @@ class DistillLearner:
                 f"While it trains, the pruned network answers with {len(outputs)} tensors instead of {len(targets)}.",
                 "Give a module that answers in training as it does otherwise.",
             )
-        loss = distance(outputs, targets, self.options)
+        loss = self.answering(outputs, targets, batch)
         if self.features and self.options.feature_weight:
             errors = [relative_error(student_maps[path], teacher_maps[path]) for path in self.features]
             loss = loss + self.options.feature_weight * torch.stack(errors).mean()
@@ -192,7 +203,7 @@ class DistillLearner:
             images, labels = self._tensors(batch)
             with self._autocast():
                 targets, outputs = answers(self.teacher, images), answers(self.student, images)
-            loss += float(distance(outputs, targets, self.options)) * len(images)
+            loss += float(self.answering(outputs, targets, batch)) * len(images)
             for output, target in zip(outputs, targets, strict=True):
                 noise += float((output.float() - target.float()).square().sum())
                 signal += float(target.float().square().sum())
@@ -236,6 +247,22 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
         if value.requires_grad:
             groups[weight_decay if name.endswith("weight") and value.ndim >= 2 else 0.0].append(value)
     return [{"params": values, "weight_decay": decay, "size": 1.0} for decay, values in groups.items() if values]
+
+
+def steady_parts(module: nn.Module, images: Tensor) -> list[nn.Module]:
+    """The parts that stay in evaluation while ``module`` trains; none where it answers in training as it does else.
+
+    Auxiliary heads (GoogLeNet) and losses come from the modules that put layers together, which then have to stay;
+    BatchNorm and dropout are layers, which train.
+    """
+    trial = copy_of(module)
+    with torch.no_grad():
+        wanted = [output.shape for output in answers(trial.eval(), images)]
+        try:
+            same = [output.shape for output in answers(trial.train(), images)] == wanted
+        except Exception:  # noqa: BLE001 - whatever a forward raises that asks for labels
+            same = False
+    return [] if same else [part for part in module.modules() if next(part.children(), None) is not None]
 
 
 def _home(module: nn.Module) -> torch.device:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.readers.boxes.table import BoxTable
+from resvit_calibrate.readers.folders import name_inside, printable
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
@@ -29,27 +30,6 @@ _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.0*)?")
 _DECIMAL = re.compile(r"-?[0-9]{1,16}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
 
 
-@dataclass(frozen=True, eq=False)
-class CocoFile:
-    """N images with A boxes; image i has those from ``offsets[i]`` to ``offsets[i + 1]``.
-
-    ``file_names`` are relative and never lead upwards. ``sizes`` int64 [N, 2] are height and width, 0 where the
-    file does not say. ``boxes`` float32 [A, 4] are x1, y1, x2, y2 in the image's pixels, each with an area;
-    ``classes`` int64 [A] count from 0 in the order of the categories' ids, which are ``class_ids``.
-    """
-
-    path: Path
-    file_names: tuple[str, ...]
-    sizes: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float32]
-    classes: npt.NDArray[np.int64]
-    crowd: npt.NDArray[np.bool_]
-    offsets: npt.NDArray[np.int64]
-    class_names: tuple[str, ...]
-    class_ids: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
 class _Box(NamedTuple):
     """What is kept of an annotation while the file is read: outlines are most of such a file."""
 
@@ -59,7 +39,7 @@ class _Box(NamedTuple):
     crowd: Any
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Path) -> BoxTable:
     """Read an annotation file.
 
     Numbers may be written as texts, and ``iscrowd`` may be null or missing for 0. A category without annotations that
@@ -97,7 +77,7 @@ def read_coco(path: Path) -> CocoFile:
         )
     order = np.argsort(image[kept], kind="stable")
     counts = np.bincount(image[kept], minlength=len(names))
-    return CocoFile(
+    return BoxTable(
         path=path,
         file_names=tuple(names),
         sizes=sizes,
@@ -151,7 +131,7 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
         if identity in ids:
             repeated.append(str(identity))
         ids[identity] = number
-        names.append(_safe_name(entry.get("file_name"), where))
+        names.append(name_inside(entry.get("file_name"), f"{where}: file_name", _FIX))
         for side, name in enumerate(("height", "width")):
             if entry.get(name) is None:
                 continue
@@ -186,8 +166,8 @@ def _categories(
             raise ResvitError(f"{where} has no whole number as its id.", _FIX)
         if identity in names:
             raise ResvitError(f"{path} gives the category id {identity} more than once.", _FIX)
-        names[identity] = _printable(str(entry.get("name", identity)))
-        above[identity] = _printable(str(entry.get("supercategory")))
+        names[identity] = printable(str(entry.get("name", identity)))
+        above[identity] = printable(str(entry.get("supercategory")))
     groups = {
         identity
         for identity, name in names.items()
@@ -252,24 +232,6 @@ def _cut(
     kept = np.isfinite(small).all(axis=1) & (small[:, 2] > small[:, 0]) & (small[:, 3] > small[:, 1])
     outside = (np.abs(held[kept] - boxes[kept]) > _OUTSIDE).any(axis=1)
     return held, kept, int(outside.sum())
-
-
-def _safe_name(name: Any, where: str) -> str:
-    """A path that stays inside of the images' folder; what Windows wrote with backslashes is read too."""
-    if not isinstance(name, str) or not name.strip() or "\0" in name or _printable(name) != name:
-        raise ResvitError(f"{where}: file_name is {name!r}.", _FIX)
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or not path.name:
-        raise ResvitError(
-            f"{where}: file_name {name!r} leads out of the folder of images.",
-            "Write file names relative to the folder of images, without `..`.",
-        )
-    return str(path)
-
-
-def _printable(text: str) -> str:
-    """JSON can hold halves of characters, which no file name has and no terminal shows."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,1 @@
+"""Boxes: COCO, YOLO and PASCAL VOC, all read into one table."""

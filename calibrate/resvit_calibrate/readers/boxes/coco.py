@@ -1,0 +1,88 @@
+"""Object detection: COCO's annotations and the images that they are of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resvit_calibrate.readers.boxes.coco_file import read_coco
+from resvit_calibrate.readers.boxes.table import BoxPixels, BoxTable
+from resvit_calibrate.readers.folders import VALIDATION_NAMES, is_file, note_of_unused, split_folders
+from resvit_engines.errors import ResvitError
+
+_NAMES = ("annotations.json", "_annotations.coco.json")
+_PREFIX = "instances_"
+_PROBED = 50
+
+
+def open_coco(path: Path) -> BoxPixels:
+    """Read an annotation file and find its images. Raises ``ResvitError`` where either fails."""
+    coco = read_coco(path)
+    if not coco.file_names:
+        raise ResvitError(f"{path} lists no images.", "Give annotations of at least one image.")
+    return BoxPixels(coco, _folder_of_images(coco))
+
+
+def annotation_files(root: Path, *, any_name: bool = False) -> tuple[Path, Path | None] | None:
+    """Find a folder's annotations: one file, or one for training and one for validation; None where there are none.
+
+    Known are ``annotations.json``, ``instances_*.json`` in the folder or in ``annotations`` below it, and one of
+    those in each of ``train`` and ``val``; with ``any_name`` any other ``.json`` there.
+
+    Raises ``ResvitError`` where there are several that are no such pair.
+    """
+    parts = split_folders(root)
+    if parts is not None:
+        sides = [_files_in(part, any_name=any_name) for part in parts]
+        if all(len(side) == 1 for side in sides):
+            return sides[0][0], sides[1][0]
+    found = _files_in(root, any_name=any_name)
+    if len(found) < 2:
+        return (found[0], None) if found else None
+    train = [file for file in found if _tag(file).startswith("train")]
+    for name in VALIDATION_NAMES:
+        other = [file for file in found if _tag(file).startswith(name) and file not in train]
+        if len(train) == len(other) == 1:
+            return train[0], other[0]
+    raise ResvitError(
+        f"{root} has {len(found)} annotation files: {', '.join(str(file.relative_to(root)) for file in found)}.",
+        f"Name the one to use, `coco:{found[0]}`, and another one for validation if there is one.",
+    )
+
+
+def unused_files(root: Path, used: tuple[Path, Path]) -> tuple[str, ...]:
+    """That a folder has annotations beside those that are used, such as those of a test set; none where it has not."""
+    if used[0].parent != used[1].parent:
+        return note_of_unused(root, [file.relative_to(root).parts[0] for file in used])
+    others = [file.name for file in _files_in(root, any_name=False) if "test" in _tag(file)]
+    return note_of_unused(root, [file.name for file in used], others)
+
+
+def _files_in(root: Path, *, any_name: bool) -> list[Path]:
+    below = root / "annotations"
+    found = [root / name for name in _NAMES if (root / name).is_file()]
+    found += sorted(root.glob(f"{_PREFIX}*.json")) + sorted(below.glob(f"{_PREFIX}*.json"))
+    found += [below / name for name in _NAMES if (below / name).is_file()]
+    if not found and any_name:
+        found = sorted(root.glob("*.json")) + sorted(below.glob("*.json"))
+    return found
+
+
+def _tag(file: Path) -> str:
+    return file.stem.removeprefix(_PREFIX)
+
+
+def _folder_of_images(coco: BoxTable) -> Path:
+    """Where most of the images are, out of the places where they lie by convention."""
+    here, tag = coco.path.parent, _tag(coco.path)
+    bases = [here, here.parent] if here.name == "annotations" else [here]
+    places = [base / part for base in bases for part in (tag, f"images/{tag}", "images", ".")]
+    probes = coco.file_names[:: max(1, len(coco.file_names) // _PROBED)]
+    hits = {place: sum(is_file(place / name) for name in probes) for place in places}
+    best = max(hits, key=lambda place: hits[place])
+    if not hits[best]:
+        raise ResvitError(
+            f"None of the images of {coco.path}, such as {probes[0]}, is in "
+            f"{', '.join(str(place) for place in places)}.",
+            "Put the images, or a link to their folder, beside the annotations as `images`.",
+        )
+    return best

@@ -1,0 +1,239 @@
+"""Pictures of text lines with what is written in them: a list of files and texts, or a text file beside each picture.
+
+Lists are read as recognisers' trainers write them: ``file TAB text`` (PaddleOCR), ``file, "text"`` (ICDAR),
+``file text``, CSV with a header (the ``metadata.csv`` of Hugging Face's image folders), and JSON by line.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from resvit_calibrate.images.pixels import UNSEEN, FilePixels, Look
+from resvit_calibrate.images.targets import Target, TextTarget, digest_of_target
+from resvit_calibrate.readers.folders import (
+    TRAINING_NAMES,
+    VALIDATION_NAMES,
+    ending_of,
+    files_below,
+    is_file,
+    is_image,
+    name_inside,
+    notes_of,
+    split_folders,
+)
+from resvit_calibrate.readers.paired import shortened
+from resvit_engines.errors import ResvitError
+from resvit_engines.outside import json_from_outside, read_outside, text_from_outside
+
+ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")
+BESIDE = ".gt.txt"
+"""What Tesseract's and Calamari's trainers call the text of a picture."""
+_STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?)?[_-]?([a-z]*)", re.IGNORECASE)
+_FILES, _TEXTS = ("file_name", "filename", "file", "path", "image"), ("text", "words", "transcription", "caption")
+_MOST_BYTES = 1 << 30
+_LOOKED_AT = 2000
+_CLASSES_SLACK = 20
+_FOLDERS = ("", "images", "imgs", "image")
+_ICDAR = re.compile(r'(\S.*?\.[A-Za-z0-9]{2,5}),\s*"(.*)"\s*')
+_SPACED = re.compile(r"(\S+\.[A-Za-z0-9]{2,5})(?:\s(.*))?")
+_FIX = (
+    "Write one line for each picture: its file, a tab, and its text; or CSV with the columns file_name and text. "
+    "Files are relative to the list's folder."
+)
+
+
+class TextPixels(FilePixels):
+    """Picture files, each with what is written in it."""
+
+    def __init__(self, name: str, root: Path, rows: dict[str, str], notes: tuple[str, ...] = ()) -> None:
+        super().__init__(name, root, tuple(rows), None, notes=notes)
+        self.task = "text"
+        self.texts = tuple(rows.values())
+
+    def look(self, index: int) -> Look:
+        """Digest the file and its text."""
+        return super().look(index)._replace(target=digest_of_target(TextTarget(self.texts[index])))
+
+    def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target:
+        """The text of one picture."""
+        del height, width, seen  # the texts are in memory
+        return TextTarget(self.texts[index])
+
+
+def text_lists(root: Path) -> tuple[Path, ...]:
+    """The list of a folder, or those for training and for validation, in itself or in its parts; empty without any.
+
+    A list is a file called ``labels``, ``gt``, ``rec_gt``, ``texts``, ``metadata`` or by a part's name, whose first
+    line names a picture that is there. Where its texts are numbers as classes have, it is none.
+    """
+    halves = split_folders(root)
+    if halves is not None and all(len(text_lists(half)) == 1 for half in halves):
+        return tuple(text_lists(half)[0] for half in halves)
+    parts: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        named = _STEM.fullmatch(path.stem)
+        fits = named is not None and path.name.lower().endswith(ENDINGS) and path.is_file()
+        if not fits or named is None or not _lists_pictures(path):
+            continue
+        part = named.group(1).lower()
+        side = "train" if part in TRAINING_NAMES else "val" if part in VALIDATION_NAMES else "all" if not part else ""
+        if side:
+            parts.setdefault(side, path)
+    if {"train", "val"} <= parts.keys():
+        return parts["train"], parts["val"]
+    return tuple(itertools.islice((parts[side] for side in ("all", "train", "val") if side in parts), 1))
+
+
+def texts_beside(root: Path, end: str = BESIDE) -> bool:
+    """Whether pictures of a folder have files of texts beside them."""
+    names = list(itertools.islice(files_below(root, ".", lambda name: name.lower().endswith(end)), _LOOKED_AT))
+    return any(_picture_of(root, PurePosixPath(name), end) is not None for name in names)
+
+
+def pixels_from_list(path: Path) -> TextPixels:
+    """Pictures and texts by a list. Raises ``ResvitError`` for lines that are none, and pictures that are not there."""
+    rows: dict[str, str] = {}
+    missing: list[str] = []
+    folder = next((path.parent / name for name in _FOLDERS if _first_is_in(path, path.parent / name)), path.parent)
+    for number, name, text in _rows(path):
+        where = f"line {number} of {path}"
+        inside = name_inside(name, f"{where}: the file", _FIX)
+        if rows.get(inside, text) != text:
+            raise ResvitError(f"{where} gives {inside} another text than a line before.", "Keep one of the two.")
+        rows[inside] = text
+        if not is_file(folder / inside):
+            missing.append(inside)
+    if not rows:
+        raise ResvitError(f"{path} lists no picture.", _FIX)
+    if len(missing) == len(rows):
+        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {shortened(missing)}.", _FIX)
+    for name in missing:
+        del rows[name]
+    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {shortened(missing)}"]
+    return TextPixels(path.parent.name, folder, rows, (*(notes if missing else ()), *_notes_of(rows, path)))
+
+
+def pixels_from_texts_beside(root: Path) -> TextPixels:
+    """Pictures with ``NAME.gt.txt`` or ``NAME.txt`` beside each. Raises ``ResvitError`` where there is none."""
+    left_out: Counter[str] = Counter()
+    rows: dict[str, str] = {}
+    alone: list[str] = []
+    for name in sorted(files_below(root, ".", is_image, left_out)):
+        stem = PurePosixPath(name).with_suffix("")
+        files = [root / f"{stem}{end}" for end in (BESIDE, ".txt")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            alone.append(name)
+        else:
+            rows[name] = _decoded(file).rstrip("\r\n")
+    if not rows:
+        raise ResvitError(f"No picture of {root} has a text beside it (NAME{BESIDE} or NAME.txt).", _FIX)
+    del left_out[".txt"]
+    notes = list(notes_of(root, +left_out))
+    if alone:
+        notes.append(f"{len(alone)} pictures of {root} have no text beside them and are left out: {shortened(alone)}")
+    return TextPixels(root.name, root, rows, (*notes, *_notes_of(rows, root)))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Number of the line, file and text of every line that is not empty."""
+    text = _decoded(path)
+    ending = ending_of(path.name)
+    if ending == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield (number, *_of_json(line, f"line {number} of {path}"))
+    elif ending == ".csv":
+        yield from _of_csv(text, path)
+    else:
+        for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
+            if line.strip():
+                yield (number, *_of_line(line, f"line {number} of {path}"))
+
+
+def _of_line(line: str, where: str) -> tuple[str, str]:
+    if "\t" in line:
+        name, _, text = line.partition("\t")
+        return name.strip(), text
+    for form in (_ICDAR, _SPACED):
+        if (found := form.fullmatch(line)) is not None:
+            return found.group(1), found.group(2) or ""
+    raise ResvitError(f"{where} is no file and text: {line[:60]!r}.", _FIX)
+
+
+def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
+    reader = csv.reader(text.splitlines(keepends=True), skipinitialspace=True)
+    columns: tuple[int, int] | None = None
+    try:
+        for row in reader:
+            if not any(field.strip() for field in row):
+                continue
+            if columns is None:
+                lower = [field.strip().lower() for field in row]
+                named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, _TEXTS)]
+                columns = (named[0][0], named[1][0]) if all(named) else (0, 1)
+                if all(named):
+                    continue
+            if len(row) <= max(columns):
+                raise ResvitError(f"line {reader.line_num} of {path} has {len(row)} columns.", _FIX)
+            yield reader.line_num, row[columns[0]].strip(), row[columns[1]]
+    except csv.Error as error:
+        raise ResvitError(f"line {reader.line_num} of {path} is no CSV: {error}.", _FIX) from error
+
+
+def _of_json(line: str, where: str) -> tuple[str, str]:
+    entry = json_from_outside(line.encode("utf-8", "surrogatepass"), where, _FIX)
+    found = [
+        next((entry[key] for key in keys if isinstance(entry.get(key), str)), None) if isinstance(entry, dict) else None
+        for keys in (_FILES, _TEXTS)
+    ]
+    if found[0] is None or found[1] is None:
+        raise ResvitError(f"{where} has no file_name and text.", _FIX)
+    return found[0], found[1]
+
+
+def _decoded(path: Path) -> str:
+    fix = "Save it as UTF-8: in an editor, or with `iconv -f GB18030 -t UTF-8` where it is in another encoding."
+    return text_from_outside(read_outside(path, _MOST_BYTES), str(path), fix)
+
+
+def _lists_pictures(path: Path) -> bool:
+    """Whether a file names pictures that are there, and says more of them than a class number."""
+    if not any(_first_is_in(path, path.parent / name) for name in _FOLDERS):
+        return False
+    try:
+        texts = {text.strip() for _, _, text in itertools.islice(_rows(path), _LOOKED_AT)}
+    except ResvitError:
+        return True
+    if not all(text.isdecimal() and str(int(text)) == text for text in texts if text):
+        return True
+    # Numbers of classes are about as many as the highest says; what meters and plates show goes far beyond.
+    return max((int(text) for text in texts if text), default=0) > 2 * len(texts) + _CLASSES_SLACK
+
+
+def _first_is_in(path: Path, folder: Path) -> bool:
+    try:
+        _, name, _ = next(_rows(path))
+        return is_image(PurePosixPath(name).name) and is_file(folder / name_inside(name, str(path), _FIX))
+    except (ResvitError, StopIteration):
+        return False
+
+
+def _picture_of(root: Path, text: PurePosixPath, end: str) -> Path | None:
+    stem = text.name[: -len(end)]
+    folder = root / text.parent
+    return next((file for file in folder.glob(f"{_literal(stem)}.*") if is_image(file.name)), None)
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+def _notes_of(rows: dict[str, str], where: Path) -> tuple[str, ...]:
+    empty = [name for name, text in rows.items() if not text]
+    return (f"{len(empty)} texts of {where} are empty: {shortened(empty)}",) if empty else ()

@@ -1,0 +1,259 @@
+"""A vector for the whole image, to find images of the same class by: recall@1 and the cosine distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from resvit_calibrate.answers.base import (
+    Answers,
+    Array,
+    Keeping,
+    Task,
+    finite_images,
+    load_arrays,
+    options_from,
+    require_finite,
+    require_same_images,
+    save_arrays,
+    shapes_of,
+)
+from resvit_calibrate.answers.classes import sqnr
+from resvit_calibrate.gate.bootstrap import Floats, resampled
+from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
+from resvit_calibrate.images.image_set import ImageSet
+from resvit_engines.errors import ResvitError
+
+_SIMILARITIES = 1 << 24  # float32 held at once: 64 MiB
+_DEEPEST = 5
+_ALIKE = 1e-6
+"""Cosine distance from the mean below which all embeddings are one."""
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """``output``: the output [B, D] (or [B, D, 1, 1]); None for the only one."""
+
+    output: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings(Answers):
+    """Of N images: ``vectors`` float32 [N, D] as the network gives them, and the class of each, ``labels`` [N]."""
+
+    vectors: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` file, whole or not at all."""
+        save_arrays(path, Embedding.name, {"vectors": self.vectors, "labels": self.labels})
+
+    def first(self, count: int) -> Embeddings:
+        """Keep the first ``count`` images only."""
+        return Embeddings(self.vectors[:count], self.labels[:count])
+
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Which images got finite values only: bool [N]."""
+        return np.asarray(np.isfinite(self.vectors).all(axis=1))
+
+    @property
+    def directions(self) -> npt.NDArray[np.float32]:
+        """The vectors at length 1; zeros for one that is zero or not finite."""
+        vectors = np.where(self.finite[:, None], self.vectors, np.float32(0)).astype(np.float64)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+
+    @property
+    def alike(self) -> bool:
+        """Whether every image gets the same direction."""
+        directions = self.directions
+        mean = directions.mean(axis=0)
+        return bool((1.0 - directions @ mean <= _ALIKE).all())
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingComparison(Resampled):
+    """Two networks by what they find; ``collapsed`` where the candidate gives one direction to every image."""
+
+    collapsed: bool = False
+
+    @property
+    def caveat(self) -> str:
+        """That the candidate is constant, where it is."""
+        return "the quantised network gives the same embedding for every image" if self.collapsed else ""
+
+
+class Embedding(Task):
+    """One output [B, D], compared by the cosine: CLIP, SigLIP, DINO, re-identification."""
+
+    name: ClassVar[str] = "embedding"
+    metric = "recall@1"
+    unit = SHARE
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options_from(EmbeddingOptions, self.name, options)
+
+    def keeping(self, image_set: ImageSet) -> Keeping:
+        """Vectors and labels of every image."""
+        vectors, labels = [], []
+        while (seen := (yield)) is not None:
+            batch, outputs = seen
+            if batch.labels is None:
+                raise ResvitError(
+                    f"The images have no labels ({image_set.description}): whether images of one class are found "
+                    "cannot be told.",
+                    "Give one folder for each class (or person, or product), or compare the vectors alone: "
+                    "--task other.",
+                )
+            output = self._output(outputs)
+            fine = finite_images({"output": output}, len(output))
+            with np.errstate(over="ignore"):
+                vectors.append(np.where(fine[:, None], output, np.nan).astype(np.float32))
+            labels.append(batch.labels)
+        found = Embeddings(np.concatenate(vectors), np.concatenate(labels))
+        if not _counts(found.labels).any():
+            raise ResvitError(
+                f"No class has two images ({image_set.description}), so that none can be found by another.",
+                "Give at least two images of each class.",
+            )
+        return found
+
+    def load(self, data: bytes, where: str) -> Embeddings:
+        """Read what ``Embeddings.save`` wrote."""
+        arrays = load_arrays(data, where, self.name)
+        return Embeddings(arrays["vectors"], arrays["labels"])
+
+    def compare(self, reference: Embeddings, candidate: Embeddings, confidence: float = 0.95) -> EmbeddingComparison:
+        """Recall@1: the share of images whose nearest other image, by the cosine, is of the same class.
+
+        Every image asks all others; one whose class has no other image does not count. The network's own embeddings
+        are searched, and those of the reference too (``recall@1 in the float gallery``), as where a gallery made on
+        a host is asked by a device. The interval of the drop comes from images drawn again.
+        """
+        require_same_images(np.array_equal(reference.labels, candidate.labels), reference, candidate)
+        require_finite(reference.finite)
+        asked, labels = _counts(reference.labels), reference.labels
+        mine, theirs = reference.directions, candidate.directions
+        own, others = _nearest(mine, mine), _nearest(theirs, theirs)
+        before, after = (_hits(nearest[:, :1], labels) for nearest in (own, others))
+        across = _hits(_nearest(theirs, mine)[:, :1], labels)
+        chance = (np.bincount(labels)[labels] - 1) / (len(labels) - 1)
+        stats = np.where(asked[:, None], np.stack([before, after, chance], axis=1), 0.0)
+
+        def statistic(weights: Floats) -> Floats:
+            return np.asarray((weights @ stats) / np.maximum(weights @ asked.astype(float), 1.0)[:, None], np.float64)
+
+        whole, draws = statistic(np.ones((1, len(labels))))[0], resampled(statistic, len(labels))
+        distances = 1.0 - (mine * theirs).sum(axis=1)
+        shared = {"mean cosine distance": 0.0}, {"mean cosine distance": float(distances.mean())}
+        return EmbeddingComparison(
+            images=int(asked.sum()),
+            metric=self.metric,
+            reference={
+                "recall@1": float(whole[0]),
+                "recall@5": float(_hits(own, labels)[asked].mean()),
+                "recall@1 in the float gallery": float(whole[0]),
+                **shared[0],
+            },
+            candidate={
+                "recall@1": float(whole[1]),
+                "recall@5": float(_hits(others, labels)[asked].mean()),
+                "recall@1 in the float gallery": float(across[asked].mean()),
+                **shared[1],
+            },
+            drop=100.0 * float(whole[0] - whole[1]),
+            draws=100.0 * (draws[:, 0] - draws[:, 1]),
+            confidence=confidence,
+            agreement=float((own[:, 0] == others[:, 0]).mean()),
+            agreement_of="images with the same nearest image",
+            sqnr_db=sqnr(reference.vectors, candidate.vectors),
+            not_finite=int((~candidate.finite).sum()),
+            worse=int((stats[:, 0] > stats[:, 1]).sum()),
+            better=int((stats[:, 0] < stats[:, 1]).sum()),
+            unit=self.unit,
+            collapsed=candidate.alike,
+            chance=_chance(reference, float(whole[0]), float(whole[2]), draws),
+        )
+
+    def changed(self, reference: Embeddings, candidate: Embeddings) -> list[dict[str, Any]]:
+        """The images that no longer find one of their class, and those that now do, the farthest from before first."""
+        labels, asked = reference.labels, _counts(reference.labels)
+        mine, theirs = reference.directions, candidate.directions
+        before, after = (_nearest(vectors, vectors)[:, 0] for vectors in (mine, theirs))
+        distances = 1.0 - (mine * theirs).sum(axis=1)
+        right, still = labels[before] == labels, labels[after] == labels
+        return [
+            {
+                "index": int(i),
+                "label": int(labels[i]),
+                "float": f"finds image {before[i]} of class {labels[before[i]]}",
+                "quantized": f"finds image {after[i]} of class {labels[after[i]]}, cosine distance {distances[i]:.3f}",
+                "outcome": "lost" if right[i] else "gained",
+            }
+            for i in np.argsort(-distances, kind="stable")
+            if asked[i] and right[i] != still[i]
+        ]
+
+    def require_outputs(self, outputs: Mapping[str, Array]) -> None:
+        """Refuse outputs that hold no embedding; raises ``ResvitError``."""
+        self._output(outputs)
+
+    def _output(self, outputs: Mapping[str, Array]) -> Array:
+        flat = {
+            name: value.reshape(len(value), -1)
+            for name, value in outputs.items()
+            if value.dtype.kind == "f" and value.ndim >= 2 and all(size == 1 for size in value.shape[2:])
+        }
+        wanted = self.options.output
+        if wanted is None and len(flat) == 1:
+            return next(iter(flat.values()))
+        if wanted is None or wanted not in flat:
+            raise ResvitError(
+                f"An embedding is an output [B, D]{f' called {wanted}' if wanted else ''}; the network has "
+                f"{shapes_of(outputs)}.",
+                "Name one with --task-option output=NAME, or pool the tokens in the network's forward.",
+            )
+        return flat[wanted]
+
+
+def _counts(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which images have another of their class: bool [N]."""
+    return np.asarray(np.bincount(labels)[labels] > 1)
+
+
+def _nearest(queries: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The five nearest other images of each, nearest first: int64 [N, 5 or fewer]; ties by number."""
+    count = len(gallery)
+    most = min(_DEEPEST, count - 1)
+    rows = max(1, _SIMILARITIES // count)
+    found = []
+    for start in range(0, count, rows):
+        similar = queries[start : start + rows] @ gallery.T
+        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
+        found.append(np.argsort(-similar, axis=1, kind="stable")[:, :most])
+    return np.concatenate(found)
+
+
+def _hits(nearest: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.asarray((labels[nearest] == labels[:, None]).any(axis=1))
+
+
+def _chance(reference: Embeddings, recall: float, guessed: float, draws: Floats) -> Chance:
+    against = f"the float network's recall@1 is {100 * recall:.1f}% on {len(reference)} images"
+    if reference.alike:
+        words = f"{against}, and it gives the same embedding for every one: check the checkpoint and the preprocessing"
+        return Chance(0.0, np.zeros(len(draws)), words)
+    words = (
+        f"{against}, not clearly better than picking one at random ({100 * guessed:.1f}%): check the checkpoint, the "
+        "preprocessing and the classes, or give more images"
+    )
+    return Chance(100.0 * (recall - guessed), 100.0 * (draws[:, 0] - draws[:, 2]), words)

@@ -1,0 +1,1 @@
+"""What a student of boxes, masks or depths is taught by."""

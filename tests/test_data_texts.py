@@ -1,0 +1,179 @@
+"""Pictures with texts: lists of every form, texts beside pictures, and what is mistaken for neither."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resvit_calibrate.data.image_sets import DataSpec, open_image_sets
+from resvit_calibrate.data.sources import kind_of_folder, open_source
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import AS_USUAL, TextTarget
+from resvit_calibrate.readers.texts import TextPixels
+from resvit_engines.errors import ResvitError
+from resvit_engines.progress import Silent
+
+TEXTS = {"a.png": "one", "b.png": "two words", "c d.png": 'a "quoted", text', "e.png": "ünï ❤"}
+SIMPLE = {"a.png": "one", "b.png": "two words", "e.png": "ünï ❤"}
+
+
+def pictures(folder: Path, names: list[str], size: tuple[int, int] = (32, 8)) -> None:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(number).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+
+
+def tabbed(folder: Path, rows: dict[str, str]) -> None:
+    (folder / "rec_gt.txt").write_text("".join(f"{name}\t{text}\n" for name, text in rows.items()), encoding="utf-8")
+
+
+def icdar(folder: Path, rows: dict[str, str]) -> None:
+    (folder / "gt.txt").write_text("".join(f'{name}, "{text}"\n' for name, text in rows.items()), encoding="utf-8-sig")
+
+
+def spaced(folder: Path, rows: dict[str, str]) -> None:
+    (folder / "labels.txt").write_text("\r\n".join(f"{name} {text}" for name, text in rows.items()), encoding="utf-8")
+
+
+def with_header(folder: Path, rows: dict[str, str]) -> None:
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["split", "file_name", "text"])
+        writer.writerows(["train", name, text] for name, text in rows.items())
+
+
+def two_columns(folder: Path, rows: dict[str, str]) -> None:
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows(rows.items())
+
+
+def by_line(folder: Path, rows: dict[str, str]) -> None:
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def beside(folder: Path, rows: dict[str, str]) -> None:
+    for name, text in rows.items():
+        (folder / name).with_suffix(".gt.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+def texts_of(data: str) -> dict[str, str]:
+    pools = open_source(data, AS_USUAL)
+    pixels = pools.calibration  # type: ignore[union-attr]
+    assert isinstance(pixels, TextPixels)
+    return dict(zip(pixels.files, pixels.texts, strict=True))
+
+
+@pytest.mark.parametrize("write", [tabbed, icdar, spaced, with_header, two_columns, by_line, beside])
+def test_every_form_is_recognised_and_read(write: Callable[[Path, dict[str, str]], None], tmp_path: Path) -> None:
+    rows = SIMPLE if write is spaced else TEXTS
+    pictures(tmp_path, list(rows))
+    write(tmp_path, rows)
+    assert kind_of_folder(tmp_path) == "text"
+    assert texts_of(str(tmp_path)) == texts_of(f"text:{tmp_path}") == rows
+
+
+def test_a_list_itself_and_pictures_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", list(TEXTS))
+    tabbed(tmp_path, TEXTS)
+    assert texts_of(str(tmp_path / "rec_gt.txt")) == texts_of(str(tmp_path)) == TEXTS
+
+
+@pytest.mark.parametrize("layout", ["folders", "lists"])
+def test_training_and_validation(layout: str, tmp_path: Path) -> None:
+    parts = {"train": {f"{i}.png": f"t{i}" for i in range(4)}, "val": {f"v{i}.png": f"v{i}" for i in range(3)}}
+    for part, rows in parts.items():
+        folder = tmp_path / part if layout == "folders" else tmp_path
+        pictures(folder, list(rows))
+        if layout == "folders":
+            tabbed(folder, rows)
+        else:
+            (tmp_path / f"rec_gt_{part}.txt").write_text("".join(f"{a}\t{b}\n" for a, b in rows.items()))
+    pools = open_source(str(tmp_path), AS_USUAL)
+    assert pools.calibration.texts == tuple(parts["train"].values())  # type: ignore[union-attr]
+    assert pools.validation.texts == tuple(parts["val"].values())  # type: ignore[union-attr]
+
+
+def test_class_numbers_and_lists_of_names_are_no_texts(tmp_path: Path) -> None:
+    pictures(tmp_path, [f"cat/{i}.png" for i in range(3)] + [f"dog/x{i}.png" for i in range(3)])
+    for text in ("cat/0.png 0\ndog/x0.png 1\n", "cat/0.png\ndog/x0.png\n", "cats and dogs\n"):
+        (tmp_path / "labels.txt").write_text(text)
+        assert kind_of_folder(tmp_path) == "folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"../a.png\tone\n", "leads out of the folder"),
+        (b"a.png\tone\na.png\ttwo\n", "another text than a line before"),
+        (b"a.png\tone\nnothing here at all\n", "line 2 of .* is no file and text"),
+        (b"a.png\tcaf\xe9\n", "is not UTF-8: line 1"),
+        ("a.png\tone\n".encode("utf-16"), "is UTF-16"),
+        (b"zz.png\tone\n", "No file of 1 that"),
+        (b"\n\n", "lists no picture"),
+    ],
+)
+def test_lists_that_cannot_be_read(text: bytes, said: str, tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.png"])
+    (tmp_path / "gt.txt").write_bytes(text)
+    with pytest.raises(ResvitError, match=said):
+        open_source(f"text:{tmp_path / 'gt.txt'}", AS_USUAL)
+
+
+def test_numbers_that_are_read_off_are_texts(tmp_path: Path) -> None:
+    rows = {f"{i}.png": f"{i * 7919 % 10000:04}" for i in range(30)}
+    pictures(tmp_path, list(rows))
+    for write in (tabbed, spaced, two_columns):
+        write(tmp_path, rows)
+        assert kind_of_folder(tmp_path) == "text"
+        for file in tmp_path.glob("*.[tc][xs][tv]"):
+            file.unlink()
+
+
+class _Heard(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_texts_come_with_their_images_and_long_lines_are_counted(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(12)]
+    pictures(tmp_path, names, size=(40, 8))
+    pictures(tmp_path, names[:3], size=(120, 8))
+    tabbed(tmp_path, {name: f"text {name}" if name != "4.png" else "" for name in names} | {"gone.png": "gone"})
+    heard = _Heard()
+    spec = DataSpec(str(tmp_path), calibration_images=4)
+    preprocess = Preprocess((16, 80), channels=1, resize="letterbox")
+    calibration, validation = open_image_sets(spec, preprocess, heard)
+    assert calibration.task == validation.task == "text"
+    found = {
+        target.text for images in (calibration, validation) for batch in images.batches(5) for target in batch.targets
+    }
+    assert found == {f"text {name}" for name in names if name != "4.png"} | {""}
+    assert all(isinstance(validation.target(index), TextTarget) for index in range(len(validation)))
+    said = "\n".join(heard.said)
+    assert "1 files that" in said
+    assert "texts of" in said
+    assert "lines are longer than 80:16" in said
+    heard.said.clear()
+    open_image_sets(spec, Preprocess((16, 80), channels=1), heard)
+    assert "resize=letterbox" in "\n".join(heard.said)
+
+
+def test_another_text_is_another_set(tmp_path: Path) -> None:
+    pictures(tmp_path, list(TEXTS))
+    digests = set()
+    for texts in (TEXTS, {**TEXTS, "a.png": "One"}):
+        tabbed(tmp_path, texts)
+        digests.add(open_image_sets(DataSpec(str(tmp_path), calibration_images=1), Preprocess((8, 32), 1))[1].digest)
+    assert len(digests) == 2

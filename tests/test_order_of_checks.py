@@ -1,0 +1,209 @@
+"""What ends a run is said before its first long stage: before a calibration image is read, or a channel pruned."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from resvit_engines.errors import ExitCode
+from resvit_export.cli.main import run
+
+TORCH = """
+import torch
+from torch import nn
+
+
+class Net(nn.Sequential):
+    input_shape = (3, 8, 8)
+
+
+def make(classes=10):
+    return Net(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+               nn.Linear(8, classes))
+
+
+class OneBatch(Net):
+    def forward(self, x):
+        return super().forward(x.reshape(1, -1, 8, 8)[:, :3]) + 0 * x.mean((1, 2, 3))[:, None]
+
+
+def coupled():
+    return OneBatch(*make())
+"""
+METRIC = "def fails(outputs, known):\n    raise ValueError('no such output')\n"
+DATA, OTHER = "data.npz", "other.npz"
+
+
+def model(
+    *behind: onnx.NodeProto,
+    classes: int = 10,
+    shape: tuple[int | str, ...] = (3, 8, 8),
+    outputs: tuple[tuple[str, list[int | str]], ...] = (),
+) -> onnx.ModelProto:
+    """A small classifier; ``behind`` are nodes that read its classes ``y`` [N, K]."""
+    random = np.random.default_rng(0)
+    arrays = {"w": (8, 3, 3, 3), "f": (8, classes)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("GlobalAveragePool", ["a"], ["b"]),
+        helper.make_node("Flatten", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "f"], ["y"]),
+        *behind,
+    ]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs or (("y", ["N", classes]),)],
+            [numpy_helper.from_array(random.standard_normal(s).astype(np.float32), n) for n, s in arrays.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+
+
+DET = model(
+    helper.make_node("Constant", [], ["square"], value_ints=[-1, 3, 3]),
+    helper.make_node("Constant", [], ["from"], value_ints=[0]),
+    helper.make_node("Constant", [], ["to"], value_ints=[9]),
+    helper.make_node("Constant", [], ["axis"], value_ints=[1]),
+    helper.make_node("Slice", ["y", "from", "to", "axis"], ["nine"]),
+    helper.make_node("Reshape", ["nine", "square"], ["matrices"]),
+    helper.make_node("Det", ["matrices"], ["d"]),
+    helper.make_node("Unsqueeze", ["d", "axis"], ["e"]),
+    helper.make_node("Mul", ["y", "e"], ["z"]),
+    outputs=(("z", ["N", 10]),),
+)
+TWO = model(helper.make_node("Relu", ["y"], ["z"]), outputs=(("y", ["N", 10]), ("z", ["N", 10])))
+FILMS = model(shape=(3, 4, 8, 8))
+COUPLED = model(
+    helper.make_node("Constant", [], ["first"], value_ints=[0]),
+    helper.make_node("ReduceMean", ["y", "first"], ["m"]),
+    helper.make_node("Sub", ["y", "m"], ["z"]),
+    outputs=(("z", ["N", 10]),),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with networks, images and a metric, in which nothing calibrates and nothing prunes."""
+
+    def too_late(*_: object, **__: object) -> Any:
+        raise AssertionError("a long stage began")
+
+    random = np.random.default_rng(0)
+    arrays = {"images": random.integers(0, 255, (40, 8, 8, 3)).astype(np.uint8), "labels": np.arange(40) % 10}
+    np.savez(tmp_path / DATA, **arrays)
+    np.savez(tmp_path / OTHER, images=255 - arrays["images"], labels=arrays["labels"])
+    (tmp_path / "net.py").write_text(TORCH)
+    (tmp_path / "metric.py").write_text(METRIC)
+    for name, made in (("seven", model(classes=7)), ("det", DET), ("two", TWO), ("films", FILMS), ("coupled", COUPLED),
+                       ("open", model(shape=(3, "h", "w"))), ("fine", model())):  # fmt: skip
+        (tmp_path / f"{name}.onnx").write_bytes(made.SerializeToString())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resvit_calibrate.ranges.collect.collect_statistics", too_late)
+    monkeypatch.setattr("resvit_export.stages.prune.Prune.fill", too_late)
+    return tmp_path
+
+
+def without_modelopt(patch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "modelopt" else find(name, *rest))
+
+
+def without_room(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+
+
+ONNX: list[tuple[list[str], ExitCode, str]] = [
+    (["--model", "seven.onnx"], ExitCode.INPUT, "10 classes|label 9"),
+    (["--model", "det.onnx"], ExitCode.IMPOSSIBLE, "Det"),
+    (["--model", "two.onnx"], ExitCode.INPUT, "output_0"),
+    (["--model", "films.onnx"], ExitCode.INPUT, "image"),
+    (["--model", "coupled.onnx"], ExitCode.INPUT, "other images"),
+    (["--model", "open.onnx"], ExitCode.INPUT, "--shape x=1x3x224x224"),
+    (["--model", "fine.onnx", "--shape", "x=1x3x9x9"], ExitCode.INPUT, "x is"),
+    (["--model", "fine.onnx", "--target", "jetson-orin", "--precision", "fp8"], ExitCode.IMPOSSIBLE, "fp8"),
+    (["--model", "fine.onnx", "--exclude", "blocks.9*"], ExitCode.INPUT, "blocks.9"),
+    (["--model", "fine.onnx", "--include", "blocks.9*"], ExitCode.INPUT, "blocks.9"),
+    (["--model", "fine.onnx", "--task", "detection"], ExitCode.INPUT, "boxes"),
+    (["--model", "fine.onnx", "--task", "other", "--metric", "metric.py:fails"], ExitCode.INPUT, "no such output"),
+    (["--model", "fine.onnx", "--recover", "--train-data", OTHER], ExitCode.INPUT, "also"),
+]
+
+
+def refused(capfd: pytest.CaptureFixture[str], command: str, *arguments: str) -> tuple[int, str]:
+    capfd.readouterr()
+    code = run([command, "--target", "l4", "--data", DATA, "--run", "r", *arguments])
+    said = capfd.readouterr().err
+    assert "→" in said
+    assert "a long stage began" not in said
+    return code, said
+
+
+NORMAL = ["--preprocess", "mean=0.5", "--preprocess", "std=0.5"]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"), ONNX, ids=lambda value: "-".join(value) if isinstance(value, list) else ""
+)
+def test_what_ends_a_run_is_said_before_the_first_calibration_image(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: ExitCode, words: str
+) -> None:
+    del folder
+    got, said = refused(capfd, "build", *NORMAL, "--validation-data", OTHER, *arguments)
+    assert got == code, said
+    assert any(word in said for word in words.split("|")), said
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("change", "arguments", "code", "words"),
+    [
+        (without_room, [], ExitCode.SYSTEM, "disk is full before"),
+        (without_modelopt, ["--quantizer", "modelopt"], ExitCode.MISSING, "ModelOpt is not installed"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_the_first_calibration_image(
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[pytest.MonkeyPatch], None],
+    arguments: list[str],
+    code: ExitCode,
+    words: str,
+) -> None:
+    del folder
+    change(monkeypatch)
+    got, said = refused(capfd, "build", *NORMAL, "--model", "fine.onnx", *arguments)
+    assert got == code, said
+    assert words in said
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--model", "net.py:make", "--model-arg", "classes=7"], ExitCode.INPUT, "10 classes|label 9"),
+        (["--model", "net.py:coupled", "--batch", "1:2:4"], ExitCode.INPUT, "other images|batch"),
+        (["--model", "net.py:make", "--train-data", OTHER, "--validation-data", OTHER], ExitCode.INPUT, "also"),
+    ],
+)
+def test_what_ends_a_run_is_said_before_anything_is_pruned(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], code: ExitCode, words: str
+) -> None:
+    del folder
+    got, said = refused(capfd, "build", *NORMAL, "--prune-macs", "0.5", *arguments)
+    assert got == code, said
+    assert any(word in said for word in words.split("|")), said
