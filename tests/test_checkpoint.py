@@ -7,6 +7,7 @@ import io
 import os
 import re
 import tempfile
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from resvit_engines.progress import Silent
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.load import network_from_module
 from resvit_export.loading.spec import ModelSpec
+from resvit_export.loading.weights.file import read_checkpoint
 from resvit_export.loading.weights.places import WRAPPER_SEGMENTS
 
 
@@ -475,3 +477,41 @@ def test_nan_is_named_and_masks_may_be_infinite() -> None:
     norm.running_var[2] = torch.inf
     with pytest.raises(ResvitError, match="running_var"):
         require_finite(norm, "net")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_scores_and_settings_beside_the_weights_are_let_through(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    beside = {
+        "best": np.float64(0.91),
+        "epoch": np.int64(-3),
+        "ok": np.bool_(True),
+        "half": np.float16(1.5),
+        "args": argparse.Namespace(lr=np.float32(0.5)),
+        "cfg": types.SimpleNamespace(name="a"),
+        "matrix": np.zeros((2, 2)),
+        "when": np.datetime64("2020-01-01"),
+        "structured": np.zeros(1, np.dtype([("a", "f4")]))[0],
+    }
+    torch.save({"state_dict": net().state_dict(), **beside}, path, _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(path)
+    assert set(found["state_dict"]) == set(net().state_dict())
+    assert [found[name] for name in ("best", "epoch", "ok", "half")] == [0.91, -3, True, 1.5]
+    assert found["args"].lr == 0.5
+    assert found["when"] is found["structured"] is None
+
+
+def test_no_state_of_a_numpy_type_is_believed(tmp_path: Path) -> None:
+    """A dtype whose state says that its elements are larger than the bytes behind them."""
+
+    class Wrong:
+        def __reduce__(self) -> tuple[object, ...]:
+            return np.dtype, ("f8", False, True), (3, "<", None, None, None, 1 << 30, 1 << 30, 0)
+
+    class Scalar:
+        def __reduce__(self) -> tuple[object, ...]:
+            return np._core.multiarray.scalar, (Wrong(), b"\0" * 8)
+
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(2), "x": Scalar(), "y": Wrong()}, path)
+    assert read_checkpoint(path)["x"] == 0.0

@@ -117,6 +117,7 @@ def test_places_that_are_none_or_far_away_give_what_grid_sample_gives(place: flo
 PAIRS = all_pairs(VALUES, VALUES, WIDE, WIDE, (True, False), PYRAMIDS, (1, 3, 8), (8, 16, 24, 80), (1, 19), (1, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("dtype", "out", "place", "weight", "unit", "pyramid", "heads", "size", "queries", "batch"), PAIRS

@@ -132,8 +132,8 @@ def test_the_recipe_of_a_run_reproduces_it(
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.whole
-@shortened
 def test_an_onnx_model_skips_the_torch_stages(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str], limits: list[str]
 ) -> None:

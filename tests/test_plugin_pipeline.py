@@ -141,6 +141,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not list(Path("runs/r").glob("fold-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_kernel_that_does_not_fit_leaves_the_plain_graph(workspace: Path) -> None:
     Path("net.py").write_text(

@@ -62,6 +62,7 @@ def test_all_stages_know_both_inputs(built: Path) -> None:
     assert golden["inputs"] == {"sizes": "golden_input_1.npy"}
 
 
+@pytest.mark.slow
 def test_the_engine_takes_a_range_of_batches_of_both(built: Path) -> None:
     engine = json.loads(one(built, "compile-*/engine.json").read_bytes())
     assert {item["name"]: item["shape"] for item in engine["inputs"]} == {"input": [-1, 3, 16, 16], "sizes": [-1, 2]}

@@ -165,6 +165,7 @@ def test_a_reader_is_judged_by_its_lines_and_drawn_with_them(workspace: Path) ->
     assert run(["validate", *model, *options, *few, "--target", "jetson-orin", "--run", "runs/text"]) == ExitCode.INPUT
 
 
+@pytest.mark.slow
 def test_vectors_are_judged_by_what_they_find(workspace: Path) -> None:
     model = ["--model", "resvit:embed-nano", "--checkpoint", str(ASSETS / "embed-nano.pt"), "--data", "fashion-mnist"]
     task = ["--task", "embedding", "--max-drop", "3", "--target", "jetson-orin", "--run", "runs/vectors"]

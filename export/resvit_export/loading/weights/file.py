@@ -9,6 +9,8 @@ import argparse
 import io
 import pathlib
 import pickle
+import struct
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,7 +26,44 @@ _LEGACY_PICKLES = 5
 """Magic number, protocol, the machine, the content, and the order of the storages: before PyTorch 1.6, one by one."""
 _SAVE = "Where it was trained, save the weights alone: torch.save(model.state_dict(), path), or use safetensors."
 _AGAIN = "The file is truncated, damaged or of another kind; copy or download it again."
-_SETTINGS: tuple[Any, ...] = (argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath)
+_NUMBERS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b"}
+_NUMBERS |= {"u8": "<Q", "u4": "<I", "u2": "<H", "u1": "<B", "b1": "<?"}
+
+
+class _Dtype:
+    """Stands for NumPy's dtype in a pickle: its own would take any state from the file, down to its element's size."""
+
+    def __init__(self, code: object, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """The byte order and whatever else: nothing of it is believed."""
+
+
+def _number(dtype: object, data: object) -> int | float | bool | None:
+    """Stands for NumPy's scalars, such as a best accuracy: the number alone, None for what is no plain number."""
+    form = _NUMBERS.get(str(dtype.code)) if isinstance(dtype, _Dtype) else None
+    if form is None or not isinstance(data, bytes) or len(data) != struct.calcsize(form):
+        return None
+    value: int | float | bool = struct.unpack(form, data)[0]
+    return value
+
+
+class _Array:
+    """Stands for NumPy's arrays, such as a confusion matrix: weights are tensors, and nothing of it is kept."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing is kept."""
+
+
+_SETTINGS: tuple[Any, ...] = (
+    *(argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath),
+    *((_number, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+    *((_Array, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    *((_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), _Dtype, _Array),
+)
 """What training scripts save beside the weights; these only keep what they are given."""
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "is a pointer of Git LFS: the weights themselves are not here", "Run 'git lfs pull'."),
@@ -45,8 +84,8 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
 def read_checkpoint(path: Path) -> Any:
     """The content of a file of safetensors or ``torch.save``, told apart by how they begin, never by their names.
 
-    Tensors and plain values come back; besides those ``argparse.Namespace`` and paths are let through, since training
-    scripts save their settings beside the weights. Nothing in a file is run.
+    Tensors and plain values come back; besides those namespaces, paths and NumPy's numbers are let through, since
+    training scripts save their settings and scores beside the weights. Nothing in a file is run.
 
     Raises:
         ResvitError: for a file that is not there, is empty, damaged or another kind of file, that holds code, or is
