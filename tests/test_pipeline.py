@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import BEFORE_QUANTIZE, shortened
+from conftest import BEFORE_QUANTIZE
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bundle.bundle import extract_bundle, read_manifest, verify_bundle
 from resvit_engines.errors import ExitCode

@@ -74,6 +74,7 @@ def test_the_engine_takes_a_range_of_batches_of_both(built: Path) -> None:
     assert plan["settings"]["inputs"] == {"input": [3, 16, 16], "sizes": [2]}
 
 
+@pytest.mark.slow
 def test_the_bundle_runs_on_the_device_side(built: Path, tmp_path: Path) -> None:
     bundle = next(path for path in built.glob("bundle-*/*.resvit") if "jetson" in path.name)
     with zipfile.ZipFile(bundle) as archive:
