@@ -258,3 +258,26 @@ def test_a_file_that_is_no_model_is_an_error_with_a_fix(tmp_path: Path) -> None:
         quantize_model(tmp_path / "x.onnx", ranges_from_extremes({}), INT8, tmp_path / "out.onnx")
     with pytest.raises(ResvitError):
         quantize_model(tmp_path / "absent.onnx", ranges_from_extremes({}), INT8, tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("opset", [20, 21, 23])
+@pytest.mark.parametrize("batch", [1, "batch"])
+def test_what_ships_opens_in_onnx_runtime_as_users_open_it(opset: int, batch: int | str, tmp_path: Path) -> None:
+    """With all of its usual optimisation, which validation leaves out."""
+    import onnxruntime
+
+    graph = Graph(batch, 3, 8, 8, opset=opset)
+    maps = graph.op("Relu", graph.conv("input", 16, 3))
+    rows = graph.op("Reshape", maps, graph.ints(-1, 16, 64))
+    tokens = graph.op("Transpose", rows, perm=[0, 2, 1])
+    once = graph.linear(tokens, 16, 32, "fc1")
+    model = graph.save(tmp_path / "float.onnx", graph.linear(graph.op("Relu", once), 32, 16, "fc2"))
+    out = tmp_path / "model.onnx"
+    image = np.random.default_rng(0).standard_normal((1, 3, 8, 8), dtype=np.float32)
+    quantize_model(model, ranges_of(model, image), INT8, out)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    (answer,) = session.run(None, {"input": image})
+    (expected,) = outputs_of(model, image).values()
+    assert sqnr(expected, answer) > 25
+    shapes = {name: array.shape for name, array in initializers(out).items() if "fc1.bias" in name or "wide" in name}
+    assert any(len(shape) == 3 for shape in shapes.values()) is (opset > 20)

@@ -22,6 +22,7 @@ from resvit_quantize.qdq.half import half_from_network
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, Suit, as_it_is, report_from_graph
+from resvit_quantize.qdq.wide_biases import widen_biases
 from resvit_quantize.settings import Effort, QuantizeSettings
 
 
@@ -67,6 +68,7 @@ def quantize_model(
     clips = {n: float(clip) for (n, _), clip in sorted(amax.items()) if n in ranges.tensors and n not in moved}
     largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
     kept = half_from_network(network, largest)
+    widen_biases(network)
     onnx_from_network(network, out)
     return report_from_graph(
         plan.analysis,

@@ -77,7 +77,7 @@ def bridge_of(conv: ir.Node, shapes: Shapes) -> Bridge:
     bias = constant(added)
     if added is not None and bias is None:
         raise RefusedError("its bias is computed")
-    start = np.zeros(embed) if bias is None else bias.astype(np.float64)
+    start = np.zeros(embed) if bias is None else bias.reshape(-1).astype(np.float64)
     table = np.tile(start, (height * width, 1))
     first = _as_tokens(conv, shapes[str(conv.outputs[0].name)], shapes)
     assert first is not None
