@@ -23,7 +23,7 @@ from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.image_input import ImageEntrance, take_image
-from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits
+from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits, runnable
 from resvit_export.to_onnx.report import (
     ExportReport,
     inputs_of_graph,
@@ -85,7 +85,8 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     inputs, sets = inputs_of_graph(model), selects_rows(model)
     with reading(path, "cannot be computed"):
-        original, written, before = onnx_runner(path), onnx_runner(out), entrance.before()
+        original = onnx_runner(runnable(path), folder=path.parent)
+        written, before = onnx_runner(out), entrance.before()
 
     def reference(arrays: Arrays) -> Arrays:
         given = {**arrays, IMAGE: before(entrance.random(arrays[IMAGE]))}
