@@ -130,6 +130,23 @@ def bounded_model(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def runnable(path: Path) -> Path | bytes:
+    """The model at ``path`` as ONNX Runtime takes it, which allows no two nodes of one name: then without their names.
+
+    Raises as ``bounded_model``.
+    """
+    proto = bounded_model(path)
+    twice = False
+    for graph in graphs_of(proto, path):
+        names = [node.name for node in graph.node if node.name]
+        twice = twice or len(set(names)) < len(names)
+    if not twice:
+        return path
+    for node in _nodes(proto, path):
+        node.name = ""
+    return bytes(proto.SerializeToString())
+
+
 @contextlib.contextmanager
 def reading(path: Path, what: str = "is not valid ONNX") -> Iterator[None]:
     """Tell whatever a library finds wrong with the model, in whatever words, as ``ResvitError``, and nothing beside it.

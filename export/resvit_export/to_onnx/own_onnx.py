@@ -23,7 +23,7 @@ from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.image_input import ImageEntrance, take_image
-from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits
+from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits, runnable
 from resvit_export.to_onnx.report import (
     ExportReport,
     inputs_of_graph,
@@ -56,9 +56,7 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     inputs, sizes that are not fixed, and NaN in the weights.
     """
     notes: list[str] = []
-    theirs = model_from_file(path)
-    runnable = _runnable(theirs, path)
-    proto = _converted(theirs, path, notes)
+    proto = _converted(model_from_file(path), path, notes)
     with reading(path):
         model = ir.serde.deserialize_model(proto)
         own, entrance = _take_inputs(model, path, wishes, notes)
@@ -87,7 +85,7 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     inputs, sets = inputs_of_graph(model), selects_rows(model)
     with reading(path, "cannot be computed"):
-        original = onnx_runner(runnable, folder=path.parent)
+        original = onnx_runner(runnable(path), folder=path.parent)
         written, before = onnx_runner(out), entrance.before()
 
     def reference(arrays: Arrays) -> Arrays:
@@ -125,26 +123,6 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
         image_range=entrance.pixels,
     )
     return record, report
-
-
-def _runnable(model: onnx.ModelProto, path: Path) -> Path | bytes:
-    """The user's own graph for ONNX Runtime, which refuses nodes of one name: such a graph without names, as bytes."""
-    graphs = [model.graph]
-    repeated = False
-    for graph in graphs:  # grows while it is walked
-        names = [node.name for node in graph.node if node.name]
-        repeated |= len(set(names)) < len(names)
-        graphs += [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    if not repeated:
-        return path
-    unnamed = onnx.ModelProto()
-    unnamed.CopyFrom(model)
-    graphs = [unnamed.graph]
-    for graph in graphs:
-        for node in graph.node:
-            node.ClearField("name")
-            graphs += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return bytes(unnamed.SerializeToString())
 
 
 def _preprocess(entrance: ImageEntrance, channels: int, height: int, width: int) -> Preprocess | None:
