@@ -73,6 +73,7 @@ def test_every_inner_value_has_a_shape(dynamic: tuple[Path, ExportReport]) -> No
     assert shapes_known(dynamic[0])
 
 
+@pytest.mark.slow
 def test_same_program_same_bytes_and_no_traces(
     program: ExportedProgram, dynamic: tuple[Path, ExportReport], tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_opset_23_keeps_attention_whole(program: ExportedProgram, tmp_path: Path
         onnx_from_program(program, tmp_path / "model.onnx", opset=19)
 
 
+@pytest.mark.slow
 def test_large_weights_go_beside_the_model(
     program: ExportedProgram, dynamic: tuple[Path, ExportReport], tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_large_weights_go_beside_the_model(
     assert imported.read_bytes() == dynamic[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_group_norm_and_masked_attention(tmp_path: Path) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -83,6 +83,7 @@ def test_a_full_disk_leaves_the_old_version_running(faults: Any, tmp_path: Path)
     assert ended["installed; runs 2"] >= 1
 
 
+@pytest.mark.slow
 def test_two_installations_at_once(faults: Any, tmp_path: Path) -> None:
     bench = faults.prepared(tmp_path, 4 << 20)
     for _ in range(4):

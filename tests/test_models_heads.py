@@ -225,6 +225,7 @@ def test_exported_heads_are_plain_and_right_at_any_batch(name, tmp_path):
     assert not ops.keys() & banned
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_loaded_networks_say_how_many_classes_they_tell_apart(tmp_path):
     for name, classes in (("fpn-nano-det", 4), ("embed-nano-seg", 7)):
@@ -264,6 +265,7 @@ def test_outputs_are_named_as_the_forward_names_them(answer, names):
     assert output_names(fold_program(program)[0]) == names
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_names_of_outputs_survive_a_file(tmp_path):
     model = shaken(resvit_model("fpn-nano-det", **SMALL))

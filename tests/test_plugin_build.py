@@ -109,6 +109,7 @@ def test_an_installation_without_the_source_is_told(monkeypatch, tmp_path) -> No
         source_files()
 
 
+@pytest.mark.slow
 @compiles
 def test_the_command_compiles_it(headers, tmp_path, capsys) -> None:
     out = tmp_path / "here" / "lib.so"

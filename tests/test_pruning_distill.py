@@ -290,6 +290,7 @@ def test_early_stop(tmp_path: Path) -> None:
     assert same(student, teacher)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_labels_are_learned_where_there_are_any(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 5, 240)

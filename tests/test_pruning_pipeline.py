@@ -82,6 +82,7 @@ def test_build_prunes_trains_quantises_and_judges_against_the_unpruned_network(
     result(capsys, "fold", "--model", "resvit:embed-nano", "--checkpoint", str(weights), "--run", "runs/s")
 
 
+@pytest.mark.slow
 def test_without_images_magnitude_decides_and_a_warning_is_given(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

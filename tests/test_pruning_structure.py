@@ -103,6 +103,7 @@ def test_pruning_twice_is_one_structure() -> None:
     assert not any(name.startswith(structure.identities) for name in structure.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_another_process_loads_without_the_pruning_library(tmp_path: Path) -> None:
     module = resvit_model("embed-nano").eval()

@@ -191,6 +191,7 @@ def test_files_go_there_and_come_back(device: LoopbackDevice, tmp_path: Path) ->
     assert list((device.home / "some where").iterdir()) == [device.home / "some where" / "a 'file'"]
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_an_upload_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     file = tmp_path / "large"
