@@ -260,6 +260,7 @@ def test_an_old_engine_survives_a_failed_build(tmp_path, child) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.plan", "model.onnx"]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:

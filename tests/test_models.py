@@ -173,6 +173,7 @@ def traced(name):
     return model, torch.export.export(model, (torch.randn(2, 1, 28, 28),), dynamic_shapes=shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "opset"),

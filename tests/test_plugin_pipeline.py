@@ -66,6 +66,7 @@ def test_every_attention_block_and_the_bridge_is_one_node_and_the_gate_scores_th
     assert with_ours["stages"][-1]["agreement"] > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_jetpack_6_gets_each_kernel_in_its_node_and_no_functions(finished_run: Callable[..., Path]) -> None:
     folder = finished_run("jetson-orin", "--plugins", "on")

@@ -98,6 +98,7 @@ def test_every_layer_that_can_has_the_pattern_exactly(sparse: tuple[Net, Net, Sp
     assert report.to_json()["sparse"] == sorted(report.masks)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_what_is_left_alone_is_named_and_unchanged(sparse: tuple[Net, Net, SparseReport]) -> None:
     before, net, report = sparse
