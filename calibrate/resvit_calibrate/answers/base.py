@@ -8,7 +8,7 @@ import difflib
 import io
 import itertools
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
@@ -213,6 +213,24 @@ def targets_of(batch: Batch, kind: type[_T], task: str, image_set: ImageSet) -> 
         f"{' and '.join(sorted(has)) or 'nothing but images'} ({image_set.description}).",
         f"Give data with {_KINDS[kind]}, or say what the network is for: --task other compares outputs alone.",
     )
+
+
+def chosen_output(
+    fitting: Collection[str], wanted: str | None, outputs: Mapping[str, Array], needs: str, fix: str = ""
+) -> str:
+    """The output of a task's option ``output``, ``wanted``, or the only one of those that fit.
+
+    Raises:
+        ResvitError: where that is none or several, with what the task ``needs`` and what there is; ``fix`` goes on.
+    """
+    if wanted is None and len(fitting) == 1:
+        return next(iter(fitting))
+    if wanted is None or wanted not in fitting:
+        raise ResvitError(
+            f"{needs}{f' called {wanted}' if wanted else ''}; the network has {shapes_of(outputs)}.",
+            f"Name one with --task-option output=NAME{fix}.",
+        )
+    return wanted
 
 
 def shapes_of(outputs: Mapping[str, Array]) -> str:

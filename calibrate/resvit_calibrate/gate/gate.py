@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resvit_calibrate.gate.comparison import Comparison
+from resvit_calibrate.gate.comparison import SHARE, Comparison
 from resvit_engines.errors import ExitCode, ResvitError
 
 
@@ -44,7 +44,7 @@ class Verdict:
     images_needed: int | None = None
     chance_level: bool = False
     metric: str = "top-1"
-    unit: str = "percentage points"
+    unit: str = SHARE
 
     @property
     def exit_code(self) -> ExitCode:

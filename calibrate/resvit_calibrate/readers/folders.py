@@ -156,22 +156,6 @@ def plain_path(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; the name may be anything."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long or holds NUL, a folder that may not be searched
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; the name may be anything."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def printable(text: str) -> str:
     """JSON can hold halves of characters, which no file name has and no terminal shows."""
     return text.encode("utf-8", "replace").decode("utf-8")

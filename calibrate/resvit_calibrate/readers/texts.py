@@ -20,7 +20,6 @@ from resvit_calibrate.readers.folders import (
     VALIDATION_NAMES,
     ending_of,
     files_below,
-    is_file,
     is_image,
     name_inside,
     notes_of,
@@ -28,7 +27,7 @@ from resvit_calibrate.readers.folders import (
 )
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import json_from_outside, read_outside, text_from_outside
+from resvit_engines.outside import json_from_outside, leads_to_file, read_outside, text_from_outside
 
 ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")
 BESIDE = ".gt.txt"
@@ -106,7 +105,7 @@ def pixels_from_list(path: Path) -> TextPixels:
         if rows.get(inside, text) != text:
             raise ResvitError(f"{where} gives {inside} another text than a line before.", "Keep one of the two.")
         rows[inside] = text
-        if not is_file(folder / inside):
+        if not leads_to_file(folder / inside):
             missing.append(inside)
     if not rows:
         raise ResvitError(f"{path} lists no picture.", _FIX)
@@ -219,7 +218,7 @@ def _lists_pictures(path: Path) -> bool:
 def _first_is_in(path: Path, folder: Path) -> bool:
     try:
         _, name, _ = next(_rows(path))
-        return is_image(PurePosixPath(name).name) and is_file(folder / name_inside(name, str(path), _FIX))
+        return is_image(PurePosixPath(name).name) and leads_to_file(folder / name_inside(name, str(path), _FIX))
     except (ResvitError, StopIteration):
         return False
 

@@ -13,13 +13,13 @@ from resvit_calibrate.answers.base import (
     Array,
     Keeping,
     Task,
+    chosen_output,
     finite_images,
     options_from,
     require_between,
     require_choice,
     require_finite,
     require_same_images,
-    shapes_of,
     targets_of,
 )
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
@@ -189,16 +189,7 @@ class Depth(Task):
             for name, value in outputs.items()
             if value.dtype.kind == "f" and (value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1))
         ]
-        wanted = self.options.output
-        if wanted is None and len(maps) == 1:
-            return maps[0]
-        if wanted is None or wanted not in maps:
-            raise ResvitError(
-                f"Depth needs an output [B, 1, h, w] or [B, h, w]{f' called {wanted}' if wanted else ''}; the network "
-                f"has {shapes_of(outputs)}.",
-                "Name one with --task-option output=NAME.",
-            )
-        return wanted
+        return chosen_output(maps, self.options.output, outputs, "Depth needs an output [B, 1, h, w] or [B, h, w]")
 
     def _scored(self, found: Array | None, known: Array) -> tuple[Array, tuple[float, float, Array]]:
         """The map as depths, and of it AbsRel, delta 1 (Eigen, NIPS 2014) and a sample of what is known."""

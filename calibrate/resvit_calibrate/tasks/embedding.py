@@ -15,13 +15,13 @@ from resvit_calibrate.answers.base import (
     Array,
     Keeping,
     Task,
+    chosen_output,
     finite_images,
     load_arrays,
     options_from,
     require_finite,
     require_same_images,
     save_arrays,
-    shapes_of,
 )
 from resvit_calibrate.answers.classes import sqnr
 from resvit_calibrate.gate.bootstrap import Floats, resampled
@@ -145,7 +145,7 @@ class Embedding(Task):
         mine, theirs = reference.directions, candidate.directions
         own, others = _nearest(mine, mine), _nearest(theirs, theirs)
         before, after = (_hits(nearest[:, :1], labels) for nearest in (own, others))
-        across = _hits(_nearest(theirs, mine)[:, :1], labels)
+        across = _hits(_nearest(theirs, mine, 1), labels)
         chance = (np.bincount(labels)[labels] - 1) / (len(labels) - 1)
         stats = np.where(asked[:, None], np.stack([before, after, chance], axis=1), 0.0)
 
@@ -154,7 +154,6 @@ class Embedding(Task):
 
         whole, draws = statistic(np.ones((1, len(labels))))[0], resampled(statistic, len(labels))
         distances = 1.0 - (mine * theirs).sum(axis=1)
-        shared = {"mean cosine distance": 0.0}, {"mean cosine distance": float(distances.mean())}
         return EmbeddingComparison(
             images=int(asked.sum()),
             metric=self.metric,
@@ -162,13 +161,13 @@ class Embedding(Task):
                 "recall@1": float(whole[0]),
                 "recall@5": float(_hits(own, labels)[asked].mean()),
                 "recall@1 in the float gallery": float(whole[0]),
-                **shared[0],
+                "mean cosine distance": 0.0,
             },
             candidate={
                 "recall@1": float(whole[1]),
                 "recall@5": float(_hits(others, labels)[asked].mean()),
                 "recall@1 in the float gallery": float(across[asked].mean()),
-                **shared[1],
+                "mean cosine distance": float(distances.mean()),
             },
             drop=100.0 * float(whole[0] - whole[1]),
             draws=100.0 * (draws[:, 0] - draws[:, 1]),
@@ -188,7 +187,7 @@ class Embedding(Task):
         """The images that no longer find one of their class, and those that now do, the farthest from before first."""
         labels, asked = reference.labels, _counts(reference.labels)
         mine, theirs = reference.directions, candidate.directions
-        before, after = (_nearest(vectors, vectors)[:, 0] for vectors in (mine, theirs))
+        before, after = (_nearest(vectors, vectors, 1)[:, 0] for vectors in (mine, theirs))
         distances = 1.0 - (mine * theirs).sum(axis=1)
         right, still = labels[before] == labels, labels[after] == labels
         return [
@@ -213,16 +212,8 @@ class Embedding(Task):
             for name, value in outputs.items()
             if value.dtype.kind == "f" and value.ndim >= 2 and all(size == 1 for size in value.shape[2:])
         }
-        wanted = self.options.output
-        if wanted is None and len(flat) == 1:
-            return next(iter(flat.values()))
-        if wanted is None or wanted not in flat:
-            raise ResvitError(
-                f"An embedding is an output [B, D]{f' called {wanted}' if wanted else ''}; the network has "
-                f"{shapes_of(outputs)}.",
-                "Name one with --task-option output=NAME, or pool the tokens in the network's forward.",
-            )
-        return flat[wanted]
+        pooled = ", or pool the tokens in the network's forward"
+        return flat[chosen_output(flat, self.options.output, outputs, "An embedding is an output [B, D]", pooled)]
 
 
 def _counts(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -230,17 +221,22 @@ def _counts(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.bincount(labels)[labels] > 1)
 
 
-def _nearest(queries: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """The five nearest other images of each, nearest first: int64 [N, 5 or fewer]; ties by number."""
+def _nearest(
+    queries: npt.NDArray[np.float32], gallery: npt.NDArray[np.float32], depth: int = _DEEPEST
+) -> npt.NDArray[np.int64]:
+    """The nearest other images of each, nearest first: int64 [N, ``depth`` or as many as there are]; ties by number."""
     count = len(gallery)
-    most = min(_DEEPEST, count - 1)
     rows = max(1, _SIMILARITIES // count)
-    found = []
+    found = np.empty((count, min(depth, count - 1)), np.int64)
     for start in range(0, count, rows):
         similar = queries[start : start + rows] @ gallery.T
-        similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = -np.inf
-        found.append(np.argsort(-similar, axis=1, kind="stable")[:, :most])
-    return np.concatenate(found)
+        each = np.arange(len(similar))
+        similar[each, start + each] = -np.inf
+        for place in range(found.shape[1]):  # a few passes cost less than sorting rows as long as the gallery
+            nearest = similar.argmax(axis=1)
+            found[start : start + rows, place] = nearest
+            similar[each, nearest] = -np.inf
+    return found
 
 
 def _hits(nearest: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

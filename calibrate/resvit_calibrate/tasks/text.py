@@ -15,6 +15,7 @@ from resvit_calibrate.answers.base import (
     Array,
     Keeping,
     Task,
+    chosen_output,
     finite_images,
     load_arrays,
     options_from,
@@ -22,7 +23,6 @@ from resvit_calibrate.answers.base import (
     require_finite,
     require_same_images,
     save_arrays,
-    shapes_of,
     targets_of,
 )
 from resvit_calibrate.answers.raw import Raw, RawKeeper
@@ -310,16 +310,9 @@ class Text(Task):
     def _output(self, outputs: Mapping[str, Array]) -> Array:
         """Scores [B, positions, classes]."""
         scores = {name: value for name, value in outputs.items() if value.dtype.kind == "f" and value.ndim == 3}
-        wanted = self.options.output
-        if wanted is None and len(scores) == 1:
-            wanted = next(iter(scores))
-        if wanted is None or wanted not in scores:
-            raise ResvitError(
-                f"Text needs an output [B, positions, classes]{f' called {wanted}' if wanted else ''}; the network has "
-                f"{shapes_of(outputs)}.",
-                "Name one with --task-option output=NAME, and put the images first (not the positions).",
-            )
-        found, fitting = scores[wanted], {len(self.options.alphabet) + more for more in (1, 2)}
+        needs, first = "Text needs an output [B, positions, classes]", ", and put the images first (not the positions)"
+        name = chosen_output(scores, self.options.output, outputs, needs, first)
+        found, fitting = scores[name], {len(self.options.alphabet) + more for more in (1, 2)}
         return found.transpose(0, 2, 1) if found.shape[1] in fitting and found.shape[2] not in fitting else found
 
 

@@ -179,7 +179,7 @@ def refuse_blind_program(program: ExportedProgram, name: str) -> None:
     Raises:
         ResvitError: INPUT.
     """
-    run, whole = runner_from_program(program), _whole_outputs(program)
+    run, whole = runner_from_program(program), {*output_names(program)} - {*floating_outputs(program)}
     refuse_blind(run, _drawn(program), name, batch=fixed_batch_of(program) or 1, whole=whole)
 
 
@@ -201,14 +201,6 @@ def _require_float32(program: ExportedProgram) -> None:
                 f"The network computes {node.target} in {str(value.dtype).removeprefix('torch.')}{_line_of(node)}.",
                 "Leave torch.autocast and casts out of its forward: precisions are chosen here, against float32.",
             )
-
-
-def _whole_outputs(program: ExportedProgram) -> set[str]:
-    """The outputs that are whole numbers or truth values, which a runner gives as floats."""
-    outputs = program.graph.output_node().args[0]
-    assert isinstance(outputs, (tuple, list))
-    kinds = [node.meta["val"].dtype if isinstance(node, torch.fx.Node) else torch.float32 for node in outputs]
-    return {name for name, kind in zip(output_names(program), kinds, strict=True) if not kind.is_floating_point}
 
 
 def _refuse_changed_inputs(module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None) -> None:
@@ -318,7 +310,9 @@ def floating_outputs(program: ExportedProgram) -> tuple[str, ...]:
     nodes = program.graph.output_node().args[0]
     assert isinstance(nodes, (tuple, list))
     named = zip(output_names(program), nodes, strict=True)
-    return tuple(name for name, node in named if node.meta["val"].is_floating_point())
+    return tuple(
+        name for name, node in named if not isinstance(node, torch.fx.Node) or node.meta["val"].is_floating_point()
+    )
 
 
 def runner_from_program(program: ExportedProgram) -> Runner:

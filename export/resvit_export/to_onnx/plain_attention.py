@@ -12,6 +12,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from resvit_quantize.graph.network import add_initializer
 from resvit_quantize.qdq.guards import guarded_nodes
 
 
@@ -25,7 +26,7 @@ def write_out_attention(model: ir.Model) -> int:
     guarded = guarded_nodes(model) if found else {}
     count = 0
     for node in found:
-        writer = _Writer(model.graph, node)
+        writer = _Writer(model, node)
         if writer.plain and (writer.widths_differ or node in guarded):
             writer.write()
             count += 1
@@ -35,8 +36,8 @@ def write_out_attention(model: ir.Model) -> int:
 class _Writer:
     """Writes one ``Attention`` out, right before it, and takes its place."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self.graph, self.node = graph, node
+    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self.model, self.node = model, node
         self.name = str(node.name or node.outputs[0].name)
         self.count = 0
         inputs = [*node.inputs, *(None for _ in range(4))]
@@ -79,7 +80,7 @@ class _Writer:
             result = self._op("Reshape", tokens, self._constant(np.array([0, 0, -1], np.int64)))
         old = self.node.outputs[0]
         result.name, result.shape, result.type = f"{old.name}/plain", old.shape, old.type
-        ir.convenience.replace_nodes_and_values(self.graph, self.node, [self.node], [], [old], [result])
+        ir.convenience.replace_nodes_and_values(self.model.graph, self.node, [self.node], [], [old], [result])
 
     def _shape(self, index: int) -> list[int]:
         """[B, heads, tokens, head size] of an operand; the batch may be open."""
@@ -106,11 +107,7 @@ class _Writer:
 
     def _constant(self, array: np.ndarray | np.generic) -> ir.Value:
         self.count += 1
-        name = f"{self.name}/plain/constant_{self.count}"
-        value = ir.Value(name=name, const_value=ir.tensor(np.asarray(array), name=name))
-        value.shape, value.type = ir.Shape(np.shape(array)), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.model, f"{self.name}/plain/constant_{self.count}", np.asarray(array))
 
     def _op(self, op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
         self.count += 1
@@ -118,5 +115,5 @@ class _Writer:
         node.metadata_props.update(self.node.metadata_props)
         node.outputs[0].name = f"{node.name}_output"
         node.outputs[0].type = self.node.outputs[0].type
-        self.graph.insert_before(self.node, node)
+        self.model.graph.insert_before(self.node, node)
         return node.outputs[0]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from resvit_calibrate.readers.boxes.coco_file import read_coco
 from resvit_calibrate.readers.boxes.table import BoxPixels, BoxTable
-from resvit_calibrate.readers.folders import VALIDATION_NAMES, is_file, note_of_unused, split_folders
+from resvit_calibrate.readers.folders import VALIDATION_NAMES, note_of_unused, split_folders
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import leads_to_file
 
 _NAMES = ("annotations.json", "_annotations.coco.json")
 _PREFIX = "instances_"
@@ -77,7 +78,7 @@ def _folder_of_images(coco: BoxTable) -> Path:
     bases = [here, here.parent] if here.name == "annotations" else [here]
     places = [base / part for base in bases for part in (tag, f"images/{tag}", "images", ".")]
     probes = coco.file_names[:: max(1, len(coco.file_names) // _PROBED)]
-    hits = {place: sum(is_file(place / name) for name in probes) for place in places}
+    hits = {place: sum(leads_to_file(place / name) for name in probes) for place in places}
     best = max(hits, key=lambda place: hits[place])
     if not hits[best]:
         raise ResvitError(

@@ -19,7 +19,6 @@ from resvit_calibrate.readers.folders import (
     TRAINING_NAMES,
     VALIDATION_NAMES,
     files_below,
-    is_file,
     is_image,
     name_inside,
     note_of_unused,
@@ -28,7 +27,7 @@ from resvit_calibrate.readers.folders import (
 )
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import read_outside, text_from_outside
+from resvit_engines.outside import leads_to_file, read_outside, text_from_outside
 
 DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
@@ -143,7 +142,7 @@ def _pictures(place: Path, left_out: Counter[str]) -> Iterator[Path]:
             path = place.parent / name_inside(
                 line.strip().removeprefix("./"), f"line {number} of {place}", how_it_is_written(place)
             )
-        if not is_file(path):
+        if not leads_to_file(path):
             raise ResvitError(f"line {number} of {place}: there is no {path}.", "Correct the list.")
         yield path
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resvit_calibrate.readers.folders import is_file, is_folder, plain_path
+from resvit_calibrate.readers.folders import plain_path
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import read_outside, text_from_outside
+from resvit_engines.outside import leads_to_file, leads_to_folder, read_outside, text_from_outside
 
 _CLASSES_MOST = 32768
 
@@ -36,7 +36,7 @@ def data_from_yaml(path: Path) -> YoloData:
     said = document.get("path")
     if isinstance(said, str) and said.strip():
         # Where it is relative, Ultralytics takes it from its own folder of data sets; most often it is this one.
-        base = next((place for place in (path.parent / said, Path(said)) if is_folder(place)), path.parent)
+        base = next((place for place in (path.parent / said, Path(said)) if leads_to_folder(place)), path.parent)
     train = _places(path, base, document.get("train"), "train")
     validation = _places(path, base, document.get("val", document.get("valid")), "val")
     shape = document.get("kpt_shape")
@@ -60,7 +60,7 @@ def _places(path: Path, base: Path, said: Any, which: str) -> tuple[Path, ...]:
         inner = re.sub(r"^(\.\./|\./)+", "", text)
         swapped = "/".join(reversed(inner.split("/"))) if inner.count("/") == 1 else inner
         places = [folder / form for form in (text, inner, swapped) for folder in (base, path.parent)]
-        there = next((place for place in places if is_folder(place) or is_file(place)), None)
+        there = next((place for place in places if leads_to_folder(place) or leads_to_file(place)), None)
         if there is None:
             what = f"{path}: the `{which}` pictures {entry!r} are not there ({places[0]})."
             raise ResvitError(what, how_it_is_written(path))
