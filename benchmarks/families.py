@@ -233,7 +233,10 @@ def own_noise(model: Path) -> float:
 
 
 def in_own_process(work: Any, log: Path, seconds: float, memory: float) -> tuple[int, float]:
-    """Fork, run ``work`` there with its output in ``log``; returns its exit code and its peak of memory in MiB."""
+    """Fork, run ``work`` there with its output in ``log``; returns its exit code and its peak of memory in MiB.
+
+    ``memory`` in GiB is what it may take itself: what this process has reserved by then is not counted.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -243,7 +246,9 @@ def in_own_process(work: Any, log: Path, seconds: float, memory: float) -> tuple
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+            inherited = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+            reserved = 1024 * int(inherited.group(1)) if inherited else 0
+            resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30) + reserved,) * 2)
             code = int(work())
         except BaseException:  # noqa: BLE001 the log says what it was
             import traceback

@@ -87,6 +87,14 @@ def test_a_list_itself_and_pictures_in_a_folder_of_their_own(tmp_path: Path) -> 
     assert texts_of(str(tmp_path / "rec_gt.txt")) == texts_of(str(tmp_path)) == TEXTS
 
 
+def test_what_a_list_names_twice_and_is_not_there_is_left_out_once(tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.png"])
+    (tmp_path / "gt.txt").write_text("a.png\tone\nzz.png\ttwo\nzz.png\ttwo\n")
+    pixels = open_source(str(tmp_path), AS_USUAL).calibration  # type: ignore[union-attr]
+    assert pixels.texts == ("one",)
+    assert any(note.startswith("1 files that ") and "zz.png" in note for note in pixels.notes)
+
+
 @pytest.mark.parametrize("layout", ["folders", "lists"])
 def test_training_and_validation(layout: str, tmp_path: Path) -> None:
     parts = {"train": {f"{i}.png": f"t{i}" for i in range(4)}, "val": {f"v{i}.png": f"v{i}" for i in range(3)}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -63,6 +64,12 @@ def test_one_model_cannot_end_the_run(families: Any, work: Callable[[], int], co
     found, peak = families.in_own_process(work, tmp_path / "log", seconds=2.0, memory=2.0)
     assert found == code
     assert peak > 0
+
+
+def test_what_the_caller_has_reserved_is_not_counted(families: Any, tmp_path: Path) -> None:
+    with mmap.mmap(-1, 3 * 2**30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        code, _ = families.in_own_process(lambda: len(bytes(64 * 2**20)) == 0, tmp_path / "log", 100.0, 2.0)
+    assert code == 0
 
 
 def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def texts_beside(root: Path, end: str = BESIDE) -> bool:
 def pixels_from_list(path: Path) -> TextPixels:
     """Pictures and texts by a list. Raises ``ResvitError`` for lines that are none, and pictures that are not there."""
     rows: dict[str, str] = {}
-    missing: list[str] = []
+    missing: set[str] = set()
     folder = next((path.parent / name for name in _FOLDERS if _first_is_in(path, path.parent / name)), path.parent)
     for number, name, text in _rows(path):
         where = f"line {number} of {path}"
@@ -106,14 +106,14 @@ def pixels_from_list(path: Path) -> TextPixels:
             raise ResvitError(f"{where} gives {inside} another text than a line before.", "Keep one of the two.")
         rows[inside] = text
         if not leads_to_file(folder / inside):
-            missing.append(inside)
+            missing.add(inside)
     if not rows:
         raise ResvitError(f"{path} lists no picture.", _FIX)
     if len(missing) == len(rows):
-        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {shortened(missing)}.", _FIX)
+        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {shortened(sorted(missing))}.", _FIX)
     for name in missing:
         del rows[name]
-    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {shortened(missing)}"]
+    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {shortened(sorted(missing))}"]
     return TextPixels(path.parent.name, folder, rows, (*(notes if missing else ()), *_notes_of(rows, path)))
 
 
