@@ -109,11 +109,12 @@ def pixels_from_list(path: Path) -> TextPixels:
             missing.add(inside)
     if not rows:
         raise ResvitError(f"{path} lists no picture.", _FIX)
+    named = shortened(sorted(missing))
     if len(missing) == len(rows):
-        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {shortened(sorted(missing))}.", _FIX)
+        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {named}.", _FIX)
     for name in missing:
         del rows[name]
-    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {shortened(sorted(missing))}"]
+    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {named}"]
     return TextPixels(path.parent.name, folder, rows, (*(notes if missing else ()), *_notes_of(rows, path)))
 
 
