@@ -85,6 +85,7 @@ def test_same_program_same_bytes_and_no_traces(
         assert trace not in content
 
 
+@pytest.mark.slow
 def test_fixed_batch_leaves_no_arithmetic_on_shapes(program: ExportedProgram, tmp_path: Path) -> None:
     report = onnx_from_program(program, tmp_path / "model.onnx", opset=20, batch=3)
     assert report.input[1][0] == 3

@@ -148,6 +148,7 @@ def test_an_onnx_model_skips_the_torch_stages(
     assert made["verdict"] == "accepted"
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]

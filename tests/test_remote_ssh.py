@@ -215,6 +215,7 @@ def test_an_upload_over_a_part_of_something_else_is_made_anew(device: LoopbackDe
     assert (device.home / "file").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_download_that_was_cut_goes_on_where_it_was(device: LoopbackDevice, tmp_path: Path) -> None:
     (device.home / "large").write_bytes(os.urandom(40 << 20))

@@ -138,6 +138,7 @@ def make():
 """
 
 
+@pytest.mark.slow
 def test_a_reader_is_judged_by_its_lines_and_drawn_with_them(workspace: Path) -> None:
     Path("reader.py").write_text(READER)
     random = np.random.default_rng(0)
