@@ -253,6 +253,17 @@ def test_difficult_objects_count_for_nothing_and_pixels_from_0_are_told(tmp_path
     assert "counted from 0" in said
 
 
+def test_a_third_part_is_said_to_be_unused(tmp_path: Path) -> None:
+    root = as_voc(tmp_path)
+    before = open_source(root, AS_USUAL)
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("zebra\n")
+    after = open_source(root, AS_USUAL)
+    assert isinstance(before, Pools)
+    assert isinstance(after, Pools)
+    assert not [note for note in before.calibration.notes if "is divided" in note]
+    assert [note for note in after.calibration.notes if "train.txt and val.txt are used, test.txt not" in note]
+
+
 def test_boxes_and_masks_in_one_folder_are_asked_about(tmp_path: Path) -> None:
     root = as_voc(tmp_path)
     (tmp_path / "SegmentationClass").mkdir()

@@ -105,7 +105,10 @@ def test_training_and_validation(layout: str, tmp_path: Path) -> None:
             tabbed(folder, rows)
         else:
             (tmp_path / f"rec_gt_{part}.txt").write_text("".join(f"{a}\t{b}\n" for a, b in rows.items()))
+    pictures(tmp_path / "test", ["z.png"])
     pools = open_source(str(tmp_path), AS_USUAL)
+    said = [note for note in pools.calibration.notes if "train and val are used, test not" in note]  # type: ignore[union-attr]
+    assert len(said) == (layout == "folders")
     assert pools.calibration.texts == tuple(parts["train"].values())  # type: ignore[union-attr]
     assert pools.validation.texts == tuple(parts["val"].values())  # type: ignore[union-attr]
 

@@ -223,7 +223,7 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return _class_pools(root, split_folders(root), told=told)
     layout = _layout_of(root, kind)
     if kind == "voc":
-        return _voc_pools(layout)
+        return _voc_pools(layout, root)
     pools = [_paired(part, layout, root, options) for part in layout.parts]
     if len(pools) > 1:
         pools[0].notes += unused_parts(layout, root)
@@ -255,23 +255,28 @@ def _coco_pools(root: Path, *, any_name: bool) -> Pools:
     return Pools(train, open_coco(found[1]))
 
 
-def _voc_pools(layout: Layout) -> Pools:
+def _voc_pools(layout: Layout, root: Path) -> Pools:
     """The pictures of VOC's XML files; classes that occur in one part alone are classes of both."""
     pools = [pixels_from_voc(part) for part in layout.parts]
     if len(pools) == 1:
         return Pools(pools[0], None)
+    pools[0].notes += unused_parts(layout, root)
     return Pools(*with_classes_of_both(*pools))
 
 
 def _text_pools(root: Path) -> Pools:
     """Pictures with a list, or two, of their texts, or with texts beside them."""
     lists = text_lists(root)
+    halves = split_folders(root)
     if not lists:
-        halves = split_folders(root)
         pools = [pixels_from_texts_beside(part) for part in halves or (root,)]
     else:
         pools = [pixels_from_list(path) for path in lists]
-    return Pools(pools[0], pools[1] if len(pools) > 1 else None)
+    if len(pools) == 1:
+        return Pools(pools[0], None)
+    if halves is not None:
+        pools[0].notes += note_of_unused(root, [part.name for part in halves])
+    return Pools(pools[0], pools[1])
 
 
 def _layout_of(root: Path, kind: Kind) -> Layout:

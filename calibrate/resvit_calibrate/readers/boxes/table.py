@@ -120,14 +120,18 @@ class BoxPixels(FilePixels):
                     _SAME_CATEGORIES,
                 )
         moved = np.array([ids.index(identity) for identity in self.table.class_ids], np.int64)
-        table = dataclasses.replace(self.table, classes=moved[self.table.classes], class_ids=ids, class_names=names)
-        return BoxPixels(table, self.root)
+        return self._numbered(moved, ids, names)
 
     def moved(self, numbers: Mapping[int, int], names: tuple[str, ...]) -> BoxPixels:
         """The same images, each class under another number; ids go, since these are the network's own numbers."""
         places = np.array([numbers.get(number, 0) for number in range(len(self.table.class_ids))], np.int64)
         ids = tuple(range(len(names)))
-        table = dataclasses.replace(self.table, classes=places[self.table.classes], class_ids=ids, class_names=names)
+        return self._numbered(places, ids, names)
+
+    def _numbered(self, places: npt.NDArray[np.int64], ids: tuple[int, ...], names: tuple[str, ...]) -> BoxPixels:
+        # The notes are those of now: more may have been said than the table's own.
+        classes = places[self.table.classes]
+        table = dataclasses.replace(self.table, classes=classes, class_ids=ids, class_names=names, notes=self.notes)
         return BoxPixels(table, self.root)
 
     def _boxes(self, index: int) -> BoxTarget:
