@@ -618,6 +618,28 @@ def _lists() -> dict[str, Parser]:
         found[f"texts: {name}"] = Parser(
             _opened(), {**pictures, name: text.encode()}, {name: mutants.of_bytes}, whole=True
         )
+    classes = {
+        "val.txt": "".join(f"{name} {number % 2}\n" for number, name in enumerate(pictures)),
+        "labels.csv": "file,label,split\n"
+        + "".join(f"{name},{'ab'[n % 2]},train\n" for n, name in enumerate(pictures)),
+        "shares.csv": "image,a,b\n" + "".join(f"{n},{n % 2},{1 - n % 2}\n" for n in range(len(pictures))),
+        "labels.jsonl": "".join(
+            json.dumps({"file_name": name, "class_name": "ab"[number % 2], "class_id": number % 2}) + "\n"
+            for number, name in enumerate(pictures)
+        ),
+    }
+    for name, text in classes.items():
+        found[f"classes: {name}"] = Parser(
+            _opened(), {**pictures, name: text.encode()}, {name: mutants.of_bytes}, whole=True
+        )
+    synsets = {f"val/ILSVRC2012_val_{n + 1:08}.png": data for n, data in enumerate(pictures.values())}
+    lines = {
+        "synset_labels.txt": "".join(f"n0144076{n % 2}\n" for n in range(len(pictures))).encode(),
+        "synset_words.txt": b"n01440760 a, b\nn01440761 c\n",
+    }
+    found["synsets in order"] = Parser(
+        _opened(), {**synsets, **lines}, dict.fromkeys(lines, mutants.of_bytes), whole=True
+    )
     return found
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from resvit_calibrate.data.numbering import with_classes
+from resvit_calibrate.data.numbering import numbered_like, same_numbering, with_classes
 from resvit_calibrate.data.pixel_doubts import require_readable, with_white
 from resvit_calibrate.data.sources import (
     KINDS,
     Pools,
     is_factory,
-    numbered_like,
     open_source,
     require_source,
-    same_numbering,
     same_source,
 )
 from resvit_calibrate.data.training_images import TrainingImages
