@@ -52,6 +52,9 @@ NAMES = (
     *("texts: metadata.jsonl", "classes: val.txt", "classes: labels.csv", "classes: shares.csv"),
     *(
         "classes: labels.jsonl",
+        "COCO's outlines",
+        "table of colours",
+        "shard",
         "synsets in order",
         "picture: png",
         "picture: jpg",

@@ -10,7 +10,7 @@ from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_o
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
-from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, unused_files
+from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, open_coco_masks, unused_files
 from resvit_calibrate.readers.boxes.table import with_classes_of_both
 from resvit_calibrate.readers.boxes.voc import pixels_from_voc
 from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file, yolo_from_file, yolo_from_folder
@@ -20,15 +20,17 @@ from resvit_calibrate.readers.lists.classes import pixels_from_names
 from resvit_calibrate.readers.lists.kinds import says
 from resvit_calibrate.readers.lists.rows import ENDINGS as LISTS
 from resvit_calibrate.readers.npz import pixels_from_npz
-from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names
+from resvit_calibrate.readers.paired import IMAGES, Part
+from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
 from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 
-Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text"]
+Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar"]
 KINDS = (
     "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
-    "VOC have them, or pictures with a list of their classes or texts), such a list, an .npz file, or file.py:factory."
+    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, or "
+    "file.py:factory."
 )
 
 
@@ -48,13 +50,16 @@ def require_source(data: str) -> None:
     if data == "fashion-mnist":
         return
     kind, text = _split(data)
-    if existing(text) is None and (kind is not None or ":" not in data):
+    shards = named_shards(text) if kind in (None, "tar") else ()
+    if missing := [path for path in shards if existing(str(path)) is None]:
+        raise ResvitError(f"The data {text!r} does not exist: there is no {missing[0]}.", KINDS)
+    if not shards and existing(text) is None and (kind is not None or ":" not in data):
         raise ResvitError(f"The data {text!r} does not exist.", KINDS)
 
 
 def is_factory(data: str) -> bool:
     """Whether ``data`` names a function that gives preprocessed images, without importing it."""
-    return _split(data)[0] is None and existing(data) is None and is_factory_name(data)
+    return _split(data)[0] is None and not named_shards(data) and existing(data) is None and is_factory_name(data)
 
 
 def open_source(data: str, options: TargetOptions) -> Pools | Factory:
@@ -70,10 +75,15 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return Pools(train, test)
     kind, text = _split(data)
     path = existing(text)
+    if kind in (None, "tar") and not (path is not None and path.is_dir()) and (shards := named_shards(text)):
+        require_source(data)
+        return Pools(pixels_from_shards(shards, Path(text).name), None)
     if path is not None and path.is_dir():
         return _folder_pools(path, kind, options)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
-        return Pools(open_coco(path), None)
+        return Pools(_coco(path, options), None)
+    if path is not None and kind == "masks" and path.suffix.lower() == ".json":
+        return Pools(open_coco_masks(path, options), None)
     if path is not None and (kind in ("csv", "text") or (kind is None and path.suffix.lower() in LISTS)):
         return _listed_pools(path, kind)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
@@ -121,6 +131,8 @@ def kind_of_folder(root: Path) -> Kind:
         )
     if found:
         return found[0][0]
+    if shards_in(root)[0]:
+        return "tar"
     for layout in layouts:
         require_read(layout, root)
     return "folder"
@@ -158,7 +170,7 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     told = kind is not None
     kind = kind or kind_of_folder(root)
     if kind == "coco":
-        return _coco_pools(root, any_name=told)
+        return _coco_pools(root, options, any_name=told)
     if kind == "text":
         return _text_pools(root)
     if kind == "yolo":
@@ -168,6 +180,8 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return Pools(*pools_of_folders(root, told=told))
     if kind == "csv":
         return Pools(*pools_of_lists(root))
+    if kind == "tar":
+        return _shard_pools(root)
     layout = _layout_of(root, kind)
     if kind == "voc":
         return _voc_pools(layout, root)
@@ -177,17 +191,21 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     return Pools(pools[0], pools[1] if len(pools) > 1 else None)
 
 
-def _coco_pools(root: Path, *, any_name: bool) -> Pools:
+def _coco_pools(root: Path, options: TargetOptions, *, any_name: bool) -> Pools:
     found = annotation_files(root, any_name=any_name)
     if found is None:
         raise ResvitError(
             f"{root} holds no annotations.json and no instances_*.json.", "Name the file itself: `coco:FILE.json`."
         )
-    train = open_coco(found[0])
+    train = _coco(found[0], options)
     if found[1] is None:
         return Pools(train, None)
     train.notes += unused_files(root, (found[0], found[1]))
-    return Pools(train, open_coco(found[1]))
+    return Pools(train, _coco(found[1], options))
+
+
+def _coco(path: Path, options: TargetOptions) -> Pixels:
+    return open_coco_masks(path, options) if options.outlines else open_coco(path)
 
 
 def _voc_pools(layout: Layout, root: Path) -> Pools:
@@ -210,6 +228,21 @@ def _listed_pools(path: Path, kind: Kind | None) -> Pools:
     if "csv" in said:
         return Pools(*pools_of_one_list(path))
     return Pools(pixels_from_names(path) if "names" in said else pixels_from_list(path), None)
+
+
+def _shard_pools(root: Path) -> Pools:
+    """The tar files of a folder, in two parts where names or folders say so."""
+    first, second = shards_in(root)
+    if not first:
+        raise ResvitError(f"{root} has no tar files.", "Name the files themselves: `tar:data/train-{0000..0007}.tar`.")
+    train = pixels_from_shards(first, f"{root.name} ({len(first)} shards)")
+    if not second:
+        return Pools(train, None)
+    left = [path.name for path in sorted(root.glob("*.tar")) if path not in (*first, *second)]
+    train.notes += note_of_unused(
+        root, ["its shards of both parts"], ["its shards of both parts", *left] if left else ()
+    )
+    return Pools(train, pixels_from_shards(second, f"{root.name} ({len(second)} shards to validate with)"))
 
 
 def _text_pools(root: Path) -> Pools:
@@ -247,7 +280,7 @@ def _layout_of(root: Path, kind: Kind) -> Layout:
 def _paired(part: Part, layout: Layout, root: Path, options: TargetOptions) -> FilePixels:
     if layout.kind == "depth":
         return depth.pixels_from_depth(part, options)
-    pixels = masks.pixels_from_masks(part, options, read_class_names(part.root) or read_class_names(root))
+    pixels = masks.pixels_from_masks(part, options, root)
     if layout.moved is not None:
         pixels.moved = layout.moved
         pixels.notes = (*pixels.notes, f"the values of {root} are Cityscapes' labelIds, and are read as its trainIds")
