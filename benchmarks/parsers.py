@@ -646,7 +646,11 @@ def _lists() -> dict[str, Parser]:
         "annotations": [
             {"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": outline}
             for n, outline in enumerate(
-                ([[1, 1, 8, 1, 8, 8]], {"size": [9, 10], "counts": [3, 7, 80]}, {"size": [9, 10], "counts": "d04500000R1"})
+                (
+                    [[1, 1, 8, 1, 8, 8]],
+                    {"size": [9, 10], "counts": [3, 7, 80]},
+                    {"size": [9, 10], "counts": "d04500000R1"},
+                )
             )
         ],
     }

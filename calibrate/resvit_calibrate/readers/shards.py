@@ -179,7 +179,7 @@ def _members(stream: Any) -> Iterator[tarfile.TarInfo]:
                 if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise ValueError(f"it is damaged or cut short at byte {archive.offset}")
                 return
-            archive.members.clear()  # it would keep every one that it passed
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep every one that it passed
             yield member
     raise ValueError(f"it has more than {_MOST_MEMBERS} members")
 

@@ -36,7 +36,7 @@ def says(path: Path) -> tuple[Saying, ...]:
     except ResvitError:
         # Of boxes, or of columns that nothing names: only a list of pictures is refused for that.
         fields = rows[min(1, len(rows) - 1)].fields[:8]
-        if path.suffix.lower() != ".txt" and any(place_of(path, [field])[1] for field in fields):
+        if path.suffix.lower() != ".txt" and any(is_image(field) and place_of(path, [field])[1] for field in fields):
             raise
         return ()
     rows = rows[1:] if columns.said else rows
