@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 import sys
+import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -583,7 +584,9 @@ def _data() -> dict[str, Parser]:
 
 
 def _lists() -> dict[str, Parser]:
-    """Files of lines, YAML and XML about pictures."""
+    """Files of lines, YAML, XML and outlines about pictures, and tar files of both."""
+    from resvit_calibrate.images.targets import TargetOptions
+
     pictures = _images()
     yolo = {f"labels/{Path(name).stem}.txt": b"0 0.5 0.5 0.2 0.2\n1 .1 .1 .9 .1 .9 .9\n" for name in pictures}
     beside = {f"images/{name}": data for name, data in pictures.items()}
@@ -618,7 +621,77 @@ def _lists() -> dict[str, Parser]:
         found[f"texts: {name}"] = Parser(
             _opened(), {**pictures, name: text.encode()}, {name: mutants.of_bytes}, whole=True
         )
+    classes = {
+        "val.txt": "".join(f"{name} {number % 2}\n" for number, name in enumerate(pictures)),
+        "labels.csv": "file,label,split\n"
+        + "".join(f"{name},{'ab'[n % 2]},train\n" for n, name in enumerate(pictures)),
+        "shares.csv": "image,a,b\n" + "".join(f"{n},{n % 2},{1 - n % 2}\n" for n in range(len(pictures))),
+        "labels.jsonl": "".join(
+            json.dumps({"file_name": name, "class_name": "ab"[number % 2], "class_id": number % 2}) + "\n"
+            for number, name in enumerate(pictures)
+        ),
+    }
+    for name, text in classes.items():
+        found[f"classes: {name}"] = Parser(
+            _opened(), {**pictures, name: text.encode()}, {name: mutants.of_bytes}, whole=True
+        )
+    synsets = {f"val/ILSVRC2012_val_{n + 1:08}.png": data for n, data in enumerate(pictures.values())}
+    lines = {
+        "synset_labels.txt": "".join(f"n0144076{n % 2}\n" for n in range(len(pictures))).encode(),
+        "synset_words.txt": b"n01440760 a, b\nn01440761 c\n",
+    }
+    outlines = {
+        "images": [{"id": n, "file_name": name, "width": 10, "height": 9} for n, name in enumerate(pictures)],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 5, 5], "segmentation": outline}
+            for n, outline in enumerate(
+                (
+                    [[1, 1, 8, 1, 8, 8]],
+                    {"size": [9, 10], "counts": [3, 7, 80]},
+                    {"size": [9, 10], "counts": "d04500000R1"},
+                )
+            )
+        ],
+    }
+    found["COCO's outlines"] = Parser(
+        _opened(reading=TargetOptions(outlines=True)),
+        {**pictures, "annotations.json": json.dumps(outlines).encode()},
+        {"annotations.json": mutants.of_json},
+        whole=True,
+    )
+    colour_rows = {"class_dict.csv": b"name,r,g,b\na,0,0,0\nb,9,9,9\n"}
+    found["table of colours"] = Parser(
+        _opened(),
+        {**beside, **{f"masks/{name}": _mask_of_colours() for name in pictures}, **colour_rows},
+        dict.fromkeys(colour_rows, mutants.of_bytes),
+        whole=True,
+    )
+    found["shard"] = _one(_opened(), "a.tar", _shard(pictures), mutants.of_bytes)
+    found["synsets in order"] = Parser(
+        _opened(), {**synsets, **lines}, dict.fromkeys(lines, mutants.of_bytes), whole=True
+    )
     return found
+
+
+def _mask_of_colours() -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(np.tile((np.arange(10) % 2 * 9).astype(np.uint8)[None, :, None], (9, 1, 3))).save(out, "PNG")
+    return out.getvalue()
+
+
+def _shard(pictures: Mapping[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for number, data in enumerate(pictures.values()):
+            about = {"cls": str(number % 2).encode()} if number % 3 else {"json": b'{"label": 1}'}
+            for ending, content in {"png": data, **about}.items():
+                info = tarfile.TarInfo(f"{number}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
 
 
 def _pictures() -> dict[str, Parser]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import is_factory, require_source
+from resvit_calibrate.data.sources import is_factory, open_source, require_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import TargetOptions
@@ -373,3 +373,56 @@ def test_images_alone_do_for_calibration_and_where_no_accuracy_is_asked_for(tmp_
     mixed = DataSpec(str(flat), f"masks:{tmp_path}")
     with pytest.raises(ResvitError, match="Every calibration image"):
         open_image_sets(mixed, INPUT)
+
+
+COLOURS = {"sky": (10, 20, 30), "road": (128, 64, 128), "car": (64, 0, 128), "void": (0, 0, 0)}
+TABLES = {
+    "class_dict.csv": "name,r,g,b\n" + "".join(f"{n},{r},{g},{b}\n" for n, (r, g, b) in COLOURS.items()),
+    "labelmap.txt": "# label:color_rgb:parts:actions\n"
+    + "".join(f"{n}:{r},{g},{b}::\n" for n, (r, g, b) in COLOURS.items()),
+    "label_colors.txt": "".join(f"{r} {g} {b}\t\t{n}\n" for n, (r, g, b) in COLOURS.items()),
+    "classes.txt": "".join(f"{n} {r} {g} {b}\n" for n, (r, g, b) in COLOURS.items()),
+}
+
+
+def numbers_of(number: int) -> np.ndarray:
+    return np.where(mask_of(number) == 255, 3, mask_of(number)).astype(np.uint8)
+
+
+def coloured(root: Path, number: int) -> None:
+    colours = np.array(list(COLOURS.values()), np.uint8)[numbers_of(number)]
+    Image.fromarray(colours).save(root / "masks" / f"{number:03}.png")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_colours_are_classes_by_a_table(tmp_path, table):
+    root = masks(tmp_path, 6)
+    for number in range(6):
+        coloured(root, number)
+    with pytest.raises(ResvitError, match="table of colours"):
+        opened(root)
+    (root / table).write_text(TABLES[table])
+    pixels = open_source(str(root), TargetOptions()).calibration
+    assert pixels.class_names == tuple(COLOURS)
+    for number in range(6):
+        np.testing.assert_array_equal(pixels.target(number, 10, 14).classes, numbers_of(number))
+    bad = TABLES[table].replace("128", "129", 1)
+    (root / table).write_text(bad)
+    with pytest.raises(ResvitError, match=r"holds the colour 128,64,128, which .* gives no class"):
+        opened(root)
+    (root / table).write_text(TABLES[table] + TABLES[table].splitlines()[-1] + "\n")
+    with pytest.raises(ResvitError, match=r"Lines \d and \d of .* give two classes one colour"):
+        opened(root)
+
+
+def test_grey_and_palette_masks_beside_a_table_hold_numbers_or_its_colours(tmp_path):
+    root = masks(tmp_path, 4)
+    (root / "class_dict.csv").write_text(TABLES["class_dict.csv"])
+    image = Image.fromarray(np.zeros((10, 14), np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 1, 1, 1] + [0] * 9 + [128, 64, 128])
+    image.putdata((numbers_of(1) % 2 * 5).ravel().tolist())
+    image.save(root / "masks" / "001.png")
+    pixels = open_source(str(root), TargetOptions()).calibration
+    np.testing.assert_array_equal(pixels.target(0, 10, 14).classes, mask_of(0).astype(np.int8))
+    found = pixels.target(1, 10, 14).classes
+    np.testing.assert_array_equal(found, numbers_of(1) % 2)

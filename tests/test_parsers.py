@@ -49,7 +49,19 @@ NAMES = (
     *("progress of a device", "files of a device", "ranges", "statistics", "array", "COCO", "list of classes"),
     *("classes in JSON", "NPZ with labels", "NPZ with masks", "NPZ with boxes", "Fashion-MNIST"),
     *("YOLO's boxes", "YOLO's data.yaml", "VOC's XML", "texts: gt.txt", "texts: labels.txt", "texts: metadata.csv"),
-    *("texts: metadata.jsonl", "picture: png", "picture: jpg", "picture: tiff", "picture: gif", "picture: bmp"),
+    *("texts: metadata.jsonl", "classes: val.txt", "classes: labels.csv", "classes: shares.csv"),
+    *(
+        "classes: labels.jsonl",
+        "COCO's outlines",
+        "table of colours",
+        "shard",
+        "synsets in order",
+        "picture: png",
+        "picture: jpg",
+        "picture: tiff",
+        "picture: gif",
+        "picture: bmp",
+    ),
     *("picture: webp", "picture: png of 16 bits", "depths", "masks"),
 )
 SLOW = dict.fromkeys(("ONNX", "ONNX with weights beside it"), 300)

@@ -103,8 +103,8 @@ class Sources:
                 calibration_images=recipe.calibration_images,
                 validation_images=recipe.validation_images,
                 seed=recipe.seed,
-                reading=TargetOptions.from_options(recipe.task_options),
-                unlabelled=recipe.task is TaskKind.OTHER or recipe.metric is not None,
+                reading=TargetOptions.from_options(recipe.task_options, recipe.task.value),
+                unlabelled=recipe.task in (TaskKind.OTHER, TaskKind.AUTO) or recipe.metric is not None,
                 classes=self.classes,
                 known_classes=known_classes,
                 said=frozenset(recipe.preprocess),
@@ -129,7 +129,7 @@ class Sources:
                 recipe.seed,
                 preprocess,
                 self.reporter,
-                TargetOptions.from_options(recipe.task_options),
+                TargetOptions.from_options(recipe.task_options, recipe.task.value),
                 self.classes,
                 known_classes,
             )
@@ -257,7 +257,9 @@ class Run:
         recipe = self.recipe
         kind = recipe.task
         if kind is TaskKind.AUTO:
-            kind = TaskKind(task_of(outputs, self.image_sets(network)[1].task, {}, recipe.metric).name)
+            known = self.image_sets(network)[1].task
+            # Of images of which nothing is known no accuracy can be asked, whatever the outputs look like.
+            kind = TaskKind(task_of(outputs, known, {}, recipe.metric).name) if known is not None else TaskKind.OTHER
         own = network.task_options if kind is TaskKind.DETECTION else {}
         # What the user says of the outputs goes before what a detector says of its own.
         options = with_files_read({**own, **recipe.task_options})

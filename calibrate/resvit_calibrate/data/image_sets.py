@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from resvit_calibrate.data.numbering import with_classes
+from resvit_calibrate.data.numbering import numbered_like, same_numbering, with_classes
 from resvit_calibrate.data.pixel_doubts import require_readable, with_white
 from resvit_calibrate.data.sources import (
     KINDS,
     Pools,
     is_factory,
-    numbered_like,
     open_source,
     require_source,
-    same_numbering,
     same_source,
 )
 from resvit_calibrate.data.training_images import TrainingImages
@@ -56,6 +54,11 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     with_white((calibration, validation), reporter)
     if validation.task in (None, "classification") and not spec.unlabelled:
         _require_classes(validation)
+    elif validation.task is None:
+        reporter.warn(
+            f"nothing is known of the validation images ({validation.description}): accuracy cannot be judged; the "
+            "verdict goes by --metric, or without one by how near the outputs stay to the float network's (their SQNR)"
+        )
     if calibration.task == validation.task == "segmentation":
         # Where only the masks themselves show how many classes there are, one side may lack the last.
         most = max(calibration.num_classes or 0, validation.num_classes or 0)
@@ -79,6 +82,8 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
             "Give other images for one of the two, or leave validation_data out to have the data divided.",
         )
     _warn(spec, calibration, validation, reporter)
+    for images, what in ((calibration, "calibration"), (validation, "validation")):
+        _say_what_contradicts(images, what, reporter)
     doubt = require_readable(spec, preprocess, calibration, validation, reporter)
     calibration.doubt = validation.doubt = doubt
     return calibration, validation
@@ -213,13 +218,28 @@ def _require_classes(validation: ImageSet) -> None:
     if labels is None:
         raise ResvitError(
             f"The validation images have no labels ({validation.description}).",
-            "Accuracy cannot be measured without: sort them into class folders, put masks, depths or COCO's "
-            "annotations beside them, or add `labels` to the .npz.",
+            "Accuracy cannot be measured without: sort them into class folders, put a list of classes, masks, depths "
+            "or COCO's annotations beside them, or add `labels` to the .npz; --task auto compares outputs alone.",
         )
     if len(labels) > 1 and len(np.unique(labels)) == 1:
         raise ResvitError(
             f"All {len(labels)} validation images are of one class ({validation.description}).",
             "Give images of at least two classes, or a network that always says the same would look right.",
+        )
+
+
+def _say_what_contradicts(images: ImageSet, what: str, reporter: Reporter) -> None:
+    """Say how many of the same pictures have different classes: one of each is wrong."""
+    labels = images.labels
+    if labels is None or len(labels) != len(images.contents):
+        return
+    held: dict[bytes, set[int]] = {}
+    for content, label in zip(images.contents, labels.tolist(), strict=True):
+        held.setdefault(content, set()).add(label)
+    several = sum(len(classes) > 1 for classes in held.values())
+    if several:
+        reporter.warn(
+            f"{several} {what} images are there more than once, under different classes: one of each is wrong"
         )
 
 

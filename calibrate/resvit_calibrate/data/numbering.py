@@ -7,12 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from resvit_calibrate.images.class_list import REMEDY, ClassList
+from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.pixels import Pixels
-from resvit_calibrate.readers.boxes.table import BoxPixels
+from resvit_calibrate.readers.boxes.table import BoxPixels, with_shared_classes
 from resvit_calibrate.readers.folders import order_note
 from resvit_calibrate.readers.masks import MaskPixels
 from resvit_calibrate.readers.npz_targets import TargetArrays
+from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
+from resvit_engines.progress import Reporter
 
 
 def with_classes(pool: Pixels, classes: ClassList | None, known: ClassList | None) -> Pixels:
@@ -69,3 +72,58 @@ def _moved(pool: Pixels, moved: Mapping[int, int], classes: ClassList) -> Pixels
     pool.class_names, pool.class_ids = classes.names, ()
     pool.num_classes = len(classes.names) if classes.whole else None
     return pool
+
+
+def same_numbering(train: Pixels, validation: Pixels, reporter: Reporter | None = None) -> tuple[Pixels, Pixels]:
+    """Number the classes of two sources alike, where both say what their classes are.
+
+    Classes follow the source that has all of the other's; ``reporter`` hears where that changes validation. Raises
+    ``ResvitError`` where neither has, and for COCO files and masks that do not agree.
+    """
+    if isinstance(train, BoxPixels) and isinstance(validation, BoxPixels):
+        return with_shared_classes(train, validation)
+    names, others = train.class_names, validation.class_names
+    if train.task != validation.task or not names or not others or names == others:
+        return train, validation
+    more, fewer = (names, others) if set(others) <= set(names) else (others, names)
+    if train.task != "classification" or not set(fewer) <= set(more):
+        alone = [name for name in fewer if name not in more], [name for name in more if name not in fewer]
+        raise ResvitError(
+            f"{train.name} and {validation.name} do not have the same classes: "
+            + (f"{shortened(alone[0])} and {shortened(alone[1])} are in one only." if any(alone) else "order differs."),
+            "Use the same classes in both, or say the network's with --classes FILE (a name a line, or JSON).",
+        )
+    if more is names and reporter is not None:
+        reporter.warn(f"{validation.name} lacks some of the classes of {train.name}; labels follow {train.name}")
+    for pool in (train, validation):
+        _renumber(pool, more)
+    return train, validation
+
+
+def numbered_like(pool: Pixels, images: ImageSet) -> Pixels:
+    """Number the classes of ``pool`` as ``images`` does, where both say what theirs are called.
+
+    Raises ``ResvitError`` where ``pool`` has classes that ``images`` lacks: training would teach wrong answers.
+    """
+    names, known = pool.class_names, images.class_names
+    if not names or not known or names == known or pool.task != images.task:
+        return pool
+    missing = [name for name in names if name not in known]
+    if missing or pool.task == "segmentation":
+        raise ResvitError(
+            f"The classes of {pool.name} are not those of the validation images: "
+            + (f"{', '.join(missing[:5])} are unknown there." if missing else "their order differs."),
+            "Use the same classes, in the same order, in both.",
+        )
+    if isinstance(pool, BoxPixels):
+        return pool.renumbered(images.class_ids or tuple(range(len(known))), known)
+    if pool.labels is not None:
+        _renumber(pool, known)
+    return pool
+
+
+def _renumber(pool: Pixels, names: tuple[str, ...]) -> None:
+    """Number the labels of images as ``names`` does, which has all of their classes."""
+    if pool.labels is not None:
+        pool.labels = np.array([names.index(name) for name in pool.class_names], np.int64)[pool.labels]
+    pool.class_names, pool.num_classes = names, len(names)

@@ -6,31 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
-from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, unused_files
-from resvit_calibrate.readers.boxes.table import BoxPixels, with_classes_of_both, with_shared_classes
+from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, open_coco_masks, unused_files
+from resvit_calibrate.readers.boxes.table import with_classes_of_both
 from resvit_calibrate.readers.boxes.voc import pixels_from_voc
 from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file, yolo_from_file, yolo_from_folder
-from resvit_calibrate.readers.folders import note_of_unused, pixels_from_folder, split_folders
-from resvit_calibrate.readers.layouts import Layout, layouts_in, refuse_unread, require_read, unused_parts
-from resvit_calibrate.readers.mixtures import refuse_masks
+from resvit_calibrate.readers.folders import note_of_unused, split_folders
+from resvit_calibrate.readers.layouts import Layout, layouts_in, require_read, unused_parts
+from resvit_calibrate.readers.lists.classes import pixels_from_names
+from resvit_calibrate.readers.lists.kinds import says
+from resvit_calibrate.readers.lists.rows import ENDINGS as LISTS
 from resvit_calibrate.readers.npz import pixels_from_npz
-from resvit_calibrate.readers.paired import IMAGES, Part, read_class_names, shortened
+from resvit_calibrate.readers.paired import IMAGES, Part
+from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
 from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
-from resvit_calibrate.readers.texts import ENDINGS as LISTS
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import Reporter
 
-Kind = Literal["folder", "coco", "yolo", "voc", "masks", "depth", "text"]
+Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar"]
 KINDS = (
     "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
-    "VOC have them, or pictures with a list of their texts), an .npz file, or file.py:factory."
+    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, or "
+    "file.py:factory."
 )
 
 
@@ -50,13 +50,16 @@ def require_source(data: str) -> None:
     if data == "fashion-mnist":
         return
     kind, text = _split(data)
-    if existing(text) is None and (kind is not None or ":" not in data):
+    shards = named_shards(text) if kind in (None, "tar") else ()
+    if missing := [path for path in shards if existing(str(path)) is None]:
+        raise ResvitError(f"The data {text!r} does not exist: there is no {missing[0]}.", KINDS)
+    if not shards and existing(text) is None and (kind is not None or ":" not in data):
         raise ResvitError(f"The data {text!r} does not exist.", KINDS)
 
 
 def is_factory(data: str) -> bool:
     """Whether ``data`` names a function that gives preprocessed images, without importing it."""
-    return _split(data)[0] is None and existing(data) is None and is_factory_name(data)
+    return _split(data)[0] is None and not named_shards(data) and existing(data) is None and is_factory_name(data)
 
 
 def open_source(data: str, options: TargetOptions) -> Pools | Factory:
@@ -72,12 +75,17 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return Pools(train, test)
     kind, text = _split(data)
     path = existing(text)
+    if kind in (None, "tar") and not (path is not None and path.is_dir()) and (shards := named_shards(text)):
+        require_source(data)
+        return Pools(pixels_from_shards(shards, Path(text).name), None)
     if path is not None and path.is_dir():
         return _folder_pools(path, kind, options)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
-        return Pools(open_coco(path), None)
-    if path is not None and (kind == "text" or (kind is None and path.suffix.lower() in LISTS)):
-        return Pools(pixels_from_list(path), None)
+        return Pools(_coco(path, options), None)
+    if path is not None and kind == "masks" and path.suffix.lower() == ".json":
+        return Pools(open_coco_masks(path, options), None)
+    if path is not None and (kind in ("csv", "text") or (kind is None and path.suffix.lower() in LISTS)):
+        return _listed_pools(path, kind)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
         return Pools(*yolo_from_file(path))
     if path is not None and kind is None and path.suffix != ".py":
@@ -101,6 +109,8 @@ def kind_of_folder(root: Path) -> Kind:
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
+    if listed := lists_in(root):
+        found.append(("csv", ", ".join(str(path.relative_to(root)) for path in listed.values())))
     if lists := text_lists(root):
         found.append(("text", str(lists[0].relative_to(root))))
     elif texts_beside(root):
@@ -121,64 +131,11 @@ def kind_of_folder(root: Path) -> Kind:
         )
     if found:
         return found[0][0]
+    if shards_in(root)[0]:
+        return "tar"
     for layout in layouts:
         require_read(layout, root)
     return "folder"
-
-
-def same_numbering(train: Pixels, validation: Pixels, reporter: Reporter | None = None) -> tuple[Pixels, Pixels]:
-    """Number the classes of two sources alike, where both say what their classes are.
-
-    Classes follow the source that has all of the other's; ``reporter`` hears where that changes validation. Raises
-    ``ResvitError`` where neither has, and for COCO files and masks that do not agree.
-    """
-    if isinstance(train, BoxPixels) and isinstance(validation, BoxPixels):
-        return with_shared_classes(train, validation)
-    names, others = train.class_names, validation.class_names
-    if train.task != validation.task or not names or not others or names == others:
-        return train, validation
-    more, fewer = (names, others) if set(others) <= set(names) else (others, names)
-    if train.task != "classification" or not set(fewer) <= set(more):
-        alone = [name for name in fewer if name not in more], [name for name in more if name not in fewer]
-        raise ResvitError(
-            f"{train.name} and {validation.name} do not have the same classes: "
-            + (f"{shortened(alone[0])} and {shortened(alone[1])} are in one only." if any(alone) else "order differs."),
-            "Use the same classes in both, or say the network's with --classes FILE (a name a line, or JSON).",
-        )
-    if more is names and reporter is not None:
-        reporter.warn(f"{validation.name} lacks some of the classes of {train.name}; labels follow {train.name}")
-    for pool in (train, validation):
-        _renumber(pool, more)
-    return train, validation
-
-
-def _renumber(pool: Pixels, names: tuple[str, ...]) -> None:
-    """Number the labels of images as ``names`` does, which has all of their classes."""
-    if pool.labels is not None:
-        pool.labels = np.array([names.index(name) for name in pool.class_names], np.int64)[pool.labels]
-    pool.class_names, pool.num_classes = names, len(names)
-
-
-def numbered_like(pool: Pixels, images: ImageSet) -> Pixels:
-    """Number the classes of ``pool`` as ``images`` does, where both say what theirs are called.
-
-    Raises ``ResvitError`` where ``pool`` has classes that ``images`` lacks: training would teach wrong answers.
-    """
-    names, known = pool.class_names, images.class_names
-    if not names or not known or names == known or pool.task != images.task:
-        return pool
-    missing = [name for name in names if name not in known]
-    if missing or pool.task == "segmentation":
-        raise ResvitError(
-            f"The classes of {pool.name} are not those of the validation images: "
-            + (f"{', '.join(missing[:5])} are unknown there." if missing else "their order differs."),
-            "Use the same classes, in the same order, in both.",
-        )
-    if isinstance(pool, BoxPixels):
-        return pool.renumbered(images.class_ids or tuple(range(len(known))), known)
-    if pool.labels is not None:
-        _renumber(pool, known)
-    return pool
 
 
 def existing(text: str) -> Path | None:
@@ -213,14 +170,18 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     told = kind is not None
     kind = kind or kind_of_folder(root)
     if kind == "coco":
-        return _coco_pools(root, any_name=told)
+        return _coco_pools(root, options, any_name=told)
     if kind == "text":
         return _text_pools(root)
     if kind == "yolo":
         described = yolo_file(root)
         return Pools(*(yolo_from_file(described) if described is not None else yolo_from_folder(root)))
     if kind == "folder":
-        return _class_pools(root, split_folders(root), told=told)
+        return Pools(*pools_of_folders(root, told=told))
+    if kind == "csv":
+        return Pools(*pools_of_lists(root))
+    if kind == "tar":
+        return _shard_pools(root)
     layout = _layout_of(root, kind)
     if kind == "voc":
         return _voc_pools(layout, root)
@@ -230,29 +191,21 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
     return Pools(pools[0], pools[1] if len(pools) > 1 else None)
 
 
-def _class_pools(root: Path, parts: tuple[Path, Path] | None, *, told: bool) -> Pools:
-    for part in parts or (root,):
-        if not told:
-            refuse_unread(part)
-        refuse_masks(part, told=told)
-    if parts is None:
-        return Pools(pixels_from_folder(root), None)
-    train, validation = (pixels_from_folder(part) for part in parts)
-    train.notes += note_of_unused(root, [part.name for part in parts])
-    return Pools(train, validation)
-
-
-def _coco_pools(root: Path, *, any_name: bool) -> Pools:
+def _coco_pools(root: Path, options: TargetOptions, *, any_name: bool) -> Pools:
     found = annotation_files(root, any_name=any_name)
     if found is None:
         raise ResvitError(
             f"{root} holds no annotations.json and no instances_*.json.", "Name the file itself: `coco:FILE.json`."
         )
-    train = open_coco(found[0])
+    train = _coco(found[0], options)
     if found[1] is None:
         return Pools(train, None)
     train.notes += unused_files(root, (found[0], found[1]))
-    return Pools(train, open_coco(found[1]))
+    return Pools(train, _coco(found[1], options))
+
+
+def _coco(path: Path, options: TargetOptions) -> Pixels:
+    return open_coco_masks(path, options) if options.outlines else open_coco(path)
 
 
 def _voc_pools(layout: Layout, root: Path) -> Pools:
@@ -262,6 +215,34 @@ def _voc_pools(layout: Layout, root: Path) -> Pools:
         return Pools(pools[0], None)
     pools[0].notes += unused_parts(layout, root)
     return Pools(*with_classes_of_both(*pools))
+
+
+def _listed_pools(path: Path, kind: Kind | None) -> Pools:
+    """Pictures by one list: a class or a text each, or their names alone, as the user or its lines say."""
+    said = (kind,) if kind is not None else says(path)
+    if len(said) > 1:
+        raise ResvitError(
+            f"{path} gives each picture a word, and nothing says whether that is its class or what is written in it.",
+            f"Say which: `csv:{path}` for classes, `text:{path}` for texts.",
+        )
+    if "csv" in said:
+        return Pools(*pools_of_one_list(path))
+    return Pools(pixels_from_names(path) if "names" in said else pixels_from_list(path), None)
+
+
+def _shard_pools(root: Path) -> Pools:
+    """The tar files of a folder, in two parts where names or folders say so."""
+    first, second = shards_in(root)
+    if not first:
+        raise ResvitError(f"{root} has no tar files.", "Name the files themselves: `tar:data/train-{0000..0007}.tar`.")
+    train = pixels_from_shards(first, f"{root.name} ({len(first)} shards)")
+    if not second:
+        return Pools(train, None)
+    left = [path.name for path in sorted(root.glob("*.tar")) if path not in (*first, *second)]
+    train.notes += note_of_unused(
+        root, ["its shards of both parts"], ["its shards of both parts", *left] if left else ()
+    )
+    return Pools(train, pixels_from_shards(second, f"{root.name} ({len(second)} shards to validate with)"))
 
 
 def _text_pools(root: Path) -> Pools:
@@ -299,7 +280,7 @@ def _layout_of(root: Path, kind: Kind) -> Layout:
 def _paired(part: Part, layout: Layout, root: Path, options: TargetOptions) -> FilePixels:
     if layout.kind == "depth":
         return depth.pixels_from_depth(part, options)
-    pixels = masks.pixels_from_masks(part, options, read_class_names(part.root) or read_class_names(root))
+    pixels = masks.pixels_from_masks(part, options, root)
     if layout.moved is not None:
         pixels.moved = layout.moved
         pixels.notes = (*pixels.notes, f"the values of {root} are Cityscapes' labelIds, and are read as its trainIds")

@@ -15,7 +15,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside
 from resvit_engines.pictures.decode import AS_USUAL, Decoding, decode, deep_values, eight_bits, header_of, reason
 
-_FILE_MOST = 2 << 30
+FILE_MOST = 2 << 30
 """Bytes of the largest picture's file."""
 
 
@@ -189,9 +189,13 @@ class FilePixels(Untargeted):
         """Name one image by its path inside the folder."""
         return self.files[index]
 
+    def bytes_of(self, index: int) -> bytes:
+        """The bytes of one image's file; raise ``BrokenImage`` where they cannot be read."""
+        return file_bytes(self.root / self.files[index])
+
     def look(self, index: int) -> Look:
         """Digest one file's bytes and read the image's header, and all of it where it has more than 8 bits."""
-        data = file_bytes(self.root / self.files[index])
+        data = self.bytes_of(index)
         try:
             header, deep = header_of(data), deep_values(data)
         except (MemoryError, ResvitError):
@@ -208,7 +212,7 @@ class FilePixels(Untargeted):
 
     def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """Decode one file: uint8 [H, W, 1 or 3]."""
-        data = file_bytes(self.root / self.files[index])
+        data = self.bytes_of(index)
         require_seen(data, seen.content, str(self.root / self.files[index]))
         try:
             return decode(data, decoding)
@@ -222,7 +226,7 @@ class FilePixels(Untargeted):
 def file_bytes(path: Path) -> bytes:
     """Read one file of at most 2 GiB, without waiting for a pipe; raise ``BrokenImage`` where that fails."""
     try:
-        return read_outside(path, _FILE_MOST, "it")
+        return read_outside(path, FILE_MOST, "it")
     except ResvitError as error:
         gone = error.problem.startswith("There is no file")
         raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error

@@ -113,7 +113,8 @@ class TargetOptions:
     """How masks and depths are stored.
 
     ``classes``: how many classes there are, None where the data says or shows it. ``ignore``: the values of a
-    mask that mean "unlabelled". ``depth_scale``: metres in one step of a 16-bit depth image.
+    mask that mean "unlabelled". ``depth_scale``: metres in one step of a 16-bit depth image. ``outlines``: what COCO
+    draws around objects is read as masks, since the task is segmentation.
 
     Raises ``ResvitError`` for values that nothing could be read with.
     """
@@ -121,6 +122,7 @@ class TargetOptions:
     classes: int | None = None
     ignore: tuple[int, ...] = (255,)
     depth_scale: float = 0.001
+    outlines: bool = False
 
     def __post_init__(self) -> None:
         if self.classes is not None and not 1 <= self.classes <= MOST_CLASSES:
@@ -134,11 +136,11 @@ class TargetOptions:
             )
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> TargetOptions:
+    def from_options(cls, options: Mapping[str, Any], task: str = "") -> TargetOptions:
         """Pick ``classes``, ``ignore`` and ``depth_scale`` out of a task's options; the others are left alone.
 
-        ``ignore`` is one number or a list of them, which may be empty. Raises ``ResvitError`` for values of another
-        type.
+        ``task`` is what the user says the network is for. ``ignore`` is one number or a list of them, which may be
+        empty. Raises ``ResvitError`` for values of another type.
         """
         ignore = options.get("ignore", AS_USUAL.ignore)
         listed = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
@@ -152,7 +154,7 @@ class TargetOptions:
             raise ResvitError(
                 f"The task's option depth_scale = {scale!r} is not a number.", "Give the metres in one step: 0.001."
             )
-        return cls(classes, tuple(listed), float(scale))
+        return cls(classes, tuple(listed), float(scale), task == "segmentation")
 
 
 AS_USUAL = TargetOptions()

@@ -13,7 +13,8 @@ import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_engines.errors import ResvitError
-from resvit_engines.pictures.decode import SUFFIXES
+from resvit_engines.outside import open_outside
+from resvit_engines.pictures.decode import SUFFIXES, begins_as_picture
 
 _ENDINGS_SHOWN = 5
 TRAINING_NAMES = ("train", "training")
@@ -65,22 +66,31 @@ def pixels_from_folder(root: Path) -> FilePixels:
         beside = sorted(e.name for e in os.scandir(root) if e.is_file() and _visible(e.name))
     loose = [name for name in beside if is_image(name)]
     if not own:
-        left_out.update(ending_of(name) for name in beside if not is_image(name))
+        hidden = [name for name in beside if not is_image(name) and _is_picture_inside(root / name)]
+        loose = sorted(loose + hidden)
+        left_out.update(ending_of(name) for name in beside if name not in {*loose})
         if not loose:
             raise ResvitError(f"The folder {root} holds no images{_but(left_out)}.", _LAYOUT)
-        return FilePixels(root.name, root, loose, None, notes=notes_of(root, left_out))
+        return FilePixels(root.name, root, loose, None, notes=(*notes_of(root, left_out), *_note_of_content(hidden)))
     files: list[str] = []
     labels: list[int] = []
     empty = []
+    hidden = []
     for number, name in enumerate(own):
-        found = sorted(files_below(root, name, is_image, left_out))
+        found = []
+        for file in sorted(files_below(root, name, lambda _: True)):
+            if is_image(PurePosixPath(file).name) or _is_picture_inside(root / file):
+                found.append(file)
+                hidden += [] if is_image(PurePosixPath(file).name) else [file]
+            else:
+                left_out[ending_of(file)] += 1
         files += found
         labels += [number] * len(found)
         if not found:
             empty.append(name)
     if not files:
         raise ResvitError(f"The folder {root} and its sub-folders hold no images{_but(left_out)}.", _LAYOUT)
-    notes = list(notes_of(root, left_out))
+    notes = [*notes_of(root, left_out), *_note_of_content(hidden)]
     if empty:
         notes.append(f"{root} has class folders without images, which still count as classes: {', '.join(empty)}")
     if loose:
@@ -180,6 +190,20 @@ def notes_of(where: Path, left_out: Counter[str]) -> tuple[str, ...]:
 
 def _but(left_out: Counter[str]) -> str:
     return f", but other files: {counted(left_out)}" if left_out else ""
+
+
+def _note_of_content(hidden: list[str]) -> tuple[str, ...]:
+    shown = ", ".join(hidden[:3]) + (", …" if len(hidden) > 3 else "")
+    return (f"{len(hidden)} files are pictures by their content, whatever their endings: {shown}",) if hidden else ()
+
+
+def _is_picture_inside(path: Path) -> bool:
+    """Whether a file begins as pictures do, whatever it is called."""
+    try:
+        with open_outside(path) as stream:
+            return begins_as_picture(stream.read(16))
+    except (ResvitError, OSError):
+        return False
 
 
 def _visible(name: str) -> bool:

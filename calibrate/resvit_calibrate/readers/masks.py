@@ -10,10 +10,13 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import BrokenImage
 from resvit_calibrate.images.targets import IGNORED, MOST_CLASSES, MaskTarget, TargetOptions
-from resvit_calibrate.readers.paired import PairedPixels, Part, grey_values, pairs_in
+from resvit_calibrate.readers.colours import ColourTable, colour_table
+from resvit_calibrate.readers.paired import PairedPixels, Part, grey_values, pairs_in, read_class_names
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.decode import opened
 
 SUFFIXES = (".png", ".bmp", ".gif", ".pgm", ".tif", ".tiff")
+_WRITTEN = "class numbers, as a palette or grey image, or put a table of colours beside (class_dict.csv: name,r,g,b)"
 _MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -24,11 +27,16 @@ class MaskPixels(PairedPixels):
     """
 
     moved: Mapping[int, int] | None = None
+    colours: ColourTable | None = None
+    """Which class a colour is; grey masks hold class numbers in any case."""
 
     def values(self, data: bytes, path: Path) -> npt.NDArray[np.generic]:
         """Decode a mask and number its classes: int16 [H, W]."""
         del path
-        found = classes_of(grey_values(data, _MODES, "class numbers, as a palette or grey image"), self.options)
+        stored: npt.NDArray[np.generic] | None = None if self.colours is None else _classes_by(self.colours, data)
+        if stored is None:
+            stored = grey_values(data, _MODES, _WRITTEN)
+        found = classes_of(stored, self.options)
         return found if self.moved is None else renumbered(found, self.moved)
 
     def made(self, values: npt.NDArray[np.generic]) -> MaskTarget:
@@ -40,11 +48,34 @@ class MaskPixels(PairedPixels):
         return seen_in(values)
 
 
-def pixels_from_masks(part: Part, options: TargetOptions, class_names: tuple[str, ...]) -> MaskPixels:
-    """Pair images with masks; raises ``ResvitError`` where nothing matches."""
-    pixels = MaskPixels(pairs_in(part, SUFFIXES), "segmentation", options, class_names)
-    pixels.num_classes = number_of_classes(part.root, options, class_names)
+def pixels_from_masks(part: Part, options: TargetOptions, root: Path) -> MaskPixels:
+    """Pair images with masks; raises ``ResvitError`` where nothing matches.
+
+    What classes and colours are called is in a file of ``part``'s folder or of ``root``, the folder of all parts.
+    """
+    colours = colour_table(part.root, root)
+    named = colours.names if colours is not None else read_class_names(part.root) or read_class_names(root)
+    pixels = MaskPixels(pairs_in(part, SUFFIXES), "segmentation", options, named)
+    pixels.colours = colours
+    pixels.num_classes = number_of_classes(part.root, options, named)
     return pixels
+
+
+def _classes_by(table: ColourTable, data: bytes) -> npt.NDArray[np.int64] | None:
+    """The classes [H, W] of a mask's colours, upright; None of one that holds numbers."""
+    from PIL import ImageOps
+
+    with opened(data) as image:
+        if image.format == "JPEG" or image.mode not in ("RGB", "RGBA", "P"):
+            return None
+        palette = image.mode == "P"
+        colours = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    try:
+        return table.classes_of(colours)
+    except BrokenImage:
+        if palette:  # of other colours than the table's, such as VOC's for unlabelled: its numbers are the classes
+            return None
+        raise
 
 
 def renumbered(classes: npt.NDArray[np.int16], moved: Mapping[int, int]) -> npt.NDArray[np.int16]:

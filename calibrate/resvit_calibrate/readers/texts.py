@@ -25,18 +25,18 @@ from resvit_calibrate.readers.folders import (
     notes_of,
     split_folders,
 )
+from resvit_calibrate.readers.lists.kinds import says
+from resvit_calibrate.readers.lists.rows import ENDINGS
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import json_from_outside, leads_to_file, read_outside, text_from_outside
 
-ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")
 BESIDE = ".gt.txt"
 """What Tesseract's and Calamari's trainers call the text of a picture."""
 _STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?)?[_-]?([a-z]*)", re.IGNORECASE)
 _FILES, _TEXTS = ("file_name", "filename", "file", "path", "image"), ("text", "words", "transcription", "caption")
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 2000
-_CLASSES_SLACK = 20
 _FOLDERS = ("", "images", "imgs", "image")
 _ICDAR = re.compile(r'(\S.*?\.[A-Za-z0-9]{2,5}),\s*"(.*)"\s*')
 _SPACED = re.compile(r"(\S+\.[A-Za-z0-9]{2,5})(?:\s(.*))?")
@@ -203,17 +203,11 @@ def _decoded(path: Path) -> str:
 
 
 def _lists_pictures(path: Path) -> bool:
-    """Whether a file names pictures that are there, and says more of them than a class number."""
+    """Whether a file names pictures that are there, and may say what is written in them."""
     if not any(_first_is_in(path, path.parent / name) for name in _FOLDERS):
         return False
-    try:
-        texts = {text.strip() for _, _, text in itertools.islice(_rows(path), _LOOKED_AT)}
-    except ResvitError:
-        return True
-    if not all(text.isdecimal() and str(int(text)) == text for text in texts if text):
-        return True
-    # Numbers of classes are about as many as the highest says; what meters and plates show goes far beyond.
-    return max((int(text) for text in texts if text), default=0) > 2 * len(texts) + _CLASSES_SLACK
+    said = says(path)
+    return not said or "text" in said
 
 
 def _first_is_in(path: Path, folder: Path) -> bool:

@@ -32,6 +32,24 @@ _BEYOND = 0.05
 """By how much of white floating-point pixels may overshoot, as resizing makes them do."""
 
 
+_BEGINNINGS = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",
+    b"qoif",
+)
+
+
+def begins_as_picture(data: bytes) -> bool:
+    """Whether a file's first 16 bytes are those of a picture; of BMP, PNM and TGA, which begin with less, never."""
+    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return data.startswith(_BEGINNINGS) or webp or data[4:12] in (b"ftypavif", b"ftypavis")
+
+
 class Decoding(NamedTuple):
     """What an image file leaves open: whether it is turned as its EXIF orientation says, and which value is white."""
 

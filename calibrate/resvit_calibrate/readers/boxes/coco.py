@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers.boxes.coco_file import read_coco
-from resvit_calibrate.readers.boxes.table import BoxPixels, BoxTable
+from resvit_calibrate.readers.boxes.coco_masks import CocoMasks, coco_masks_from
+from resvit_calibrate.readers.boxes.table import BoxPixels
 from resvit_calibrate.readers.folders import VALIDATION_NAMES, note_of_unused, split_folders
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import leads_to_file
@@ -20,7 +22,14 @@ def open_coco(path: Path) -> BoxPixels:
     coco = read_coco(path)
     if not coco.file_names:
         raise ResvitError(f"{path} lists no images.", "Give annotations of at least one image.")
-    return BoxPixels(coco, _folder_of_images(coco))
+    return BoxPixels(coco, _folder_of_images(coco.path, coco.file_names))
+
+
+def open_coco_masks(path: Path, options: TargetOptions) -> CocoMasks:
+    """Read an annotation file for its outlines, and find its images. Raises ``ResvitError`` where either fails."""
+    masks = coco_masks_from(path, path.parent, options)
+    masks.root = _folder_of_images(path, tuple(masks.files))
+    return masks
 
 
 def annotation_files(root: Path, *, any_name: bool = False) -> tuple[Path, Path | None] | None:
@@ -72,18 +81,17 @@ def _tag(file: Path) -> str:
     return file.stem.removeprefix(_PREFIX)
 
 
-def _folder_of_images(coco: BoxTable) -> Path:
+def _folder_of_images(path: Path, names: tuple[str, ...]) -> Path:
     """Where most of the images are, out of the places where they lie by convention."""
-    here, tag = coco.path.parent, _tag(coco.path)
+    here, tag = path.parent, _tag(path)
     bases = [here, here.parent] if here.name == "annotations" else [here]
     places = [base / part for base in bases for part in (tag, f"images/{tag}", "images", ".")]
-    probes = coco.file_names[:: max(1, len(coco.file_names) // _PROBED)]
+    probes = names[:: max(1, len(names) // _PROBED)]
     hits = {place: sum(leads_to_file(place / name) for name in probes) for place in places}
     best = max(hits, key=lambda place: hits[place])
     if not hits[best]:
         raise ResvitError(
-            f"None of the images of {coco.path}, such as {probes[0]}, is in "
-            f"{', '.join(str(place) for place in places)}.",
+            f"None of the images of {path}, such as {probes[0]}, is in {', '.join(str(place) for place in places)}.",
             "Put the images, or a link to their folder, beside the annotations as `images`.",
         )
     return best

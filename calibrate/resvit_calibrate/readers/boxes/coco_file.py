@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
 
-_FIX = (
+FIX = (
     "COCO's detection format is an object with `images` (id, file_name, width, height), `categories` (id, name) and "
     "`annotations` (image_id, category_id, bbox [x, y, width, height], iscrowd)."
 )
@@ -51,9 +52,9 @@ def read_coco(path: Path) -> BoxTable:
     for ids that are given twice; for names of files that lead out of the folder; and for annotations whose
     category does not exist.
     """
-    found = _parsed(path)
-    ids, names, sizes = _images(path, found["images"])
-    class_ids, class_names, groups = _categories(path, found["categories"], _used(found["annotations"]))
+    found = parsed(path, _kept)
+    ids, names, sizes = images_of(path, found["images"])
+    class_ids, class_names, groups = categories_of(path, found["categories"], _used(found["annotations"]))
     notes = []
     if groups:
         notes.append(
@@ -91,23 +92,24 @@ def read_coco(path: Path) -> BoxTable:
     )
 
 
-def _parsed(path: Path) -> dict[str, list[Any]]:
+def parsed(path: Path, kept: Callable[[dict[str, Any]], Any]) -> dict[str, list[Any]]:
+    """The three lists of a file, each object as ``kept`` leaves it. Raises ``ResvitError`` where one is missing."""
     try:
-        text = text_from_outside(read_outside(path, _MOST_BYTES), str(path), _FIX)
-        found = json.loads(text, object_hook=_kept)
+        text = text_from_outside(read_outside(path, _MOST_BYTES), str(path), FIX)
+        found = json.loads(text, object_hook=kept)
     except json.JSONDecodeError as error:
         raise ResvitError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.", _FIX
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.", FIX
         ) from error
     except (ValueError, RecursionError) as error:
         # A number of thousands of digits, or brackets in brackets without end.
-        raise ResvitError(f"{path} is not usable JSON: {error}.", _FIX) from error
+        raise ResvitError(f"{path} is not usable JSON: {error}.", FIX) from error
     if not isinstance(found, dict):
         what = "a list, as files of results are" if isinstance(found, list) else "not an object"
-        raise ResvitError(f"{path} is {what}.", _FIX)
+        raise ResvitError(f"{path} is {what}.", FIX)
     for name in ("images", "categories", "annotations"):
         if not isinstance(found.get(name), list):
-            raise ResvitError(f"{path} has no list `{name}`; it has {', '.join(sorted(found)) or 'nothing'}.", _FIX)
+            raise ResvitError(f"{path} has no list `{name}`; it has {', '.join(sorted(found)) or 'nothing'}.", FIX)
     return found
 
 
@@ -118,7 +120,8 @@ def _kept(entry: dict[str, Any]) -> _Box | dict[str, Any]:
     return entry
 
 
-def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], npt.NDArray[np.int64]]:
+def images_of(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], npt.NDArray[np.int64]]:
+    """Which image an id is, the names of their files, and their sizes [N, 2], 0 where nothing says."""
     ids: dict[Any, int] = {}
     names: list[str] = []
     sizes = np.zeros((len(entries), 2), np.int64)
@@ -126,18 +129,18 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
     for number, entry in enumerate(entries):
         where = f"images[{number}] of {path}"
         if not isinstance(entry, dict):
-            raise ResvitError(f"{where} is not an object.", _FIX)
-        identity = _id(entry.get("id"), f"{where}: id")
+            raise ResvitError(f"{where} is not an object.", FIX)
+        identity = id_of(entry.get("id"), f"{where}: id")
         if identity in ids:
             repeated.append(str(identity))
         ids[identity] = number
-        names.append(name_inside(entry.get("file_name"), f"{where}: file_name", _FIX))
+        names.append(name_inside(entry.get("file_name"), f"{where}: file_name", FIX))
         for side, name in enumerate(("height", "width")):
             if entry.get(name) is None:
                 continue
-            size = _whole(entry[name])
+            size = whole_number(entry[name])
             if size is None or not 0 < size < 2**31:
-                raise ResvitError(f"{where}: {name} is {_shown(entry[name])}.", _FIX)
+                raise ResvitError(f"{where}: {name} is {shown(entry[name])}.", FIX)
             sizes[number, side] = size
     if repeated:
         raise ResvitError(
@@ -150,10 +153,10 @@ def _images(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], 
 
 def _used(annotations: list[Any]) -> set[int | None]:
     """The categories that annotations are of; what is wrong with them is said later."""
-    return {_whole(entry.category) for entry in annotations if isinstance(entry, _Box)}
+    return {whole_number(entry.category) for entry in annotations if isinstance(entry, _Box)}
 
 
-def _categories(
+def categories_of(
     path: Path, entries: list[Any], used: set[int | None]
 ) -> tuple[tuple[int, ...], tuple[str, ...], list[str]]:
     """Ids in rising order and names of the classes, and the names of those that only group others."""
@@ -161,11 +164,11 @@ def _categories(
     above: dict[int, str] = {}
     for number, entry in enumerate(entries):
         where = f"categories[{number}] of {path}"
-        identity = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
         if identity is None or abs(identity) >= _LARGEST:
-            raise ResvitError(f"{where} has no whole number as its id.", _FIX)
+            raise ResvitError(f"{where} has no whole number as its id.", FIX)
         if identity in names:
-            raise ResvitError(f"{path} gives the category id {identity} more than once.", _FIX)
+            raise ResvitError(f"{path} gives the category id {identity} more than once.", FIX)
         names[identity] = printable(str(entry.get("name", identity)))
         above[identity] = printable(str(entry.get("supercategory")))
     groups = {
@@ -175,7 +178,7 @@ def _categories(
     }
     ids = tuple(sorted(names.keys() - groups))
     if not ids:
-        raise ResvitError(f"{path} has no categories.", _FIX)
+        raise ResvitError(f"{path} has no categories.", FIX)
     return ids, tuple(names[identity] for identity in ids), [names[identity] for identity in sorted(groups)]
 
 
@@ -192,24 +195,30 @@ def _annotations(
     for number, entry in enumerate(entries):
         where = f"annotations[{number}] of {path}"
         if not isinstance(entry, _Box):
-            raise ResvitError(f"{where} has no `bbox` or no `image_id`.", _FIX)
-        place = images.get(_id(entry.image, f"{where}: image_id"))
+            raise ResvitError(f"{where} has no `bbox` or no `image_id`.", FIX)
+        place = images.get(id_of(entry.image, f"{where}: image_id"))
         if place is None:
             strays += 1
             continue
-        category = _whole(entry.category)
+        category = whole_number(entry.category)
         if category not in numbers:
             raise ResvitError(
-                f"{where} is of the category {_shown(entry.category)}, which does not exist; there are "
+                f"{where} is of the category {shown(entry.category)}, which does not exist; there are "
                 f"{shortened(list(map(str, class_ids)))}.",
                 "Add it to `categories`, or correct the annotation.",
             )
         sides = [_number(side) for side in entry.bbox] if isinstance(entry.bbox, list) else []
         if len(sides) != 4 or None in sides:
-            raise ResvitError(f"{where}: bbox is {_shown(entry.bbox)}, not four numbers.", _FIX)
-        many = 0 if entry.crowd is None else int(entry.crowd) if isinstance(entry.crowd, bool) else _whole(entry.crowd)
+            raise ResvitError(f"{where}: bbox is {shown(entry.bbox)}, not four numbers.", FIX)
+        many = (
+            0
+            if entry.crowd is None
+            else int(entry.crowd)
+            if isinstance(entry.crowd, bool)
+            else whole_number(entry.crowd)
+        )
         if many not in (0, 1):
-            raise ResvitError(f"{where}: iscrowd is {_shown(entry.crowd)}, not 0 or 1.", _FIX)
+            raise ResvitError(f"{where}: iscrowd is {shown(entry.crowd)}, not 0 or 1.", FIX)
         image.append(place)
         classes.append(numbers[category])
         boxes.append(sides)
@@ -234,19 +243,20 @@ def _cut(
     return held, kept, int(outside.sum())
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it stands in a file, cut short."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _id(value: Any, where: str) -> int | str:
+def id_of(value: Any, where: str) -> int | str:
     """An id as it is compared: a whole number, also where it is written as a text, or any other text."""
-    number = _whole(value)
+    number = whole_number(value)
     if number is not None:
         return number
     if isinstance(value, str):
         return value
-    raise ResvitError(f"{where} is {_shown(value)}, not a whole number or a text.", _FIX)
+    raise ResvitError(f"{where} is {shown(value)}, not a whole number or a text.", FIX)
 
 
 def _number(value: Any) -> float | None:
@@ -261,7 +271,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else None
 
 
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """A whole number, also where it is written as a text or with a fraction of zero; None for anything else."""
     if isinstance(value, str):
         return int(value.partition(".")[0]) if _WHOLE.fullmatch(value) else None

@@ -1,0 +1,233 @@
+"""A small sample of every layout that people have data in: each is recognised as itself and as nothing else."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
+from resvit_engines.errors import ResvitError
+
+COUNT = 12
+NAMES = ("cat", "dog", "owl")
+COLOURS = np.array([[0, 0, 0], [128, 64, 128], [0, 128, 0]], np.uint8)
+
+
+def picture(path: Path, number: int) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    return path.name
+
+
+def pictures(folder: Path, count: int = COUNT, first: int = 0) -> list[str]:
+    return [picture(folder / f"{number:04}.png", number) for number in range(first, first + count)]
+
+
+def mask(path: Path, number: int, kind: str = "grey") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(1000 + number).integers(0, 3, (16, 16)).astype(np.uint8)
+    image = Image.fromarray(COLOURS[values] if kind == "colours" else values)
+    if kind == "palette":
+        image = image.convert("P")
+        image.putpalette(COLOURS.ravel().tolist())
+    image.save(path)
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def yolo(root: Path) -> None:
+    for name in pictures(root / "images"):
+        text(root / "labels" / f"{Path(name).stem}.txt", "0 0.5 0.5 0.5 0.5\n1 0.5 0.5 0.2 0.2\n")
+    text(root / "data.yaml", "train: images\nval: images\nnames: [cat, dog]\n")
+
+
+def darknet(root: Path) -> None:
+    for name in pictures(root):
+        text(root / f"{Path(name).stem}.txt", "0 0.5 0.5 0.5 0.5\n")
+
+
+def coco(root: Path) -> None:
+    names = pictures(root / "images")
+    images = [{"id": str(at), "file_name": name, "width": 16, "height": 16.0} for at, name in enumerate(names)]
+    boxes = [
+        {
+            "id": at,
+            "image_id": at,
+            "category_id": "1",
+            "bbox": [1, "1", 8, 8],
+            "iscrowd": None,
+            "segmentation": [[1, 1, 9, 1, 9, 9]],
+        }
+        for at in range(COUNT)
+    ]
+    categories = [{"id": 1, "name": "cat"}]
+    text(root / "annotations.json", json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+
+
+def voc(root: Path) -> None:
+    for name in pictures(root / "JPEGImages"):
+        box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+        body = f"<annotation><object><name>cat</name>{box}</object></annotation>"
+        text(root / "Annotations" / f"{Path(name).stem}.xml", body)
+
+
+def pairs(first: str, second: str, kind: str = "grey") -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        for number, name in enumerate(pictures(root / first)):
+            mask(root / second / name, number, kind)
+
+    return make
+
+
+def camvid(root: Path) -> None:
+    pairs("images", "masks", "colours")(root)
+    rows = "".join(f"{n},{r},{g},{b}\n" for n, (r, g, b) in zip(NAMES, COLOURS.tolist(), strict=True))
+    text(root / "class_dict.csv", f"name,r,g,b\n{rows}")
+
+
+def cityscapes(root: Path) -> None:
+    for number in range(COUNT):
+        picture(root / "leftImg8bit/train/ulm" / f"ulm_{number:06}_leftImg8bit.png", number)
+        mask(root / "gtFine/train/ulm" / f"ulm_{number:06}_gtFine_labelTrainIds.png", number)
+        mask(root / "gtFine/train/ulm" / f"ulm_{number:06}_gtFine_color.png", number)
+        picture(root / "leftImg8bit/val/bonn" / f"bonn_{number:06}_leftImg8bit.png", 50 + number)
+        mask(root / "gtFine/val/bonn" / f"bonn_{number:06}_gtFine_labelTrainIds.png", number)
+
+
+def depth(root: Path) -> None:
+    for name in pictures(root / "images"):
+        (root / "depth").mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16), 1000, np.uint16)).save(root / "depth" / name)
+
+
+def nested(root: Path) -> None:
+    for number in range(COUNT):
+        picture(root / NAMES[number % 3] / f"sub{number % 2}" / f"{number}.png", number)
+
+
+def numbered(root: Path) -> None:
+    nested(root)
+    text(root / "class_to_idx.json", json.dumps({"owl": 0, "dog": 1, "cat": 2}))
+
+
+def without_endings(root: Path) -> None:
+    nested(root)
+    for file in sorted(root.rglob("*.png")):
+        file.rename(file.with_suffix(""))
+
+
+def listed(name: str, line: str, head: str = "") -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        names = pictures(root / "images")
+        rows = [line.format(name=n, stem=Path(n).stem, word=NAMES[at % 3], at=at % 3) for at, n in enumerate(names)]
+        text(root / name, head + "".join(rows))
+
+    return make
+
+
+def imagenet(root: Path) -> None:
+    for number in range(COUNT):
+        picture(root / "val" / f"ILSVRC2012_val_{number + 1:08}.png", number)
+    lines = "".join(f"n0144076{number % 3}\n" for number in range(COUNT))
+    text(root / "imagenet_2012_validation_synset_labels.txt", lines)
+
+
+def texts(root: Path) -> None:
+    rows = "".join(f"images/{name}\tline {at} of it\n" for at, name in enumerate(pictures(root / "images")))
+    text(root / "rec_gt.txt", rows)
+
+
+def tars(root: Path) -> None:
+    for part in range(2):
+        with tarfile.open(root / f"{part:06}.tar", "w") as archive:
+            for number in range(6 * part, 6 * part + 6):
+                picture(root / "x" / "p.png", number)
+                archive.add(root / "x" / "p.png", f"{number:04}.png")
+                text(root / "x" / "p.cls", str(number % 3))
+                archive.add(root / "x" / "p.cls", f"{number:04}.cls")
+                for file in (root / "x").iterdir():
+                    file.unlink()
+                (root / "x").rmdir()
+
+
+def flat(root: Path) -> None:
+    pictures(root)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
+    "YOLO": (yolo, "yolo", "detection"),
+    "darknet": (darknet, "yolo", "detection"),
+    "COCO with nulls and texts": (coco, "coco", "detection"),
+    "VOC's boxes": (voc, "voc", "detection"),
+    "VOC's masks": (pairs("JPEGImages", "SegmentationClass", "palette"), "masks", "segmentation"),
+    "ADE20K": (pairs("images", "annotations"), "masks", "segmentation"),
+    "Cityscapes": (cityscapes, "masks", "segmentation"),
+    "masks of colours": (camvid, "masks", "segmentation"),
+    "depth": (depth, "depth", "depth"),
+    "nested folders": (nested, "folder", "classification"),
+    "class_to_idx": (numbered, "folder", "classification"),
+    "files without endings": (without_endings, "folder", "classification"),
+    "CSV": (listed("labels.csv", "{name},{word}\n"), "csv", "classification"),
+    "Kaggle": (listed("train.csv", "{stem},{word}\n", "id,breed\n"), "csv", "classification"),
+    "tabs": (listed("list.tsv", "{name}\t{at}\n"), "csv", "classification"),
+    "Caffe": (listed("val.txt", "{name} {at}\n"), "csv", "classification"),
+    "ImageNet": (imagenet, "csv", "classification"),
+    "texts": (texts, "text", "text"),
+    "shards": (tars, "tar", "classification"),
+    "unlabelled": (flat, "folder", None),
+}
+KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_recognised_as_itself_and_read(layout: str, tmp_path: Path) -> None:
+    make, kind, task = LAYOUTS[layout]
+    make(tmp_path)
+    assert kind_of_folder(tmp_path) == kind
+    pools = open_source(str(tmp_path), AS_USUAL)
+    assert isinstance(pools, Pools)
+    assert pools.calibration.task == task
+    assert len(pools.calibration) == COUNT
+    spec = DataSpec(str(tmp_path), calibration_images=4, unlabelled=task is None)
+    calibration, validation = open_image_sets(spec, Preprocess((16, 16), 3))
+    assert len(calibration) == 4
+    for images in (calibration, validation):
+        assert images.task == task
+        assert sum(len(batch.images) for batch in images.batches(4)) == len(images) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_is_taken_for_another_of_its_own_accord(layout: str, tmp_path: Path) -> None:
+    make, kind, task = LAYOUTS[layout]
+    make(tmp_path)
+    for other in KINDS:
+        # Who says `folder:` says that they are classes, and `text:` that text files beside pictures hold texts.
+        if other in (kind, "folder") or (layout, other) == ("darknet", "text"):
+            continue
+        try:
+            pools = open_source(f"{other}:{tmp_path}", AS_USUAL)
+        except ResvitError:
+            continue
+        assert isinstance(pools, Pools)
+        # Where another kind can be told by the user, it is one that reads the same files for the same task.
+        assert pools.calibration.task == task, other
+
+
+def test_cocos_outlines_are_masks_where_the_task_is_segmentation(tmp_path: Path) -> None:
+    coco(tmp_path)
+    pools = open_source(str(tmp_path), TargetOptions(outlines=True))
+    assert isinstance(pools, Pools)
+    assert pools.calibration.task == "segmentation"
