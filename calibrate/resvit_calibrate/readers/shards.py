@@ -29,8 +29,8 @@ _MOST_SHARDS, _MOST_MEMBERS = 100_000, 50_000_000
 _ABOUT_MOST = 1 << 20
 _CLASS_KEYS = ("label", "class", "cls", "class_id", "class_name", "target")
 _FIX = (
-    "Write plain tar files (not compressed) whose members belong together by name: 0001.jpg with 0001.cls, the class's "
-    "number, or 0001.json, an object with `label`."
+    "Write plain tar files (not compressed) whose members belong together by name: NAME.jpg with NAME.cls, the class's "
+    "number, or NAME.json, an object with `label`."
 )
 
 

@@ -24,7 +24,7 @@ _BY_THE_KIT = "ILSVRC2012_validation_ground_truth.txt"
 _FOLDERS = ("val", "validation", "ILSVRC2012_img_val", "images", ".")
 _FIX = (
     "Put `LOC_val_solution.csv`, `imagenet_2012_validation_synset_labels.txt` (a synset a line, in the order of the "
-    "pictures) or Caffe's `val.txt` beside them."
+    "pictures) or Caffe's list of files and class numbers beside them."
 )
 
 
