@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source
+from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source, require_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
@@ -231,3 +231,29 @@ def test_cocos_outlines_are_masks_where_the_task_is_segmentation(tmp_path: Path)
     pools = open_source(str(tmp_path), TargetOptions(outlines=True))
     assert isinstance(pools, Pools)
     assert pools.calibration.task == "segmentation"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("one.png", b"\x89PNG\r\n\x1a\n", "is a picture, and data are many"),
+        ("one", b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture, and data are many"),
+        ("frames.mp4", b"\0\0\0\x18ftypmp42", "is of no kind of data that is read"),
+        ("images.npy", b"\x93NUMPY\x01\0", "is of no kind of data that is read"),
+        ("empty", b"", "is of no kind of data that is read"),
+    ],
+)
+def test_a_file_of_no_kind_is_refused_before_anything_is_done(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ResvitError, match=said):
+        require_source(str(tmp_path / name))
+
+
+def test_a_folder_of_two_kinds_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    for name in ("images", "masks", "depth"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    with pytest.raises(ResvitError, match="could be several kinds of data"):
+        require_source(str(tmp_path))

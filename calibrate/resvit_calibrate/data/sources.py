@@ -25,6 +25,8 @@ from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, sh
 from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
+from resvit_engines.outside import open_outside
+from resvit_engines.pictures.decode import begins_as_picture
 
 Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar"]
 KINDS = (
@@ -32,6 +34,7 @@ KINDS = (
     "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, or "
     "file.py:factory."
 )
+_TOLD_BY_NAME = (".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Pools:
 def require_source(data: str) -> None:
     """Refuse at once, without reading any image, what names no data: so that no long work is done for nothing.
 
-    Raises ``ResvitError`` for a path that does not exist and is no factory's name.
+    Raises ``ResvitError`` for a path that does not exist and is no factory's name, a file that is of no kind that is
+    read, and a folder that could be of two.
     """
     if data == "fashion-mnist":
         return
@@ -55,6 +59,21 @@ def require_source(data: str) -> None:
         raise ResvitError(f"The data {text!r} does not exist: there is no {missing[0]}.", KINDS)
     if not shards and existing(text) is None and (kind is not None or ":" not in data):
         raise ResvitError(f"The data {text!r} does not exist.", KINDS)
+    path = existing(text)
+    if path is not None and path.is_dir() and kind is None:
+        kind_of_folder(path)
+    elif path is not None and kind is None and not shards and path.suffix.lower() not in _TOLD_BY_NAME:
+        _require_archive(path)
+
+
+def _require_archive(path: Path) -> None:
+    """Refuse a file that no name tells the kind of and that is no ``.npz`` inside."""
+    with open_outside(path) as stream:
+        start = stream.read(64)
+    if begins_as_picture(start):
+        raise ResvitError(f"{path} is a picture, and data are many.", f"Name the folder that it lies in. {KINDS}")
+    if not start.startswith(b"PK"):
+        raise ResvitError(f"{path} is of no kind of data that is read.", KINDS)
 
 
 def is_factory(data: str) -> bool:
