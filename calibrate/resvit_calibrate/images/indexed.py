@@ -16,6 +16,7 @@ from resvit_calibrate.images.pixels import BrokenImage, Look, Pixels
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import Geometry, Target, carried, require_known_classes
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import Size
 from resvit_engines.progress import SILENT, Reporter
 
 _T = TypeVar("_T")
@@ -138,6 +139,18 @@ class IndexedImageSet(ImageSet):
                 ready = []
         if ready:
             yield self._batch(ready)
+
+    def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
+        """Stream every image once, those of each batch in one of ``sizes``, which take turns."""
+        count, steps = len(self), len(sizes)
+        parts = [self.at(range(turn, count, steps) if count >= steps else range(count)) for turn in range(steps)]
+        for size, part in zip(sizes, parts, strict=True):
+            own = self.preprocess
+            # Images that had the usual size already were taken as they are: of another size they are made.
+            resize = "stretch" if own.resize == "none" and size != own.size else own.resize
+            part.preprocess = dataclasses.replace(own, size=size, resize=resize)
+            yield from part.batches(batch_size)
+            self._skipped.update(part._skipped)
 
     def _prepared(self, index: int) -> _Prepared:
         image = self._read(index)

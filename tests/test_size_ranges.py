@@ -1,0 +1,270 @@
+"""One engine for images of several sizes: from --input-shape to profiles, golden images and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.image_set import DataSpec
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.builder.device_plan import plan_for_device
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.manifest import manifest_from_bytes
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.pictures.sizes import SizeRange, shape_from_text, sizes_from_numbers
+from resvit_engines.records import Record
+from resvit_engines.run.golden import golden_check
+from resvit_engines.run.runner import open_runner
+from resvit_engines.targets.table import find_target
+from resvit_export.cli.main import run
+from resvit_export.loading.load import network_from_module
+from resvit_export.loading.spec import ModelSpec
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
+from resvit_export.recipe.recipe import Recipe
+from resvit_export.refusals import refuse_impossible
+from resvit_export.to_onnx.own_onnx import import_onnx
+from resvit_quantize.graph.analysed import graph_from_onnx
+from size_networks import detector, fixed_positions, kept_size
+
+HERE = Path(__file__).parent / "size_networks.py"
+SIZES = SizeRange((16, 16), (32, 32), (32, 48))
+FEW = ["--task", "other", "--preprocess", "mean=0.5", "--preprocess", "std=0.25", "--quiet"]
+
+side = st.integers(1, 4096)
+spans = st.tuples(side, side, side).map(lambda three: tuple(sorted(three)))
+
+
+def images_file(folder: Path, count: int = 24) -> Path:
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (count, 10, 10, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=coarse.repeat(4, axis=1).repeat(4, axis=2))
+    return folder / "images.npz"
+
+
+@given(spans, spans, st.integers(1, 4096))
+def test_a_range_is_read_as_it_is_written(height: tuple[int, ...], width: tuple[int, ...], channels: int) -> None:
+    sizes = SizeRange(*zip(height, width, strict=True))
+    assert sizes_from_numbers(sizes.numbers()) == sizes
+    written = "x".join("..".join(map(str, span)) for span in (height, width))
+    assert shape_from_text(f"{channels}x{written}") == (channels, sizes)
+    assert sizes.holds(sizes.usual)
+    assert set(sizes.all) <= set(sizes.checked)
+    settings = BuildSettings(sizes=sizes)
+    assert BuildSettings.from_json(Record(settings.to_json(), "record")) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "sizes"),
+    [
+        ("3x320..640x320..640", (3, 640, 640), "320..640x320..640"),
+        ("3,320..480..640,640", (3, 480, 640), "320..480..640x640"),
+        ("3x640..640x320", (3, 640, 320), None),
+        ("3x64x64", (3, 64, 64), None),
+    ],
+)
+def test_the_recipe_takes_ranges(text: str, shape: tuple[int, int, int], sizes: str | None, tmp_path: Path) -> None:
+    recipe = Recipe(input_shape=text)
+    assert recipe.shape == shape
+    assert (None if recipe.sizes is None else str(recipe.sizes)) == sizes
+    assert recipe.dynamic is (sizes is not None)
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipe))
+    assert recipe_from_toml(tmp_path / "recipe.toml").sizes == recipe.sizes
+    named = Recipe(shapes=(f"pixels=1x{text.replace(',', 'x')}",))
+    assert named.sizes == recipe.sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3x640..320x640", "in rising order"),
+        ("3..4x320x320", "leaves the channels open"),
+        ("3x0..320x320", "has a size of 0"),
+        ("3x320..x320", "is not CHANNELSxHEIGHTxWIDTH"),
+        ("3x1..2..3..4x320", "is not CHANNELSxHEIGHTxWIDTH"),
+        ("3x320..99999999x320", "from 1 to 32768 pixels"),
+    ],
+)
+def test_nonsense_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ResvitError, match=says) as refused:
+        Recipe(input_shape=text)
+    assert refused.value.code is ExitCode.INPUT
+
+
+@pytest.mark.parametrize("shapes", [("a=1x3x8..16x8", "b=1x2"), ("a=1x8..16x8",), ("a=1x3x8..16x8:int64",)])
+def test_ranges_of_what_is_no_image_are_refused(shapes: tuple[str, ...]) -> None:
+    with pytest.raises(ResvitError):
+        Recipe(shapes=shapes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prune_macs": 0.5},
+        {"sparsity": "2:4"},
+        {"recover": "always", "train_data": "fashion-mnist"},
+        {"latency_budget": "0.7x"},
+        {"effort": "best"},
+        {"quantizer": "modelopt"},
+        {"plugins": "on"},
+        {"shapes": ("a=1x2",)},
+        {"data": "file.py:factory"},
+        {"validation_data": "file.py:factory"},
+    ],
+)
+def test_what_needs_one_size_is_refused_by_name(settings: dict[str, object]) -> None:
+    recipe = Recipe(model="timm:resnet18", input_shape="3x64..128x64", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ResvitError, match=r"works for one image size.*64\.\.128x64") as refused:
+        refuse_impossible(recipe, find_target("l4"))
+    assert refused.value.code is ExitCode.IMPOSSIBLE
+    assert "--input-shape 3x128x64" in refused.value.fix
+
+
+def test_the_plan_names_the_sizes() -> None:
+    settings = BuildSettings(batch=(1, 2, 4), sizes=SizeRange((320, 320), (480, 640), (640, 640)))
+    plan = plan_for_device(find_target("jetson-orin"), settings, (3, 480, 640), dynamic_batch=True)
+    command = plan.commands[-1]
+    assert "--minShapes=input:1x3x320x320 --optShapes=input:2x3x480x640 --maxShapes=input:4x3x640x640" in command
+    one = plan_for_device(
+        find_target("jetson-orin"), dataclasses.replace(settings, batch=(1, 1, 1)), (3, 480, 640), dynamic_batch=False
+    )
+    assert "--minShapes=input:1x3x320x320" in one.commands[-1]
+    assert type(plan).from_json(Record(plan.to_json(), "plan")) == plan
+
+
+def test_calibration_images_take_turns_in_size(tmp_path: Path) -> None:
+    spec = DataSpec(str(images_file(tmp_path)), calibration_images=8, validation_images=4, unlabelled=True)
+    images, _ = open_image_sets(spec, Preprocess((40, 40), crop_fraction=0.9, resize="crop"))
+    sizes = [(40, 40), (16, 24), (64, 48)]
+    seen = [batch.images for batch in images.batches_in_sizes(sizes, 2)]
+    assert [batch.shape[2:] for batch in seen] == [(40, 40), (40, 40), (16, 24), (16, 24), (64, 48)]
+    assert sum(map(len, seen)) == 8
+    again = [batch.images for batch in images.batches_in_sizes(sizes, 2)]
+    assert all(np.array_equal(one, other) for one, other in zip(seen, again, strict=True))
+    np.testing.assert_array_equal(np.concatenate(seen[:2]), next(images.batches(8)).images[::3])
+    few = [len(batch.images) for batch in images.at([0, 1]).batches_in_sizes(sizes, 8)]  # type: ignore[attr-defined]
+    assert few == [2, 2, 2]
+
+
+@pytest.mark.whole
+def test_a_fixed_position_embedding_is_refused() -> None:
+    spec = ModelSpec("object:fixed", input_shape=(3, 32, 32), sizes=SizeRange((16, 16), (32, 32), (32, 32)))
+    with pytest.raises(ResvitError, match="does not take images of 16x16") as refused:
+        network_from_module(fixed_positions(), spec)
+    assert "--input-shape 3x32x32" in refused.value.fix
+    assert "self.positions" in refused.value.problem
+
+
+@pytest.mark.whole
+def test_sizes_that_the_stride_does_not_divide_are_refused() -> None:
+    spec = ModelSpec("object:net", input_shape=(3, 66, 64), sizes=SizeRange((36, 32), (66, 64), (66, 64)))
+    with pytest.raises(ResvitError, match="does not take images of 66x64") as refused:
+        network_from_module(detector(), spec)
+    assert "--input-shape 3x32..64x32..64" in refused.value.fix
+
+
+@pytest.mark.slow
+def test_a_size_that_tracing_keeps_is_refused() -> None:
+    spec = ModelSpec("object:net", input_shape=(3, 32, 32), sizes=SizeRange((16, 16), (32, 32), (32, 32)))
+    with pytest.raises(ResvitError, match="answers images of 16x16 otherwise"):
+        network_from_module(kept_size(), spec)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sizes")
+    model = ["--model", f"{HERE}:detector", "--data", str(images_file(folder)), "--calibration-images", "12"]
+    shape = ["--input-shape", "3x16..32x16..32..48", "--batch", "1:1:2"]
+    targets = ["--target", "l4", "--target", "jetson-orin", "--run", str(folder / "run")]
+    assert run(["build", *model, *shape, *FEW, "--allow-rejected", *targets]) == 0
+    return folder / "run"
+
+
+def read(built: Path, pattern: str) -> dict[str, object]:
+    document: dict[str, object] = json.loads(sorted(built.glob(pattern))[0].read_bytes())
+    return document
+
+
+@pytest.mark.slow
+def test_stages_keep_the_sizes_open(built: Path) -> None:
+    exported = read(built, "export-*/export.json")
+    assert exported["input"] == {"name": "input", "shape": ["batch", 3, "height", "width"]}
+    assert SIZES.numbers() == read(built, "export-*/network.json")["sizes"]
+    assert any("in steps of 8" in note for note in read(built, "export-*/network.json")["notes"])  # type: ignore[attr-defined]
+    quantised = onnx.load(sorted(built.glob("quantize-*/model.onnx"))[0])
+    (image,) = quantised.graph.input
+    assert [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim] == [
+        "batch", 3, "height", "width",
+    ]  # fmt: skip
+    assert {node.op_type for node in quantised.graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert "in sizes of" in str(read(built, "calibrate-*/images.json")["description"])
+    assert "dB at 16x16" in str(read(built, "validate-*/verdict.json")["runtime_note"])
+
+
+@pytest.mark.slow
+def test_work_is_counted_at_the_usual_size(built: Path) -> None:
+    products = graph_from_onnx(sorted(built.glob("export-*/model.onnx"))[0]).analysis.products
+    work = {product.node.op_type + str(index): product.macs for index, product in enumerate(products)}
+    assert all(work.values())
+    first = products[0]
+    assert first.macs == 16 * 16 * 8 * 3 * 9  # stride 2 of 32x32
+    assert {product.rows for product in products if product.node.op_type == "Gemm"} <= {64, None}
+
+
+@pytest.mark.slow
+def test_profiles_have_the_sizes(built: Path) -> None:
+    engine = read(built, "compile-*/engine.json")
+    assert {item["name"]: item["shape"] for item in engine["inputs"]} == {"input": [-1, 3, -1, -1]}  # type: ignore[attr-defined]
+    (command,) = [line for line in read(built, "compile-*/plan.json")["commands"] if "trtexec" in line]  # type: ignore[attr-defined]
+    assert "--minShapes=input:1x3x16x16 --optShapes=input:1x3x32x32 --maxShapes=input:2x3x32x48" in command
+
+
+@pytest.mark.slow
+def test_the_bundle_is_checked_at_every_size(built: Path, tmp_path: Path) -> None:
+    bundle = next(path for path in built.glob("bundle-*/*.resvit") if "jetson" in path.name)
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(tmp_path)
+    manifest = manifest_from_bytes((tmp_path / "manifest.json").read_bytes(), bundle)
+    assert manifest.build is not None
+    assert manifest.build.sizes == SIZES
+    assert manifest.golden is not None
+    assert [golden.input for golden in manifest.golden.at_sizes] == ["golden_16x16_input.npy", "golden_32x48_input.npy"]
+    assert golden_check(tmp_path, manifest, "onnxruntime").images > 0
+    with open_runner(tmp_path, manifest, "onnxruntime") as runner:
+        assert runner({"input": np.zeros((1, 3, 24, 40), np.float32)})["boxes"].shape == (1, 60, 4)
+    # Of another network at one size, the check of that size speaks.
+    outputs = np.load(tmp_path / "golden_16x16_output.npy")
+    np.save(tmp_path / "golden_16x16_output.npy", -outputs)
+    with pytest.raises(ResvitError, match="images of 16x16"):
+        golden_check(tmp_path, manifest, "onnxruntime")
+
+
+@pytest.mark.slow
+def test_an_onnx_file_with_open_sizes(tmp_path: Path) -> None:
+    path, out = tmp_path / "open.onnx", tmp_path / "out.onnx"
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 1))
+    free = {0: "n", 2: "h", 3: "w"}
+    torch.onnx.export(
+        network.eval(), (torch.zeros(1, 3, 32, 32),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": free}
+    )
+    record, report = import_onnx(path, out, image=(3, SIZES))
+    assert record.sizes == SIZES
+    assert record.input_shape == (3, 32, 32)
+    assert report.input[1] == ("batch", 3, "height", "width")
+    assert [product.macs for product in graph_from_onnx(out).analysis.products] == [16 * 16 * 4 * 27, 16 * 16 * 5 * 4]
+    record, report = import_onnx(path, out, image=(3, SizeRange((32, 32), (32, 32), (32, 32))))
+    assert record.sizes is None
+    assert report.input[1] == ("batch", 3, 32, 32)
+    with pytest.raises(ResvitError, match="says one image of 4 channels"):
+        import_onnx(path, out, image=(4, SIZES))
+    with pytest.raises(ResvitError, match="all sizes but the batch"):
+        import_onnx(path, out)
