@@ -9,23 +9,35 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuda_standin import FakeCuda, FakeEngine, FakeTensorRT
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_engines.bench.commands import preprocess_at
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.bundle.manifest import manifest_from_bytes
+from resvit_engines.bundle.manifest import Manifest, manifest_from_bytes
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.pictures.sizes import SizeRange, shape_from_text, sizes_from_numbers
+from resvit_engines.pictures.sizes import SizeRange, shape_from_text, size_from_text, sizes_from_numbers
 from resvit_engines.records import Record
+from resvit_engines.run.cuda import Cuda
+from resvit_engines.run.engine_lane import open_lane
 from resvit_engines.run.golden import golden_check
+from resvit_engines.run.golden_files import sqnr_db
 from resvit_engines.run.runner import open_runner
-from resvit_engines.targets.table import find_target
+from resvit_engines.targets.table import Precision, find_target
+from resvit_engines.trt.io_tensor import IoTensor
+from resvit_engines.trt.running import tensors_of_engine
 from resvit_export.cli.main import run
 from resvit_export.loading.load import network_from_module
 from resvit_export.loading.spec import ModelSpec
@@ -34,6 +46,9 @@ from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import refuse_impossible
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.graph.shapes import static_shapes
+from resvit_quantize.quantize import quantize_model
+from resvit_quantize.settings import QuantizeSettings
 from size_networks import detector, fixed_positions, kept_size
 
 HERE = Path(__file__).parent / "size_networks.py"
@@ -248,23 +263,106 @@ def test_the_bundle_is_checked_at_every_size(built: Path, tmp_path: Path) -> Non
         golden_check(tmp_path, manifest, "onnxruntime")
 
 
-@pytest.mark.slow
-def test_an_onnx_file_with_open_sizes(tmp_path: Path) -> None:
-    path, out = tmp_path / "open.onnx", tmp_path / "out.onnx"
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 1))
+@pytest.fixture(scope="module")
+def open_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The detector as users' exporters write it: sizes are read from the tensors by Shape, Gather and Concat."""
+    path = tmp_path_factory.mktemp("open") / "open.onnx"
     free = {0: "n", 2: "h", 3: "w"}
     torch.onnx.export(
-        network.eval(), (torch.zeros(1, 3, 32, 32),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": free}
-    )
-    record, report = import_onnx(path, out, image=(3, SIZES))
+        detector(), (torch.zeros(1, 3, 32, 32),), path, dynamo=False, input_names=["x"], dynamic_axes={"x": free},
+        opset_version=18,
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.whole
+def test_an_onnx_file_with_open_sizes(open_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.onnx"
+    record, report = import_onnx(open_onnx, path, image=(3, SIZES))
     assert record.sizes == SIZES
     assert record.input_shape == (3, 32, 32)
     assert report.input[1] == ("batch", 3, "height", "width")
-    assert [product.macs for product in graph_from_onnx(out).analysis.products] == [16 * 16 * 4 * 27, 16 * 16 * 5 * 4]
-    record, report = import_onnx(path, out, image=(3, SizeRange((32, 32), (32, 32), (32, 32))))
+    products = graph_from_onnx(path).analysis.products
+    assert products[0].macs == 16 * 16 * 8 * 3 * 9  # stride 2 of 32x32
+    assert all(product.macs for product in products)
+    work = static_shapes(ir.load(path), 2)
+    assert work[report.outputs[0][0]] == (2, 64, 4)
+    random = np.random.default_rng(0)
+    batches = [{"input": random.standard_normal((3, 3, *size), dtype=np.float32)} for size in (*SIZES.all, SIZES.usual)]
+    statistics = collect_statistics(path, batches)
+    assert statistics.images == 12
+    # Tokens differ from size to size, and channels are the same: both are told apart.
+    tensors = statistics.tensors.values()
+    assert {len(one.images) for one in tensors if one.images is not None} <= {12}
+    assert any(one.channels is not None and one.channels.count.size == 8 for one in tensors)
+    ranges = ranges_from(statistics, "0" * 64)
+    shipped = tmp_path / "int8.onnx"
+    quantize_model(path, ranges, QuantizeSettings(Precision.INT8), shipped, statistics=statistics)
+    floating, quantised = onnx_runner(path), onnx_runner(shipped)
+    for size in (*SIZES.checked, (24, 40)):
+        feeds = {"input": random.standard_normal((2, 3, *size), dtype=np.float32)}
+        for true, found in zip(floating(feeds).values(), quantised(feeds).values(), strict=True):
+            ratio = sqnr_db(true, found)
+            assert ratio is None or ratio > 20
+    engine = build_engine(shipped, tmp_path / "engine.plan", find_target("l4"), BuildSettings((1, 1, 2), SIZES))
+    assert [tensor.shape for tensor in engine.inputs] == [(-1, 3, -1, -1)]
+    with pytest.raises(ResvitError, match="only the batch may be dynamic"):
+        build_engine(shipped, tmp_path / "engine.plan", find_target("l4"), BuildSettings((1, 1, 2)))
+
+
+@pytest.mark.whole
+def test_what_an_onnx_file_cannot_take_is_refused(open_onnx: Path, tmp_path: Path) -> None:
+    out, one = tmp_path / "out.onnx", SizeRange((32, 32), (32, 32), (32, 32))
+    record, report = import_onnx(open_onnx, out, image=(3, one))
     assert record.sizes is None
     assert report.input[1] == ("batch", 3, 32, 32)
     with pytest.raises(ResvitError, match="says one image of 4 channels"):
-        import_onnx(path, out, image=(4, SIZES))
+        import_onnx(open_onnx, out, image=(4, SIZES))
     with pytest.raises(ResvitError, match="all sizes but the batch"):
-        import_onnx(path, out)
+        import_onnx(open_onnx, out)
+    odd = SizeRange((18, 16), (32, 32), (32, 32))
+    with pytest.raises(ResvitError, match="does not take images of 18x16"):
+        import_onnx(open_onnx, out, image=(3, odd))
+    import_onnx(open_onnx, tmp_path / "fixed.onnx", image=(3, one))
+    with pytest.raises(ResvitError, match="dynamic axes"):
+        import_onnx(tmp_path / "fixed.onnx", out, image=(3, SIZES))
+
+
+def test_a_lane_takes_every_size_within(tmp_path: Path) -> None:
+    api = FakeCuda()
+    engine = FakeEngine(api, batch=-1, profile=(1, 4), largest=6)
+    tensors = tensors_of_engine(FakeTensorRT(engine), engine)
+    assert tensors.largest == {"input": (3, 6, 6)}
+    with open_lane(Cuda(api), engine, tensors, 4, cuda_graph=False, said=str) as lane:
+        for shape in ((4, 3, 2, 2), (1, 3, 6, 4), (4, 3, 6, 6), (2, 3, 3, 5)):
+            images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+            lane.load({"input": images})
+            lane.submit()
+            lane.wait()
+            np.testing.assert_allclose(lane.results()["logits"][:, 0], images.sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+        with pytest.raises(ResvitError, match="does not take"):
+            lane.load({"input": np.zeros((1, 3, 7, 7), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [((480, 640), None), ((320, 320), None), ((300, 640), "is for images of"), ((480, 800), "these")]
+)
+def test_the_device_refuses_sizes_outside(size: tuple[int, int], says: str | None) -> None:
+    sizes = SizeRange((320, 320), (480, 640), (640, 640))
+    manifest = Manifest(build=BuildSettings(sizes=sizes), preprocess={"size": [480, 640]})
+    if says is None:
+        assert preprocess_at(manifest, size) == {"size": list(size)}
+        return
+    with pytest.raises(ResvitError, match=says):
+        preprocess_at(manifest, size)
+
+
+def test_a_bundle_of_one_size_refuses_another() -> None:
+    manifest = Manifest(input=IoTensor("input", (1, 3, 480, 640)), preprocess={"size": [480, 640]})
+    assert preprocess_at(manifest, (480, 640)) == {"size": [480, 640]}
+    assert preprocess_at(manifest, None) == {"size": [480, 640]}
+    with pytest.raises(ResvitError, match="of one size"):
+        preprocess_at(manifest, (640, 640))
+    with pytest.raises(ResvitError, match="is not HEIGHTxWIDTH"):
+        size_from_text("480")
+    assert size_from_text("480x640") == (480, 640)
