@@ -39,7 +39,8 @@ from resvit_engines.targets.table import Precision, find_target
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_engines.trt.running import tensors_of_engine
 from resvit_export.cli.main import run
-from resvit_export.loading.load import network_from_module
+from resvit_export.loading.load import load_network, network_from_module
+from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
@@ -192,6 +193,23 @@ def test_a_size_that_tracing_keeps_is_refused() -> None:
     spec = ModelSpec("object:net", input_shape=(3, 32, 32), sizes=SizeRange((16, 16), (32, 32), (32, 32)))
     with pytest.raises(ResvitError, match="answers images of 16x16 otherwise"):
         network_from_module(kept_size(), spec)
+
+
+@pytest.mark.slow
+def test_a_saved_program_takes_the_sizes_that_it_was_exported_for(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    free = {2: torch.export.Dim.AUTO(min=16, max=32), 3: torch.export.Dim.AUTO(min=16, max=48)}
+    shapes = ({0: torch.export.Dim.AUTO(min=1), **free},)
+    program = torch.export.export(detector(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, path)
+    network = load_network(ModelSpec(str(path), input_shape=(3, 32, 32), sizes=SIZES))
+    assert network.input_shape == (3, 32, 32)
+    assert network.record().sizes == SIZES
+    assert NetworkRecord.from_json(network.record().to_json()) == network.record()
+    with pytest.raises(ResvitError, match="nothing says which of them"):
+        load_network(ModelSpec(str(path)))
+    with pytest.raises(ResvitError, match=r"takes images of 16\.\.32x16\.\.48"):
+        load_network(ModelSpec(str(path), input_shape=(3, 64, 48), sizes=SizeRange((16, 16), (64, 48), (64, 48))))
 
 
 @pytest.fixture(scope="module")

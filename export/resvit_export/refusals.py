@@ -248,11 +248,18 @@ def require_accepted(verdict: VerdictRecord, recipe: Recipe, *, recovers: bool) 
     if verdict.kind is VerdictKind.REJECTED and not recipe.allow_rejected:
         raise ResvitError(
             f"Validation rejected the model: {verdict.reason}",
-            f"Try {_recovery_advice(recipe, recovers)}--effort best, more --calibration-images, --exclude for the "
-            "layers that 'resvit-export sensitivity' names, or --precision fp16; --allow-rejected goes on "
-            "all the same.",
+            f"Try {_advice(recipe, recovers)}, or --precision fp16; --allow-rejected goes on all the same.",
             ExitCode.REJECTED,
         )
+
+
+def _advice(recipe: Recipe, recovers: bool) -> str:
+    """What may bring a rejected model nearer to the float one."""
+    if recipe.sizes is not None:
+        return "more --calibration-images, one size in place of a range (which can be searched and trained further)"
+    recovery = _recovery_advice(recipe, recovers)
+    layers = "--exclude for the layers that 'resvit-export sensitivity' names"
+    return f"{recovery}--effort best, more --calibration-images, {layers}"
 
 
 def _recovery_advice(recipe: Recipe, recovers: bool) -> str:
