@@ -65,6 +65,7 @@ def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict
     ("line", "code", "words"),
     [
         ("biuld", ExitCode.USAGE, "Did you mean 'build'"),
+        ("deploy", ExitCode.USAGE, "The commands are: build, "),
         ("build --precison int8", ExitCode.USAGE, "--precision"),
         ("build --target jetson-orin", ExitCode.INPUT, "--model"),
         ("build --model resvit:embed-nano --data fashion-mnist", ExitCode.INPUT, "--target"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def test_only_plain_files_are_opened_and_nothing_waits(tmp_path: Path) -> None:
                 read(path)
             assert says in caught.value.problem or says == "socket"
             assert caught.value.code == ExitCode.INPUT
+
+
+def test_memory_is_taken_for_what_a_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        assert read_outside(path, 64 << 30) == b"12345"
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+def test_a_file_that_says_no_size_is_read_to_its_end() -> None:
+    assert b"VmPeak" in read_outside(Path("/proc/self/status"))
 
 
 def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:

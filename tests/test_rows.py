@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from resvit_calibrate.runtime.parity import differences
+from resvit_calibrate.runtime.parity import differences, flat_differences
 from resvit_engines.rows import EDGE, paired_rows
 
 
@@ -95,3 +95,31 @@ def test_parity_of_sets_does_not_see_their_order() -> None:
     candidate = lambda _: shuffled(true)  # noqa: E731
     assert all(item.same for item in differences(lambda _: true, candidate, feeds, sets=True).values())
     assert not any(item.same for item in differences(lambda _: true, candidate, feeds).values())
+
+
+def test_on_flat_images_what_rounding_decides_may_differ_and_what_is_lost_may_not() -> None:
+    images = np.zeros((4, 3, 8, 8), np.float32)
+    images[1], images[2, ..., 4:], images[3] = 1.0, 1.0, -2.0
+    ones = np.ones(192, np.float32) / 192
+
+    def mask(arrays: dict, threshold: float = -2.0) -> np.ndarray:
+        # An image's mean is summed with rounding, and lies on the threshold where the image is flat.
+        return np.where(arrays["input"].reshape(4, -1) @ ones > threshold, 5.0, -5.0)[:, None]
+
+    def divided(arrays: dict, epsilon: float = 1e-3) -> np.ndarray:
+        values = arrays["input"].reshape(4, -1).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return values / (np.abs(values) + epsilon)
+
+    def network(arrays: dict) -> dict:
+        return {"mask": mask(arrays), "ratio": divided(arrays)}
+
+    by_rounding = lambda arrays: {"mask": mask(arrays, -2.0 - 3e-6), "ratio": divided(arrays)}  # noqa: E731
+    assert (mask({"input": images}) != mask({"input": images}, -2.0 - 3e-6)).any()
+    assert not flat_differences(network, by_rounding, {"input": images}).wrong
+    for lost in (
+        lambda arrays: {"mask": mask(arrays, 0.5), "ratio": divided(arrays)},
+        lambda arrays: {"mask": mask(arrays), "ratio": divided(arrays, 0.0)},
+        lambda arrays: {"mask": mask(arrays), "ratio": divided(arrays, 0.5)},
+    ):
+        assert flat_differences(network, lost, {"input": images}).wrong

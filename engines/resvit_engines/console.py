@@ -67,7 +67,8 @@ class LazyCommands(click.Group):
         """Suggest the nearest command for one that does not exist."""
         if args and args[0] not in self.modules and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], self.modules, n=1)
-            ctx.fail(f"There is no command '{args[0]}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+            hint = f"Did you mean '{near[0]}'?" if near else f"The commands are: {', '.join(self.modules)}."
+            ctx.fail(f"There is no command '{args[0]}'. {hint}")
         return super().resolve_command(ctx, args)
 
 

@@ -24,6 +24,7 @@ TEXT_MOST = 64 << 20
 """Bytes of the longest text that is read at once, such as a record, a recipe or a list of layers."""
 FILE_MOST = 64 << 30
 """Bytes of the largest file that is read from its beginning to its end, such as one of weights."""
+_PIECE = 1 << 20
 DEPTH_MOST = 64
 """How deep lists and objects may lie in each other."""
 MAKE_AGAIN = "It is damaged, or of another version: make it again with this one."
@@ -117,6 +118,20 @@ def _no_plain_file(name: str, mode: int) -> ResvitError:
     return ResvitError(f"{name} is {kind_of_file(mode)}, and not a file.", "Give the path of a file.")
 
 
+def read_to_end(stream: io.BufferedReader, most: int) -> bytes:
+    """The rest of an opened file: ``most`` bytes and one more, where it has them, by which the caller sees its excess.
+
+    Memory is taken for what the file holds: ``read(most)`` would reserve ``most`` bytes before it looks.
+    """
+    parts: list[bytes] = []
+    wanted, left = os.fstat(stream.fileno()).st_size + 1, most + 1
+    while left and (part := stream.read(min(max(wanted, _PIECE), left))):
+        parts.append(part)
+        left -= len(part)
+        wanted = _PIECE
+    return b"".join(parts)
+
+
 def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:
     """The whole content of a plain file of at most ``most`` bytes; ``what`` names it in errors.
 
@@ -127,7 +142,7 @@ def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:
     with open_outside(path, name) as stream:
         try:
             require_size(stream, most, name)
-            data = stream.read(most + 1)
+            data = read_to_end(stream, most)
         except OSError as error:
             raise ResvitError(
                 f"{name} cannot be read: {error.strerror}.", "Check the disk that it lies on.", ExitCode.SYSTEM

@@ -15,6 +15,8 @@ PARITY_TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest output. Two float32 runtimes differ by some 1e-6."""
 _ROUNDINGS, _MOST_MOVED = 4.0, 0.01
 """A network that rounding moves by more than this share cannot be told from a wrong translation."""
+_FLAT_UNITS = (1.0, 64.0)
+"""Units in the last place by which flat images are shaken: a hundred layers round about 64 times as far as one."""
 _SAME_RUN = 1e-6
 """Of the largest output: two runs on the same feeds are further apart only where the network is random."""
 
@@ -103,7 +105,8 @@ def flat_differences(reference: Runner, candidate: Runner, feeds: Arrays, *, set
 
     Of a black image, all tokens are the same: norms divide by what is left of rounding, scores tie, and a selection is
     anyone's guess. So such images are held to the share ``_MOST_MOVED`` of the largest output of any of them, and to
-    what rounding moves; answers that are ``sets`` to being finite.
+    what rounding moves, in the image itself and as it adds up over many layers; answers that are ``sets`` to being
+    finite.
     """
     expected, actual = reference(feeds), candidate(feeds)
     count = len(next(iter(feeds.values())))
@@ -124,7 +127,7 @@ def flat_differences(reference: Runner, candidate: Runner, feeds: Arrays, *, set
             error, largest = (float(np.abs(part[fine]).max(initial=0.0)) for part in (one - other, one))
             if sets or error <= _MOST_MOVED * max(usual, 1e-3):
                 continue
-            moved = moved or [reference(shaken) for shaken in _shaken(feeds)]
+            moved = moved or [reference(shaken) for units in _FLAT_UNITS for shaken in _shaken(feeds, units)]
             with np.errstate(invalid="ignore"):
                 own = max(float(np.nanmax(np.abs(part[name][image] - one), initial=0.0)) for part in moved)
             if not error <= _ROUNDINGS * own:
@@ -144,13 +147,13 @@ def _moved_by_rounding(reference: Runner, feeds: Arrays, expected: Arrays, sets:
     return moved
 
 
-def _shaken(feeds: Arrays) -> Iterator[Arrays]:
-    """The same feeds, every number rounded otherwise, three times; zeros move by 1e-7."""
+def _shaken(feeds: Arrays, units: float = 1.0) -> Iterator[Arrays]:
+    """The same feeds, every number rounded otherwise, three times; zeros move by 1e-7. All of it ``units`` times."""
     random = np.random.default_rng(1)
     for _ in range(3):
         shaken = {}
         for name, value in feeds.items():
             signs = random.choice([-1.0, 1.0], value.shape)
-            moved = value * (1.0 + 6e-8 * signs) + 1e-7 * signs * (value == 0)
+            moved = value * (1.0 + units * 6e-8 * signs) + units * 1e-7 * signs * (value == 0)
             shaken[name] = moved.astype(value.dtype) if value.dtype.kind == "f" else value
         yield shaken

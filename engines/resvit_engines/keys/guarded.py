@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import open_at_once
+from resvit_engines.outside import open_at_once, read_to_end
 
 
 def read_guarded(path: Path, most: int) -> bytes:
@@ -49,7 +49,7 @@ def read_small(path: Path, most: int) -> tuple[bytes, os.stat_result]:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise untrusted(f"{path} is not a plain file.", "Put the file itself there.")
-            data = stream.read(most + 1)
+            data = read_to_end(stream, most)
     except (OSError, ValueError) as error:
         lost = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink()
         reason = "it is a link that leads nowhere" if lost else getattr(error, "strerror", None) or str(error)

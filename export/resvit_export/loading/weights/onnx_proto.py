@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import open_outside
+from resvit_engines.outside import open_outside, read_to_end
 
 MOST_BYTES = 2**31 - 1
 """Of a file without its external data: protobuf ends there."""
@@ -33,7 +33,7 @@ def proto_from_file(path: Path) -> onnx.ModelProto:
                 f"{damaged}: one file holds at most 2 GiB.",
                 "Save it with its weights beside it (save_as_external_data).",
             )
-        data = stream.read(MOST_BYTES)
+        data = read_to_end(stream, MOST_BYTES)
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
