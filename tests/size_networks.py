@@ -58,6 +58,21 @@ class KeptSize(nn.Module):
         return self.conv(images).mean((2, 3)) * float(int(images.shape[2]))
 
 
+class Windows(nn.Module):
+    """GroupNorm, patches by unfold, and attention among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8)
+        self.narrow, self.head = nn.Linear(72, 8), nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.norm(self.conv(images))
+        patches = self.narrow(nn.functional.unfold(maps, 3, padding=1, stride=2).transpose(1, 2)).unsqueeze(1)
+        mixed = nn.functional.scaled_dot_product_attention(patches, patches, patches)
+        return self.head(mixed.squeeze(1))
+
+
 def detector() -> nn.Module:
     torch.manual_seed(0)
     network = Detector().eval()
@@ -75,3 +90,8 @@ def fixed_positions() -> nn.Module:
 def kept_size() -> nn.Module:
     torch.manual_seed(0)
     return KeptSize().eval()
+
+
+def windows() -> nn.Module:
+    torch.manual_seed(0)
+    return Windows().eval()

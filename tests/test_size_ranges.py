@@ -45,12 +45,13 @@ from resvit_export.loading.spec import ModelSpec
 from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import refuse_impossible
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.shapes import static_shapes
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import QuantizeSettings
-from size_networks import detector, fixed_positions, kept_size
+from size_networks import detector, fixed_positions, kept_size, windows
 
 HERE = Path(__file__).parent / "size_networks.py"
 SIZES = SizeRange((16, 16), (32, 32), (32, 48))
@@ -212,11 +213,22 @@ def test_a_saved_program_takes_the_sizes_that_it_was_exported_for(tmp_path: Path
         load_network(ModelSpec(str(path), input_shape=(3, 64, 48), sizes=SizeRange((16, 16), (64, 48), (64, 48))))
 
 
+@pytest.mark.slow
+def test_operators_are_written_without_arithmetic_on_what_is_known(tmp_path: Path) -> None:
+    spec = ModelSpec("object:net", input_shape=(3, 32, 32), sizes=SizeRange((16, 16), (32, 32), (32, 48)))
+    program = network_from_module(windows(), spec).program
+    report = onnx_from_program(program, tmp_path / "net.onnx", opset=20, batch=1, sizes=spec.sizes)
+    assert report.input[1] == (1, 3, "height", "width")
+    assert report.parity_max_rel < 1e-4
+    assert "InstanceNormalization" in report.operators
+    assert not {"GroupNormalization", "Sqrt", "ReduceMean"} & set(report.operators)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sizes")
     model = ["--model", f"{HERE}:detector", "--data", str(images_file(folder)), "--calibration-images", "12"]
-    shape = ["--input-shape", "3x16..32x16..32..48", "--batch", "1:1:2"]
+    shape = ["--input-shape", "3x16..32x16..32..48"]
     targets = ["--target", "l4", "--target", "jetson-orin", "--run", str(folder / "run")]
     assert run(["build", *model, *shape, *FEW, "--allow-rejected", *targets]) == 0
     return folder / "run"
@@ -230,14 +242,13 @@ def read(built: Path, pattern: str) -> dict[str, object]:
 @pytest.mark.slow
 def test_stages_keep_the_sizes_open(built: Path) -> None:
     exported = read(built, "export-*/export.json")
-    assert exported["input"] == {"name": "input", "shape": ["batch", 3, "height", "width"]}
+    assert exported["input"] == {"name": "input", "shape": [1, 3, "height", "width"]}
     assert SIZES.numbers() == read(built, "export-*/network.json")["sizes"]
     assert any("in steps of 8" in note for note in read(built, "export-*/network.json")["notes"])  # type: ignore[attr-defined]
     quantised = onnx.load(sorted(built.glob("quantize-*/model.onnx"))[0])
     (image,) = quantised.graph.input
-    assert [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim] == [
-        "batch", 3, "height", "width",
-    ]  # fmt: skip
+    dims = image.type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == [1, 3, "height", "width"]
     assert {node.op_type for node in quantised.graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
     assert "in sizes of" in str(read(built, "calibrate-*/images.json")["description"])
     assert "dB at 16x16" in str(read(built, "validate-*/verdict.json")["runtime_note"])
@@ -256,9 +267,9 @@ def test_work_is_counted_at_the_usual_size(built: Path) -> None:
 @pytest.mark.slow
 def test_profiles_have_the_sizes(built: Path) -> None:
     engine = read(built, "compile-*/engine.json")
-    assert {item["name"]: item["shape"] for item in engine["inputs"]} == {"input": [-1, 3, -1, -1]}  # type: ignore[attr-defined]
+    assert {item["name"]: item["shape"] for item in engine["inputs"]} == {"input": [1, 3, -1, -1]}  # type: ignore[attr-defined]
     (command,) = [line for line in read(built, "compile-*/plan.json")["commands"] if "trtexec" in line]  # type: ignore[attr-defined]
-    assert "--minShapes=input:1x3x16x16 --optShapes=input:1x3x32x32 --maxShapes=input:2x3x32x48" in command
+    assert "--minShapes=input:1x3x16x16 --optShapes=input:1x3x32x32 --maxShapes=input:1x3x32x48" in command
 
 
 @pytest.mark.slow

@@ -227,6 +227,8 @@ def _open_sizes(model: ir.Model, channels: int, sizes: SizeRange, path: Path) ->
     images = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4]
     dims = list(images[0].shape or ()) if len(images) == 1 else []
     places = [axis for axis in (1, 3) if dims and dims[axis] == channels]
+    if dims and not places and not isinstance(dims[1], int):
+        places, dims[1] = [1], channels
     if not places:
         told = ", ".join(f"{value.name} {list(map(str, value.shape or ()))}" for value in model.graph.inputs)
         raise ResvitError(
