@@ -15,7 +15,7 @@ Size = tuple[int, int]
 MOST_PIXELS = 1 << 15
 """Of one side: a thousand times what trained networks read ends in a memory error, not in an engine."""
 SIZES_EXAMPLE = "Write it as in --input-shape 3x224x224, or 3x320..640x320..640 for a range of sizes."
-_SPAN = re.compile(r"\d{1,9}(?:\.\.\d{1,9}){0,2}")
+_SPAN = re.compile(r"[1-9]\d{0,8}(?:\.\.[1-9]\d{0,8}){0,2}")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,6 @@ def shape_from_text(text: str) -> tuple[int, SizeRange]:
             f"The input shape '{text}' leaves the channels open: the weights of the first layer are for one number.",
             SIZES_EXAMPLE,
         )
-    if any(int(side) == 0 for part in parts for side in part.split("..")):
-        raise ResvitError(f"The input shape '{text}' has a size of 0.", SIZES_EXAMPLE)
     return int(parts[0]), sizes_from_spans(parts[1], parts[2])
 
 

@@ -25,7 +25,6 @@ from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
 from resvit_export.loading.inputs import IMAGE, NetworkInput
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.random_weights import draw_heads
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
     COUPLED,
@@ -43,6 +42,7 @@ from resvit_export.loading.torch_program import (
     sizes_of,
 )
 from resvit_export.loading.user_code import told_as_user_errors, user_error
+from resvit_export.loading.weights.drawn import draw_heads
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
