@@ -139,9 +139,10 @@ class ImageSet(abc.ABC):
             count -= len(batch.images)
 
     def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
-        """Stream every image once, those of each batch in one of ``sizes`` (height, width), which take turns.
+        """Stream all images in order, batch by batch in another one of ``sizes`` (height, width).
 
-        Where there are fewer images than sizes, all of them in each. Which image has which size is the same each time.
+        Batches are as small as it takes for every size to have its turn; where there are fewer images than sizes, all
+        of them come in each. Which image has which size is the same each time.
 
         Raises:
             ResvitError: INPUT where somebody else's code made the network's input, which then has one size.
