@@ -44,7 +44,7 @@ def sizes_of_graph(model: ir.Model) -> SizeRange | None:
         numbers = json.loads(said)
         if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
             raise ValueError(said)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResvitError(f"The model's {_KEY} is {said[:80]!r}, no list of numbers.", "Export it again.") from error
     return sizes_from_numbers(numbers)
 
