@@ -171,8 +171,8 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
 
     def set_input_shape(self, name, shape):
-        low, high = self.engine.profile
-        if not low <= shape[0] <= high or tuple(shape[1:]) != self.engine.shape[1:]:
+        low, _, high = self.engine.get_tensor_profile_shape(name, 0)
+        if not all(least <= size <= most for least, size, most in zip(low, shape, high, strict=True)):
             return False
         self.shapes[name] = tuple(shape)
         return True
@@ -209,14 +209,23 @@ class FakeContext:
 
 
 class FakeEngine:
-    """One input [B, 3, 2, 2], one output [B, 2]; ``profile`` is the range of B, ``shape[0]`` -1 where it is one."""
+    """One input [B, 3, 2, 2], one output [B, 2]; ``profile`` is the range of B, ``shape[0]`` -1 where it is one.
+
+    With ``largest`` height and width are from 2 to so much.
+    """
 
     def __init__(
-        self, cuda: FakeCuda, batch: int = -1, profile: tuple[int, int] = (1, 4), dtype: str = "FLOAT"
+        self,
+        cuda: FakeCuda,
+        batch: int = -1,
+        profile: tuple[int, int] = (1, 4),
+        dtype: str = "FLOAT",
+        largest: int | None = None,
     ) -> None:
         self.cuda = cuda
-        self.shape = (batch, 3, 2, 2)
+        self.shape = (batch, 3, 2, 2) if largest is None else (batch, 3, -1, -1)
         self.profile = profile
+        self.largest = largest or 2
         self.dtype = dtype
         self.runs = 0
         self.refuses = self.no_capture = self.unknown_output = self.no_context = False
@@ -236,7 +245,8 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name, profile):
         low, high = self.profile
-        return [(low, *self.shape[1:]), (high, *self.shape[1:]), (high, *self.shape[1:])]
+        most = (high, 3, self.largest, self.largest)
+        return [(low, 3, 2, 2), most, most]
 
     def create_execution_context(self):
         return None if self.no_context else FakeContext(self)

@@ -8,7 +8,7 @@ import pytest
 
 from fusion_graphs import computed, graph_of
 from resvit_quantize.fusion.layout import BATCH, behind, traces
-from resvit_quantize.graph.network import static_shapes
+from resvit_quantize.graph.shapes import static_shapes
 
 START = (BATCH, 6, 4, 5)
 

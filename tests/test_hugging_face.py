@@ -20,8 +20,8 @@ from resvit_export.cli.main import run
 from resvit_export.loading.hugging_face import hugging_face_model
 from resvit_export.loading.libraries import import_transformers
 from resvit_export.loading.load import load_network
-from resvit_export.loading.random_weights import draw_weights
 from resvit_export.loading.spec import ModelSpec
+from resvit_export.loading.weights.drawn import draw_weights
 from resvit_export.recipe.file import absolute_reference
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program

@@ -18,6 +18,7 @@ import pytest
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export import stages
 from resvit_export.stage import Artifact, File, Key, Output, Record, Stage, plain
@@ -51,6 +52,7 @@ WHOLE = {
     "Target": (find_target("l4"), find_target("jetson-orin")),
     "Preprocess": (Preprocess((8, 8)), Preprocess((8, 9))),
     "BuildSettings": (BuildSettings(), BuildSettings(batch=(1, 2, 4))),
+    "SizeRange": (SizeRange((8, 8), (8, 8), (9, 9)), SizeRange((8, 8), (8, 9), (9, 9))),
     "QuantizeSettings": (QuantizeSettings(Precision.INT8), QuantizeSettings(Precision.FP8)),
 }
 """What checks its own fields, so that not every combination of values can be made; their fields are changed below."""

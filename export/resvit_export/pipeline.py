@@ -132,8 +132,8 @@ class Pipeline:
     def calibrated(self) -> calibrate.Calibrated:
         """The ranges of all activations, from one pass over the calibration images."""
         self.questions  # noqa: B018  (data that cannot be validated on is refused before the pass)
-        images, per_call = self.images[0], self.network.images_per_call
-        stage = calibrate.Calibrate(self.float_model, images, self.preprocess, per_call)
+        how = (self.images[0], self.preprocess, self.network.images_per_call, self.network.sizes)
+        stage = calibrate.Calibrate(self.float_model, *how)
         if not self.run.folder.has(stage):
             self._require_ready(self.exported)
         return self.do(stage)
@@ -193,7 +193,7 @@ class Pipeline:
         """An engine where one can be built here, else the plan to build it where it can."""
         target, builder = self.run.require_target(), self.run.builder
         refusals.require_accepted(self.validated.verdict, self.recipe, recovers=self.variant.recovers)
-        planned = None if builder else engine.planned_input(self.exported.report, self.run.bundle_name)
+        planned = None if builder else engine.planned_input(self.exported.report, self.run)
         return self.do(engine.Compile(self.model, target, builder, self.engine_settings, planned))
 
     def audit_of(self, *, own: bool) -> audit.Audit:
@@ -203,8 +203,8 @@ class Pipeline:
 
     @cached_property
     def audited(self) -> audit.Audited:
-        """Which Q/DQ and attention fused. A dynamic batch has no shapes in its kernels: a stand-in has the usual."""
-        return self.do(self.audit_of(own=self.compiled.engine is not None and not self.recipe.dynamic_batch))
+        """Which Q/DQ and attention fused. Of a range of shapes kernels tell none: a stand-in has the usual."""
+        return self.do(self.audit_of(own=self.compiled.engine is not None and not self.recipe.dynamic))
 
     @cached_property
     def bundled(self) -> bundle.Bundled:

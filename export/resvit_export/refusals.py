@@ -12,11 +12,12 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.recipe.choices import Quantizer, Recovery
+from resvit_export.recipe.choices import Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
 from resvit_export.stages.export import Exported
+from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
@@ -32,6 +33,7 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             f"--checkpoint-key says {recipe.checkpoint_key}, and there is no checkpoint.",
             "Give --checkpoint, or leave --checkpoint-key out.",
         )
+    require_sizes(recipe)
     require_searchable(recipe, target)
     require_prunable(recipe, target)
     if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):
@@ -44,6 +46,38 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
         raise ResvitError(
             "Recovery was asked for, and there are no images to train on.",
             "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
+        )
+
+
+def require_sizes(recipe: Recipe) -> None:
+    """Refuse what works for one image size alone, where a range of sizes is asked for.
+
+    Raises:
+        ResvitError: IMPOSSIBLE, naming the option.
+    """
+    from resvit_calibrate.data.sources import is_factory
+
+    if recipe.sizes is None:
+        return
+    shares = [f"--prune-{name}" for name, share in recipe.prune_budgets.items() if share is not None]
+    asked = {
+        **dict.fromkeys(shares, True),
+        "--sparsity": recipe.sparsity is not None,
+        "--recover": recipe.recover is Recovery.ALWAYS,
+        "--latency-budget": recipe.latency_budget is not None,
+        "--effort best": recipe.effort is Effort.BEST,
+        "--quantizer modelopt": recipe.quantizer is Quantizer.MODELOPT,
+        "--plugins on": recipe.plugins is Plugins.ON,
+        "--shape of several inputs": len(recipe.shapes) > 1 or (bool(recipe.shapes) and recipe.input_shape is not None),
+        "--data of a factory": recipe.data is not None and is_factory(recipe.data),
+        "--validation-data of a factory": recipe.validation_data is not None and is_factory(recipe.validation_data),
+    }
+    if wrong := [option for option, given in asked.items() if given]:
+        shape = "x".join(map(str, recipe.shape or ("C", *recipe.sizes.usual)))
+        raise ResvitError(
+            f"{wrong[0]} works for one image size, and a range was asked for: {recipe.sizes}.",
+            f"Leave it out, or name one size, as in --input-shape {shape}.",
+            ExitCode.IMPOSSIBLE,
         )
 
 
@@ -96,8 +130,8 @@ def _require_room(folder: Path, float_bytes: int) -> None:
 
 
 def recoverable(recipe: Recipe) -> bool:
-    """Whether recovery can serve: for 8 bits by our own quantiser."""
-    return recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+    """Whether recovery and search can serve: for 8 bits by our own quantiser, of one image size."""
+    return recipe.sizes is None and recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
 
 
 def require_modelopt(recipe: Recipe) -> None:
@@ -192,7 +226,13 @@ def require_fusing(run: Run) -> None:
 
 
 def require_own_quantizer(recipe: Recipe) -> None:
-    """Refuse to measure sensitivity for FP16 and for ModelOpt's quantiser."""
+    """Refuse to measure sensitivity for FP16, for ModelOpt's quantiser and for several image sizes."""
+    if recipe.sizes is not None:
+        raise ResvitError(
+            f"Sensitivity is measured at one image size, and a range was asked for: {recipe.sizes}.",
+            "Name one size with --input-shape; what it finds can be given to --exclude for the range.",
+            ExitCode.IMPOSSIBLE,
+        )
     if recipe.precision is Precision.FP16:
         raise ResvitError("FP16 has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
     if recipe.quantizer is not Quantizer.RESVIT:
@@ -208,11 +248,18 @@ def require_accepted(verdict: VerdictRecord, recipe: Recipe, *, recovers: bool) 
     if verdict.kind is VerdictKind.REJECTED and not recipe.allow_rejected:
         raise ResvitError(
             f"Validation rejected the model: {verdict.reason}",
-            f"Try {_recovery_advice(recipe, recovers)}--effort best, more --calibration-images, --exclude for the "
-            "layers that 'resvit-export sensitivity' names, or --precision fp16; --allow-rejected goes on "
-            "all the same.",
+            f"Try {_advice(recipe, recovers)}, or --precision fp16; --allow-rejected goes on all the same.",
             ExitCode.REJECTED,
         )
+
+
+def _advice(recipe: Recipe, recovers: bool) -> str:
+    """What may bring a rejected model nearer to the float one."""
+    if recipe.sizes is not None:
+        return "more --calibration-images, one size in place of a range (which can be searched and trained further)"
+    recovery = _recovery_advice(recipe, recovers)
+    layers = "--exclude for the layers that 'resvit-export sensitivity' names"
+    return f"{recovery}--effort best, more --calibration-images, {layers}"
 
 
 def _recovery_advice(recipe: Recipe, recovers: bool) -> str:

@@ -63,6 +63,7 @@ class Sources:
                 input_shape=recipe.shape,
                 inputs=tuple(wish.input for wish in recipe.shape_wishes),
                 checkpoint_key=recipe.checkpoint_key,
+                sizes=recipe.sizes,
             )
             self._network = NetworkSource(spec, self._module, self.reporter)
         return self._network
@@ -179,6 +180,7 @@ class Run:
         recipe = self.recipe
         return BuildSettings(
             batch=recipe.batch_range,
+            sizes=recipe.sizes,
             workspace_mib=recipe.workspace_mib,
             optimization_level=recipe.optimization_level,
             sparse=recipe.sparsity is not None,

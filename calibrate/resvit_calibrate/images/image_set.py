@@ -14,6 +14,7 @@ import numpy.typing as npt
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, Geometry, Target, TargetOptions
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import Size
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.class_list import ClassList
@@ -136,6 +137,21 @@ class ImageSet(abc.ABC):
                 return
             yield batch.first(count)
             count -= len(batch.images)
+
+    def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
+        """Stream all images in order, batch by batch in another one of ``sizes`` (height, width).
+
+        Batches are as small as it takes for every size to have its turn; where there are fewer images than sizes, all
+        of them come in each. Which image has which size is the same each time.
+
+        Raises:
+            ResvitError: INPUT where somebody else's code made the network's input, which then has one size.
+        """
+        del sizes, batch_size
+        raise ResvitError(
+            f"The images are to come in several sizes, and {self.factory} gives them in one ({self.description}).",
+            "Give a folder of images or an .npz, which are prepared here, or name one size with --input-shape.",
+        )
 
     @property
     @abc.abstractmethod

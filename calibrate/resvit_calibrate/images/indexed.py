@@ -16,6 +16,7 @@ from resvit_calibrate.images.pixels import BrokenImage, Look, Pixels
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import Geometry, Target, carried, require_known_classes
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import Size
 from resvit_engines.progress import SILENT, Reporter
 
 _T = TypeVar("_T")
@@ -105,9 +106,12 @@ class IndexedImageSet(ImageSet):
     def at(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> IndexedImageSet:
         """The images at these positions, in this order."""
         alive = self._alive()
+        return self._only([alive[position] for position in positions])
+
+    def _only(self, numbers: Sequence[int]) -> IndexedImageSet:
         chosen = IndexedImageSet(self._pixels, (), self.preprocess)
         chosen._asked = self._asked
-        chosen._looks = {index: self._looks[index] for index in (alive[position] for position in positions)}
+        chosen._looks = {index: self._looks[index] for index in numbers}
         chosen.num_classes = self.num_classes
         chosen._describe()
         return chosen
@@ -138,6 +142,22 @@ class IndexedImageSet(ImageSet):
                 ready = []
         if ready:
             yield self._batch(ready)
+
+    def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
+        """Stream all images in order, batch by batch in another one of ``sizes``."""
+        numbers, own = self._alive(), self.preprocess
+        block = max(min(batch_size, len(numbers) // len(sizes)), 1)
+        starts = range(0, len(numbers), block)
+        parts = [(sizes[turn % len(sizes)], numbers[start : start + block]) for turn, start in enumerate(starts)]
+        if len(parts) < len(sizes):
+            parts = [(size, numbers) for size in sizes]
+        for size, chosen in parts:
+            part = self._only(chosen)
+            # Images that had the usual size already were taken as they are: of another size they are made.
+            resize = "stretch" if own.resize == "none" and size != own.size else own.resize
+            part.preprocess = dataclasses.replace(own, size=size, resize=resize)
+            yield from part.batches(batch_size)
+            self._skipped.update(part._skipped)
 
     def _prepared(self, index: int) -> _Prepared:
         image = self._read(index)

@@ -37,6 +37,8 @@ class Meter:
         self.row = {name: index for index, name in enumerate(observed.measured)}
         self.outputs = [VALUES] + ([SHAPES, RANKS, ROWS] if observed.sampled else [])
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.probed: tuple[int, ...] | None = None
+        """The shape of the image that ``sizes`` were learnt from."""
         self.sizes = np.zeros(0, np.int64)  # [S], values per image
         self.rows_per_image: dict[str, int] = {}
         self.starts = self.steps = self.sizes
@@ -48,7 +50,8 @@ class Meter:
         self.images: dict[str, list[Array] | None] = {name: [] if channels else None for name in observed.sampled}
 
     def probe(self, session: Any, piece: Arrays, fixed: int | None) -> None:
-        """Learn how large the sampled tensors are, from one image where the batch size is free."""
+        """Learn how large the sampled tensors are for images of this size, from one where the batch size is free."""
+        self.probed, self.batch = piece[self.observed.input].shape[1:], 0
         if not self.observed.sampled:
             return
         one = piece if fixed else {name: value[:1] for name, value in piece.items()}

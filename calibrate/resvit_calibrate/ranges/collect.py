@@ -97,7 +97,7 @@ def collect_statistics(
             continue
         _require_finite_images(whole, images, observed.input, purpose)
         for piece, size in pieces(batch, fixed or len(whole)):
-            if not meter.sizes.size:
+            if meter.probed != piece[observed.input].shape[1:]:  # images of several sizes have as many token counts
                 meter.probe(session, piece, fixed)
             feeds = {**piece, **meter.placement(len(piece[observed.input]))}
             values, *others = run_session(session, meter.outputs, feeds)

@@ -263,6 +263,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 def bench_feeds(runner: Runner, batch: int, images: Arrays | None) -> Arrays:
     """``batch`` images: those given, repeated or cut, or else noise of unit variance (zeros for whole numbers)."""
+    if images is None and any(size < 0 for spec in runner.inputs for size in spec.shape[1:]):
+        raise ResvitError(
+            f"The network takes images of several sizes ({', '.join(map(str, runner.inputs))}), and there are none to "
+            "say which to time.",
+            "Give a bundle with golden images, as 'resvit-export build' writes them.",
+        )
     if images is None:
         random = np.random.default_rng(0)
         images = {

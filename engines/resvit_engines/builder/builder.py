@@ -79,6 +79,7 @@ def build_engine(
             "engine": str(partial.resolve()),
             "log": str(log.resolve()) if log else None,
             "batch": list(settings.batch),
+            "sizes": settings.sizes.numbers() if settings.sizes else None,
             "config": {
                 "optimization_level": settings.optimization_level,
                 "sms": compute_capabilities(target, settings) if builder is Builder.RTX else [],

@@ -89,10 +89,10 @@ def plan_for_device(
     """Say in plain words why ``target`` is not built for here, and how to build there.
 
     ``input_shape`` is (C, H, W), ``beside`` the shapes of further inputs by name, without the batch;
-    ``dynamic_batch`` is whether the ONNX file's batch is dynamic (a fixed shape must not be named again); ``bundle`` is
-    the file name of the bundle and ``onnx`` the model's path inside it. The commands are run in order beside the copied
-    bundle: unpack, check, build. They need only Python's standard library and ``trtexec``, which every TensorRT
-    installation brings.
+    ``dynamic_batch`` is whether the ONNX file's batch is dynamic, as its sizes are where the settings have a range (a
+    shape that is wholly fixed must not be named again). ``bundle`` is the file name of the bundle and ``onnx`` the
+    model's path inside it. The commands are run in order beside the copied bundle: unpack, check, build. They need only
+    Python's standard library and ``trtexec``, which every TensorRT installation brings.
     """
     folder = PurePosixPath(bundle).stem
     shapes = {input_name: input_shape, **(beside or {})}
@@ -108,7 +108,7 @@ def plan_for_device(
         # trtexec has no way to register what is written in Python.
         commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
     else:
-        commands.append(_trtexec(target, settings, shapes if dynamic_batch else {}, onnx))
+        commands.append(_trtexec(target, settings, shapes if dynamic_batch or settings.sizes else {}, onnx))
     return DevicePlan(
         target.name,
         _why(target),
@@ -144,8 +144,11 @@ def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Seque
         *([f"--dynamicPlugins=./{LIBRARY}"] if settings.plugins == "library" else []),
     ]
     if shapes:
-        for option, batch in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True):
-            each = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+        image, sizes = next(iter(shapes)), settings.sizes
+        each_size = (sizes.smallest, sizes.usual, sizes.largest) if sizes else (None, None, None)
+        for option, batch, size in zip(("minShapes", "optShapes", "maxShapes"), settings.batch, each_size, strict=True):
+            own = {**shapes, image: (shapes[image][0], *size)} if size else shapes
+            each = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in own.items())
             options.append(f"--{option}={','.join(each)}")
     program = _TRTEXEC if target.kind is Kind.JETSON else _FIND_TRTEXEC
     return " ".join([program, *(shlex.quote(option) for option in options)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import SizeRange, sizes_from_numbers
 from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder
 
@@ -21,6 +22,8 @@ FLAGS = ("sparse", "hardware_compatible", "version_compatible", "strip_weights")
 class BuildSettings:
     """How to build: the batch as (smallest, usual, largest), and how hard the builder tries (0 to 5).
 
+    ``sizes`` are those of the image, where the graph leaves its height or width open; None takes the graph's own.
+
     ``workspace_mib`` is the scratch memory in MiB that kernels may use; None takes the target's, or less where the
     memory that is free says so. ``sparse`` lets the builder take kernels for 2:4 sparse weights where it finds the
     pattern and they are faster. ``hardware_compatible`` asks for an engine that newer GPUs run too,
@@ -31,6 +34,7 @@ class BuildSettings:
     """
 
     batch: tuple[int, int, int] = (1, 1, 1)
+    sizes: SizeRange | None = None
     workspace_mib: int | None = None
     optimization_level: int = 3
     sparse: bool = False
@@ -71,6 +75,7 @@ class BuildSettings:
         """
         return {
             "batch": list(self.batch),
+            **({"sizes": self.sizes.numbers()} if self.sizes else {}),
             "workspace_mib": self.workspace_mib,
             "optimization_level": self.optimization_level,
             **self.flags,
@@ -90,6 +95,7 @@ class BuildSettings:
         sparse, hardware, version, strip = (bool(record.optional(flag, record.flag)) for flag in FLAGS)
         return cls(
             batch=(batch[0], batch[1], batch[2]),
+            sizes=record.optional("sizes", lambda key: sizes_from_numbers(record.wholes(key, 1))),
             workspace_mib=record.optional("workspace_mib", record.whole),
             optimization_level=record.whole("optimization_level"),
             sparse=sparse,

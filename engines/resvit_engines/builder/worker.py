@@ -21,6 +21,7 @@ from resvit_engines.builder import timing_cache
 from resvit_engines.builder.steps import StepsToParent
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.pictures.sizes import sizes_from_numbers
 from resvit_engines.plugins.nodes import PluginNode, plugin_nodes
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.trt import aot_plugins as trt_plugins
@@ -68,7 +69,8 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
     network = trt_api.network_from_onnx(trt, builder, logger, Path(request["onnx"]))
     plugin_layers = trt_layers.require_plugin_layers(trt, network, nodes) if nodes else ()
     config = trt_api.configure(trt, builder, **request["config"])
-    trt_api.set_batch(builder, config, network, tuple(request["batch"]))
+    sizes = sizes_from_numbers(request["sizes"]) if request["sizes"] else None
+    trt_api.set_shapes(builder, config, network, tuple(request["batch"]), sizes)
     trt_config.watch(trt, config, StepsToParent(socket.socket(fileno=request["steps"])))
     folder = request["timing_cache"] and Path(request["timing_cache"])
     owner = timing_cache.Owner(**request["owner"], version=str(trt.__version__))

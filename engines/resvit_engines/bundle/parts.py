@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from resvit_engines.machine import Machine
@@ -34,7 +34,8 @@ class GoldenFiles:
 
     ``inputs`` are read beside the images; ``outputs`` name all outputs of a network that has several, the judged one
     with them. ``sets`` tells that the order of an output's rows means nothing. ``least_db`` is how near each
-    output must be, by name: the SQNR in dB of what moves from image to image.
+    output must be, by name: the SQNR in dB of what moves from image to image. ``at_sizes`` are the same of images of
+    other sizes, where the network takes several.
     """
 
     input: str = "golden_input.npy"
@@ -43,6 +44,7 @@ class GoldenFiles:
     outputs: Mapping[str, str] = field(default_factory=dict)
     sets: bool = False
     least_db: Mapping[str, float] = field(default_factory=dict)
+    at_sizes: tuple[GoldenFiles, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -53,11 +55,17 @@ class GoldenFiles:
             **({"sets": True} if self.sets else {}),
             **({"outputs": dict(self.outputs)} if self.outputs else {}),
             **({"least_db": dict(self.least_db)} if self.least_db else {}),
+            **({"at_sizes": [golden.to_json() for golden in self.at_sizes]} if self.at_sizes else {}),
         }
 
     @classmethod
     def from_json(cls, record: Record) -> GoldenFiles:
         """What :meth:`to_json` wrote."""
+        others = tuple(map(cls._of_one_size, record.optional("at_sizes", record.records) or ()))
+        return replace(cls._of_one_size(record), at_sizes=others)
+
+    @classmethod
+    def _of_one_size(cls, record: Record) -> GoldenFiles:
         inputs, outputs, least = (record.optional(key, record.record) for key in ("inputs", "outputs", "least_db"))
         return cls(
             record.file_name("input"),

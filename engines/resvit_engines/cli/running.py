@@ -22,6 +22,15 @@ def runtime_option(function: F) -> F:
     )(function)
 
 
+def size_option(function: F) -> F:
+    """Add ``--size``."""
+    return click.option(
+        "--size",
+        metavar="HxW",
+        help="Size of the images, of a bundle that takes several.  [default: the usual one]",
+    )(function)
+
+
 def bench_options(function: F) -> F:
     """Add what is measured, and for how long."""
     for option in reversed(
@@ -55,29 +64,32 @@ def bench_options(function: F) -> F:
 )
 @click.option("--output", "target", type=click.Path(path_type=Path), required=True, help="Where the outputs go, .npy.")
 @click.option("--output-name", help="Which output, where the model has several.  [default: logits, or the first]")
+@size_option
 @runtime_option
 @trust_option
 @root_option
 @output_options
 def run_command(
-    what: str, sources: tuple[str, ...], target: Path, output_name: str | None, runtime: str, trust: Path | None,
-    root: Path | None, quiet: bool, as_json: bool,
+    what: str, sources: tuple[str, ...], target: Path, output_name: str | None, size: str | None, runtime: str,
+    trust: Path | None, root: Path | None, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run images through a bundle, or through what is installed under a name, after checking its signature.
 
     Pictures (with Pillow installed) are prepared as manifest.json says under 'preprocess', in the order of their names;
     images in an .npy are prepared so already. Any number of them: they run in batches.
     """
-    from resvit_engines.bench.commands import arrays_from, image_source, outputs_into
+    from resvit_engines.bench.commands import arrays_from, image_source, outputs_into, preprocess_at
     from resvit_engines.console import emit_json
     from resvit_engines.install.state import default_root
     from resvit_engines.keys.public import load_trust
+    from resvit_engines.pictures.sizes import size_from_text
     from resvit_engines.run.opened import opened
     from resvit_engines.run.prepared import listed
 
+    wanted = None if size is None else size_from_text(size)
     pictures = listed(image_source(sources))
     with opened(what, root or default_root(), load_trust(trust), runtime) as (runner, _, manifest):
-        images, beside = arrays_from(sources, manifest.preprocess, pictures)
+        images, beside = arrays_from(sources, preprocess_at(manifest, wanted), pictures)
         done = outputs_into(target, runner, images, manifest, output_name, beside, pictures)
     if as_json:
         emit_json(done.to_json())
@@ -99,13 +111,14 @@ def run_command(
 @click.argument("what", metavar="BUNDLE_OR_NAME")
 @click.option("--against", metavar="BUNDLE_OR_NAME", multiple=True, help="Time these beside it; the first is the base.")
 @bench_options
+@size_option
 @runtime_option
 @trust_option
 @root_option
 @output_options
 def bench_command(
-    what: str, against: tuple[str, ...], runtime: str, trust: Path | None, root: Path | None, quiet: bool,
-    as_json: bool, **flags: Any,
+    what: str, against: tuple[str, ...], size: str | None, runtime: str, trust: Path | None, root: Path | None,
+    quiet: bool, as_json: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Time a bundle: latency, throughput, memory, with power mode and clocks on record.
 
@@ -120,14 +133,16 @@ def bench_command(
     from resvit_engines.console import console, emit_json
     from resvit_engines.install.state import default_root
     from resvit_engines.keys.public import load_trust
+    from resvit_engines.pictures.sizes import size_from_text
     from resvit_engines.progress import reporter
     from resvit_engines.run.opened import opened
 
+    wanted = None if size is None else size_from_text(size)
     trusted, place = load_trust(trust), root or default_root()
     with contextlib.ExitStack() as owned:
         found = [owned.enter_context(opened(name, place, trusted, runtime)) for name in (*against, what)]
         settings = settings_from(flags, found[-1][0])
-        feeds = golden_feeds(found[-1][1], found[-1][2], found[-1][0])
+        feeds = golden_feeds(found[-1][1], found[-1][2], found[-1][0], wanted)
         if not against:
             report = measure(found[0][0], settings, feeds)
             document, lines = report.to_json(), report_lines(report)

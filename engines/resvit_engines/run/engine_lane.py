@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ class _Buffer:
 
 @dataclass
 class EngineLane:
-    """Runs batches of at most ``capacity`` images on a stream of its own. Made by ``open_lane``.
+    """Runs batches of at most ``capacity`` images, of any size that it takes, on a stream of its own. ``open_lane``
+    makes it.
 
     In turn: ``load`` images, ``submit`` the work, which returns at once, ``wait`` for it, take the ``results``.
     """
@@ -56,7 +57,6 @@ class EngineLane:
     """Why there is no CUDA graph although one was asked for."""
     inputs: list[_Buffer] = field(default_factory=list)
     outputs: list[_Buffer] = field(default_factory=list)
-    _batch: int = 0
     _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _graph: Any = None
     _graph_owner: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -65,11 +65,11 @@ class EngineLane:
         """Take checked arrays [B, …], with 1 ≤ B ≤ capacity, over into pinned memory.
 
         Raises:
-            ResvitError: INPUT for a batch that the engine does not take.
+            ResvitError: INPUT for a batch or a size that the engine does not take.
         """
-        batch = len(next(iter(feeds.values())))
-        if batch != self._batch:
-            self._set_batch(batch)
+        given = {spec.name: feeds[spec.name].shape for spec in self.tensors.inputs}
+        if any(self._shapes.get(name) != shape for name, shape in given.items()):
+            self._set_shapes(given)
         for buffer in self.inputs:
             buffer.view(self._shapes[buffer.spec.name])[...] = feeds[buffer.spec.name]
 
@@ -112,11 +112,11 @@ class EngineLane:
         self._graph = None
         self._graph_owner.close()
 
-    def _set_batch(self, batch: int) -> None:
-        self._batch = 0
-        shapes = shapes_at(self.context, self.tensors, batch)
+    def _set_shapes(self, given: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = {}
+        shapes = shapes_at(self.context, self.tensors, given)
         self.close()
-        self._batch, self._shapes = batch, shapes
+        self._shapes = shapes
 
     def _enqueue(self) -> None:
         if not enqueue(self.context, self.stream):
@@ -160,7 +160,8 @@ def open_lane(
     """
     with contextlib.ExitStack() as owned:
         context = context_of_engine(engine)
-        shapes = shapes_at(context, tensors, capacity)
+        most = {name: (capacity, *shape) for name, shape in tensors.largest.items()}
+        shapes = shapes_at(context, tensors, most)
         # The stream comes after the buffers, so that it ends, and with it all work, before they are freed.
         buffers = {}
         for spec in (*tensors.inputs, *tensors.outputs):
@@ -188,15 +189,15 @@ def open_lane(
         yield lane
 
 
-def shapes_at(context: Any, tensors: EngineTensors, batch: int) -> dict[str, tuple[int, ...]]:
-    """Tell the context the batch; returns the shape of every input and output by name.
+def shapes_at(context: Any, tensors: EngineTensors, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Tell the context the inputs' shapes, ``given`` by name; returns the shape of every input and output.
 
     Raises:
-        ResvitError: INPUT where the engine does not take this batch.
+        ResvitError: INPUT where the engine does not take these.
     """
     shapes = {}
     for spec in tensors.inputs:
-        shapes[spec.name] = (batch, *spec.shape[1:]) if spec.shape else ()
-        if spec.shape and spec.shape[0] < 0:
+        shapes[spec.name] = given[spec.name] if spec.shape else ()
+        if any(size < 0 for size in spec.shape):
             set_shape(context, spec.name, shapes[spec.name])
     return shapes | {spec.name: shape_in_context(context, spec.name) for spec in tensors.outputs}

@@ -96,8 +96,9 @@ class GoldenReport:
 def golden_check(folder: Path, manifest: Manifest, runtime: str = "auto") -> GoldenReport:
     """Run the golden images of an unpacked, verified bundle and compare with the outputs that were validated.
 
-    They run in batches of the smallest, the usual and the largest size of the engine's profile, at other places each
-    time: kernels, and their faults, differ from batch to batch. The report is that of the worst.
+    Of a network that takes several sizes there are some of each. Those of the usual size run in batches of the
+    smallest, the usual and the largest size of the engine's profile, at other places each time: kernels, and their
+    faults, differ from batch to batch. The report is that of the worst.
 
     The validated outputs are ONNX Runtime's of the same Q/DQ graph. An engine rounds its FP16 sums differently, and
     where that moves a value across the edge of an 8-bit step, the step flips: two equivalent forms of one graph were
@@ -110,24 +111,34 @@ def golden_check(folder: Path, manifest: Manifest, runtime: str = "auto") -> Gol
         ResvitError: MISMATCH where the outputs differ by more; INPUT for golden files that are missing or do not
             fit; whatever ``open_runner`` raises.
     """
+    reports = []
+    with open_runner(folder, manifest, runtime) as runner:
+        reports += _checked(folder, manifest, runner, whole=True)
+        for golden in manifest.golden.at_sizes if manifest.golden else ():
+            reports += _checked(folder, dataclasses.replace(manifest, golden=golden), runner, whole=False)
+    return min(reports, key=lambda report: math.inf if report.sqnr_db is None else report.sqnr_db)
+
+
+def _checked(folder: Path, manifest: Manifest, runner: Runner, *, whole: bool) -> list[GoldenReport]:
+    """Check the golden images of one size: in batches of every kind, or unless ``whole`` in the smallest alone."""
     images, expected = golden_arrays(folder, manifest.golden)
     count = len(images)
     others = other_golden_outputs(folder, manifest.golden, count)
     beside = golden_inputs(folder, manifest.golden, count)
     reports = []
-    with open_runner(folder, manifest, runtime) as runner:
-        for turn, batch in enumerate(golden_batches(runner.batch, manifest, count)):
-            at = (np.arange(-(-count // batch) * batch) + turn) % count
-            report = check_runner(
-                _InBatches(runner, batch),
-                images[at],
-                expected[at],
-                manifest,
-                {name: array[at] for name, array in others.items()},
-                {name: array[at] for name, array in beside.items()},
-            )
-            reports.append(dataclasses.replace(report, images=count))
-    return min(reports, key=lambda report: math.inf if report.sqnr_db is None else report.sqnr_db)
+    batches = golden_batches(runner.batch, manifest, count)
+    for turn, batch in enumerate(batches if whole else batches[:1]):
+        at = (np.arange(-(-count // batch) * batch) + turn) % count
+        report = check_runner(
+            _InBatches(runner, batch, "" if whole else f", images of {images.shape[2]}x{images.shape[3]}"),
+            images[at],
+            expected[at],
+            manifest,
+            {name: array[at] for name, array in others.items()},
+            {name: array[at] for name, array in beside.items()},
+        )
+        reports.append(dataclasses.replace(report, images=count))
+    return reports
 
 
 def golden_batches(bounds: tuple[int, int], manifest: Manifest, images: int) -> tuple[int, ...]:
@@ -139,9 +150,9 @@ def golden_batches(bounds: tuple[int, int], manifest: Manifest, images: int) -> 
 class _InBatches:
     """A runner that runs in batches of one size."""
 
-    def __init__(self, runner: Runner, batch: int) -> None:
+    def __init__(self, runner: Runner, batch: int, of: str = "") -> None:
         self.inputs, self.why, self.batch = runner.inputs, runner.why, batch
-        self.label = f"{runner.label}, batch {batch}"
+        self.label = f"{runner.label}, batch {batch}{of}"
         self.runner = runner
 
     def __call__(self, arrays: Mapping[str, Array]) -> Arrays:

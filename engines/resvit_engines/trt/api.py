@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.trt.io_tensor import IoTensor
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8e4m3fn"}
@@ -120,37 +121,53 @@ def parser_message(trouble: Any) -> str:
     return f"node {where!r} ({trouble.node_operator()}): {text}" if where else text
 
 
-def set_batch(builder: Any, config: Any, network: Any, batch: tuple[int, int, int]) -> None:
-    """Give every input its batch: a fixed shape where minimum and maximum agree, an optimisation profile otherwise.
+def set_shapes(
+    builder: Any, config: Any, network: Any, batch: tuple[int, int, int], sizes: SizeRange | None = None
+) -> None:
+    """Give every input its batch, and an image whose height or width is open its sizes.
 
-    A fixed batch lets the compiler know every dimension, and its kernel list names them.
+    What is one number becomes a fixed dimension, so that the compiler knows it and its kernel list names it; what
+    varies becomes an optimisation profile.
 
     Raises:
-        ResvitError: INPUT where the graph has another fixed batch, or another dynamic dimension than the batch.
+        ResvitError: INPUT where the graph has another fixed batch, or an open dimension that nothing is said of.
     """
     profile = builder.create_optimization_profile()
     dynamic = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)
-        if any(size < 0 for size in shape[1:]):
-            raise ResvitError(
-                f"Input {tensor.name!r} has the shape {list(shape)}: only the batch may be dynamic.",
-                "Export the model with fixed channels, height and width.",
-            )
-        if not shape or shape[0] >= 0:
-            if shape and {*batch} != {shape[0]}:
-                raise ResvitError(
-                    f"Input {tensor.name!r} has a fixed batch of {shape[0]}, but {_batch(batch)} was asked for.",
-                    f"Ask for a batch of {shape[0]}, or export the model with a dynamic batch.",
-                )
-        elif batch[0] == batch[2]:
-            tensor.shape = (batch[0], *shape[1:])
-        else:
+        free = _free_axes(tensor.name, shape, batch, sizes)
+        if not free:
+            continue
+        least, usual, most = (
+            tuple(free[axis][turn] if axis in free else size for axis, size in enumerate(shape)) for turn in range(3)
+        )
+        tensor.shape = tuple(low if low == high else -1 for low, high in zip(least, most, strict=True))
+        if least != most:
             dynamic = True
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
+            profile.set_shape(tensor.name, least, usual, most)
     if dynamic:
         config.add_optimization_profile(profile)
+
+
+def _free_axes(
+    name: str, shape: tuple[int, ...], batch: tuple[int, int, int], sizes: SizeRange | None
+) -> dict[int, tuple[int, int, int]]:
+    """By open axis, the smallest, usual and largest that it is to be."""
+    sides = dict(zip((2, 3), sizes.spans, strict=True)) if sizes is not None and len(shape) == 4 else {}
+    if any(size < 0 and axis not in sides for axis, size in enumerate(shape) if axis):
+        raise ResvitError(
+            f"Input {name!r} has the shape {list(shape)}: only the batch may be dynamic, and height and width of an "
+            "image where a range of sizes is given.",
+            "Say the range, as in --input-shape 3x320..640x320..640, or export the model with fixed sizes.",
+        )
+    if shape and shape[0] >= 0 and {*batch} != {shape[0]}:
+        raise ResvitError(
+            f"Input {name!r} has a fixed batch of {shape[0]}, but {_batch(batch)} was asked for.",
+            f"Ask for a batch of {shape[0]}, or export the model with a dynamic batch.",
+        )
+    return {axis: sides[axis] if axis else batch for axis, size in enumerate(shape) if size < 0}
 
 
 def _batch(batch: tuple[int, int, int]) -> str:

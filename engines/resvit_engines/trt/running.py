@@ -5,6 +5,7 @@ The same names in TensorRT 10.3 to 11.4 and in TensorRT for RTX; they stand in `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class EngineTensors:
-    """What an engine reads and writes, and the batches (smallest, largest) that it takes."""
+    """What an engine reads and writes, and the batches (smallest, largest) that it takes.
+
+    ``largest`` holds the largest shape of every input without the batch, by name: sizes of images may vary too.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     batch: tuple[int, int]
+    largest: Mapping[str, tuple[int, ...]]
 
 
 def tensors_of_engine(trt: Any, engine: Any) -> EngineTensors:
-    """The inputs and outputs of a deserialised engine, and the batches of its (first) optimisation profile.
+    """The inputs and outputs of a deserialised engine, and the ranges of its (first) optimisation profile.
 
     Raises:
         ResvitError: IMPOSSIBLE for a type that numpy does not have.
@@ -54,6 +59,7 @@ def tensors_of_engine(trt: Any, engine: Any) -> EngineTensors:
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
     smallest, largest = 1, 1 << 30
+    largest_shapes: dict[str, tuple[int, ...]] = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         shape = tuple(int(size) for size in engine.get_tensor_shape(name))
@@ -62,13 +68,15 @@ def tensors_of_engine(trt: Any, engine: Any) -> EngineTensors:
             outputs.append(spec)
             continue
         inputs.append(spec)
-        if shape and shape[0] >= 0:
-            bounds = (shape[0], shape[0])
-        else:
-            low, _, high = engine.get_tensor_profile_shape(name, 0)
-            bounds = (int(low[0]), int(high[0]))
+        low = high = shape
+        if any(size < 0 for size in shape):
+            low, _, high = (tuple(map(int, part)) for part in engine.get_tensor_profile_shape(name, 0))
+        largest_shapes[name] = high[1:]
+        if not shape:
+            continue
+        bounds = (low[0], high[0])
         smallest, largest = max(smallest, bounds[0]), min(largest, bounds[1])
-    return EngineTensors(tuple(inputs), tuple(outputs), (smallest, largest))
+    return EngineTensors(tuple(inputs), tuple(outputs), (smallest, largest), largest_shapes)
 
 
 def context_of_engine(engine: Any) -> Any:
@@ -96,7 +104,8 @@ def set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:
     if not context.set_input_shape(name, shape):
         raise ResvitError(
             f"The engine does not take {list(shape)} for its input {name!r}.",
-            "Use a batch within the range that it was built for, or build it with another --batch.",
+            "Use a batch and sizes within the ranges that it was built for (manifest.json says them under 'build'), or "
+            "build it with another --batch or --input-shape.",
         )
 
 

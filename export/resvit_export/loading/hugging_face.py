@@ -18,7 +18,7 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.outside import expanded, json_from_outside, leads_to_file, read_outside
 from resvit_export.loading.libraries import import_transformers
-from resvit_export.loading.random_weights import draw_weights
+from resvit_export.loading.weights.drawn import draw_weights
 
 if TYPE_CHECKING:
     from resvit_export.loading.spec import Scalar

@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import SizeRange, sizes_from_spans
 
 IMAGE = "input"
 """What the image is called in every graph that is written here."""
 TYPES = ("float32", "int64", "int32", "bool")
 _EXAMPLE = "Write it as in --shape pixel_values=1..8x3x224x224 or --shape sizes=1x2:int64."
+_SPAN = re.compile(r"\d{1,9}(?:\.\.\d{1,9}){0,2}")
 _FORM = re.compile(r"(?P<name>[A-Za-z_][\w.:/]*)=(?P<sizes>[\d.]+(?:x[\d.]+)*)(?::(?P<dtype>\w+))?")
 
 
@@ -43,28 +45,38 @@ class NetworkInput:
 
 @dataclass(frozen=True)
 class ShapeWish:
-    """One ``--shape``: an input, and the batches that it is to have (smallest, best, largest)."""
+    """One ``--shape``: an input, and the batches that it is to have (smallest, best, largest).
+
+    ``sizes`` are there where the image is to have a range of them; ``input`` then has the usual one.
+    """
 
     input: NetworkInput
     batch: tuple[int, int, int]
+    sizes: SizeRange | None = None
 
 
 def shape_wish(text: str) -> ShapeWish:
     """Read ``NAME=BATCHxSIZExSIZE…[:TYPE]``; the batch is N, LOW..HIGH or LOW..BEST..HIGH.
 
+    So may be height and width of an image, ``NAME=BATCHxCHANNELSxHEIGHTxWIDTH``.
+
     Raises:
-        ResvitError: for another form, a range that is not the batch's, a size of 0, or a type that is not known.
+        ResvitError: for another form, a range that is neither the batch's nor of an image's height or width, a size of
+            0, or a type that is not known.
     """
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ResvitError(f"The shape '{text}' is not NAME=BATCHxSIZExSIZE….", _EXAMPLE)
     first, *others = match["sizes"].split("x")
+    sizes = None
     if any(".." in size for size in others):
-        raise ResvitError(
-            f"The shape '{text}' leaves a size other than the batch open, and an engine of ours has one size: ranges "
-            "are measured, kernels chosen and outputs compared for it.",
-            "Give a number, and build one engine for each size that is needed.",
-        )
+        if len(others) != 3 or ".." in others[0] or not all(map(_SPAN.fullmatch, others)):
+            raise ResvitError(
+                f"The shape '{text}' leaves a size open that is neither the batch nor height or width of an image.",
+                "Write --shape images=1x3x320..640x320..640 for an image, and give a number for everything else.",
+            )
+        sizes = sizes_from_spans(*others[1:])
+        others = [others[0], *map(str, sizes.usual)]
     numbers = [int(size) if size.isdigit() else 0 for size in others]
     if 0 in numbers:
         raise ResvitError(f"The shape '{text}' has a size that is no number above 0.", _EXAMPLE)
@@ -73,7 +85,9 @@ def shape_wish(text: str) -> ShapeWish:
         near = difflib.get_close_matches(dtype, TYPES, n=1, cutoff=0.3)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ResvitError(f"The shape '{text}' has the unknown type {dtype}.", f"{hint}Choose {', '.join(TYPES)}.")
-    return ShapeWish(NetworkInput(match["name"], tuple(numbers), dtype), _batch(text, first))
+    if sizes is not None and dtype != "float32":
+        raise ResvitError(f"The shape '{text}' has a range of sizes, and is no image of floats.", _EXAMPLE)
+    return ShapeWish(NetworkInput(match["name"], tuple(numbers), dtype), _batch(text, first), sizes)
 
 
 def shape_wishes(texts: Iterable[str]) -> tuple[ShapeWish, ...]:
@@ -83,6 +97,11 @@ def shape_wishes(texts: Iterable[str]) -> tuple[ShapeWish, ...]:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ResvitError(f"--shape names the input {twice[0]} twice.", "Give one shape for each input.")
+    if len(wishes) > 1 and any(wish.sizes for wish in wishes):
+        raise ResvitError(
+            "A range of sizes was asked for, and the network reads more than one image alone.",
+            "Name one size for each input, and build one engine for each size that is needed.",
+        )
     if len({wish.batch for wish in wishes}) > 1:
         told = ", ".join(f"{w.input.name}: {'..'.join(map(str, dict.fromkeys(w.batch)))}" for w in wishes)
         raise ResvitError(

@@ -19,12 +19,12 @@ from torch.export import ExportedProgram
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.runtime.behaviour import coupled_error
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import Size, SizeRange
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
-from resvit_export.loading.inputs import NetworkInput
+from resvit_export.loading.inputs import IMAGE, NetworkInput
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.random_weights import draw_heads
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
     COUPLED,
@@ -39,8 +39,10 @@ from resvit_export.loading.torch_program import (
     refuse_blind_program,
     refuse_random_program,
     runner_from_program,
+    sizes_of,
 )
 from resvit_export.loading.user_code import told_as_user_errors, user_error
+from resvit_export.loading.weights.drawn import draw_heads
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Network:
     """How the network says that its outputs are to be read; what the user says goes before."""
     class_names: Mapping[int, str] = field(default_factory=dict)
     """What the network calls its classes, where it says so."""
+    sizes: SizeRange | None = None
+    """The sizes that its image may have, where there are several; ``input_shape`` then has the usual one."""
 
     @property
     def inputs(self) -> tuple[NetworkInput, ...]:
@@ -89,6 +93,7 @@ class Network:
             notes=self.notes,
             coupled=COUPLED in self.notes,
             class_names=dict(self.class_names),
+            sizes=self.sizes,
             outputs=tuple(
                 {"name": name, "shape": list(shape)}
                 for name, shape in zip(output_names(self.program), output_shapes(self.program), strict=True)
@@ -138,13 +143,14 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
     require_finite(module, str(spec.checkpoint or spec.model))
     inputs = _inputs(module, spec)
     try:
-        program, trace_notes = program_from_module(module, inputs)
+        program, trace_notes = program_from_module(module, inputs, spec.sizes)
     except ResvitError as error:
         if not cast:
             raise
         own = "Its weights became float32: a forward that casts by itself has to follow them (x.to(self.weight.dtype))."
         raise ResvitError(error.problem, f"{own} Otherwise: {error.fix}", error.code) from error
     shape = input_shape_of(program)
+    shape = (shape[0], *spec.sizes.usual) if spec.sizes else shape
     for note in (*notes, *trace_notes):
         reporter.say(note)
     return Network(
@@ -157,6 +163,7 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
         (*notes, *trace_notes),
         dict(getattr(module, "task_options", {})),
         _class_names(module),
+        spec.sizes,
     )
 
 
@@ -242,20 +249,41 @@ def _network_from_pt2(spec: ModelSpec, reporter: Reporter) -> Network:
     require_finite({**program.constants, **program.state_dict}, spec.model)
     refuse_blind_program(program, spec.model)
     shape = input_shape_of(program)
-    if spec.input_shape not in (None, shape):
+    own = sizes_of(program)
+    if own is not None:
+        shape = (shape[0], *_sizes_within(own, spec).usual)
+    if spec.input_shape not in (None, shape) or (spec.sizes is not None and own is None):
         raise ResvitError(f"{spec.model} takes images of {shape}, not {spec.input_shape}.", "Leave out --input-shape.")
-    _require_running(program, spec.model)
+    for size in spec.sizes.all if spec.sizes else (None,):
+        _require_running(program, spec.model, size)
     notes = () if has_dynamic_batch(program) else ("the program was exported for one batch size",)
     for note in notes:
         reporter.say(note)
-    return Network(program, None, None, shape, _classes(program), program_digest(program), notes)
+    return Network(program, None, None, shape, _classes(program), program_digest(program), notes, sizes=spec.sizes)
 
 
-def _require_running(program: ExportedProgram, name: str) -> None:
-    """Run a program once on zeros, ones for integers: a file can say anything of what its graph computes."""
+def _sizes_within(own: SizeRange, spec: ModelSpec) -> SizeRange:
+    """The sizes that the user says, of a program that takes several; raises ``ResvitError`` unless it takes those."""
+    if spec.sizes is None or not (own.holds(spec.sizes.smallest) and own.holds(spec.sizes.largest)):
+        asked = f"and {spec.sizes} was asked for" if spec.sizes else "and nothing says which of them to build for"
+        raise ResvitError(
+            f"{spec.model} takes images of {own} pixels, {asked}.",
+            f"Give a range within, such as --input-shape 3x{own}, or export the network for one size.",
+        )
+    return spec.sizes
+
+
+def _require_running(program: ExportedProgram, name: str, size: Size | None) -> None:
+    """Run a program once on zeros, ones for integers: a file can say anything of what its graph computes.
+
+    ``size`` is that of the image, where it may have several.
+    """
     make = {True: np.zeros, False: np.ones}
     batch = fixed_batch_of(program) or 2
-    arrays = {item.name: make[item.dtype == "float32"]((batch, *item.shape), item.dtype) for item in inputs_of(program)}
+    inputs = inputs_of(program)
+    if size is not None:
+        inputs = (NetworkInput(IMAGE, (inputs[0].shape[0], *size)), *inputs[1:])
+    arrays = {item.name: make[item.dtype == "float32"]((batch, *item.shape), item.dtype) for item in inputs}
     try:
         answers = runner_from_program(program)(arrays)
     except Exception as error:
@@ -280,6 +308,8 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
     """
     image = spec.input_shape or _own_input_shape(module)
     _require_channels_first(image, spec.model)
+    for size in spec.sizes.all if spec.sizes and image else ():
+        _require_step(module, (image[0], *size), spec.model)
     _require_step(module, image, spec.model)
     parameters = inspect.signature(module.forward).parameters.values()
     names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from resvit_calibrate.images.preprocess import Preprocess
+from resvit_engines.pictures.sizes import SizeRange, sizes_from_numbers
 from resvit_export.loading.inputs import NetworkInput
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class NetworkRecord:
     """What the model's configuration calls its classes, where it does."""
     outputs: tuple[Mapping[str, Any], ...] = ()
     """Of a network in PyTorch: ``name`` and ``shape`` of each, free sizes as text."""
+    sizes: SizeRange | None = None
+    """The sizes that its image may have, where there are several; ``input_shape`` then has the usual one."""
 
     @property
     def class_list(self) -> ClassList | None:
@@ -67,6 +70,7 @@ class NetworkRecord:
             "notes": list(self.notes),
             **({"coupled": True} if self.coupled else {}),
             **({"class_names": {str(n): name for n, name in self.class_names.items()}} if self.class_names else {}),
+            **({"sizes": self.sizes.numbers()} if self.sizes else {}),
             **({"outputs": [dict(item) for item in self.outputs]} if self.outputs else {}),
         }
 
@@ -89,4 +93,5 @@ class NetworkRecord:
             image_range=tuple(document["image_range"]) if "image_range" in document else None,
             class_names={int(number): name for number, name in document.get("class_names", {}).items()},
             outputs=tuple(document.get("outputs", ())),
+            sizes=sizes_from_numbers(document["sizes"]) if "sizes" in document else None,
         )

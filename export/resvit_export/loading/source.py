@@ -128,6 +128,7 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         "model": spec.model,
         "arguments": dict(spec.model_args),
         "input_shape": list(spec.input_shape) if spec.input_shape else None,
+        **({"sizes": spec.sizes.numbers()} if spec.sizes else {}),
         **({"shapes": [item.to_json() for item in spec.inputs]} if spec.inputs else {}),
         "checkpoint": _file_digest("checkpoint", spec.checkpoint) if spec.checkpoint else None,
         **({"checkpoint_key": spec.checkpoint_key} if spec.checkpoint_key else {}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_export.loading.inputs import NetworkInput
 
 Scalar = bool | int | float | str
@@ -17,7 +18,8 @@ class ModelSpec:
     """Where the model is, its weights, its arguments, (C, H, W) of its image.
 
     ``inputs`` are named as the forward's parameters, where it reads more than the image. ``checkpoint_key`` says where
-    in the checkpoint the weights are, where that is not left to what fits.
+    in the checkpoint the weights are, where that is not left to what fits. ``sizes`` are those that the image may have,
+    where that is more than one; the shape then has the usual one.
     """
 
     model: str
@@ -26,3 +28,4 @@ class ModelSpec:
     input_shape: tuple[int, int, int] | None = None
     inputs: tuple[NetworkInput, ...] = ()
     checkpoint_key: str | None = None
+    sizes: SizeRange | None = None

@@ -23,7 +23,9 @@ from resvit_calibrate.runtime.runner import Runner, pieces
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
+from resvit_engines.pictures.sizes import MOST_PIXELS, SizeRange
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
+from resvit_export.loading.open_sizes import require_open_program, step_of_module
 from resvit_export.loading.user_code import KnownBuffers, is_library, left_out_note, tensors_alone, user_error
 from resvit_quantize.pruning.copies import forgetting
 
@@ -36,11 +38,12 @@ COUPLED = "its answers depend on the other images of a batch; it is exported for
 
 
 def program_from_module(
-    module: nn.Module, inputs: tuple[int, int, int] | Sequence[NetworkInput]
+    module: nn.Module, inputs: tuple[int, int, int] | Sequence[NetworkInput], sizes: SizeRange | None = None
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Export ``module`` in eval mode for images [B, C, H, W], B dynamic where the module allows; also notes.
 
-    ``inputs`` are (C, H, W) of the only argument, or all inputs by the names of the forward's parameters. A module that
+    ``inputs`` are (C, H, W) of the only argument, or all inputs by the names of the forward's parameters. ``sizes``
+    leave height and width of that only argument free, H and W being the usual ones. A module that
     works for one batch size only, or whose images hang on each other, is exported for batch 1, and a note says so; so
     does one of outputs that are left out, since they are no tensors. Raises ``ResvitError`` with the user's own message
     and line where the forward raises or branches on values, and where two runs on one image differ.
@@ -49,6 +52,14 @@ def program_from_module(
     several = [item for item in inputs if isinstance(item, NetworkInput)]
     alone = None if several else tuple(size for size in inputs if isinstance(size, int))
     with forgetting(module), tensors_alone(module) as left_out:
+        said: tuple[str, ...] = ()
+        if sizes is not None:
+            if alone is None:
+                raise ResvitError(
+                    f"A range of sizes ({sizes}) was asked for, and the network reads more than one image alone.",
+                    "Name one size, and build one engine for each size that is needed.",
+                )
+            said = (_sizes_note(sizes, step_of_module(module, alone[0], sizes)),)
         try:
             with torch.no_grad():
                 _call(module, *_examples(several, alone, 1))
@@ -57,8 +68,11 @@ def program_from_module(
         except Exception as error:
             raise _failing(error, several, alone) from error
         notes = left_out_note(left_out)
-        program, why = _exported(module, several, alone)
+        program, why = _exported(module, several, alone, sizes)
         try:
+            if sizes is not None and alone is not None:
+                names, run = output_names(program), runner_from_program(program)
+                require_open_program(program, module, alone[0], sizes, names, run)
             _refuse_changed_inputs(module, several, alone)
             refuse_random_program(program, "The network")
             if COUPLED not in why:  # an image alone may be all that is left of it: less the mean of a batch of one
@@ -68,16 +82,24 @@ def program_from_module(
             raise
         except Exception as error:
             raise _failing(error, several, alone) from error
-    return program, (*notes, *why)
+    return program, (*notes, *said, *why)
+
+
+def _sizes_note(sizes: SizeRange, step: int | None) -> str:
+    steps = "" if step is None else f" in steps of {step}" if step > 1 else ", any of them"
+    return f"it takes images of {sizes} pixels (height x width){steps}"
 
 
 def _exported(
-    module: nn.Module, several: Sequence[NetworkInput], alone: tuple[int, ...] | None
+    module: nn.Module,
+    several: Sequence[NetworkInput],
+    alone: tuple[int, ...] | None,
+    sizes: SizeRange | None,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """With a dynamic batch, unless the module has none or its images hang on each other; and a note where not."""
     why = "the network works for one batch size only; it is exported for batch 1"
     try:
-        program = _export(module, *_examples(several, alone, 2), dynamic=True)
+        program = _export(module, *_examples(several, alone, 2), dynamic=True, sizes=sizes)
         _require_batched(program)
         _require_float32(program)
         if has_dynamic_batch(program):
@@ -90,7 +112,7 @@ def _exported(
         if _branches_on_values(error):
             raise _not_exportable(error) from error
     try:
-        program = _export(module, *_examples(several, alone, 1), dynamic=False)
+        program = _export(module, *_examples(several, alone, 1), dynamic=False, sizes=sizes)
     except Exception as error:
         raise _not_exportable(error) from error
     _require_batched(program)
@@ -251,6 +273,8 @@ def fixed_batch_of(program: ExportedProgram) -> int | None:
 def inputs_of(program: ExportedProgram) -> tuple[NetworkInput, ...]:
     """What the program reads: the image first, called ``input``, and the others by their own names.
 
+    An image whose height or width is free, within bounds, has the largest here; ``sizes_of`` tells the range.
+
     Raises:
         ResvitError: where an input has no batch, or sizes that are not fixed, or none of them is an image.
     """
@@ -261,6 +285,15 @@ def input_shape_of(program: ExportedProgram) -> tuple[int, int, int]:
     """(C, H, W) of the program's image; raises ``ResvitError`` where it has none."""
     channels, height, width = inputs_of(program)[0].shape
     return channels, height, width
+
+
+def sizes_of(program: ExportedProgram) -> SizeRange | None:
+    """The range of sizes that the program's image may have; None where it has one size."""
+    values = [value for value in _input_values(program).values() if _is_image(value)]
+    if not values or all(isinstance(_known(size), int) for size in values[0].shape[2:]):
+        return None
+    (low, high), (left, right) = (_bounds(program, size) for size in values[0].shape[2:])
+    return SizeRange((low, left), (high, right), (high, right))
 
 
 def input_names(program: ExportedProgram) -> list[str]:
@@ -395,16 +428,39 @@ def _named_inputs(program: ExportedProgram) -> dict[str, NetworkInput]:
     found: dict[str, NetworkInput] = {}
     for name, value in _input_values(program).items():
         shape = tuple(_known(size) for size in value.shape)
+        if _is_image(value):
+            shape = (*shape[:2], *(_largest(program, size) for size in value.shape[2:]))
         fixed = tuple(size for size in shape[1:] if isinstance(size, int))
         dtype = str(value.dtype).removeprefix("torch.")
         if len(fixed) != len(shape) - 1 or dtype not in TYPES:
             raise ResvitError(
-                f"The program's input {name} is {dtype} {[str(size) for size in shape]}: all sizes but the batch must "
-                f"be fixed, and the type one of {', '.join(TYPES)}.",
-                "Export the network for one size.",
+                f"The program's input {name} is {dtype} {[str(size) for size in shape]}: all sizes but the batch, and "
+                f"height and width of an image within bounds, must be fixed, and the type one of {', '.join(TYPES)}.",
+                "Export the network for one size, or with torch.export.Dim('height', min=320, max=640).",
             )
         found[name] = NetworkInput(name, fixed, dtype)
     return found
+
+
+def _is_image(value: torch.Tensor) -> bool:
+    return value.dim() == 4 and value.dtype == torch.float32
+
+
+def _bounds(program: ExportedProgram, size: int | torch.SymInt) -> tuple[int, int]:
+    """The smallest and the largest that a size may be; what has no bound is as large as ``int`` of infinity."""
+    known = _known(size)
+    if isinstance(known, int):
+        return known, known
+    assert isinstance(size, torch.SymInt)
+    span = program.range_constraints.get(size.node.expr)
+    unbounded = span is None or not span.upper.is_number or span.upper > MOST_PIXELS
+    return (1, MOST_PIXELS + 1) if span is None or unbounded else (max(int(span.lower), 1), int(span.upper))
+
+
+def _largest(program: ExportedProgram, size: int | torch.SymInt) -> int | str:
+    """A size as a number, the largest of a free one; as text where it has no bound."""
+    largest = _bounds(program, size)[1]
+    return largest if largest <= MOST_PIXELS else _known(size)
 
 
 _Arguments: TypeAlias = "tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]"
@@ -440,11 +496,19 @@ def _failing(error: Exception, several: Sequence[NetworkInput], alone: tuple[int
 
 
 def _export(
-    module: nn.Module, positional: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], *, dynamic: bool
+    module: nn.Module,
+    positional: tuple[torch.Tensor, ...],
+    named: dict[str, torch.Tensor],
+    *,
+    dynamic: bool,
+    sizes: SizeRange | None,
 ) -> ExportedProgram:
-    free = {0: Dim.AUTO(min=1)}
+    free = {0: Dim.AUTO(min=1)} if dynamic else {}
+    for axis, (low, _, high) in enumerate(sizes.spans if sizes else (), 2):
+        if low < high:
+            free[axis] = Dim.AUTO(min=low, max=high)
     shapes: Any = None
-    if dynamic:
+    if free:
         shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
     with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")

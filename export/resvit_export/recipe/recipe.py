@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import SizeRange, shape_from_text
 from resvit_engines.targets.table import Precision
 from resvit_export.loading.inputs import ShapeWish, shape_wishes
 from resvit_export.recipe.choices import (
@@ -69,7 +70,12 @@ class Recipe:
         _PRUNE, "model.args", {}, "Argument of the model.", spelling="model-arg", metavar=_PAIR, pairs=plain_values
     )
     input_shape: str | None = setting(
-        _PRUNE, "model.input_shape", None, "Shape of one image, where the model does not say it.", metavar="CxHxW"
+        _PRUNE,
+        "model.input_shape",
+        None,
+        "Shape of one image, where the model does not say it; or the sizes that one engine is to take: "
+        "3x320..640x320..640, or LOW..USUAL..HIGH.",
+        metavar="CxHxW",
     )
     shapes: tuple[str, ...] = setting(
         _PRUNE,
@@ -348,7 +354,7 @@ class Recipe:
         if len(budgets) > 1:
             raise ResvitError(f"Pruning was given {len(budgets)} budgets: {', '.join(budgets)}.", "Choose one of them.")
         self.shape_wishes, self.batch_range  # noqa: B018  (validates the texts)
-        self.shape  # noqa: B018
+        self.shape, self.sizes  # noqa: B018
 
     @property
     def batch_range(self) -> tuple[int, int, int]:
@@ -404,17 +410,25 @@ class Recipe:
         return low != high
 
     @property
+    def dynamic(self) -> bool:
+        """Whether batch or size may vary at run time."""
+        return self.dynamic_batch or self.sizes is not None
+
+    @property
     def shape(self) -> tuple[int, int, int] | None:
-        """Channels, height and width of one image, where the recipe says them."""
+        """Channels, height and width of one image, where the recipe says them; of a range, the usual ones."""
         if self.input_shape is None:
             return None
-        match = re.fullmatch(r"(\d+)[x,](\d+)[x,](\d+)", self.input_shape)
-        if not match or "0" in match.groups():
-            raise ResvitError(
-                f"The input shape '{self.input_shape}' is not CHANNELSxHEIGHTxWIDTH.",
-                "Write it as in --input-shape 3x224x224.",
-            )
-        return int(match[1]), int(match[2]), int(match[3])
+        channels, sizes = shape_from_text(self.input_shape)
+        return channels, *sizes.usual
+
+    @property
+    def sizes(self) -> SizeRange | None:
+        """The sizes that one engine is to take; None for one size, whoever says it."""
+        said = [wish.sizes for wish in self.shape_wishes if wish.sizes is not None]
+        if self.input_shape is not None and not said:
+            said = [shape_from_text(self.input_shape)[1]]
+        return said[0] if said and not said[0].is_one else None
 
     @property
     def label(self) -> str:

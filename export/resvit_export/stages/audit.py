@@ -23,7 +23,7 @@ from resvit_engines.records import record_from_file
 from resvit_engines.targets.table import Precision, Target, proxy_target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
-from resvit_export.stages.compile import Compiled, for_batch
+from resvit_export.stages.compile import Compiled, for_usual
 from resvit_export.stages.fuse import Fused
 from resvit_export.stages.quantize import Halve, Quantized
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -156,6 +156,8 @@ def audit_of(
     target, recipe = run.require_target(), run.recipe
     ours = fused is not None and fused.model is not None
     settings = BuildSettings(
+        recipe.batch_range,
+        recipe.sizes,
         workspace_mib=recipe.workspace_mib or target.workspace_mib,
         optimization_level=recipe.optimization_level,
         sparse=recipe.sparsity is not None,
@@ -165,7 +167,7 @@ def audit_of(
         half=None if run.precision is Precision.FP16 else half,
         target=target,
         stand_in=proxy_target(target),
-        settings=for_batch(settings, recipe.batch_range[1]),
+        settings=for_usual(settings),
         compiled=compiled if own else None,
         remark=remark_about_plugins(run.plugins, fused, own=own),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.files import pretty_json
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_export.stage import Artifact, File, Stage
 
@@ -88,6 +89,8 @@ class Calibrate(Stage[Calibrated]):
     images: ImageSet
     preprocess: Preprocess
     batch_size: int
+    sizes: SizeRange | None
+    """Those that the images are prepared in, in turn; None for the one of ``preprocess``."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write ranges and statistics; what is doubtful about the images is said, and kept in ``images.json``."""
@@ -97,13 +100,17 @@ class Calibrate(Stage[Calibrated]):
         from resvit_calibrate.ranges.statistics import save_statistics
 
         images = self.images
-        statistics = collect_statistics(self.model.path, images.batches(self.batch_size), reporter, len(images))
+        if self.sizes is None:
+            batches = images.batches(self.batch_size)
+        else:
+            batches = images.batches_in_sizes(self.sizes.all, self.batch_size)
+        statistics = collect_statistics(self.model.path, batches, reporter, len(images))
         save_statistics(statistics, folder / STATISTICS)
         save_ranges(ranges_from(statistics, images.digest), folder / RANGES)
         diagnostics = diagnostics_from_statistics(statistics)
         tell(diagnostics, reporter)
         record = CalibrationImages(
-            images.description,
+            images.description + (f", in sizes of {self.sizes} pixels in turn" if self.sizes else ""),
             statistics.images,
             images.digest,
             tuple(images.skipped),

@@ -14,9 +14,11 @@ from resvit_engines.builder.device_plan import DevicePlan, plan_for_device
 from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.files import pretty_json
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder, Target
+from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 
@@ -63,12 +65,13 @@ class PlannedInput:
     """File name of the bundle, which the plan's commands name."""
 
 
-def planned_input(report: ExportReport, bundle: str) -> PlannedInput:
-    """What the export says of the graph's inputs."""
-    name, (batch, *shape) = report.input
-    channels, height, width = (int(size) for size in shape)
+def planned_input(report: ExportReport, run: Run) -> PlannedInput:
+    """What the export says of the graph's inputs; of an image that may have several sizes the usual one."""
+    sizes = run.recipe.sizes
+    name, (batch, channels, *shape) = report.input
+    height, width = sizes.usual if sizes else map(int, shape)
     beside = {item.name: item.shape for item in report.inputs if item.name != name}
-    return PlannedInput(name, (channels, height, width), beside, not isinstance(batch, int), bundle)
+    return PlannedInput(name, (int(channels), height, width), beside, not isinstance(batch, int), run.bundle_name)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def lasting(report: EngineReport) -> EngineReport:
     return dataclasses.replace(report, seconds=None, peak_mib=None)
 
 
-def for_batch(settings: BuildSettings, batch: int) -> BuildSettings:
-    """The same build for one batch."""
-    return dataclasses.replace(settings, batch=(batch, batch, batch))
+def for_usual(settings: BuildSettings) -> BuildSettings:
+    """The same build for the usual batch and size alone."""
+    batch, sizes = settings.batch[1], settings.sizes
+    one = SizeRange(sizes.usual, sizes.usual, sizes.usual) if sizes else None
+    return dataclasses.replace(settings, batch=(batch, batch, batch), sizes=one)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from resvit_calibrate.runtime.runner import scorable_opset
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
+from resvit_engines.pictures.sizes import SizeRange, shape_from_text
 from resvit_engines.progress import Reporter
 from resvit_export.loading.inputs import ShapeWish
 from resvit_export.loading.network_record import NetworkRecord
@@ -74,7 +75,9 @@ class Export(Stage[Exported]):
             )
         with quiet_libraries():
             program = program_from_pt2(self.program.path)
-            report = onnx_from_program(program, folder / MODEL, opset=self.opset, batch=self.batch)
+            report = onnx_from_program(
+                program, folder / MODEL, opset=self.opset, batch=self.batch, sizes=self.network.sizes
+            )
         write_network_record(folder, self.network)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
 
@@ -83,7 +86,10 @@ def export_of(run: Run, folded: Folded | None) -> Export | Import:
     """The export of a run: of the folded program, or where there is none of the user's own ONNX."""
     target, recipe = run.target, run.recipe
     if folded is None:
-        return Import(run.network, recipe.shape_wishes, *((target.opset, target.software) if target else (None, "")))
+        said = None if recipe.input_shape is None else shape_from_text(recipe.input_shape)
+        return Import(
+            run.network, recipe.shape_wishes, said, *((target.opset, target.software) if target else (None, ""))
+        )
     # What cannot be validated here is not exported.
     opset = target.opset if target and target.opset <= scorable_opset() else OLDEST_OPSET
     batch = None if recipe.dynamic_batch else recipe.batch_range[0]
@@ -100,6 +106,8 @@ class Import(Stage[Exported]):
 
     source: NetworkSource
     wishes: tuple[ShapeWish, ...]
+    image: tuple[int, SizeRange] | None
+    """Channels and sizes of the image, where the user says them."""
     opset: int | None
     reader: str
 
@@ -108,7 +116,7 @@ class Import(Stage[Exported]):
         del reporter
         from resvit_export.to_onnx.own_onnx import import_onnx
 
-        network, report = import_onnx(Path(self.source.spec.model), folder / MODEL, self.wishes)
+        network, report = import_onnx(Path(self.source.spec.model), folder / MODEL, self.wishes, self.image)
         if self.opset is not None and report.opset > self.opset:
             raise ResvitError(
                 f"The model is of opset {report.opset}, and {self.reader} reads up to opset {self.opset}.",

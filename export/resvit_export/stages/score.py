@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.files import pretty_json
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_export.loading.source import NetworkSource
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 ANSWERS = "answers.npz"
 READS = "reads.json"
 GOLDEN = "golden.json"
+_OF_EACH_SIZE = 8
+"""Validation images of each size beside the usual one, of which golden ones are chosen."""
+_WORSE_DB = 6.0
 _CHECKED_IMAGES = 4
 """Images on which ONNX Runtime's optimised graph is held against the graph as written."""
 
@@ -199,6 +204,8 @@ class AskQuantized(Asked):
     floating: File
     label: str
     sets: bool
+    sizes: SizeRange | None
+    """Those that the image may have: golden images are of all of them."""
 
     @property
     def title(self) -> str:
@@ -223,26 +230,65 @@ class AskQuantized(Asked):
             reporter.warn(remark)
         feeds, least = choose_golden(feeds, runner, onnx_runner(self.floating.path), sets=self.sets)
         golden = dataclasses.replace(write_golden(folder, feeds, runner(feeds), self.sets), least_db=least)
-        document = {"files": golden.to_json(), "note": f"{runtime_note()} {remark}".strip()}
+        golden, said = self._of_other_sizes(folder, golden, feeds, runner, reporter)
+        document = {"files": golden.to_json(), "note": " ".join(filter(None, (runtime_note(), remark, said)))}
         (folder / GOLDEN).write_bytes(pretty_json(document))
         return runner
 
+    def _of_other_sizes(
+        self, folder: Path, golden: GoldenFiles, usual: Arrays, runner: Runner, reporter: Reporter
+    ) -> tuple[GoldenFiles, str]:
+        """Add golden images of the other sizes, and say how near the float network all of them are."""
+        from resvit_calibrate.answers.classes import INPUT
+        from resvit_calibrate.runtime.runner import onnx_runner
+        from resvit_engines.rows import paired_rows
+        from resvit_engines.run.golden_files import sqnr_db
+        from resvit_export.golden_choice import choose_golden
 
-def write_golden(folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False) -> GoldenFiles:
-    """Write golden images and outputs as ``golden_input.npy``, ``golden_output.npy``, and ``…_1.npy`` and so on."""
+        if self.sizes is None:
+            return golden, ""
+        floating, others, near = onnx_runner(self.floating.path), [], {}
+        for size in self.sizes.all:
+            height, width = size
+            feeds = usual
+            if size != self.sizes.usual:
+                images = self.questions.images.batches_in_sizes([size], _OF_EACH_SIZE)
+                feeds, least = choose_golden(next(images).feeds(INPUT), runner, floating, sets=self.sets)
+                files = write_golden(folder, feeds, runner(feeds), self.sets, f"golden_{height}x{width}")
+                others.append(dataclasses.replace(files, least_db=least))
+            expected, found = floating(feeds), runner(feeds)
+            found = paired_rows(expected, found) if self.sets else found
+            pairs = zip(expected.values(), found.values(), strict=True)
+            ratios = [sqnr_db(true, value) for true, value in pairs if value.dtype.kind == "f"]
+            near[f"{height}x{width}"] = min([math.inf, *(ratio for ratio in ratios if ratio is not None)])
+        told = ", ".join(f"{ratio:.1f} dB at {size}" for size, ratio in near.items())
+        first, *rest = near.values()
+        if any(ratio < first - _WORSE_DB for ratio in rest):
+            reporter.warn(f"quantisation costs more at one size than at the usual one: golden images have {told}")
+        return dataclasses.replace(golden, at_sizes=tuple(others)), f"Golden images against the float ONNX: {told}."
+
+
+def write_golden(
+    folder: Path, feeds: Arrays, outputs: Arrays, sets: bool = False, named: str = "golden"
+) -> GoldenFiles:
+    """Write golden images and outputs as ``golden_input.npy``, ``golden_output.npy``, and ``…_1.npy`` and so on.
+
+    ``named`` is what the files' names begin with.
+    """
     from resvit_calibrate.answers.classes import INPUT
 
     first = "logits" if "logits" in outputs else next(iter(outputs))
-    files = {first: "golden_output.npy"}
-    files |= {name: f"golden_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
-    beside = {name: f"golden_input_{i}.npy" for i, name in enumerate((n for n in feeds if n != INPUT), 1)}
-    np.save(folder / "golden_input.npy", feeds[INPUT])
+    files = {first: f"{named}_output.npy"}
+    files |= {name: f"{named}_output_{i}.npy" for i, name in enumerate((n for n in outputs if n != first), 1)}
+    beside = {name: f"{named}_input_{i}.npy" for i, name in enumerate((n for n in feeds if n != INPUT), 1)}
+    np.save(folder / f"{named}_input.npy", feeds[INPUT])
     for name, file in beside.items():
         np.save(folder / file, feeds[name])
     for name, file in files.items():
         value = outputs[name]
         np.save(folder / file, value.astype(np.float32) if value.dtype.kind == "f" else value)
-    return GoldenFiles("golden_input.npy", "golden_output.npy", beside, files if len(files) > 1 else {}, sets)
+    several = files if len(files) > 1 else {}
+    return GoldenFiles(f"{named}_input.npy", f"{named}_output.npy", beside, several, sets)
 
 
 def answers_of(
@@ -252,7 +298,8 @@ def answers_of(
     asked: list[Asked] = [AskFloat(questions, exported.model)]
     asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
     asked += [AskPruned(questions, pruned.program)] if pruned else []
-    asked.append(AskQuantized(questions, model, floating, run.label, exported.report.selects_rows))
+    how = (run.label, exported.report.selects_rows, exported.network.sizes)
+    asked.append(AskQuantized(questions, model, floating, *how))
     artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
     return {artifact.stage: artifact for artifact in artifacts}
 

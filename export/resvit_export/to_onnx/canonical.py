@@ -15,22 +15,25 @@ from resvit_export.to_onnx import optimizer
 from resvit_export.to_onnx.packed_heads import split_along_heads
 from resvit_export.to_onnx.plain_attention import write_out_attention
 from resvit_export.to_onnx.stand_ins import bound_stand_ins
+from resvit_quantize.graph.shapes import HEIGHT, WIDTH
 
 MODULE = "module"
 """Key of a node's metadata that holds the dotted path of the module it came from."""
 
 BATCH = "batch"
+_SYMBOL = re.compile(r"[^\W\d]\w*")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def fix_batch(model: ir.Model, batch: int) -> None:
     """Set the first size of every input, and all inner sizes that are equal to it; others are inferred anew."""
-    free = _free_batch(model.graph)
+    free = {symbol for symbol, name in _free_sizes(model.graph).items() if name == BATCH}
     for value in _values(model.graph):
         if value.shape is None:
             continue
         sizes = [batch if not isinstance(size, int) and size.value in free else size for size in value.shape]
-        value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+        known = all(isinstance(size, int) for size in sizes) or value.is_graph_input()
+        value.shape = ir.Shape(sizes) if known else None
     infer_shapes(model)
 
 
@@ -163,7 +166,7 @@ def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str])
         assert value.const_value is not None
         value.const_value.name = value.name
         graph.register_initializer(value)
-    _rename_batch(graph)
+    _rename_free_sizes(graph)
     for value in _values(graph):
         value.doc_string = None
         value.metadata_props.clear()
@@ -237,9 +240,9 @@ def _unique(name: str, taken: set[str]) -> str:
     return result
 
 
-def _rename_batch(graph: ir.Graph) -> None:
-    """Call the free first size ``batch`` wherever it occurs, alone or inside an expression."""
-    free = _free_batch(graph)
+def _rename_free_sizes(graph: ir.Graph) -> None:
+    """Call free sizes ``batch``, ``height`` and ``width`` wherever they occur, alone or inside an expression."""
+    free = _free_sizes(graph)
     for value in _values(graph):
         if value.shape is None:
             continue
@@ -247,20 +250,20 @@ def _rename_batch(graph: ir.Graph) -> None:
         for size in value.shape:
             text = size if isinstance(size, int) else size.value
             if isinstance(text, str):
-                for symbol in free:
-                    text = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, text)
+                text = _SYMBOL.sub(lambda symbol: free.get(symbol[0], symbol[0]), text)
             sizes.append(text)
         value.shape = ir.Shape(sizes)
 
 
-def _free_batch(graph: ir.Graph) -> set[str]:
-    """What the exporter calls the free first size."""
+def _free_sizes(graph: ir.Graph) -> dict[str, str]:
+    """By what an exporter calls them, the free first size of every input, and height and width of an image."""
+    names = {0: BATCH, 2: HEIGHT, 3: WIDTH}
     return {
-        str(size.value)
+        str(size.value): names[axis]
         for value in graph.inputs
         if value.shape is not None
-        for size in list(value.shape)[:1]
-        if isinstance(size, ir.SymbolicDim) and size.value
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, ir.SymbolicDim) and size.value and (axis == 0 or (axis in names and len(value.shape) == 4))
     }
 
 

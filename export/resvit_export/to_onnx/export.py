@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_export.loading.torch_program import (
     fixed_batch_of,
     input_names,
@@ -23,6 +24,7 @@ from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.report import (
     ExportReport,
+    inputs_of_graph,
     measure_parity,
     report_of,
     selects_rows,
@@ -30,6 +32,7 @@ from resvit_export.to_onnx.report import (
 )
 from resvit_export.to_onnx.translations import translations
 from resvit_quantize.graph.external import EXTERNAL_ABOVE
+from resvit_quantize.graph.shapes import say_sizes
 
 __all__ = ["ExportReport", "import_onnx", "onnx_from_program"]
 
@@ -43,13 +46,15 @@ def onnx_from_program(
     opset: int = 20,
     batch: int | None = None,
     external_above: int = EXTERNAL_ABOVE,
+    sizes: SizeRange | None = None,
 ) -> ExportReport:
     """Write ``program`` as ONNX and hold its outputs against PyTorch's on random images.
 
     ``opset`` 20 is what TensorRT 10.3 reads; 23 keeps ``Attention`` and ``GroupNormalization`` whole. ``batch``
-    None leaves the batch dynamic (size ``"batch"``), a number fixes it, and all shapes become constants. The
-    image is ``input`` float32 [B, C, H, W] and comes first, the output of a classifier ``logits`` [B, K]. The same
-    program gives the same bytes.
+    None leaves the batch dynamic (size ``"batch"``), a number fixes it, and all shapes become constants. ``sizes`` are
+    those of the image, of a program that takes several: ``"height"`` and ``"width"`` stay free, and the file says which
+    they may be. The image is ``input`` float32 [B, C, H, W] and comes first, the output of a classifier ``logits``
+    [B, K]. The same program gives the same bytes.
 
     Raises ``ResvitError`` for an operator that ONNX lacks, for a batch that the program cannot have, and where
     the outputs differ by more than rounding.
@@ -71,6 +76,9 @@ def onnx_from_program(
     refuse_branches(model)
     canonicalise(model, input_names(program), names)
     image_first(model)
+    if sizes is not None:
+        say_sizes(model, sizes)
+        inputs = inputs_of_graph(model)
     write_model(model, path, external_above)
     batches = (1, 2) if fixed is None else (fixed,)
     notes = () if batch is not None or own is None else (f"the batch is fixed to {own}: the network allows no other",)
@@ -81,6 +89,7 @@ def onnx_from_program(
         batches,
         what="ONNX against PyTorch",
         sets=selects_rows(model),
+        sizes=sizes.checked[1:] if sizes else (),
     )
     return report_of(model, path, parity, batches, notes)
 

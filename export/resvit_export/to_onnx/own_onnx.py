@@ -14,11 +14,12 @@ from onnx_ir.passes import common
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_blind, refuse_random
-from resvit_calibrate.runtime.runner import onnx_runner
+from resvit_calibrate.runtime.runner import Runner, onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
-from resvit_export.loading.inputs import IMAGE, ShapeWish, in_order, random_feeds
+from resvit_engines.pictures.sizes import SizeRange
+from resvit_export.loading.inputs import IMAGE, NetworkInput, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
@@ -33,6 +34,7 @@ from resvit_export.to_onnx.report import (
     shape_of,
     write_model,
 )
+from resvit_quantize.graph.shapes import HEIGHT, WIDTH, say_sizes, sizes_of_graph
 
 OLDEST_OPSET = 20
 """Older models are converted up: FP16 scales of Q/DQ need 19, and 20 is what our own export writes."""
@@ -42,14 +44,17 @@ NEWEST_OPSET = 23
 _PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "Attention", "LSTM", "GRU", "RNN")
 
 
-def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tuple[NetworkRecord, ExportReport]:
+def import_onnx(
+    path: Path, out: Path, wishes: Sequence[ShapeWish] = (), image: tuple[int, SizeRange] | None = None
+) -> tuple[NetworkRecord, ExportReport]:
     """Check the float ONNX at ``path`` and write it to ``out`` in canonical form; returns its record and a report.
 
     Weights in external files are read from the model's own folder only. Models older than opset 20 are
     converted up. Input and outputs are renamed as our export names them, nodes get unique names, constants are
     folded; functions, and branches that no image decides, are written out. An image that comes as [B, H, W, C] or as
-    whole numbers is read as float32 [B, C, H, W]. ``wishes`` say sizes that the file leaves open. The copy's outputs
-    are compared with the original's on random images.
+    whole numbers is read as float32 [B, C, H, W]. ``wishes`` say sizes that the file leaves open; ``image`` says
+    channels and sizes of its image, which may be a range. The copy's outputs are compared with the original's on random
+    images.
 
     Raises ``ResvitError`` for all that ``model_from_file`` refuses, a network that is random or whose images hang on
     each other, products in another precision than float32, control flow that depends on values, no image among the
@@ -59,7 +64,8 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
     proto = _converted(model_from_file(path), path, notes)
     with reading(path):
         model = ir.serde.deserialize_model(proto)
-        own, entrance = _take_inputs(model, path, wishes, notes)
+        own, entrance = _take_inputs(model, path, wishes, image, notes)
+        sizes = sizes_of_graph(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _require_finite(model, path)
         _infer_anew(model)
@@ -72,16 +78,15 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
         refuse_branches(model)
         _require_small(model, path)
         _require_float32(model, path)
-        outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
-        single = "logits" if len(outputs) == 1 and len(outputs[0]) == 2 else "output"
-        names = [single] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
         _make_printable(model)
-        canonicalise(model, list(own.values()), names)
+        canonicalise(model, list(own.values()), _output_names(model))
         image_first(model)
+        if sizes is not None:
+            _keep_open(model, sizes)
         _require_known_shapes(model, path)
         _require_batched(model, path)
         write_model(model, out)
-    batch, *shape = shape_of(model.graph.inputs[0])
+    batch = shape_of(model.graph.inputs[0])[0]
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     inputs, sets = inputs_of_graph(model), selects_rows(model)
     with reading(path, "cannot be computed"):
@@ -94,6 +99,8 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
 
     with reading(path, "cannot be computed"):
         draw = functools.partial(random_feeds, inputs)
+        if sizes is not None:
+            notes.append(_require_sizes(reference, inputs[0], sizes, path))
         refuse_random(reference, draw, path.name, batch=batches[0])
         moved = couples_images(reference, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
         if moved is not None:
@@ -108,10 +115,11 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
             batches,
             what=f"{path.name} in canonical form",
             sets=sets,
+            sizes=sizes.checked[1:] if sizes else (),
         )
     report = report_of(model, out, parity, batches, notes)
-    classes = report.outputs[0][1][1] if single == "logits" else None
-    channels, height, width = (int(size) for size in shape)
+    classes = report.outputs[0][1][1] if report.outputs[0][0] == "logits" else None
+    channels, height, width = inputs[0].shape
     record = NetworkRecord(
         input_shape=(channels, height, width),
         num_classes=classes if isinstance(classes, int) else None,
@@ -121,6 +129,7 @@ def import_onnx(path: Path, out: Path, wishes: Sequence[ShapeWish] = ()) -> tupl
         inputs=report.inputs,
         notes=tuple(notes),
         image_range=entrance.pixels,
+        sizes=sizes,
     )
     return record, report
 
@@ -155,9 +164,13 @@ def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.Mod
 
 
 def _take_inputs(
-    model: ir.Model, path: Path, wishes: Sequence[ShapeWish], notes: list[str]
+    model: ir.Model,
+    path: Path,
+    wishes: Sequence[ShapeWish],
+    shape: tuple[int, SizeRange] | None,
+    notes: list[str],
 ) -> tuple[dict[str, str], ImageEntrance]:
-    """Fix the sizes that ``wishes`` say, and bring the image into our form.
+    """Fix the sizes that ``wishes`` say, and those of the image's ``shape``, and bring the image into our form.
 
     Returns the inputs' names in the file and what they are called from here on, and what the image was.
     """
@@ -169,7 +182,13 @@ def _take_inputs(
                 f"{path} has no input {wish.input.name}.",
                 f"It has {', '.join(by_name) or 'none'}: name those in --shape.",
             )
-        _fix(by_name[wish.input.name], wish, path)
+        if wish.sizes is None:
+            _fix(by_name[wish.input.name], wish, path)
+        else:
+            shape = (wish.input.shape[0], wish.sizes)
+    model.metadata_props.clear()  # what the file says of itself by names of ours
+    if shape is not None:
+        _open_sizes(model, *shape, path)
     for value in graph.inputs:
         sizes = list(value.shape) if value.shape is not None else []
         if sizes and not isinstance(sizes[0], int):
@@ -201,6 +220,72 @@ def _fix(value: ir.Value, wish: ShapeWish, path: Path) -> None:
             "Leave --shape out, or export the network for that size.",
         )
     value.shape = ir.Shape([sizes[0], *wanted])
+
+
+def _open_sizes(model: ir.Model, channels: int, sizes: SizeRange, path: Path) -> None:
+    """Give the image the sizes asked for, where the file leaves them open: a number, or a name of ours for a range."""
+    images = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4]
+    dims = list(images[0].shape or ()) if len(images) == 1 else []
+    places = [axis for axis in (1, 3) if dims and dims[axis] == channels]
+    if dims and not places and not isinstance(dims[1], int):
+        places, dims[1] = [1], channels
+    if not places:
+        told = ", ".join(f"{value.name} {list(map(str, value.shape or ()))}" for value in model.graph.inputs)
+        raise ResvitError(
+            f"{path}: it reads {told or 'nothing'}, and --input-shape says one image of {channels} channels.",
+            "Give the channels that the file has, or name every input with --shape.",
+        )
+    axes = (2, 3) if places[0] == 1 else (1, 2)
+    for axis, name, (low, usual, high) in zip(axes, (HEIGHT, WIDTH), sizes.spans, strict=True):
+        if isinstance(dims[axis], int) and not low == high == dims[axis]:
+            raise ResvitError(
+                f"{path}: its input {images[0].name} is {list(map(str, dims))}, and {sizes} pixels were asked for.",
+                "Leave --input-shape out, or export the file again with height and width as dynamic axes.",
+            )
+        dims[axis] = ir.SymbolicDim(name) if low < high else usual
+    images[0].shape = ir.Shape(dims)
+    if not sizes.is_one:
+        say_sizes(model, sizes)
+
+
+def _require_sizes(reference: Runner, image: NetworkInput, sizes: SizeRange, path: Path) -> str:
+    """Refuse a file that fails at one of the sizes, with the runtime's words; returns what to say of the sizes.
+
+    Raises:
+        ResvitError: INPUT.
+    """
+    for size in sizes.checked:
+        feeds = random_feeds([NetworkInput(IMAGE, (image.shape[0], *size))], 1, np.random.default_rng(0))
+        try:
+            reference(feeds)
+        except ResvitError as error:
+            raise ResvitError(
+                f"{path} does not take images of {size[0]}x{size[1]}, which {sizes} asks for: {error.problem}",
+                "Name one size with --input-shape, and build one engine for each size that is needed; or export the "
+                "file again from a network that computes with the image's own height and width.",
+            ) from error
+    return f"it takes images of {sizes} pixels (height x width)"
+
+
+def _output_names(model: ir.Model) -> list[str]:
+    """What the outputs are called: as those of our own export."""
+    outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
+    if len(outputs) > 1:
+        return [f"output_{index}" for index in range(len(outputs))]
+    return ["logits" if len(outputs[0]) == 2 else "output"]
+
+
+def _keep_open(model: ir.Model, sizes: SizeRange) -> None:
+    """Say the image's sizes in the canonical graph, and name sizes of outputs that shape inference leaves open."""
+    say_sizes(model, sizes)
+    for value in model.graph.outputs:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    size if isinstance(size, int) or size.value else ir.SymbolicDim(f"{value.name}_size_{axis}")
+                    for axis, size in enumerate(value.shape)
+                ]
+            )
 
 
 def _require_finite(model: ir.Model, path: Path) -> None:

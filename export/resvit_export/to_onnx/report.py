@@ -14,8 +14,10 @@ from resvit_calibrate.runtime.parity import Difference, differences, flat_differ
 from resvit_calibrate.runtime.runner import Runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.pictures.sizes import Size
 from resvit_export.loading.inputs import NetworkInput, random_feeds
 from resvit_quantize.graph.external import EXTERNAL_ABOVE, write_onnx
+from resvit_quantize.graph.shapes import HEIGHT, WIDTH, sizes_of_graph
 
 _TYPES = {
     ir.DataType.FLOAT: "float32",
@@ -132,14 +134,17 @@ def report_of(
 
 
 def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
-    """What a graph reads, in its own order.
+    """What a graph reads, in its own order; an image that may have several sizes has the usual one.
 
     Raises:
         ResvitError: for other types than ``resvit_export.loading.inputs.TYPES``, and for free sizes but the batch.
     """
-    found = []
+    found, several = [], sizes_of_graph(model)
     for value in model.graph.inputs:
         sizes = shape_of(value) if value.shape is not None else ()
+        if several is not None and len(sizes) == 4:
+            usual = dict(zip((HEIGHT, WIDTH), several.usual, strict=True))
+            sizes = (*sizes[:2], *(usual.get(str(size), size) for size in sizes[2:]))
         dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
         fixed = tuple(size for size in sizes[1:] if isinstance(size, int))
         if not sizes or dtype is None or len(fixed) != len(sizes) - 1:
@@ -187,8 +192,11 @@ def measure_parity(
     what: str,
     sets: bool = False,
     seed: int = 0,
+    sizes: Sequence[Size] = (),
 ) -> Parity:
     """Compare on random inputs of b images for every b of ``batches``, and on images without content.
+
+    ``sizes`` are further ones of the image that are compared, where it may have several.
 
     Those are black, white and beyond, and half of each: where an epsilon was lost, they divide by zero.
 
@@ -197,8 +205,9 @@ def measure_parity(
     """
     random = np.random.default_rng(seed)
     absolute = relative = 0.0
-    for batch in batches:
-        feeds = random_feeds(inputs, batch, random)
+    others = [((NetworkInput(inputs[0].name, (inputs[0].shape[0], *size)), *inputs[1:]), batches[0]) for size in sizes]
+    for shapes, batch in [*((inputs, batch) for batch in batches), *others]:
+        feeds = random_feeds(shapes, batch, random)
         for name, found in differences(reference, candidate, feeds, sets=sets).items():
             if found.shapes[0] != found.shapes[1]:
                 raise _translated_wrongly(

@@ -26,9 +26,9 @@ def translations(program: ExportedProgram, opset: int) -> dict[Callable[..., Any
     if opset < _OWN_ATTENTION_OPSET and all(_is_plain(node) for node in _nodes(program, attention)):
         table[attention] = _attention
     norm = aten.group_norm.default
-    if all(_has_fixed_maps(node) for node in _nodes(program, norm)):
+    if all(_has_fixed_channels(node) for node in _nodes(program, norm)):
         table[norm] = _group_norm
-    if all(_has_fixed_maps(node) for node in _nodes(program, aten.im2col.default)):
+    if all(_has_fixed_channels(node) for node in _nodes(program, aten.im2col.default)):
         table[aten.im2col.default] = _unfold
     if all(_has_fixed_maps(node) for node in _nodes(program, aten.col2im.default)):
         table[aten.col2im.default] = _fold
@@ -81,14 +81,15 @@ def _group_norm(
     del cudnn_enabled
     from onnxscript import opset20 as op
 
-    channels, *maps = (int(size) for size in input.shape[1:])
+    channels, maps = int(input.shape[1]), _fixed(input.shape[2:])
     grouped = op.Reshape(input, op.Constant(value_ints=[0, num_groups, -1]))
     ones, zeros = [1.0] * num_groups, [0.0] * num_groups
     normal = op.InstanceNormalization(
         grouped, op.Constant(value_floats=ones), op.Constant(value_floats=zeros), epsilon=eps
     )
-    result = op.Reshape(normal, op.Constant(value_ints=[0, channels, *maps]))
-    per_channel = op.Constant(value_ints=[channels] + [1] * len(maps))
+    whole = op.Shape(input) if maps is None else op.Constant(value_ints=[0, channels, *maps])
+    result = op.Reshape(normal, whole)
+    per_channel = op.Constant(value_ints=[channels] + [1] * len(input.shape[2:]))
     if weight is not None:
         result = op.Mul(result, op.Reshape(weight, per_channel))
     if bias is not None:
@@ -101,9 +102,9 @@ def _unfold(input: Any, kernel_size: Any, dilation: Any, padding: Any, stride: A
     from onnxscript import opset20 as op
 
     kernel, steps = _pair(kernel_size), _pair(stride)
-    channels, height, width = (int(size) for size in input.shape[1:])
-    if _is_tiling(kernel, steps, _pair(dilation), _pair(padding), (height, width)):
-        rows, columns = height // kernel[0], width // kernel[1]
+    channels, maps = int(input.shape[1]), _fixed(input.shape[2:])
+    if maps is not None and _is_tiling(kernel, steps, _pair(dilation), _pair(padding), (maps[0], maps[1])):
+        rows, columns = maps[0] // kernel[0], maps[1] // kernel[1]
         tiles = op.Reshape(input, op.Constant(value_ints=[0, channels, rows, kernel[0], columns, kernel[1]]))
         patches = op.Transpose(tiles, perm=[0, 1, 3, 5, 2, 4])
         return op.Reshape(patches, op.Constant(value_ints=[0, channels * kernel[0] * kernel[1], rows * columns]))
@@ -165,6 +166,11 @@ def _one_hot(channels: int, kernel: list[int]) -> np.ndarray[Any, Any]:
     return np.tile(np.eye(count, dtype=np.float32).reshape(count, 1, *kernel), (channels, 1, 1, 1))
 
 
+def _fixed(sizes: Any) -> list[int] | None:
+    """The sizes as numbers; None where one of them is free, as of an image that may have several."""
+    return [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None
+
+
 def _pair(value: Any) -> list[int]:
     return [int(value)] * 2 if isinstance(value, int) else [int(size) for size in value]
 
@@ -180,11 +186,18 @@ def _nodes(program: ExportedProgram, target: object) -> list[fx.Node]:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Rank 4, fixed sizes but for the batch, and as many key as query heads."""
+    """Rank 4, known head counts and sizes, as many key as query heads; known numbers of tokens where it is causal."""
     tensors = [node.args[0], node.args[1]]
     shapes = [n.meta["val"].shape for n in tensors if isinstance(n, fx.Node)]
-    fixed = all(len(shape) == 4 and all(isinstance(size, int) for size in shape[1:]) for shape in shapes)
+    causal = (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal", False)
+    known = (1, 2, 3) if causal else (1, 3)
+    fixed = all(len(shape) == 4 and all(isinstance(shape[axis], int) for axis in known) for shape in shapes)
     return fixed and shapes[0][1] == shapes[1][1]
+
+
+def _has_fixed_channels(node: fx.Node) -> bool:
+    value = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else None
+    return value is not None and isinstance(value.shape[1], int)
 
 
 def _has_fixed_maps(node: fx.Node) -> bool:

@@ -59,6 +59,8 @@ def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None
 def _choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
     if target is None or recipe.plugins is Plugins.OFF:
         return PluginChoice(By.NOTHING, "", "--plugins off" if target else "no target was named")
+    if recipe.sizes is not None:
+        return PluginChoice(By.NOTHING, "", "kernels of our own are compiled for one image size")
     if (builder or target.builder) is Builder.RTX:
         why = "TensorRT for RTX takes no plugins"
         if recipe.plugins is Plugins.ON:

@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_quantize.graph.analysis import captured_values
-from resvit_quantize.graph.network import constant, int_attribute, static_shapes
+from resvit_quantize.graph.network import constant, int_attribute
+from resvit_quantize.graph.shapes import static_shapes
 from resvit_quantize.placement.placement import channel_axis
 
 _LINEAR = frozenset({"MatMul", "Gemm"})

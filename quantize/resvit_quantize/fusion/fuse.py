@@ -24,8 +24,9 @@ from resvit_quantize.fusion.layout import BATCH
 from resvit_quantize.fusion.match import Config, FusionReport, Kind, Match, Refusal, RefusedError
 from resvit_quantize.fusion.operands import Amax, insert, narrowed
 from resvit_quantize.graph.analysis import analyse
-from resvit_quantize.graph.network import opset_of, static_shapes
+from resvit_quantize.graph.network import opset_of
 from resvit_quantize.graph.regions import AttentionBlock, attention_blocks
+from resvit_quantize.graph.shapes import static_shapes
 
 Decide = Callable[[Match], "str | None"]
 """A reason to leave a match alone; None to take it."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from resvit_engines.errors import ResvitError
-from resvit_quantize.graph.network import constant, module_of, observed_shapes, static_shapes
+from resvit_quantize.graph.network import constant, module_of
+from resvit_quantize.graph.shapes import observed_shapes, static_shapes
 
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", *_LINEAR})
@@ -78,7 +79,7 @@ class Analysis:
 
 
 def analyse(model: ir.Model) -> Analysis:
-    """Find the products of a float graph, their parts, and their multiply-accumulates for one image.
+    """Find the products of a float graph, their parts, and their multiply-accumulates for one image of usual size.
 
     Shapes that cannot be inferred are taken from two runs on random images.
 

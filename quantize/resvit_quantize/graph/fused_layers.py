@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from resvit_engines.targets.costs import LayerKind, LayerWork, Read
 from resvit_quantize.graph.analysis import Analysis, Product, analyse
-from resvit_quantize.graph.network import constant, static_shapes
+from resvit_quantize.graph.network import constant
 from resvit_quantize.graph.regions import AttentionBlock, attention_blocks, is_view
+from resvit_quantize.graph.shapes import static_shapes
 
 _NORMS = frozenset(
     {"LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "RMSNormalization"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,55 +127,6 @@ def infer_types(model: ir.Model) -> None:
         raise ResvitError(
             f"The ONNX graph's types do not check: {cause}", "Export the model again; its operators disagree."
         ) from error
-
-
-def static_shapes(model: ir.Model, batch: int = 1) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values at a fixed batch size; values whose shape depends on data are left out."""
-    model = model.clone()
-    symbols = {
-        str(v.shape[0])
-        for v in model.graph.inputs
-        if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)
-    }
-    values = [*model.graph.inputs, *model.graph.outputs, *(o for n in model.graph for o in n.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([batch if str(d) in symbols else d for d in value.shape])
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    values += model.graph.initializers.values()
-    return {str(v.name): tuple(v.shape.numpy()) for v in values if v.shape is not None and v.shape.is_static()}
-
-
-def observed_shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[str, tuple[int, ...]]:
-    """Shapes of values that two runs on one image of random numbers agree on, by name; others are left out."""
-    import onnxruntime
-
-    proto = ir.serde.serialize_model(model)
-    given = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
-    names = [str(value.name) for value in dict.fromkeys(values) if not value.is_initializer()]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
-    names = [name for name in names if name not in {value.name for value in proto.graph.input}]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    random = np.random.default_rng(0)
-    try:
-        add_weight_folder(options, weight_folder(model))
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        runs = [session.run(names, _random_feeds(model, random)) for _ in range(2)]
-    except Exception:  # noqa: BLE001  # a graph that does not run has no shapes to observe
-        return {}
-    pairs = zip(names, *runs, strict=True)
-    return {name: tuple(first.shape) for name, first, second in pairs if first.shape == second.shape}
-
-
-def _random_feeds(model: ir.Model, random: np.random.Generator) -> dict[str, np.ndarray]:
-    feeds = {}
-    for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else 1 for size in value.shape or ()]
-        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-        numbers = random.standard_normal(shape) if np.issubdtype(dtype, np.floating) else np.ones(shape)
-        feeds[str(value.name)] = numbers.astype(dtype)
-    return feeds
 
 
 def _name_nodes(model: ir.Model) -> None:
