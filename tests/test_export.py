@@ -18,7 +18,7 @@ from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import program_from_module
 from resvit_export.models.reference import resvit_model
-from resvit_export.to_onnx.canonical import MODULE, pad_in_max_pool
+from resvit_export.to_onnx.canonical import MODULE, pad_in_max_pool, pool_over_all
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.packed_heads import split_along_heads
@@ -332,6 +332,29 @@ def test_pad_with_infinity_goes_into_the_pool() -> None:
     before = onnx_runner(proto.SerializeToString())(images)["y"]
     after = onnx_runner(ir.serde.serialize_model(model).SerializeToString())(images)["y"]
     assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("pool", "becomes"),
+    [
+        ("AveragePool <kernel_shape = [40, 40], strides = [40, 40], ceil_mode = 1, count_include_pad = 1>", "Global"),
+        ("AveragePool <kernel_shape = [6, 8], strides = [2, 2]>", "Global"),
+        ("MaxPool <kernel_shape = [6, 8], ceil_mode = 1>", "Global"),
+        ("AveragePool <kernel_shape = [6, 7], strides = [2, 2]>", ""),
+        ("AveragePool <kernel_shape = [8, 8], pads = [1, 0, 1, 0], count_include_pad = 1>", ""),
+        ("MaxPool <kernel_shape = [3, 4], dilations = [2, 2], strides = [9, 9]>", ""),
+    ],
+)
+def test_a_pool_over_the_whole_map_is_written_so(pool: str, becomes: str) -> None:
+    size = "g (float[2, 3, 6, 8] x) => (float[2, 3, 1, 1] y) { y = %s (x) }"
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> {size % pool}')
+    model = ir.serde.deserialize_model(proto)
+    pool_over_all(model)
+    assert model.graph[0].op_type == becomes + pool.split(maxsplit=1)[0]
+    images = {"x": np.random.default_rng(0).random((2, 3, 6, 8), dtype=np.float32)}
+    before = onnx_runner(proto.SerializeToString())(images)["y"]
+    after = onnx_runner(ir.serde.serialize_model(model).SerializeToString())(images)["y"]
+    np.testing.assert_allclose(after, before, rtol=1e-6)
 
 
 def packed_attention(path: Path, select: str, order: tuple[int, int, int] = (0, 1, 2), shared: bool = False) -> Path:

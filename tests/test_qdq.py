@@ -281,3 +281,18 @@ def test_what_ships_opens_in_onnx_runtime_as_users_open_it(opset: int, batch: in
     assert sqnr(expected, answer) > 25
     shapes = {name: array.shape for name, array in initializers(out).items() if "fc1.bias" in name or "wide" in name}
     assert any(len(shape) == 3 for shape in shapes.values()) is (opset > 20)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_with_a_vector_goes_through(tmp_path: Path, turned: bool) -> None:
+    g = Graph(2, 4, 8, 8)
+    random = np.random.default_rng(0)
+    vector = g.constant("w", random.standard_normal(8).astype(np.float32))
+    product = g.op("MatMul", *([vector, "input"] if turned else ["input", vector]), name="product")
+    path = g.save(tmp_path / "float.onnx", product)
+    images = random.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    reach = float(np.abs(images).max())
+    out = tmp_path / "int8.onnx"
+    quantize_model(path, ranges_from_extremes({"input": (-reach, reach)}), replace(INT8, include=("*",)), out)
+    (expected,), (found,) = outputs_of(path, images).values(), outputs_of(out, images).values()
+    assert sqnr(expected, found) > 33

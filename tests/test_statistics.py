@@ -224,6 +224,49 @@ def test_a_single_nan_in_front_of_a_relu_is_found(tmp_path):
         collect_statistics(tmp_path / "m.onnx", [batch_of(x)])
 
 
+def graph_of(path: Path, text: str, **constants: np.ndarray) -> Path:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.save(model, path)
+    return path
+
+
+SEEN = "g (float[2, 3, 4, 4] input) => (float[2, 3, 4, 4] o) { seen = Greater (input, none)"
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "b = Add (s, m)",
+        "e = Expand (m, shape)\nb = Add (e, s)",
+        "c = Identity (m)\nd = Where (seen, s, c)\nb = Add (d, c)",
+    ],
+)
+def test_a_mask_on_its_way_to_the_softmax_may_be_minus_infinity(tmp_path: Path, way: str) -> None:
+    low, shape = np.array(-np.inf, np.float32), np.array([2, 3, 4, 4])
+    constants = {"none": np.array(0, np.float32), "low": low, "shape": shape, "w": np.eye(4, dtype=np.float32)}
+    text = f"{SEEN}\n s = MatMul (input, w)\n m = Where (seen, none, low)\n {way}\n o = Softmax <axis = -1> (b) }}"
+    path = graph_of(tmp_path / "masked.onnx", text, **constants)
+    image = np.random.default_rng(0).standard_normal((2, 3, 4, 4), dtype=np.float32)
+    image[..., 0] = 10.0  # no row is hidden wholly, and 10 times 3e38 is infinite
+    found = collect_statistics(path, [batch_of(image)])
+    assert found.tensors["m"].minimum == found.tensors["m"].maximum == 0.0
+    assert np.isfinite([found.tensors["b"].minimum, found.tensors["b"].maximum]).all()
+    # Scores that are infinite themselves are a fault, mask or not.
+    broken = {**constants, "w": np.diag(np.array([3e38, 1, 1, 1], np.float32))}
+    with pytest.raises(ResvitError, match="infinite values in tensor 's'"):
+        collect_statistics(graph_of(tmp_path / "broken.onnx", text, **broken), [batch_of(image)])
+
+
+def test_the_largest_number_may_stand_for_none(tmp_path: Path) -> None:
+    text = f"{SEEN}\n far = Where (seen, input, most)\n least = ReduceMin <axes = [3]> (far)\n o = Mul (least, none) }}"
+    text = text.replace("float[2, 3, 4, 4] o", "float[2, 3, 4, 1] o")
+    constants = {"none": np.array(0, np.float32), "most": np.array(np.finfo(np.float32).max, np.float32)}
+    image = np.random.default_rng(0).standard_normal((2, 3, 4, 4), dtype=np.float32)
+    found = collect_statistics(graph_of(tmp_path / "far.onnx", text, **constants), [batch_of(image)])
+    assert found.tensors["far"].maximum == np.finfo(np.float32).max
+
+
 def test_the_wrong_shape_and_the_wrong_file_are_explained(tmp_path):
     path = small_hybrid(tmp_path / "model.onnx")
     with pytest.raises(ResvitError, match=r"(?s)float32\[1, 1, 10, 10\]: .*input tensor\(float\)\[None, 3, 10, 10\];"):

@@ -11,6 +11,7 @@ _SHAPES = {"Shape", "Size"}
 _SAME_VALUES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 # Minus infinity in front of these is a mask or a padding, and no fault.
 _TAKES_MASKS = {"LogSoftmax", "MaxPool", "Softmax"}
+_HANDS_MASKS_ON = _SAME_VALUES | {"Add", "Cast", "Concat", "Expand", "Gather", "Slice", "Where"}
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # What certainly turns a NaN anywhere in its input into one in its output. Kernels of Relu, Clip, Softmax, Gelu and
 # the like clamp, and clamping drops NaN; so do slicing and pooling.
@@ -131,12 +132,21 @@ def _nan_checkpoints(graph: onnx.GraphProto, plan: ActivationPlan) -> tuple[str,
 
 
 def _masked_tensors(graph: onnx.GraphProto, measured: tuple[str, ...]) -> frozenset[str]:
-    """Measured tensors that nothing reads but operators for which minus infinity means "not here"."""
-    readers: dict[str, set[str]] = {}
-    for node in graph.node:
+    """Measured tensors that nothing reads but operators for which minus infinity means "not here".
+
+    Directly, or as a mask on its way there: added to scores, chosen by another mask, moved. Scores themselves, which a
+    product makes, are no mask: of them only the sum with one may be minus infinity.
+    """
+    takers: dict[str, bool] = {output.name: False for output in graph.output}
+    made_by = {name: node for node in graph.node for name in node.output if name}
+    for node in reversed(graph.node):
+        passes = node.op_type in _HANDS_MASKS_ON and all(takers.get(name, False) for name in node.output if name)
         for name in _reads(node):
-            readers.setdefault(name, set()).add(node.op_type)
-    return frozenset(name for name in measured if readers.get(name) and readers[name] <= _TAKES_MASKS)
+            maker = made_by.get(name)
+            scores = maker is None or maker.op_type in _WEIGHTED
+            takes = node.op_type in _TAKES_MASKS or (passes and not scores)
+            takers[name] = takers.get(name, True) and takes
+    return frozenset(name for name in measured if takers.get(name, False))
 
 
 def types_and_ranks(model: onnx.ModelProto) -> tuple[dict[str, int], dict[str, int]]:

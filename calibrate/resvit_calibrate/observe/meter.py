@@ -90,7 +90,8 @@ class Meter:
         """
         low, high, sums = self.observed.extremes(values)
         samples = values[: values.size - low.size - high.size - sums.size]
-        if not all(np.isfinite(part).all() for part in (low, high, sums, samples)):
+        # A sum may overflow where a huge number stands for "none"; a NaN anywhere makes it NaN and not infinite.
+        if np.isnan(sums).any() or not all(np.isfinite(part).all() for part in (low, high, samples)):
             return False
         self.minima, self.maxima = np.minimum(self.minima, low), np.maximum(self.maxima, high)
         if shapes is None or ranks is None or rows is None:

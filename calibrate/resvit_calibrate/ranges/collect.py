@@ -161,8 +161,8 @@ def _explain_nonfinite(model: Path, piece: Arrays, before: int, purpose: Pass) -
     (values,) = run_session(session, [VALUES], feeds)
     low, high, total = observed.extremes(values)
     infinite, nan = np.isinf(low) | np.isinf(high), np.isnan(low) | np.isnan(high) | np.isnan(total)
-    index = int(np.argmax(infinite | nan | np.isinf(total)))
-    what = "infinite values" if infinite[index] else "NaN" if nan[index] else "numbers too large to add up"
+    index = int(np.argmax(infinite | nan))
+    what = "infinite values" if infinite[index] else "NaN"
     name = observed.measured[index]
     raise ResvitError(
         f"The float model computes {what} in tensor {name!r}, written by {observed.producer[name]}, on a batch "

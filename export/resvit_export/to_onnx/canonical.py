@@ -51,6 +51,7 @@ def optimize(model: ir.Model) -> None:
     bound_stand_ins(model)
     write_out_attention(model)
     pad_in_max_pool(model)
+    pool_over_all(model)
     split_along_heads(model)
     _drop_unused_initializers(model.graph)
     infer_shapes(model)
@@ -89,6 +90,34 @@ def pad_in_max_pool(model: ir.Model) -> int:
         model.graph.remove(pad, safe=True)
         count += 1
     _drop_unused_initializers(model.graph)
+    return count
+
+
+def pool_over_all(model: ir.Model) -> int:
+    """Write a pool whose one window holds the whole map as the pool over all of it; returns how many.
+
+    A window may be larger than the map (``AvgPool2d`` as wide as the channels, with ``ceil_mode``), and than TensorRT
+    takes.
+    """
+    count = 0
+    for pool in list(model.graph):
+        image = pool.inputs[0] if pool.op_type in ("AveragePool", "MaxPool") else None
+        if image is None or image.shape is None or pool.outputs[0].shape is None or len(pool.outputs) != 1:
+            continue
+        size, kernel = list(image.shape)[2:], list(pool.attributes.get_ints("kernel_shape", []))
+        reaches = all(isinstance(one, int) and window >= one for one, window in zip(size, kernel, strict=True))
+        padded = (
+            any(pool.attributes.get_ints("pads", [])) or pool.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        )
+        apart = any(step != 1 for step in pool.attributes.get_ints("dilations", []))
+        if not reaches or padded or apart or any(one != 1 for one in list(pool.outputs[0].shape)[2:]):
+            continue
+        whole = ir.node(f"Global{pool.op_type}", [image], name=pool.name)
+        whole.metadata_props.update(pool.metadata_props)
+        old, new = pool.outputs[0], whole.outputs[0]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_nodes_and_values(model.graph, pool, [pool], [whole], [old], [new])
+        count += 1
     return count
 
 

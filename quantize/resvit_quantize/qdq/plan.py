@@ -129,10 +129,11 @@ def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
     left = 0
     for product in weighted:
         value = product.node.inputs[0]
-        channels = product.weight.shape[1] if product.weight is not None and product.weight.shape is not None else 0
+        shape = product.weight.shape if product.weight is not None else None
         reads_image = product.node.op_type == "Conv" and value is not None and analysis.depth.get(value, 0) == 0
         asked = any(node_matches(product.node, pattern) for pattern in settings.include)
-        if reads_image and not asked and isinstance(channels, int) and channels <= _FEW_CHANNELS:
+        channels = shape[1] if reads_image and shape is not None else None
+        if not asked and isinstance(channels, int) and channels <= _FEW_CHANNELS:
             left += product.macs
             found[product.name] = "reads the image: costs little in FP16, and all that follows depends on it"
     return found if total and left <= _SPARED * total else {}
