@@ -247,7 +247,9 @@ class AskQuantized(Asked):
 
         if self.sizes is None:
             return golden, ""
-        floating, others, near = onnx_runner(self.floating.path), [], {}
+        floating = onnx_runner(self.floating.path)
+        others: list[GoldenFiles] = []
+        near: dict[str, float] = {}
         for size in self.sizes.all:
             height, width = size
             feeds = usual
