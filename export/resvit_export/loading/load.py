@@ -308,8 +308,9 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
     """
     image = spec.input_shape or _own_input_shape(module)
     _require_channels_first(image, spec.model)
-    for size in spec.sizes.all if spec.sizes and image else ():
-        _require_step(module, (image[0], *size), spec.model)
+    if image is not None and spec.sizes:
+        for size in spec.sizes.all:
+            _require_step(module, (image[0], *size), spec.model)
     _require_step(module, image, spec.model)
     parameters = inspect.signature(module.forward).parameters.values()
     names = [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
