@@ -209,8 +209,8 @@ ENGINES = (
     ),
     Mutation(
         "engines/resvit_engines/builder/device_plan.py",
-        'zip(("minShapes", "optShapes", "maxShapes"), settings.batch, strict=True)',
-        'zip(("minShapes", "maxShapes", "optShapes"), settings.batch, strict=True)',
+        'zip(("minShapes", "optShapes", "maxShapes"), settings.batch, each_size, strict=True)',
+        'zip(("minShapes", "maxShapes", "optShapes"), settings.batch, each_size, strict=True)',
         "the plan for a device asks for the best batch as the largest one",
         ("tests/test_build.py", "tests/test_several_inputs.py"),
     ),

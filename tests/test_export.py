@@ -94,6 +94,7 @@ def test_fixed_batch_leaves_no_arithmetic_on_shapes(program: ExportedProgram, tm
     assert not {"Shape", "Expand", "Gather", "If", "Cast"} & set(report.operators) - {"Gather"}
 
 
+@pytest.mark.slow
 def test_opset_23_keeps_attention_whole(program: ExportedProgram, tmp_path: Path) -> None:
     report = onnx_from_program(program, tmp_path / "model.onnx", opset=23)
     assert report.operators["Attention"] > 0

@@ -42,6 +42,7 @@ def test_killed_at_any_moment_current_is_whole(faults: Any, tmp_path: Path) -> N
     assert ended["old"] + ended["new"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [False, True])
 def test_dead_before_any_step_current_is_whole(faults: Any, tmp_path: Path, lose: bool) -> None:
     steps = [*sorted(Random(lose).sample(range(1, 50), 10)), 50]

@@ -182,6 +182,7 @@ def test_the_device_builds_checks_answers_and_times(device: LoopbackDevice, bund
         np.testing.assert_allclose(answers[:4], np.load(stream), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_built_bundle_is_signed_by_the_device_and_says_where_it_is_from(
     device: LoopbackDevice, bundle: Bundle
 ) -> None:
@@ -198,6 +199,7 @@ def test_the_built_bundle_is_signed_by_the_device_and_says_where_it_is_from(
     assert (device.trust / "own.pub").read_text() == result.bundle.key
 
 
+@pytest.mark.slow
 def test_by_hand_without_ssh_or_host(device: LoopbackDevice, bundle: Bundle) -> None:
     (device.home / "by hand").mkdir(exist_ok=True)
     (device.home / "by hand" / "small.resvit").write_bytes(bundle.path.read_bytes())

@@ -45,6 +45,7 @@ OWNERS = {
 }
 OURS = {"log", "self", "watcher", "onnx", "importlib", "text", "dict", "ExitCode", "_DTYPES", "np"}
 OURS |= {
+    "sizes",
     "ctypes",
     "extent",
     "function",

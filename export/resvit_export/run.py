@@ -98,6 +98,7 @@ class Sources:
             from resvit_calibrate.images.targets import TargetOptions
 
             recipe = self.recipe
+            unjudged = recipe.task is TaskKind.OTHER or recipe.metric is not None
             spec = DataSpec(
                 data=self.require_images(),
                 validation_data=recipe.validation_data,
@@ -105,7 +106,8 @@ class Sources:
                 validation_images=recipe.validation_images,
                 seed=recipe.seed,
                 reading=TargetOptions.from_options(recipe.task_options, recipe.task.value),
-                unlabelled=recipe.task in (TaskKind.OTHER, TaskKind.AUTO) or recipe.metric is not None,
+                unlabelled=unjudged or recipe.task is TaskKind.AUTO,
+                unjudged=unjudged,
                 classes=self.classes,
                 known_classes=known_classes,
                 said=frozenset(recipe.preprocess),

@@ -52,8 +52,8 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     _require(validation, "validation")
     _require(calibration, "calibration")
     with_white((calibration, validation), reporter)
-    if validation.task in (None, "classification") and not spec.unlabelled:
-        _require_classes(validation)
+    if validation.task in (None, "classification"):
+        _require_classes(validation, spec)
     elif validation.task is None:
         reporter.warn(
             f"nothing is known of the validation images ({validation.description}): accuracy cannot be judged; the "
@@ -213,15 +213,17 @@ def _require(images: ImageSet, what: str) -> None:
         raise ResvitError(f"There is no image for {what} ({images.description}).", KINDS)
 
 
-def _require_classes(validation: ImageSet) -> None:
+def _require_classes(validation: ImageSet, spec: DataSpec) -> None:
     labels = validation.labels
+    if labels is None and spec.unlabelled:
+        return
     if labels is None:
         raise ResvitError(
             f"The validation images have no labels ({validation.description}).",
             "Accuracy cannot be measured without: sort them into class folders, put a list of classes, masks, depths "
             "or COCO's annotations beside them, or add `labels` to the .npz; --task auto compares outputs alone.",
         )
-    if len(labels) > 1 and len(np.unique(labels)) == 1:
+    if not spec.unjudged and len(labels) > 1 and len(np.unique(labels)) == 1:
         raise ResvitError(
             f"All {len(labels)} validation images are of one class ({validation.description}).",
             "Give images of at least two classes, or a network that always says the same would look right.",

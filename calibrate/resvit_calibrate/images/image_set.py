@@ -30,9 +30,10 @@ class DataSpec:
     ``file.py:factory``. ``folder:``, ``coco:``, ``masks:`` or ``depth:`` before a path says which kind it is.
     ``validation_data`` is of the same kinds; without it, validation images are taken from ``data``, apart from
     the calibration images. ``validation_images`` = None takes all that are left. ``seed`` decides which images
-    are chosen. ``unlabelled`` allows validation images of which nothing is known. ``classes`` are the network's, as the
-    user says, and ``known_classes`` as its own configuration does (see ``data.numbering``). ``said`` names the settings
-    of the preprocessing that the user gave: what data leave open is in doubt where it is not among them.
+    are chosen. ``unlabelled`` allows validation images of which nothing is known, and ``unjudged`` those that are all
+    of one class, since the network is not judged by classes. ``classes`` are the network's, as the user says, and
+    ``known_classes`` as its own configuration does (see ``data.numbering``). ``said`` names the settings of the
+    preprocessing that the user gave: what data leave open is in doubt where it is not among them.
     """
 
     data: str
@@ -42,6 +43,7 @@ class DataSpec:
     seed: int = 0
     reading: TargetOptions = AS_USUAL
     unlabelled: bool = False
+    unjudged: bool = False
     classes: ClassList | None = None
     known_classes: ClassList | None = None
     said: frozenset[str] = frozenset()
