@@ -125,6 +125,9 @@ def main(
     if not table_only:
         import resvit_export.to_onnx.export  # noqa: F401  what every model's process needs is imported once, before the fork
 
+        from resvit_export.loading.libraries import import_transformers
+
+        import_transformers()  # before torchvision, which may refuse to be imported by itself
         for name in _ONCE:
             importlib.import_module(name)
     rows: list[dict[str, Any]] = []
