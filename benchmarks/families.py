@@ -124,7 +124,6 @@ def main(
     part, parts = (int(number) for number in share.split("/"))
     if not table_only:
         import resvit_export.to_onnx.export  # noqa: F401  what every model's process needs is imported once, before the fork
-
         from resvit_export.loading.libraries import import_transformers
 
         import_transformers()  # before torchvision, which may refuse to be imported by itself
