@@ -366,8 +366,10 @@ def test_images_alone_do_for_calibration_and_where_no_accuracy_is_asked_for(tmp_
     masks(tmp_path, 6)
     flat = tmp_path / "images"
     spec = DataSpec(str(flat), calibration_images=2, unlabelled=True)
-    calibration, validation = open_image_sets(spec, INPUT)
+    heard = Heard()
+    calibration, validation = open_image_sets(spec, INPUT, heard)
     assert (calibration.task, validation.task, validation.target(0)) == (None, None, None)
+    assert [text for text in heard.warnings if text.startswith("nothing is known of the validation images")]
     with pytest.raises(ResvitError, match="no labels"):
         opened(flat)
     mixed = DataSpec(str(flat), f"masks:{tmp_path}")

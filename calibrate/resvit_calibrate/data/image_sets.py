@@ -52,13 +52,13 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     _require(validation, "validation")
     _require(calibration, "calibration")
     with_white((calibration, validation), reporter)
-    if validation.task in (None, "classification"):
-        _require_classes(validation, spec)
-    elif validation.task is None:
+    if validation.task is None and spec.unlabelled:
         reporter.warn(
             f"nothing is known of the validation images ({validation.description}): accuracy cannot be judged; the "
             "verdict goes by --metric, or without one by how near the outputs stay to the float network's (their SQNR)"
         )
+    elif validation.task in (None, "classification"):
+        _require_classes(validation, spec)
     if calibration.task == validation.task == "segmentation":
         # Where only the masks themselves show how many classes there are, one side may lack the last.
         most = max(calibration.num_classes or 0, validation.num_classes or 0)
