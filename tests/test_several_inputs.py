@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from conftest import copy_stages
 from resvit_engines.bench.commands import arrays_from, golden_feeds
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.bundle.manifest import manifest_from_bytes
+from resvit_engines.bundle.bundle import extract_bundle
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.run.golden import golden_check
 from resvit_engines.run.runner import open_runner
@@ -77,9 +76,7 @@ def test_the_engine_takes_a_range_of_batches_of_both(built: Path) -> None:
 @pytest.mark.slow
 def test_the_bundle_runs_on_the_device_side(built: Path, tmp_path: Path) -> None:
     bundle = next(path for path in built.glob("bundle-*/*.resvit") if "jetson" in path.name)
-    with zipfile.ZipFile(bundle) as archive:
-        archive.extractall(tmp_path)
-    manifest = manifest_from_bytes((tmp_path / "manifest.json").read_bytes(), bundle)
+    manifest = extract_bundle(bundle, tmp_path)
     assert [item.name for item in manifest.inputs] == ["input", "sizes"]
     assert golden_check(tmp_path, manifest, "onnxruntime").images >= 6
     with open_runner(tmp_path, manifest, "onnxruntime") as runner:

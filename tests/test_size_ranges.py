@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ from resvit_engines.bench.commands import preprocess_at
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.bundle.manifest import Manifest, manifest_from_bytes
+from resvit_engines.bundle.bundle import extract_bundle
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.pictures.sizes import SizeRange, shape_from_text, size_from_text, sizes_from_numbers
 from resvit_engines.records import Record
@@ -278,9 +278,7 @@ def test_profiles_have_the_sizes(built: Path) -> None:
 @pytest.mark.slow
 def test_the_bundle_is_checked_at_every_size(built: Path, tmp_path: Path) -> None:
     bundle = next(path for path in built.glob("bundle-*/*.resvit") if "jetson" in path.name)
-    with zipfile.ZipFile(bundle) as archive:
-        archive.extractall(tmp_path)
-    manifest = manifest_from_bytes((tmp_path / "manifest.json").read_bytes(), bundle)
+    manifest = extract_bundle(bundle, tmp_path)
     assert manifest.build is not None
     assert manifest.build.sizes == SIZES
     assert manifest.golden is not None

@@ -70,6 +70,11 @@ class Sources:
 
     def require_images(self) -> str:
         """The data set, or an error that says to name one, or one that exists."""
+        return self._data
+
+    @cached_property
+    def _data(self) -> str:
+        # Folders are looked into for this, once for all who ask.
         from resvit_calibrate.data.sources import require_source
 
         recipe = self.recipe

@@ -26,7 +26,8 @@ from resvit_calibrate.readers.folders import (
     split_folders,
 )
 from resvit_calibrate.readers.lists.kinds import says
-from resvit_calibrate.readers.lists.rows import ENDINGS
+from resvit_calibrate.readers.lists.places import none_is_there, note_of_missing
+from resvit_calibrate.readers.lists.rows import ENDINGS, TEXTS
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import json_from_outside, leads_to_file, read_outside, text_from_outside
@@ -34,7 +35,7 @@ from resvit_engines.outside import json_from_outside, leads_to_file, read_outsid
 BESIDE = ".gt.txt"
 """What Tesseract's and Calamari's trainers call the text of a picture."""
 _STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?)?[_-]?([a-z]*)", re.IGNORECASE)
-_FILES, _TEXTS = ("file_name", "filename", "file", "path", "image"), ("text", "words", "transcription", "caption")
+_FILES = ("file_name", "filename", "file", "path", "image")
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 2000
 _FOLDERS = ("", "images", "imgs", "image")
@@ -98,7 +99,7 @@ def pixels_from_list(path: Path) -> TextPixels:
     """Pictures and texts by a list. Raises ``ResvitError`` for lines that are none, and pictures that are not there."""
     rows: dict[str, str] = {}
     missing: set[str] = set()
-    folder = next((path.parent / name for name in _FOLDERS if _first_is_in(path, path.parent / name)), path.parent)
+    folder = _folder_of_first(path) or path.parent
     for number, name, text in _rows(path):
         where = f"line {number} of {path}"
         inside = name_inside(name, f"{where}: the file", _FIX)
@@ -109,13 +110,11 @@ def pixels_from_list(path: Path) -> TextPixels:
             missing.add(inside)
     if not rows:
         raise ResvitError(f"{path} lists no picture.", _FIX)
-    named = shortened(sorted(missing))
     if len(missing) == len(rows):
-        raise ResvitError(f"No file of {len(rows)} that {path} lists is in {folder}: {named}.", _FIX)
+        raise none_is_there(path, folder, sorted(missing), _FIX)
     for name in missing:
         del rows[name]
-    notes = [f"{len(missing)} files that {path} lists are not there and are left out: {named}"]
-    return TextPixels(path.parent.name, folder, rows, (*(notes if missing else ()), *_notes_of(rows, path)))
+    return TextPixels(path.parent.name, folder, rows, (*note_of_missing(path, missing), *_notes_of(rows, path)))
 
 
 def pixels_from_texts_beside(root: Path) -> TextPixels:
@@ -175,7 +174,7 @@ def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
                 continue
             if columns is None:
                 lower = [field.strip().lower() for field in row]
-                named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, _TEXTS)]
+                named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, TEXTS)]
                 columns = (named[0][0], named[1][0]) if all(named) else (0, 1)
                 if all(named):
                     continue
@@ -190,7 +189,7 @@ def _of_json(line: str, where: str) -> tuple[str, str]:
     entry = json_from_outside(line.encode("utf-8", "surrogatepass"), where, _FIX)
     found = [
         next((entry[key] for key in keys if isinstance(entry.get(key), str)), None) if isinstance(entry, dict) else None
-        for keys in (_FILES, _TEXTS)
+        for keys in (_FILES, TEXTS)
     ]
     if found[0] is None or found[1] is None:
         raise ResvitError(f"{where} has no file_name and text.", _FIX)
@@ -204,18 +203,21 @@ def _decoded(path: Path) -> str:
 
 def _lists_pictures(path: Path) -> bool:
     """Whether a file names pictures that are there, and may say what is written in them."""
-    if not any(_first_is_in(path, path.parent / name) for name in _FOLDERS):
+    if _folder_of_first(path) is None:
         return False
     said = says(path)
     return not said or "text" in said
 
 
-def _first_is_in(path: Path, folder: Path) -> bool:
+def _folder_of_first(path: Path) -> Path | None:
+    """The folder in which the first picture of a list lies; None where it is no picture, or not there."""
     try:
         _, name, _ = next(_rows(path))
-        return is_image(PurePosixPath(name).name) and leads_to_file(folder / name_inside(name, str(path), _FIX))
+        inside = name_inside(name, str(path), _FIX)
     except (ResvitError, StopIteration):
-        return False
+        return None
+    folders = (path.parent / folder for folder in _FOLDERS if is_image(PurePosixPath(name).name))
+    return next((folder for folder in folders if leads_to_file(folder / inside)), None)
 
 
 def _picture_of(root: Path, text: PurePosixPath, end: str) -> Path | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.pictures.sizes import SizeRange, sizes_from_spans
+from resvit_engines.pictures.sizes import Size, SizeRange, sizes_from_spans
 
 IMAGE = "input"
 """What the image is called in every graph that is written here."""
@@ -34,6 +34,10 @@ class NetworkInput:
     def is_image(self) -> bool:
         """Whether it could be the image: floats [B, C, H, W]."""
         return len(self.shape) == 3 and self.dtype == "float32"
+
+    def at_size(self, size: Size) -> NetworkInput:
+        """The same image with another height and width."""
+        return replace(self, shape=(self.shape[0], *size))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -23,7 +23,7 @@ from resvit_engines.pictures.sizes import Size, SizeRange
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
-from resvit_export.loading.inputs import IMAGE, NetworkInput
+from resvit_export.loading.inputs import NetworkInput
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import (
@@ -282,7 +282,7 @@ def _require_running(program: ExportedProgram, name: str, size: Size | None) -> 
     batch = fixed_batch_of(program) or 2
     inputs = inputs_of(program)
     if size is not None:
-        inputs = (NetworkInput(IMAGE, (inputs[0].shape[0], *size)), *inputs[1:])
+        inputs = (inputs[0].at_size(size), *inputs[1:])
     arrays = {item.name: make[item.dtype == "float32"]((batch, *item.shape), item.dtype) for item in inputs}
     try:
         answers = runner_from_program(program)(arrays)

@@ -228,26 +228,25 @@ class AskQuantized(Asked):
         runner, remark = checked_runner(self.model.path, few, sets=self.sets)
         if remark:
             reporter.warn(remark)
-        feeds, least = choose_golden(feeds, runner, onnx_runner(self.floating.path), sets=self.sets)
+        floating = onnx_runner(self.floating.path)
+        feeds, least = choose_golden(feeds, runner, floating, sets=self.sets)
         golden = dataclasses.replace(write_golden(folder, feeds, runner(feeds), self.sets), least_db=least)
-        golden, said = self._of_other_sizes(folder, golden, feeds, runner, reporter)
+        golden, said = self._of_other_sizes(folder, golden, feeds, runner, floating, reporter)
         document = {"files": golden.to_json(), "note": " ".join(filter(None, (runtime_note(), remark, said)))}
         (folder / GOLDEN).write_bytes(pretty_json(document))
         return runner
 
     def _of_other_sizes(
-        self, folder: Path, golden: GoldenFiles, usual: Arrays, runner: Runner, reporter: Reporter
+        self, folder: Path, golden: GoldenFiles, usual: Arrays, runner: Runner, floating: Runner, reporter: Reporter
     ) -> tuple[GoldenFiles, str]:
         """Add golden images of the other sizes, and say how near the float network all of them are."""
         from resvit_calibrate.answers.classes import INPUT
-        from resvit_calibrate.runtime.runner import onnx_runner
         from resvit_engines.rows import paired_rows
         from resvit_engines.run.golden_files import sqnr_db
         from resvit_export.golden_choice import choose_golden
 
         if self.sizes is None:
             return golden, ""
-        floating = onnx_runner(self.floating.path)
         others: list[GoldenFiles] = []
         near: dict[str, float] = {}
         for size in self.sizes.all:

@@ -255,7 +255,7 @@ def _require_sizes(reference: Runner, image: NetworkInput, sizes: SizeRange, pat
         ResvitError: INPUT.
     """
     for size in sizes.checked:
-        feeds = random_feeds([NetworkInput(IMAGE, (image.shape[0], *size))], 1, np.random.default_rng(0))
+        feeds = random_feeds([image.at_size(size)], 1, np.random.default_rng(0))
         try:
             reference(feeds)
         except ResvitError as error:

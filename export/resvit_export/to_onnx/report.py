@@ -205,7 +205,7 @@ def measure_parity(
     """
     random = np.random.default_rng(seed)
     absolute = relative = 0.0
-    others = [((NetworkInput(inputs[0].name, (inputs[0].shape[0], *size)), *inputs[1:]), batches[0]) for size in sizes]
+    others = [((inputs[0].at_size(size), *inputs[1:]), batches[0]) for size in sizes]
     for shapes, batch in [*((inputs, batch) for batch in batches), *others]:
         feeds = random_feeds(shapes, batch, random)
         for name, found in differences(reference, candidate, feeds, sets=sets).items():

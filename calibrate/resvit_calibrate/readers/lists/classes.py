@@ -11,7 +11,7 @@ import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_calibrate.readers.folders import TRAINING_NAMES, VALIDATION_NAMES, name_inside
-from resvit_calibrate.readers.lists.places import place_of
+from resvit_calibrate.readers.lists.places import none_is_there, note_of_missing, place_of
 from resvit_calibrate.readers.lists.rows import FIX, Columns, Row, columns_of, rows_of
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
@@ -19,6 +19,7 @@ from resvit_engines.errors import ResvitError
 _NUMBER = re.compile(r"[0-9]{1,6}(\.0*)?")
 _SYNSETS = re.compile(r"(\S+)(?: -?[0-9]+){4}(?: \S+(?: -?[0-9]+){4})*")
 """ImageNet's `PredictionString`: a synset and its box, or several."""
+_ONE_CLASS = "A picture has one class in classification; give what has several with a function and --metric."
 _TAUGHT, _CHECKED = "training", "validation"
 
 
@@ -43,15 +44,12 @@ def pixels_from_class_list(path: Path) -> tuple[FilePixels, FilePixels | None]:
     rows = rows[1:] if columns.said else rows
     if not rows:
         raise ResvitError(f"{path} lists no picture.", FIX)
-    if columns.text is not None and (columns.number, columns.name, columns.either) == (None,) * 3:
+    unsaid = (columns.number, columns.name, columns.either) == (None,) * 3 and not columns.shares
+    if unsaid and columns.text is not None:
         raise ResvitError(
             f"{path} gives each picture a text, and no class.", f"Say `text:{path}`, or add a column `label`."
         )
-    if (
-        columns.file is not None
-        and (columns.number, columns.name, columns.either) == (None,) * 3
-        and not columns.shares
-    ):
+    if unsaid:
         raise ResvitError(f"{path} gives pictures alone, and no class of any.", FIX)
     number_of, names = _numbering(rows, columns, path)
     place, _ = place_of(path, [row.fields[columns.file] for row in rows if len(row.fields) > columns.file])
@@ -81,10 +79,7 @@ def pixels_from_class_list(path: Path) -> tuple[FilePixels, FilePixels | None]:
         if files:
             pools.append(_pixels(path, place.folder, files, names, part))
     if not pools:
-        missing = [name for part in parts.values() for name in part.missing]
-        raise ResvitError(
-            f"No file of {len(missing)} that {path} lists is in {place.folder}: {shortened(missing)}.", FIX
-        )
+        raise none_is_there(path, place.folder, [name for part in parts.values() for name in part.missing], FIX)
     if len(pools) > 2:
         raise ResvitError(
             f"{path} has pictures to train with, to validate with, and some of neither.",
@@ -104,14 +99,12 @@ def pixels_from_names(path: Path) -> FilePixels:
     missing = [name for name, file in found.items() if file is None]
     files = [file for file in found.values() if file is not None]
     if not files:
-        raise ResvitError(
-            f"No file of {len(missing)} that {path} lists is in {place.folder}: {shortened(missing)}.", FIX
-        )
-    return FilePixels(path.name, place.folder, files, None, notes=_note_of_missing(path, missing))
+        raise none_is_there(path, place.folder, missing, FIX)
+    return FilePixels(path.name, place.folder, files, None, notes=note_of_missing(path, missing))
 
 
 def _pixels(path: Path, folder: Path, files: dict[str, int], names: tuple[str, ...], part: _Part) -> FilePixels:
-    notes = list(_note_of_missing(path, part.missing))
+    notes = list(note_of_missing(path, part.missing))
     if part.repeated:
         notes.append(f"{part.repeated} lines of {path} say again what a line before says")
     lowest = min(files.values())
@@ -122,11 +115,6 @@ def _pixels(path: Path, folder: Path, files: dict[str, int], names: tuple[str, .
         )
     labels = np.array(list(files.values()), np.int64)
     return FilePixels(path.name, folder, tuple(files), labels, class_names=names, notes=tuple(notes))
-
-
-def _note_of_missing(path: Path, missing: list[str]) -> tuple[str, ...]:
-    shown = shortened(sorted(missing))
-    return (f"{len(missing)} files that {path} lists are not there and are left out: {shown}",) if missing else ()
 
 
 def _numbering(rows: list[Row], columns: Columns, path: Path) -> tuple[Callable[[str], int], tuple[str, ...]]:
@@ -147,7 +135,7 @@ def _numbering(rows: list[Row], columns: Columns, path: Path) -> tuple[Callable[
                 "Write all classes as numbers from 0, or all as names; a column of names that look like numbers is "
                 "called `class_name`.",
             )
-        return (lambda text: int(text.partition(".")[0])), ()
+        return _number, ()
     names = sorted(set(said.values()))
     places = {name: number for number, name in enumerate(names)}
     return places.__getitem__, tuple(names)
@@ -161,7 +149,7 @@ def _by_both(rows: list[Row], number: int, name: int, path: Path) -> tuple[Calla
         text, called = _field(row, number, path), _field(row, name, path)
         if not _NUMBER.fullmatch(text):
             raise ResvitError(f"Line {row.line} of {path} has {text[:40]!r} where a class's number should be.", FIX)
-        place = int(text.partition(".")[0])
+        place = _number(text)
         before, other = numbers.setdefault(called, (place, row.line)), names.setdefault(place, (called, row.line))
         if before[0] != place or other[0] != called:
             line = before[1] if before[0] != place else other[1]
@@ -170,9 +158,12 @@ def _by_both(rows: list[Row], number: int, name: int, path: Path) -> tuple[Calla
                 "always go together.",
                 "Correct one of the two.",
             )
-    if sorted(names) != list(range(len(names))):
-        return (lambda text: int(text.partition(".")[0])), ()
-    return (lambda text: int(text.partition(".")[0])), tuple(names[place][0] for place in range(len(names)))
+    gapless = sorted(names) == list(range(len(names)))
+    return _number, tuple(names[place][0] for place in range(len(names))) if gapless else ()
+
+
+def _number(text: str) -> int:
+    return int(text.partition(".")[0])
 
 
 def _class_of(row: Row, columns: Columns, path: Path) -> str:
@@ -182,7 +173,7 @@ def _class_of(row: Row, columns: Columns, path: Path) -> str:
         if len(held) != 1:
             raise ResvitError(
                 f"Line {row.line} of {path} has {len(held)} classes: {shortened([columns.titles[at] for at in held])}.",
-                "A picture has one class in classification; give what has several with a function and --metric.",
+                _ONE_CLASS,
             )
         return columns.titles[held[0]]
     place = next(place for place in (columns.number, columns.name, columns.either) if place is not None)
@@ -195,10 +186,7 @@ def _class_of(row: Row, columns: Columns, path: Path) -> str:
     if not text:
         raise ResvitError(f"Line {row.line} of {path} gives no class.", FIX)
     if re.fullmatch(r"[0-9]+([ ,;|]+[0-9]+)+", text):
-        raise ResvitError(
-            f"Line {row.line} of {path} has several classes: {text[:40]}.",
-            "A picture has one class in classification; give what has several with a function and --metric.",
-        )
+        raise ResvitError(f"Line {row.line} of {path} has several classes: {text[:40]}.", _ONE_CLASS)
     return text
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from resvit_calibrate.readers.folders import class_names, is_image, name_inside
 from resvit_calibrate.readers.lists.rows import FIX
+from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import leads_to_file, leads_to_folder
 
@@ -59,6 +60,18 @@ def place_of(path: Path, names: Sequence[str]) -> tuple[Place, int]:
         if hits == len(probes):
             break
     return chosen, most
+
+
+def none_is_there(path: Path, folder: Path, missing: Collection[str], fix: str) -> ResvitError:
+    """The refusal of a list of which no picture is where its pictures are looked for."""
+    told = f"No file of {len(missing)} that {path} lists is in {folder}: {shortened(list(missing))}."
+    return ResvitError(told, fix)
+
+
+def note_of_missing(path: Path, missing: Collection[str]) -> tuple[str, ...]:
+    """That a list names pictures that are not there; nothing where all are."""
+    shown = shortened(sorted(missing))
+    return (f"{len(missing)} files that {path} lists are not there and are left out: {shown}",) if missing else ()
 
 
 def _places(path: Path) -> Iterator[Path]:

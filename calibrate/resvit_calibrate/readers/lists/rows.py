@@ -30,7 +30,7 @@ _NUMBERS = ("label_id", "class_id", "classid", "class_index", "class_idx", "clas
 _NAMES = ("class_name", "label_name", "category_name", "species", "breed", "synset", "wnid")
 _CLASSES = ("class", "classes", "category", "diagnosis", "predictionstring")
 _EITHER = (*_CLASSES, "label", "labels", "ground_truth", "groundtruth")
-_TEXTS = ("text", "words", "transcription", "caption")
+TEXTS = ("text", "words", "transcription", "caption")
 _PARTS = ("split", "set", "subset", "partition", "fold_name")
 _BOXES = {"xmin", "x_min", "x1", "bbox", "bboxes", "box", "xmax"}
 _MOST_BYTES = 1 << 30
@@ -98,7 +98,7 @@ def columns_of(rows: list[Row], where: str) -> Columns:
         number=place_of(_NUMBERS),
         name=place_of(_NAMES),
         either=(either := place_of(_EITHER)),
-        text=place_of(_TEXTS),
+        text=place_of(TEXTS),
         part=place_of(_PARTS),
         titles=tuple(first),
         said=True,
