@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from resvit_calibrate.answers.classes import ClassComparison, Predictions, compare
+from resvit_calibrate.gate.comparison import recorded_sqnr
 from resvit_calibrate.gate.gate import Verdict, VerdictKind, judge
 from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, score
 from resvit_engines.errors import ExitCode, ResvitError
@@ -233,3 +234,11 @@ def test_images_needed_without_disagreement_is_the_closed_form():
 def test_settings_that_mean_nothing(limit, classes, confidence):
     with pytest.raises(ResvitError):
         judged(outcome(90, 1, 1, 100), limit, classes, confidence)
+
+
+@pytest.mark.parametrize(
+    ("measured", "recorded"),
+    [(37.56667, 37.6), (37.56668, 37.6), (-3.21, -3.2), (132.07548, 120.0), (math.inf, None), (math.nan, None)],
+)
+def test_a_record_holds_no_more_of_an_sqnr_than_rounding_leaves(measured: float, recorded: float | None) -> None:
+    assert recorded_sqnr(measured) == recorded

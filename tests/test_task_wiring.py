@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -68,6 +69,11 @@ def test_the_tables_and_the_report_name_the_metric() -> None:
     assert "Dice" in text
     assert "drop, points" in text
     assert "top-1" not in text
+    # Records hold no infinity: outputs without noise and outputs that are no numbers must not look alike.
+    for agreement, shown in ((1.0, "∞"), (0.5, "none")):
+        row = dataclasses.replace(found.rows[1], sqnr_db=None, agreement=agreement)
+        console.print(accuracy_table(dataclasses.replace(found, rows=(found.rows[0], row))))
+        assert shown in console.export_text()
     laid_out = accuracy_from_verdict(found)
     assert (laid_out.metric, laid_out.unit) == ("mIoU", "points")
     page = html_from_run(ReportData(name="run", verdict=found))

@@ -18,6 +18,8 @@ SHARE = "percentage points"
 """Where the metric is a share of the images."""
 FEWEST_CHANGED = 10
 """With fewer images that count differently, the images drawn again say nothing of those not yet seen."""
+MOST_SQNR_DB = 120.0
+"""Above this, two float32 networks differ by the order of their sums alone (24 bits of a value are 144 dB)."""
 
 
 class Comparison(abc.ABC):
@@ -86,7 +88,7 @@ class Comparison(abc.ABC):
         return f"the limit of {limit:g} lies inside"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a number that JSON cannot hold becomes None."""
+        """Plain values; a number that JSON cannot hold becomes None, and the SQNR is as ``recorded_sqnr`` says."""
         return {
             "images": self.images,
             "metric": self.metric,
@@ -95,7 +97,7 @@ class Comparison(abc.ABC):
             "values": {name: plain(value) for name, value in self.candidate.items()},
             "agreement": plain(self.agreement),
             "agreement_of": self.agreement_of,
-            "sqnr_db": plain(self.sqnr_db),
+            "sqnr_db": recorded_sqnr(self.sqnr_db),
             "drop": plain(self.drop),
             "interval": [plain(edge) for edge in self.interval],
             "confidence": self.confidence,
@@ -176,6 +178,15 @@ class Resampled(Comparison):
             return None
         low, _ = percentile_interval(self.chance.margin, self.chance.draws, self.images, confidence)
         return None if low > 0.0 and self.images > 1 else self.chance.words
+
+
+def recorded_sqnr(sqnr_db: float) -> float | None:
+    """An SQNR in dB as records hold it: to a tenth, and no more than ``MOST_SQNR_DB``; None where it is not finite.
+
+    What float32 rounds depends on the order of its sums, which threads and libraries choose; a record that is to be
+    the same for the same inputs cannot hold more.
+    """
+    return round(min(float(sqnr_db), MOST_SQNR_DB), 1) if math.isfinite(sqnr_db) else None
 
 
 def plain(value: float) -> float | None:

@@ -206,6 +206,13 @@ def quantize_table(report: QuantizeReport) -> Table:
     )
 
 
+def _sqnr(row: ScoreRow) -> str:
+    # Records hold no infinity: outputs that are equal and outputs that hold NaN both have no number there.
+    if row.sqnr_db is None:
+        return "∞" if row.agreement == 1.0 else "none"
+    return f"{row.sqnr_db:.1f} dB"
+
+
 def accuracy_table(record: VerdictRecord) -> Table:
     """Accuracy stage by stage, each against the original network."""
     original, *others = record.rows
@@ -218,7 +225,7 @@ def accuracy_table(record: VerdictRecord) -> Table:
             _points(item.drop),
             " … ".join(_points(edge) for edge in item.interval),
             _share(item.agreement),
-            "∞" if item.sqnr_db is None else f"{item.sqnr_db:.1f} dB",
+            _sqnr(item),
         )
         for item in others
     ]
