@@ -36,9 +36,11 @@ LONGEST = (
     "test_examples",
     "test_fusion_families",
     "test_pipeline",
-    "test_hugging_face",
+    "test_export",
+    "test_remote_job",
     "test_fusion_models",
     "test_readme",
+    "test_hugging_face",
     "test_pruning_pipeline",
     "test_searching",
     "test_task_pipeline",
@@ -47,13 +49,14 @@ LONGEST = (
     "test_plugin_pipeline",
     "test_audit_command",
     "test_models_elsewhere",
-    "test_remote_job",
     "test_install_faults",
     "test_models",
-    "test_export",
     "test_sensitivity",
 )
-"""The modules that take the longest, which go first, so that parallel workers end together."""
+"""The modules that take the longest, which go first, so that parallel workers end together.
+
+While the first of them builds what many share (``finished_run``), those beside it need none of that: they would wait.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

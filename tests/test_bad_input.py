@@ -228,6 +228,7 @@ NAMES = st.lists(st.sampled_from(ODD) | st.text(min_size=1, max_size=6), min_siz
 NODES = st.tuples(*[st.sampled_from(["", "n", *ODD])] * 4)
 
 
+@pytest.mark.whole
 @settings(max_examples=12)
 @given(NAMES, NODES)
 def test_any_names_go_through(

@@ -223,6 +223,7 @@ def test_vast_logits_stay_finite_and_right(operands, rising):
     assert np.median(attention_shares(config, *inputs)[0].max(-1)) > 0.999
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("operands", OPERANDS, ids="-".join)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_operands_do_not_overflow(operands, sign):

@@ -130,6 +130,7 @@ def test_the_first_tokens_are_the_table_and_every_image_has_them():
     assert not np.array_equal(tokens[0, 2:], tokens[1, 2:])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("offset", [0.0, 1000.5, 30000.0])
 @pytest.mark.parametrize("embed", [24, 200])
 def test_tokens_that_are_constant_normalise_to_beta(offset, embed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,11 @@ def name_of(wing: str, file: Path) -> str:
     return ".".join(file.relative_to(WINGS[wing] / wing).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imports_of(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
     """Every absolute import with the full name of what is imported, `from a import b` as `a.b`."""
     for node in ast.walk(tree):
@@ -115,7 +121,7 @@ def test_imports_run_one_way(wing: str) -> None:
     wrong: list[str] = []
     for file in (param.values[1] for param in FILES if param.values[0] == wing):
         here = name_of(wing, file)
-        for node, name in imports_of(ast.parse(file.read_text())):
+        for node, name in imports_of(tree_of(file)):
             other, _, inside = name.partition(".")
             if other not in WINGS:
                 continue
@@ -136,7 +142,7 @@ def test_no_import_goes_in_a_circle() -> None:
     modules = {f"{wing}.{name_of(wing, file)}": (wing, file) for wing, file in (p.values for p in FILES)}
     reads: dict[str, set[str]] = {}
     for module, (_, file) in modules.items():
-        names = {name for _, name in imports_of(ast.parse(file.read_text()))}
+        names = {name for _, name in imports_of(tree_of(file))}
         reads[module] = {
             other for name in names for other in (name, name.rpartition(".")[0]) if other in modules and other != module
         }
@@ -158,7 +164,7 @@ def test_folders_stay_small_and_packages_hold_no_logic() -> None:
     for wing, file in (param.values for param in FILES):
         folders[file.parent] = folders.get(file.parent, 0) + 1
         if file.name == "__init__.py":
-            body = ast.parse(file.read_text()).body
+            body = tree_of(file).body
             kinds = (ast.Expr, ast.ImportFrom) if wing == "resvit_export" else (ast.Expr,)
             names = [
                 node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
@@ -167,6 +173,7 @@ def test_folders_stay_small_and_packages_hold_no_logic() -> None:
     assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("wing", WINGS)
 def test_every_file_reads_on_python_3_10(wing: str) -> None:
     for file in (param.values[1] for param in FILES if param.values[0] == wing):
@@ -176,7 +183,7 @@ def test_every_file_reads_on_python_3_10(wing: str) -> None:
 def test_the_device_wing_imports_nothing_that_a_jetson_lacks() -> None:
     wrong = []
     for file in (param.values[1] for param in FILES if param.values[0] == "resvit_engines"):
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         first = at_module_level(tree)
         written_in_triton = file.parent.name == "triton"
         for node, name in imports_of(tree):
@@ -199,7 +206,7 @@ def test_torch_waits_until_it_is_needed(wing: str) -> None:
     for file in (param.values[1] for param in FILES if param.values[0] == wing):
         if wing == "resvit_quantize" and is_in(name_of(wing, file), set(ABOUT_TORCH)):
             continue
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         first = at_module_level(tree)
         wrong += [
             f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"

@@ -190,6 +190,7 @@ def test_every_file_in_a_message_is_one_of_the_products_or_plainly_an_example() 
             assert _EXAMPLE.fullmatch(name) or name in known, (text, name)
 
 
+@pytest.mark.whole
 def test_every_part_of_the_repository_in_a_message_is_there() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     for text in texts():

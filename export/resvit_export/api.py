@@ -235,6 +235,6 @@ def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:
         outputs=tuple(name for name, _ in pipeline.exported.report.outputs),
         max_drop=pipeline.recipe.max_drop,
         confidence=pipeline.variant.confidence,
-        doubt=questions.images.doubt,
+        doubt=pipeline.doubt,
         audit=pipeline.audit_of(own=True),
     )

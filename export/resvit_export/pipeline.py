@@ -16,7 +16,8 @@ from resvit_export.stage import File
 from resvit_export.stages import audit, bundle, calibrate, export, fold, fuse, load, prune, quantize, retrain, score
 from resvit_export.stages import compile as engine
 from resvit_export.stages import validate as gate
-from resvit_export.stages.decide import predict, recover, times
+from resvit_export.stages.decide import predict, preprocessing, recover, times
+from resvit_export.task_choice import Questions
 from resvit_export.to_tensorrt.parser import require_readable
 from resvit_export.to_tensorrt.plugin_choice import By
 from resvit_export.variant import Variant
@@ -56,10 +57,10 @@ class Pipeline:
         return self.run.image_sets(self.network)
 
     @cached_property
-    def questions(self) -> score.Questions:
+    def questions(self) -> Questions:
         """What every network is asked."""
         task = self.run.task(self.network, self.exported.report.to_json()["outputs"])
-        return score.Questions(self.images[1], self.preprocess, self.network.images_per_call, task)
+        return Questions(self.images[1], self.preprocess, self.network.images_per_call, task)
 
     @property
     def float_model(self) -> File:
@@ -129,9 +130,17 @@ class Pipeline:
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
 
     @cached_property
+    def doubt(self) -> str:
+        """Why the validation images tell nothing, empty where nothing does."""
+        if self.network.image_range:  # it normalises by itself, and is not told how
+            return self.images[1].doubt
+        seen = self.do(preprocessing.SeePreprocess(self.questions, self.exported.model, self.network.preprocess))
+        return self.images[1].doubt or seen.doubt
+
+    @cached_property
     def calibrated(self) -> calibrate.Calibrated:
         """The ranges of all activations, from one pass over the calibration images."""
-        self.questions  # noqa: B018  (data that cannot be validated on is refused before the pass)
+        self.doubt  # noqa: B018  (data that cannot be validated on, or are fed wrongly, are told before the pass)
         how = (self.images[0], self.preprocess, self.network.images_per_call, self.network.sizes)
         stage = calibrate.Calibrate(self.float_model, *how)
         if not self.run.folder.has(stage):
@@ -179,7 +188,7 @@ class Pipeline:
         """The answers of the ONNX that ships held against the original network's, and judged."""
         clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
-        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, images.doubt)
+        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, self.doubt)
         return self.do(gate.Validate(self.questions, self.run.label, *how))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a network is for, as a value: kind, options and the user's metric."""
+"""What a network is for and what it is asked, as values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
 
 
 _TAUGHT = ("detection", "segmentation", "depth")
@@ -31,3 +33,13 @@ class TaskChoice:
         from resvit_calibrate.tasks.kinds import task_named
 
         return task_named(self.kind, self.options, self.metric)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The validation images, how many are asked at once, and what is kept of the answers."""
+
+    images: ImageSet
+    preprocess: Preprocess
+    batch_size: int
+    task: TaskChoice

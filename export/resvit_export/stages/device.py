@@ -25,7 +25,8 @@ from resvit_export.run_folder import RunFolder, read_record
 from resvit_export.stage import Artifact, File, Stage, plain
 from resvit_export.stages.audit import Audit
 from resvit_export.stages.bundle import Signer
-from resvit_export.stages.score import Answered, Questions
+from resvit_export.stages.score import Answered
+from resvit_export.task_choice import Questions
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet

@@ -26,12 +26,10 @@ from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.stages.export import Exported
 from resvit_export.stages.prune import Pruned
-from resvit_export.task_choice import TaskChoice
+from resvit_export.task_choice import Questions, TaskChoice
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Answers
-    from resvit_calibrate.images.image_set import ImageSet
-    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_calibrate.runtime.runner import Runner
     from resvit_calibrate.runtime.sessions import Arrays
 
@@ -43,16 +41,6 @@ _OF_EACH_SIZE = 8
 _WORSE_DB = 6.0
 _CHECKED_IMAGES = 4
 """Images on which ONNX Runtime's optimised graph is held against the graph as written."""
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The validation images, how many are asked at once, and what is kept of the answers."""
-
-    images: ImageSet
-    preprocess: Preprocess
-    batch_size: int
-    task: TaskChoice
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from resvit_engines.targets.table import Precision
 from resvit_export.records.verdict import ChangedAnswer, ScoreRow, VerdictRecord
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.stages.quantize import Quantized
-from resvit_export.stages.score import Answered, Questions, Scored, shipped_in
+from resvit_export.stages.score import Answered, Scored, shipped_in
+from resvit_export.task_choice import Questions
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
