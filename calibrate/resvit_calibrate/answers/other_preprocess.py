@@ -17,12 +17,15 @@ from resvit_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.gate.comparison import Comparison
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.runtime.runner import Runner
     from resvit_calibrate.runtime.sessions import Arrays
 
 FEW = 64
 """Images that are asked about: enough to tell a network that knows from one that guesses."""
+_FIRST = 16
+"""Of a network that is fed rightly, no other normalisation is better on so many: the rest need not be asked about."""
 _GAIN = 10.0
 """Hundredths of the metric that another normalisation must win at least."""
 _CONFIDENCE = 0.999
@@ -33,6 +36,8 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CAFFE = ((103.939 / 255, 116.779 / 255, 123.68 / 255), (_PIXELS,) * 3)
 _PLAIN = ((0.5, 0.5), (0.0, _ONE), (0.0, _PIXELS))
 """Mean and standard deviation of all channels: -1 to 1, 0 to 1, and 0 to 255."""
+
+_NUMBERS = ("what", "unit", "gain", "images")
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,6 @@ class OtherPreprocess:
         return cls(Normalization(mean, std, document["channel_order"]), **kept)
 
 
-_NUMBERS = ("what", "unit", "gain", "images")
-
-
 def usual_normalizations(channels: int) -> tuple[Normalization, ...]:
     """Those that trainers commonly use: ImageNet's, -1 to 1, 0 to 1, 0 to 255, in both orders, and Caffe's."""
     plain = [((mean,) * channels, (std,) * channels) for mean, std in _PLAIN]
@@ -115,29 +117,40 @@ def other_preprocess(
     """The usual normalisation under which a float network does much better than under its own; None where none is.
 
     ``stated`` is what the network itself says of its input, which the images may not go through; it is tried too.
-    ``FEW`` images, every class its share, are asked about under each. The best must be better by 10 hundredths of the
-    task's metric, and surely so at 99.9% confidence. None also where nothing is known of the images, where somebody
-    else's code prepares them, and where no metric says what is better.
+    ``_FIRST`` images, every class its share, are asked about under each, and ``FEW`` where that was better. The best
+    must be better by 10 hundredths of the task's metric, and surely so at 99.9% confidence. None also where nothing is
+    known of the images, where somebody else's code prepares them, and where no metric says what is better.
     """
     own = Normalization.of(images.preprocess)
     channels = len(own.mean)
     if images.task is None or task.name == "other" or channels not in (1, 3) or not isinstance(images, IndexedImageSet):
         return None
-    few = images.at(np.sort(stratified(images.labels, np.arange(len(images)), FEW, 0)))
-    before = task.answers(runner, few, batch_size)
-    if task.compare(before, before).not_finite:
-        return None
-    best: OtherPreprocess | None = None
+
+    def some(count: int) -> IndexedImageSet:
+        return images.at(np.sort(stratified(images.labels, np.arange(len(images)), count, 0)))
+
+    def compared(other: Normalization, asked: IndexedImageSet, before: Any) -> Comparison:
+        return task.compare(before, task.answers(_fed_with(runner, own, other), asked, batch_size), _CONFIDENCE)
+
+    first, few = some(_FIRST), some(FEW)
     usual = (*([Normalization.of(stated)] if stated else ()), *usual_normalizations(channels))
     others = [item for item in usual if not _same(item, own)]
-    for other in reporter.track(others, "try usual normalisations", len(others)):
-        answers = task.answers(_fed_with(runner, own, other), few, batch_size)
-        found = task.compare(before, answers, _CONFIDENCE)
-        if found.not_finite or -found.drop < _GAIN or found.interval[1] >= 0.0:
-            continue
-        if best is None or -found.drop > best.gain:
-            best = OtherPreprocess(other, found.what, found.unit, float(-found.drop), found.images)
-    return best
+    before = task.answers(runner, first, batch_size)
+    tried = reporter.track(others, "try usual normalisations", len(others))
+    better = [item for item in tried if _better(compared(item, first, before))]
+    if not better:
+        return None
+    before = task.answers(runner, few, batch_size)
+    found = [(item, compared(item, few, before)) for item in better]
+    sure = [(item, it) for item, it in found if _better(it) and -it.drop >= _GAIN and it.interval[1] < 0.0]
+    if not sure:
+        return None
+    best, it = min(sure, key=lambda pair: pair[1].drop)
+    return OtherPreprocess(best, it.what, it.unit, float(-it.drop), it.images)
+
+
+def _better(comparison: Comparison) -> bool:
+    return not comparison.not_finite and comparison.drop < 0.0
 
 
 def _same(one: Normalization, other: Normalization) -> bool:
