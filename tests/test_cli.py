@@ -67,6 +67,11 @@ def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict
         ("biuld", ExitCode.USAGE, "Did you mean 'build'"),
         ("deploy", ExitCode.USAGE, "The commands are: build, "),
         ("build --precison int8", ExitCode.USAGE, "--precision"),
+        ("validate .", ExitCode.USAGE, "Did you mean --data .?"),
+        ("validate network.onnx", ExitCode.USAGE, "Did you mean --model network.onnx?"),
+        ("validate weights.pth", ExitCode.USAGE, "Did you mean --checkpoint weights.pth?"),
+        ("validate int8 fast", ExitCode.USAGE, "validate --help"),
+        ("doctor weights.pth", ExitCode.USAGE, "doctor --help"),
         ("build --target jetson-orin", ExitCode.INPUT, "--model"),
         ("build --model resvit:embed-nano --data fashion-mnist", ExitCode.INPUT, "--target"),
         ("build --model resvit:embed-nano --target l4", ExitCode.INPUT, "--data"),
@@ -128,6 +133,10 @@ def test_errors_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["exit_code"] == ExitCode.IMPOSSIBLE
     assert "jetson-orin" in error["fix"]
+    assert run(["build", "--precison", "int8", "--json"]) == ExitCode.USAGE
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["exit_code"] == ExitCode.USAGE
+    assert "--precison" in error["problem"]
 
 
 def test_targets_as_json(capsys: pytest.CaptureFixture[str]) -> None:

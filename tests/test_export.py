@@ -440,6 +440,7 @@ def test_unfold_and_fold_are_shapes_or_convolutions(
         assert ("Conv" in report.operators) == (kernel != stride or bool(size[0] % kernel[0]))
 
 
+@pytest.mark.slow
 def test_a_group_norm_of_one_channel_stays_finite_on_a_flat_image(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.GroupNorm(64, 64))

@@ -122,6 +122,7 @@ def test_a_row_comes_from_the_run_that_went_further(families: Any, tmp_path: Pat
     assert "transformers, images: 1 of 1 go through, 1 of them to a bundle\n" in text
 
 
+@pytest.mark.whole
 def test_what_reads_more_than_an_image_is_counted_apart(families: Any, tmp_path: Path) -> None:
     # The sentence is the tool's own: the table tells by it.
     (case,) = [case for case in families.cases() if case.name == "OwlViTForObjectDetection"]
@@ -134,6 +135,7 @@ def test_what_reads_more_than_an_image_is_counted_apart(families: Any, tmp_path:
     assert "films: 0 of 1 go through, 0 of them to a bundle, 1 refused; 1 more are no function of one image" in text
 
 
+@pytest.mark.whole
 def test_parts_that_see_are_rows_of_their_own(families: Any) -> None:
     from resvit_export.loading.libraries import import_transformers
 

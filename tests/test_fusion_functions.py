@@ -178,6 +178,7 @@ def norm_faults(x: np.ndarray, got: np.ndarray, affine: list[np.ndarray], out: s
     return outside(got, real, slack + 2 * UNIT * np.abs(real), out, scale)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", OUTPUTS)
 @pytest.mark.parametrize("out", OUTPUTS)
 @pytest.mark.parametrize("unit", [True, False])

@@ -84,6 +84,7 @@ def test_trained_weights_give_what_transformers_gives(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["pred_boxes"], expected.pred_boxes.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_a_checkpoint_of_the_models_own_keys_fits(tmp_path: Path) -> None:
     folder = folder_of("vit", tmp_path / "trained", weights=True)
@@ -106,6 +107,7 @@ def test_random_weights_keep_signals_alive(tmp_path: Path) -> None:
     assert len(torch.unique(answer["logits"])) > 100
 
 
+@pytest.mark.whole
 def test_preprocessing_is_read_from_the_folder(tmp_path: Path) -> None:
     models = {kind: hugging_face_model(str(folder_of(kind, tmp_path / kind)), {}) for kind in SHAPES}
     vit, detr, rt_detr = (models[kind].preprocess for kind in ("vit", "detr", "rt_detr"))

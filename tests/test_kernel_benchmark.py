@@ -147,6 +147,7 @@ def test_tables_hold_every_row_and_the_least_ratio() -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_cases_are_checked_timed_and_tabulated_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of the script, with made-up times in place of a GPU's."""

@@ -67,6 +67,7 @@ def opened(root: Path) -> str:
     return str(source.calibration.task)
 
 
+@pytest.mark.whole
 @given(
     st.sampled_from(PICTURES),
     st.sampled_from(ABOUT),

@@ -116,6 +116,7 @@ def test_resvit_model_with_checkpoint(tmp_path: Path) -> None:
     assert facts["input_shape"] == list(network.input_shape)
 
 
+@pytest.mark.slow
 @pytest.mark.whole
 def test_timm_model_warns_of_random_weights() -> None:
     warnings = Warnings()

@@ -83,6 +83,7 @@ def test_every_parser_is_tried_and_reads_what_nobody_changed(tmp_path: Path) -> 
         assert ended == ("refused" if name in ("error of a device", "checkpoint of NumPy") else "read"), name
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 @given(st.integers(0, 1 << 40))
 @settings(max_examples=4)

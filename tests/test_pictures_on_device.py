@@ -126,6 +126,7 @@ def require_same(images: ImageSet, files: Sequence[Path]) -> None:
     assert {image.tobytes() for image in given(images)} <= made
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", FILES)

@@ -126,6 +126,7 @@ def test_the_command_compiles_it(headers, tmp_path, capsys) -> None:
     assert "NvInfer.h" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake")
 def test_cmake_builds_it_too(headers, tmp_path) -> None:

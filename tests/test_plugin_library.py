@@ -21,6 +21,8 @@ from resvit_engines.kernels.launch import Kernel
 from resvit_engines.plugins.fields import DATA_TYPES, LISTS, NAMES, TEXTS, fields_from_kernel
 from resvit_engines.plugins.names import NAMESPACE, OP_TYPES, VERSION
 
+pytestmark = pytest.mark.whole  # Compiles the library first.
+
 SOURCE = ROOT / "engines/plugin/resvit_plugins.cpp"
 OURS = ROOT / "tests/plugin_library"
 SHAPE = (2, 197, 384)

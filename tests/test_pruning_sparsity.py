@@ -23,6 +23,8 @@ from resvit_quantize.pruning.sparsity.sparsity import (  # noqa: E402
     sparsify,
 )
 
+pytestmark = pytest.mark.whole  # Imports modelopt.
+
 
 class Standardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:

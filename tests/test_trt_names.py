@@ -138,6 +138,7 @@ def test_a_name_that_is_not_listed_is_noticed() -> None:
         list(names_in("plugins.add()"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", [path for path in FOLDER.rglob("*.py") if path not in SOURCES], ids=lambda p: p.name)
 def test_no_other_module_calls_tensorrt(path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):

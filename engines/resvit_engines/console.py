@@ -7,11 +7,13 @@ import difflib
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -87,8 +89,7 @@ def _run(group: click.Command, program: str, arguments: list[str], missing: str)
         result = group.main(args=arguments, prog_name=program, standalone_mode=False)
         return int(result) if isinstance(result, int) else 0
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _not_understood(error, as_json)
     except ResvitError as error:
         return _fail(error.problem, error.fix, error.code, as_json)
     except (KeyboardInterrupt, click.Abort):
@@ -164,6 +165,33 @@ def _fail(problem: str, fix: str, code: ExitCode, as_json: bool) -> int:
         with contextlib.suppress(NobodyReadsError):
             emit_json({"error": {"problem": problem, "fix": fix, "exit_code": int(code)}})
     return int(code)
+
+
+def _not_understood(error: click.ClickException, as_json: bool) -> int:
+    error.show()
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    fix = f"See {context.command_path} --help." if context else "See --help."
+    if context and (extra := re.match(r"Got unexpected extra arguments? \((.+)\)", error.format_message())):
+        option = _option_for(extra[1], {name for item in context.command.params for name in item.opts})
+        fix = f"Did you mean {option} {extra[1]}?" if option else f"Every setting is an option of its own. {fix}"
+        sys.stderr.write(f"  → {_indented(fix)}\n")
+    if as_json:
+        with contextlib.suppress(NobodyReadsError):
+            emit_json({"error": {"problem": error.format_message(), "fix": fix, "exit_code": error.exit_code}})
+    return error.exit_code
+
+
+_ENDINGS = {".onnx": "--model", ".pt2": "--model", ".pt": "--checkpoint", ".pth": "--checkpoint"}
+
+
+def _option_for(argument: str, options: Set[str]) -> str | None:
+    """The option that a file or folder was probably meant for, where the command has it."""
+    place = Path(argument)
+    kind = _ENDINGS.get(place.suffix.lower())
+    with contextlib.suppress(OSError, ValueError):
+        if place.is_dir():
+            kind = "--run" if any(item.is_dir() and "-" in item.name for item in place.iterdir()) else "--data"
+    return kind if kind in options else None
 
 
 def _indented(text: str) -> str:
