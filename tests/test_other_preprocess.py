@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from resvit_calibrate.answers.other_preprocess import (
 from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.pixels import ArrayPixels
 from resvit_calibrate.images.preprocess import Preprocess
-from resvit_calibrate.runtime.runner import Runner
+from resvit_calibrate.readers.npz import pixels_from_npz
+from resvit_calibrate.runtime.runner import Array, Arrays, Runner
 from resvit_calibrate.tasks.kinds import task_named
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import run
@@ -84,6 +86,35 @@ def test_what_the_network_itself_says_is_tried_too() -> None:
     found = other_preprocess(CLASSIFICATION, trained_with(own), fed, 16, prepared_by(own))
     assert found is not None
     assert found.normalization == own
+
+
+def test_masks_and_depths_tell_it_as_classes_do(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    masks = (random.random((COUNT, 8, 8)) < 0.4).astype(np.uint8)
+    pixels = (40 + 150 * masks[..., None] + random.normal(0, 5, (COUNT, 8, 8, 3))).astype(np.uint8)
+    np.savez(tmp_path / "masks.npz", images=pixels, masks=masks)
+    metres = pixels.mean(3).astype(np.float32) / 50
+    np.savez(tmp_path / "depth.npz", images=pixels, depth=metres)
+    true, wrong = Normalization((0.5,) * 3, (0.5,) * 3, "rgb"), Normalization((0.0,) * 3, (1 / 255,) * 3, "rgb")
+
+    def grey(arrays: Arrays) -> Array:
+        seen: Array = (arrays[INPUT] * 0.5 + 0.5).mean(1, keepdims=True) * 255
+        return seen
+
+    def segment(arrays: Arrays) -> Arrays:
+        return {"logits": np.concatenate([115 - grey(arrays), grey(arrays) - 115], 1)}
+
+    def measure(arrays: Arrays) -> Arrays:
+        return {"depth": np.maximum(grey(arrays) / 50, 0.01).astype(np.float32)}
+
+    for name, file, network in (("segmentation", "masks", segment), ("depth", "depth", measure)):
+        task, stored = task_named(name, {}), pixels_from_npz(tmp_path / f"{file}.npz")[0]
+        for own in (true, wrong):
+            prepared = Preprocess((8, 8), 3, "none", mean=own.mean, std=own.std)
+            found = other_preprocess(task, network, IndexedImageSet(stored, range(COUNT), prepared), 16)
+            # ImageNet's numbers are near enough to a half for a threshold.
+            assert (found is None) == (own == true), name
+            assert found is None or max(found.normalization.std) <= 0.5
 
 
 def test_a_network_that_guesses_is_left_alone() -> None:
