@@ -105,6 +105,7 @@ def doubled(module: Net, images: torch.Tensor, classes: torch.Tensor) -> Any:
     return {"logits": classes, "second": classes * 2} if module.training else classes
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("behind", [None, doubled])
 def test_the_mode_that_a_network_comes_in_and_what_it_answers_in_training_do_not_matter(

@@ -254,6 +254,7 @@ def masked(mask: np.ndarray) -> onnx.ModelProto:
     return built(nodes, {"mask": mask}, [3, 4], [3, 4])
 
 
+@pytest.mark.whole
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.booleans(), min_size=12, max_size=12),

@@ -125,6 +125,7 @@ class Chain:
 NUMBERS = np.arange(np.prod(START), dtype=np.float32).reshape(START)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", range(60))
 def test_a_value_is_traced_to_all_that_it_is_a_view_of(seed: int) -> None:
     model = Chain(seed, 1 + seed % 8).model()
@@ -140,6 +141,7 @@ def test_a_value_is_traced_to_all_that_it_is_a_view_of(seed: int) -> None:
         assert np.array_equal(values[trace.source].reshape(-1)[trace.places], values[end])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", range(60))
 def test_the_views_of_a_value_are_followed(seed: int) -> None:
     model = Chain(seed, 1 + seed % 8).model()

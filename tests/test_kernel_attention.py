@@ -27,6 +27,8 @@ from resvit_engines.kernels.attention import (
 from resvit_engines.kernels.launch import Source
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 
+pytestmark = pytest.mark.whole  # Kernels run in Triton's interpreter.
+
 SM = 89
 FP8_UNIT = UNIT
 """The unit roundoff of sums of FP8 products: the interpreter adds in FP32."""

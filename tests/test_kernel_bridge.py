@@ -16,6 +16,8 @@ from resvit_engines.kernels.bridge import BridgeConfig, bridge_reference, bridge
 from resvit_engines.kernels.launch import Source
 from resvit_engines.kernels.numerics import EIGHT_BIT, stored
 
+pytestmark = pytest.mark.whole  # Kernels run in Triton's interpreter.
+
 SM = 89
 DTYPES = ("fp16", "bf16", "int8", "fp8")
 

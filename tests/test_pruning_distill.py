@@ -137,6 +137,7 @@ class Losing(Net):
         return {"loss": nn.functional.cross_entropy(logits, targets)}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", [Auxiliary, Losing])
 def test_a_network_that_answers_otherwise_in_training_is_trained_on_what_it_answers_else(
     kind: type[Net], tmp_path: Path

@@ -69,6 +69,7 @@ def test_modelopt_quantises_and_is_silent(
     assert report.bytes_after < 0.75 * report.bytes_before
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("modelopt")
 def test_infinite_padding_does_not_become_a_range(tmp_path: Path) -> None:
     g = Graph("batch", 3, 16, 16)

@@ -89,6 +89,7 @@ def test_the_table_is_true_of_tensorrt_for_rtx() -> None:
     assert [name for name, where in NAMES.items() if where.rtx is not (name in real)] == []
 
 
+@pytest.mark.whole
 def test_the_versions_do_differ(unpacked) -> None:
     """Were all names in all versions, the comparison would show nothing."""
     old, new = names_of("10.3", unpacked), names_of("11.4", unpacked)
