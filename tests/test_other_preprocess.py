@@ -29,11 +29,14 @@ COLOURS = np.array([[r, g, b] for r in (40, 200) for g in (60, 220) for b in (30
 """One for each class, no two alike when channels are exchanged."""
 
 
+def colours_of(channels: int) -> np.ndarray:
+    return COLOURS if channels == 3 else np.linspace(20, 235, CLASSES, dtype=np.float32)[:, None]
+
+
 def images(preprocess: Preprocess, channels: int = 3) -> IndexedImageSet:
     random = np.random.default_rng(0)
     labels = np.sort(np.arange(COUNT) % CLASSES)
-    colours = COLOURS if channels == 3 else np.linspace(20, 235, CLASSES, dtype=np.float32)[:, None]
-    pixels = colours[labels][:, None, None, :] + random.normal(0, 6, (COUNT, SIDE, SIDE, channels))
+    pixels = colours_of(channels)[labels][:, None, None, :] + random.normal(0, 6, (COUNT, SIDE, SIDE, channels))
     stored = ArrayPixels("flat", np.clip(pixels, 0, 255).astype(np.uint8), labels.astype(np.int64))
     return IndexedImageSet(stored, range(COUNT), preprocess)
 
@@ -41,8 +44,7 @@ def images(preprocess: Preprocess, channels: int = 3) -> IndexedImageSet:
 def trained_with(true: Normalization) -> Runner:
     """A network that tells colours apart, as long as they come as it was trained."""
     mean, std = (np.array(value, np.float32).reshape(-1, 1, 1) for value in (true.mean, true.std))
-    channels = len(true.mean)
-    colours = COLOURS if channels == 3 else np.linspace(20, 235, CLASSES, dtype=np.float32)[:, None]
+    colours = colours_of(len(true.mean))
 
     def answer(arrays):
         seen = (arrays[INPUT] * std + mean).mean((2, 3)) * 255

@@ -31,10 +31,10 @@ _GAIN = 10.0
 _CONFIDENCE = 0.999
 """Of the interval of that gain: nine others are tried, and chance must win with none of them."""
 
-_ONE, _PIXELS = 1.0, 1.0 / 255.0
+_PIXELS = 1.0 / 255.0
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CAFFE = ((103.939 / 255, 116.779 / 255, 123.68 / 255), (_PIXELS,) * 3)
-_PLAIN = ((0.5, 0.5), (0.0, _ONE), (0.0, _PIXELS))
+_PLAIN = ((0.5, 0.5), (0.0, 1.0), (0.0, _PIXELS))
 """Mean and standard deviation of all channels: -1 to 1, 0 to 1, and 0 to 255."""
 
 _NUMBERS = ("what", "unit", "gain", "images")
@@ -50,11 +50,8 @@ class Normalization:
 
     @classmethod
     def of(cls, preprocess: Preprocess) -> Normalization:
-        """That of a preprocessing, with one value per channel."""
-        mean, std = (
-            (value * preprocess.channels)[: preprocess.channels] for value in (preprocess.mean, preprocess.std)
-        )
-        return cls(mean, std, preprocess.channel_order)
+        """That of a preprocessing."""
+        return cls(preprocess.mean, preprocess.std, preprocess.channel_order)
 
     def options(self) -> str:
         """The command line's options that ask for it."""
@@ -132,7 +129,7 @@ def other_preprocess(
     def compared(other: Normalization, asked: IndexedImageSet, before: Any) -> Comparison:
         return task.compare(before, task.answers(_fed_with(runner, own, other), asked, batch_size), _CONFIDENCE)
 
-    first, few = some(_FIRST), some(FEW)
+    first = some(_FIRST)
     usual = (*([Normalization.of(stated)] if stated else ()), *usual_normalizations(channels))
     others = [item for item in usual if not _same(item, own)]
     before = task.answers(runner, first, batch_size)
@@ -140,6 +137,7 @@ def other_preprocess(
     better = [item for item in tried if _better(compared(item, first, before))]
     if not better:
         return None
+    few = some(FEW)
     before = task.answers(runner, few, batch_size)
     found = [(item, compared(item, few, before)) for item in better]
     sure = [(item, it) for item, it in found if _better(it) and -it.drop >= _GAIN and it.interval[1] < 0.0]

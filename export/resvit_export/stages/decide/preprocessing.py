@@ -19,7 +19,7 @@ FOUND = "preprocessing.json"
 
 @dataclass(frozen=True)
 class PreprocessSeen(Artifact):
-    """``preprocessing.json``: the preprocessing, and the usual one under which the network does much better."""
+    """``preprocessing.json``: the usual normalisation under which the network does much better, or none."""
 
     @property
     def doubt(self) -> str:
