@@ -190,7 +190,7 @@ def _option_for(argument: str, options: Set[str]) -> str | None:
     kind = _ENDINGS.get(place.suffix.lower())
     with contextlib.suppress(OSError, ValueError):
         if place.is_dir():
-            kind = "--run" if any(item.is_dir() and "-" in item.name for item in place.iterdir()) else "--data"
+            kind = "--run" if (place / "recipe.toml").is_file() else "--data"
     return kind if kind in options else None
 
 
