@@ -11,8 +11,9 @@ ratio of signal to noise of the float network's outputs where noise of 40 dB lie
 already, a low SQNR is the network's own. "As far as" is the last stage that was run: rows of ``--until export`` are
 folded, exported and compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text
 or films is no function of one image: refused by name, it is counted apart, and the part of it that sees has its own
-row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``; what is done is not done again,
-so that a run can be ended at any time and started again.
+row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is added to
+``--records`` as it is done, and what stands there is not done again: a run can be ended at any time and gone on with
+on another machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from family_models import HEADLESS, MAPPINGS, OTHER_INPUTS, SMALL, TIMM, TOWERS,
 from machine import describe_machine
 
 ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks" / "results" / "families.jsonl"
 FIRST = ("rt_detr_v2", "d_fine", "dinov3_vit", "conditional_detr", "zoedepth", "mask2former", "maskformer", "lw_detr",
          "rf_detr", "vitmatte", "efficientloftr", "deformable_detr", "rt_detr", "dpt", "depth_anything")  # fmt: skip
 """What is deployed most, or was refused: these come first."""
@@ -107,6 +109,7 @@ def timm_cases() -> Iterator[Case]:
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Markdown. [standard output]")
+@click.option("--records", type=click.Path(path_type=Path, dir_okay=False), default=RECORDS, help="Rows, as JSON.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/families"))
 @click.option("--only", multiple=True, help="Part of a model's name; repeat it.")
 @click.option("--until", type=click.Choice(["export", "bundle", "prune"]), default="bundle", show_default=True)
@@ -116,8 +119,8 @@ def timm_cases() -> Iterator[Case]:
 @click.option("--memory", default=8.0, show_default=True, help="GiB of one model.")
 @click.option("--table-only", is_flag=True, help="Run nothing.")
 def main(
-    *, out: Path | None, runs: Path, only: tuple[str, ...], until: str, again: tuple[int, ...], share: str,
-    seconds: int, memory: float, table_only: bool,
+    *, out: Path | None, records: Path, runs: Path, only: tuple[str, ...], until: str, again: tuple[int, ...],
+    share: str, seconds: int, memory: float, table_only: bool,
 ) -> None:  # fmt: skip
     """Take every model through, one after the other, and write the table."""
     chosen = [case for case in cases() if not only or any(part.lower() in case.name.lower() for part in only)]
@@ -129,34 +132,34 @@ def main(
         import_transformers()  # before torchvision, which may refuse to be imported by itself
         for name in _ONCE:
             importlib.import_module(name)
-    rows: list[dict[str, Any]] = []
     for number, case in enumerate(chosen):
-        record = _record(runs, until, case)
-        known = json.loads(record.read_text()) if record.exists() else None
+        known = recorded_rows(records).get((until, case.name))
         if not table_only and number % parts == part - 1 and (known is None or known["code"] in again):
-            known = row_of(case, record.parent, until, seconds, memory)
-            record.write_text(json.dumps(known, indent=1))
-            click.echo(f"{case.name}: {outcome(known)} ({known['seconds']:.0f} s)", err=True)
-        rows += furthest(runs, case)
-    text = table(rows, len(chosen))
+            folder = runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name)
+            row = row_of(case, folder, until, seconds, memory)
+            with records.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"until": until, **row}) + "\n")
+            click.echo(f"{case.name}: {outcome(row)} ({row['seconds']:.0f} s)", err=True)
+    known_rows = recorded_rows(records)
+    text = table([row for case in chosen if (row := furthest(known_rows, case))], len(chosen))
     if out:
         out.write_text(text, encoding="utf-8")
     else:
         click.echo(text)
 
 
-def _record(runs: Path, until: str, case: Case) -> Path:
-    return runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name) / "row.json"
+def recorded_rows(records: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The last row of each run and network in ``records``."""
+    lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["until"], row["name"]): row for row in rows}
 
 
-def furthest(runs: Path, case: Case) -> list[dict[str, Any]]:
+def furthest(rows: Mapping[tuple[str, str], dict[str, Any]], case: Case) -> dict[str, Any] | None:
     """The row of ``case`` from the run that went furthest, with what pruning it came to; none where it was not run."""
-    done = {until: _record(runs, until, case) for until in (*UNTIL, "prune")}
-    known = {until: json.loads(path.read_text()) for until, path in done.items() if path.exists()}
-    row: dict[str, Any] | None = next((known[until] for until in UNTIL if until in known), None)
-    if row is None:
-        return []
-    return [{**row, "pruned": outcome(known["prune"]) if "prune" in known else None}]
+    row = next((rows[until, case.name] for until in UNTIL if (until, case.name) in rows), None)
+    pruned = rows.get(("prune", case.name))
+    return {**row, "pruned": outcome(pruned) if pruned else None} if row else None
 
 
 def row_of(case: Case, folder: Path, until: str, seconds: float, memory: float) -> dict[str, Any]:

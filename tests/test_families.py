@@ -92,7 +92,8 @@ def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(families, "cases", lambda: cases)
     monkeypatch.setattr(families, "row_of", row_of)
-    arguments = {"runs": tmp_path / "runs", "only": (), "until": "export", "share": "1/1", "seconds": 1, "memory": 1.0}
+    arguments = {"runs": tmp_path / "runs", "records": tmp_path / "rows.jsonl", "only": (), "until": "export",
+                 "share": "1/1", "seconds": 1, "memory": 1.0}  # fmt: skip
     for again in ((), (), (3,)):
         families.main.callback(**arguments, out=tmp_path / "table.md", again=again, table_only=False)
     assert done == ["one", "two", "two"]
@@ -104,18 +105,18 @@ def test_what_is_done_is_not_done_again(families: Any, tmp_path: Path, monkeypat
 def test_a_row_comes_from_the_run_that_went_further(families: Any, tmp_path: Path) -> None:
     case = families.Case("one", "backbone", "one")
     row = {"name": "one", "kind": "one", "listed": "backbone", "code": 0, "seconds": 1.0}
-    assert families.furthest(tmp_path, case) == []
+    records = tmp_path / "rows.jsonl"
+    assert families.furthest(families.recorded_rows(records), case) is None
     for until, own in (
+        ("export", {"stages": ["fold"]}),
         ("export", {"stages": ["fold", "export"]}),
         ("prune", {"code": 3, "problem": "p", "fix": "f"}),
         ("bundle", {"stages": list(families.STAGES), "bundles": 1}),
     ):
-        path = tmp_path / until / "one" / "row.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({**row, **own}))
-        (found,) = families.furthest(tmp_path, case) or [None]
-        last = "bundle" if until == "bundle" else "export"
-        assert found["stages"][-1] == last
+        with records.open("a") as file:
+            file.write(json.dumps({"until": until, **row, **own}) + "\n")
+        found = families.furthest(families.recorded_rows(records), case)
+        assert found["stages"] == own.get("stages", ["fold", "export"])
         assert found["pruned"] == (None if until == "export" else "refused")
     text = families.table([found], 4)
     assert "1 of 4 architectures were run" in text
