@@ -18,7 +18,7 @@ from resvit_export.cli.main import cli, run
 from resvit_export.cli.options import recipe_options, resolve_recipe
 from resvit_export.recipe.choices import StageName, TaskKind
 from resvit_export.recipe.file import absolute_reference, recipe_from_toml, recipe_to_toml
-from resvit_export.recipe.pairs import preprocess_values
+from resvit_export.recipe.pairs import preprocess_values, read_pairs, task_values
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 from resvit_export.recipe.setting import Setting
 from resvit_quantize.pruning.groups import Kind
@@ -221,6 +221,16 @@ def test_batches(batch: str, expected: tuple[int, int, int]) -> None:
     recipe = Recipe(batch=batch)
     assert recipe.batch_range == expected
     assert recipe.dynamic_batch == (expected[0] != expected[2])
+
+
+def test_one_text_may_hold_several_pairs() -> None:
+    told = ["mean=0.5,0.5,0.5 std=0.25", "size=96"]
+    assert read_pairs("--preprocess", told, preprocess_values) == {
+        "mean": [0.5, 0.5, 0.5], "std": [0.25], "size": [96, 96],
+    }  # fmt: skip
+    assert read_pairs("--task-option", ["characters=0 1 =2", "blank=0"], task_values) == {
+        "characters": "0 1 =2", "blank": 0,
+    }  # fmt: skip
 
 
 def test_preprocess_values() -> None:

@@ -89,7 +89,7 @@ def _run(group: click.Command, program: str, arguments: list[str], missing: str)
         result = group.main(args=arguments, prog_name=program, standalone_mode=False)
         return int(result) if isinstance(result, int) else 0
     except click.ClickException as error:
-        return _not_understood(error, as_json)
+        return _not_understood(error, arguments, as_json)
     except ResvitError as error:
         return _fail(error.problem, error.fix, error.code, as_json)
     except (KeyboardInterrupt, click.Abort):
@@ -167,13 +167,15 @@ def _fail(problem: str, fix: str, code: ExitCode, as_json: bool) -> int:
     return int(code)
 
 
-def _not_understood(error: click.ClickException, as_json: bool) -> int:
+def _not_understood(error: click.ClickException, arguments: list[str], as_json: bool) -> int:
     error.show()
     context = error.ctx if isinstance(error, click.UsageError) else None
     fix = f"See {context.command_path} --help." if context else "See --help."
     if context and (extra := re.match(r"Got unexpected extra arguments? \((.+)\)", error.format_message())):
-        option = _option_for(extra[1], {name for item in context.command.params for name in item.opts})
-        fix = f"Did you mean {option} {extra[1]}?" if option else f"Every setting is an option of its own. {fix}"
+        options = {name: item for item in context.command.params for name in item.opts}
+        option = _option_of_pair(extra[1], arguments, options) or _option_for(extra[1], options.keys())
+        meant = f'"{extra[1]}"' if " " in extra[1] else extra[1]
+        fix = f"Did you mean {option} {meant}?" if option else f"Every setting is an option of its own. {fix}"
         sys.stderr.write(f"  → {_indented(fix)}\n")
     if as_json:
         with contextlib.suppress(NobodyReadsError):
@@ -182,6 +184,15 @@ def _not_understood(error: click.ClickException, as_json: bool) -> int:
 
 
 _ENDINGS = {".onnx": "--model", ".pt2": "--model", ".pt": "--checkpoint", ".pth": "--checkpoint"}
+
+
+def _option_of_pair(argument: str, arguments: list[str], options: Mapping[str, click.Parameter]) -> str | None:
+    """The option of KEY=VALUE pairs that ``argument``, another pair, was written behind: each pair has its own."""
+    argument = argument.split(" ", maxsplit=1)[0]
+    if not re.match(r"[A-Za-z_]\w*=", argument) or argument not in arguments:
+        return None
+    named = [text for text in arguments[: arguments.index(argument)] if text in options]
+    return named[-1] if named and options[named[-1]].metavar == "KEY=VALUE" else None
 
 
 def _option_for(argument: str, options: Set[str]) -> str | None:

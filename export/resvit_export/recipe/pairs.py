@@ -13,13 +13,13 @@ ReadValue: TypeAlias = Callable[[str, str], Any]
 
 
 def read_pairs(flag: str, pairs: Iterable[str], read: ReadValue) -> dict[str, Any]:
-    """Read the pairs that ``flag`` was given.
+    """Read the pairs that ``flag`` was given; one text may hold several: ``mean=0.5 std=0.5``.
 
     Raises:
         ResvitError: for a text that is no KEY=VALUE, and whatever ``read`` raises.
     """
     values = {}
-    for pair in pairs:
+    for pair in (each for text in pairs for each in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip())):
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise ResvitError(f"{flag} {pair} is not KEY=VALUE.", f"Write it as {flag} name=value.")
