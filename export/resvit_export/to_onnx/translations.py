@@ -23,8 +23,11 @@ def translations(program: ExportedProgram, opset: int) -> dict[Callable[..., Any
     """What to translate in our own way: nothing that the opset has an operator for, or that shapes forbid."""
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
     attention = aten.scaled_dot_product_attention.default
-    if opset < _OWN_ATTENTION_OPSET and all(_is_plain(node) for node in _nodes(program, attention)):
+    attends = _nodes(program, attention)
+    if opset < _OWN_ATTENTION_OPSET and all(map(_is_plain, attends)):
         table[attention] = _attention
+    elif opset >= _OWN_ATTENTION_OPSET and not all(map(_has_operator, attends)) and all(map(_is_plain, attends)):
+        table[attention] = _attention_or_operator
     norm = aten.group_norm.default
     if all(_has_fixed_channels(node) for node in _nodes(program, norm)):
         table[norm] = _group_norm
@@ -45,16 +48,18 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(Q K^T * scale + mask) V on [B, heads, tokens, head size] (Vaswani et al. 2017).
+    """softmax(Q K^T * scale + mask) V on [..., tokens, head size] (Vaswani et al. 2017), leading axes broadcast.
 
-    The scale goes on Q alone, before the product: in FP16 the logits then stay in range.
+    The scale goes on Q alone, before the product: in FP16 the logits then stay in range. Keys and values of one head
+    serve all heads of the queries (Shazeer 2019, "Fast Transformer Decoding").
     """
     del dropout_p, enable_gqa
     from onnxscript import opset20 as op
 
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     scaled = op.Mul(query, op.Constant(value_float=factor))
-    logits = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))  # [B, heads, tokens, tokens]
+    rank = len(key.shape)
+    logits = op.MatMul(scaled, op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2]))  # [..., tokens, tokens]
     if is_causal:
         allowed = np.tri(int(query.shape[-2]), int(key.shape[-2]), dtype=np.bool_)
         logits = op.Where(op.Constant(value=_tensor(allowed)), logits, op.Constant(value_float=-math.inf))
@@ -63,6 +68,24 @@ def _attention(
     elif attn_mask is not None:
         logits = op.Add(logits, attn_mask)
     return op.MatMul(op.Softmax(logits, axis=-1), value)
+
+
+def _attention_or_operator(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """The same as the operator ``Attention`` where ONNX defines that for such shapes."""
+    from onnxscript import opset23 as op
+
+    if not _fits_operator(query.shape, key.shape, value.shape, causal=is_causal, masked=attn_mask is not None):
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return op.Attention(query, key, value, attn_mask, scale=scale, is_causal=int(is_causal))[0]
 
 
 def _group_norm(
@@ -186,13 +209,35 @@ def _nodes(program: ExportedProgram, target: object) -> list[fx.Node]:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Rank 4, known head counts and sizes, as many key as query heads; known numbers of tokens where it is causal."""
-    tensors = [node.args[0], node.args[1]]
-    shapes = [n.meta["val"].shape for n in tensors if isinstance(n, fx.Node)]
-    causal = (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal", False)
-    known = (1, 2, 3) if causal else (1, 3)
-    fixed = all(len(shape) == 4 and all(isinstance(shape[axis], int) for axis in known) for shape in shapes)
-    return fixed and shapes[0][1] == shapes[1][1]
+    """Known head sizes and numbers of heads, which are equal or one; known numbers of tokens where it is causal."""
+    shapes = _shapes(node)
+    rank = len(shapes[0])
+    if rank < 3 or any(len(shape) != rank for shape in shapes):
+        return False
+    known = [-1, *([-2] if _is_causal(node) else []), *([-3] if rank > 3 else [])]
+    fixed = all(isinstance(shape[axis], int) for shape in shapes for axis in known)
+    heads = [shape[-3] if rank > 3 else 1 for shape in shapes]
+    return fixed and heads[1] == heads[2] and heads[1] in (1, heads[0])
+
+
+def _has_operator(node: fx.Node) -> bool:
+    """Whether ONNX's ``Attention`` is defined for a node's shapes."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    grouped = bool(node.kwargs.get("enable_gqa", False))
+    return grouped or _fits_operator(*_shapes(node), causal=_is_causal(node), masked=mask is not None)
+
+
+def _fits_operator(query: Any, key: Any, value: Any, *, causal: bool, masked: bool) -> bool:
+    """Rank 4, and as many heads of keys and values as of queries; not both a mask and the causal one."""
+    return len(query) == len(key) == len(value) == 4 and query[1] == key[1] == value[1] and not (causal and masked)
+
+
+def _shapes(node: fx.Node) -> list[Any]:
+    return [each.meta["val"].shape for each in node.args[:3] if isinstance(each, fx.Node)]
+
+
+def _is_causal(node: fx.Node) -> bool:
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
 
 
 def _has_fixed_channels(node: fx.Node) -> bool:
