@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,23 @@ def tars(root: Path) -> None:
                 (root / "x").rmdir()
 
 
+def hugging_face(root: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8) for number in range(COUNT)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    columns = {"image": [Image.fromarray(image) for image in images], "label": [at % 3 for at in range(COUNT)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(root))
+
+
+def parquet(root: Path) -> None:
+    pytest.importorskip("pyarrow")
+    hugging_face(root / "saved")
+    import datasets
+
+    datasets.load_from_disk(str(root / "saved")).to_parquet(str(root / "data.parquet"))
+    shutil.rmtree(root / "saved")
+
+
 def flat(root: Path) -> None:
     pictures(root)
 
@@ -187,9 +205,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "ImageNet": (imagenet, "csv", "classification"),
     "texts": (texts, "text", "text"),
     "shards": (tars, "tar", "classification"),
+    "Hugging Face's arrow": (hugging_face, "hf-dataset", "classification"),
+    "parquet": (parquet, "hf-dataset", "classification"),
     "unlabelled": (flat, "folder", None),
 }
-KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar")
+KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

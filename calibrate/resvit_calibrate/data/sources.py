@@ -1,4 +1,4 @@
-"""Recognising what the user named as data: a folder of one of seven kinds, a file, or a factory."""
+"""Recognising what the user named as data: a folder of one of many kinds, a file, a name, or a factory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
+from resvit_calibrate.data.libraries import has_tables, pools_of_tables, refuse_elsewhere, require_tables
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
@@ -15,6 +16,9 @@ from resvit_calibrate.readers.boxes.table import with_classes_of_both
 from resvit_calibrate.readers.boxes.voc import pixels_from_voc
 from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file, yolo_from_file, yolo_from_folder
 from resvit_calibrate.readers.folders import note_of_unused, split_folders
+from resvit_calibrate.readers.hugging_face.places import ENDINGS as TABLES
+from resvit_calibrate.readers.hugging_face.places import is_saved
+from resvit_calibrate.readers.hugging_face.reference import wanted_from
 from resvit_calibrate.readers.layouts import Layout, layouts_in, require_read, unused_parts
 from resvit_calibrate.readers.lists.classes import pixels_from_names
 from resvit_calibrate.readers.lists.kinds import says
@@ -28,13 +32,13 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.outside import open_outside
 from resvit_engines.pictures.decode import begins_as_picture
 
-Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar"]
+Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset"]
 KINDS = (
     "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
-    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, or "
-    "file.py:factory."
+    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, "
+    "hf-dataset:FOLDER-or-NAME, or file.py:factory."
 )
-_TOLD_BY_NAME = (".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
+_TOLD_BY_NAME = (*TABLES, ".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def require_source(data: str) -> None:
     if data == "fashion-mnist":
         return
     kind, text = _split(data)
+    if kind == "hf-dataset":
+        require_tables(text)
+        return
+    if kind is None and existing(data) is None:
+        refuse_elsewhere(data)
     shards = named_shards(text) if kind in (None, "tar") else ()
     if missing := [path for path in shards if existing(str(path)) is None]:
         raise ResvitError(f"The data {text!r} does not exist: there is no {missing[0]}.", KINDS)
@@ -93,6 +102,8 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         )
         return Pools(train, test)
     kind, text = _split(data)
+    if kind == "hf-dataset":
+        return Pools(*pools_of_tables(text))
     path = existing(text)
     if kind in (None, "tar") and not (path is not None and path.is_dir()) and (shards := named_shards(text)):
         require_source(data)
@@ -105,6 +116,8 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
         return Pools(open_coco_masks(path, options), None)
     if path is not None and (kind in ("csv", "text") or (kind is None and path.suffix.lower() in LISTS)):
         return _listed_pools(path, kind)
+    if path is not None and kind is None and path.suffix.lower() in TABLES:
+        return Pools(*pools_of_tables(data))
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
         return Pools(*yolo_from_file(path))
     if path is not None and kind is None and path.suffix != ".py":
@@ -125,6 +138,8 @@ def kind_of_folder(root: Path) -> Kind:
     Raises ``ResvitError`` where that could be two things, and for a layout that is known and not read.
     """
     found: list[tuple[Kind, str]] = []
+    if is_saved(root):
+        return "hf-dataset"
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
@@ -152,6 +167,8 @@ def kind_of_folder(root: Path) -> Kind:
         return found[0][0]
     if shards_in(root)[0]:
         return "tar"
+    if has_tables(root):
+        return "hf-dataset"
     for layout in layouts:
         require_read(layout, root)
     return "folder"
@@ -166,6 +183,20 @@ def existing(text: str) -> Path | None:
         raise ResvitError(f"{text} cannot be read: {error.strerror}.", "Change its permissions.") from error
     except (OSError, RuntimeError, ValueError):
         return None
+
+
+def absolute_source(data: str, folder: Path) -> str | None:
+    """``data`` with its path made absolute where a prefix stands before one that is there; None for all others."""
+    for kind in get_args(Kind):
+        if data.startswith(f"{kind}:"):
+            where = data.removeprefix(f"{kind}:")
+            behind = ""
+            if kind == "hf-dataset":
+                path = wanted_from(where).where
+                where, behind = path, where.removeprefix(path)
+            there = existing(str(folder / Path(where).expanduser()))
+            return None if there is None else f"{kind}:{there.resolve()}{behind}"
+    return None
 
 
 def same_source(data: str, validation_data: str) -> bool:
@@ -201,6 +232,8 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return Pools(*pools_of_lists(root))
     if kind == "tar":
         return _shard_pools(root)
+    if kind == "hf-dataset":
+        return Pools(*pools_of_tables(str(root)))
     layout = _layout_of(root, kind)
     if kind == "voc":
         return _voc_pools(layout, root)

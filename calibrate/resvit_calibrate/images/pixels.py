@@ -88,6 +88,10 @@ class Pixels(Protocol):
         """Name one image, for messages."""
         ...
 
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Hear which images are about to be looked at, where reading them together is cheaper than one by one."""
+        ...
+
     def look(self, index: int) -> Look:
         """Digest one image's bytes; raise ``BrokenImage`` where they are not an image."""
         ...
@@ -110,6 +114,9 @@ class Untargeted:
     task: str | None = None
     class_ids: tuple[int, ...] = ()
     num_classes: int | None = None
+
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Each is read by itself."""
 
     def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target | None:
         """There is none."""

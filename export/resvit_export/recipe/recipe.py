@@ -107,7 +107,7 @@ class Recipe:
         _PRUNE,
         "data.images",
         None,
-        "Images: a folder, an .npz, fashion-mnist, or package.module:factory.",
+        "Images: a folder, an .npz, fashion-mnist, hf-dataset:FOLDER-or-NAME, or package.module:factory.",
         place=_REFERENCE,
     )
     validation_data: str | None = setting(
