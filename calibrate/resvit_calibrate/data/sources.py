@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
 from resvit_calibrate.data.libraries import has_tables, pools_of_tables, refuse_elsewhere, require_tables
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
-from resvit_calibrate.images.targets import TargetOptions
+from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
 from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, open_coco_masks, unused_files
 from resvit_calibrate.readers.boxes.table import with_classes_of_both
@@ -38,6 +39,8 @@ KINDS = (
     "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, "
     "hf-dataset:FOLDER-or-NAME, or file.py:factory."
 )
+OBJECT = "object:"
+"""Begins what stands for a data set in memory."""
 _TOLD_BY_NAME = (*TABLES, ".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
 
 
@@ -57,6 +60,11 @@ def require_source(data: str) -> None:
     """
     if data == "fashion-mnist":
         return
+    if data.startswith(OBJECT):
+        raise ResvitError(
+            f"The data {data!r} were an object in Python, which is not there any more.",
+            "Run it again from Python, or name data with --data.",
+        )
     kind, text = _split(data)
     if kind == "hf-dataset":
         require_tables(text)
@@ -90,11 +98,15 @@ def is_factory(data: str) -> bool:
     return _split(data)[0] is None and not named_shards(data) and existing(data) is None and is_factory_name(data)
 
 
-def open_source(data: str, options: TargetOptions) -> Pools | Factory:
-    """Open what the user named, without reading any image.
+def open_source(data: str, options: TargetOptions, objects: Mapping[str, Any] | None = None) -> Pools | Factory:
+    """Open what the user named, without reading any image but those of a data set that is a Python object.
+
+    ``objects`` are data sets in memory, by the names that stand for them.
 
     Raises ``ResvitError`` for what does not exist, cannot be used, or could be two kinds of data.
     """
+    if objects and data in objects:
+        return _pictures_or_factory(Factory(data, lambda: objects[data], options))
     if data == "fashion-mnist":
         train, test = (
             ArrayPixels(f"fashion-mnist ({split})", *fashion_mnist.read_split(split), fashion_mnist.CLASS_NAMES)
@@ -129,7 +141,17 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
     if factory is None:
         what = "is a Python file without a function" if path is not None else "does not exist"
         raise ResvitError(f"The data {data!r} {what}.", KINDS)
-    return factory
+    return _pictures_or_factory(factory)
+
+
+def gives_prepared(data: str, objects: Mapping[str, Any] | None = None) -> bool:
+    """Whether ``data`` is the network's input already, as a function or an object gives it; calls the function."""
+    return is_factory(data) and isinstance(open_source(data, AS_USUAL, objects), Factory)
+
+
+def _pictures_or_factory(factory: Factory) -> Pools | Factory:
+    pictures = factory.pictures()
+    return factory if pictures is None else Pools(*pictures)
 
 
 def kind_of_folder(root: Path) -> Kind:

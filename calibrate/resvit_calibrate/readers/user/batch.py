@@ -32,6 +32,7 @@ SHAPE = (
     "`boxes` [M, 4] (x1, y1, x2, y2 in pixels of the input) and `classes` [M]."
 )
 _KINDS = ("labels", "masks", "depth", "texts", "targets")
+_ALSO = {"images": ("pixel_values", "image", "img"), "labels": ("label", "target")}
 _OTHERS = ("geometry", "inputs")
 _PER_IMAGE = ("boxes", "mask", "depth", "text")
 _TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
@@ -85,7 +86,8 @@ def items_of(text: str, batch: Any, expected: tuple[int, ...], options: TargetOp
     """
     second, geometry, inputs = None, None, {}
     if isinstance(batch, Mapping):
-        whole, (batch, second, geometry) = batch, _from_mapping(text, batch)
+        whole = _called_as_usual(batch)
+        batch, second, geometry = _from_mapping(text, whole)
         inputs = _inputs(text, whole.get("inputs"), len(batch))
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         batch, second = batch
@@ -96,6 +98,16 @@ def items_of(text: str, batch: Any, expected: tuple[int, ...], options: TargetOp
     for index, (image, what, place) in enumerate(zip(images, known, places, strict=True)):
         label, target = (what, None) if what is None or isinstance(what, int) else (None, what)
         yield Item(image, label, target, place, {name: values[index] for name, values in inputs.items()})
+
+
+def _called_as_usual(batch: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Under the names that are known here, what other libraries' loaders call otherwise."""
+    found = dict(batch)
+    for usual, names in _ALSO.items():
+        others = [name for name in names if name in found]
+        if usual not in found and len(others) == 1:
+            found[usual] = found.pop(others[0])
+    return found
 
 
 def _from_mapping(text: str, batch: Mapping[Any, Any]) -> tuple[Any, Any, Sequence[Geometry] | None]:
