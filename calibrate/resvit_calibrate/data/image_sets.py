@@ -57,8 +57,8 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     calibration, validation = _opened(spec, preprocess, reporter)
     _require(validation, "validation")
     _require(calibration, "calibration")
-    for images in (calibration, validation):
-        _say_what_factories_give(images, reporter)
+    for note in dict.fromkeys(_about_factory(calibration) + _about_factory(validation)):
+        reporter.warn(note)
     with_white((calibration, validation), reporter)
     if validation.task is None and spec.unlabelled:
         reporter.warn(
@@ -213,20 +213,20 @@ def _streams(factory: Factory, spec: DataSpec, preprocess: Preprocess) -> tuple[
     return whole.divided(*divide(len(whole), spec.calibration_images, spec.validation_images))
 
 
-def _say_what_factories_give(images: ImageSet, reporter: Reporter) -> None:
-    """Say how a data set of somebody else's is read, and where it seems to lack the network's normalisation."""
+def _about_factory(images: ImageSet) -> tuple[str, ...]:
+    """How a data set of somebody else's is read, and where it seems to lack the network's normalisation."""
     if not isinstance(images, StreamImageSet):
-        return
-    for note in images.notes:
-        reporter.warn(note)
+        return ()
     mean, std = images.preprocess.mean, images.preprocess.std
     low = min(-one / deviation for one, deviation in zip(mean, std, strict=False))
-    if images.task != "depth" and low < -_BELOW_ZERO and images.lowest >= 0:
-        reporter.warn(
+    if low < -_BELOW_ZERO and images.lowest >= 0:
+        raw = (
             f"the values of {images.factory} lie from {images.lowest:g} to {images.highest:g}, and none is below 0 as "
             f"the network's own mean ({_numbers(mean)}) and std ({_numbers(std)}) would have it, from {low:.3g} on: "
             "normalise them there as in training, or give the pictures themselves"
         )
+        return (*images.notes, raw)
+    return images.notes
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -28,16 +28,17 @@ from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part
 from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
 from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
+from resvit_calibrate.readers.torchvision_sets import pixels_from_torchvision, refuse_roots, require_torchvision_set
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import open_outside
 from resvit_engines.pictures.decode import begins_as_picture
 
-Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset"]
+Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "torchvision"]
 KINDS = (
     "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
     "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, "
-    "hf-dataset:FOLDER-or-NAME, or file.py:factory."
+    "hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, or file.py:factory."
 )
 OBJECT = "object:"
 """Begins what stands for a data set in memory."""
@@ -68,6 +69,9 @@ def require_source(data: str) -> None:
     kind, text = _split(data)
     if kind == "hf-dataset":
         require_tables(text)
+        return
+    if kind == "torchvision":
+        require_torchvision_set(text)
         return
     if kind is None and existing(data) is None:
         refuse_elsewhere(data)
@@ -116,6 +120,8 @@ def open_source(data: str, options: TargetOptions, objects: Mapping[str, Any] | 
     kind, text = _split(data)
     if kind == "hf-dataset":
         return Pools(*pools_of_tables(text))
+    if kind == "torchvision":
+        return Pools(*pixels_from_torchvision(text))
     path = existing(text)
     if kind in (None, "tar") and not (path is not None and path.is_dir()) and (shards := named_shards(text)):
         require_source(data)
@@ -162,6 +168,7 @@ def kind_of_folder(root: Path) -> Kind:
     found: list[tuple[Kind, str]] = []
     if is_saved(root):
         return "hf-dataset"
+    refuse_roots(root)
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
@@ -212,12 +219,17 @@ def absolute_source(data: str, folder: Path) -> str | None:
     for kind in get_args(Kind):
         if data.startswith(f"{kind}:"):
             where = data.removeprefix(f"{kind}:")
-            behind = ""
+            before, behind = "", ""
+            if kind == "torchvision":
+                before, _, where = where.partition(":")
+                before += ":"
+                path, colon, part = where.rpartition(":")
+                where, behind = (path, f":{part}") if colon and existing(str(folder / where)) is None else (where, "")
             if kind == "hf-dataset":
                 path = wanted_from(where).where
                 where, behind = path, where.removeprefix(path)
             there = existing(str(folder / Path(where).expanduser()))
-            return None if there is None else f"{kind}:{there.resolve()}{behind}"
+            return None if there is None else f"{kind}:{before}{there.resolve()}{behind}"
     return None
 
 

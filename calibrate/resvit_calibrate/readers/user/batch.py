@@ -158,6 +158,8 @@ def _inputs(text: str, inputs: Any, count: int) -> dict[str, npt.NDArray[Any]]:
 
 def _images(text: str, images: Any, expected: tuple[int, ...]) -> npt.NDArray[np.float32]:
     images = _array(text, images, "images")
+    if images.dtype.kind in "USO":
+        raise ResvitError(f"{text} gave a batch of {images.dtype.type.__name__}, and no images.", SHAPE)
     if images.dtype.kind != "f":
         raise ResvitError(f"{text} gave images of type {images.dtype}, not preprocessed floats.", SHAPE)
     if images.ndim != 4 or images.shape[1:] != expected:

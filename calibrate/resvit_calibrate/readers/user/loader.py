@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
 from resvit_calibrate.readers.user.objects import Kind, batches_from, is_picture, item_of, kind_of, parts_of
 from resvit_calibrate.readers.user.pictures import DatasetPixels
+from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import expanded, leads_to_file
 
@@ -129,7 +131,7 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if module.endswith(".py") and not leads_to_file(expanded(module)):
         raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
-        loaded = module_from(module)
+        loaded = _imported(module)
     except ResvitError:
         raise
     except Exception as error:
@@ -143,6 +145,17 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
         raise ResvitError(f"{text} is not a function: {module} {what}.", wanted)
     found: Callable[..., Any] = function
     return found
+
+
+def _imported(place: str) -> ModuleType:
+    """Import the user's module, which may import torchvision where that does not import by itself."""
+    try:
+        return module_from(place)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        import_beside_torchvision("torchvision", "host")
+        return module_from(place)
 
 
 class _Seen(NamedTuple):
