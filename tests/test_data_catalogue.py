@@ -181,6 +181,17 @@ def parquet(root: Path) -> None:
     shutil.rmtree(root / "saved")
 
 
+def films(root: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(root / "film.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
+        for number in range(COUNT):
+            values = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24").reformat(format="bgr0")))
+        out.mux(stream.encode(None))
+
+
 def flat(root: Path) -> None:
     pictures(root)
 
@@ -207,9 +218,10 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "shards": (tars, "tar", "classification"),
     "Hugging Face's arrow": (hugging_face, "hf-dataset", "classification"),
     "parquet": (parquet, "hf-dataset", "classification"),
+    "films": (films, "video", None),
     "unlabelled": (flat, "folder", None),
 }
-KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset")
+KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "video", "frames")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -258,7 +270,7 @@ def test_cocos_outlines_are_masks_where_the_task_is_segmentation(tmp_path: Path)
     [
         ("one.png", b"\x89PNG\r\n\x1a\n", "is a picture, and data are many"),
         ("one", b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture, and data are many"),
-        ("frames.mp4", b"\0\0\0\x18ftypmp42", "is of no kind of data that is read"),
+        ("frames.mp4", b"\0\0\0\x18xxxxmp42", "is called like a film and does not begin like one"),
         ("images.npy", b"\x93NUMPY\x01\0", "is of no kind of data that is read"),
         ("empty", b"", "is of no kind of data that is read"),
     ],

@@ -98,7 +98,7 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
 
 
 def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    first = _numbered(open_source(spec.data, spec.reading, spec.objects), spec)
+    first = _numbered(open_source(spec.data, spec.reading, spec.objects, reporter), spec)
     if spec.validation_data is None or same_source(spec.data, spec.validation_data):
         if isinstance(first, Factory):
             return _streams(first, spec, preprocess)
@@ -106,7 +106,7 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
             return _divided(first.calibration, spec, preprocess, reporter)
         second: Pools | Factory = first
     else:
-        second = _numbered(open_source(spec.validation_data, spec.reading, spec.objects), spec)
+        second = _numbered(open_source(spec.validation_data, spec.reading, spec.objects, reporter), spec)
         if isinstance(first, Pools) and isinstance(second, Pools):
             pair = same_numbering(first.calibration, second.validation or second.calibration, reporter)
             first, second = (Pools(pool, None) for pool in pair)
@@ -153,7 +153,7 @@ def open_training_images(
     the same class lists. Raises ``ResvitError`` where the data is missing or unusable, is all in ``avoid``, or has
     classes that ``avoid`` does not know.
     """
-    source = open_source(data, reading, objects)
+    source = open_source(data, reading, objects, reporter)
     images: IndexedImageSet | StreamImageSet
     if isinstance(source, Factory):
         images = StreamImageSet(source, "calibration", preprocess, limit)

@@ -15,6 +15,7 @@ from resvit_engines.errors import ResvitError
 
 _FIRST = ("train", "training", WHOLE)
 _SECOND = ("validation", "valid", "val", "dev", "test", "testing")
+_CAMERA = re.compile(r"/dev/video[0-9]+|[0-9]{1,2}")
 _ELSEWHERE = re.compile(r"(?P<scheme>https?|s3|gs|hf|rtsp|rtmp)://.*", re.DOTALL)
 _MISSPELT = re.compile(r"(hf|huggingface|hugging-face|hugging_face|hf_dataset|hf_datasets|hf-datasets|datasets):(.+)")
 
@@ -49,16 +50,19 @@ def pools_of_tables(text: str) -> tuple[Pixels, Pixels | None]:
 
 def has_tables(root: Path) -> bool:
     """Whether a folder holds parquet or arrow files, and no pictures beside them."""
-    if not has_files(root):
-        return False
+    return has_files(root) and not has_pictures(root)
+
+
+def has_pictures(root: Path) -> bool:
+    """Whether a file in a folder or below is called like a picture."""
     pictures = (files_below(root, name, is_image) for name in (*class_names(root), "."))
-    return next(itertools.chain.from_iterable(pictures), None) is None
+    return next(itertools.chain.from_iterable(pictures), None) is not None
 
 
 def refuse_elsewhere(data: str) -> None:
     """Refuse data that is not on this machine, and misspelt prefixes. Raises ``ResvitError``."""
     found = _ELSEWHERE.fullmatch(data)
-    if found is not None and found["scheme"].startswith("rt"):
+    if _CAMERA.fullmatch(data) or (found is not None and found["scheme"].startswith("rt")):
         raise ResvitError(
             f"{data} is a camera or a stream, and the same images are needed several times.",
             "Record some minutes to a file, and name that: --data film.mp4.",

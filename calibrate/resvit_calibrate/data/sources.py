@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
-from resvit_calibrate.data.libraries import has_tables, pools_of_tables, refuse_elsewhere, require_tables
+from resvit_calibrate.data.libraries import has_pictures, has_tables, pools_of_tables, refuse_elsewhere, require_tables
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
@@ -25,20 +25,26 @@ from resvit_calibrate.readers.lists.classes import pixels_from_names
 from resvit_calibrate.readers.lists.kinds import says
 from resvit_calibrate.readers.lists.rows import ENDINGS as LISTS
 from resvit_calibrate.readers.npz import pixels_from_npz
-from resvit_calibrate.readers.paired import IMAGES, Part
+from resvit_calibrate.readers.paired import IMAGES, Part, shortened
 from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
 from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
 from resvit_calibrate.readers.torchvision_sets import pixels_from_torchvision, refuse_roots, require_torchvision_set
 from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
+from resvit_calibrate.readers.video.container import ENDINGS as FILMS
+from resvit_calibrate.readers.video.container import format_of
+from resvit_calibrate.readers.video.film import films_in, named_films, pixels_from_films
+from resvit_calibrate.readers.video.frames import pixels_from_frames
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import open_outside
 from resvit_engines.pictures.decode import begins_as_picture
+from resvit_engines.progress import SILENT, Reporter
 
-Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "torchvision"]
+_Described = Literal["csv", "coco", "yolo", "voc", "masks", "depth", "text"]
+Kind = Literal["folder", "tar", "hf-dataset", "torchvision", "video", "frames", _Described]
 KINDS = (
     "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
     "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, "
-    "hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, or file.py:factory."
+    "hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, a film, or file.py:factory."
 )
 OBJECT = "object:"
 """Begins what stands for a data set in memory."""
@@ -83,6 +89,8 @@ def require_source(data: str) -> None:
     path = existing(text)
     if path is not None and path.is_dir() and kind is None:
         kind_of_folder(path)
+    elif path is not None and kind == "video" and not path.is_dir() and format_of(path) is None:
+        raise ResvitError(f"{path} is no film that is known.", f"Films end in {shortened(list(FILMS))}.")
     elif path is not None and kind is None and not shards and path.suffix.lower() not in _TOLD_BY_NAME:
         _require_archive(path)
 
@@ -91,6 +99,12 @@ def _require_archive(path: Path) -> None:
     """Refuse a file that no name tells the kind of and that is no ``.npz`` inside."""
     with open_outside(path) as stream:
         start = stream.read(64)
+    if format_of(path) is not None:
+        return
+    if path.suffix.lower() in FILMS:
+        raise ResvitError(
+            f"{path} is called like a film and does not begin like one.", "Give a film that a player shows."
+        )
     if begins_as_picture(start):
         raise ResvitError(f"{path} is a picture, and data are many.", f"Name the folder that it lies in. {KINDS}")
     if not start.startswith(b"PK"):
@@ -102,8 +116,10 @@ def is_factory(data: str) -> bool:
     return _split(data)[0] is None and not named_shards(data) and existing(data) is None and is_factory_name(data)
 
 
-def open_source(data: str, options: TargetOptions, objects: Mapping[str, Any] | None = None) -> Pools | Factory:
-    """Open what the user named, without reading any image but those of a data set that is a Python object.
+def open_source(
+    data: str, options: TargetOptions, objects: Mapping[str, Any] | None = None, reporter: Reporter = SILENT
+) -> Pools | Factory:
+    """Open what the user named, without reading any image but those of films and of data sets that are objects.
 
     ``objects`` are data sets in memory, by the names that stand for them.
 
@@ -127,7 +143,7 @@ def open_source(data: str, options: TargetOptions, objects: Mapping[str, Any] | 
         require_source(data)
         return Pools(pixels_from_shards(shards, Path(text).name), None)
     if path is not None and path.is_dir():
-        return _folder_pools(path, kind, options)
+        return _folder_pools(path, kind, options, reporter)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(_coco(path, options), None)
     if path is not None and kind == "masks" and path.suffix.lower() == ".json":
@@ -136,6 +152,8 @@ def open_source(data: str, options: TargetOptions, objects: Mapping[str, Any] | 
         return _listed_pools(path, kind)
     if path is not None and kind is None and path.suffix.lower() in TABLES:
         return Pools(*pools_of_tables(data))
+    if path is not None and (kind == "video" or (kind is None and format_of(path) is not None)):
+        return Pools(pixels_from_films((path,), path.name, reporter), None)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
         return Pools(*yolo_from_file(path))
     if path is not None and kind is None and path.suffix != ".py":
@@ -198,6 +216,8 @@ def kind_of_folder(root: Path) -> Kind:
         return "tar"
     if has_tables(root):
         return "hf-dataset"
+    if films_in(root) and not has_pictures(root):
+        return "video"
     for layout in layouts:
         require_read(layout, root)
     return "folder"
@@ -250,7 +270,7 @@ def _split(data: str) -> tuple[Kind | None, str]:
     return None, data
 
 
-def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pools:
+def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions, reporter: Reporter) -> Pools:
     told = kind is not None
     kind = kind or kind_of_folder(root)
     if kind == "coco":
@@ -268,6 +288,10 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return _shard_pools(root)
     if kind == "hf-dataset":
         return Pools(*pools_of_tables(str(root)))
+    if kind == "video":
+        return Pools(pixels_from_films(named_films(root), root.name, reporter), None)
+    if kind == "frames":
+        return Pools(pixels_from_frames(root, reporter), None)
     layout = _layout_of(root, kind)
     if kind == "voc":
         return _voc_pools(layout, root)
