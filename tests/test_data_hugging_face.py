@@ -361,3 +361,100 @@ def test_a_description_that_is_no_description(tmp_path: Path) -> None:
         (root / "dataset_dict.json").write_text(json.dumps(content))
         with pytest.raises(ResvitError):
             opened(root)
+
+
+BOXES = [[[1, 2, 8, 6], [9, 3, 2, 4]], [], [[20, 10, 8, 5]]] * 4
+KINDS = [[1, 0], [], [1]] * 4
+
+
+def detections(root: Path, form: str, kind: str = "xywh", shape: str = "lists", category: Any = None) -> str:
+    """Boxes in any of the forms that data sets on the hub have them in."""
+
+    def corners(box: list[float]) -> list[float]:
+        x, y, width, height = box
+        return {"xywh": box, "xyxy": [x, y, x + width, y + height], "shares": [value / 40 for value in box]}[kind]
+
+    random = np.random.default_rng(0)
+    boxes = [[corners(box) for box in found] for found in BOXES]
+    named = category or datasets.ClassLabel(names=["cat", "dog"])
+    kinds = KINDS if category is None else [[("cat", "dog")[n] for n in found] for found in KINDS]
+    if shape == "lists":
+        objects: Any = [{"bbox": b, "category": k} for b, k in zip(boxes, kinds, strict=True)]
+        feature: Any = {
+            "bbox": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+            "category": datasets.Sequence(named),
+        }
+    else:
+        objects = [
+            [{"bbox": b, "label": k} for b, k in zip(*pair, strict=True)] for pair in zip(boxes, kinds, strict=True)
+        ]
+        feature = [{"bbox": datasets.Sequence(datasets.Value("float32"), length=4), "label": named}]
+    features = datasets.Features({"image_id": datasets.Value("int64"), "image": datasets.Image(), "objects": feature})
+    pictures = [Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)) for _ in range(12)]
+    made = datasets.Dataset.from_dict(
+        {"image_id": list(range(12)), "image": pictures, "objects": objects}, features=features
+    )
+    if form == "parquet":
+        root.mkdir()
+        made.to_parquet(str(root / "train.parquet"))
+    else:
+        made.save_to_disk(str(root))
+    return f"hf-dataset:{root}"
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["xywh", "xyxy"])
+@pytest.mark.parametrize("shape", ["lists", "objects"])
+def test_boxes_are_read_whatever_their_four_numbers_are(form: str, kind: str, shape: str, tmp_path: Path) -> None:
+    pixels = opened(detections(tmp_path / "pets", form, kind, shape)).calibration
+    assert (pixels.task, pixels.class_names, len(pixels)) == ("detection", ("cat", "dog"), 12)
+    target: Any = pixels.target(0, 30, 40)
+    assert target.boxes.tolist() == [[1, 2, 9, 8], [9, 3, 11, 7]]
+    assert target.classes.tolist() == [1, 0]
+    assert len(pixels.target(1, 30, 40).boxes) == 0  # type: ignore[union-attr]
+    assert any("image_id not" in note for note in pixels.notes)
+    assert any(("two corners" in note) == (kind == "xyxy") for note in pixels.notes if "boxes of" in note)
+    spec = DataSpec(f"hf-dataset:{tmp_path}/pets", calibration_images=4)
+    calibration, validation = open_image_sets(spec, Preprocess((60, 80), 3))
+    assert sum(len(batch.targets) for batch in validation.batches(3)) == 8  # type: ignore[arg-type]
+    known = class_list_from_names("the model", {0: "dog", 1: "cow", 2: "cat"})
+    spec = DataSpec(f"hf-dataset:{tmp_path}/pets", calibration_images=4, known_classes=known)
+    calibration, _ = open_image_sets(spec, Preprocess((60, 80), 3))
+    found = {int(n) for batch in calibration.batches(4) for one in batch.targets for n in one.classes}  # type: ignore[union-attr]
+    assert found <= {0, 2}
+    assert found
+
+
+def test_boxes_that_could_be_either_are_asked_for(tmp_path: Path) -> None:
+    data = detections(tmp_path / "pets", "arrow")
+    made = datasets.load_from_disk(str(tmp_path / "pets"))
+    objects = [{"bbox": [[2, 2, 5, 6]], "category": [0]} for _ in range(12)]
+    small = made.remove_columns("objects").add_column("objects", objects)
+    small.save_to_disk(str(tmp_path / "either"))
+    with pytest.raises(ResvitError) as caught:
+        opened(f"hf-dataset:{tmp_path}/either")
+    assert "could be either" in caught.value.problem
+    assert f"hf-dataset:{tmp_path}/either:boxes=xywh" in caught.value.fix
+    for kind, right in (("xywh", 7), ("xyxy", 5)):
+        pixels = opened(f"hf-dataset:{tmp_path}/either:boxes={kind}").calibration
+        assert pixels.target(0, 30, 40).boxes.tolist()[0][2] == right  # type: ignore[union-attr]
+    with pytest.raises(ResvitError, match="neither xywh nor xyxy"):
+        opened(f"{data}:boxes=cxcywh")
+    with pytest.raises(ResvitError, match="are shares of the pictures' sizes"):
+        opened(detections(tmp_path / "shares", "arrow", "shares"))
+
+
+def test_categories_by_name_and_broken_objects(tmp_path: Path) -> None:
+    pixels = opened(detections(tmp_path / "texts", "arrow", category=datasets.Value("string"))).calibration
+    assert pixels.class_names == ("cat", "dog")
+    made = datasets.load_from_disk(str(tmp_path / "texts")).remove_columns("objects")
+    for name, objects, said in (
+        ("uneven", {"bbox": [[1, 2, 30, 20]], "category": [0, 1]}, "has 1 boxes and 2 categories"),
+        ("three", {"bbox": [[1.0, 2, 3]], "category": [0]}, "has the box .1.0, 2.0, 3.0. with the category 0"),
+        ("negative", {"bbox": [[1.0, 2, 30, 20]], "category": [-1]}, "with the category -1"),
+        ("outside", {"bbox": [[10.0, 2, 5, 900]], "category": [0]}, "do not fit into their pictures"),
+        ("nothing", {"bbox": [[0.5]][:0], "category": [0][:0]}, "."),
+    ):
+        made.add_column("objects", [objects] * 12).save_to_disk(str(tmp_path / name))
+        with pytest.raises(ResvitError, match=said):
+            opened(f"hf-dataset:{tmp_path}/{name}")

@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 from resvit_calibrate.images.pixels import Pixels
+from resvit_calibrate.readers.boxes.table import BoxPixels, with_classes_of_both
 from resvit_calibrate.readers.folders import class_names, files_below, is_image
+from resvit_calibrate.readers.hugging_face.boxes import with_boxes
 from resvit_calibrate.readers.hugging_face.places import WHOLE, Found, found_at, has_files
 from resvit_calibrate.readers.hugging_face.reference import FORM, Wanted, wanted_from
 from resvit_calibrate.readers.hugging_face.tables import pixels_from_tables
@@ -34,7 +36,7 @@ def pools_of_tables(text: str) -> tuple[Pixels, Pixels | None]:
     wanted = wanted_from(text)
     found = found_at(wanted)
     first, second = _parts(found, wanted)
-    pixels = pixels_from_tables(found, first, wanted)
+    pixels = _part(found, first, wanted)
     left = [name for name in found.parts if name not in (first, second)]
     pixels.notes += found.notes
     if second is None:
@@ -43,9 +45,16 @@ def pools_of_tables(text: str) -> tuple[Pixels, Pixels | None]:
         return pixels, None
     if left:
         pixels.notes += (f"of {found.name} the parts {first} and {second} are read, {', '.join(left)} not",)
-    checked = pixels_from_tables(found, second, wanted)
+    checked = _part(found, second, wanted)
     checked.notes = ()  # what columns are read was said of the first
+    if isinstance(pixels, BoxPixels) and isinstance(checked, BoxPixels):
+        return with_classes_of_both(pixels, checked)
     return pixels, checked
+
+
+def _part(found: Found, part: str, wanted: Wanted) -> Pixels:
+    pictures, columns, objects = pixels_from_tables(found, part, wanted)
+    return pictures if columns.objects is None else with_boxes(pictures, columns, wanted, objects)
 
 
 def has_tables(root: Path) -> bool:

@@ -16,17 +16,25 @@ if TYPE_CHECKING:
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "webp", "pixel_values")
 _LABEL_NAMES = ("label", "labels", "class", "class_id", "category", "target", "y", "cls")
 _CAST = "Store pictures as such: `dataset.cast_column('image', datasets.Image())`, then `save_to_disk`."
+_BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
+_CATEGORY_KEYS = ("category", "categories", "category_id", "label", "labels", "class", "classes")
+_DEEP = 8
 _TARGETS = ("objects", "bbox", "boxes", "annotation", "mask")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are read. ``names`` are the classes by number; empty where numbers or texts stand alone."""
+    """The columns that are read. ``names`` are the classes by number; empty where numbers or texts stand alone.
+
+    ``objects`` is the column of boxes, where it is read, and ``object_keys`` what its boxes and categories are called.
+    """
 
     image: str
     label: str | None
     names: tuple[str, ...]
     notes: tuple[str, ...]
+    objects: str | None = None
+    object_keys: tuple[str, str] = ("", "")
 
 
 def columns_of(schema: pa.Schema, wanted: Wanted) -> Columns:
@@ -49,6 +57,14 @@ def columns_of(schema: pa.Schema, wanted: Wanted) -> Columns:
     if kinds[image] != "pictures":
         raise ResvitError(f"The column {image!r} of {where} holds {kinds[image]}, and no pictures.", _CAST)
     label = wanted.label or _label(kinds, wanted, told)
+    found = _objects(schema) if label is None else None
+    if found is not None:
+        objects, keys = found
+        left = [name for name in kinds if name not in (image, objects)]
+        note = f"of {where} the column {image!r} is read with the boxes of {objects!r}" + (
+            f"; {shortened(left)} not" if left else ""
+        )
+        return Columns(image, None, _names_within(features.get(objects), keys[1]), (note,), objects, keys)
     if label is not None and not kinds[label].startswith(("classes", "whole numbers", "texts")):
         raise ResvitError(
             f"The column {label!r} of {where} holds {kinds[label]}, and no class for each picture.",
@@ -65,6 +81,38 @@ def columns_of(schema: pa.Schema, wanted: Wanted) -> Columns:
         )
     names = features.get(label or "", {}).get("names")
     return Columns(image, label, tuple(names) if _are_names(names) else (), tuple(notes))
+
+
+def _objects(schema: pa.Schema) -> tuple[str, tuple[str, str]] | None:
+    """The column of objects with boxes and categories, and what these are called there."""
+    import pyarrow as pa
+
+    for field in schema:
+        kind = field.type
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind = kind.value_type
+        if not pa.types.is_struct(kind):
+            continue
+        inside = [kind.field(place).name for place in range(kind.num_fields)]
+        boxes = next((key for key in _BOX_KEYS if key in inside), None)
+        category = next((key for key in _CATEGORY_KEYS if key in inside), None)
+        if boxes is not None and category is not None:
+            return field.name, (boxes, category)
+    return None
+
+
+def _names_within(feature: Any, key: str, depth: int = 0) -> tuple[str, ...]:
+    """Names of the classes of ``key``, wherever the feature has them."""
+    if not isinstance(feature, (dict, list)) or depth > _DEEP:
+        return ()
+    if isinstance(feature, list):
+        return next((found for item in feature if (found := _names_within(item, key, depth + 1))), ())
+    own = feature.get(key)
+    inner = own.get("feature", own) if isinstance(own, dict) else None
+    names = inner.get("names") if isinstance(inner, dict) else None
+    if _are_names(names):
+        return tuple(names)
+    return next((found for item in feature.values() if (found := _names_within(item, key, depth + 1))), ())
 
 
 def _label(kinds: dict[str, str], wanted: Wanted, told: str) -> str | None:

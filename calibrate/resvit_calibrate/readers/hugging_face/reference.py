@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from resvit_engines.errors import ResvitError
 
-_KEYS = ("split", "config", "image", "label")
+BOXES = ("xywh", "xyxy")
+"""What four numbers of a box are: x, y, width, height, or two corners."""
+_KEYS = ("split", "config", "image", "label", "boxes")
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 FORM = (
     "Write hf-dataset:FOLDER (or a NAME in the cache), and behind it, where that is needed, :SPLIT or "
-    ":split=…,config=…,image=COLUMN,label=COLUMN."
+    ":split=…,config=…,image=COLUMN,label=COLUMN,boxes=xywh."
 )
 
 
@@ -24,6 +26,7 @@ class Wanted:
     config: str | None = None
     image: str | None = None
     label: str | None = None
+    boxes: str | None = None
 
     def saying(self, **choice: str) -> str:
         """What to write to choose that as well."""
@@ -43,5 +46,7 @@ def wanted_from(text: str) -> Wanted:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in _KEYS or not equals or not value or key in found:
             raise ResvitError(f"{part.strip() or behind!r} of hf-dataset:{text} says nothing that is known.", FORM)
+        if key == "boxes" and value not in BOXES:
+            raise ResvitError(f"boxes={value} of hf-dataset:{text} is neither {' nor '.join(BOXES)}.", FORM)
         found[key] = value
     return Wanted(where, **found)

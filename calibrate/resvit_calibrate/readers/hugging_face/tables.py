@@ -37,6 +37,11 @@ class TablePixels(FilePixels):
         self._files, self._roots = files, roots
         self._starts = list(itertools.accumulate((file.rows for file in files), initial=0))
 
+    @property
+    def first(self) -> Path:
+        """The first file."""
+        return self._files[0].path
+
     def fetch(self, numbers: Sequence[int]) -> None:
         """Unpack these rows of parquet files, each group of rows once."""
         by_file: dict[int, list[int]] = {}
@@ -106,8 +111,8 @@ class _File:
                 self._column.validate(full=True)
                 self._chunks = list(itertools.accumulate((len(c) for c in self._column.chunks), initial=0))
 
-    def labels(self, column: str) -> pa.ChunkedArray:
-        """A whole column of numbers or texts."""
+    def column(self, column: str) -> pa.ChunkedArray:
+        """A whole column of numbers, texts or objects."""
         with _told(self.path):
             if self._parquet is None:
                 found = self._table.column(column)
@@ -187,8 +192,8 @@ class _Titles(Sequence[str]):
         return f"row {index - self._starts[place]} of {self._files[place].path.name}"
 
 
-def pixels_from_tables(found: Found, part: str, wanted: Wanted) -> TablePixels:
-    """The pictures of one part, with their classes where a column has them.
+def pixels_from_tables(found: Found, part: str, wanted: Wanted) -> tuple[TablePixels, Columns, list[Any]]:
+    """The pictures of one part, with their classes where a column has them; and what it has of boxes, row by row.
 
     Raises ``ResvitError`` where pyarrow is missing, a file is damaged, columns are missing or ambiguous, or some rows
     have no class.
@@ -198,7 +203,9 @@ def pixels_from_tables(found: Found, part: str, wanted: Wanted) -> TablePixels:
     columns = columns_of(files[0].schema, wanted)
     for file in files:
         lacking = [
-            name for name in (columns.image, columns.label) if name is not None and name not in file.schema.names
+            name
+            for name in (columns.image, columns.label, columns.objects)
+            if name is not None and name not in file.schema.names
         ]
         if lacking:
             raise ResvitError(f"{file.path} lacks the column {lacking[0]!r} that {files[0].path} has.", _AGAIN)
@@ -211,8 +218,10 @@ def pixels_from_tables(found: Found, part: str, wanted: Wanted) -> TablePixels:
     name = found.name if len(found.parts) == 1 else f"{found.name} ({part})"
     pixels = TablePixels(name, files[0].path.parent, files, found.roots, columns)
     if columns.label is not None:
-        _label(pixels, columns, [file.labels(columns.label) for file in files])
-    return pixels
+        _label(pixels, columns, [file.column(columns.label) for file in files])
+    if columns.objects is None:
+        return pixels, columns, []
+    return pixels, columns, [item for file in files for item in file.column(columns.objects).to_pylist()]
 
 
 def _label(pixels: TablePixels, columns: Columns, values: Sequence[pa.ChunkedArray]) -> None:
