@@ -6,6 +6,8 @@ loading script is never run.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ _PARTS = {
 WHOLE = "all"
 """The part of a data set that is not divided."""
 _MOST_FILES, _DEEPEST = 100_000, 4
+_LOOKED_AT = 2000
 _SAVE = "Write it with `dataset.save_to_disk(FOLDER)`, and name that folder."
 
 
@@ -54,9 +57,20 @@ def is_saved(root: Path) -> bool:
 
 
 def has_files(root: Path) -> bool:
-    """Whether parquet or arrow files lie in a folder, or not far below."""
-    places = (f"{'*/' * depth}*{ending}" for depth in range(_DEEPEST) for ending in ENDINGS)
-    return any(next(root.glob(place), None) is not None for place in places)
+    """Whether parquet or arrow files lie in a folder, or not far below: told by its first entries, level by level."""
+    seen, level = 0, [root]
+    for _ in range(_DEEPEST):
+        below: list[Path] = []
+        for folder in level:
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in itertools.islice(entries, _LOOKED_AT - seen):
+                    seen += 1
+                    if entry.name.endswith(ENDINGS):
+                        return True
+                    if entry.is_dir():
+                        below.append(folder / entry.name)
+        level = below
+    return False
 
 
 def found_at(wanted: Wanted) -> Found:
