@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
 from resvit_calibrate.data.sources import Pools, gives_prepared, open_source, require_source
+from resvit_calibrate.images.class_list import class_list_from_names
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
 from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.preprocess import Preprocess
@@ -183,8 +184,50 @@ def test_training_takes_both() -> None:
         assert sum(len(batch.images) for batch in images.batches_at(positions, 3)) == len(images)
 
 
-def boxes() -> Any:
-    return Items([(image, {"boxes": [[0, 0, 4, 4]], "labels": [1]}) for image in PICTURES])
+def boxes() -> list[Any]:
+    """As torchvision's detectors have them: corners in the picture's pixels."""
+    return [(image, {"boxes": [[n % 4, 1, 8, 9]], "labels": [n % 2]}) for n, image in enumerate(PICTURES)]
+
+
+def masks() -> list[Any]:
+    sizes = [image.shape[:2] for image in PICTURES]
+    classes = [np.random.default_rng(n).integers(0, 3, size).astype(np.uint8) for n, size in enumerate(sizes)]
+    return list(zip(PICTURES, classes, strict=True))
+
+
+def test_boxes_in_a_pictures_own_pixels() -> None:
+    tensors = [(i, {"boxes": torch.tensor(t["boxes"]), "labels": torch.tensor(t["labels"])}) for i, t in boxes()]
+    for items in (boxes(), tensors, [(Image.fromarray(i), t) for i, t in boxes()]):
+        _, validation = opened(Items(items, classes=["cat", "dog"]))
+        assert (validation.task, validation.class_names) == ("detection", ("cat", "dog"))
+        expected = {INPUT.apply(image).tobytes(): target for image, target in boxes()}
+        for batch in validation.batches(5):
+            assert batch.targets is not None
+            for image, target in zip(batch.images, batch.targets, strict=True):
+                found = expected[image.tobytes()]
+                scaled = np.array(found["boxes"]) * [8 / 12, 8 / 10, 8 / 12, 8 / 10]
+                np.testing.assert_allclose(target.boxes, scaled, rtol=1e-5)
+                assert target.classes.tolist() == found["labels"]
+    known = class_list_from_names("the model", {0: "dog", 1: "cow", 2: "cat"})
+    _, validation = opened(Items(boxes(), classes=["cat", "dog"]), known_classes=known)
+    numbers = {int(n) for batch in validation.batches(5) for one in batch.targets for n in one.classes}  # type: ignore[union-attr]
+    assert numbers == {0, 2}
+
+
+def test_masks_beside_pictures() -> None:
+    pictured = [(Image.fromarray(image), Image.fromarray(mask)) for image, mask in masks()]
+    tensors = [(image, torch.from_numpy(mask)[None].long()) for image, mask in masks()]
+    plain = Preprocess((10, 12), 3)
+    for items in (masks(), pictured, tensors):
+        spec = DataSpec("object:x", calibration_images=8, objects={"object:x": Items(items)})
+        _, validation = open_image_sets(spec, plain)
+        assert (validation.task, validation.num_classes) == ("segmentation", 3)
+        expected = {plain.apply(image).tobytes(): mask for image, mask in masks()}
+        for batch in validation.batches(5):
+            for image, target in zip(batch.images, batch.targets, strict=True):  # type: ignore[arg-type]
+                assert (target.classes == expected[image.tobytes()]).all()
+    depths = [(image, np.full(image.shape[:2], 2.5, np.float32)) for image in PICTURES]
+    assert opened(Items(depths))[1].task == "depth"
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -210,7 +253,20 @@ WRONG: dict[str, tuple[Any, str]] = {
     "pairs of paths": (lambda: Items([("a.png", 1)] * 4), "is of type <U5 and shape"),
     "texts as labels": (lambda: Items([(image, "cat") for image in PICTURES]), "a label that is a str"),
     "shares as labels": (lambda: Items([(image, np.eye(4)[0]) for image in PICTURES]), r"label that is of shape \[4\]"),
-    "boxes beside pictures": (boxes, "a label that is a dict, and no class number"),
+    "boxes without classes": (
+        lambda: Items([(image, {"boxes": [[0, 0, 4, 4]]}) for image in PICTURES]),
+        "Item 0 of object:x gave boxes without their `classes`",
+    ),
+    "boxes of classes without names": (lambda: Items(boxes(), classes=["a"]), "has the class 1, and 1 have names"),
+    "targets of some": (
+        lambda: Items([(image, {"boxes": [], "labels": []} if n else None) for n, image in enumerate(PICTURES)][::-1]),
+        "Item 19 of object:x has no target, and others have one",
+    ),
+    "targets of two kinds": (lambda: Items([*boxes()[:9], *masks()[9:]]), "gives targets of several kinds"),
+    "a mask of another size": (
+        lambda: Items([(image, np.zeros((4, 4), np.uint8)) for image in PICTURES]),
+        r"a mask of type uint8 and shape \[4, 4\]; the input is 10x12",
+    ),
     "labels of some": (
         lambda: Items([(image, None if n else 1) for n, image in enumerate(PICTURES)]),
         "gives a class for 1 of 20 items",

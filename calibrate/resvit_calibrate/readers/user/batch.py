@@ -35,7 +35,7 @@ _KINDS = ("labels", "masks", "depth", "texts", "targets")
 _ALSO = {"images": ("pixel_values", "image", "img"), "labels": ("label", "target")}
 _OTHERS = ("geometry", "inputs")
 _PER_IMAGE = ("boxes", "mask", "depth", "text")
-_TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
+TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
     TextTarget: "text"
 }
 
@@ -55,7 +55,7 @@ class Item:
     def task(self) -> str | None:
         """What is known of it."""
         if self.target is not None:
-            return _TASKS[type(self.target)]
+            return TASKS[type(self.target)]
         return None if self.label is None else "classification"
 
     @property
@@ -180,10 +180,10 @@ def _known(
     """The label or target of every image of a batch."""
     if second is None:
         return [None] * count
-    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, str, *_TASKS)):
+    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, str, *TASKS)):
         if len(second) != count:
             raise ResvitError(f"{text} gave {len(second)} targets for {count} images.", SHAPE)
-        return [_target(text, one, size, options) for one in second]
+        return [target_of(text, one, size, options) for one in second]
     values = _array(text, second, "labels")
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
@@ -199,8 +199,13 @@ def _known(
     return [int(value) for value in values]
 
 
-def _target(text: str, one: Any, size: tuple[int, int], options: TargetOptions) -> Target:
-    """One image's target, given as one, as a text or as a dictionary."""
+def target_of(text: str, one: Any, size: tuple[int, int], options: TargetOptions) -> Target:
+    """One image's target, given as one, as a text, as a dictionary, or as an array: a mask, or depths as floats.
+
+    ``size`` is the height and width of what it is about. Raises ``ResvitError`` for what does not fit, naming ``text``.
+    """
+    if isinstance(one, np.ndarray):
+        return _depth(text, one, size, options) if one.dtype.kind == "f" else _mask(text, one, size, options)
     if isinstance(one, (str, TextTarget)):
         return one if isinstance(one, TextTarget) else TextTarget(one)
     if isinstance(one, BoxTarget):

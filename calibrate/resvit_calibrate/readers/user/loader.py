@@ -19,6 +19,7 @@ from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
 from resvit_calibrate.readers.user.objects import Kind, batches_from, is_picture, item_of, kind_of, parts_of
 from resvit_calibrate.readers.user.pictures import DatasetPixels
+from resvit_calibrate.readers.user.targeted import TargetedDataset, is_targeted
 from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import expanded, leads_to_file
@@ -73,7 +74,7 @@ class Factory:
                 "Give both in one form: nobody could tell whether they went through the same.",
             )
         if shown[0]:
-            pools = [DatasetPixels(self.text, self._named(split), one) for split, one in zip(splits, made, strict=True)]
+            pools = [self._pool(self._named(split), one) for split, one in zip(splits, made, strict=True)]
             return pools[0], pools[1] if len(pools) > 1 else None
         if kinds[0] is not Kind.BATCHES:
             self.notes = (
@@ -81,6 +82,12 @@ class Factory:
                 "nothing is resized or normalised here",
             )
         return None
+
+    def _pool(self, name: str, made: Any) -> DatasetPixels:
+        known = parts_of(self.text, item_of(self.text, made, 0), 0).known
+        if is_targeted(known):
+            return TargetedDataset(self.text, name, made, self.options)
+        return DatasetPixels(self.text, name, made)
 
     def _named(self, split: Split) -> str:
         return f"{self.name} ({split})" if self.splits else self.name

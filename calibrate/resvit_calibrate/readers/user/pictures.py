@@ -65,21 +65,29 @@ class DatasetPixels(Untargeted):
                     f"Item {index} of {self._text} has the class {label}, and its `targets` say {told}.",
                     "Leave `targets` out of the data set, or let it say what items say.",
                 )
-            return _looked_at(values)
+            return looked_at(values)
         return self._looks[index]
 
     def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """One picture as 8 bits: uint8 [H, W, 1 or 3]."""
-        values, _ = self._item(index)
-        if seen.content and _looked_at(values).content != seen.content:
-            raise ResvitError(
-                f"{self._text} does not give the same picture each time: item {index} is another one than before.",
-                "Switch off its random augmentation: both networks must see the same images.",
-            )
+        values = self._values(index)
+        if seen.content and looked_at(values).content != seen.content:
+            raise self._changed(index)
         try:
             return eight_bits(values, decoding.white)
         except ValueError as error:
             raise BrokenImage(str(error)) from error
+
+    def _values(self, index: int) -> npt.NDArray[Any]:
+        with self._lock:
+            image = parts_of(self._text, item_of(self._text, self._made, index), index).image
+            return values_of(self._text, image, index)
+
+    def _changed(self, index: int) -> ResvitError:
+        return ResvitError(
+            f"{self._text} does not give the same picture each time: item {index} is another one than before.",
+            "Switch off its random augmentation: both networks must see the same images.",
+        )
 
     def _item(self, index: int) -> tuple[npt.NDArray[Any], int | None]:
         with self._lock:  # files and databases that it holds open are rarely for several threads at once
@@ -94,7 +102,7 @@ class DatasetPixels(Untargeted):
         found: list[int | None] = []
         for index in range(self._count):
             values, label = self._item(index)
-            self._looks[index] = _looked_at(values)
+            self._looks[index] = looked_at(values)
             found.append(label)
         known = [label for label in found if label is not None]
         if not known:
@@ -146,8 +154,8 @@ def label_of(text: str, known: Any, index: int) -> int | None:
         what = f"of shape {list(value.shape)}" if value.dtype.kind in "iufb" else f"a {type(known).__name__}"
         raise ResvitError(
             f"Item {index} of {text} has a label that is {what}, and no class number.",
-            "Pictures have class numbers from 0, or nothing. Boxes, masks and texts are given in batches of the "
-            "network's own input: see docs/tasks.md.",
+            "Pictures have a class number from 0, a mask, a dictionary with `boxes` and `labels`, or nothing; texts "
+            "are given in batches of the network's own input: see docs/tasks.md.",
         )
     return int(value.reshape(()))
 
@@ -161,6 +169,7 @@ def _from_pillow(image: Any) -> npt.NDArray[Any]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
 
 
-def _looked_at(values: npt.NDArray[Any]) -> Look:
+def looked_at(values: npt.NDArray[Any]) -> Look:
+    """What is told of a picture by its values [H, W, C]."""
     found = Look(hashlib.sha256(values.tobytes()).digest(), values.shape[2] == 3, stored=values.shape[:2])
     return found if values.dtype == np.uint8 else with_range(found, values)
