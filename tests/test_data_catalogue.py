@@ -272,7 +272,18 @@ def test_cocos_outlines_are_masks_where_the_task_is_segmentation(tmp_path: Path)
         ("one.png", b"\x89PNG\r\n\x1a\n", "is a picture, and data are many"),
         ("one", b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture, and data are many"),
         ("frames.mp4", b"\0\0\0\x18xxxxmp42", "is called like a film and does not begin like one"),
-        ("images.npy", b"\x93NUMPY\x01\0", "is of no kind of data that is read"),
+        ("images.npy", b"\x93NUMPY\x01\0", "is one NumPy array without labels"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a.tfrecord", b"x", "is a file of TensorFlow's records"),
+        ("a.pkl", b"\x80\x04", "is a pickle, which would run code"),
+        ("a.db", b"SQLite format 3\0", "is a database of SQLite's"),
+        ("a.mat", b"MATLAB 5.0 MAT-file", "is a file of MATLAB's"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c", "is an archive"),
+        ("a.csv.gz", b"\x1f\x8b\x08", "is compressed"),
+        ("net.onnx", b"\x08\x08", "is a network and no images"),
+        ("net.pth", b"PK\x03\x04", "is weights and no images"),
+        ("photos.zip", b"PK\x03\x04", "is a ZIP archive that cannot be opened"),
         ("empty", b"", "is of no kind of data that is read"),
     ],
 )
@@ -282,6 +293,22 @@ def test_a_file_of_no_kind_is_refused_before_anything_is_done(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ResvitError, match=said):
         require_source(str(tmp_path / name))
+
+
+def test_archives_and_databases_are_named_for_what_they_are(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "a.png", 1)
+    shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "x")
+    with pytest.raises(ResvitError, match=r"is a ZIP archive, with a.png in it.\n.*Unpack it"):
+        require_source(str(tmp_path / "photos.zip"))
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8))
+    for name in ("b.npz", "b", "b.zip"):  # what a .npz is called is no matter
+        shutil.copy(tmp_path / "a.npz", tmp_path / name)
+        require_source(str(tmp_path / name))
+        assert isinstance(open_source(str(tmp_path / name), AS_USUAL), Pools)
+    (tmp_path / "db").mkdir()
+    text(tmp_path / "db" / "data.mdb", "x")
+    with pytest.raises(ResvitError, match=r"is an LMDB.\n.*examples/lmdb"):
+        require_source(str(tmp_path / "db"))
 
 
 def test_a_folder_of_two_kinds_is_refused_before_anything_is_done(tmp_path: Path) -> None:

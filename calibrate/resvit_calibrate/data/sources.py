@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
 from resvit_calibrate.data.libraries import has_pictures, has_tables, pools_of_tables, refuse_elsewhere, require_tables
+from resvit_calibrate.data.other_files import refuse_databases, refuse_other_files
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
@@ -107,6 +108,7 @@ def _require_archive(path: Path) -> None:
         )
     if begins_as_picture(start):
         raise ResvitError(f"{path} is a picture, and data are many.", f"Name the folder that it lies in. {KINDS}")
+    refuse_other_files(path, start)
     if not start.startswith(b"PK"):
         raise ResvitError(f"{path} is of no kind of data that is read.", KINDS)
 
@@ -187,6 +189,7 @@ def kind_of_folder(root: Path) -> Kind:
     if is_saved(root):
         return "hf-dataset"
     refuse_roots(root)
+    refuse_databases(root)
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))

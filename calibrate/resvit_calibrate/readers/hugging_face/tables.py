@@ -161,6 +161,7 @@ class _File:
             first += len(column)
             if row is None:
                 return
+        raise ResvitError(f"{self.path} ends before its row {row}.", _AGAIN)
 
     def _keep(self, row: int, data: bytes, path: str | None) -> None:
         with explain_os_errors(Path(tempfile.gettempdir())):

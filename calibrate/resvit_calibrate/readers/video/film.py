@@ -42,8 +42,8 @@ class _Slots:
     """A nameless file with room for frames of one size; a slot that is given back is used again."""
 
     def __init__(self, height: int, width: int) -> None:
-        self._shape = (height, width, 3)
-        self._size = height * width * 3
+        self.size = (height, width)
+        self._shape, self._size = (height, width, 3), height * width * 3
         with explain_os_errors(Path(tempfile.gettempdir())):
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - kept as long as its frames are read
         self._free: list[int] = []
@@ -78,9 +78,12 @@ class FilmPixels(Untargeted):
         self.labels: npt.NDArray[np.int64] | None = None
         self.class_names: tuple[str, ...] = ()
         self._frames, self._slots = frames, slots
-        sizes = {self._values(number).shape[:2] for number in range(len(frames))}
-        only = next(iter(sizes)) if len(sizes) == 1 else None
-        self.native_size: tuple[int, int] | None = None if only is None else (int(only[0]), int(only[1]))
+        sizes = {
+            (width, height) if one.quarters % 2 else (height, width)
+            for one in frames
+            for height, width in (slots[one.film].size,)
+        }
+        self.native_size: tuple[int, int] | None = next(iter(sizes)) if len(sizes) == 1 else None
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -151,9 +154,10 @@ def _taken(
         size = reading.width * reading.height * 3
         most = min(most, max(room // size, LEAST))
         free = shutil.disk_usage(tempfile.gettempdir()).free
-        if most * size > free:
+        needed = min(most, reading.frames or most) * size
+        if needed > free:
             raise ResvitError(
-                f"The frames of {path} need {most * size >> 20} MiB in {tempfile.gettempdir()}, where {free >> 20} MiB "
+                f"The frames of {path} need {-(-needed >> 20)} MiB in {tempfile.gettempdir()}, where {free >> 20} MiB "
                 "are free.",
                 "Make room there, or name another folder by the variable TMPDIR.",
                 ExitCode.SYSTEM,
