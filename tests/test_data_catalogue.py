@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import CHECKPOINT
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source, require_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.cli.main import run
 
 COUNT = 12
 NAMES = ("cat", "dog", "owl")
@@ -309,6 +311,22 @@ def test_archives_and_databases_are_named_for_what_they_are(tmp_path: Path) -> N
     text(tmp_path / "db" / "data.mdb", "x")
     with pytest.raises(ResvitError, match=r"is an LMDB.\n.*examples/lmdb"):
         require_source(str(tmp_path / "db"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--validation-data", "--train-data"])
+@pytest.mark.parametrize("data", ["absent", "hf-dataset:absent", "torchvision:MNIST:absent", "video:absent", "a.h5"])
+def test_data_that_a_command_names_is_looked_at_before_its_first_stage(
+    option: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text(tmp_path / "a.h5", "x")
+    flat(tmp_path / "photos")
+    own = ["--data", "photos"] if option != "--data" else []
+    line = ["calibrate", "--model", "resvit:embed-nano", "--checkpoint", str(CHECKPOINT), option, data, *own]
+    assert run([*line, "--run", "x"]) == ExitCode.INPUT
+    assert "fold …" not in capsys.readouterr().err
+    assert not list((tmp_path / "x").glob("fold-*"))
 
 
 def test_a_folder_of_two_kinds_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def test_masks_beside_pictures() -> None:
         for batch in validation.batches(5):
             for image, target in zip(batch.images, batch.targets, strict=True):  # type: ignore[arg-type]
                 assert (target.classes == expected[image.tobytes()]).all()
+    texts = [(image, {"text": f"word {number}"}) for number, image in enumerate(PICTURES)]
+    assert opened(Items(texts))[1].task == "text"
     depths = [(image, np.full(image.shape[:2], 2.5, np.float32)) for image in PICTURES]
     assert opened(Items(depths))[1].task == "depth"
 

@@ -154,8 +154,8 @@ def label_of(text: str, known: Any, index: int) -> int | None:
         what = f"of shape {list(value.shape)}" if value.dtype.kind in "iufb" else f"a {type(known).__name__}"
         raise ResvitError(
             f"Item {index} of {text} has a label that is {what}, and no class number.",
-            "Pictures have a class number from 0, a mask, a dictionary with `boxes` and `labels`, or nothing; texts "
-            "are given in batches of the network's own input: see docs/tasks.md.",
+            "Pictures have a class number from 0, a mask, a dictionary with `boxes` and `labels` or with `text`, or "
+            "nothing.",
         )
     return int(value.reshape(()))
 
