@@ -206,6 +206,21 @@ def test_a_folder_of_films_and_films_beside_pictures(scene: np.ndarray, tmp_path
     assert "3 (1 .mkv, 1 .mp4, 1 .txt)" in opened(tmp_path).notes[0]
 
 
+def test_of_very_many_films_some_are_read(scene: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        write(tmp_path / f"{number}.mp4", (frame // (1 + number) for frame in pan(scene, 8, 30)))
+    monkeypatch.setattr(film, "FILMS_MOST", 3)
+    monkeypatch.setattr(film, "MOST", 12)
+    pixels = opened(tmp_path)
+    assert {pixels.title(number).partition(".")[0] for number in range(len(pixels))} == {"0", "2", "4"}
+    assert 8 <= len(pixels) <= 12
+    assert pixels.notes[0].startswith("of 5 films of")
+    (tmp_path / "2.mp4").write_bytes((tmp_path / "2.mp4").read_bytes()[:900])
+    pixels = opened(tmp_path)
+    assert {pixels.title(number).partition(".")[0] for number in range(len(pixels))} == {"0", "4"}
+    assert any("left out: " in note and "2.mp4 cannot be opened as a film" in note for note in pixels.notes)
+
+
 def test_frames_in_a_folder_come_in_the_order_of_their_numbers(scene: np.ndarray, tmp_path: Path) -> None:
     for number, values in enumerate(pan(scene, 24, 20)):
         for again in range(2):

@@ -25,6 +25,7 @@ from resvit_engines.progress import SILENT, Reporter
 
 _BYTES_MOST = 4 << 30
 """What the frames of all films may take in the folder for temporary files."""
+FILMS_MOST = 128
 _MORE = "Give a longer film, or several in a folder."
 
 
@@ -119,16 +120,28 @@ def films_in(root: Path) -> tuple[Path, ...]:
 def pixels_from_films(paths: Sequence[Path], name: str, reporter: Reporter = SILENT) -> FilmPixels:
     """Frames of one film or several: evenly spread over each, without those that show the same as another of it.
 
-    Raises ``ResvitError`` where PyAV is missing, a film cannot be opened, or all show fewer than ``LEAST`` different
+    Of several, those that cannot be opened are left out. Raises ``ResvitError`` where PyAV is missing, the only film
+    cannot be opened, or all show fewer than ``LEAST`` different
     frames.
     """
     frames: list[_Frame] = []
     slots: list[_Slots] = []
     notes: list[str] = []
-    most = max(MOST // len(paths), LEAST)
-    for number, path in enumerate(paths):
-        room = _BYTES_MOST // len(paths)
-        found, store, note = _frames_of_one(path, number, most, room, reporter)
+    if len(paths) > FILMS_MOST:
+        notes.append(
+            f"of {len(paths)} films of {name} {FILMS_MOST} are read, evenly spread in the order of their names"
+        )
+        paths = [paths[int(place)] for place in np.linspace(0, len(paths) - 1, FILMS_MOST)]
+    most = MOST // len(paths)
+    room = _BYTES_MOST // len(paths)
+    for path in paths:
+        try:
+            found, store, note = _frames_of_one(path, len(slots), most, room, reporter)
+        except ResvitError as error:
+            if len(paths) == 1 or error.code is not ExitCode.INPUT:
+                raise
+            notes.append(f"left out: {error.problem}")
+            continue
         frames, slots, notes = frames + found, [*slots, store], notes + note
     if len(frames) < LEAST:
         raise ResvitError(
@@ -141,7 +154,7 @@ def _frames_of_one(
     path: Path, number: int, most: int, room: int, reporter: Reporter
 ) -> tuple[list[_Frame], _Slots, list[str]]:
     found = _taken(path, number, most, room, reporter, keys_only=None)
-    if found[3].keys_only and len(found[0]) < LEAST:
+    if found[3].keys_only and len(found[0]) < min(LEAST, most):
         found = _taken(path, number, most, room, reporter, keys_only=False)
     frames, store, even, reading = found
     return frames, store, _notes(path, frames, even, reading)
@@ -152,7 +165,7 @@ def _taken(
 ) -> tuple[list[_Frame], _Slots, Evenly[_Frame], Reading]:
     with opened(path, keys_only=keys_only) as (container, reading):
         size = reading.width * reading.height * 3
-        most = min(most, max(room // size, LEAST))
+        most = max(min(most, room // size), 1)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         needed = min(most, reading.frames or most) * size
         if needed > free:
