@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
-from resvit_calibrate.data.sources import (
-    Pools,
-    absolute_source,
-    is_factory,
-    kind_of_folder,
-    open_source,
-    require_source,
-)
+from resvit_calibrate.data.naming import absolute_source, is_factory, kind_of_folder, require_source
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.class_list import class_list_from_names
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from resvit_calibrate.data.image_sets import open_image_sets, open_training_images
-from resvit_calibrate.data.sources import Pools, gives_prepared, open_source, require_source
+from resvit_calibrate.data.naming import require_source
+from resvit_calibrate.data.sources import Pools, gives_prepared, open_source
 from resvit_calibrate.images.class_list import class_list_from_names
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
 from resvit_calibrate.images.indexed import IndexedImageSet

@@ -16,7 +16,8 @@ from PIL import Image
 
 from conftest import write_idx
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import Pools, absolute_source, is_factory, open_source, require_source
+from resvit_calibrate.data.naming import absolute_source, is_factory, require_source
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL

@@ -81,7 +81,8 @@ def require_sizes(recipe: Recipe) -> None:
 
 def _gives_prepared(data: str | None) -> bool:
     """Whether a function of the user's gives the network's input; of what is in memory nobody knows here."""
-    from resvit_calibrate.data.sources import OBJECT, gives_prepared
+    from resvit_calibrate.data.naming import OBJECT
+    from resvit_calibrate.data.sources import gives_prepared
 
     return data is not None and not data.startswith(OBJECT) and gives_prepared(data)
 

@@ -83,7 +83,7 @@ class Sources:
     @cached_property
     def _data(self) -> str:
         # Folders are looked into for this, once for all who ask.
-        from resvit_calibrate.data.sources import require_source
+        from resvit_calibrate.data.naming import require_source
 
         recipe = self.recipe
         if recipe.data is None:

@@ -7,16 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from resvit_calibrate.data.naming import KINDS, is_factory, require_source, same_source
 from resvit_calibrate.data.numbering import numbered_like, same_numbering, with_classes
 from resvit_calibrate.data.pixel_doubts import require_readable, with_white
-from resvit_calibrate.data.sources import (
-    KINDS,
-    Pools,
-    is_factory,
-    open_source,
-    require_source,
-    same_source,
-)
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.data.training_images import TrainingImages
 from resvit_calibrate.images.class_list import ClassList
 from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet

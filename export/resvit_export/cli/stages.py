@@ -49,7 +49,7 @@ def open_runs(flags: dict[str, Any], output: Output) -> Iterator[Sequence[Run]]:
 
 def _require_named_data(flags: dict[str, Any], recipe: Recipe) -> None:
     """Refuse data that this command line names and that is none; what a finished run's recipe names may be gone."""
-    from resvit_calibrate.data.sources import require_source
+    from resvit_calibrate.data.naming import require_source
 
     for name in ("data", "validation_data", "train_data"):
         if flags.get(name) is not None:

@@ -119,7 +119,7 @@ def absolute_reference(text: str, folder: Path) -> str:
     if colon and head.endswith(".py"):
         return f"{(folder / expanded(head)).resolve()}:{tail}"
     if colon and not text.startswith(_NETWORKS):
-        from resvit_calibrate.data.sources import absolute_source
+        from resvit_calibrate.data.naming import absolute_source
 
         if (named_data := absolute_source(text, folder)) is not None:
             return named_data

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import shutil
 import tempfile
 import threading
@@ -110,19 +112,17 @@ class FilmPixels(Untargeted):
 
 def films_in(root: Path) -> tuple[Path, ...]:
     """The films right in a folder, by their endings and first bytes, sorted by name."""
-    try:
-        names = sorted(entry for entry in root.iterdir() if entry.suffix.lower() in ENDINGS and entry.is_file())
-    except OSError:
-        return ()
-    return tuple(path for path in names if not path.name.startswith(".") and format_of(path) is not None)
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        names = sorted(one.name for one in entries if one.name.lower().endswith(ENDINGS) and one.name[0] != ".")
+        return tuple(root / name for name in names if format_of(root / name) is not None)
+    return ()
 
 
 def pixels_from_films(paths: Sequence[Path], name: str, reporter: Reporter = SILENT) -> FilmPixels:
     """Frames of one film or several: evenly spread over each, without those that show the same as another of it.
 
     Of several, those that cannot be opened are left out. Raises ``ResvitError`` where PyAV is missing, the only film
-    cannot be opened, or all show fewer than ``LEAST`` different
-    frames.
+    cannot be opened, or all show fewer than ``LEAST`` different frames.
     """
     frames: list[_Frame] = []
     slots: list[_Slots] = []
