@@ -218,6 +218,32 @@ def test_no_pictures_no_labels_and_labels_of_some(tmp_path: Path) -> None:
     assert (pixels.class_names, list(pixels.labels)) == (("cat", "owl"), [1, 0] * 6)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("values", "names", "labels"),
+    [
+        (lambda: pa.array(["owl", "cat"] * 6).dictionary_encode(), ("cat", "owl"), [1, 0] * 6),
+        (lambda: pa.array([True, False] * 6), (), [1, 0] * 6),
+        (lambda: pa.array([2, 0] * 6, pa.uint8()), (), [2, 0] * 6),
+        (lambda: pa.array(["owl", "cat"] * 6, pa.large_string()), ("cat", "owl"), [1, 0] * 6),
+        (lambda: pa.array([[0, 1], [1]] * 6), None, None),
+        (lambda: pa.array([0.5, 1.0] * 6), None, None),
+    ],
+)
+@pytest.mark.parametrize("binary", ["binary", "large_binary"])
+def test_labels_of_any_type_that_other_programs_write(
+    values: Callable[[], Any], names: tuple[str, ...] | None, labels: list[int] | None, binary: str, tmp_path: Path
+) -> None:
+    column = data_set(12).data.table.column("image").combine_chunks().field("bytes").cast(getattr(pa, binary)())
+    pq.write_table(pa.table({"image": column, "label": values()}), tmp_path / "x.parquet")
+    pixels = opened(tmp_path / "x.parquet").calibration
+    assert (pixels.read(3) == rows(12)[3]).all()
+    if labels is None:
+        assert pixels.task is None
+        assert "says more of its pictures (label: " in pixels.notes[-1]
+        return
+    assert (pixels.class_names, list(pixels.labels)) == (names, labels)  # type: ignore[arg-type]
+
+
 def test_classes_are_numbered_as_the_network_says(tmp_path: Path) -> None:
     root = saved(tmp_path / "pets")
     known = class_list_from_names("the model", dict(enumerate(("owl", "dog", "cat", "cow"))))

@@ -74,8 +74,9 @@ def columns_of(schema: pa.Schema, wanted: Wanted) -> Columns:
     notes = [f"of {where} the column {image!r} is read" + (f" with its classes {label!r}" if label else "")]
     if unread:
         notes[0] += f"; {shortened(unread)} not"
-    about = [name for name in unread if name.lower() in _TARGETS]
+    about = [name for name in unread if name.lower() in (*_TARGETS, *_LABEL_NAMES)]
     if about and label is None:
+        about = [f"{name}: {kinds[name]}" for name in about]
         notes.append(
             f"{where} says more of its pictures ({shortened(about)}), which is not read: nothing is known here"
         )
@@ -158,17 +159,17 @@ def _kind(field: pa.Field, features: dict[str, dict[str, Any]]) -> str:
     """What a column holds, in words; ``pictures`` where that is what it can be read as."""
     import pyarrow as pa
 
-    kind = field.type
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     said = features.get(field.name, {})
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         binary = kind.field("bytes").type
         return "pictures" if _is_binary(binary) and said.get("_type", "Image") == "Image" else "sounds or other files"
     if _is_binary(kind):
         return "pictures" if said.get("_type", "Image") == "Image" else "bytes"
-    if pa.types.is_integer(kind):
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         names = said.get("names")
         return f"classes, {len(names)} by name" if _are_names(names) else "whole numbers"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return "texts"
     return str(said.get("_type") or kind)[:60]
 
@@ -176,7 +177,7 @@ def _kind(field: pa.Field, features: dict[str, dict[str, Any]]) -> str:
 def _is_binary(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _are_names(names: Any) -> TypeGuard[list[str]]:
