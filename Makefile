@@ -29,7 +29,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and by itself: what comes after it must not choose another build of it.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,hf,modelopt,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,hf,datasets,video,modelopt,dev]'
 	@touch $@
 
 data:

@@ -10,18 +10,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from conftest import CHECKPOINT, ROOT
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import SILENT
 from resvit_export import Built, build
+from resvit_export.api import recipe_from_settings
 from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_model
 from resvit_export.recipe.recipe import Recipe
+from resvit_export.run import Sources
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -183,3 +189,39 @@ def test_the_exit_code_of_a_build(kind: ExitCode, allowed: bool, rejection: Exit
     pipeline: Any = SimpleNamespace(recipe=Recipe(allow_rejected=allowed), validated=SimpleNamespace(verdict=verdict))
     error = ResvitError("Not everything fused.", "Leave it out.", rejection) if rejection else None
     assert Built(pipeline, (), Path("report.html"), error).exit_code is code
+
+
+class Pictures(Dataset[Any]):
+    """Pictures of random pixels, with their classes."""
+
+    targets = tuple(number % 10 for number in range(40))
+    classes = tuple("abcdefghij")
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        random = np.random.default_rng(self.first + index)
+        return random.integers(0, 256, (32, 32), np.uint8), self.targets[index]
+
+
+def test_data_sets_in_memory_are_data(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resvit_export.api.build_run", lambda run: run)
+    preprocess = Preprocess((28, 28), 1)
+    train, held_out = Pictures(0), Pictures(1000)
+    run: Any = build(Scaled(1.0), train, "l4", validation_data=held_out, train_data=train, calibration_images=9)
+    assert run.recipe.data == run.recipe.train_data == "object:Pictures"
+    assert run.recipe.validation_data == "object:Pictures_2"
+    assert run.sources.require_images() == "object:Pictures"
+    calibration, validation = run.sources.image_sets(preprocess)
+    assert (len(calibration), len(validation), validation.class_names) == (9, 40, train.classes)
+    assert len(run.sources.training_images(preprocess, 99)) == 40
+    loader = DataLoader(TensorDataset(torch.zeros(12, 1, 28, 28), torch.arange(12)), batch_size=4)
+    with pytest.raises(ResvitError, match="Every calibration image is also a validation image"):
+        build(Scaled(1.0), loader, "l4").sources.image_sets(preprocess)  # type: ignore[attr-defined]
+    again = recipe_from_settings({"model": "resvit:embed-nano", "data": "object:Pictures"})
+    with pytest.raises(ResvitError, match="were an object in Python"):
+        Sources(again, SILENT).require_images()

@@ -535,7 +535,7 @@ def test_factory_with_split(factory):
         ("onehot", "class numbers"),
         ("some", "some images only"),
         ("none", "no image"),
-        ("nothing", "TypeError"),
+        ("nothing", "gave None, which is no images"),
         ("constant", "not a function"),
         ("absent", "nothing of that name"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import CHECKPOINT
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source, require_source
+from resvit_calibrate.data.naming import kind_of_folder, require_source
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.cli.main import run
 
 COUNT = 12
 NAMES = ("cat", "dog", "owl")
@@ -163,6 +167,34 @@ def tars(root: Path) -> None:
                 (root / "x").rmdir()
 
 
+def hugging_face(root: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8) for number in range(COUNT)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    columns = {"image": [Image.fromarray(image) for image in images], "label": [at % 3 for at in range(COUNT)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(root))
+
+
+def parquet(root: Path) -> None:
+    pytest.importorskip("pyarrow")
+    hugging_face(root / "saved")
+    import datasets
+
+    datasets.load_from_disk(str(root / "saved")).to_parquet(str(root / "data.parquet"))
+    shutil.rmtree(root / "saved")
+
+
+def films(root: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(root / "film.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"
+        for number in range(COUNT):
+            values = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24").reformat(format="bgr0")))
+        out.mux(stream.encode(None))
+
+
 def flat(root: Path) -> None:
     pictures(root)
 
@@ -187,9 +219,12 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "ImageNet": (imagenet, "csv", "classification"),
     "texts": (texts, "text", "text"),
     "shards": (tars, "tar", "classification"),
+    "Hugging Face's arrow": (hugging_face, "hf-dataset", "classification"),
+    "parquet": (parquet, "hf-dataset", "classification"),
+    "films": (films, "video", None),
     "unlabelled": (flat, "folder", None),
 }
-KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar")
+KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "video", "frames")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,7 +250,8 @@ def test_no_layout_is_taken_for_another_of_its_own_accord(layout: str, tmp_path:
     make(tmp_path)
     for other in KINDS:
         # Who says `folder:` says that they are classes, and `text:` that text files beside pictures hold texts.
-        if other in (kind, "folder") or (layout, other) == ("darknet", "text"):
+        # Who says `frames:` says that nothing is known of them.
+        if other in (kind, "folder") or (layout, other) in (("darknet", "text"), ("darknet", "frames")):
             continue
         try:
             pools = open_source(f"{other}:{tmp_path}", AS_USUAL)
@@ -238,8 +274,19 @@ def test_cocos_outlines_are_masks_where_the_task_is_segmentation(tmp_path: Path)
     [
         ("one.png", b"\x89PNG\r\n\x1a\n", "is a picture, and data are many"),
         ("one", b"\xff\xd8\xff\xe0\0\x10JFIF", "is a picture, and data are many"),
-        ("frames.mp4", b"\0\0\0\x18ftypmp42", "is of no kind of data that is read"),
-        ("images.npy", b"\x93NUMPY\x01\0", "is of no kind of data that is read"),
+        ("frames.mp4", b"\0\0\0\x18xxxxmp42", "is called like a film and does not begin like one"),
+        ("images.npy", b"\x93NUMPY\x01\0", "is one NumPy array without labels"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a.tfrecord", b"x", "is a file of TensorFlow's records"),
+        ("a.pkl", b"\x80\x04", "is a pickle, which would run code"),
+        ("a.db", b"SQLite format 3\0", "is a database of SQLite's"),
+        ("a.mat", b"MATLAB 5.0 MAT-file", "is a file of MATLAB's"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c", "is an archive"),
+        ("a.csv.gz", b"\x1f\x8b\x08", "is compressed"),
+        ("net.onnx", b"\x08\x08", "is a network and no images"),
+        ("net.pth", b"PK\x03\x04", "is weights and no images"),
+        ("photos.zip", b"PK\x03\x04", "is a ZIP archive that cannot be opened"),
         ("empty", b"", "is of no kind of data that is read"),
     ],
 )
@@ -249,6 +296,38 @@ def test_a_file_of_no_kind_is_refused_before_anything_is_done(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ResvitError, match=said):
         require_source(str(tmp_path / name))
+
+
+def test_archives_and_databases_are_named_for_what_they_are(tmp_path: Path) -> None:
+    picture(tmp_path / "x" / "a.png", 1)
+    shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "x")
+    with pytest.raises(ResvitError, match=r"is a ZIP archive, with a.png in it.\n.*Unpack it"):
+        require_source(str(tmp_path / "photos.zip"))
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8), np.uint8))
+    for name in ("b.npz", "b", "b.zip"):  # what a .npz is called is no matter
+        shutil.copy(tmp_path / "a.npz", tmp_path / name)
+        require_source(str(tmp_path / name))
+        assert isinstance(open_source(str(tmp_path / name), AS_USUAL), Pools)
+    (tmp_path / "db").mkdir()
+    text(tmp_path / "db" / "data.mdb", "x")
+    with pytest.raises(ResvitError, match=r"is an LMDB.\n.*examples/lmdb"):
+        require_source(str(tmp_path / "db"))
+
+
+@pytest.mark.parametrize("option", ["--data", "--validation-data", "--train-data"])
+@pytest.mark.parametrize("data", ["absent", "hf-dataset:absent", "torchvision:MNIST:absent", "video:absent", "a.h5"])
+def test_data_that_a_command_names_is_looked_at_before_its_first_stage(
+    option: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    text(tmp_path / "a.h5", "x")
+    flat(tmp_path / "photos")
+    own = ["--data", "photos"] if option != "--data" else []
+    line = ["calibrate", "--model", "resvit:embed-nano", "--checkpoint", str(CHECKPOINT), option, data, *own]
+    assert run([*line, "--run", "x"]) == ExitCode.INPUT
+    assert "fold …" not in capsys.readouterr().err
+    assert not list((tmp_path / "x").glob("fold-*"))
 
 
 def test_a_folder_of_two_kinds_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import Pools, kind_of_folder, open_source
+from resvit_calibrate.data.naming import kind_of_folder
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import is_factory, open_source, require_source
+from resvit_calibrate.data.naming import is_factory, require_source
+from resvit_calibrate.data.sources import open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import TargetOptions

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import open_image_sets
-from resvit_calibrate.data.sources import Pools, is_factory, kind_of_folder, open_source, require_source
+from resvit_calibrate.data.naming import is_factory, kind_of_folder, require_source
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from resvit_calibrate.data.image_sets import DataSpec, open_image_sets
-from resvit_calibrate.data.sources import kind_of_folder, open_source
+from resvit_calibrate.data.naming import kind_of_folder
+from resvit_calibrate.data.sources import open_source
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TextTarget
 from resvit_calibrate.readers.texts import TextPixels

@@ -123,6 +123,22 @@ def test_ranges_of_what_is_no_image_are_refused(shapes: tuple[str, ...]) -> None
         Recipe(shapes=shapes)
 
 
+LOADERS = """
+class Pictures:
+    def __len__(self): return 4
+    def __getitem__(self, index): return np.full((9, 9), index, np.uint8), index
+import numpy as np
+def ready(): yield np.zeros((1, 3, 8, 8), np.float32), [0]
+def pictures(): return Pictures()
+"""
+
+
+def test_pictures_of_a_function_come_in_any_size(tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(LOADERS)
+    recipe = Recipe(model="timm:resnet18", input_shape="3x64..128x64", data=f"{tmp_path}/file.py:pictures")
+    refuse_impossible(recipe, find_target("l4"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -134,11 +150,15 @@ def test_ranges_of_what_is_no_image_are_refused(shapes: tuple[str, ...]) -> None
         {"quantizer": "modelopt"},
         {"plugins": "on"},
         {"shapes": ("a=1x2",)},
-        {"data": "file.py:factory"},
-        {"validation_data": "file.py:factory"},
+        {"data": "file.py:ready"},
+        {"validation_data": "file.py:ready"},
     ],
 )
-def test_what_needs_one_size_is_refused_by_name(settings: dict[str, object]) -> None:
+def test_what_needs_one_size_is_refused_by_name(
+    settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.py").write_text(LOADERS)
     recipe = Recipe(model="timm:resnet18", input_shape="3x64..128x64", **settings)  # type: ignore[arg-type]
     with pytest.raises(ResvitError, match=r"works for one image size.*64\.\.128x64") as refused:
         refuse_impossible(recipe, find_target("l4"))

@@ -19,6 +19,7 @@ from resvit_export.recipe.recipe import SETTINGS, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import DataLoader, Dataset
 
     from resvit_engines.builder.device_plan import DevicePlan
     from resvit_engines.builder.engine_report import EngineReport
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from resvit_export.to_onnx.report import ExportReport
     from resvit_quantize.qdq.report import QuantizeReport
     from resvit_quantize.search.search import Worth
+
+
+_DATA = ("data", "validation_data", "train_data")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Built:
 
 def build(
     model: str | nn.Module,
-    data: str,
+    data: str | Dataset[Any] | DataLoader[Any],
     target: str,
     *,
     run: str | Path | None = None,
@@ -129,9 +133,11 @@ def build(
 ) -> Built:
     """Take a trained network to a validated bundle for ``target``; what is finished in ``run`` is not done again.
 
-    ``model`` is a module in memory, with its weights, or a name as ``--model`` takes it. ``settings`` are fields of
-    :class:`Recipe`: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the gate does not
-    accept is no error: see ``Built.verdict`` and ``Built.rejection``.
+    ``model`` is a module in memory, with its weights, or a name as ``--model`` takes it. ``data``, and
+    ``validation_data`` and ``train_data`` among the settings, are names as ``--data`` takes them, or a ``Dataset`` or
+    ``DataLoader`` of torch's: pictures are prepared here, ready arrays are the network's input. ``settings`` are
+    fields of :class:`Recipe`: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the
+    gate does not accept is no error: see ``Built.verdict`` and ``Built.rejection``.
     ``run`` is ``runs/MODEL`` where it is not said, with the name of the module's class.
 
     Raises:
@@ -141,10 +147,27 @@ def build(
     from resvit_export.run_folder import RunFolder
 
     module, name = (None, model) if isinstance(model, str) else (model, f"object:{type(model).__name__}")
-    recipe = recipe_from_settings({"model": name, "data": data, "targets": (target,), **settings})
+    objects: dict[str, Any] = {}
+    names = {
+        key: value if value is None or isinstance(value, str) else _named(value, objects)
+        for key, value in {"data": data, **settings}.items()
+        if key in _DATA
+    }
+    recipe = recipe_from_settings({"model": name, "targets": (target,), **settings, **names})
     folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
-    with opened(recipe, folder, runs_for(recipe, folder, reporter, module)) as runs:
+    with opened(recipe, folder, runs_for(recipe, folder, reporter, module, objects)) as runs:
         return build_run(runs[0])
+
+
+def _named(value: Any, objects: dict[str, Any]) -> str:
+    """A name for a data set in memory, the same for the same object; adds it to ``objects``."""
+    known = next((name for name, other in objects.items() if other is value), None)
+    if known is not None:
+        return known
+    name = f"object:{type(value).__name__}"
+    name += f"_{len(objects) + 1}" if name in objects else ""
+    objects[name] = value
+    return name
 
 
 def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:

@@ -55,8 +55,6 @@ def require_sizes(recipe: Recipe) -> None:
     Raises:
         ResvitError: IMPOSSIBLE, naming the option.
     """
-    from resvit_calibrate.data.sources import is_factory
-
     if recipe.sizes is None:
         return
     shares = [f"--prune-{name}" for name, share in recipe.prune_budgets.items() if share is not None]
@@ -69,8 +67,8 @@ def require_sizes(recipe: Recipe) -> None:
         "--quantizer modelopt": recipe.quantizer is Quantizer.MODELOPT,
         "--plugins on": recipe.plugins is Plugins.ON,
         "--shape of several inputs": len(recipe.shapes) > 1 or (bool(recipe.shapes) and recipe.input_shape is not None),
-        "--data of a factory": recipe.data is not None and is_factory(recipe.data),
-        "--validation-data of a factory": recipe.validation_data is not None and is_factory(recipe.validation_data),
+        "--data of ready arrays": _gives_prepared(recipe.data),
+        "--validation-data of ready arrays": _gives_prepared(recipe.validation_data),
     }
     if wrong := [option for option, given in asked.items() if given]:
         shape = "x".join(map(str, recipe.shape or ("C", *recipe.sizes.usual)))
@@ -79,6 +77,14 @@ def require_sizes(recipe: Recipe) -> None:
             f"Leave it out, or name one size, as in --input-shape {shape}.",
             ExitCode.IMPOSSIBLE,
         )
+
+
+def _gives_prepared(data: str | None) -> bool:
+    """Whether a function of the user's gives the network's input; of what is in memory nobody knows here."""
+    from resvit_calibrate.data.naming import OBJECT
+    from resvit_calibrate.data.sources import gives_prepared
+
+    return data is not None and not data.startswith(OBJECT) and gives_prepared(data)
 
 
 def require_ready(

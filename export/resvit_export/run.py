@@ -45,8 +45,16 @@ MOST_IMAGES = 100_000_000
 class Sources:
     """What every target of a recipe shares: the network and the images, each loaded once."""
 
-    def __init__(self, recipe: Recipe, reporter: Reporter, module: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        reporter: Reporter,
+        module: nn.Module | None = None,
+        objects: Mapping[str, Any] | None = None,
+    ) -> None:
         self.recipe, self.reporter, self._module = recipe, reporter, module
+        self.objects = objects or {}
+        """Data sets in memory, by the names that stand for them in the recipe."""
         self._network: NetworkSource | None = None
         self._sets: tuple[ImageSet, ImageSet] | None = None
         self._training: dict[int, TrainingImages] = {}
@@ -75,7 +83,7 @@ class Sources:
     @cached_property
     def _data(self) -> str:
         # Folders are looked into for this, once for all who ask.
-        from resvit_calibrate.data.sources import require_source
+        from resvit_calibrate.data.naming import require_source
 
         recipe = self.recipe
         if recipe.data is None:
@@ -84,7 +92,7 @@ class Sources:
                 "Say --data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
             )
         for data in (recipe.data, recipe.validation_data, recipe.train_data):
-            if data is not None:
+            if data is not None and data not in self.objects:
                 require_source(data)
         return recipe.data
 
@@ -116,6 +124,7 @@ class Sources:
                 classes=self.classes,
                 known_classes=known_classes,
                 said=frozenset(recipe.preprocess),
+                objects=self.objects,
             )
             self._sets = open_image_sets(spec, preprocess, self.reporter)
         return self._sets
@@ -140,6 +149,7 @@ class Sources:
                 TargetOptions.from_options(recipe.task_options, recipe.task.value),
                 self.classes,
                 known_classes,
+                self.objects,
             )
         return self._training[count]
 
@@ -243,7 +253,7 @@ class Run:
 
     def preprocess(self, network: NetworkRecord) -> Preprocess:
         """How images become input: from the model where it knows, with the recipe's settings on top."""
-        return preprocess_from(network, self.recipe.preprocess, self.recipe.data)
+        return preprocess_from(network, self.recipe.preprocess, self.recipe.data, self.sources.objects)
 
     def image_sets(self, network: NetworkRecord) -> tuple[ImageSet, ImageSet]:
         """Calibration and validation images; refuses data that lacks what the network reads beside images."""
@@ -306,16 +316,23 @@ class Run:
                 require_outputs_for(images, task.kind, task.options, outputs)
 
 
-def runs_for(recipe: Recipe, folder: RunFolder, reporter: Reporter, module: nn.Module | None = None) -> list[Run]:
+def runs_for(
+    recipe: Recipe,
+    folder: RunFolder,
+    reporter: Reporter,
+    module: nn.Module | None = None,
+    objects: Mapping[str, Any] | None = None,
+) -> list[Run]:
     """One run for each target of the recipe, all in one folder: stages that do not differ are done once.
 
-    ``module`` is a network in memory, where the recipe names none. A JetPack goes to the Jetsons among several targets.
+    ``module`` is a network in memory, where the recipe names none, and ``objects`` are data sets in memory by name. A
+    JetPack goes to the Jetsons among several targets.
     Raises ``ResvitError``, before anything is done, where one of the targets cannot do what is asked for.
     """
     from resvit_engines.targets.table import Kind
 
     names = list(dict.fromkeys(recipe.targets))
-    sources = Sources(recipe, reporter, module)
+    sources = Sources(recipe, reporter, module, objects)
     if len(names) < 2:
         return [Run(recipe, folder, reporter, sources)]
     jetsons = {name for name in names if resolve_target(name, None, recipe.own_targets).kind is Kind.JETSON}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
+from resvit_calibrate.data.naming import KINDS, is_factory, require_source, same_source
 from resvit_calibrate.data.numbering import numbered_like, same_numbering, with_classes
 from resvit_calibrate.data.pixel_doubts import require_readable, with_white
-from resvit_calibrate.data.sources import (
-    KINDS,
-    Pools,
-    is_factory,
-    open_source,
-    require_source,
-    same_source,
-)
+from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.data.training_images import TrainingImages
 from resvit_calibrate.images.class_list import ClassList
 from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
@@ -25,6 +22,9 @@ from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers.user.loader import Factory, StreamImageSet
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
+
+_BELOW_ZERO = 0.2
+"""A black pixel below this, normalised, tells values that are normalised from those that are not."""
 
 __all__ = [
     "Batch",
@@ -51,6 +51,8 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     calibration, validation = _opened(spec, preprocess, reporter)
     _require(validation, "validation")
     _require(calibration, "calibration")
+    for note in dict.fromkeys(_about_factory(calibration) + _about_factory(validation)):
+        reporter.warn(note)
     with_white((calibration, validation), reporter)
     if validation.task is None and spec.unlabelled:
         reporter.warn(
@@ -90,7 +92,7 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
 
 
 def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    first = _numbered(open_source(spec.data, spec.reading), spec)
+    first = _numbered(open_source(spec.data, spec.reading, spec.objects, reporter), spec)
     if spec.validation_data is None or same_source(spec.data, spec.validation_data):
         if isinstance(first, Factory):
             return _streams(first, spec, preprocess)
@@ -98,7 +100,7 @@ def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple
             return _divided(first.calibration, spec, preprocess, reporter)
         second: Pools | Factory = first
     else:
-        second = _numbered(open_source(spec.validation_data, spec.reading), spec)
+        second = _numbered(open_source(spec.validation_data, spec.reading, spec.objects, reporter), spec)
         if isinstance(first, Pools) and isinstance(second, Pools):
             pair = same_numbering(first.calibration, second.validation or second.calibration, reporter)
             first, second = (Pools(pool, None) for pool in pair)
@@ -136,14 +138,16 @@ def open_training_images(
     reading: TargetOptions = AS_USUAL,
     classes: ClassList | None = None,
     known_classes: ClassList | None = None,
+    objects: Mapping[str, Any] | None = None,
 ) -> TrainingImages:
     """Open at most ``limit`` images to train on: none of them is also in ``avoid``, the validation images.
 
     ``data`` is of the kinds that ``DataSpec`` has; of one with two parts, the first is taken. Labels may be
-    missing. Classes are numbered as in ``avoid``, which was opened with the same class lists. Raises ``ResvitError``
-    where the data is missing or unusable, is all in ``avoid``, or has classes that ``avoid`` does not know.
+    missing. ``objects`` are data sets in memory, by name. Classes are numbered as in ``avoid``, which was opened with
+    the same class lists. Raises ``ResvitError`` where the data is missing or unusable, is all in ``avoid``, or has
+    classes that ``avoid`` does not know.
     """
-    source = open_source(data, reading)
+    source = open_source(data, reading, objects, reporter)
     images: IndexedImageSet | StreamImageSet
     if isinstance(source, Factory):
         images = StreamImageSet(source, "calibration", preprocess, limit)
@@ -201,6 +205,26 @@ def _streams(factory: Factory, spec: DataSpec, preprocess: Preprocess) -> tuple[
     wanted = None if spec.validation_images is None else spec.calibration_images + spec.validation_images
     whole = StreamImageSet(factory, "calibration", preprocess, wanted)
     return whole.divided(*divide(len(whole), spec.calibration_images, spec.validation_images))
+
+
+def _about_factory(images: ImageSet) -> tuple[str, ...]:
+    """How a data set of somebody else's is read, and where it seems to lack the network's normalisation."""
+    if not isinstance(images, StreamImageSet):
+        return ()
+    mean, std = images.preprocess.mean, images.preprocess.std
+    low = min(-one / deviation for one, deviation in zip(mean, std, strict=False))
+    if low < -_BELOW_ZERO and images.lowest >= 0:
+        raw = (
+            f"the values of {images.factory} lie from {images.lowest:g} to {images.highest:g}, and none is below 0 as "
+            f"the network's own mean ({_numbers(mean)}) and std ({_numbers(std)}) would have it, from {low:.3g} on: "
+            "normalise them there as in training, or give the pictures themselves"
+        )
+        return (*images.notes, raw)
+    return images.notes
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
 def _tell(pool: Pixels, reporter: Reporter) -> None:

@@ -14,6 +14,7 @@ from resvit_calibrate.readers.folders import order_note
 from resvit_calibrate.readers.masks import MaskPixels
 from resvit_calibrate.readers.npz_targets import TargetArrays
 from resvit_calibrate.readers.paired import shortened
+from resvit_calibrate.readers.user.targeted import TargetedDataset
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 
@@ -67,7 +68,7 @@ def _moved(pool: Pixels, moved: Mapping[int, int], classes: ClassList) -> Pixels
     elif isinstance(pool, MaskPixels):
         before = pool.moved or {number: number for number in moved}
         pool.moved = {value: moved[number] for value, number in before.items() if number in moved}
-    elif isinstance(pool, TargetArrays):
+    elif isinstance(pool, (TargetArrays, TargetedDataset)):
         pool.move(moved)
     pool.class_names, pool.class_ids = classes.names, ()
     pool.num_classes = len(classes.names) if classes.whole else None

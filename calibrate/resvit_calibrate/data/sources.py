@@ -1,40 +1,39 @@
-"""Recognising what the user named as data: a folder of one of seven kinds, a file, or a factory."""
+"""Opening what the user named as data: a folder of one of many kinds, a file, a name, or a factory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
-from resvit_calibrate.data.classified import lists_in, pools_of_folders, pools_of_lists, pools_of_one_list
+from resvit_calibrate.data.classified import pools_of_folders, pools_of_lists, pools_of_one_list
+from resvit_calibrate.data.libraries import pools_of_tables
+from resvit_calibrate.data.naming import KINDS, Kind, existing, is_factory, kind_of_folder, require_source, split_kind
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
-from resvit_calibrate.images.targets import TargetOptions
+from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
 from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, open_coco_masks, unused_files
 from resvit_calibrate.readers.boxes.table import with_classes_of_both
 from resvit_calibrate.readers.boxes.voc import pixels_from_voc
-from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file, yolo_from_file, yolo_from_folder
+from resvit_calibrate.readers.boxes.yolo import yolo_file, yolo_from_file, yolo_from_folder
 from resvit_calibrate.readers.folders import note_of_unused, split_folders
-from resvit_calibrate.readers.layouts import Layout, layouts_in, require_read, unused_parts
+from resvit_calibrate.readers.hugging_face.places import ENDINGS as TABLES
+from resvit_calibrate.readers.layouts import Layout, layouts_in, unused_parts
 from resvit_calibrate.readers.lists.classes import pixels_from_names
 from resvit_calibrate.readers.lists.kinds import says
 from resvit_calibrate.readers.lists.rows import ENDINGS as LISTS
 from resvit_calibrate.readers.npz import pixels_from_npz
 from resvit_calibrate.readers.paired import IMAGES, Part
 from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
-from resvit_calibrate.readers.texts import BESIDE, pixels_from_list, pixels_from_texts_beside, text_lists, texts_beside
-from resvit_calibrate.readers.user.loader import Factory, factory_from, is_factory_name
+from resvit_calibrate.readers.texts import pixels_from_list, pixels_from_texts_beside, text_lists
+from resvit_calibrate.readers.torchvision_sets import pixels_from_torchvision
+from resvit_calibrate.readers.user.loader import Factory, factory_from
+from resvit_calibrate.readers.video.container import format_of
+from resvit_calibrate.readers.video.film import named_films, pixels_from_films
+from resvit_calibrate.readers.video.frames import pixels_from_frames
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import open_outside
-from resvit_engines.pictures.decode import begins_as_picture
-
-Kind = Literal["folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar"]
-KINDS = (
-    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
-    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, or "
-    "file.py:factory."
-)
-_TOLD_BY_NAME = (".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
+from resvit_engines.progress import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -45,66 +44,44 @@ class Pools:
     validation: Pixels | None
 
 
-def require_source(data: str) -> None:
-    """Refuse at once, without reading any image, what names no data: so that no long work is done for nothing.
+def open_source(
+    data: str, options: TargetOptions, objects: Mapping[str, Any] | None = None, reporter: Reporter = SILENT
+) -> Pools | Factory:
+    """Open what the user named, without reading any image but those of films and of data sets that are objects.
 
-    Raises ``ResvitError`` for a path that does not exist and is no factory's name, a file that is of no kind that is
-    read, and a folder that could be of two.
-    """
-    if data == "fashion-mnist":
-        return
-    kind, text = _split(data)
-    shards = named_shards(text) if kind in (None, "tar") else ()
-    if missing := [path for path in shards if existing(str(path)) is None]:
-        raise ResvitError(f"The data {text!r} does not exist: there is no {missing[0]}.", KINDS)
-    if not shards and existing(text) is None and (kind is not None or ":" not in data):
-        raise ResvitError(f"The data {text!r} does not exist.", KINDS)
-    path = existing(text)
-    if path is not None and path.is_dir() and kind is None:
-        kind_of_folder(path)
-    elif path is not None and kind is None and not shards and path.suffix.lower() not in _TOLD_BY_NAME:
-        _require_archive(path)
-
-
-def _require_archive(path: Path) -> None:
-    """Refuse a file that no name tells the kind of and that is no ``.npz`` inside."""
-    with open_outside(path) as stream:
-        start = stream.read(64)
-    if begins_as_picture(start):
-        raise ResvitError(f"{path} is a picture, and data are many.", f"Name the folder that it lies in. {KINDS}")
-    if not start.startswith(b"PK"):
-        raise ResvitError(f"{path} is of no kind of data that is read.", KINDS)
-
-
-def is_factory(data: str) -> bool:
-    """Whether ``data`` names a function that gives preprocessed images, without importing it."""
-    return _split(data)[0] is None and not named_shards(data) and existing(data) is None and is_factory_name(data)
-
-
-def open_source(data: str, options: TargetOptions) -> Pools | Factory:
-    """Open what the user named, without reading any image.
+    ``objects`` are data sets in memory, by the names that stand for them.
 
     Raises ``ResvitError`` for what does not exist, cannot be used, or could be two kinds of data.
     """
+    if objects and data in objects:
+        return _pictures_or_factory(Factory(data, lambda: objects[data], options))
     if data == "fashion-mnist":
         train, test = (
             ArrayPixels(f"fashion-mnist ({split})", *fashion_mnist.read_split(split), fashion_mnist.CLASS_NAMES)
             for split in fashion_mnist.SPLITS
         )
         return Pools(train, test)
-    kind, text = _split(data)
+    kind, text = split_kind(data)
+    if kind == "hf-dataset":
+        return Pools(*pools_of_tables(text))
+    if kind == "torchvision":
+        return Pools(*pixels_from_torchvision(text))
     path = existing(text)
     if kind in (None, "tar") and not (path is not None and path.is_dir()) and (shards := named_shards(text)):
         require_source(data)
         return Pools(pixels_from_shards(shards, Path(text).name), None)
     if path is not None and path.is_dir():
-        return _folder_pools(path, kind, options)
+        return _folder_pools(path, kind, options, reporter)
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(_coco(path, options), None)
     if path is not None and kind == "masks" and path.suffix.lower() == ".json":
         return Pools(open_coco_masks(path, options), None)
     if path is not None and (kind in ("csv", "text") or (kind is None and path.suffix.lower() in LISTS)):
         return _listed_pools(path, kind)
+    if path is not None and kind is None and path.suffix.lower() in TABLES:
+        return Pools(*pools_of_tables(data))
+    if path is not None and (kind == "video" or (kind is None and format_of(path) is not None)):
+        return Pools(pixels_from_films((path,), path.name, reporter), None)
     if path is not None and path.suffix.lower() in (".yaml", ".yml"):
         return Pools(*yolo_from_file(path))
     if path is not None and kind is None and path.suffix != ".py":
@@ -116,76 +93,20 @@ def open_source(data: str, options: TargetOptions) -> Pools | Factory:
     if factory is None:
         what = "is a Python file without a function" if path is not None else "does not exist"
         raise ResvitError(f"The data {data!r} {what}.", KINDS)
-    return factory
+    return _pictures_or_factory(factory)
 
 
-def kind_of_folder(root: Path) -> Kind:
-    """What a folder holds, by what it contains.
-
-    Raises ``ResvitError`` where that could be two things, and for a layout that is known and not read.
-    """
-    found: list[tuple[Kind, str]] = []
-    annotations = annotation_files(root)
-    if annotations is not None:
-        found.append(("coco", str(annotations[0].relative_to(root))))
-    if listed := lists_in(root):
-        found.append(("csv", ", ".join(str(path.relative_to(root)) for path in listed.values())))
-    if lists := text_lists(root):
-        found.append(("text", str(lists[0].relative_to(root))))
-    elif texts_beside(root):
-        found.append(("text", f"texts beside its pictures ({BESIDE})"))
-    layouts = layouts_in(root)
-    described = yolo_file(root)
-    if described is not None:
-        found.append(("yolo", described.name))
-    for layout in layouts:
-        if layout.kind in ("masks", "depth", "voc") or (layout.kind == "yolo" and described is None):
-            found.append((layout.kind, layout.words))
-    if not found and is_yolo(root):
-        found.append(("yolo", "text files with boxes beside its pictures"))
-    if len({kind for kind, _ in found}) > 1:
-        raise ResvitError(
-            f"{root} could be several kinds of data: it holds {', '.join(what for _, what in found)}.",
-            f"Say which: {' or '.join(dict.fromkeys(f'`{kind}:{root}`' for kind, _ in found))}.",
-        )
-    if found:
-        return found[0][0]
-    if shards_in(root)[0]:
-        return "tar"
-    for layout in layouts:
-        require_read(layout, root)
-    return "folder"
+def gives_prepared(data: str, objects: Mapping[str, Any] | None = None) -> bool:
+    """Whether ``data`` is the network's input already, as a function or an object gives it; calls the function."""
+    return is_factory(data) and isinstance(open_source(data, AS_USUAL, objects), Factory)
 
 
-def existing(text: str) -> Path | None:
-    """The file or folder that ``text`` names, if there is one; it may be the name of something else."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.is_dir() or path.is_file() else None
-    except PermissionError as error:
-        raise ResvitError(f"{text} cannot be read: {error.strerror}.", "Change its permissions.") from error
-    except (OSError, RuntimeError, ValueError):
-        return None
+def _pictures_or_factory(factory: Factory) -> Pools | Factory:
+    pictures = factory.pictures()
+    return factory if pictures is None else Pools(*pictures)
 
 
-def same_source(data: str, validation_data: str) -> bool:
-    """Whether both name the same data, though perhaps in other words."""
-    if data == validation_data:
-        return True
-    (kind, text), (other_kind, other_text) = _split(data), _split(validation_data)
-    first, second = existing(text), existing(other_text)
-    return kind == other_kind and first is not None and second is not None and first.samefile(second)
-
-
-def _split(data: str) -> tuple[Kind | None, str]:
-    """Take ``coco:`` and the like off a name; a path that exists as it stands has none."""
-    for kind in get_args(Kind):
-        if data.startswith(f"{kind}:") and existing(data) is None:
-            return kind, data.removeprefix(f"{kind}:")
-    return None, data
-
-
-def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pools:
+def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions, reporter: Reporter) -> Pools:
     told = kind is not None
     kind = kind or kind_of_folder(root)
     if kind == "coco":
@@ -201,6 +122,12 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions) -> Pool
         return Pools(*pools_of_lists(root))
     if kind == "tar":
         return _shard_pools(root)
+    if kind == "hf-dataset":
+        return Pools(*pools_of_tables(str(root)))
+    if kind == "video":
+        return Pools(pixels_from_films(named_films(root), root.name, reporter), None)
+    if kind == "frames":
+        return Pools(pixels_from_frames(root, reporter), None)
     layout = _layout_of(root, kind)
     if kind == "voc":
         return _voc_pools(layout, root)

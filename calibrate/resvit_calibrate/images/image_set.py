@@ -33,7 +33,8 @@ class DataSpec:
     are chosen. ``unlabelled`` allows validation images of which nothing is known, and ``unjudged`` those that are all
     of one class, since the network is not judged by classes. ``classes`` are the network's, as the user says, and
     ``known_classes`` as its own configuration does (see ``data.numbering``). ``said`` names the settings of the
-    preprocessing that the user gave: what data leave open is in doubt where it is not among them.
+    preprocessing that the user gave: what data leave open is in doubt where it is not among them. ``objects`` are data
+    sets in memory, by the names that stand for them in ``data`` and ``validation_data``.
     """
 
     data: str
@@ -47,6 +48,7 @@ class DataSpec:
     classes: ClassList | None = None
     known_classes: ClassList | None = None
     said: frozenset[str] = frozenset()
+    objects: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.data.strip() or (self.validation_data is not None and not self.validation_data.strip()):

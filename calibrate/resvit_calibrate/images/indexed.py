@@ -57,6 +57,7 @@ class IndexedImageSet(ImageSet):
         self.num_classes = pixels.num_classes
         self._looks: dict[int, Look] = {}
         numbers = [int(index) for index in indices]
+        pixels.fetch(numbers)
         found = _in_threads(pixels.look, numbers)
         for index, look in reporter.track(found, f"read {pixels.name}", len(numbers)):
             if isinstance(look, BrokenImage):

@@ -88,6 +88,10 @@ class Pixels(Protocol):
         """Name one image, for messages."""
         ...
 
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Hear which images are about to be looked at, where reading them together is cheaper than one by one."""
+        ...
+
     def look(self, index: int) -> Look:
         """Digest one image's bytes; raise ``BrokenImage`` where they are not an image."""
         ...
@@ -110,6 +114,9 @@ class Untargeted:
     task: str | None = None
     class_ids: tuple[int, ...] = ()
     num_classes: int | None = None
+
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Each is read by itself."""
 
     def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target | None:
         """There is none."""
@@ -147,7 +154,7 @@ class ArrayPixels(Untargeted):
         """Digest one image's pixels."""
         image = np.ascontiguousarray(self._images[index])
         found = Look(hashlib.sha256(image.tobytes()).digest(), image.shape[2] == 3)
-        return found if image.dtype == np.uint8 else _with_range(found, image)
+        return found if image.dtype == np.uint8 else with_range(found, image)
 
     def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """One image as 8 bits: uint8 [H, W, C]; raise ``BrokenImage`` where ``decoding`` does not fit its values."""
@@ -208,7 +215,7 @@ class FilePixels(Untargeted):
             orientation=header.orientation,
             stored=(header.height, header.width),
         )
-        return found if deep is None else _with_range(found, deep)
+        return found if deep is None else with_range(found, deep)
 
     def read(self, index: int, decoding: Decoding = AS_USUAL, seen: Look = UNSEEN) -> npt.NDArray[np.uint8]:
         """Decode one file: uint8 [H, W, 1 or 3]."""
@@ -250,5 +257,6 @@ def changed_since_opened(name: str) -> ResvitError:
     )
 
 
-def _with_range(look: Look, values: npt.NDArray[Any]) -> Look:
+def with_range(look: Look, values: npt.NDArray[Any]) -> Look:
+    """``look`` with the smallest and largest of values that have more than 8 bits."""
     return look._replace(brightest=float(values.max()), darkest=float(values.min()), kind=values.dtype.name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from resvit_calibrate.answers.base import Answers, Task
 from resvit_calibrate.answers.boxes import PAIRS
-from resvit_calibrate.data.sources import existing
+from resvit_calibrate.data.naming import existing
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.tasks.classification import Classification
 from resvit_calibrate.tasks.depth import Depth

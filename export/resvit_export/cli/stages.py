@@ -15,6 +15,7 @@ from resvit_export.cli.options import device_options, recipe_options, require_on
 
 if TYPE_CHECKING:
     from resvit_export.pipeline import Pipeline
+    from resvit_export.recipe.recipe import Recipe
     from resvit_export.run import Run
     from resvit_export.stage import Artifact
 
@@ -41,8 +42,18 @@ def open_runs(flags: dict[str, Any], output: Output) -> Iterator[Sequence[Run]]:
     runs = runs_for(recipe, folder, report)
     for run in runs:
         Pipeline(run)  # what cannot be is refused before any work
+    _require_named_data(flags, recipe)
     with opened(recipe, folder, runs):
         yield runs
+
+
+def _require_named_data(flags: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse data that this command line names and that is none; what a finished run's recipe names may be gone."""
+    from resvit_calibrate.data.naming import require_source
+
+    for name in ("data", "validation_data", "train_data"):
+        if flags.get(name) is not None:
+            require_source(str(getattr(recipe, name)))
 
 
 @contextlib.contextmanager

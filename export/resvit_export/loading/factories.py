@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from resvit_calibrate.readers.user.code import module_from
+from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import expanded, leads_to_file
-from resvit_export.loading.libraries import import_beside_torchvision, import_timm
+from resvit_export.loading.libraries import import_timm
 from resvit_export.loading.spec import Scalar
 from resvit_export.loading.user_code import user_error
 

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from resvit_calibrate.images.preprocess import Preprocess
 
 
-def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str | None) -> Preprocess:
+def preprocess_from(
+    network: NetworkRecord, wished: Mapping[str, Any], data: str | None, objects: Mapping[str, Any] | None = None
+) -> Preprocess:
     """Merge the model's own preprocessing with what is ``wished``; ``data`` names the images.
+
+    ``objects`` are data sets in memory, by the names that stand for them.
 
     Mean and standard deviation are never guessed: a wrong pair costs accuracy without a sign. Data that a user's
     factory yields is preprocessed already, and needs neither.
@@ -53,7 +57,7 @@ def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str
         **wished,
     }
     if "mean" not in settings or "std" not in settings:
-        if _is_factory(data):
+        if _gives_prepared(data, objects):
             settings.update(mean=[0.0] * channels, std=[1.0] * channels, resize="none")
         else:
             raise ResvitError(
@@ -71,7 +75,7 @@ def preprocess_from(network: NetworkRecord, wished: Mapping[str, Any], data: str
     return preprocess
 
 
-def _is_factory(data: str | None) -> bool:
-    from resvit_calibrate.data.sources import is_factory
+def _gives_prepared(data: str | None, objects: Mapping[str, Any] | None) -> bool:
+    from resvit_calibrate.data.sources import gives_prepared
 
-    return data is not None and is_factory(data)
+    return data is not None and gives_prepared(data, objects)

@@ -27,6 +27,7 @@ _TABLES = (
     *("recover", "search", "validate", "target", "targets", "bundle"),
 )
 """The order in which they are written."""
+_NETWORKS = ("resvit:", "timm:", "hf:", "object:")
 
 
 def recipe_from_toml(path: Path) -> Recipe:
@@ -117,6 +118,11 @@ def absolute_reference(text: str, folder: Path) -> str:
         return f"hf:{named.resolve()}"
     if colon and head.endswith(".py"):
         return f"{(folder / expanded(head)).resolve()}:{tail}"
+    if colon and not text.startswith(_NETWORKS):
+        from resvit_calibrate.data.naming import absolute_source
+
+        if (named_data := absolute_source(text, folder)) is not None:
+            return named_data
     path = folder / expanded(text)
     looks_like_path = text.startswith(("/", "./", "../", "~")) or "/" in text
     if path.exists() or (looks_like_path and ":" not in text) or text.endswith((".pt", ".pth", ".npz", ".onnx")):

@@ -107,7 +107,8 @@ class Recipe:
         _PRUNE,
         "data.images",
         None,
-        "Images: a folder, an .npz, fashion-mnist, or package.module:factory.",
+        "Images: a folder, an .npz, fashion-mnist, hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, film.mp4, or "
+        "file.py:factory.",
         place=_REFERENCE,
     )
     validation_data: str | None = setting(

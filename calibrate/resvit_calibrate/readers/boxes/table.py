@@ -132,6 +132,10 @@ class BoxPixels(FilePixels):
         # The notes are those of now: more may have been said than the table's own.
         classes = places[self.table.classes]
         table = dataclasses.replace(self.table, classes=classes, class_ids=ids, class_names=names, notes=self.notes)
+        return self.with_table(table)
+
+    def with_table(self, table: BoxTable) -> BoxPixels:
+        """The same pictures with other boxes."""
         return BoxPixels(table, self.root)
 
     def _boxes(self, index: int) -> BoxTarget:

@@ -32,9 +32,10 @@ SHAPE = (
     "`boxes` [M, 4] (x1, y1, x2, y2 in pixels of the input) and `classes` [M]."
 )
 _KINDS = ("labels", "masks", "depth", "texts", "targets")
+_ALSO = {"images": ("pixel_values", "image", "img"), "labels": ("label", "target")}
 _OTHERS = ("geometry", "inputs")
 _PER_IMAGE = ("boxes", "mask", "depth", "text")
-_TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
+TASKS: dict[type[Target], str] = {BoxTarget: "detection", MaskTarget: "segmentation", DepthTarget: "depth"} | {
     TextTarget: "text"
 }
 
@@ -54,7 +55,7 @@ class Item:
     def task(self) -> str | None:
         """What is known of it."""
         if self.target is not None:
-            return _TASKS[type(self.target)]
+            return TASKS[type(self.target)]
         return None if self.label is None else "classification"
 
     @property
@@ -85,7 +86,8 @@ def items_of(text: str, batch: Any, expected: tuple[int, ...], options: TargetOp
     """
     second, geometry, inputs = None, None, {}
     if isinstance(batch, Mapping):
-        whole, (batch, second, geometry) = batch, _from_mapping(text, batch)
+        whole = _called_as_usual(batch)
+        batch, second, geometry = _from_mapping(text, whole)
         inputs = _inputs(text, whole.get("inputs"), len(batch))
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         batch, second = batch
@@ -96,6 +98,16 @@ def items_of(text: str, batch: Any, expected: tuple[int, ...], options: TargetOp
     for index, (image, what, place) in enumerate(zip(images, known, places, strict=True)):
         label, target = (what, None) if what is None or isinstance(what, int) else (None, what)
         yield Item(image, label, target, place, {name: values[index] for name, values in inputs.items()})
+
+
+def _called_as_usual(batch: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Under the names that are known here, what other libraries' loaders call otherwise."""
+    found = dict(batch)
+    for usual, names in _ALSO.items():
+        others = [name for name in names if name in found]
+        if usual not in found and len(others) == 1:
+            found[usual] = found.pop(others[0])
+    return found
 
 
 def _from_mapping(text: str, batch: Mapping[Any, Any]) -> tuple[Any, Any, Sequence[Geometry] | None]:
@@ -146,6 +158,8 @@ def _inputs(text: str, inputs: Any, count: int) -> dict[str, npt.NDArray[Any]]:
 
 def _images(text: str, images: Any, expected: tuple[int, ...]) -> npt.NDArray[np.float32]:
     images = _array(text, images, "images")
+    if images.dtype.kind in "USO":
+        raise ResvitError(f"{text} gave a batch of {images.dtype.type.__name__}, and no images.", SHAPE)
     if images.dtype.kind != "f":
         raise ResvitError(f"{text} gave images of type {images.dtype}, not preprocessed floats.", SHAPE)
     if images.ndim != 4 or images.shape[1:] != expected:
@@ -166,10 +180,10 @@ def _known(
     """The label or target of every image of a batch."""
     if second is None:
         return [None] * count
-    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, str, *_TASKS)):
+    if isinstance(second, (list, tuple)) and second and isinstance(second[0], (Mapping, str, *TASKS)):
         if len(second) != count:
             raise ResvitError(f"{text} gave {len(second)} targets for {count} images.", SHAPE)
-        return [_target(text, one, size, options) for one in second]
+        return [target_of(text, one, size, options) for one in second]
     values = _array(text, second, "labels")
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
@@ -185,8 +199,13 @@ def _known(
     return [int(value) for value in values]
 
 
-def _target(text: str, one: Any, size: tuple[int, int], options: TargetOptions) -> Target:
-    """One image's target, given as one, as a text or as a dictionary."""
+def target_of(text: str, one: Any, size: tuple[int, int], options: TargetOptions) -> Target:
+    """One image's target, given as one, as a text, as a dictionary, or as an array: a mask, or depths as floats.
+
+    ``size`` is the height and width of what it is about. Raises ``ResvitError`` for what does not fit, naming ``text``.
+    """
+    if isinstance(one, np.ndarray):
+        return _depth(text, one, size, options) if one.dtype.kind == "f" else _mask(text, one, size, options)
     if isinstance(one, (str, TextTarget)):
         return one if isinstance(one, TextTarget) else TextTarget(one)
     if isinstance(one, BoxTarget):

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_known_classes
 from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
+from resvit_calibrate.readers.user.objects import Kind, batches_from, is_picture, item_of, kind_of, parts_of
+from resvit_calibrate.readers.user.pictures import DatasetPixels
+from resvit_calibrate.readers.user.targeted import TargetedDataset, is_targeted
+from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import expanded, leads_to_file
 
@@ -36,6 +41,9 @@ class Factory:
         except (TypeError, ValueError):
             parameters = ()  # type: ignore[assignment]  # a built-in without a signature takes no split
         self.splits = any(p.name == "split" or p.kind is p.VAR_KEYWORD for p in parameters)
+        self._made: dict[Split, Any] = {}
+        self.notes: tuple[str, ...] = ()
+        """Which of several ways what it gave is read."""
 
     @property
     def name(self) -> str:
@@ -48,13 +56,63 @@ class Factory:
         for batch in self._items(split):
             yield from items_of(self.text, batch, expected, self.options)
 
+    def pictures(self) -> tuple[DatasetPixels, DatasetPixels | None] | None:
+        """The pictures of both parts where it gives data sets of pictures; None where it gives the network's input.
+
+        Raises ``ResvitError`` where it gives no images, and where one part is pictures and the other is not.
+        """
+        splits: tuple[Split, ...] = ("calibration", "validation") if self.splits else ("calibration",)
+        made = [self._given(split) for split in splits]
+        kinds = [kind_of(self.text, one) for one in made]
+        shown = [
+            kind is Kind.ITEMS and is_picture(parts_of(self.text, item_of(self.text, one, 0), 0).image)
+            for kind, one in zip(kinds, made, strict=True)
+        ]
+        if len(set(shown)) > 1:
+            raise ResvitError(
+                f"{self.text} gives pictures for one split, and the network's input for the other.",
+                "Give both in one form: nobody could tell whether they went through the same.",
+            )
+        if shown[0]:
+            pools = [self._pool(self._named(split), one) for split, one in zip(splits, made, strict=True)]
+            return pools[0], pools[1] if len(pools) > 1 else None
+        if kinds[0] is not Kind.BATCHES:
+            self.notes = (
+                f"{self.name} gives {kinds[0].value} of ready arrays: they are taken as the network's input, and "
+                "nothing is resized or normalised here",
+            )
+        return None
+
+    def _pool(self, name: str, made: Any) -> DatasetPixels:
+        known = parts_of(self.text, item_of(self.text, made, 0), 0).known
+        if is_targeted(known):
+            return TargetedDataset(self.text, name, made, self.options)
+        return DatasetPixels(self.text, name, made)
+
+    def _named(self, split: Split) -> str:
+        return f"{self.name} ({split})" if self.splits else self.name
+
     def _items(self, split: Split) -> Iterator[Any]:
         try:
-            yield from self._function(split=split) if self.splits else self._function()
+            yield from batches_from(self.text, self._given(split))
         except (ResvitError, MemoryError):
             raise
         except Exception as error:
             raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
+        finally:
+            if not hasattr(self._made.get(split), "__getitem__"):
+                self._made.pop(split, None)  # what can be gone through once is asked for again
+
+    def _given(self, split: Split) -> Any:
+        """What the function returns, which is asked once for what can be gone through again."""
+        if split not in self._made:
+            try:
+                self._made[split] = self._function(split=split) if self.splits else self._function()
+            except (ResvitError, MemoryError):
+                raise
+            except Exception as error:
+                raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
+        return self._made[split]
 
 
 def is_factory_name(text: str) -> bool:
@@ -80,7 +138,7 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
     if module.endswith(".py") and not leads_to_file(expanded(module)):
         raise ResvitError(f"The file {module} does not exist.", "Check the path before the colon.")
     try:
-        loaded = module_from(module)
+        loaded = _imported(module)
     except ResvitError:
         raise
     except Exception as error:
@@ -94,6 +152,17 @@ def function_from(text: str, wanted: str) -> Callable[..., Any] | None:
         raise ResvitError(f"{text} is not a function: {module} {what}.", wanted)
     found: Callable[..., Any] = function
     return found
+
+
+def _imported(place: str) -> ModuleType:
+    """Import the user's module, which may import torchvision where that does not import by itself."""
+    try:
+        return module_from(place)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        import_beside_torchvision("torchvision", "host")
+        return module_from(place)
 
 
 class _Seen(NamedTuple):
@@ -114,9 +183,10 @@ class StreamImageSet(ImageSet):
     def __init__(self, factory: Factory, split: Split, preprocess: Preprocess, stop: int | None) -> None:
         self._factory = factory
         self._split: Split = split
-        self.preprocess, self.factory = preprocess, factory.name
+        self.preprocess, self.factory, self.notes = preprocess, factory.name, factory.notes
         self._kept: dict[int, _Seen] = {}
         tasks: set[str | None] = set()
+        self.lowest, self.highest = float("inf"), float("-inf")
         classes: dict[str, tuple[int, ...]] = {}
         for position, item in enumerate(factory.images(split, preprocess)):
             if position == stop:
@@ -125,6 +195,8 @@ class StreamImageSet(ImageSet):
                 raise ResvitError(f"{factory.text} gave {_ENDLESS} images and goes on.", "Let it end.")
             self._kept[position] = _seen(item)
             tasks.add(item.task)
+            self.lowest = min(self.lowest, float(item.image.min()))
+            self.highest = max(self.highest, float(item.image.max()))
             if item.target is not None:
                 classes[f"image {position}"] = item.classes
         if len(tasks) > 1:
@@ -144,6 +216,8 @@ class StreamImageSet(ImageSet):
         other = StreamImageSet.__new__(StreamImageSet)
         other._factory, other._split, other.preprocess, other._kept = self._factory, split, self.preprocess, kept
         other.factory = self.factory
+        other.notes = self.notes
+        other.lowest, other.highest = self.lowest, self.highest
         other.task, other.num_classes = self.task, self.num_classes
         other._describe()
         return other
