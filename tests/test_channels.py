@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -25,10 +26,10 @@ def seen(x: np.ndarray, parts: int = 1):
     """Channel statistics of values [N, C]."""
     counter = GrowingChannels(x.shape[1])
     largest = 0.0
-    for part in np.array_split(np.asarray(x, np.float32), parts):
+    for number, part in enumerate(np.array_split(np.asarray(x, np.float32), parts)):
         largest = max(largest, float(np.abs(part).max(initial=0.0)))
         channel = np.broadcast_to(np.arange(x.shape[1], dtype=np.int32), part.shape)
-        counter.add(part.ravel(), channel.ravel(), largest)
+        counter.add(part.ravel(), channel.ravel(), largest, np.full(part.size, number))
     return counter.statistics()
 
 
@@ -256,3 +257,39 @@ def test_nonsense_is_refused():
         channel_error(channels, 1.0, "fp8", bits=6)
     with pytest.raises(ValueError, match="weight_energy"):
         amax_for_output(channels, np.ones(2), "int8", 1.0)
+
+
+def test_every_other_image_is_a_half_and_both_are_all(tmp_path):
+    images = np.random.default_rng(3).standard_normal((7, 8, 5, 6)).astype(np.float32)
+    images[1::2, 2] *= 9.0
+    path = model_of_channels(tmp_path / "m.onnx")
+    parts = [{"input": images[:3]}, {"input": images[3:6]}, {"input": images[6:]}]  # a batch need not end on a pair
+    statistics = collect_statistics(path, parts)
+    save_statistics(statistics, tmp_path / "s.npz")
+    for known in (statistics, statistics_from_npz((tmp_path / "s.npz").read_bytes(), "s.npz")):
+        seen = known.tensors["relu"].channels
+        first, second = seen.halves
+        for half, own in ((first, images[::2]), (second, images[1::2])):
+            values = np.maximum(own, 0.0).transpose(1, 0, 2, 3).reshape(8, -1)
+            assert (half.count == values.shape[1]).all()
+            np.testing.assert_array_equal(half.absmax, values.max(1))
+            np.testing.assert_allclose(half.mean_square, np.square(values, dtype=float).mean(1), rtol=1e-6)
+        whole = np.maximum(images, 0.0).transpose(1, 0, 2, 3).reshape(8, -1)
+        np.testing.assert_allclose(seen.mean, whole.mean(1, dtype=float), rtol=1e-6)
+        np.testing.assert_array_equal(seen.log_histogram, first.log_histogram + second.log_histogram)
+    alone = collect_statistics(path, [{"input": images[:1]}]).tensors["relu"].channels
+    assert alone.halves == ()
+
+
+def test_a_range_reaches_further_where_halves_say_little_of_each_other():
+    random = np.random.default_rng(0)
+    energy, ratios = np.ones(4), []
+    for values in (random.standard_normal((8000, 4)), random.standard_t(1.5, (200, 4))):
+        statistics = seen(values.astype(np.float32), 2)
+        largest = float(statistics.absmax.max())
+        blind = dataclasses.replace(statistics, halves=())
+        chosen, before = (amax_for_output(each, energy, "int8", largest) for each in (statistics, blind))
+        assert before <= largest
+        assert chosen <= 2.0 * largest
+        ratios.append(chosen / before)
+    assert 0.9 < ratios[0] < 1.2 < 1.5 < ratios[1], ratios

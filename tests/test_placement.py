@@ -162,6 +162,21 @@ def test_small_products_stay(tmp_path: Path) -> None:
     assert "head" in reasons["head/MatMul"]
 
 
+def test_the_gate_of_a_map_stays_and_the_map_does_not(tmp_path: Path) -> None:
+    g = Graph("batch", 3, 8, 8)
+    maps = g.conv("input", 32, 3, 3, "body")
+    reduced = g.op("Relu", g.conv(g.op("GlobalAveragePool", maps), 8, 32, 1, "reduce"))
+    gate = g.op("HardSigmoid", g.conv(reduced, 32, 8, 1, "expand"))
+    project = g.conv(g.op("Mul", maps, gate), 16, 32, 1, "project")
+    analysis = analysed(g.save(tmp_path / "m.onnx", g.conv(project, 10, 16, 1, "head")))
+    placement = place(analysis, Precision.INT8)
+    assert {name for name, _ in edges(placement)} == {"body", "project"}
+    assert placement.reasons["reduce"] == placement.reasons["expand"]
+    assert "bound by memory" in placement.reasons["expand"]
+    wanted = place(analysis, Precision.INT8, include=["expand"])
+    assert {name for name, _ in edges(wanted)} == {"body", "expand", "project"}
+
+
 def test_fp16_quantises_nothing(parts: Analysis) -> None:
     placement = place(parts, Precision.FP16)
     assert not placement.edges

@@ -156,7 +156,12 @@ def test_shifted_statistics_are_those_of_shifted_values() -> None:
 
     def counted(array: np.ndarray) -> GrowingChannels:
         grown = GrowingChannels(6)
-        grown.add(array.ravel(), np.tile(np.arange(6, dtype=np.int32), len(array)), float(np.abs(array).max()))
+        grown.add(
+            array.ravel(),
+            np.tile(np.arange(6, dtype=np.int32), len(array)),
+            float(np.abs(array).max()),
+            np.zeros(array.size, np.int64),
+        )
         return grown
 
     small, centre = float(-values.min()), (values.max(0) + values.min(0)) / 2

@@ -36,6 +36,24 @@ class ChannelStatistics:
     """[C, 48] counts of the magnitudes that are not zero, by the half octaves of ``edges``."""
     anchor: int
     """All values of the tensor, sampled or not, are of magnitude below 2^anchor."""
+    halves: tuple[ChannelStatistics, ...] = ()
+    """The same of every other image, and of those between: what is chosen by one is judged by the other, as by images
+    that calibration never saw. Empty where there was one image."""
+
+    @classmethod
+    def of_halves(cls, first: ChannelStatistics, second: ChannelStatistics) -> ChannelStatistics:
+        """Both, of one anchor, added up."""
+        count = first.count + second.count
+        share = first.count / np.maximum(count, 1)
+        return cls(
+            count,
+            second.mean + share * (first.mean - second.mean),
+            second.mean_square + share * (first.mean_square - second.mean_square),
+            np.maximum(first.absmax, second.absmax),
+            first.log_histogram + second.log_histogram,
+            first.anchor,
+            (first, second) if first.count.any() and second.count.any() else (),
+        )
 
     @property
     def edges(self) -> NDArray[np.float64]:
@@ -117,32 +135,38 @@ class GrowingChannels:
     def __init__(self, channels: int) -> None:
         self.channels = channels
         self.anchor: int | None = None
-        # Column 0 takes exact zeros.
-        self.counts = np.zeros((channels, LOG_BINS + 1), np.int32)
-        self.sums, self.squares = np.zeros(channels), np.zeros(channels)
-        self.absmax = np.zeros(channels, np.float32)
+        # One half of the images behind the other; column 0 takes exact zeros.
+        self.counts = np.zeros((2 * channels, LOG_BINS + 1), np.int32)
+        self.sums, self.squares = np.zeros(2 * channels), np.zeros(2 * channels)
+        self.absmax = np.zeros(2 * channels, np.float32)
 
     def wants_more(self, batch: int) -> bool:
         """Whether this batch is to be counted: all at first, every fourth when there are enough values."""
         return batch % 4 == 0 or int(self.counts.sum(dtype=np.int64)) < _ENOUGH
 
-    def add(self, sample: NDArray[np.float32], channel: NDArray[np.int32], absmax: float) -> None:
-        """Count a sample [N] of finite values, none of a magnitude above ``absmax``, and the channel of each [N]."""
+    def add(
+        self, sample: NDArray[np.float32], channel: NDArray[np.int32], absmax: float, image: NDArray[np.int64]
+    ) -> None:
+        """Count a sample [N] of finite values, none of a magnitude above ``absmax``.
+
+        ``channel`` [N] and ``image`` [N] say where each is from.
+        """
         anchor = max(math.frexp(absmax)[1], _SMALLEST_ANCHOR)
         if self.anchor is None or anchor > self.anchor:
             self._raise_anchor(anchor)
         assert self.anchor is not None
+        row = channel + (image % 2).astype(np.int32) * np.int32(self.channels)
         magnitude = np.abs(sample)
         bits = magnitude.view(np.int32)
         lowest = 2 * (self.anchor + _BIAS) - LOG_BINS - 1
         bins = np.maximum((bits >> _HALF_OCTAVE) - lowest, 1) * (bits != 0)
-        width = LOG_BINS + 1
-        counted = np.bincount(channel * width + bins, minlength=self.channels * width)
-        self.counts += counted.reshape(self.channels, width).astype(np.int32)
-        self.sums += np.bincount(channel, sample, self.channels)
-        self.squares += np.bincount(channel, np.square(sample, dtype=np.float64), self.channels)
-        larger = np.flatnonzero(magnitude > self.absmax[channel])
-        np.maximum.at(self.absmax, channel[larger], magnitude[larger])
+        rows, width = 2 * self.channels, LOG_BINS + 1
+        counted = np.bincount(row * width + bins, minlength=rows * width)
+        self.counts += counted.reshape(rows, width).astype(np.int32)
+        self.sums += np.bincount(row, sample, rows)
+        self.squares += np.bincount(row, np.square(sample, dtype=np.float64), rows)
+        larger = np.flatnonzero(magnitude > self.absmax[row])
+        np.maximum.at(self.absmax, row[larger], magnitude[larger])
 
     def _raise_anchor(self, anchor: int) -> None:
         if self.anchor is not None:
@@ -156,10 +180,13 @@ class GrowingChannels:
 
     def statistics(self) -> ChannelStatistics:
         """Everything added up."""
-        count = self.counts.sum(axis=1, dtype=np.int64)
+        return ChannelStatistics.of_halves(self._half(0), self._half(1))
+
+    def _half(self, number: int) -> ChannelStatistics:
+        rows = slice(number * self.channels, (number + 1) * self.channels)
+        count = self.counts[rows].sum(axis=1, dtype=np.int64)
         divisor = np.maximum(count, 1)
         anchor = self.anchor if self.anchor is not None else _SMALLEST_ANCHOR
-        histogram = np.ascontiguousarray(self.counts[:, 1:])
-        return ChannelStatistics(
-            count, self.sums / divisor, self.squares / divisor, self.absmax.copy(), histogram, anchor
-        )
+        histogram = np.ascontiguousarray(self.counts[rows, 1:])
+        means = self.sums[rows] / divisor, self.squares[rows] / divisor
+        return ChannelStatistics(count, *means, self.absmax[rows].copy(), histogram, anchor)

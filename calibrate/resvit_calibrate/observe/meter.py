@@ -46,7 +46,8 @@ class Meter:
         self.maps: dict[str, list[tuple[GrowingChannels, ChannelMap]]] = {}
         # By reader; None where they cannot be told.
         self.channels: dict[str, GrowingChannels | None] = {}
-        self.batches = 0
+        self.batches = self.taken = 0
+        """Batches, and images in them, that were added."""
         self.images: dict[str, list[Array] | None] = {name: [] if channels else None for name in observed.sampled}
 
     def probe(self, session: Any, piece: Arrays, fixed: int | None) -> None:
@@ -111,9 +112,10 @@ class Meter:
                 flat = self.starts[index] + self.steps[index] * np.arange(sample.size)
                 for counter, mapping in self.maps[name]:
                     if counter.wants_more(self.batches):
-                        counter.add(sample, mapping.of(flat), absmax)
+                        counter.add(sample, mapping.of(flat), absmax, self.taken + flat * self.batch // sizes[index])
         if self.by_channel:
             self._take_rows(rows, real)
+        self.taken += real
         return True
 
     def _shapes(self, shapes: Array, ranks: Array) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from resvit_calibrate.observe.histogram import LOG_BINS, ChannelStatistics
 from resvit_calibrate.ranges.estimators import DEAD_AMAX, SMALLEST_AMAX, grid_levels, rounded, squared_error_integral
 
-__all__ = ["ChannelStatistics", "amax_for_output", "channel_error", "shifted"]
+__all__ = ["BEYOND", "ChannelStatistics", "amax_for_output", "channel_error", "shifted"]
 
 Floats = NDArray[np.float64]
 
@@ -23,6 +23,8 @@ _CUT = 4.0
 """How much more the error of a value that is cut counts than that of one that is rounded. Rounding errors are as often
 above as below and fall away where positions are averaged, as in the pool in front of a head; what is cut off is
 missing everywhere, at the same few channels that all else depends on."""
+BEYOND = 2.0
+"""How far a range may reach beyond what calibration saw."""
 _RANGES_AT_ONCE = 1 << 22
 
 
@@ -33,6 +35,7 @@ def channel_error(
     scale: Floats | None = None,
     bits: int = 8,
     parts: int = _PARTS,
+    cut: float = 1.0,
 ) -> Floats:
     """Expected squared error per value of each channel, when the tensor is quantised with each of ``amax`` [N].
 
@@ -44,7 +47,8 @@ def channel_error(
     bins' densities, and the largest value of the sample as where it was seen; the error is integrated exactly over
     eighths of a bin, each of even density. Against drawn values this is within some per cent in the bulk, and as
     good as the sample's few largest values where clipping dominates. Raises ValueError for shapes and scales that
-    mean nothing. Fewer ``parts`` of a bin are quicker and coarser.
+    mean nothing. Fewer ``parts`` of a bin are quicker and coarser. Errors of values beyond ``amax`` count ``cut``
+    times.
     """
     clips = np.atleast_1d(np.asarray(amax, np.float64))
     count = channels.count.size
@@ -57,14 +61,19 @@ def channel_error(
         if scales.shape != (count,) or not (np.isfinite(scales).all() and (scales > 0.0).all()):
             raise ValueError(f"scale must be finite and positive, [{count}]")
     spread = _spread(channels, parts)
-    errors = _seen_errors(channels, clips[:, None] * scales, precision, bits)  # [N, C]
+    reaches = clips[:, None] * scales
+    errors = _seen_errors(channels, reaches, precision, bits)  # [N, C]
+    errors *= np.where(channels.absmax > reaches, cut, 1.0)
     if scale is None:
-        errors += _mean_errors(spread.edges, clips, precision, bits) @ spread.masses.T
+        judged = _mean_errors(spread.edges, clips, precision, bits)
+        judged *= np.where(spread.edges[:-1] >= clips[:, None], cut, 1.0)
+        errors += judged @ spread.masses.T
     else:
         rows = max(1, _RANGES_AT_ONCE // (spread.edges.size * max(count, 1)))
         for start in range(0, clips.size, rows):
-            own = clips[start : start + rows, None] * scales  # [n, C]
+            own = reaches[start : start + rows]  # [n, C]
             judged = _mean_errors(spread.edges, own.ravel(), precision, bits).reshape(*own.shape, -1)
+            judged *= np.where(spread.edges[:-1] >= own[..., None], cut, 1.0)
             errors[start : start + rows] += np.einsum("ncb,cb->nc", judged, spread.masses)
     shares: Floats = errors / np.maximum(channels.count, 1)
     return shares
@@ -76,10 +85,12 @@ def amax_for_output(
     """The amax with the least error of the reader's output: the minimum of Σ_c weight_energy[c] · error_c.
 
     ``weight_energy`` [C] is the sum of squares of all weights that channel c is multiplied by; ``absmax`` the
-    tensor's exact maximum, which is never exceeded. The result is finite and positive. Errors of channels are taken
-    as independent, and those of values beyond the range count ``_CUT`` times. After M. Nagel et al., "A white paper on
-    neural network quantization", 2021 (section 3.1: ranges for the least squared error), weighed by what the layer
-    makes of it, with the candidates of H. Wu et al., 2020.
+    tensor's exact maximum. The result is finite and positive. Errors of channels are taken as independent, and those of
+    values beyond the range count ``_CUT`` times. Where the halves of the images are known, a range is a share of the
+    largest value of one half and judged by the values of the other, so that it reaches as far as images that were not
+    seen want it to: beyond ``absmax``, up to ``BEYOND`` times, where halves differ much. After M. Nagel et al., "A
+    white paper on neural network quantization", 2021 (section 3.1: ranges for the least squared error), weighed by what
+    the layer makes of it, with the candidates of H. Wu et al., 2020.
     """
     energy = np.asarray(weight_energy, np.float64)
     if energy.shape != channels.count.shape:
@@ -89,25 +100,23 @@ def amax_for_output(
     largest = min(float(absmax), float(np.finfo(np.float32).max))
     if not (np.isfinite(energy).all() and (energy >= 0.0).all() and energy.any()):
         energy = np.ones_like(energy)
-    per_value = energy / energy.max() / np.maximum(channels.count, 1)  # [C]
-    if not (per_value * channels.absmax).any():
+    energy = energy / energy.max()
+    if not (energy * channels.absmax).any():
         return largest  # every sampled value that counts was zero: nothing but the maximum is known
-    spread = _spread(channels)
-    weighted = per_value @ spread.masses  # [B]
+    reaches = [float(half.absmax.max()) for half in channels.halves]
+    pairs, most = [(channels, largest)], 1.0
+    if reaches and min(reaches) > 0.0:
+        pairs, most = list(zip(channels.halves, reversed(reaches), strict=True)), BEYOND
 
-    def damage(candidates: Floats) -> Floats:
-        seen = _seen_errors(channels, np.repeat(candidates[:, None], energy.size, axis=1), precision, bits)
-        seen *= np.where(channels.absmax > candidates[:, None], _CUT, 1.0)
-        errors = _mean_errors(spread.edges, candidates, precision, bits)
-        errors *= np.where(spread.edges[:-1] >= candidates[:, None], _CUT, 1.0)
-        damages: Floats = errors @ weighted + seen @ per_value
-        return damages
+    def damage(shares: Floats) -> Floats:
+        found = [channel_error(each, shares * reach, precision, bits=bits, cut=_CUT) @ energy for each, reach in pairs]
+        return np.asarray(np.sum(found, axis=0))
 
-    coarse = np.geomspace(largest / 128.0, largest, _COARSE)
+    coarse = np.geomspace(1.0 / 128.0, most, _COARSE)
     best = int(damage(coarse).argmin())
     fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, _COARSE - 1)], _FINE)
-    candidates = np.append(fine, largest)
-    return float(np.clip(candidates[damage(candidates).argmin()], SMALLEST_AMAX, largest))
+    candidates = np.append(fine, 1.0)
+    return float(np.clip(candidates[damage(candidates).argmin()] * largest, SMALLEST_AMAX, most * largest))
 
 
 def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: float = 1.0) -> ChannelStatistics:
@@ -135,6 +144,7 @@ def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: flo
     counted = np.bincount(flat.ravel(), masses.ravel(), count * LOG_BINS).reshape(count, LOG_BINS)
     return dataclasses.replace(
         emptied,
+        halves=tuple(shifted(half, centre, small, sign) for half in channels.halves),
         mean=channels.mean - centre,
         mean_square=np.maximum(channels.mean_square - 2.0 * centre * channels.mean + centre**2, 0.0),
         absmax=reach.astype(np.float32),
@@ -168,7 +178,7 @@ class _Spread:
     """[C, 384] how many values lie in each."""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=24)
 def _spread(channels: ChannelStatistics, parts: int = _PARTS) -> _Spread:
     edges = channels.edges
     ratio = (edges[2:] / edges[1:-1])[:, None] ** (np.arange(parts) / parts)

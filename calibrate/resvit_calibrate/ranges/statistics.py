@@ -50,7 +50,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "channels_of": [0 if entry.channels is None else entry.channels.count.size for entry in table],
         "anchors": [entry.anchor for entry in channels],
     }
-    with_zero = [_NO_CHANNELS, *channels]
+    halves = [_NO_CHANNELS, *(half for entry in channels for half in _halves_of(entry))]
     with atomic_file(path) as partial, partial.open("wb") as stream:
         np.savez_compressed(
             stream,
@@ -61,11 +61,11 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
             bin_width=np.array([entry.bin_width for entry in table]),
             histograms=np.stack(histograms) if histograms else np.zeros((0, 0), np.int64),
             image_absmax=np.stack(images) if images else np.zeros((0, 0), np.float32),
-            channel_count=np.concatenate([entry.count for entry in with_zero]),
-            channel_mean=np.concatenate([entry.mean for entry in with_zero]),
-            channel_mean_square=np.concatenate([entry.mean_square for entry in with_zero]),
-            channel_absmax=np.concatenate([entry.absmax for entry in with_zero]),
-            channel_log_histogram=np.concatenate([entry.log_histogram for entry in with_zero]),
+            channel_count=np.concatenate([entry.count for entry in halves]),
+            channel_mean=np.concatenate([entry.mean for entry in halves]),
+            channel_mean_square=np.concatenate([entry.mean_square for entry in halves]),
+            channel_absmax=np.concatenate([entry.absmax for entry in halves]),
+            channel_log_histogram=np.concatenate([entry.log_histogram for entry in halves]),
         )
 
 
@@ -97,26 +97,42 @@ def _statistics(stored: dict[str, Array]) -> Statistics:
     )
     tensors = {}
     for name, count, low, high, histogram, width, size, end, image in columns:
-        own = slice(end - size, end)
+        halves = (slice(2 * end - 2 * size, 2 * end - size), slice(2 * end - size, 2 * end))
         tensors[name] = TensorStatistics(
             count,
             low,
             high,
             None if histogram is None else histograms[histogram],
             width,
-            ChannelStatistics(
-                stored["channel_count"][own],
-                stored["channel_mean"][own],
-                stored["channel_mean_square"][own],
-                stored["channel_absmax"][own],
-                stored["channel_log_histogram"][own],
-                next(anchors),
-            )
-            if size
-            else None,
+            _channels(stored, halves, next(anchors)) if size else None,
             None if image is None else images[image],
         )
     return Statistics(tensors, int(about["images"]))
+
+
+def _channels(stored: dict[str, Array], halves: tuple[slice, slice], anchor: int) -> ChannelStatistics:
+    first, second = (
+        ChannelStatistics(
+            stored["channel_count"][half],
+            stored["channel_mean"][half],
+            stored["channel_mean_square"][half],
+            stored["channel_absmax"][half],
+            stored["channel_log_histogram"][half],
+            anchor,
+        )
+        for half in halves
+    )
+    return ChannelStatistics.of_halves(first, second)
+
+
+def _halves_of(channels: ChannelStatistics) -> tuple[ChannelStatistics, ...]:
+    if channels.halves:
+        return channels.halves
+    nothing = {
+        field: np.zeros_like(getattr(channels, field))
+        for field in ("count", "mean", "mean_square", "absmax", "log_histogram")
+    }
+    return channels, dataclasses.replace(channels, **nothing)
 
 
 def _shared(arrays: list[Array | None]) -> tuple[list[Array], list[int | None]]:

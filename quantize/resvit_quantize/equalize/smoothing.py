@@ -4,6 +4,8 @@ What writes a channel (a norm, a layer) is divided by a factor, and what reads i
 SmoothQuant (Xiao et al. 2023); between convolutions with a ReLU it is cross-layer equalisation (Nagel et al. 2019);
 here it also crosses residual additions and attention's values. The strength is chosen for each group of channels, by
 the error of activations and weights that it predicts at the readers' outputs; where little is won, nothing is moved.
+Factors that fit one half of the calibration images are judged by the other: a channel that was small by chance would
+be cut off in every image where it is not.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
-from resvit_calibrate.ranges.channels import channel_error
+from resvit_calibrate.ranges.channels import BEYOND, channel_error
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.channel_flow import Flow, channel_flow
 from resvit_quantize.graph.network import add_initializer, constant, int_attribute
@@ -28,6 +30,10 @@ _FURTHEST = 64.0
 _WORTH = 0.95
 """Predicted errors within 5% of each other are taken as equal: then nothing is moved."""
 _LINEAR = frozenset({"MatMul", "Gemm"})
+_CUT = 2.0
+"""As ``channels._CUT``; less, since the ranges of all channels end near one another here."""
+_SETS = 3
+"""Factors by all images, and by each half of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,22 +113,23 @@ def smooth(
         seen = channels.get(str(value.name))
         if variables is not None and (seen is None or len(seen.absmax) != len(variables)):
             flow.free[variables] = False
-    scales = np.ones(len(flow.free))
+    scales = np.ones((_SETS, len(flow.free)))
     strengths = np.zeros(len(flow.free))
     gains = np.zeros(len(flow.free))
     for variables in _groups(flow):
         group = _Group(flow, placement, channels, variables, bits)
         if found := group.factors():
-            scales[variables], strengths[variables], gains[variables] = found
+            scales[:, variables], strengths[variables], gains[variables] = found
     if not gains.any():
         return ()
     moved = []
     for name, variables in flow.tensors.items():
-        if (scale := scales[variables]).max() != scale.min() or scale[0] != 1.0:
-            clips = _clips(placement, name, channels[name], scale, bits)
+        own = scales[:, variables]
+        if own[0].max() != own[0].min() or own[0, 0] != 1.0:
+            clips = _clips(placement, name, channels[name], own, bits)
             at = variables[gains[variables].argmax()]
-            moved.append(Moved(name, scale, float(strengths[at]), clips, float(gains[at])))
-    _apply(model, flow, scales)
+            moved.append(Moved(name, own[0], float(strengths[at]), clips, float(gains[at])))
+    _apply(model, flow, scales[0])
     return tuple(moved)
 
 
@@ -184,63 +191,91 @@ class _Group:
         return total if total.any() else np.full(len(power), 1.0 / max(float(power.sum()), 1e-30))
 
     def factors(self) -> tuple[np.ndarray, float, float] | None:
-        """(factors of the group's variables, strength, gain in dB) with the least predicted error."""
-        reach, weigh = np.zeros(self.count), np.zeros(self.count)
-        for name, variables in self.tensors.items():
-            absmax = self.seen[name].absmax.astype(np.float64)
-            np.maximum.at(reach, variables, absmax / max(float(absmax.max()), 1e-30))
+        """(factors [3, V] of the group's variables, strength, gain in dB) with the least predicted error."""
+        weigh = np.zeros(self.count)
         for reader, variables, _, _ in self.readers:
             largest = np.abs(reader.by_input()).max(axis=1, initial=0.0).astype(np.float64)
             np.maximum.at(weigh, variables, largest / max(float(largest.max()), 1e-30))
-        reach, weigh = reach[self.variables], weigh[self.variables]
-        alive = (reach > 0) & (weigh > 0)
-        if alive.sum() < 2 or not self.tensors:
+        weigh = weigh[self.variables]
+        reaches = [self._reach(number) for number in range(_SETS)]
+        if not self.tensors or ((reaches[0] > 0) & (weigh > 0)).sum() < 2:
             return None
-        plain = self._error(np.ones(len(reach)))
+        plain = self._error(np.ones((_SETS, len(weigh))))
         least, best = plain * _WORTH, None
         for strength in _STRENGTHS:
-            scale = np.ones(len(reach))
-            scale[alive] = reach[alive] ** strength / weigh[alive] ** (1.0 - strength)
-            middle = np.exp(np.log(scale[alive]).mean())
-            scale[alive] = np.clip(scale[alive] / middle, _FURTHEST**-0.5, _FURTHEST**0.5)
-            # No channel reaches further than its tensor did before, so that FP16 holds it as well.
-            scale *= max(float((reach / scale).max() / reach.max()), 1.0)
-            scale = scale.astype(np.float32).astype(np.float64)
-            error = self._error(scale)
+            scales = np.stack([_factors(reach, weigh, strength) for reach in reaches])
+            error = self._error(scales)
             if error < least:
                 least = error
-                best = scale, strength, float(10.0 * np.log10(plain / max(error, 1e-300)))
+                best = scales, strength, float(10.0 * np.log10(plain / max(error, 1e-300)))
         return best
+
+    def _reach(self, number: int) -> np.ndarray:
+        """How far each of the group's variables reaches, as a share of its tensor, in all images or in a half."""
+        reach = np.zeros(self.count)
+        for name, variables in self.tensors.items():
+            absmax = _seen_by(self.seen[name])[number].absmax.astype(np.float64)
+            np.maximum.at(reach, variables, absmax / max(float(absmax.max()), 1e-30))
+        return np.asarray(reach[self.variables])
 
     def _error(self, factors: np.ndarray) -> float:
         """The predicted noise-to-signal ratios of all readers' outputs, added up."""
-        scales = np.ones(self.count)
-        scales[self.variables] = factors
+        scales = np.ones((_SETS, self.count))
+        scales[:, self.variables] = factors
         total = 0.0
         for name, variables in self.tensors.items():
             for precision in self.kinds[name]:
-                total += _least_error(self.seen[name], self.energy[name], scales[variables], precision, self.bits)[0]
+                own = scales[:, variables]
+                total += _least_error(self.seen[name], self.energy[name], own, precision, self.bits)[0]
         for reader, variables, kind, seen in self.readers:
             if kind is Precision.INT8 and seen is not None:
-                total += _weight_error(seen, reader, scales[variables], kind, self.bits)
+                total += _weight_error(seen, reader, scales[0, variables], kind, self.bits)
         return total
+
+
+def _factors(reach: np.ndarray, weigh: np.ndarray, strength: float) -> np.ndarray:
+    """SmoothQuant's factors of channels that reach and weigh so much [V], in the units of the largest."""
+    scale = np.ones(len(reach))
+    alive = (reach > 0) & (weigh > 0)
+    if not alive.any():
+        return scale
+    scale[alive] = reach[alive] ** strength / weigh[alive] ** (1.0 - strength)
+    middle = np.exp(np.log(scale[alive]).mean())
+    scale[alive] = np.clip(scale[alive] / middle, _FURTHEST**-0.5, _FURTHEST**0.5)
+    # No channel reaches further than its tensor did before, so that FP16 holds it as well.
+    scale *= max(float((reach / scale).max() / reach.max()), 1.0)
+    return np.asarray(scale.astype(np.float32).astype(np.float64))
+
+
+def _seen_by(seen: ChannelStatistics) -> tuple[ChannelStatistics, ...]:
+    """Of all images, and of each half: of all again where there are no halves."""
+    return (seen, *seen.halves) if seen.halves else (seen,) * _SETS
 
 
 def _least_error(
     seen: ChannelStatistics,
     energy: np.ndarray,
-    scale: np.ndarray,
+    scales: np.ndarray,
     precision: Precision,
     bits: int,
     candidates: int = 6,
 ) -> tuple[float, float]:
-    """The least error that quantised activations cause, each channel's weighed by ``energy``, and its clip."""
-    largest = float((seen.absmax / scale).max())
+    """The least error that quantised activations cause, each channel's weighed by ``energy``, and its clip.
+
+    ``scales`` [3, C] are by all images and by each half. A clip is a share of the largest value of one half, and its
+    error that of the other half's values.
+    """
+    largest = [float((own.absmax / scale).max()) for own, scale in zip(_seen_by(seen), scales, strict=True)]
     # Fewer levels want more clipping; a factor of four is enough at 8 bits.
-    clips = np.geomspace(largest / (4.0 if bits == 8 else 16.0), largest, candidates)
-    errors = channel_error(seen, clips, precision.value, scale, bits, parts=2) @ energy
-    best = int(errors.argmin())
-    return float(errors[best]), float(clips[best])
+    shares = np.geomspace(0.25 if bits == 8 else 1.0 / 16.0, 1.0, candidates)
+    pairs = [(seen, largest[0], scales[0])]
+    if seen.halves and min(largest) > 0.0:
+        shares = np.append(shares, np.geomspace(1.0, BEYOND, candidates // 2 + 1)[1:])
+        pairs = list(zip(reversed(seen.halves), largest[1:], scales[1:], strict=True))
+    errors = [channel_error(each, shares * reach, precision.value, own, bits, 2, _CUT) for each, reach, own in pairs]
+    weighed = np.mean(errors, axis=0) @ energy
+    best = int(weighed.argmin())
+    return float(weighed[best]), float(shares[best] * largest[0])
 
 
 def _weight_error(seen: ChannelStatistics, reader: Reader, scale: np.ndarray, precision: Precision, bits: int) -> float:
@@ -257,21 +292,21 @@ def _weight_error(seen: ChannelStatistics, reader: Reader, scale: np.ndarray, pr
 
 
 def _clips(
-    placement: Placement, name: str, seen: ChannelStatistics, scale: np.ndarray, bits: int
+    placement: Placement, name: str, seen: ChannelStatistics, scales: np.ndarray, bits: int
 ) -> dict[Precision, float]:
-    """The clip of a scaled tensor at each precision that it is quantised to."""
+    """The clip of a tensor scaled with ``scales`` [3, C] at each precision that it is quantised to."""
     found: dict[Precision, float] = {}
     for edge in placement.edges:
         if edge_key(edge)[0] != name or edge.precision in found:
             continue
-        energy = np.zeros(len(scale))
+        energy = np.zeros(scales.shape[1])
         for weight in placement.weights:
             array = constant(weight.node.inputs[1]) if _name(weight.node, 0) == name else None
             if array is not None:
                 read = Reader(weight.node, array).energy()
-                energy += read if len(read) == len(scale) else 0.0
-        energy = energy if energy.any() else np.ones(len(scale))
-        found[edge.precision] = _least_error(seen, energy, scale, edge.precision, bits, candidates=24)[1]
+                energy += read if len(read) == scales.shape[1] else 0.0
+        energy = energy if energy.any() else np.ones(scales.shape[1])
+        found[edge.precision] = _least_error(seen, energy, scales, edge.precision, bits, candidates=24)[1]
     return found
 
 

@@ -48,7 +48,8 @@ class Product:
     macs: int
     """Multiply-accumulates for one image; 0 only between computed tensors whose shapes cannot be told."""
     rows: int | None
-    """Rows per image of a linear layer's left operand (tokens); ``None`` for convolutions or if unknown."""
+    """Rows per image: a linear layer's tokens, the positions that a convolution reads and writes, whichever are more;
+    ``None`` if unknown."""
     weight: ir.Value | None
     is_layer: bool
     """Whether it is a convolution or linear layer as 8 bits know them: activation first, weight second."""
@@ -278,9 +279,13 @@ def captured_values(node: ir.Node) -> list[ir.Value]:
 
 
 def _rows(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    if node.op_type not in _LINEAR or node.outputs[0].name not in shapes:
+    written = shapes.get(str(node.outputs[0].name))
+    read = shapes.get(str(node.inputs[0] and node.inputs[0].name))
+    if written is None or (node.op_type in _CONVOLUTIONS and read is None):
         return None
-    return math.prod(shapes[str(node.outputs[0].name)][:-1])
+    if node.op_type in _CONVOLUTIONS:
+        return max(math.prod(shape[2:]) for shape in (written, read or ()))
+    return math.prod(written[:-1]) if node.op_type in _LINEAR else None
 
 
 def _macs(node: ir.Node, shapes: dict[str, tuple[int, ...]]) -> int | None:

@@ -168,9 +168,9 @@ def _unwise(product: Product, precision: Precision) -> str | None:
     node = product.node
     if product.part is HybridPart.HEAD:
         return "the head costs nothing in FP16 and often hurts in 8 bits"
+    if product.rows == 1:  # the gate of a squeeze-and-excitation block above all: all channels of a map hang on it
+        return "matrix-vector product: bound by memory, not by arithmetic"
     if node.op_type in ("MatMul", "Gemm"):
-        if product.rows == 1:
-            return "matrix-vector product: bound by memory, not by arithmetic"
         small = min([*weight.shape, *([product.rows] if product.rows else [])])
         return f"a dimension of {small} is under {_SMALL}" if small < _SMALL else None
     if precision is not Precision.FP8:

@@ -110,12 +110,18 @@ def _widened_channels(analysis: Analysis, statistics: Statistics) -> dict[str, C
     for name, entry in statistics.tensors.items():
         if (seen := entry.channels) is None:
             continue
-        values = math.prod(analysis.shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
-        sampled = np.maximum(seen.count, 2)
-        factor = np.sqrt(np.maximum(math.log(max(values, 2.0)) / np.log(sampled), 1.0))
-        widest = np.minimum(seen.absmax * factor, entry.absmax).astype(np.float32)
-        found[name] = replace(seen, absmax=np.maximum(widest, seen.absmax))
+        values = math.prod(analysis.shapes.get(name, ())) * statistics.images
+        halves = tuple(_widened(half, values / 2, entry.absmax) for half in seen.halves)
+        found[name] = replace(_widened(seen, values, entry.absmax), halves=halves)
     return found
+
+
+def _widened(seen: ChannelStatistics, values: float, largest: float) -> ChannelStatistics:
+    """For a tensor of so many ``values``, none of which is beyond ``largest``."""
+    sampled = np.maximum(seen.count, 2)
+    factor = np.sqrt(np.maximum(math.log(max(values / max(len(seen.count), 1), 2.0)) / np.log(sampled), 1.0))
+    widest = np.minimum(seen.absmax * factor, largest).astype(np.float32)
+    return replace(seen, absmax=np.maximum(widest, seen.absmax))
 
 
 def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
