@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
+from resvit_engines.targets.costs import CostModel
+from resvit_engines.targets.layer_work import LayerKind, LayerWork, Read
 from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.search.assignments import (
     Assignment,
@@ -215,9 +216,9 @@ def test_what_is_left_high_is_named_with_its_price() -> None:
     assert assignment.precisions == {"c0": FP16, "c1": INT8}
     (item,) = raised_products(problem, assignment, fastest)
     assert (item.node, item.precision, item.instead_of, item.saves) == ("c0", FP16, INT8, 0.1)
-    # 4 x 4e9 MACs at 989 and 1979 TFLOPS, half of it reached: 64.7 us less 32.3; 2 us for the kernel that makes
+    # 4 x 4e9 MACs at 989 and 1979 TFLOPS, half of it reached: 64.7 us less 32.3; 3 us for the kernel that makes
     # INT8 of what an FP16 convolution writes.
-    assert item.costs_us == pytest.approx(34.4, abs=0.1)
+    assert item.costs_us == pytest.approx(35.4, abs=0.1)
     assert best_within(problem, fastest, assignment.latency_us) == assignment
     assert best_within(problem, fastest, fastest.latency_us - 1) is None
 

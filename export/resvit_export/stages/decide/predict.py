@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency, LayerKind
+from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency
 from resvit_engines.targets.layer_times import measured_times_from_json
+from resvit_engines.targets.layer_work import LayerKind
 from resvit_engines.targets.table import Precision, Target
+from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 
@@ -32,6 +34,7 @@ class Pricing:
     batch: int
     measured: File | None
     efficiency: Efficiency = EFFICIENCY
+    rules: TimeRules = TIME_RULES
     accumulators: Mapping[LayerKind, int] = field(default_factory=lambda: dict(ACCUMULATOR_BYTES))
 
     def cost_model(self) -> CostModel:
