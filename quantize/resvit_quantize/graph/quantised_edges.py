@@ -80,7 +80,7 @@ def quantised_edges(model: ir.Model) -> QuantisedGraph:
         if node.op_type in _WEIGHTED
         and (node, 0) in edges
         and len(node.inputs) > 1
-        and _viewed(node.inputs[1]) in weights
+        and viewed(node.inputs[1]) in weights
     }
     fold_constants(model)
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
@@ -92,7 +92,7 @@ def quantised_graph_from_onnx(path: Path) -> QuantisedGraph:
     return quantised_edges(named_model(path))
 
 
-def _viewed(value: ir.Value | None) -> ir.Value | None:
+def viewed(value: ir.Value | None) -> ir.Value | None:
     """What a value is a view of."""
     while value is not None and (node := value.producer()) is not None and is_view(node):
         value = node.inputs[0]
