@@ -271,7 +271,7 @@ class _Grouping:
             members=tuple(str(node.name) for node in layer.nodes),
             floats=floats,
             image=self._is_image(layer.out),
-            commutes=self._moves(layer.anchor),
+            commutes=layer.anchor.op_type in _COMMUTING and len(layer.nodes) == 1,
             copies=self.edges is not None and layer.anchor.op_type in _COPIES,
             pools=layer.pools,
         )
