@@ -168,6 +168,10 @@ NOTES = (
     "- Found without times: a BERT in FP16 by TensorRT 10.10 on A100 (NVIDIA/TensorRT issue 4397). Q, K and V are one "
     "product, attention is one kernel (`_gemm_mha_v2`), GELU runs inside the first linear layer, and the residual Add "
     "inside the LayerNorm behind it. The model here has the Add in the linear layer, which moves the same bytes.",
+    "- Found without times: a YOLO in FP16 by TensorRT 10.3 on an Orin (ultralytics issue 17640). SiLU (Sigmoid and "
+    "Mul) runs inside the convolution before it: predicted so. Convolutions of one input and shape are merged into one "
+    "there: not predicted.",
+    "- Found without the GPU's name: a ResNet-50 with the time of each layer (NVIDIA/TensorRT issue 3842).",
     "- An Add whose two inputs each have Q/DQ is a pointwise kernel that reads INT8 twice (onnxsim/onnxsim, Orin Nano, "
     "TensorRT 10.3): predicted so.",
     "- A ViT in INT8 by ModelOpt ran 1.37 times as fast as in FP16 (NVIDIA/Model-Optimizer issue 2123; GPU not named), "
