@@ -10,6 +10,7 @@ being set on two networks and tried on the third: ``benchmarks/predictions.py``,
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -142,10 +143,12 @@ class KernelTime:
     total_us: float
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def kernel_time(work: KernelWork, speed: Speed, rules: TimeRules = TIME_RULES) -> KernelTime:
     """The predicted time of one of TensorRT's kernels on a device with these peaks.
 
-    Raises ``ValueError`` where the device has no tensor cores for what it multiplies in.
+    Kept, since a search asks for the same kernels over and over. Raises ``ValueError`` where the device has no tensor
+    cores for what it multiplies in.
     """
     compute = _compute_us(work, speed, rules)
     memory = (work.activation_bytes + work.weight_bytes) / (speed.bandwidth * 1e3 * _bandwidth_share(work, rules))
