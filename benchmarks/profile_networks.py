@@ -24,6 +24,8 @@ class Network:
     quantised: bool = False
     nodes: list[ir.Node] = field(default_factory=list)
     constants: list[ir.Value] = field(default_factory=list)
+    types: dict[ir.Value, ir.DataType] = field(default_factory=dict)
+    """What a value's numbers are; FP32 for what is not named."""
     _quantised: dict[tuple[ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
 
     def constant(self, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
@@ -49,6 +51,7 @@ class Network:
         node = ir.node(op_type, inputs, attributes or None, name=name)
         node.outputs[0].name = f"{name}:0"
         self.nodes.append(node)
+        self.types[node.outputs[0]] = self.types.get(inputs[0], FP32)
         return node.outputs[0]
 
     def qdq(self, value: ir.Value, floats: ir.DataType | None = None) -> ir.Value:
@@ -58,16 +61,16 @@ class Network:
             stored = self._stored(value)
             scale = self.constant(f"{value.name}/scale/{floats.name}", (), floats)
             zero = self.constant(f"{value.name}/zero/{floats.name}", (), ir.DataType.INT8)
-            self._quantised[value, floats] = self.op(
-                "DequantizeLinear", f"{value.name}/DequantizeLinear/{floats.name}", stored, scale, zero
-            )
+            back = self.op("DequantizeLinear", f"{value.name}/DequantizeLinear/{floats.name}", stored, scale, zero)
+            self.types[back] = floats
+            self._quantised[value, floats] = back
         return self._quantised[value, floats]
 
     def _stored(self, value: ir.Value) -> ir.Value:
         quantize = next((use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"), None)
         if quantize is not None:
             return quantize.outputs[0]
-        scale = self.constant(f"{value.name}/scale", (), self.floats)
+        scale = self.constant(f"{value.name}/scale", (), self.types.get(value, FP32))
         zero = self.constant(f"{value.name}/zero", (), ir.DataType.INT8)
         return self.op("QuantizeLinear", f"{value.name}/QuantizeLinear", value, scale, zero)
 
@@ -113,7 +116,9 @@ class Network:
 
     def cast(self, value: ir.Value, name: str, to: ir.DataType) -> ir.Value:
         """A change of type."""
-        return self.op("Cast", name, value, to=int(to))
+        out = self.op("Cast", name, value, to=int(to))
+        self.types[out] = to
+        return out
 
     def model(self, shape: tuple[int, ...], given: ir.Value, out: ir.Value) -> ir.Model:
         """The finished model."""

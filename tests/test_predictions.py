@@ -72,7 +72,7 @@ def test_the_order_of_the_resnet18_engines_and_the_gain_of_int8_are_told(compari
 def test_rules_set_on_other_networks_are_not_far_off(comparison: ModuleType) -> None:
     for result in comparison.left_out().values():
         for found in result["engines"].values():
-            assert abs(found.latency_error) <= 0.25
+            assert abs(found.latency_error) <= 0.30
             assert statistics.median(found.layer_errors) <= 0.30
 
 

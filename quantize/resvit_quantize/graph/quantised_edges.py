@@ -53,6 +53,8 @@ def quantised_edges(model: ir.Model) -> QuantisedGraph:
     Weights that are stored in 8 bits become floats of the same shape, and of no account otherwise: the result tells
     work and formats, not values. A QuantizeLinear that something else than a DequantizeLinear reads stays.
     """
+    _infer(model)
+    types = {value: value.dtype for node in model.graph for value in node.outputs}
     edges: dict[tuple[ir.Node, int], QuantisedEdge] = {}
     weights: set[ir.Value] = set()
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
@@ -83,8 +85,15 @@ def quantised_edges(model: ir.Model) -> QuantisedGraph:
         and viewed(node.inputs[1]) in weights
     }
     fold_constants(model)
-    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    _infer(model)
+    for value, dtype in types.items():  # What a DequantizeLinear said of the type behind it went with it.
+        if dtype is not None:
+            value.dtype = dtype
     return QuantisedGraph(model, edges, eight)
+
+
+def _infer(model: ir.Model) -> None:
+    common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
 def quantised_graph_from_onnx(path: Path) -> QuantisedGraph:
