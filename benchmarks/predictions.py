@@ -86,11 +86,13 @@ def page(
     alone = [each for result in held_out.values() for each in result["engines"].values()]
     within = sum(abs(each.latency_error) <= GOALS["total"] for each in alone)
     yield (
-        "The rules' values set anew from a neutral start (what one would guess who had seen no engine) on two networks, "
-        "then held to the third. A value that fits these files only would fail here. Which layers fuse is told by the same "
-        f"rules in all; those were read from all ten listings. Latency within {GOALS['total']:.0%}: {within} of "
-        f"{len(alone)}; median layer at worst {max(statistics.median(each.layer_errors) for each in alone):.1%}. "
-        "What only one network has (an FP32 image quantised by a kernel of its own, an FP32 add) the others cannot tell.\n"
+        "The rules' values set anew from a neutral start (what one would guess who had seen no engine) on two "
+        "networks, then held to the third. A value that fits these files only would fail here. Which layers fuse is "
+        "told by the same rules in all; those were read from all ten listings. "
+        f"Latency within {GOALS['total']:.0%}: {within} of {len(alone)}; "
+        f"median layer at worst {max(statistics.median(each.layer_errors) for each in alone):.1%}. "
+        "What only one network has (an FP32 image quantised by a kernel of its own, an FP32 add) the others cannot "
+        "tell.\n"
     )
     yield from _table(
         ("left out", "engine", "latency error", "profiled sum error", "median layer"),
