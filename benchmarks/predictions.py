@@ -238,7 +238,7 @@ def main() -> None:
         },
         "orin": [[*row[:3], round(row[3], 3), row[4]] for row in orin],
     }
-    (RESULTS / "predictions.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / "predictions.json").write_text(json.dumps(document) + "\n")
     print(text)
 
 
