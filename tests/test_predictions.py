@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph
+from resvit_engines.targets.costs import CostModel
+from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.layer_work import Format, LayerKind, LayerWork, MatrixShape, Read
 from resvit_engines.targets.speeds import SPEEDS, Speed
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import Precision, find_target
 from resvit_engines.targets.tensorrt_kernels import Role, TensorRtKernels
 from resvit_engines.targets.tensorrt_rules import SOURCES, TIME_RULES, KernelWork, TimeRules, kernel_time
+from resvit_export.stage import File
+from resvit_export.stages.decide.predict import Pricing
 from resvit_quantize.graph.fused_layers import layers_from_graph
 from resvit_quantize.graph.quantised_edges import quantised_graph_from_onnx
 
@@ -239,13 +243,35 @@ def convolution(graph: Graph, value: str, name: str) -> str:
     return graph.op("Conv", quantised(graph, value, f"{name}/in"), weight, name=name, pads=[1] * 4)
 
 
+def residual(path: Path, *, shortcut: bool | None) -> Path:
+    """Three convolutions, the second with a residual Add: in floats, or with Q/DQ, on the shortcut or not."""
+    g = Graph(1, 8, 4, 4)
+    apply = convolution if shortcut is not None else lambda g, value, name: g.conv(value, 8, 8, name=name)
+    inner = g.op("Relu", apply(g, "input", "one"), name="relu1")
+    side = quantised(g, "input", "side") if shortcut else "input"
+    out = g.op("Relu", g.op("Add", apply(g, inner, "two"), side, name="add"), name="relu2")
+    return g.save(path, apply(g, out, "three"))
+
+
+@pytest.mark.parametrize(("shortcut", "kernels"), [(True, 4), (False, 5)])
+def test_a_network_is_priced_with_its_qdq_where_they_stand(tmp_path: Path, shortcut: bool, kernels: int) -> None:
+    model = File.of(residual(tmp_path / "float.onnx", shortcut=None))
+    path = residual(tmp_path / "int8.onnx", shortcut=shortcut)
+    eight = dict.fromkeys(("one", "two", "three"), Precision.INT8)
+    chosen, fp16 = Pricing(model, find_target("jetson-orin"), 1, None).of_quantised(path, eight)
+    # Without Q/DQ on the shortcut a kernel more quantises what the second convolution writes.
+    assert (chosen.kernels, fp16.kernels) == (kernels, 4)
+    times = MeasuredTimes("mine", {"input": {Precision.FP16: 5.0}, "one": {Precision.INT8: 50.0}})
+    graph = quantised_graph_from_onnx(path)
+    model_of = CostModel(layers_from_graph(graph.model, edges=graph.edges), find_target("jetson-orin"), times)
+    assert next(layer.total_us for layer in model_of.predict(eight).layers if layer.name == "one") == pytest.approx(
+        50.0
+    )
+
+
 @pytest.mark.parametrize("shortcut", [True, False])
 def test_a_graph_with_qdq_is_read_as_the_float_graph_and_its_8_bit_edges(tmp_path: Path, shortcut: bool) -> None:
-    g = Graph(1, 8, 4, 4)
-    inner = g.op("Relu", convolution(g, "input", "one"), name="relu1")
-    side = quantised(g, "input", "side") if shortcut else "input"
-    out = g.op("Relu", g.op("Add", convolution(g, inner, "two"), side, name="add"), name="relu2")
-    found = quantised_graph_from_onnx(g.save(tmp_path / "m.onnx", convolution(g, out, "three")))
+    found = quantised_graph_from_onnx(residual(tmp_path / "m.onnx", shortcut=shortcut))
     assert found.eight_bit == dict.fromkeys(("one", "two", "three"), Precision.INT8)
     assert {(node.name, index) for node, index in found.edges} == {
         ("one", 0), ("two", 0), ("three", 0), *({("add", 1)} if shortcut else ())

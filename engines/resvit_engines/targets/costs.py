@@ -291,7 +291,9 @@ class CostModel:
                 found = self.measured.of((work.name, *work.nodes), work.precision(assignment))
                 if found is not None and work.precision(assignment) is precision:
                     time = self._predicted(work, assignment)
-                    ratios.setdefault(precision, []).append(found / (time.total_us - time.reformat_us))
+                    own = time.total_us - time.reformat_us
+                    if own > 0:  # An input of the network has no kernel of its own.
+                        ratios.setdefault(precision, []).append(found / own)
         every = [ratio for some in ratios.values() for ratio in some]
         return {p: statistics.median(ratios.get(p) or every or [1.0]) for p in Precision}
 
