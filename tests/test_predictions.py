@@ -11,7 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from quantize_graphs import Graph
+from quantize_graphs import Graph, hybrid, ranges_of
+from resvit_calibrate.ranges.estimators import Estimator
+from resvit_engines.audit.kernels import Operation
 from resvit_engines.targets.costs import CostModel
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.layer_work import Format, LayerKind, LayerWork, MatrixShape, Read
@@ -21,8 +23,12 @@ from resvit_engines.targets.tensorrt_kernels import Role, TensorRtKernels
 from resvit_engines.targets.tensorrt_rules import SOURCES, TIME_RULES, KernelWork, TimeRules, kernel_time
 from resvit_export.stage import File
 from resvit_export.stages.decide.predict import Pricing
+from resvit_export.to_tensorrt.expectation import expectation_from_onnx
+from resvit_export.to_tensorrt.predicted_kernels import predicted_kernels
 from resvit_quantize.graph.fused_layers import layers_from_graph
 from resvit_quantize.graph.quantised_edges import quantised_graph_from_onnx
+from resvit_quantize.quantize import quantize_model
+from resvit_quantize.settings import QuantizeSettings
 
 ROOT = Path(__file__).parent.parent
 ENGINES = [path.stem for path in sorted((ROOT / "benchmarks" / "profiles").glob("*.json"))]
@@ -241,6 +247,30 @@ def convolution(graph: Graph, value: str, name: str) -> str:
     )
     weight = graph.op("DequantizeLinear", stored, scale, zero, name=f"{name}/weight/DQ", axis=0)
     return graph.op("Conv", quantised(graph, value, f"{name}/in"), weight, name=name, pads=[1] * 4)
+
+
+def test_a_quantised_hybrid_is_listed_kernel_by_kernel(tmp_path: Path) -> None:
+    path, out = hybrid(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    quantize_model(path, ranges_of(path, images), QuantizeSettings(Precision.INT8, Estimator.MAX), out)
+    kernels = predicted_kernels(out, 1, expectation_from_onnx(out).attention)
+    assert [kernel.name for kernel in kernels if kernel.operation is Operation.REFORMAT] == [
+        "quantize input", "logits/Cast",
+    ]  # fmt: skip
+    stem, *_ = (kernel for kernel in kernels if kernel.operation is Operation.CONV)
+    assert (stem.precision, stem.outputs) == ("Int8", ("Int8",))
+    assert stem.layers[:3] == ("stem/Conv", "stem/Relu", "MaxPool_2")  # an image's convolution takes its max pool in
+    (attention,) = (kernel for kernel in kernels if kernel.operation is Operation.ATTENTION)
+    assert (attention.inputs, attention.outputs) == (("Half",), ("Int8",))
+    assert [kernel.precision for kernel in kernels if kernel.operation is Operation.GEMM] == ["Int8"] * 4 + ["Half"]
+    # Only the network's own ends are FP32, and every tensor is written before it is read.
+    reads = [read for kernel in kernels for read in zip(kernel.input_names, kernel.inputs, strict=True)]
+    assert {name for name, kind in reads if kind == "Float"} == {"input"}
+    written = {"input"}
+    for kernel in kernels:
+        assert written.issuperset(kernel.input_names)
+        written.update(kernel.output_names)
+        assert kernel.bytes_moved
 
 
 def residual(path: Path, *, shortcut: bool | None) -> Path:

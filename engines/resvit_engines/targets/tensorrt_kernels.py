@@ -65,6 +65,7 @@ class TensorRtKernels:
         for work in works:
             for read in work.reads:
                 self._readers.setdefault(read.value, []).append((work, read))
+        self._floats = {work.writes: work.floats for work in works}
         self._inputs = {work.writes for work in works if work.kind is LayerKind.INPUT}
 
     def of(self, work: LayerWork, assignment: Precisions) -> tuple[PlacedKernel, ...]:
@@ -113,7 +114,7 @@ class TensorRtKernels:
             behind = self.wanted(work.writes, work.floats, assignment)
             if len(behind) == 1 and behind[0].eight:
                 return behind[0]
-        return Wanted(work.floats)
+        return Wanted(self._floats.get(read.value, work.floats))
 
     def wanted(self, value: str, floats: Format, assignment: Precisions) -> list[Wanted]:
         """The formats in which a tensor is read, floats first; floats alone where nothing reads it."""

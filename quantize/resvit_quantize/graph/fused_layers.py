@@ -110,7 +110,7 @@ class _Grouping:
         if self.edges is None or node.op_type not in _COPIES or not is_view(node):
             return is_view(node)
         if node.op_type == "Transpose":
-            return not self._is_image(node.outputs[0])
+            return not self._is_given(node.inputs[0])
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
         pooled = before is not None and before.op_type in _POOLS  # A pool does not convert.
         return not (pooled or node.outputs[0].is_graph_output() or self._is_given(node.inputs[0]))
@@ -121,7 +121,10 @@ class _Grouping:
             value = node.inputs[0]
         return value is not None and value.producer() is None and value in self.analysis.data
 
-    def _is_image(self, value: ir.Value) -> bool:
+    def _is_image(self, value: ir.Value | None) -> bool:
+        """Whether a value is the network's image, moved or converted at most."""
+        if value is None or not self._is_given(value):
+            return False
         shape = self.shapes.get(str(value.name), ())
         return len(shape) == 4 and (shape[1] <= IMAGE_CHANNELS or shape[3] <= IMAGE_CHANNELS < min(shape[1:3]))
 
@@ -231,8 +234,7 @@ class _Grouping:
         if not self.edges or layer.kind is not LayerKind.CONV or product is None or len(users) != 1:
             return
         pool = next(iter(users))
-        given = layer.anchor.inputs[0]
-        if pool.op_type != "MaxPool" or given is None or not self._is_image(given) or self._leaves(layer.out):
+        if pool.op_type != "MaxPool" or not self._is_image(layer.anchor.inputs[0]) or self._leaves(layer.out):
             return
         readers = self._users(pool.outputs[0])
         edges = {e.scale if (e := self._edge(reader, pool.outputs[0])) else None for reader in readers}
@@ -307,10 +309,7 @@ class _Grouping:
             elements = min(elements, out * self.shapes[str(layer.anchor.inputs[1].name)][1])
         if edge is not None:
             return Read(str(source.name), elements, form=edge.form, scale=edge.scale)
-        if self.edges is not None:  # Bytes are counted in the layer's own floats.
-            elements = elements * self._floats(source).bytes // self._floats(layer.out).bytes
-            return Read(str(source.name), elements)
-        return Read(str(source.name), elements, follows)
+        return Read(str(source.name), elements, follows and self.edges is None)
 
     def _quantised_operand(self, layer: _Layer, node: ir.Node) -> bool:
         """A weighted product's activation, or the shortcut that a convolution's kernel adds."""
