@@ -166,6 +166,13 @@ ENGINES = (
         ("tests/test_costs.py",),
     ),
     Mutation(
+        "engines/resvit_engines/targets/tensorrt_kernels.py",
+        "direct = one_eight and all(form.eight for form in reads[1:])",
+        "direct = one_eight",
+        "an 8-bit convolution that adds a shortcut in floats is told to write 8 bits",
+        ("tests/test_predictions.py",),
+    ),
+    Mutation(
         "engines/resvit_engines/bundle/reader.py",
         "if digest.hexdigest() != file.sha256 or checksum != crc:",
         "if checksum != crc:",

@@ -16,6 +16,7 @@ from attention_graphs import ALL_PLACES, attention_graph
 from engine_reports import engine_report
 from quantize_graphs import Graph
 from resvit_engines.audit.kernels import Kernel
+from resvit_engines.audit.record import SkippedAudit, audit_from_json
 from resvit_engines.builder import builder as build
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
@@ -26,7 +27,7 @@ from resvit_engines.targets.table import find_target
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
 from resvit_export.stage import File
-from resvit_export.stages.audit import Audit, stand_in_sentence
+from resvit_export.stages.audit import Audit
 from resvit_export.stages.quantize import Halve
 
 MODEL = ["--model", "resvit:embed-nano", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "fashion-mnist"]
@@ -90,49 +91,57 @@ def test_the_engine_built_here_is_audited_beside_fp16(
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
+def test_for_a_jetson_the_kernels_are_predicted_by_tensorrts_rules_and_the_output_says_so(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     seeded("runs/x", "jetson-orin", stages=("fold", "export"))
     made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
     stages = {stage["stage"]: stage for stage in made["stages"]}
     audit = stages["audit"]["results"]["audit.json"]
-    assert audit["sm"] == 86
-    assert "SM 8.6 stands in for Jetson AGX Orin (SM 8.7)" in audit["sentences"][0]
-    assert "TensorRT 10.3" in audit["sentences"][0]
+    assert (audit["sm"], audit["builder"], audit["builder_version"]) == (87, "TensorRT", "10.3")
+    assert audit["predicted"]
+    assert audit["sentences"][0].startswith("Predicted by the rules of TensorRT 10.3 for SM 8.7. No engine for Jetson")
+    fates = [pair["fate"] for pair in audit["pairs"] if not pair["weight"]]
+    assert fates.count("consumed") >= 17
+    assert audit["totals"]["in_8_bits"] == {"conv": 6, "gemm": 12, "attention": 0}
+    # TensorRT writes 8 bits from its 8-bit kernels: fewer bytes than FP16, where TensorRT for RTX moves more.
+    assert audit["totals"]["activation_bytes"] < audit["fp16"]["activation_bytes"]
     assert [block["fused"] for block in audit["attention"]] == [True] * 3
     assert [block["head_size"] for block in audit["attention"]] == [32] * 3
     listing = json.loads(next(Path("runs/x").glob("audit-*/kernels.json")).read_bytes())
     assert set(listing) == {"quantized", "fp16"}
     page = Path(made["report"]).read_text()
     assert "What fused" in page
-    assert "SM 8.6 stands in for Jetson AGX Orin" in page
-
-
-def test_what_is_its_own_target_has_no_stand_in() -> None:
-    assert stand_in_sentence(find_target("l4")) == ""
-    assert "SM 12.0 stands in for Jetson Thor (SM 11.0)" in stand_in_sentence(find_target("jetson-thor"))
-    assert "SM 8.9 stands in for H100 (SM 9.0)" in stand_in_sentence(find_target("h100"))
+    assert "Predicted by the rules of TensorRT 10.3" in page
 
 
 @pytest.mark.whole
-def test_without_the_builder_a_jetson_is_built_and_the_gate_cannot_answer(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]
+def test_without_the_builder_of_an_rtx_card_nothing_is_audited_and_the_gate_cannot_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeded("runs/x", "jetson-orin", stages=("fold", "export"))
-
     def missing(*_: Any, **__: Any) -> None:
         raise ResvitError("TensorRT for RTX is not installed.", "pip install it.", ExitCode.MISSING)
 
     monkeypatch.setattr("resvit_export.stages.audit.build_engine", missing)
-    made = answer(capsys, "build", "--target", "jetson-orin", *MODEL, *FAST, code=ExitCode.UNDECIDED)
-    audit = next(stage for stage in made["stages"] if stage["stage"] == "audit")["results"]["audit.json"]
-    assert "not installed" in audit["skipped"]
-    assert "Not audited" in Path(made["report"]).read_text()
-    assert run(["audit", "--run", "runs/x"]) == 0
-    assert "Not audited" in capsys.readouterr().out
-    failed = answer(capsys, "audit", "--run", "runs/x", "--require-fused", code=ExitCode.MISSING)
-    assert "cannot be answered" in failed["error"]["problem"]
+    onnx = File.of(attention_graph(tmp_path / "model.onnx", tokens=16, head=32, places=()))
+    Audit(onnx, None, find_target("rtx-4090"), BuildSettings(), None, "").write(tmp_path, None, SILENT)
+    audit = audit_from_json(json.loads((tmp_path / "audit.json").read_bytes()), "audit.json")
+    assert isinstance(audit, SkippedAudit)
+    assert "not installed" in audit.why
+    with pytest.raises(ResvitError, match="cannot be answered"):
+        audit.require_fused()
+
+
+@pytest.mark.parametrize(("tokens", "fused", "rule"), [(512, True, None), (577, False, "length")])
+def test_attention_that_breaks_a_rule_is_predicted_to_be_several_kernels(
+    tmp_path: Path, tokens: int, fused: bool, rule: str | None
+) -> None:
+    onnx = File.of(attention_graph(tmp_path / "model.onnx", tokens=tokens, head=64, places=ALL_PLACES))
+    Audit(onnx, None, find_target("jetson-orin"), BuildSettings(), None, "").write(tmp_path, None, SILENT)
+    (block,) = json.loads((tmp_path / "audit.json").read_bytes())["attention"]
+    assert block["fused"] is fused
+    assert [breach["rule"] for breach in block["breaches"]] == ([] if rule is None else [rule])
+    assert block["kernels"] == (1 if fused else 3)
 
 
 def unfusable(path: Path) -> Path:
@@ -181,7 +190,7 @@ def test_an_engine_from_the_device_is_audited_by_its_own_layers(engine: Path, tm
     (back / "engine.json").write_bytes(pretty_json(engine_report(layers="layers.json", **ends).to_json()))
     onnx, not_read, target = File.of(engine / "int8.onnx"), File(tmp_path / "none", ""), find_target("jetson-orin")
     half = Halve(onnx, not_read, not_read, None)
-    Audit(onnx, half, target, target, BuildSettings(), None, "").write(tmp_path, back, SILENT)
+    Audit(onnx, half, target, BuildSettings(), None, "").write(tmp_path, back, SILENT)
     audit = json.loads((tmp_path / "audit.json").read_bytes())
     assert (audit["builder_version"], audit["stands_in"], audit["fp16"]) == ("10.3.0", "", None)
     assert audit["attention"][0]["breaches"][0]["rule"] == "length"

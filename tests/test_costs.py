@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.targets.costs import CostModel, Efficiency, LayerKind, LayerWork, Read, layer_times
+from resvit_engines.targets.costs import CostModel, Efficiency, layer_times
 from resvit_engines.targets.layer_times import MeasuredTimes, measured_times_from_json
+from resvit_engines.targets.layer_work import LayerKind, LayerWork, Read
 from resvit_engines.targets.speeds import Speed
-from resvit_engines.targets.table import TARGETS, Precision, Target, find_target
+from resvit_engines.targets.table import TARGETS, Builder, Precision, Target, find_target
+from resvit_engines.targets.tensorrt_rules import TimeRules
 
 FP16, INT8, FP8 = Precision.FP16, Precision.INT8, Precision.FP8
 
@@ -27,33 +29,48 @@ def pointwise(name: str, reads: str, elements: int) -> LayerWork:
 @pytest.fixture
 def target() -> Target:
     """10 TFLOPS in FP16, 20 in 8 bits, 100 GB/s, 3 us a kernel; TensorRT itself, with epilogues in the kernel."""
-    return dataclasses.replace(find_target("h100"), speed=Speed(10.0, 20.0, 20.0, 100.0, 3.0, "made up"))
+    speed = Speed(10.0, 20.0, 20.0, 5.0, 1.0, 100.0, 1, 3.0, "made up")
+    return dataclasses.replace(find_target("h100"), speed=speed, builder=Builder.TENSORRT)
+
+
+@pytest.fixture
+def rtx(target: Target) -> Target:
+    """The same by TensorRT for RTX."""
+    return dataclasses.replace(target, builder=Builder.RTX)
 
 
 IDEAL = Efficiency(compute=1.0, memory=1.0)
 
 
-def test_a_layer_takes_the_longer_of_arithmetic_and_traffic_and_its_kernel(target: Target) -> None:
+def test_a_layer_takes_the_longer_of_arithmetic_and_traffic_and_its_kernel(rtx: Target) -> None:
     # 5e7 MACs are 1e8 operations: 10 us at 10 TFLOPS. 100 kB and 200 kB at 100 GB/s: 1 and 2 us, weights 0.5.
     busy = conv("busy", "x", 50_000, 100_000, 50_000_000, 25_000)
-    (time,) = CostModel([busy], target, efficiency=IDEAL).predict({}).layers
+    (time,) = CostModel([busy], rtx, efficiency=IDEAL).predict({}).layers
     assert (time.compute_us, time.memory_us, time.fixed_us, time.reformat_us) == pytest.approx((10.0, 3.5, 3.0, 0.0))
     assert time.total_us == pytest.approx(13.0)
     assert (time.activation_bytes, time.weight_bytes, time.kernels) == (300_000, 50_000, 1)
+
+
+def test_a_layer_of_tensorrt_is_priced_by_its_rules(target: Target) -> None:
+    busy = conv("busy", "x", 50_000, 100_000, 50_000_000, 25_000)
+    rules = TimeRules(overlap=1.0, product_memory=1.0, stream_memory=1.0, attention=1.0)
+    (time,) = CostModel([busy], target, rules=rules).predict({}).layers
+    assert (time.compute_us, time.memory_us, time.fixed_us, time.reformat_us) == pytest.approx((10.0, 3.5, 3.0, 0.0))
+    assert time.total_us == pytest.approx(16.5)
     # In INT8 half the time, half of the read and of the weights; the output is the graph's, in FP16.
-    (time,) = CostModel([busy], target, efficiency=IDEAL).predict({"busy": INT8}).layers
-    assert (time.compute_us, time.memory_us, time.total_us) == pytest.approx((5.0, 2.75, 8.0))
+    (time,) = CostModel([busy], target, rules=rules).predict({"busy": INT8}).layers
+    assert (time.compute_us, time.memory_us, time.total_us) == pytest.approx((5.0, 2.75, 10.75))
 
 
-def test_efficiency_stretches_both_sides(target: Target) -> None:
+def test_efficiency_stretches_both_sides(rtx: Target) -> None:
     busy = conv("busy", "x", 50_000, 100_000, 50_000_000)
-    (time,) = CostModel([busy], target, efficiency=Efficiency(0.5, 0.25)).predict({}).layers
+    (time,) = CostModel([busy], rtx, efficiency=Efficiency(0.5, 0.25)).predict({}).layers
     assert (time.compute_us, time.memory_us) == pytest.approx((20.0, 12.0))
 
 
 def test_a_tensor_is_written_in_the_formats_that_its_readers_want(target: Target) -> None:
     works = [conv("a", "x", 1000, 1000, 0), conv("b", "a:out", 1000, 1000, 0), pointwise("sum", "a:out", 1000)]
-    model = CostModel(works, target, efficiency=IDEAL)
+    model = CostModel(works, target)
 
     def facts(**assignment: Precision) -> list[tuple[int, int]]:
         return [(time.activation_bytes, time.kernels) for time in model.predict(assignment).layers]
@@ -62,22 +79,22 @@ def test_a_tensor_is_written_in_the_formats_that_its_readers_want(target: Target
     # b reads INT8: a writes FP16 for the sum, and a kernel of its own makes INT8 of it (reads 2000, writes 1000).
     assert facts(a=INT8, b=INT8) == [(1000 + 2000 + 3000, 2), (1000 + 2000, 1), (4000, 1)]
     # Without the sum an 8-bit convolution writes INT8 at once; an FP16 one cannot.
-    model = CostModel(works[:2], target, efficiency=IDEAL)
+    model = CostModel(works[:2], target)
     assert facts(a=INT8, b=INT8) == [(2000, 1), (3000, 1)]
     assert facts(b=INT8) == [(2000 + 2000 + 3000, 2), (3000, 1)]
     # INT8 and FP8 are two formats.
     works = [pointwise("norm", "x", 1000), conv("b", "norm:out", 1000, 10, 0), conv("c", "norm:out", 1000, 10, 0)]
-    model = CostModel(works, target, efficiency=IDEAL)
+    model = CostModel(works, target)
     assert facts(b=INT8, c=FP8)[0] == (2000 + 1000 + 1000, 1)
     assert facts(b=INT8, c=INT8)[0] == (2000 + 1000, 1)
 
 
-def test_tensorrt_for_rtx_leaves_the_epilogue_of_8_bit_layers_to_another_kernel() -> None:
+def test_tensorrt_for_rtx_leaves_the_epilogue_of_8_bit_layers_to_another_kernel(rtx: Target) -> None:
     works = [conv("a", "x", 1000, 1000, 0), conv("b", "a:out", 1000, 1000, 0)]
-    first, _ = CostModel(works, find_target("l4")).predict({"a": INT8, "b": INT8}).layers
+    first, _ = CostModel(works, rtx).predict({"a": INT8, "b": INT8}).layers
     # Reads INT8, writes FP32 accumulators; the other kernel reads those and writes INT8.
     assert (first.activation_bytes, first.kernels) == (1000 + 4000 + 4000 + 1000, 2)
-    first, _ = CostModel([works[0], pointwise("add", "a:out", 1000)], find_target("l4")).predict({"a": INT8}).layers
+    first, _ = CostModel([works[0], pointwise("add", "a:out", 1000)], rtx).predict({"a": INT8}).layers
     # A pointwise kernel behind it does that: no kernel more, 2 bytes more each way.
     assert (first.activation_bytes, first.kernels) == (1000 + 2000 + 4000, 1)
 
@@ -91,8 +108,8 @@ def test_change_is_the_difference_of_totals(target: Target) -> None:
         if index % 2:
             works.append(pointwise(f"p{index}", works[-1].writes, 5000))
     nodes = [work.name for work in works if work.nodes]
-    for name in ("h100", "l4"):
-        model = CostModel(works, find_target(name))
+    for builder in (Builder.TENSORRT, Builder.RTX):
+        model = CostModel(works, dataclasses.replace(find_target("h100"), builder=builder))
         for bits in range(1 << len(nodes)):
             assignment = {node: INT8 if bits >> i & 1 else FP16 for i, node in enumerate(nodes)}
             for node in nodes:

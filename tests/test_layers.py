@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from quantize_graphs import Graph, basic_block, hybrid
-from resvit_engines.targets.costs import LayerKind, LayerWork, Read, layer_times
+from resvit_engines.targets.costs import layer_times
+from resvit_engines.targets.layer_work import LayerKind, LayerWork, MatrixShape, Read
 from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.graph.fused_layers import layers_from_graph
 from resvit_quantize.graph.network import network_from_onnx
@@ -29,7 +30,7 @@ def test_a_residual_block_is_one_layer_per_convolution(tmp_path: Path) -> None:
     # 8 x 8 x 3 x 3 weights and 8 biases; 128 elements in and out; 128 x 8 x 9 multiply-accumulates.
     assert first == LayerWork(
         "block.conv1/Conv", LayerKind.CONV, (Read("input", 128, follows=True),), "block/Relu1:0", 128, 128 * 72, 584,
-        nodes=("block.conv1/Conv",),
+        nodes=("block.conv1/Conv",), shape=MatrixShape(16, 8, 72, 8), members=("block.conv1/Conv", "block/Relu1"),
     )  # fmt: skip
     # conv + add + relu: the shortcut is read in the kernel's own precision, as the placement quantises it.
     assert second.reads == (Read("block/Relu1:0", 128, follows=True), Read("input", 128, follows=True))

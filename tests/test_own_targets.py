@@ -26,6 +26,8 @@ def test_an_own_target_is_its_row_with_what_differs() -> None:
     assert made.speed.bandwidth == row.speed.bandwidth
     assert (made.jetpack, made.tensorrt) == ("7.2", "10.16")
     assert made.speed.source == "the recipe"
+    assert made.speed.sms == row.speed.sms
+    assert resolve_target("our-box", own={"our-box": {**OURS, "sms": 16}}).speed.sms == 16
 
 
 def test_names_of_the_table_still_work_beside_own_ones() -> None:
@@ -41,6 +43,7 @@ def test_names_of_the_table_still_work_beside_own_ones() -> None:
         ({"like": "jetson-orin", "tops": 3}, "'tops'"),
         ({"like": "jetson-orin", "memory_mib": "many"}, "wrong kind"),
         ({"like": "jetson-orin", "int8": -1.0}, "wrong kind"),
+        ({"like": "jetson-orin", "sms": 15.5}, "wrong kind"),
         ({"like": "jetson-orin", "memory_mib": 1024, "workspace_mib": 4096}, "workspace"),
         ({"like": "jetson-orin", "cuda": "9.2"}, "CUDA 9.2"),
         ({"like": "toaster"}, "toaster"),

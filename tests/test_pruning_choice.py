@@ -107,7 +107,7 @@ def test_a_group_of_another_network_is_refused() -> None:
 
 @pytest.mark.whole
 @pytest.mark.parametrize("precision", list(Precision))
-@pytest.mark.parametrize("target", ["l4", "rtx-4090"])
+@pytest.mark.parametrize("target", ["l4", "rtx-4090", "jetson-thor"])
 def test_latency_never_rises_where_units_go(precision: Precision, target: str) -> None:
     module = resvit_model("embed-nano").eval()
     groups = embed_groups(module)

@@ -195,7 +195,7 @@ class Pipeline:
     def predicted(self) -> predict.Predicted:
         """The time of every layer on the target, against all FP16."""
         pricing = predict.pricing_of(self.run, self.float_model)
-        return self.do(predict.Predict(pricing, self.quantized.eight_bit_products))
+        return self.do(predict.Predict(pricing, self.quantized.model, self.quantized.eight_bit_products))
 
     @cached_property
     def compiled(self) -> engine.Compiled:

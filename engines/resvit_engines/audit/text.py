@@ -18,7 +18,8 @@ def sentences_of(audit: FusionAudit) -> tuple[str, ...]:
     """The audit for people, one finding each; the most important first."""
     subject = audit.subject
     where = f"SM {subject.sm / 10:.1f}" if subject.sm else "its GPU"
-    first = f"Audited as compiled by {subject.builder} {subject.version}".rstrip() + f" for {where}."
+    how = "Predicted by the rules of" if subject.predicted else "Audited as compiled by"
+    first = f"{how} {subject.builder} {subject.version}".rstrip() + f" for {where}."
     return tuple(
         text
         for text in (

@@ -1,42 +1,31 @@
-"""Predicted time of each fused layer on a target: a roofline, a fixed cost per kernel, and nothing hidden.
+"""Predicted time of each fused layer on a target, by the rules of the builder that makes the engine.
 
-A layer takes the longer of its arithmetic and its memory traffic, plus a fixed cost for each of its kernels
+For TensorRT: its kernels (:mod:`resvit_engines.targets.tensorrt_kernels`) and their times
+(:mod:`resvit_engines.targets.tensorrt_rules`), held to real engines. For TensorRT for RTX no engine with times is
+known: a layer takes the longer of its arithmetic and its memory traffic, plus a fixed cost for each of its kernels
 (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures",
-CACM 52(4), 2009). What the peaks are stands in :mod:`resvit_engines.targets.speeds`; what share of them is reached, in
-:class:`Efficiency`; which tensor is written in which format follows from who reads it. All traffic is charged to the
-device memory: a large cache makes a real engine faster than predicted, in all precisions alike.
+CACM 52(4), 2009), at the shares of :class:`Efficiency`. What the peaks are stands in
+:mod:`resvit_engines.targets.speeds`; which tensor is written in which format follows from who reads it. All traffic is
+charged to the device memory: a large cache makes a real engine faster than predicted, in all precisions alike.
 Times measured on the device replace predictions (:mod:`resvit_engines.targets.layer_times`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.records import Record
 from resvit_engines.targets.layer_times import MeasuredTimes
+from resvit_engines.targets.layer_work import LayerKind, LayerWork, Precisions, Read
 from resvit_engines.targets.table import Builder, Precision, Target
-
-Precisions = Mapping[str, Precision]
-"""Precision by the name of a product's node; FP16 for nodes not named."""
+from resvit_engines.targets.tensorrt_kernels import PlacedKernel, Role, TensorRtKernels
+from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules, kernel_time
 
 BYTES = {Precision.FP16: 2, Precision.INT8: 1, Precision.FP8: 1}
-
-
-class LayerKind(str, enum.Enum):
-    """What a fused layer does; kernels of different kinds can write different formats."""
-
-    CONV = "conv"
-    GEMM = "gemm"
-    ATTENTION = "attention"
-    NORM = "norm"
-    POOL = "pool"
-    POINTWISE = "pointwise"
-
 
 WRITES_SEVERAL = frozenset({LayerKind.NORM, LayerKind.POINTWISE})
 """Generated kernels: they write a tensor in every format that its readers want, at once."""
@@ -47,54 +36,18 @@ ACCUMULATOR_BYTES = {LayerKind.CONV: 4, LayerKind.GEMM: 2}
 SEPARATE_EPILOGUE = frozenset({Builder.RTX})
 """Builders whose 8-bit convolutions and linear layers write accumulators, and leave scale, bias and activation to a
 generated kernel behind: the LayerNorm or pointwise kernel that reads the result, else one of its own. Seen in the
-kernels that TensorRT for RTX 1.7 lists. TensorRT runs them inside the 8-bit kernel, by NVIDIA's documentation."""
+kernels that TensorRT for RTX 1.7 lists. TensorRT runs them inside the 8-bit kernel."""
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Share of the peaks that layers of a vision network reach at batch 1. One estimate for all, not a fit."""
+    """Share of the peaks that layers reach by TensorRT for RTX at batch 1. One estimate for all, not a fit."""
 
     compute: float = 0.5
     memory: float = 0.75
 
 
 EFFICIENCY = Efficiency()
-
-
-@dataclass(frozen=True)
-class Read:
-    """A tensor that a layer reads. ``follows``: in the layer's own precision (a quantised operand), else in FP16."""
-
-    value: str
-    elements: int
-    follows: bool = False
-
-
-@dataclass(frozen=True)
-class LayerWork:
-    """One fused layer: what it computes and moves, counted in elements, so that any precision can be costed.
-
-    ``macs`` are multiply-accumulates and ``weights`` the elements of constants, ``written`` those of the tensor
-    ``writes``. ``moved`` elements are rearranged (read and written in FP16) by kernels in front of the main one.
-    ``nodes`` are the products in it; only a layer with a weighted product (conv, gemm) can leave FP16.
-    """
-
-    name: str
-    kind: LayerKind
-    reads: tuple[Read, ...]
-    writes: str
-    written: int
-    macs: int = 0
-    weights: int = 0
-    kernels: int = 1
-    moved: int = 0
-    nodes: tuple[str, ...] = ()
-
-    def precision(self, assignment: Precisions) -> Precision:
-        """The precision that it computes in."""
-        if self.kind not in (LayerKind.CONV, LayerKind.GEMM):
-            return Precision.FP16
-        return next((assignment[node] for node in self.nodes if node in assignment), Precision.FP16)
 
 
 @dataclass(frozen=True)
@@ -194,11 +147,14 @@ class CostModel:
         target: Target,
         measured: MeasuredTimes | None = None,
         efficiency: Efficiency = EFFICIENCY,
+        rules: TimeRules = TIME_RULES,
     ) -> None:
         self.works = tuple(works)
         self.target = target
         self.efficiency = efficiency
+        self.rules = rules
         self.measured = measured
+        self._tensorrt = None if target.builder is Builder.RTX else TensorRtKernels(self.works)
         self._layer_of = {node: i for i, work in enumerate(self.works) for node in work.nodes}
         self._writer = {work.writes: i for i, work in enumerate(self.works)}
         self._readers: dict[str, list[tuple[LayerWork, Read]]] = {}
@@ -216,9 +172,17 @@ class CostModel:
         return sum(self._time(work, assignment).total_us for work in self.works)
 
     def change_us(self, assignment: Precisions, node: str, precision: Precision) -> float:
-        """Microseconds added where ``node`` alone goes to ``precision``: its layer and those it reads from change."""
+        """Microseconds added where ``node`` alone goes to ``precision``: its layer and those it reads from change.
+
+        Through a layer that only moves elements those before it change as well.
+        """
         layer = self._layer_of[node]
-        changed = {layer, *(self._writer[r.value] for r in self.works[layer].reads if r.value in self._writer)}
+        changed = {layer}
+        ends = [layer]
+        while ends:
+            writers = {self._writer[r.value] for r in self.works[ends.pop()].reads if r.value in self._writer} - changed
+            changed |= writers
+            ends += [writer for writer in writers if self.works[writer].commutes]
         after = {**assignment, node: precision}
         return sum(
             self._time(self.works[i], after).total_us - self._time(self.works[i], assignment).total_us
@@ -242,6 +206,8 @@ class CostModel:
         peak = self.target.peak(precision)
         if peak is None:
             raise ValueError(f"{self.target.name} has no {precision.value} tensor cores")
+        if self._tensorrt is not None:
+            return self._by_rules(work, precision, self._tensorrt.of(work, assignment))
         separate = precision is not Precision.FP16 and self.target.builder in SEPARATE_EPILOGUE
         compute = 2.0 * work.macs / (peak * 1e6 * self.efficiency.compute)
         written, reformats = self._formats(work, precision, assignment, several=separate)
@@ -261,6 +227,27 @@ class CostModel:
             kernels=kernels + len(reformats),
             activation_bytes=own_bytes + reformat_bytes,
             weight_bytes=weights,
+        )  # fmt: skip
+
+    def _by_rules(self, work: LayerWork, precision: Precision, kernels: Sequence[PlacedKernel]) -> LayerTime:
+        """The sum of a layer's kernels in an engine of TensorRT's."""
+        own = [kernel.work for kernel in kernels if kernel.role is Role.LAYER]
+        times = [kernel_time(kernel, self.target.speed, self.rules) for kernel in own]
+        reformats = [
+            kernel_time(kernel.work, self.target.speed, self.rules).total_us
+            for kernel in kernels
+            if kernel.role is not Role.LAYER
+        ]
+        return LayerTime(
+            work.name, work.kind, precision,
+            sum(time.compute_us for time in times),
+            sum(time.memory_us for time in times),
+            sum(time.fixed_us for time in times),
+            sum(reformats),
+            total_us=sum(time.total_us for time in times) + sum(reformats),
+            kernels=sum(kernel.work.count for kernel in kernels),
+            activation_bytes=sum(kernel.work.activation_bytes for kernel in kernels),
+            weight_bytes=sum(kernel.weight_bytes for kernel in own),
         )  # fmt: skip
 
     def _memory_us(self, size: int) -> float:
@@ -304,7 +291,9 @@ class CostModel:
                 found = self.measured.of((work.name, *work.nodes), work.precision(assignment))
                 if found is not None and work.precision(assignment) is precision:
                     time = self._predicted(work, assignment)
-                    ratios.setdefault(precision, []).append(found / (time.total_us - time.reformat_us))
+                    own = time.total_us - time.reformat_us
+                    if own > 0:  # An input of the network has no kernel of its own.
+                        ratios.setdefault(precision, []).append(found / own)
         every = [ratio for some in ratios.values() for ratio in some]
         return {p: statistics.median(ratios.get(p) or every or [1.0]) for p in Precision}
 

@@ -19,6 +19,7 @@ _NAME_MOST = 60
 _SPEEDS = {item.name for item in dataclasses.fields(Speed)} - {"source", "note"}
 _TEXTS = {"title", "arch", "tensorrt", "cuda", "jetpack"}
 _NUMBERS = {"memory_mib", "workspace_mib"}
+_WHOLE = {*_NUMBERS, "sms"}
 _KEYS = {"like", *_TEXTS, *_NUMBERS, *_SPEEDS}
 _MODULES = (
     ("orin nano", "jetson-orin-nano"),
@@ -58,7 +59,7 @@ def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
             f"The recipe describes a target of its own called '{name}', a name that is taken.", "Rename it."
         )
     for key, value in described.items():
-        number = isinstance(value, int if key in _NUMBERS else (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, int if key in _WHOLE else (int, float)) and not isinstance(value, bool)
         if not (number and value > 0 if key in _NUMBERS | _SPEEDS else isinstance(value, str)):
             raise ResvitError(f"{key} = {value!r} of the target '{name}' is of the wrong kind.", fix)
     base = find_target(described["like"], described.get("jetpack", jetpack))
@@ -68,7 +69,9 @@ def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
             f"CUDA {changes['cuda']} of the target '{name}' is not known.", f"One of: {', '.join(PTX_OF_CUDA)}."
         )
     speed = base.speed
-    if peaks := {key: float(described[key]) for key in _SPEEDS if key in described}:
+    if peaks := {
+        key: described[key] if key in _WHOLE else float(described[key]) for key in _SPEEDS if key in described
+    }:
         speed = Speed(**{**dataclasses.asdict(base.speed), **peaks, "source": "the recipe", "note": ""})
     made = dataclasses.replace(base, name=name, speed=speed, **{"title": name, **changes})
     if made.workspace_mib >= made.memory_mib:

@@ -38,10 +38,10 @@ def audit_command(
 ) -> int:
     """Say what the compiler made of the graph: which Q/DQ and which attention fused, and what the rest would need.
 
-    Where no engine can be built here, the graph is compiled for the nearest GPU that TensorRT for RTX serves, which
-    needs no GPU, and the output says so. The FP16 engine of the same network is compiled beside it. --require-fused
-    makes it a gate: exit code 4 where something that should be one kernel, or run in 8 bits, is not. An engine that
-    somebody else built needs no run folder: --layers FILE --onnx FILE.
+    Where TensorRT builds the engine elsewhere, its kernels are predicted by TensorRT's rules, and the output says so.
+    The FP16 engine of the same network is listed beside it. --require-fused makes it a gate: exit code 4 where
+    something that should be one kernel, or run in 8 bits, is not. An engine that somebody else built needs no run
+    folder: --layers FILE --onnx FILE.
     """
     output = Output(quiet, as_json)
     if layers is not None:

@@ -30,6 +30,17 @@ def network_from_onnx(path: Path) -> ir.Model:
     Nodes that compute constants from constants (a transposed weight) are evaluated; value names survive.
     Raises :class:`ResvitError` where the file cannot be read or its types do not check.
     """
+    model = named_model(path)
+    fold_constants(model)
+    infer_types(model)
+    return model
+
+
+def named_model(path: Path) -> ir.Model:
+    """Read a model as it is, float or with Q/DQ, with constants as initialisers and every node named once.
+
+    Raises :class:`ResvitError` where the file cannot be read.
+    """
     try:
         model = ir.load(path)
     except Exception as error:
@@ -46,8 +57,6 @@ def network_from_onnx(path: Path) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
     _name_nodes(model)
-    fold_constants(model)
-    infer_types(model)
     return model
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resvit_engines.files import canonical_json, sha256_bytes
-from resvit_engines.targets.costs import CostModel, Precisions
+from resvit_engines.targets.costs import CostModel
+from resvit_engines.targets.layer_work import Precisions
 from resvit_engines.targets.table import Precision
 
 _PASSES = 8

@@ -17,7 +17,8 @@ from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import Prediction
-from resvit_engines.targets.table import Precision, Target
+from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.tensorrt_rules import RATIO_ERROR
 from resvit_quantize.search.assignments import (
     Assignment,
     Problem,
@@ -206,9 +207,12 @@ def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
         f"{chosen.kernels} against {fp16.kernels} kernels, "
         f"{chosen.activation_bytes / 1e6:.1f} against {fp16.activation_bytes / 1e6:.1f} MB of activations"
     )
-    if gain < _NOTABLE:
-        sentence = f"{label} is {basis} not faster than FP16 on {target.title}: {detail}; build with --precision fp16."
-        return Worth(gain, faster=False, sentence=sentence)
-    return Worth(
-        gain, faster=True, sentence=f"{label} is {basis} {gain:.2f}x as fast as FP16 on {target.title}: {detail}."
-    )
+    faster = gain >= _NOTABLE
+    said = f"{label} is {basis} {gain:.2f}x as fast as" if faster else f"{label} is {basis} not faster than"
+    sentence = f"{said} FP16 on {target.title}: {detail}"
+    held = target.builder is not Builder.RTX and not any(layer.measured for layer in chosen.layers)
+    if held and abs(gain - 1) < RATIO_ERROR:
+        sentence += f"; of real engines this was told up to {RATIO_ERROR:.0%} wrong, so time both"
+    elif not faster:
+        sentence += "; build with --precision fp16"
+    return Worth(gain, faster=faster, sentence=f"{sentence}.")

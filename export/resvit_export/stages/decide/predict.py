@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency, LayerKind
+from resvit_engines.targets.costs import ACCUMULATOR_BYTES, EFFICIENCY, CostModel, Efficiency, Prediction
 from resvit_engines.targets.layer_times import measured_times_from_json
-from resvit_engines.targets.table import Precision, Target
+from resvit_engines.targets.layer_work import LayerKind, LayerWork
+from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 
@@ -32,6 +34,7 @@ class Pricing:
     batch: int
     measured: File | None
     efficiency: Efficiency = EFFICIENCY
+    rules: TimeRules = TIME_RULES
     accumulators: Mapping[LayerKind, int] = field(default_factory=lambda: dict(ACCUMULATOR_BYTES))
 
     def cost_model(self) -> CostModel:
@@ -39,7 +42,25 @@ class Pricing:
         from resvit_quantize.graph.fused_layers import layers_from_graph
         from resvit_quantize.graph.network import network_from_onnx
 
-        layers = layers_from_graph(network_from_onnx(self.model.path), self.batch)
+        return self._priced(layers_from_graph(network_from_onnx(self.model.path), self.batch))
+
+    def of_quantised(self, quantised: Path, precisions: Mapping[str, Precision]) -> tuple[Prediction, Prediction]:
+        """The prices of a quantised graph, and of the same in FP16; raises as ``cost_model``.
+
+        By TensorRT, which writes a tensor in the format that its Q/DQ say, with Q/DQ where they stand. TensorRT for RTX
+        writes accumulators wherever they stand: the float graph and its products' precisions tell as much.
+        """
+        from resvit_quantize.graph.fused_layers import layers_from_graph
+        from resvit_quantize.graph.quantised_edges import quantised_graph_from_onnx
+
+        costs = self.cost_model()
+        if self.target.builder is Builder.RTX or not precisions:
+            return costs.predict(precisions), costs.predict({})
+        graph = quantised_graph_from_onnx(quantised)
+        eight = layers_from_graph(graph.model, self.batch, edges=graph.edges)
+        return self._priced(eight).predict(precisions), costs.predict({})
+
+    def _priced(self, layers: Sequence[LayerWork]) -> CostModel:
         measured = measured_times_from_json(self.measured.path) if self.measured else None
         if measured is not None:
             measured.require_known(name for layer in layers for name in (layer.name, *layer.nodes))
@@ -70,13 +91,14 @@ class Predicted(Artifact):
 
 @dataclass(frozen=True)
 class Predict(Stage[Predicted]):
-    """Price the precisions that the products of the quantised graph have, by name."""
+    """Price the quantised graph, whose products have these precisions by name."""
 
     name: ClassVar[str] = "predict"
     artifact: ClassVar[type[Artifact]] = Predicted
     packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
 
     pricing: Pricing
+    quantized: File
     precisions: Mapping[str, Precision]
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -85,7 +107,6 @@ class Predict(Stage[Predicted]):
         from resvit_export.records.costs import CostsRecord
         from resvit_quantize.search.search import worth_it
 
-        costs = self.pricing.cost_model()
-        chosen, fp16 = costs.predict(self.precisions), costs.predict({})
+        chosen, fp16 = self.pricing.of_quantised(self.quantized.path, self.precisions)
         worth = worth_it(fp16, chosen, self.pricing.target)
         (folder / RESULT).write_bytes(pretty_json(CostsRecord(worth, fp16, chosen).to_json()))

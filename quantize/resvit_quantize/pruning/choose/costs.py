@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from resvit_engines.targets.costs import CostModel, LayerKind, LayerWork, Read
+from resvit_engines.targets.costs import CostModel
 from resvit_engines.targets.layer_times import MeasuredTimes
+from resvit_engines.targets.layer_work import LayerKind, LayerWork, MatrixShape, Read
 from resvit_engines.targets.table import Precision, Target
 from resvit_quantize.pruning.groups import Group, Kept, Kind
 
@@ -106,7 +107,12 @@ class Weighted:
             weights=weights,
             kernels=self.kernels,
             nodes=(self.name,) if product else (),
+            shape=self._shape(out, weights // out, inner) if product else None,
         )
+
+    def _shape(self, out: int, depth: int, channels: int) -> MatrixShape:
+        groups = out if self.grouped else 1
+        return MatrixShape(self.written, out // groups, depth, channels, groups)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.targets.costs import LayerKind
+from resvit_engines.targets.layer_work import LayerKind
 from resvit_quantize.pruning.choose.costs import Attending, Axis, Costs, Weighted, Weights, heads_over
 from resvit_quantize.pruning.copies import forgetting
 from resvit_quantize.pruning.groups import Group, Kind
