@@ -211,11 +211,11 @@ def test_the_range_for_the_output_is_that_of_an_exhaustive_search(precision, bit
     amax = amax_for_output(channels, energy, precision, absmax, bits)
 
     def damage(clip: float) -> float:
-        # What is cut off counts four times.
+        # What is cut off counts twice.
         step = clip / (2 ** (bits - 1) - 1)
         coarse = np.clip(np.rint(x / step) * step, -clip, clip)
         back = coarse if precision == "int8" else quantized(x, clip, precision)
-        errors = np.square(x - back) * np.where(np.abs(x) > clip, 4.0, 1.0)
+        errors = np.square(x - back) * np.where(np.abs(x) > clip, 2.0, 1.0)
         return float(errors.mean(axis=0) @ energy)
 
     assert damage(amax) <= min(map(damage, np.geomspace(absmax / 100, absmax, 100))) * 1.02

@@ -36,6 +36,8 @@ class ChannelStatistics:
     """[C, 48] counts of the magnitudes that are not zero, by the half octaves of ``edges``."""
     anchor: int
     """All values of the tensor, sampled or not, are of magnitude below 2^anchor."""
+    reach: NDArray[np.float32] | None = None
+    """[C] how far all values are taken to reach, of which these are a sample; None for no further than ``absmax``."""
     halves: tuple[ChannelStatistics, ...] = ()
     """The same of every other image, and of those between: what is chosen by one is judged by the other, as by images
     that calibration never saw. Empty where there was one image."""
@@ -52,8 +54,14 @@ class ChannelStatistics:
             np.maximum(first.absmax, second.absmax),
             first.log_histogram + second.log_histogram,
             first.anchor,
+            None,
             (first, second) if first.count.any() and second.count.any() else (),
         )
+
+    @property
+    def extent(self) -> NDArray[np.float32]:
+        """[C] ``reach``, or ``absmax`` where that is all that is known."""
+        return self.absmax if self.reach is None else self.reach
 
     @property
     def edges(self) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ _PARTS = 8
 """Pieces that a bin is cut into."""
 _STEEPEST = 50.0
 _COARSE, _FINE = 64, 17
-_CUT = 4.0
+_CUT = 2.0
 """How much more the error of a value that is cut counts than that of one that is rounded. Rounding errors are as often
 above as below and fall away where positions are averaged, as in the pool in front of a head; what is cut off is
 missing everywhere, at the same few channels that all else depends on."""
@@ -103,7 +103,7 @@ def amax_for_output(
     energy = energy / energy.max()
     if not (energy * channels.absmax).any():
         return largest  # every sampled value that counts was zero: nothing but the maximum is known
-    reaches = [float(half.absmax.max()) for half in channels.halves]
+    reaches = [float(half.extent.max()) for half in channels.halves]
     pairs, most = [(channels, largest)], 1.0
     if reaches and min(reaches) > 0.0:
         pairs, most = list(zip(channels.halves, reversed(reaches), strict=True)), BEYOND
@@ -148,8 +148,14 @@ def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: flo
         mean=channels.mean - centre,
         mean_square=np.maximum(channels.mean_square - 2.0 * centre * channels.mean + centre**2, 0.0),
         absmax=reach.astype(np.float32),
+        reach=None if channels.reach is None else _moved(channels.reach, sign, centre, reach),
         log_histogram=np.rint(counted).astype(np.int32),
     )
+
+
+def _moved(reach: NDArray[np.float32], sign: float, centre: Floats, least: Floats) -> NDArray[np.float32]:
+    """How far channels that reached so far towards ``sign`` reach from their ``centre``."""
+    return np.maximum(np.abs(sign * reach.astype(np.float64) - centre), least).astype(np.float32)
 
 
 def _mean_errors(edges: Floats, amax: Floats, precision: str, bits: int) -> Floats:

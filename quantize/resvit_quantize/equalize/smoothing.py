@@ -30,8 +30,6 @@ _FURTHEST = 64.0
 _WORTH = 0.95
 """Predicted errors within 5% of each other are taken as equal: then nothing is moved."""
 _LINEAR = frozenset({"MatMul", "Gemm"})
-_CUT = 2.0
-"""As ``channels._CUT``; less, since the ranges of all channels end near one another here."""
 _SETS = 3
 """Factors by all images, and by each half of them."""
 
@@ -214,7 +212,7 @@ class _Group:
         """How far each of the group's variables reaches, as a share of its tensor, in all images or in a half."""
         reach = np.zeros(self.count)
         for name, variables in self.tensors.items():
-            absmax = _seen_by(self.seen[name])[number].absmax.astype(np.float64)
+            absmax = _seen_by(self.seen[name])[number].extent.astype(np.float64)
             np.maximum.at(reach, variables, absmax / max(float(absmax.max()), 1e-30))
         return np.asarray(reach[self.variables])
 
@@ -265,14 +263,14 @@ def _least_error(
     ``scales`` [3, C] are by all images and by each half. A clip is a share of the largest value of one half, and its
     error that of the other half's values.
     """
-    largest = [float((own.absmax / scale).max()) for own, scale in zip(_seen_by(seen), scales, strict=True)]
+    largest = [float((own.extent / scale).max()) for own, scale in zip(_seen_by(seen), scales, strict=True)]
     # Fewer levels want more clipping; a factor of four is enough at 8 bits.
     shares = np.geomspace(0.25 if bits == 8 else 1.0 / 16.0, 1.0, candidates)
     pairs = [(seen, largest[0], scales[0])]
     if seen.halves and min(largest) > 0.0:
         shares = np.append(shares, np.geomspace(1.0, BEYOND, candidates // 2 + 1)[1:])
         pairs = list(zip(reversed(seen.halves), largest[1:], scales[1:], strict=True))
-    errors = [channel_error(each, shares * reach, precision.value, own, bits, 2, _CUT) for each, reach, own in pairs]
+    errors = [channel_error(each, shares * reach, precision.value, own, bits, parts=2) for each, reach, own in pairs]
     weighed = np.mean(errors, axis=0) @ energy
     best = int(weighed.argmin())
     return float(weighed[best]), float(shares[best] * largest[0])

@@ -110,18 +110,16 @@ def _widened_channels(analysis: Analysis, statistics: Statistics) -> dict[str, C
     for name, entry in statistics.tensors.items():
         if (seen := entry.channels) is None:
             continue
-        values = math.prod(analysis.shapes.get(name, ())) * statistics.images
-        halves = tuple(_widened(half, values / 2, entry.absmax) for half in seen.halves)
-        found[name] = replace(_widened(seen, values, entry.absmax), halves=halves)
+        values = math.prod(analysis.shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
+        halves = tuple(replace(half, reach=_widest(half, values / 2, entry.absmax)) for half in seen.halves)
+        found[name] = replace(seen, absmax=_widest(seen, values, entry.absmax), halves=halves)
     return found
 
 
-def _widened(seen: ChannelStatistics, values: float, largest: float) -> ChannelStatistics:
-    """For a tensor of so many ``values``, none of which is beyond ``largest``."""
-    sampled = np.maximum(seen.count, 2)
-    factor = np.sqrt(np.maximum(math.log(max(values / max(len(seen.count), 1), 2.0)) / np.log(sampled), 1.0))
-    widest = np.minimum(seen.absmax * factor, largest).astype(np.float32)
-    return replace(seen, absmax=np.maximum(widest, seen.absmax))
+def _widest(seen: ChannelStatistics, values: float, largest: float) -> np.ndarray:
+    """How far each channel [C] of so many ``values`` reaches, none of which is beyond ``largest``."""
+    factor = np.sqrt(np.maximum(math.log(max(values, 2.0)) / np.log(np.maximum(seen.count, 2)), 1.0))
+    return np.maximum(np.minimum(seen.absmax * factor, largest).astype(np.float32), seen.absmax)
 
 
 def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
