@@ -11,7 +11,10 @@ from resvit_engines.errors import ExitCode, ResvitError
 _SHOWN = 3
 _PRECISIONS = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "Int8": "INT8"}
 _NO_RULE = "it breaks no rule that is known"
-_NO_RULE_MEND = "Try a higher --optimization-level; TensorRT's own choice on the device may differ"
+_NO_RULE_MEND = "Try a higher --optimization-level"
+_NOT_TENSORRT = "TensorRT on the device may fuse it all the same"
+_DOCUMENTED = frozenset({"fp32", "fp16", "bf16", "int8"})
+"""Attention of these precisions has rules in TensorRT's documentation; those of FP8 were seen in TensorRT for RTX."""
 
 
 def sentences_of(audit: FusionAudit) -> tuple[str, ...]:
@@ -26,7 +29,7 @@ def sentences_of(audit: FusionAudit) -> tuple[str, ...]:
             _beside_fp16(audit),
             _products(audit),
             *_pairs(audit),
-            *_attention(audit.attention),
+            *_attention(audit.attention, bool(subject.stands_in)),
             _plugins(audit),
             _full_precision(audit),
             _reformats(audit),
@@ -38,8 +41,11 @@ def sentences_of(audit: FusionAudit) -> tuple[str, ...]:
 def failures_of(audit: FusionAudit) -> tuple[tuple[str, str], ...]:
     """What did not fuse though the graph asks for it, each with what would mend it; empty if all did.
 
-    Kernels that only quantise or move do not count: a layer in FP16 in front of one in 8 bits needs them.
+    Kernels that only quantise or move do not count: a layer in FP16 in front of one in 8 bits needs them. Of what
+    stands in for TensorRT only attention counts that breaks a rule of TensorRT's own.
     """
+    if audit.subject.stands_in:
+        return tuple((_refusal(item), _mend(item)) for item in audit.attention if _breaks_a_rule(item))
     found = [(_refusal(item), _mend(item)) for item in audit.attention if item.fused is False]
     slow = [node for node, consumed in audit.quantized_products.items() if not consumed]
     blocks = {node for item in audit.attention for node in item.block.nodes}
@@ -102,6 +108,8 @@ def _beside_fp16(audit: FusionAudit) -> str:
     if totals.unknown or fp16.unknown or not fp16.activation_bytes:
         return f"{compared}."
     ratio = totals.activation_bytes / fp16.activation_bytes
+    if audit.subject.stands_in:
+        return f"{compared} ({ratio:.2f} times as much)."
     verdict = "" if ratio < 1 else "; what 8 bits gain is in the products and weights alone"
     if ratio < 1 and totals.kernels > fp16.kernels:
         verdict = ", but in more kernels"
@@ -140,7 +148,7 @@ def _pairs(audit: FusionAudit) -> list[str]:
     return found
 
 
-def _attention(blocks: Sequence[AttentionAudit]) -> list[str]:
+def _attention(blocks: Sequence[AttentionAudit], stands_in: bool) -> list[str]:
     if not blocks:
         return []
     fused = [item for item in blocks if item.fused]
@@ -153,9 +161,15 @@ def _attention(blocks: Sequence[AttentionAudit]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for item in blocks:
         if item.fused is False:
-            groups.setdefault((_why(item), _mend(item)), []).append(item.block.name)
+            known = not stands_in or _breaks_a_rule(item)
+            groups.setdefault((_why(item), _mend(item) if known else _NOT_TENSORRT), []).append(item.block.name)
     found += [f"Not one kernel: {_some(names)}: {why}; {mend}." for (why, mend), names in groups.items()]
     return found
+
+
+def _breaks_a_rule(item: AttentionAudit) -> bool:
+    """Whether a block is not one kernel by what TensorRT's documentation says, whoever compiled it."""
+    return item.fused is False and bool(item.breaches) and item.block.precision in _DOCUMENTED
 
 
 def _why(item: AttentionAudit) -> str:

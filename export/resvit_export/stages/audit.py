@@ -13,7 +13,7 @@ from resvit_engines.audit.findings import FusionAudit, Subject
 from resvit_engines.audit.inspector import layers_from_file
 from resvit_engines.audit.kernels import Kernel
 from resvit_engines.audit.record import AuditRecord, SkippedAudit, audit_from_json, record_of
-from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.builder import build_engine, builds_here
 from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
@@ -112,7 +112,7 @@ class Audit(Stage[Audited]):
         """The kernels of the FP16 engine, by the same builder; or None, and why where that is no choice."""
         if self.half is None:
             return None, ""
-        if engine is not None and builder_here(self.target) is None:
+        if engine is not None and not builds_here(self.target):
             return None, "There is no FP16 engine to compare with: this one was built on the device."
         builder = self.target if engine is not None else proxy_target(self.target)
         model, copy = scratch / "model.onnx", scratch / TENSORRT_COPY
@@ -185,9 +185,10 @@ def remark_about_plugins(choice: PluginChoice, fused: Fused | None, *, own: bool
 def stand_in_sentence(target: Target) -> str:
     """Say what is compiled in place of the target's own engine; empty where nothing stands in."""
     proxy = proxy_target(target)
-    if proxy.sm == target.sm and proxy.builder is target.builder:
+    if proxy.builder is target.builder:
         return ""
-    return (
-        f"SM {proxy.sm / 10:.1f} stands in for {target.title} (SM {target.sm / 10:.1f}) and {TITLES[proxy.builder]} "
-        f"for {target.software}: what is built on the device may fuse otherwise."
-    )
+    builders = f"{TITLES[proxy.builder]} stands in for {target.software}"
+    if proxy.sm != target.sm:
+        gpus = f"SM {proxy.sm / 10:.1f} stands in for {target.title} (SM {target.sm / 10:.1f})"
+        builders = f"{gpus} and {TITLES[proxy.builder]} for {target.software}"
+    return f"{builders}: its kernels are not those that TensorRT builds on the device, and no advice rests on them."
