@@ -22,7 +22,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import SILENT
 from resvit_engines.records import Record
-from resvit_engines.targets.table import find_target
+from resvit_engines.targets.choice import with_builder
+from resvit_engines.targets.table import Builder, find_target
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
 from resvit_export.stage import File
@@ -70,8 +71,8 @@ def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> 
 def test_the_engine_built_here_is_audited_beside_fp16(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/x", "l4", stages=("fold", "export"))
-    made = answer(capsys, "audit", "--target", "l4", *MODEL, *FAST)
+    seeded("runs/x", "rtx-4090", stages=("fold", "export"))
+    made = answer(capsys, "audit", "--target", "rtx-4090", *MODEL, *FAST)
     audit = made["results"]["audit.json"]
     assert (audit["sm"], audit["stands_in"], audit["fused"]) == (89, "", True)
     fates = [pair["fate"] for pair in audit["pairs"] if not pair["weight"]]
@@ -110,7 +111,9 @@ def test_for_a_jetson_another_gpu_stands_in_and_the_output_says_so(
 
 
 def test_what_is_its_own_target_has_no_stand_in() -> None:
-    assert stand_in_sentence(find_target("l4")) == ""
+    assert stand_in_sentence(find_target("rtx-4090")) == ""
+    assert stand_in_sentence(with_builder(find_target("l4"), Builder.RTX)) == ""
+    assert stand_in_sentence(find_target("l4")).startswith("TensorRT for RTX stands in for TensorRT 11.4:")
     assert "SM 12.0 stands in for Jetson Thor (SM 11.0)" in stand_in_sentence(find_target("jetson-thor"))
     assert "SM 8.9 stands in for H100 (SM 9.0)" in stand_in_sentence(find_target("h100"))
 
@@ -154,7 +157,7 @@ def unfusable(path: Path) -> Path:
 def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = unfusable(workspace / "toy.onnx")
     scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
-    build_it = ["build", "--model", str(model), "--data", "fashion-mnist", "--target", "l4", *scaling, *FAST]
+    build_it = ["build", "--model", str(model), "--data", "fashion-mnist", "--target", "rtx-4090", *scaling, *FAST]
     capsys.readouterr()
     assert run([*build_it, "--require-fused", "--json"]) == ExitCode.REJECTED
     out, err = capsys.readouterr()
@@ -194,7 +197,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layers")
     for name, places in (("int8", ALL_PLACES), ("fp16", ())):
         onnx = attention_graph(folder / f"{name}.onnx", tokens=577, head=64, places=places)
-        report = build.build_engine(onnx, folder / "engine.plan", find_target("l4"))
+        report = build.build_engine(onnx, folder / "engine.plan", find_target("rtx-4090"))
         layer_file(folder / f"{name}.json", report.kernels, ("x", "y"))
     return folder
 

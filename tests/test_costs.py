@@ -74,10 +74,12 @@ def test_a_tensor_is_written_in_the_formats_that_its_readers_want(target: Target
 
 def test_tensorrt_for_rtx_leaves_the_epilogue_of_8_bit_layers_to_another_kernel() -> None:
     works = [conv("a", "x", 1000, 1000, 0), conv("b", "a:out", 1000, 1000, 0)]
-    first, _ = CostModel(works, find_target("l4")).predict({"a": INT8, "b": INT8}).layers
+    first, _ = CostModel(works, find_target("rtx-4090")).predict({"a": INT8, "b": INT8}).layers
     # Reads INT8, writes FP32 accumulators; the other kernel reads those and writes INT8.
     assert (first.activation_bytes, first.kernels) == (1000 + 4000 + 4000 + 1000, 2)
-    first, _ = CostModel([works[0], pointwise("add", "a:out", 1000)], find_target("l4")).predict({"a": INT8}).layers
+    first, _ = (
+        CostModel([works[0], pointwise("add", "a:out", 1000)], find_target("rtx-4090")).predict({"a": INT8}).layers
+    )
     # A pointwise kernel behind it does that: no kernel more, 2 bytes more each way.
     assert (first.activation_bytes, first.kernels) == (1000 + 2000 + 4000, 1)
 
@@ -91,7 +93,7 @@ def test_change_is_the_difference_of_totals(target: Target) -> None:
         if index % 2:
             works.append(pointwise(f"p{index}", works[-1].writes, 5000))
     nodes = [work.name for work in works if work.nodes]
-    for name in ("h100", "l4"):
+    for name in ("h100", "rtx-4090"):
         model = CostModel(works, find_target(name))
         for bits in range(1 << len(nodes)):
             assignment = {node: INT8 if bits >> i & 1 else FP16 for i, node in enumerate(nodes)}

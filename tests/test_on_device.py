@@ -63,7 +63,7 @@ def test_a_device_is_described_in_one_line() -> None:
     [
         (["--device", "orin"], "begins with ssh://"),
         (["--rehearse"], "--device"),
-        (["--device", "ssh://orin", "--target", "l4"], "several targets"),
+        (["--device", "ssh://orin", "--target", "rtx-4090"], "several targets"),
     ],
 )
 def test_wishes_that_make_no_sense_are_refused_before_any_work(workspace: Path, capsys, arguments, says: str) -> None:

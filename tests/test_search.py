@@ -57,7 +57,7 @@ damages = st.one_of(
 problems = st.lists(st.tuples(st.integers(0, 10**9), damages), min_size=1, max_size=8).flatmap(
     lambda layers: st.builds(
         lambda target, plain: problem_of([m for m, _ in layers], [d for _, d in layers], target, plain),
-        st.sampled_from(["h100", "l4"]),
+        st.sampled_from(["h100", "rtx-4090"]),
         st.sampled_from([INT8, FP8]),
     )
 )
@@ -169,7 +169,7 @@ def test_fp8_serves_where_it_does_less_damage() -> None:
 
 
 def test_small_layers_are_fastest_in_fp16_where_8_bits_add_kernels() -> None:
-    problem = problem_of([10, BIG], [{INT8: 0.01}, {INT8: 0.01}], target="l4")
+    problem = problem_of([10, BIG], [{INT8: 0.01}, {INT8: 0.01}], target="rtx-4090")
     assert fastest_precisions(problem) == {"c0": FP16, "c1": INT8}
 
 
@@ -242,9 +242,9 @@ def test_worth_it_compares_with_fp16() -> None:
     assert worth.gain == pytest.approx(fp16.total_us / int8.total_us)
     assert "INT8 is predicted 1." in worth.sentence
     assert not worth_it(fp16, fp16, target).faster
-    problem = problem_of([10] * 3, [{INT8: 0.1}] * 3, target="l4")
+    problem = problem_of([10] * 3, [{INT8: 0.1}] * 3, target="rtx-4090")
     fp16, int8 = (problem.costs.predict(a) for a in ({}, problem.plain))
-    worth = worth_it(fp16, int8, find_target("l4"))
+    worth = worth_it(fp16, int8, find_target("rtx-4090"))
     assert not worth.faster
-    assert "not faster than FP16 on L4" in worth.sentence
+    assert "not faster than FP16 on GeForce RTX 4090" in worth.sentence
     assert "--precision fp16" in worth.sentence

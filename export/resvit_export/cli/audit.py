@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(
     name="audit",
     epilog=examples_text(
-        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target l4 "
+        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target rtx-4090 "
         "--run runs/by-stage",
         "audit --run runs/by-stage --target jetson-orin --json",
     ),
@@ -38,10 +38,11 @@ def audit_command(
 ) -> int:
     """Say what the compiler made of the graph: which Q/DQ and which attention fused, and what the rest would need.
 
-    Where no engine can be built here, the graph is compiled for the nearest GPU that TensorRT for RTX serves, which
-    needs no GPU, and the output says so. The FP16 engine of the same network is compiled beside it. --require-fused
-    makes it a gate: exit code 4 where something that should be one kernel, or run in 8 bits, is not. An engine that
-    somebody else built needs no run folder: --layers FILE --onnx FILE.
+    Where TensorRT builds on the device, TensorRT for RTX compiles the graph here for the nearest GPU that it serves.
+    The output says so, and no advice rests on it. The FP16 engine of the same network is compiled beside it.
+    --require-fused makes it a gate: exit code 4 where something that should be one kernel, or run in 8 bits, is not; of
+    a stand-in, where attention breaks TensorRT's own rules. An engine that somebody else built needs no run folder:
+    --layers FILE --onnx FILE.
     """
     output = Output(quiet, as_json)
     if layers is not None:

@@ -177,8 +177,8 @@ def remark_about_plugins(choice: PluginChoice, fused: Fused | None, *, own: bool
     """Which way was taken, and why; and that a stand-in, which takes no plugins, compiled the graph without ours."""
     if fused is None or fused.model is None:
         why = "none was chosen, for the reasons in fusion.json" if fused else choice.reason
-        return f"No kernel of our own is in the engine: {why}."
-    sentence = f"{fused.count} kernels of our own are in the engine ({choice.reason})"
+        return f"No kernel of our own goes into the engine: {why}."
+    sentence = f"{fused.count} kernels of our own go into the engine ({choice.reason})"
     return f"{sentence}." if own else f"{sentence}; the stand-in takes none: what is listed is the graph without them."
 
 
