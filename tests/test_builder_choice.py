@@ -81,7 +81,9 @@ def test_for_an_l4_a_plan_is_made_and_an_engine_by_rtx_where_that_is_asked_for(b
     asked, said = build("--target", "l4", "--builder", "rtx")
     assert said.count(SELDOM) == 1
     assert asked["compile"]["results"]["engine.json"]["builder"] == "TensorRT for RTX"
-    assert asked["audit"]["results"]["audit.json"]["stands_in"] == ""
+    audit = asked["audit"]["results"]["audit.json"]
+    assert audit["stands_in"] == ""
+    assert SELDOM in audit["sentences"][-1]
     assert read_manifest(asked["file"]).target == with_builder(find_target("l4"), Builder.RTX)
     for stage in ("quantize", "compile", "audit", "bundle"):
         assert asked[stage]["folder"] != plain[stage]["folder"], stage

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets.choice import in_place_of_tensorrt, tensorrts_of, with_builder, with_tensorrt
+from resvit_engines.targets.choice import rtx_in_place, tensorrts_of, with_builder, with_tensorrt
 from resvit_engines.targets.software import CUDA_OF_TENSORRT, JETPACKS, NEWEST_TENSORRT, PTX_OF_CUDA, version_of
 from resvit_engines.targets.table import (
     RTX_SMS,
@@ -218,7 +218,8 @@ def test_either_builder_can_be_chosen_where_it_has_kernels(target: Target) -> No
     if target.sm in RTX_SMS:
         by_rtx = with_builder(target, Builder.RTX)
         assert (by_rtx.builder, by_rtx.tensorrt, by_rtx.kind) == (Builder.RTX, "1.7", target.kind)
-        assert in_place_of_tensorrt(by_rtx) is (target.kind is not Kind.RTX)
+        assert bool(rtx_in_place(by_rtx, Precision.INT8)) is (target.kind is not Kind.RTX)
+        assert not rtx_in_place(by_rtx, Precision.FP16)
         return
     with pytest.raises(ResvitError, match=f"TensorRT for RTX builds no engine for {target.title}") as caught:
         with_builder(target, Builder.RTX)

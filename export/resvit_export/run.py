@@ -14,7 +14,7 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.names import NAME_MOST
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.choice import RTX_IN_PLACE, in_place_of_tensorrt
+from resvit_engines.targets.choice import rtx_in_place
 from resvit_engines.targets.own import Software, resolve_target
 from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
@@ -356,8 +356,8 @@ def _tell_of_the_builder(run: Run) -> None:
     target, reporter = run.target, run.reporter
     if target is None:
         return
-    if in_place_of_tensorrt(target) and run.precision is not Precision.FP16:
-        reporter.warn(RTX_IN_PLACE.format(title=target.title))
+    for sentence in rtx_in_place(target, run.precision):
+        reporter.warn(sentence)
     if target.builder is Builder.TENSORRT and run.recipe.builder is None:
         built_by = {
             former.get("builder")

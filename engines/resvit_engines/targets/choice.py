@@ -14,13 +14,7 @@ from resvit_engines.targets.software import (
     tensorrts_for,
     version_of,
 )
-from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Target
-
-RTX_IN_PLACE = (
-    "TensorRT for RTX builds for {title} in place of TensorRT: built without the GPU, its 8-bit kernels write "
-    "accumulators, so 8 bits are seldom faster than FP16 there, and none of it tells what TensorRT does."
-)
-"""What ``--builder rtx`` means for 8 bits on a target that TensorRT serves best."""
+from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Precision, Target
 
 
 def with_builder(target: Target, builder: Builder | None) -> Target:
@@ -45,9 +39,14 @@ def with_builder(target: Target, builder: Builder | None) -> Target:
     return dataclasses.replace(target, builder=builder, tensorrt=RTX_VERSION, cuda=RTX_CUDA)
 
 
-def in_place_of_tensorrt(target: Target) -> bool:
-    """Whether TensorRT for RTX was chosen for a target that TensorRT serves best."""
-    return target.builder is Builder.RTX and target.kind is not Kind.RTX
+def rtx_in_place(target: Target, precision: Precision) -> tuple[str, ...]:
+    """What ``--builder rtx`` means for 8 bits where TensorRT is what serves the target best: a sentence, else none."""
+    if target.builder is not Builder.RTX or target.kind is Kind.RTX or precision is Precision.FP16:
+        return ()
+    return (
+        f"TensorRT for RTX builds for {target.title} in place of TensorRT: built without the GPU, its 8-bit kernels "
+        "write accumulators, so 8 bits are seldom faster than FP16 there, and none of it tells what TensorRT does.",
+    )
 
 
 def with_tensorrt(target: Target, version: str) -> Target:

@@ -20,6 +20,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
+from resvit_engines.targets.choice import rtx_in_place
 from resvit_engines.targets.table import Precision, Target, proxy_target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
@@ -169,7 +170,7 @@ def audit_of(
         stand_in=proxy_target(target),
         settings=for_usual(settings),
         compiled=compiled if own else None,
-        remark=remark_about_plugins(run.plugins, fused, own=own),
+        remark=" ".join([*rtx_in_place(target, run.precision), remark_about_plugins(run.plugins, fused, own=own)]),
     )
 
 
