@@ -176,7 +176,8 @@ def test_only_the_batch_may_be_dynamic(tmp_path) -> None:
 
 @rtx
 def test_fp8_for_a_gpu_without_it_fails_with_the_builders_words(tmp_path) -> None:
-    error = refusal(small_model(tmp_path / "m.onnx", fp8=True), tmp_path / "e.plan", find_target("a10"))
+    a10 = with_builder(find_target("a10"), Builder.RTX)
+    error = refusal(small_model(tmp_path / "m.onnx", fp8=True), tmp_path / "e.plan", a10)
     assert error.code is ExitCode.BUILD
     assert "sm86" in error.problem
     assert "int8" in error.fix
@@ -465,7 +466,9 @@ def test_the_plan_says_why_in_words() -> None:
     assert all(words in orin.why for words in ("Jetson AGX Orin", "8.7", "JetPack 6.2", "TensorRT 10.3"))
     assert any("never pip install tensorrt" in note for note in orin.notes)
     h100 = plan_for_device(find_target("h100"), BuildSettings(), (3, 224, 224), dynamic_batch=True)
-    assert "TensorRT for RTX, which builds without a GPU, does not serve it" in h100.why
+    assert "this machine has no H100 (compute capability 9.0) with TensorRT 11.4 beside it" in h100.why
+    l4 = plan_for_device(find_target("l4"), BuildSettings(), (3, 224, 224), dynamic_batch=True)
+    assert l4.why == h100.why.replace("H100", "L4").replace("9.0", "8.9")
     plain = json.loads(json.dumps(h100.to_json(), allow_nan=False))
     assert plain["settings"]["workspace_mib"] == 8192
     assert set(plain) == {"target", "why", "commands", "notes", "settings"}

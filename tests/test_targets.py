@@ -199,7 +199,7 @@ def test_another_tensorrt_on_the_target(name, version, became, cuda, opset) -> N
         ("l4", "10", ["not served"]),
         ("b200", "10.7", ["not served on B200", "10.8, "]),
         ("jetson-orin", "10.13", ["Jetson AGX Orin with JetPack 6.2", "10.3, 10.7"]),
-        ("jetson-orin-nano@7.2", "11.4", ["Use one of: 10.16."]),
+        ("jetson-orin-nano@7.2", "11.4", ["with one of: 10.16."]),
         ("rtx-4090", "10.13", ["TensorRT for RTX 1.7 builds for GeForce RTX 4090", "--builder tensorrt"]),
     ],
 )

@@ -69,7 +69,7 @@ def with_tensorrt(target: Target, version: str) -> Target:
         beside = f" with JetPack {target.jetpack}" if target.jetpack else ""
         raise ResvitError(
             f"TensorRT {version} is not served on {target.title}{beside}.",
-            f"Use one of: {', '.join(choices)}.",
+            f"Use --tensorrt with one of: {', '.join(choices)}.",
             ExitCode.IMPOSSIBLE,
         )
     cuda = target.cuda if target.jetpack else CUDA_OF_TENSORRT[release]

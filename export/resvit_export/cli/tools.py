@@ -12,7 +12,7 @@ from resvit_engines.errors import ExitCode
 from resvit_engines.targets.choice import tensorrts_of
 from resvit_engines.targets.table import TARGETS, Builder
 
-_BUILT = {Builder.RTX: "here, by TensorRT for RTX", Builder.TENSORRT: "where that GPU is, by TensorRT"}
+_BUILT = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is"}
 
 
 @click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
@@ -33,7 +33,7 @@ def targets_command(quiet: bool, as_json: bool) -> None:
             target.title,
             target.jetpack or "",
             str(target.sm),
-            target.tensorrt,
+            f"{'RTX ' if target.builder is Builder.RTX else ''}{target.tensorrt}",
             " ".join(sorted(precision.value for precision in target.precisions)),
             str(target.opset),
             _BUILT[target.builder],
