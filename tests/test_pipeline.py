@@ -70,11 +70,11 @@ def test_int8_for_a_jetson_is_validated_and_bundled(
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
+def test_an_engine_for_an_rtx_card_is_built_here_and_shares_the_folded_network(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     seeded("runs/x", "jetson-orin")
-    # All that is an L4's own but the folded network: that must be the Jetson's.
+    # All that is the card's own but the folded network: that must be the Jetson's.
     seeded("runs/x", "rtx-4090", stages=("export", "calibrate", "baseline", "reference"))
     first = result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", "runs/x")
     second = result(capsys, "build", "--target", "rtx-4090", *MODEL, "--run", "runs/x")

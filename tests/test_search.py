@@ -248,3 +248,5 @@ def test_worth_it_compares_with_fp16() -> None:
     assert not worth.faster
     assert "not faster than FP16 on GeForce RTX 4090" in worth.sentence
     assert "--precision fp16" in worth.sentence
+    fixed = sum(layer.fixed_us for layer in fp16.layers) / 1e3
+    assert f"{fixed:.3f} ms of FP16's are the fixed cost of kernels" in worth.sentence

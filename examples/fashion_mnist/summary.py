@@ -18,7 +18,7 @@ from rich.table import Table
 
 COLUMNS = (
     *("run", "target", "verdict", "float top-1", "INT8 top-1", "drop, points", "arithmetic left", "quantised"),
-    *("float ONNX", "speed, FP16 = 1", "built by", "result"),
+    *("predicted, FP16 = 1", "result"),
 )
 
 
@@ -39,11 +39,11 @@ def row(run: Path) -> tuple[list[str], list[str]]:
     compiled = stages["compile"]["results"]
     if "engine.json" in compiled:
         engine = compiled["engine.json"]
-        target, builder = engine["target"], f"{engine['builder']}, here"
-        made, following = f"engine, {engine['bytes'] / 1e6:.2f} MB", []
+        target, following = engine["target"], []
+        made = f"engine by {engine['builder']}, {engine['bytes'] / 1e6:.2f} MB"
     else:
         plan = compiled["plan.json"]
-        target, builder, made = plan["target"], "TensorRT, on the device", "plan and bundle"
+        target, made = plan["target"], "bundle that TensorRT builds there"
         following = [
             f"next: resvit-export build --run {run} --device ssh://USER@HOST",
             f"  or on the device: resvit-engine build {Path(str(document['bundle'])).name} --trust KEY.pub",
@@ -61,9 +61,7 @@ def row(run: Path) -> tuple[list[str], list[str]]:
         f"{last['drop']:+.2f} ({low:+.2f} … {high:+.2f})",
         f"{left:.1%}",
         f"{stages['quantize']['results']['quantize.json']['macs_share']:.1%}",
-        f"{stages['export']['results']['export.json']['bytes'] / 1e6:.2f} MB",
         f"{predicted['gain']:.2f}",
-        builder,
         made,
     ]
     return cells, [f"{run}: {predicted['sentence']}", *following, f"report: {document['report']}"]
@@ -77,7 +75,7 @@ def main(runs: tuple[Path, ...]) -> None:
     rows = [row(run) for run in runs]
     for cells, _ in rows:
         table.add_row(*cells)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
     console.print(table)
     for _, lines in rows:
         for line in lines:

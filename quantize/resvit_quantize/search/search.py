@@ -207,6 +207,9 @@ def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
         f"{chosen.activation_bytes / 1e6:.1f} against {fp16.activation_bytes / 1e6:.1f} MB of activations"
     )
     if gain < _NOTABLE:
+        fixed_us = sum(layer.fixed_us for layer in fp16.layers)
+        if fixed_us > fp16.total_us / 2:
+            detail += f"; {fixed_us / 1e3:.3f} ms of FP16's are the fixed cost of kernels, which 8 bits do not change"
         sentence = f"{label} is {basis} not faster than FP16 on {target.title}: {detail}; build with --precision fp16."
         return Worth(gain, faster=False, sentence=sentence)
     return Worth(
