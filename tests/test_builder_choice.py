@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from engine_reports import engine_report
 from quantize_graphs import Graph
 from resvit_engines.bundle.bundle import read_manifest
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import pretty_json
 from resvit_engines.machine import Machine
-from resvit_engines.progress import SILENT
+from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.remote.job_result import Answers, DeviceBundle, JobResult, Skipped
 from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.table import Builder, find_target
 from resvit_export.cli.main import run
@@ -23,7 +26,8 @@ from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.run import runs_for
 from resvit_export.run_folder import RunFolder
-from resvit_export.stages.device import require_target_there
+from resvit_export.stages.device import RunOnDevice, require_target_there
+from test_audit import kernel
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"
@@ -48,14 +52,14 @@ def build(workspace: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> 
     scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
     few = ["--calibration-images", "32", "--validation-images", "64", "--no-search", "--json", "--run", "runs/x"]
 
-    def built(*arguments: str, again: bool = False) -> tuple[dict[str, Any], str]:
+    def built(*arguments: str, again: bool = False, code: ExitCode = ExitCode.UNDECIDED) -> tuple[dict[str, Any], str]:
         network = [] if again else ["--model", str(model), "--data", "fashion-mnist", *scaling]
         capsys.readouterr()
-        assert run(["build", *network, *arguments, *few]) == ExitCode.UNDECIDED
+        assert run(["build", *network, *arguments, *few]) == code
         out, err = capsys.readouterr()
         document = json.loads(out)
         stages = {stage["stage"]: stage for stage in document["stages"]}
-        return {"file": Path(document["bundle"]), **stages}, err
+        return {"file": Path(document["bundle"]) if document["bundle"] else None, **stages}, err
 
     return built
 
@@ -111,6 +115,35 @@ def test_a_run_from_before_says_that_the_builder_is_another_and_goes_on(build: C
     assert "--builder rtx goes on as before" in said
     assert "plan.json" in made["compile"]["results"]
     assert "So far" not in build(again=True)[1], "said once: what is made now is there"
+
+
+@rtx
+@pytest.mark.whole
+@pytest.mark.parametrize("reads", ["Half", "Int8"])
+def test_the_gate_judges_the_engine_that_the_device_built_not_what_stands_in(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    there = Machine(89, "NVIDIA L4", "11.4.0", None, "x86_64", 60_000, 10_000, "3.11.7", memory_available_mib=9000)
+    convolutions = kernel("c", "conv", reads, "Half", "stem/Conv", "conv/Conv")
+    engine = engine_report(target="l4", sm=89, builder_version="11.4.0", kernels=(convolutions,))
+    made = DeviceBundle("x.resvit", "0" * 64, "key", "id")
+    job = JobResult(engine, False, there, Skipped("not run"), Answers(0, None), Skipped("not run"), made)
+
+    def brought_back(stage: RunOnDevice, folder: Path, reporter: Reporter) -> None:
+        (folder / "engine.json").write_bytes(pretty_json(engine.to_json()))
+        (folder / "device.json").write_bytes(pretty_json({**job.to_json(), "images": 0, "verdict": None}))
+        stage.audit.write(folder, folder, reporter)
+
+    monkeypatch.setattr(RunOnDevice, "fill", brought_back)
+    monkeypatch.setattr("resvit_export.stages.device.look_at_device", lambda *_, **__: there)
+    code = ExitCode.REJECTED if reads == "Half" else ExitCode.UNDECIDED
+    found, said = build("--target", "l4", "--require-fused", "--device", "ssh://server", code=code)
+    assert found["audit"]["results"]["audit.json"]["failures"] == []
+    failures = found["device"]["results"]["audit.json"]["failures"]
+    assert [failure["problem"] for failure in failures] == (
+        ["2 products are quantised but do not run in 8 bits: stem/Conv, conv/Conv"] if reads == "Half" else []
+    )
+    assert ("not run in 8 bits: stem/Conv, conv/Conv" in said) == (reads == "Half")
 
 
 @pytest.mark.parametrize(
