@@ -28,6 +28,13 @@ def test_an_own_target_is_its_row_with_what_differs() -> None:
     assert made.speed.source == "the recipe"
 
 
+def test_an_own_target_has_the_cuda_of_its_tensorrt_unless_it_says_so() -> None:
+    own = {"like": "l4", "tensorrt": "10.9"}
+    assert resolve_target("box", own={"box": own}).cuda == "12.8"
+    assert resolve_target("box", own={"box": {**own, "cuda": "13.2"}}).cuda == "13.2"
+    assert resolve_target("box", own={"box": {"like": "jetson-orin", "tensorrt": "10.9"}}).cuda == "12.6"
+
+
 def test_names_of_the_table_still_work_beside_own_ones() -> None:
     assert resolve_target("l4", own={"our-box": OURS}) == find_target("l4")
     assert resolve_target("jetson-thor@7.2").tensorrt == "10.16"

@@ -12,7 +12,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine, this_machine
 from resvit_engines.names import require_name
 from resvit_engines.targets.choice import with_builder, with_tensorrt
-from resvit_engines.targets.software import PTX_OF_CUDA
+from resvit_engines.targets.software import CUDA_OF_TENSORRT, PTX_OF_CUDA
 from resvit_engines.targets.speeds import Speed
 from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Kind, Target, find_target
 
@@ -85,6 +85,8 @@ def _own_target(name: str, described: Any, software: Software) -> Target:
     base = software.on(find_target(described["like"], described.get("jetpack", software.jetpack)))
     said = _TEXTS - {"jetpack"} - ({"tensorrt"} if software.tensorrt or base.builder is Builder.RTX else set())
     changes = {key: described[key] for key in said | _NUMBERS if key in described}
+    if "tensorrt" in changes and base.jetpack is None:
+        changes.setdefault("cuda", CUDA_OF_TENSORRT.get(changes["tensorrt"], base.cuda))
     if changes.get("cuda", base.cuda) not in PTX_OF_CUDA:
         raise ResvitError(
             f"CUDA {changes['cuda']} of the target '{name}' is not known.", f"One of: {', '.join(PTX_OF_CUDA)}."
