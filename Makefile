@@ -1,4 +1,4 @@
-# make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an L4
+# make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an RTX 4090
 # make test   lint, types and the test suite, without the longest ways from end to end
 # make check  the same without what takes more than a second: two minutes on two cores
 # All set up what they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
@@ -39,8 +39,8 @@ demo: setup data
 	$(BIN)/python examples/fashion_mnist/train.py --model resvit:embed-nano --out $(CHECKPOINT)
 	$(BUILD) --target jetson-orin --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/jetson-orin \
 	  --prune-macs 0.7 --train-data fashion-mnist --prune-epochs 1
-	$(BUILD) --target l4 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/l4
-	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/l4
+	$(BUILD) --target rtx-4090 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/rtx-4090
+	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/rtx-4090
 
 # A module's tests share what they built, so a module stays with one worker; tests/conftest.py has the order.
 # Compiled modules are kept: pytest rewrites every assertion otherwise, and the tests start many programs.

@@ -115,7 +115,7 @@ def prepared(folder: Path, payload: int = 200) -> Bench:
             "empty": b"",
         }
         write_bundle(
-            bench.bundle(version), Manifest(NAME, target=find_target("l4"), other={"number": version}), files, key
+            bench.bundle(version), Manifest(NAME, target=find_target("rtx-4090"), other={"number": version}), files, key
         )
     bench.install(bench.bundle(1))
     return bench

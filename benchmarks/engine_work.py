@@ -29,9 +29,10 @@ from resvit_calibrate.images.image_set import Batch
 from resvit_engines.audit.kernel_totals import kernel_totals
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ResvitError
+from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.table import Builder, find_target
 
-TARGETS = {86: "a10", 89: "l4"}
+TARGETS = {sm: with_builder(find_target(name), Builder.RTX) for sm, name in ((86, "a10"), (89, "rtx-4090"))}
 COLUMNS = ("engine", "kernels", "8-bit conv", "8-bit gemm", "8-bit attention", "reformats", "MB", "of FP16", "weights")
 
 
@@ -147,7 +148,7 @@ def main(model: str, count: int, sms: tuple[str, ...]) -> None:
             for sm, found in engines.items():
                 if variant.precision == "fp8" and sm < 89:
                     continue
-                report = build_engine(onnx, folder / "engine.plan", find_target(TARGETS[sm]))
+                report = build_engine(onnx, folder / "engine.plan", TARGETS[sm])
                 found[variant.name] = {**kernel_totals(report.kernels).to_json(), "engine_bytes": report.bytes}
                 click.echo(f"SM {sm} {variant.name}: {found[variant.name]['kernels']} kernels", err=True)
     label = model.rpartition(":")[2]

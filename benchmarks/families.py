@@ -6,7 +6,7 @@
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
 timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of
-random weights has no accuracy. Engines are TensorRT for RTX's for L4, which builds without a GPU. "Own noise" is the
+random weights has no accuracy. Engines are TensorRT for RTX's for an RTX 4090, built without a GPU. "Own noise" is the
 ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
 already, a low SQNR is the network's own. "As far as" is the last stage that was run: rows of ``--until export`` are
 folded, exported and compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text
@@ -42,6 +42,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "families.jsonl"
 FIRST = ("rt_detr_v2", "d_fine", "dinov3_vit", "conditional_detr", "zoedepth", "mask2former", "maskformer", "lw_detr",
          "rf_detr", "vitmatte", "efficientloftr", "deformable_detr", "rt_detr", "dpt", "depth_anything")  # fmt: skip
 """What is deployed most, or was refused: these come first."""
+TARGET = "rtx-4090"
 STAGES = ("fold", "export", "calibrate", "quantize", "validate", "compile", "audit", "bundle")
 GOES_ON = (0, 4, 5)
 """Exit codes of a build that came to its end: done, rejected by validation, undecided."""
@@ -205,12 +206,12 @@ def take_through(case: Case, folder: Path, until: str) -> int:
         options += ["--input-shape", f"{channels},{sizes[0]},{sizes[1]}"]
     common = ["--model", reference, "--run", str(folder / "run"), "--quiet", *options]
     if until == "export":
-        return run(["export", *common, "--target", "l4"])
+        return run(["export", *common, "--target", TARGET])
     if until == "prune":
         return run(["prune", *common, "--prune-macs", "0.5"])
     data = "fashion-mnist" if channels in (1, 3) else f"{Path(__file__).parent / 'family_models.py'}:four_channels"
     few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--allow-rejected"]
-    code = run(["build", *common, "--target", "l4", "--precision", "int8", "--data", data, "--task", "other", *few])
+    code = run(["build", *common, "--target", TARGET, "--precision", "int8", "--data", data, "--task", "other", *few])
     for model in sorted((folder / "run").glob("export-*/model.onnx"))[:1]:
         (folder / "run" / "own_noise.json").write_text(json.dumps({"own_noise_db": own_noise(model)}))
     return code

@@ -1,4 +1,4 @@
-"""Models that people deploy, with random weights, through every stage to an engine for L4 and a bundle for Jetson Orin.
+"""Models that people deploy, with random weights, through every stage to an engine for RTX 4090 and a bundle for Orin.
 
     python benchmarks/models_elsewhere.py --out benchmarks/results/models-elsewhere.md
 
@@ -154,7 +154,7 @@ def row_of(name: str, model: Model, folder: Path) -> dict[str, Any]:
     data = model.data if model.data == "fashion-mnist" else str(scenes(folder.parent / "scenes") / model.data)
     click.echo(f"{name} …", err=True)
     few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--quiet"]
-    command = ["build", "--precision", "int8", "--target", "l4", "--target", "jetson-orin", "--model", reference]
+    command = ["build", "--precision", "int8", "--target", "rtx-4090", "--target", "jetson-orin", "--model", reference]
     made = subprocess.run(
         [
             sys.executable,

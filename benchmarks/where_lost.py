@@ -35,6 +35,7 @@ from resvit_calibrate.ranges.ranges import Ranges, ranges_from_json
 from resvit_calibrate.ranges.statistics import Statistics, statistics_from_npz
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
+from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.costs import CostModel
 from resvit_engines.targets.table import Builder, Precision, find_target
 from resvit_export.loading.network_record import NetworkRecord
@@ -210,7 +211,7 @@ def bytes_rows(run: Calibrated, report: QuantizeReport) -> Iterator[str]:
     layers = layers_from_graph(run.graph.network, 1, run.graph.analysis)
     chosen = {node.name: Precision.INT8 for node in report.nodes if node.precision == Precision.INT8.value}
     for builder, what in ((Builder.RTX, "TensorRT for RTX"), (Builder.TENSORRT, "TensorRT")):
-        model = CostModel(layers, dataclasses.replace(find_target("l4"), builder=builder))
+        model = CostModel(layers, with_builder(find_target("l4"), builder))
         half, eight = (model.predict(kinds).activation_bytes / 1e6 for kinds in ({}, chosen))
         yield f"| {what} | {half:.1f} MB | {eight:.1f} MB |"
 

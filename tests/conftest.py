@@ -143,7 +143,7 @@ def finished_run(made_once: Callable[[str, Callable[[Path], None]], Path], fashi
         def fill(folder: Path) -> None:
             demo_folder(folder)
             if more:
-                for plain in ("jetson-orin", "l4"):
+                for plain in ("jetson-orin", "rtx-4090"):
                     copy_stages(folder_of(plain), folder / "runs" / "embed-nano", BEFORE_QUANTIZE)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
@@ -196,4 +196,4 @@ def workspace(tmp_path: Path, fashion_folder: Path, monkeypatch: pytest.MonkeyPa
 def exported(workspace: Path, seeded: Callable[..., str]) -> None:
     """The run folders ``runs/embed-nano`` and ``runs/x`` in which the demo's network is folded and exported."""
     for folder in ("runs/embed-nano", "runs/x"):
-        seeded(folder, "jetson-orin", "l4", stages=("fold", "export"))
+        seeded(folder, "jetson-orin", "rtx-4090", stages=("fold", "export"))

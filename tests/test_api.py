@@ -78,8 +78,8 @@ def test_the_example_of_the_guide_runs(
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in built.stages]
 
     # By name and checkpoint, from stages that the command line did: the same network, bit for bit.
-    run = seeded("runs/named", "l4", stages=("fold", "export"))
-    named = build("resvit:embed-nano", "fashion-mnist", "l4", run=run, checkpoint=CHECKPOINT, **FEW)
+    run = seeded("runs/named", "rtx-4090", stages=("fold", "export"))
+    named = build("resvit:embed-nano", "fashion-mnist", "rtx-4090", run=run, checkpoint=CHECKPOINT, **FEW)
     assert named.stages[0].reused
     assert not named.stages[2].reused
     assert named.onnx.read_bytes() == built.onnx.read_bytes()
@@ -156,7 +156,7 @@ def test_what_cannot_be_used_is_an_error_that_says_what_to_do(
     workspace: Path, settings: dict[str, Any], problem: str, fix: str
 ) -> None:
     with pytest.raises(ResvitError) as caught:
-        build(Scaled(1.0), "fashion-mnist", "l4", **settings)
+        build(Scaled(1.0), "fashion-mnist", "rtx-4090", **settings)
     assert problem in caught.value.problem
     assert fix in caught.value.fix
     assert caught.value.code is ExitCode.INPUT

@@ -26,7 +26,7 @@ from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
 pytestmark = pytest.mark.whole
 
-SUBJECT = Subject("l4", 89, "TensorRT for RTX", "1.7", 1)
+SUBJECT = Subject("rtx-4090", 89, "TensorRT for RTX", "1.7", 1)
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"
 )
@@ -239,7 +239,7 @@ def test_the_rules_are_those_of_the_compiler(
     tmp_path: Path, made: dict[str, Any], fuses: bool, rule: str | None
 ) -> None:
     model = attention_graph(tmp_path / "model.onnx", **made)
-    report = build_engine(model, tmp_path / "engine.plan", find_target("l4"))
+    report = build_engine(model, tmp_path / "engine.plan", find_target("rtx-4090"))
     expectation = expectation_from_onnx(model)
     found = audit_engine(SUBJECT, expectation, report.kernels, {"x", "m", "y"})
     (block,) = found.attention
@@ -260,7 +260,7 @@ def test_the_rules_are_those_of_the_compiler(
 @rtx
 def test_qdq_in_front_of_a_whole_attention_node_is_computed_in_fp16(tmp_path: Path) -> None:
     model = attention_graph(tmp_path / "model.onnx", whole=True, places=("operands",))
-    report = build_engine(model, tmp_path / "engine.plan", find_target("l4"))
+    report = build_engine(model, tmp_path / "engine.plan", find_target("rtx-4090"))
     found = audit_engine(SUBJECT, expectation_from_onnx(model), report.kernels, {"x", "y"})
     assert found.attention[0].fused
     assert {item.fate for item in found.pairs} == {Fate.HIGHER}
@@ -269,7 +269,7 @@ def test_qdq_in_front_of_a_whole_attention_node_is_computed_in_fp16(tmp_path: Pa
 
 @rtx
 def test_the_input_and_output_of_the_network_are_no_fp32_between_layers(tmp_path: Path) -> None:
-    report = build_engine(attention_graph(tmp_path / "m.onnx"), tmp_path / "engine.plan", find_target("l4"))
+    report = build_engine(attention_graph(tmp_path / "m.onnx"), tmp_path / "engine.plan", find_target("rtx-4090"))
     found = audit_engine(SUBJECT, expectation_from_onnx(tmp_path / "m.onnx"), report.kernels, {"x", "y"})
     assert found.fp32 == ()
     assert len(audit_engine(SUBJECT, Expectation((), (), ()), report.kernels, ()).fp32) == 2

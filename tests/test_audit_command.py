@@ -71,8 +71,8 @@ def layer_file(path: Path, kernels: tuple[Kernel, ...], io: tuple[str, ...]) -> 
 def test_the_engine_built_here_is_audited_beside_fp16(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/x", "l4", stages=("fold", "export"))
-    made = answer(capsys, "audit", "--target", "l4", *MODEL, *FAST)
+    seeded("runs/x", "rtx-4090", stages=("fold", "export"))
+    made = answer(capsys, "audit", "--target", "rtx-4090", *MODEL, *FAST)
     audit = made["results"]["audit.json"]
     assert (audit["sm"], audit["stands_in"], audit["fused"]) == (89, "", True)
     fates = [pair["fate"] for pair in audit["pairs"] if not pair["weight"]]
@@ -163,7 +163,7 @@ def unfusable(path: Path) -> Path:
 def test_the_gate_stops_a_build_before_the_bundle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = unfusable(workspace / "toy.onnx")
     scaling = ["--preprocess", "mean=0.5", "--preprocess", "std=0.25"]
-    build_it = ["build", "--model", str(model), "--data", "fashion-mnist", "--target", "l4", *scaling, *FAST]
+    build_it = ["build", "--model", str(model), "--data", "fashion-mnist", "--target", "rtx-4090", *scaling, *FAST]
     capsys.readouterr()
     assert run([*build_it, "--require-fused", "--json"]) == ExitCode.REJECTED
     out, err = capsys.readouterr()
@@ -203,7 +203,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layers")
     for name, places in (("int8", ALL_PLACES), ("fp16", ())):
         onnx = attention_graph(folder / f"{name}.onnx", tokens=577, head=64, places=places)
-        report = build.build_engine(onnx, folder / "engine.plan", find_target("l4"))
+        report = build.build_engine(onnx, folder / "engine.plan", find_target("rtx-4090"))
         layer_file(folder / f"{name}.json", report.kernels, ("x", "y"))
     return folder
 

@@ -19,7 +19,7 @@ from engine_reports import engine_report
 from resvit_engines.audit.kernels import kernels_from_log
 from resvit_engines.builder import builder as build
 from resvit_engines.builder import child as build_child
-from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.builder import as_installed, build_engine, builds_here
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import BuildSettings
@@ -29,6 +29,7 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.records import Record
+from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.table import Builder, find_target
 from resvit_engines.trt.io_tensor import IoTensor
 
@@ -114,11 +115,16 @@ def refusal(*arguments, **options) -> ResvitError:
 @rtx
 @pytest.mark.parametrize(
     ("name", "sm", "fp8", "word"),
-    [("l4", 89, False, "Int8"), ("a10", 86, False, "Int8"), ("a100", 80, False, "Int8"), ("l4", 89, True, "FP8")],
+    [
+        ("rtx-4090", 89, False, "Int8"),
+        ("a10", 86, False, "Int8"),
+        ("a100", 80, False, "Int8"),
+        ("rtx-4090", 89, True, "FP8"),
+    ],
 )
 def test_convolutions_come_out_in_the_precision_of_the_graph(tmp_path, name, sm, fp8, word) -> None:
     model, engine, log = small_model(tmp_path / "m.onnx", fp8=fp8), tmp_path / "engine.plan", tmp_path / "build.log"
-    report = build_engine(model, engine, find_target(name), BuildSettings(), Silent(), log)
+    report = build_engine(model, engine, with_builder(find_target(name), Builder.RTX), BuildSettings(), Silent(), log)
 
     convs = {layer: k for k in report.kernels for layer in k.layers if layer.endswith("_sum/Conv")}
     assert set(convs) == {"layer1_sum/Conv", "layer2_sum/Conv"}
@@ -146,7 +152,7 @@ def test_convolutions_come_out_in_the_precision_of_the_graph(tmp_path, name, sm,
 @rtx
 def test_a_batch_range_stays_dynamic_and_the_bytes_repeat(tmp_path, int8) -> None:
     reports = [
-        build_engine(int8, tmp_path / f"{index}.plan", find_target("l4"), BuildSettings(batch=(1, 4, 8)))
+        build_engine(int8, tmp_path / f"{index}.plan", find_target("rtx-4090"), BuildSettings(batch=(1, 4, 8)))
         for index in range(2)
     ]
     assert reports[0].inputs[0].shape == (-1, 32, 8, 8)
@@ -157,7 +163,7 @@ def test_a_batch_range_stays_dynamic_and_the_bytes_repeat(tmp_path, int8) -> Non
 @rtx
 def test_the_batch_must_fit_the_graph(tmp_path) -> None:
     fixed = small_model(tmp_path / "fixed.onnx", batch=2)
-    engine, target = tmp_path / "engine.plan", find_target("l4")
+    engine, target = tmp_path / "engine.plan", find_target("rtx-4090")
     assert "fixed batch of 2, but a batch of 1 to 8" in str(refusal(fixed, engine, target, BuildSettings((1, 4, 8))))
     assert build_engine(fixed, engine, target, BuildSettings((2, 2, 2))).inputs[0].shape == (2, 32, 8, 8)
 
@@ -165,12 +171,13 @@ def test_the_batch_must_fit_the_graph(tmp_path) -> None:
 @rtx
 def test_only_the_batch_may_be_dynamic(tmp_path) -> None:
     model = small_model(tmp_path / "m.onnx", height="height")
-    assert "only the batch may be dynamic" in str(refusal(model, tmp_path / "engine.plan", find_target("l4")))
+    assert "only the batch may be dynamic" in str(refusal(model, tmp_path / "engine.plan", find_target("rtx-4090")))
 
 
 @rtx
 def test_fp8_for_a_gpu_without_it_fails_with_the_builders_words(tmp_path) -> None:
-    error = refusal(small_model(tmp_path / "m.onnx", fp8=True), tmp_path / "e.plan", find_target("a10"))
+    a10 = with_builder(find_target("a10"), Builder.RTX)
+    error = refusal(small_model(tmp_path / "m.onnx", fp8=True), tmp_path / "e.plan", a10)
     assert error.code is ExitCode.BUILD
     assert "sm86" in error.problem
     assert "int8" in error.fix
@@ -184,7 +191,7 @@ def test_an_unknown_op_is_named_with_its_node(tmp_path) -> None:
     shape = ("input", onnx.TensorProto.FLOAT, [1, 3]), ("logits", onnx.TensorProto.FLOAT, [1, 3])
     graph = onnx.helper.make_graph([node], "g", [info(*shape[0])], [info(*shape[1])])
     onnx.save(onnx.helper.make_model(graph, ir_version=10), tmp_path / "odd.onnx")
-    error = refusal(tmp_path / "odd.onnx", tmp_path / "e.plan", find_target("l4"))
+    error = refusal(tmp_path / "odd.onnx", tmp_path / "e.plan", find_target("rtx-4090"))
     assert error.code is ExitCode.BUILD
     assert "'blocks.0/Frobnicate' (Frobnicate)" in error.problem
     assert [path.name for path in tmp_path.iterdir()] == ["odd.onnx"]
@@ -193,8 +200,8 @@ def test_an_unknown_op_is_named_with_its_node(tmp_path) -> None:
 @rtx
 def test_what_is_no_onnx_file_is_refused(tmp_path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
-    assert "parse" in refusal(tmp_path / "text.onnx", tmp_path / "e.plan", find_target("l4")).problem
-    assert "There is no file" in refusal(tmp_path / "no.onnx", tmp_path / "e.plan", find_target("l4")).problem
+    assert "parse" in refusal(tmp_path / "text.onnx", tmp_path / "e.plan", find_target("rtx-4090")).problem
+    assert "There is no file" in refusal(tmp_path / "no.onnx", tmp_path / "e.plan", find_target("rtx-4090")).problem
 
 
 @rtx
@@ -202,7 +209,7 @@ def test_a_users_own_modules_do_not_get_in_the_way(tmp_path, int8, monkeypatch) 
     for name in ("json.py", "tensorrt_rtx_bindings.py", "errors.py"):
         (tmp_path / name).write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
-    assert build_engine(int8, Path("engine.plan"), find_target("l4")).bytes > 0
+    assert build_engine(int8, Path("engine.plan"), find_target("rtx-4090")).bytes > 0
 
 
 @rtx
@@ -213,7 +220,7 @@ def test_tensorrt_itself_takes_the_same_path(tmp_path, int8, monkeypatch) -> Non
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(build, "local_sm", lambda: 87)
     target = find_target("jetson-orin")
-    assert builder_here(target) is Builder.TENSORRT
+    assert builds_here(target)
     report = build_engine(int8, tmp_path / "engine.plan", target)
     assert (report.builder, report.builder_version, report.sm) == (Builder.TENSORRT, "10.3.0", 87)
 
@@ -246,7 +253,7 @@ def child(monkeypatch, tmp_path):
 )
 def test_a_dead_child_is_one_clear_error_and_no_file(tmp_path, child, script, code, says) -> None:
     child(script)
-    error = refusal(tmp_path / "model.onnx", tmp_path / "engine.plan", find_target("l4"))
+    error = refusal(tmp_path / "model.onnx", tmp_path / "engine.plan", find_target("rtx-4090"))
     assert error.code is code
     assert says in error.problem
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
@@ -255,7 +262,7 @@ def test_a_dead_child_is_one_clear_error_and_no_file(tmp_path, child, script, co
 def test_an_old_engine_survives_a_failed_build(tmp_path, child) -> None:
     child("import json, sys; open(json.load(open(sys.argv[1]))['engine'], 'w').write('half'); sys.exit(1)")
     (tmp_path / "engine.plan").write_bytes(b"old")
-    refusal(tmp_path / "model.onnx", tmp_path / "engine.plan", find_target("l4"))
+    refusal(tmp_path / "model.onnx", tmp_path / "engine.plan", find_target("rtx-4090"))
     assert (tmp_path / "engine.plan").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine.plan", "model.onnx"]
 
@@ -284,7 +291,7 @@ def test_interrupted_or_killed_the_child_ends_too(tmp_path, how) -> None:
         build_child._worker_command = lambda request: [sys.executable, "-c", {builder!r}, str(request)]
         build._installed = lambda module: module == "tensorrt_rtx_bindings"
         try:
-            build.build_engine(Path("model.onnx"), Path("engine.plan"), find_target("l4"))
+            build.build_engine(Path("model.onnx"), Path("engine.plan"), find_target("rtx-4090"))
         except ResvitError as error:
             sys.exit(int(error.code))
     """)
@@ -320,12 +327,12 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, child) -> None:
     child("pass")
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    assert refusal(tmp_path / "model.onnx", closed / "e.plan", find_target("l4")).code is ExitCode.SYSTEM
+    assert refusal(tmp_path / "model.onnx", closed / "e.plan", find_target("rtx-4090")).code is ExitCode.SYSTEM
 
 
 def test_without_the_builders_package_the_error_says_what_to_install(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(build, "_installed", lambda module: False)
-    error = refusal(tmp_path / "model.onnx", tmp_path / "e.plan", find_target("l4"))
+    error = refusal(tmp_path / "model.onnx", tmp_path / "e.plan", find_target("rtx-4090"))
     assert error.code is ExitCode.MISSING
     assert "pip install" in error.fix
 
@@ -334,23 +341,61 @@ def test_without_the_builders_package_the_error_says_what_to_install(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("name", "gpu", "tensorrt", "builder"),
+    ("name", "builder", "gpu", "tensorrt", "here"),
     [
-        ("l4", None, False, Builder.RTX),
-        ("l4", 89, True, Builder.TENSORRT),
-        ("l4", 90, True, Builder.RTX),
-        ("rtx-4090", 89, True, Builder.RTX),
-        ("h100", 90, True, Builder.TENSORRT),
-        ("h100", 90, False, None),
-        ("h100", None, True, None),
-        ("jetson-orin", None, True, None),
-        ("jetson-orin", 87, True, Builder.TENSORRT),
+        ("rtx-4090", None, None, None, True),
+        ("rtx-4090", None, 90, "11.4.0", True),
+        ("rtx-4090", Builder.TENSORRT, 89, "11.4.0", True),
+        ("rtx-4090", Builder.TENSORRT, None, "11.4.0", False),
+        ("l4", None, None, None, False),
+        ("l4", None, None, "11.4.0", False),
+        ("l4", None, 86, "11.4.0", False),
+        ("l4", None, 89, None, False),
+        ("l4", None, 89, "11.4.1", True),
+        # Another release than the one that was asked for.
+        ("l4", None, 89, "10.13.3", False),
+        ("l4", Builder.RTX, None, None, True),
+        ("h100", None, 90, "11.4.0", True),
+        ("h100", None, 90, None, False),
+        ("h100", None, None, "11.4.0", False),
+        ("jetson-orin", None, None, "10.3.0", False),
+        ("jetson-orin", None, 87, "10.3.0", True),
+        # A Jetson builds with what its image has.
+        ("jetson-orin", None, 87, "10.7.0", True),
     ],
 )
-def test_who_builds(monkeypatch, name, gpu, tensorrt, builder) -> None:
+def test_who_builds(monkeypatch, name, builder, gpu, tensorrt, here) -> None:
     monkeypatch.setattr(build, "local_sm", lambda: gpu)
-    monkeypatch.setattr(build, "_installed", lambda module: tensorrt or module != "tensorrt")
-    assert builder_here(find_target(name)) is builder
+    monkeypatch.setattr(build, "_installed", lambda module: tensorrt is not None or module != "tensorrt")
+    monkeypatch.setattr(build, "tensorrt_here", lambda: tensorrt)
+    assert builds_here(with_builder(find_target(name), builder)) is here
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "installed", "tensorrt"),
+    [
+        ("l4", 89, "10.13.3.9", "10.13"),
+        ("l4", 86, "10.13.3.9", "11.4"),
+        ("l4", None, None, "11.4"),
+        ("jetson-orin", 87, "10.7.0", "10.3"),
+        ("rtx-4090", 89, "10.13.3.9", "1.7"),
+    ],
+)
+def test_where_the_gpu_is_the_tensorrt_that_is_there_builds(monkeypatch, name, gpu, installed, tensorrt) -> None:
+    monkeypatch.setattr(build, "local_sm", lambda: gpu)
+    monkeypatch.setattr(build, "_installed", lambda module: installed is not None or module != "tensorrt")
+    monkeypatch.setattr(build, "tensorrt_here", lambda: installed)
+    assert as_installed(find_target(name)).tensorrt == tensorrt
+
+
+def test_a_tensorrt_that_is_not_served_is_refused_where_it_would_build(monkeypatch) -> None:
+    monkeypatch.setattr(build, "local_sm", lambda: 89)
+    monkeypatch.setattr(build, "_installed", lambda module: True)
+    monkeypatch.setattr(build, "tensorrt_here", lambda: "10.2.0")
+    with pytest.raises(ResvitError, match=r"TensorRT 10\.2\.0 is not served on L4") as caught:
+        as_installed(find_target("l4"))
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert "10.3, " in caught.value.fix
 
 
 def test_an_orin_engine_is_not_built_elsewhere(tmp_path, monkeypatch) -> None:
@@ -421,7 +466,9 @@ def test_the_plan_says_why_in_words() -> None:
     assert all(words in orin.why for words in ("Jetson AGX Orin", "8.7", "JetPack 6.2", "TensorRT 10.3"))
     assert any("never pip install tensorrt" in note for note in orin.notes)
     h100 = plan_for_device(find_target("h100"), BuildSettings(), (3, 224, 224), dynamic_batch=True)
-    assert "TensorRT for RTX, which builds without a GPU, does not serve it" in h100.why
+    assert "this machine has no H100 (compute capability 9.0) with TensorRT 11.4 beside it" in h100.why
+    l4 = plan_for_device(find_target("l4"), BuildSettings(), (3, 224, 224), dynamic_batch=True)
+    assert l4.why == h100.why.replace("H100", "L4").replace("9.0", "8.9")
     plain = json.loads(json.dumps(h100.to_json(), allow_nan=False))
     assert plain["settings"]["workspace_mib"] == 8192
     assert set(plain) == {"target", "why", "commands", "notes", "settings"}
@@ -454,9 +501,9 @@ def test_an_engine_file_is_described_without_reading_it_as_one(tmp_path) -> None
     assert (facts.format, facts.version, facts.bytes) == ("tensorrt-rtx", "1.7.1.116", 32)
     assert (facts.sidecar, facts.sidecar_matches) == (None, None)
 
-    (tmp_path / "engine.json").write_text(json.dumps(engine_report(target="l4", sha256=facts.sha256).to_json()))
+    (tmp_path / "engine.json").write_text(json.dumps(engine_report(target="rtx-4090", sha256=facts.sha256).to_json()))
     facts = describe_engine_file(engine)
-    assert (facts.sidecar, facts.sidecar_matches, facts.target) == ("engine.json", True, "l4")
+    assert (facts.sidecar, facts.sidecar_matches, facts.target) == ("engine.json", True, "rtx-4090")
 
     engine.write_bytes(b"something else entirely, that is longer")
     facts = describe_engine_file(engine)
@@ -473,7 +520,7 @@ def test_an_absent_or_empty_engine_is_refused(tmp_path, content) -> None:
 
 @rtx
 def test_a_real_engines_header_names_its_builder(tmp_path, int8) -> None:
-    report = build_engine(int8, tmp_path / "engine.plan", find_target("l4"))
+    report = build_engine(int8, tmp_path / "engine.plan", find_target("rtx-4090"))
     (tmp_path / "engine.json").write_text(json.dumps(report.to_json()))
     facts = describe_engine_file(tmp_path / "engine.plan")
     assert (facts.format, facts.version) == ("tensorrt-rtx", report.builder_version)

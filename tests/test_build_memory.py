@@ -45,7 +45,7 @@ class Notes(Silent):
         ("jetson-orin-nano", 64, 100, 2000, 64, None),
         ("jetson-orin-nano", None, 100, None, 1024, None),
         ("dgx-spark", None, 100, 3000, 1576, "limited to 1576"),
-        ("l4", None, 100, 500, 8192, None),
+        ("rtx-4090", None, 100, 500, 8192, None),
     ],
 )
 def test_the_workspace_fits_what_is_free(name, asked, onnx_mib, free, mib, says) -> None:
@@ -243,7 +243,7 @@ def test_the_real_oom_killer_is_recognised(tmp_path) -> None:
         build_child._worker_command = lambda request: [sys.executable, "-c", {eats!r}]
         build._installed = lambda module: module == "tensorrt_rtx_bindings"
         try:
-            build.build_engine(Path("model.onnx"), Path("engine.plan"), find_target("l4"))
+            build.build_engine(Path("model.onnx"), Path("engine.plan"), find_target("rtx-4090"))
         except ResvitError as error:
             print(error.problem)
     """)

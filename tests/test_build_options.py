@@ -15,6 +15,7 @@ from resvit_engines.builder.steps import Percent, StepsFromChild, StepsToParent
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.progress import Silent
+from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.table import Builder, find_target
 from test_build import rtx, small_model
 
@@ -34,13 +35,13 @@ def model(tmp_path_factory):
     [
         ("jetson-orin", None, "hardware_compatible", "that module alone"),
         ("jetson-thor", Builder.TENSORRT, "hardware_compatible", "that module alone"),
-        ("l4", None, "version_compatible", "lean runtime"),
+        ("rtx-4090", None, "version_compatible", "lean runtime"),
         ("l4", Builder.RTX, "strip_weights", "without the GPU"),
     ],
 )
 def test_what_a_builder_cannot_do_is_refused_with_the_reason(name, builder, option, reason) -> None:
     with pytest.raises(ResvitError, match=reason) as caught:
-        require_buildable(find_target(name), BuildSettings(**{option: True}), builder)
+        require_buildable(with_builder(find_target(name), builder), BuildSettings(**{option: True}))
     assert caught.value.code is ExitCode.IMPOSSIBLE
     assert f"--{option.replace('_', '-')}" in caught.value.problem
 
@@ -49,18 +50,20 @@ def test_what_a_builder_cannot_do_is_refused_with_the_reason(name, builder, opti
     ("name", "builder", "options"),
     [
         ("jetson-orin", None, ("version_compatible", "strip_weights")),
-        ("h100", None, ("hardware_compatible", "version_compatible", "strip_weights")),
-        ("l4", Builder.TENSORRT, ("hardware_compatible", "version_compatible", "strip_weights")),
-        ("l4", None, ("hardware_compatible",)),
+        ("l4", None, ("hardware_compatible", "version_compatible", "strip_weights")),
+        ("rtx-4090", Builder.TENSORRT, ("hardware_compatible", "version_compatible", "strip_weights")),
+        ("rtx-4090", None, ("hardware_compatible",)),
     ],
 )
 def test_what_it_can_do_is_not(name, builder, options) -> None:
-    require_buildable(find_target(name), BuildSettings(**dict.fromkeys(options, True)), builder)
+    require_buildable(with_builder(find_target(name), builder), BuildSettings(**dict.fromkeys(options, True)))
 
 
 def test_a_refusal_comes_before_any_work(tmp_path) -> None:
     with pytest.raises(ResvitError, match="lean runtime"):
-        build_engine(tmp_path / "no.onnx", tmp_path / "e", find_target("l4"), BuildSettings(version_compatible=True))
+        build_engine(
+            tmp_path / "no.onnx", tmp_path / "e", find_target("rtx-4090"), BuildSettings(version_compatible=True)
+        )
 
 
 def test_options_change_the_settings_on_record_and_the_timing_cache_does_not(tmp_path) -> None:
@@ -71,7 +74,7 @@ def test_options_change_the_settings_on_record_and_the_timing_cache_does_not(tmp
 
 @rtx
 def test_one_engine_for_this_gpu_and_newer_ones(tmp_path, model) -> None:
-    target, settings = find_target("l4"), BuildSettings(hardware_compatible=True)
+    target, settings = find_target("rtx-4090"), BuildSettings(hardware_compatible=True)
     assert compute_capabilities(target, settings) == [120, 121, 89]
     assert compute_capabilities(target, BuildSettings()) == [89]
     report = build_engine(model, tmp_path / "wide.plan", target, settings)
@@ -86,13 +89,13 @@ def test_one_engine_for_this_gpu_and_newer_ones(tmp_path, model) -> None:
 def test_fp8_goes_to_newer_gpus_too(tmp_path) -> None:
     model = small_model(tmp_path / "m.onnx", fp8=True)
     settings = BuildSettings(hardware_compatible=True)
-    assert build_engine(model, tmp_path / "e.plan", find_target("l4"), settings).bytes > 0
+    assert build_engine(model, tmp_path / "e.plan", find_target("rtx-4090"), settings).bytes > 0
 
 
 @rtx
 def test_there_is_no_timing_cache_where_nothing_is_timed(tmp_path, model) -> None:
     settings = BuildSettings(timing_cache=tmp_path / "cache")
-    report = build_engine(model, tmp_path / "engine.plan", find_target("l4"), settings)
+    report = build_engine(model, tmp_path / "engine.plan", find_target("rtx-4090"), settings)
     assert report.timing_cache is None
     assert not (tmp_path / "cache").exists()
 
@@ -103,7 +106,7 @@ def test_there_is_no_timing_cache_where_nothing_is_timed(tmp_path, model) -> Non
 @rtx
 def test_only_the_verified_engine_is_read(tmp_path, model) -> None:
     """The digest is compared before TensorRT sees a byte; with the right one, it asks for the driver."""
-    report = build_engine(model, tmp_path / "engine.plan", find_target("l4"))
+    report = build_engine(model, tmp_path / "engine.plan", find_target("rtx-4090"))
     for digest, code in (("0" * 64, ExitCode.UNTRUSTED), (report.sha256, None)):
         with pytest.raises(ResvitError) as caught:
             refit_engine(tmp_path / "engine.plan", model, tmp_path / "out.plan", Builder.RTX, digest)
@@ -179,7 +182,7 @@ class Follower(Silent):
 @rtx
 def test_a_build_counts_from_1_to_100(tmp_path, model) -> None:
     follower = Follower()
-    build_engine(model, tmp_path / "engine.plan", find_target("l4"), reporter=follower)
+    build_engine(model, tmp_path / "engine.plan", find_target("rtx-4090"), reporter=follower)
     assert follower.seen == list(range(1, 101))
 
 
@@ -188,7 +191,11 @@ def test_ctrl_c_is_obeyed_by_the_builder_itself(tmp_path, model) -> None:
     """It comes before the first step; the builder's own words tell that it was not just killed."""
     with pytest.raises(ResvitError) as caught:
         build_engine(
-            model, tmp_path / "engine.plan", find_target("l4"), reporter=Follower(interrupt=True), log=tmp_path / "log"
+            model,
+            tmp_path / "engine.plan",
+            find_target("rtx-4090"),
+            reporter=Follower(interrupt=True),
+            log=tmp_path / "log",
         )
     assert caught.value.code is ExitCode.INTERRUPTED
     assert "Build canceled by user" in (tmp_path / "log").read_text()

@@ -77,7 +77,7 @@ def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict
         ("doctor weights.pth", ExitCode.USAGE, "doctor --help"),
         ("build --target jetson-orin", ExitCode.INPUT, "--model"),
         ("build --model resvit:embed-nano --data fashion-mnist", ExitCode.INPUT, "--target"),
-        ("build --model resvit:embed-nano --target l4", ExitCode.INPUT, "--data"),
+        ("build --model resvit:embed-nano --target rtx-4090", ExitCode.INPUT, "--data"),
         (
             "build --model resvit:embed-nano --target jetson-orni --data fashion-mnist",
             ExitCode.IMPOSSIBLE,
@@ -86,7 +86,11 @@ def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict
         ("build --model a --target jetson-orin --precision fp8 --data b", ExitCode.IMPOSSIBLE, "int8"),
         ("build --model a --target jetson-orin --jetpack 5.1 --data b", ExitCode.IMPOSSIBLE, "6.2"),
         ("build --model a --target jetson-orin --jetpack 6.0 --data b", ExitCode.IMPOSSIBLE, "6.2"),
-        ("build --model resvit:embed-nano --target l4 --data fashionmnist", ExitCode.INPUT, "'fashionmnist' does not"),
+        (
+            "build --model resvit:embed-nano --target rtx-4090 --data fashionmnist",
+            ExitCode.INPUT,
+            "'fashionmnist' does not",
+        ),
         ("fold --model timm:vit_small_r26_s32_24", ExitCode.INPUT, "vit_small_r26_s32_224"),
         ("fold --model resvit:embed-nanno", ExitCode.INPUT, "embed-nano"),
         ("fold --model nowhere.onnx", ExitCode.INPUT, "export"),
@@ -96,7 +100,11 @@ def test_help_comes_up_without_heavy_imports(command: str, helps: dict[str, dict
         ("fold --model no.such.module:make", ExitCode.INPUT, "no.such.module"),
         ("fold --model resvit:embed-nano --model-arg image_size", ExitCode.INPUT, "KEY=VALUE"),
         ("inspect gone.onnx", ExitCode.INPUT, "gone.onnx"),
-        ("report --model resvit:embed-nano --data fashion-mnist --target l4", ExitCode.INPUT, "nothing to report"),
+        (
+            "report --model resvit:embed-nano --data fashion-mnist --target rtx-4090",
+            ExitCode.INPUT,
+            "nothing to report",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence_and_a_code(
@@ -147,7 +155,7 @@ def test_targets_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     targets = {item["name"]: item for item in json.loads(capsys.readouterr().out)["targets"]}
     assert targets["jetson-orin"]["sm"] == 87
     assert "fp8" not in targets["jetson-orin"]["precisions"]
-    assert "fp8" in targets["l4"]["precisions"]
+    assert "fp8" in targets["rtx-4090"]["precisions"]
 
 
 @pytest.mark.whole

@@ -121,7 +121,7 @@ def test_the_form_for_rtx_makes_int8_do_less_than_fp16(tmp_path: Path) -> None:
         suit_builder(copy, Builder.RTX)
         assert copy.read_bytes() != model.read_bytes()
         for path in (model, copy):
-            report = build_engine(path, tmp_path / "engine.plan", find_target("l4"))
+            report = build_engine(path, tmp_path / "engine.plan", find_target("rtx-4090"))
             kernels[precision.value, path is copy] = report.kernels
     moved = {key: sum(kernel.bytes_moved or 0 for kernel in found) for key, found in kernels.items()}
     assert moved["int8", True] < 0.6 * moved["int8", False]

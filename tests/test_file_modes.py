@@ -52,7 +52,7 @@ def modes(root: Path) -> dict[str, int]:
 def install(tmp_path: Path, key: SigningKey, content: bytes, release: int) -> Path:
     path = tmp_path / f"{release}.resvit"
     files: dict[str, Path | bytes] = {"model.onnx": content, "data/deep/golden.npy": b"golden"}
-    write_bundle(path, Manifest("net", release, find_target("l4")), files, key)
+    write_bundle(path, Manifest("net", release, find_target("rtx-4090")), files, key)
     trust = load_trust()
     root = tmp_path / "var/lib/resvit"
     install_bundle(path, root, trust, check=lambda *_: None, machine=MACHINE)

@@ -52,13 +52,14 @@ def reason(document: Manifest, machine: Machine, code: ExitCode = ExitCode.IMPOS
 @pytest.mark.parametrize(
     ("document", "machine"),
     [
-        (manifest("l4"), L4),
-        (manifest("l4", rtx_engine(), 100), L4),
+        (manifest("rtx-4090"), L4),
+        (manifest("rtx-4090", rtx_engine(), 100), L4),
+        (manifest("l4"), dataclasses.replace(L4, tensorrt="11.4.0.106")),
         (manifest("jetson-orin"), ORIN),
         (manifest("jetson-orin", orin_engine(), 100), ORIN),
         (manifest("jetson-orin", orin_engine(builder_version="10.3.0.30")), ORIN),
         (manifest("jetson-orin"), dataclasses.replace(ORIN, jetpack=None)),
-        (manifest("l4", rtx_engine(sm=86, flags=("hardware_compatible",))), L4),
+        (manifest("rtx-4090", rtx_engine(sm=86, flags=("hardware_compatible",))), L4),
         (
             manifest("jetson-orin", orin_engine(flags=("version_compatible",))),
             dataclasses.replace(ORIN, tensorrt="10.7.0"),
@@ -73,13 +74,19 @@ def test_what_fits(document: Manifest, machine: Machine) -> None:
     ("document", "machine", "words"),
     [
         (manifest("jetson-orin"), L4, "aarch64"),
-        (manifest("l4"), dataclasses.replace(L4, sm=None), "no NVIDIA GPU"),
-        (manifest("l4", rtx_engine()), dataclasses.replace(L4, sm=86, gpu="A10"), "this GPU is A10 (SM 8.6)"),
-        (manifest("l4", rtx_engine(sm=86)), L4, "(SM 8.6), and this GPU is NVIDIA L4 (SM 8.9)"),
-        (manifest("l4", rtx_engine(flags=("hardware_compatible",))), dataclasses.replace(L4, sm=75), "from SM 8.0 on"),
-        (manifest("l4", rtx_engine()), dataclasses.replace(L4, rtx="1.7.2.1"), "1.7.2.1"),
-        (manifest("l4", rtx_engine()), dataclasses.replace(L4, rtx=None), "not installed"),
-        (manifest("l4"), dataclasses.replace(L4, rtx="1.6.0"), "1.6.0"),
+        (manifest("rtx-4090"), dataclasses.replace(L4, sm=None), "no NVIDIA GPU"),
+        (manifest("rtx-4090", rtx_engine()), dataclasses.replace(L4, sm=86, gpu="A10"), "this GPU is A10 (SM 8.6)"),
+        (manifest("rtx-4090", rtx_engine(sm=86)), L4, "(SM 8.6), and this GPU is NVIDIA L4 (SM 8.9)"),
+        (
+            manifest("rtx-4090", rtx_engine(flags=("hardware_compatible",))),
+            dataclasses.replace(L4, sm=75),
+            "from SM 8.0 on",
+        ),
+        (manifest("rtx-4090", rtx_engine()), dataclasses.replace(L4, rtx="1.7.2.1"), "1.7.2.1"),
+        (manifest("rtx-4090", rtx_engine()), dataclasses.replace(L4, rtx=None), "not installed"),
+        (manifest("rtx-4090"), dataclasses.replace(L4, rtx="1.6.0"), "1.6.0"),
+        (manifest("l4"), L4, "needs TensorRT 11.4, which is not installed here"),
+        (manifest("l4"), dataclasses.replace(L4, tensorrt="10.13.3"), "--target NAME --tensorrt 10.13"),
         (manifest("jetson-orin"), dataclasses.replace(ORIN, jetpack="7.2"), "JetPack 7.2"),
         (manifest("jetson-orin", orin_engine()), dataclasses.replace(ORIN, tensorrt="10.3.1.1"), "10.3.1.1"),
         (manifest("jetson-orin"), dataclasses.replace(ORIN, tensorrt="10.16.1"), "10.16.1"),
@@ -105,7 +112,7 @@ def test_what_does_not_fit_is_named(document: Manifest, machine: Machine, words:
 
 
 def test_memory_and_disk_count_in_a_rehearsal_too() -> None:
-    document = manifest("l4", rtx_engine(), 1500)
+    document = manifest("rtx-4090", rtx_engine(), 1500)
     small = dataclasses.replace(L4, memory_mib=1400)
     assert "needs 1,500 MiB of memory, and this device has 1,400" in reason(document, small, ExitCode.SYSTEM)
     assert "1,550 MiB are free" in reason(document, dataclasses.replace(L4, free_disk_mib=1550), ExitCode.SYSTEM)
@@ -115,7 +122,7 @@ def test_memory_and_disk_count_in_a_rehearsal_too() -> None:
 
 
 def test_a_manifest_that_does_not_say() -> None:
-    assert "does not say" in reason(dataclasses.replace(manifest("l4"), target=None), L4, ExitCode.INPUT)
+    assert "does not say" in reason(dataclasses.replace(manifest("rtx-4090"), target=None), L4, ExitCode.INPUT)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

@@ -467,5 +467,5 @@ def test_tensorrt_compiles_the_body_where_there_is_no_plugin(tmp_path: Path, ops
     model = graph(tmp_path, FROM_PACKED, PLAIN, JOINED, opset=opset, **shape)
     assert len(fuse(model).matches) == 1
     ir.save(model, tmp_path / "fused.onnx")
-    build_engine(tmp_path / "fused.onnx", tmp_path / "engine.plan", find_target("l4"))
+    build_engine(tmp_path / "fused.onnx", tmp_path / "engine.plan", find_target("rtx-4090"))
     assert (tmp_path / "engine.plan").stat().st_size > 1000

@@ -226,8 +226,8 @@ def test_a_folder_in_a_recipe_is_relative_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
-        pytest.param("rt_detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
-        pytest.param("detr", ("l4", "jetson-orin"), marks=pytest.mark.slow),
+        pytest.param("rt_detr", ("rtx-4090", "jetson-orin"), marks=pytest.mark.slow),
+        pytest.param("detr", ("rtx-4090", "jetson-orin"), marks=pytest.mark.slow),
     ],
     ids=["rt_detr-both", "detr-both"],
 )

@@ -30,7 +30,7 @@ FACTS = Machine(
 
 
 def bundle(
-    path: Path, content: bytes = b"weights", key: SigningKey | None = KEY, target: str = "l4", **manifest: Any
+    path: Path, content: bytes = b"weights", key: SigningKey | None = KEY, target: str = "rtx-4090", **manifest: Any
 ) -> Path:
     full = Manifest(**{"name": "net", "target": find_target(target), **manifest})
     write_bundle(path, full, {"model.onnx": content, "data/golden.npy": b"golden"}, key)

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from engine_reports import engine_report
-from resvit_engines.builder.builder import builder_here
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.bundle import verify_bundle, write_bundle
 from resvit_engines.bundle.manifest import Manifest
@@ -33,7 +33,7 @@ from resvit_engines.progress import Silent
 from resvit_engines.records import Record
 from resvit_engines.remote.job import Job, _packed, run_job
 from resvit_engines.remote.job_folder import JobFolder
-from resvit_engines.targets.table import find_target, proxy_target
+from resvit_engines.targets.table import find_target
 from resvit_engines.trt.io_tensor import IoTensor
 
 
@@ -197,9 +197,7 @@ def small_bundle(folder: Path) -> tuple[Path, TrustStore]:
 
 @pytest.mark.slow
 @pytest.mark.whole
-@pytest.mark.skipif(
-    builder_here(proxy_target(find_target("jetson-orin"))) is None, reason="no TensorRT for RTX to rehearse with"
-)
+@pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="no TensorRT for RTX to rehearse with")
 def test_a_rehearsal_that_is_taken_up_again_signs_what_it_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ def test_the_transunet_example_from_its_readme(workspace: Path) -> None:
         "--validation-images",
         "60",
     ]
-    targets = ["--target", "l4", "--target", "jetson-orin", "--run", "runs/transunet"]
+    targets = ["--target", "rtx-4090", "--target", "jetson-orin", "--run", "runs/transunet"]
     assert run(["build", *model, *data, *targets, "--no-search", "--quiet"]) in (0, ExitCode.UNDECIDED)
     verdicts = [json.loads(path.read_bytes()) for path in Path("runs/transunet").glob("validate-*/verdict.json")]
     assert {verdict["metric"] for verdict in verdicts} == {"mIoU"}

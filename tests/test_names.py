@@ -17,7 +17,7 @@ from resvit_engines.install.state import model_folder
 from resvit_engines.names import is_file_name, is_name, is_relative_path, require_name
 from resvit_engines.records import Record
 from resvit_engines.remote.job import packed_into
-from resvit_engines.targets.own import resolve_target
+from resvit_engines.targets.own import AS_IN_THE_TABLE, resolve_target
 from resvit_engines.targets.table import Target, find_target
 from resvit_export.recipe.recipe import Recipe
 
@@ -76,7 +76,7 @@ def test_names_of_bundles_models_and_targets_are_kept_or_refused(text: str) -> N
             assert is_name(text)
     target = kept_or_refused(Target.from_json, Record({**find_target("l4").to_json(), "name": text}, "a manifest"))
     read = kept_or_refused(Manifest.from_json, Record({**Manifest().to_json(), "name": text}, "a manifest"))
-    own = kept_or_refused(resolve_target, text, None, {text: {"like": "l4"}})
+    own = kept_or_refused(resolve_target, text, AS_IN_THE_TABLE, {text: {"like": "l4"}})
     assert (target is not None) == (read is not None) == is_name(text)
     assert own is None or is_name(text)
 

@@ -36,6 +36,7 @@ def test_the_right_device_is_taken() -> None:
         ({"jetpack": "6.1"}, "JetPack 6.1", "--jetpack 6.1"),
         ({"jetpack": "7.2"}, "JetPack 7.2", "--jetpack 7.2"),
         ({"tensorrt": None}, "no TensorRT", "nvidia-jetpack"),
+        ({"tensorrt": "10.7.0"}, "has TensorRT 10.7.0, and the bundle was made for TensorRT 10.3", "--tensorrt 10.7"),
     ],
 )
 def test_another_device_is_refused_at_once(change, says: str, fix: str) -> None:
@@ -63,7 +64,7 @@ def test_a_device_is_described_in_one_line() -> None:
     [
         (["--device", "orin"], "begins with ssh://"),
         (["--rehearse"], "--device"),
-        (["--device", "ssh://orin", "--target", "l4"], "several targets"),
+        (["--device", "ssh://orin", "--target", "rtx-4090"], "several targets"),
     ],
 )
 def test_wishes_that_make_no_sense_are_refused_before_any_work(workspace: Path, capsys, arguments, says: str) -> None:

@@ -144,7 +144,7 @@ ONNX: list[tuple[list[str], ExitCode, str]] = [
 
 def refused(capfd: pytest.CaptureFixture[str], command: str, *arguments: str) -> tuple[int, str]:
     capfd.readouterr()
-    code = run([command, "--target", "l4", "--data", DATA, "--run", "r", *arguments])
+    code = run([command, "--target", "rtx-4090", "--data", DATA, "--run", "r", *arguments])
     said = capfd.readouterr().err
     assert "→" in said
     assert "a long stage began" not in said

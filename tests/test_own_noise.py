@@ -65,7 +65,17 @@ def test_the_verdict_says_who_is_to_blame(
     images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "set.npz", images=images)
     plain = ["--preprocess", "mean=0,0,0", "--preprocess", "std=1,1,1"]
-    few = ["--calibration-images", "16", "--validation-images", "8", "--no-search", "--target", "l4", "--run", "run"]
+    few = [
+        "--calibration-images",
+        "16",
+        "--validation-images",
+        "8",
+        "--no-search",
+        "--target",
+        "rtx-4090",
+        "--run",
+        "run",
+    ]
     code = run(["validate", "--model", "own.onnx", "--data", "set.npz", "--task", "other", *plain, *few])
     assert code == ExitCode.REJECTED
     shown = " ".join(capsys.readouterr().out.split())

@@ -9,7 +9,7 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine
 from resvit_engines.targets.own import resolve_target, target_here
-from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Precision, find_target, proxy_target
+from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Kind, Precision, find_target, proxy_target
 
 OURS = {"like": "jetson-orin", "title": "Our box", "memory_mib": 65536, "int8": 85.0, "fp16": 42.5, "jetpack": "7.2"}
 
@@ -28,6 +28,13 @@ def test_an_own_target_is_its_row_with_what_differs() -> None:
     assert made.speed.source == "the recipe"
     assert made.speed.sms == row.speed.sms
     assert resolve_target("our-box", own={"our-box": {**OURS, "sms": 16}}).speed.sms == 16
+
+
+def test_an_own_target_has_the_cuda_of_its_tensorrt_unless_it_says_so() -> None:
+    own = {"like": "l4", "tensorrt": "10.9"}
+    assert resolve_target("box", own={"box": own}).cuda == "12.8"
+    assert resolve_target("box", own={"box": {**own, "cuda": "13.2"}}).cuda == "13.2"
+    assert resolve_target("box", own={"box": {"like": "jetson-orin", "tensorrt": "10.9"}}).cuda == "12.6"
 
 
 def test_names_of_the_table_still_work_beside_own_ones() -> None:
@@ -70,6 +77,8 @@ def test_an_own_target_does_not_hide_one_of_the_table() -> None:
         ("NVIDIA H100 80GB HBM3", 90, "h100"),
         ("NVIDIA GB10", 121, "dgx-spark"),
         ("NVIDIA GeForce RTX 3060", 86, "geforce-rtx-3060"),
+        ("NVIDIA RTX 6000 Ada Generation", 89, "rtx-6000-ada-generation"),
+        ("NVIDIA A40", 86, "a40"),
         ("NVIDIA Jetson AGX Orin Developer Kit", 87, "jetson-orin"),
         ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", 87, "jetson-orin-nx"),
         ("NVIDIA Jetson Orin Nano Developer Kit", 87, "jetson-orin-nano"),
@@ -80,6 +89,8 @@ def test_auto_is_the_gpu_that_is_there(gpu: str, sm: int, name: str) -> None:
     assert (found.name, found.sm) == (name, sm)
     if name not in {row.name for row in TARGETS}:
         assert "wrong by what the two differ" in found.notes[-1]
+    card = "RTX" in gpu
+    assert (found.kind is Kind.RTX, found.builder is Builder.RTX, found.tensorrt == "1.7") == (card, card, card)
 
 
 def test_auto_on_a_jetson_takes_its_release_and_memory() -> None:
@@ -116,6 +127,7 @@ def test_ptx_and_kernels_follow_the_software() -> None:
     ]
     assert find_target("jetson-orin").custom_kernels == "C++ IPluginV3 library"
     assert "ahead-of-time" in find_target("jetson-thor").custom_kernels
-    assert "takes no plugins" in find_target("l4").custom_kernels
+    assert "ahead-of-time" in find_target("l4").custom_kernels
+    assert "takes no plugins" in find_target("rtx-4090").custom_kernels
     assert find_target("jetson-orin").unified_memory
     assert not find_target("l4").unified_memory

@@ -70,14 +70,14 @@ def test_int8_for_a_jetson_is_validated_and_bundled(
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
+def test_an_engine_for_an_rtx_card_is_built_here_and_shares_the_folded_network(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     seeded("runs/x", "jetson-orin")
-    # All that is an L4's own but the folded network: that must be the Jetson's.
-    seeded("runs/x", "l4", stages=("export", "calibrate", "baseline", "reference"))
+    # All that is the card's own but the folded network: that must be the Jetson's.
+    seeded("runs/x", "rtx-4090", stages=("export", "calibrate", "baseline", "reference"))
     first = result(capsys, "build", "--target", "jetson-orin", *MODEL, "--run", "runs/x")
-    second = result(capsys, "build", "--target", "l4", *MODEL, "--run", "runs/x")
+    second = result(capsys, "build", "--target", "rtx-4090", *MODEL, "--run", "runs/x")
     assert stage(second, "fold")["reused"]
     assert stage(second, "fold")["folder"] == stage(first, "fold")["folder"]
     engine = stage(second, "compile")["results"]["engine.json"]  # type: ignore[index]
@@ -94,8 +94,8 @@ def test_an_engine_for_l4_is_built_here_and_shares_the_folded_network(
 def test_other_precisions(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str], precision: str
 ) -> None:
-    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
-    made = result(capsys, "build", "--target", "l4", "--precision", precision, *MODEL)
+    seeded("runs/embed-nano", "rtx-4090", stages=BEFORE_QUANTIZE)
+    made = result(capsys, "build", "--target", "rtx-4090", "--precision", precision, *MODEL)
     assert made["verdict"] == "accepted"
     quantized = stage(made, "validate")["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]
     assert quantized["sqnr_db"] > {"fp8": 20, "fp16": 45}[precision]
@@ -123,8 +123,8 @@ def test_the_recipe_of_a_run_reproduces_it(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     for folder in ("runs/a", "runs/b"):
-        seeded(folder, "l4", stages=BEFORE_QUANTIZE)
-    first = result(capsys, "quantize", "--target", "l4", "--exclude", "blocks.1*", *MODEL, "--run", "runs/a")
+        seeded(folder, "rtx-4090", stages=BEFORE_QUANTIZE)
+    first = result(capsys, "quantize", "--target", "rtx-4090", "--exclude", "blocks.1*", *MODEL, "--run", "runs/a")
     second = result(capsys, "quantize", "--recipe", "runs/a/recipe.toml", "--run", "runs/b")
     assert Path(str(first["folder"])).name == Path(str(second["folder"])).name
     for file in ("model.onnx", "quantize.json"):
@@ -137,11 +137,11 @@ def test_the_recipe_of_a_run_reproduces_it(
 def test_an_onnx_model_skips_the_torch_stages(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/torch", "l4", stages=("fold", "export"))
-    exported = result(capsys, "export", "--target", "l4", *MODEL[:4], "--run", "runs/torch")
+    seeded("runs/torch", "rtx-4090", stages=("fold", "export"))
+    exported = result(capsys, "export", "--target", "rtx-4090", *MODEL[:4], "--run", "runs/torch")
     model = Path(str(exported["folder"])) / "model.onnx"
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
-    made = result(capsys, "build", "--model", str(model), "--target", "l4", "--data", "fashion-mnist", *normal)
+    made = result(capsys, "build", "--model", str(model), "--target", "rtx-4090", "--data", "fashion-mnist", *normal)
     assert [item["stage"] for item in made["stages"]][:2] == ["export", "calibrate"]  # type: ignore[attr-defined]
     verdict = stage(made, "validate")["results"]["verdict.json"]  # type: ignore[index]
     assert [item["stage"] for item in verdict["stages"]] == ["onnx float", "onnx int8"]
@@ -153,7 +153,7 @@ def test_an_onnx_model_skips_the_torch_stages(
 def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
+    seeded("runs/embed-nano", "rtx-4090", stages=BEFORE_QUANTIZE)
     # A quantiser that clips all activations to a hundredth: what a bad calibration does, made certain.
     from resvit_quantize.qdq import insert as qdq
 
@@ -161,12 +161,12 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
     monkeypatch.setattr(
         qdq, "scale_from_amax", lambda amax, *rest: honest(amax / (100 if np.ndim(amax) == 0 else 1), *rest)
     )
-    made = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, code=ExitCode.REJECTED)
+    made = result(capsys, "build", "--target", "rtx-4090", "--no-search", *MODEL, code=ExitCode.REJECTED)
     assert made["verdict"] == "rejected"
     assert made["bundle"] is None
     assert Path(str(made["report"])).exists()
     assert not list(Path("runs/embed-nano").glob("compile-*"))
-    allowed = result(capsys, "build", "--target", "l4", "--no-search", *MODEL, "--allow-rejected")
+    allowed = result(capsys, "build", "--target", "rtx-4090", "--no-search", *MODEL, "--allow-rejected")
     manifest = read_manifest(Path(str(allowed["bundle"])))
     assert manifest.verdict.verdict == "rejected"
     assert "did not accept" in manifest.warning
@@ -176,9 +176,9 @@ def test_a_rejected_model_is_neither_compiled_nor_bundled_unless_allowed(
 def test_too_few_images_are_undecided_and_the_number_needed_is_said(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/embed-nano", "l4", stages=("fold", "export", "calibrate", "quantize"))
+    seeded("runs/embed-nano", "rtx-4090", stages=("fold", "export", "calibrate", "quantize"))
     few = ["--validation-images", "40"]
-    found = result(capsys, "validate", "--target", "l4", *MODEL, *few, code=ExitCode.UNDECIDED)
+    found = result(capsys, "validate", "--target", "rtx-4090", *MODEL, *few, code=ExitCode.UNDECIDED)
     verdict = found["results"]["verdict.json"]  # type: ignore[index]
     assert verdict["verdict"] == "undecided"
     assert verdict["images_needed"] > 40
@@ -189,7 +189,7 @@ def test_too_few_images_are_undecided_and_the_number_needed_is_said(
 @pytest.mark.whole
 def test_a_baseline_at_chance_level_is_called_out(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = ["--model", "resvit:embed-nano", "--data", "fashion-mnist"]
-    found = result(capsys, "validate", "--target", "l4", *random, code=ExitCode.UNDECIDED)
+    found = result(capsys, "validate", "--target", "rtx-4090", *random, code=ExitCode.UNDECIDED)
     verdict = found["results"]["verdict.json"]  # type: ignore[index]
     assert verdict["chance_level"]
 
@@ -200,8 +200,8 @@ def test_the_modelopt_quantizer_goes_through_the_same_gate(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     pytest.importorskip("modelopt")
-    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
-    made = result(capsys, "build", "--target", "l4", "--quantizer", "modelopt", *MODEL)
+    seeded("runs/embed-nano", "rtx-4090", stages=BEFORE_QUANTIZE)
+    made = result(capsys, "build", "--target", "rtx-4090", "--quantizer", "modelopt", *MODEL)
     assert made["verdict"] == "accepted"
     report = stage(made, "quantize")["results"]["quantize.json"]  # type: ignore[index]
     assert report["quantizer"] == "modelopt"
@@ -211,8 +211,8 @@ def test_the_modelopt_quantizer_goes_through_the_same_gate(
 @pytest.mark.slow
 @pytest.mark.whole
 def test_a_dynamic_batch(workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]) -> None:
-    seeded("runs/embed-nano", "l4", stages=("fold", "reference"))
-    made = result(capsys, "build", "--target", "l4", "--batch", "1:4:8", *MODEL)
+    seeded("runs/embed-nano", "rtx-4090", stages=("fold", "reference"))
+    made = result(capsys, "build", "--target", "rtx-4090", "--batch", "1:4:8", *MODEL)
     assert made["verdict"] == "accepted"
     engine = stage(made, "compile")["results"]["engine.json"]  # type: ignore[index]
     assert engine["inputs"][0]["shape"][0] == -1
@@ -232,7 +232,7 @@ def test_no_path_of_this_machine_travels(workspace: Path, capsys: pytest.Capture
     own = ["--model", "net.py:make", "--checkpoint", "runs/demo/embed-nano.pt", "--data", "set.npz"]
     assert run(["keygen", "my.key", "-q"]) == 0
     own += ["--key", "my.key", "--timing-cache", "kept"]
-    made = result(capsys, "build", "--target", "l4", *own)
+    made = result(capsys, "build", "--target", "rtx-4090", *own)
     assert made["verdict"] == "accepted"
     assert str(workspace).encode() not in Path(str(made["bundle"])).read_bytes()
     said = result(capsys, "inspect", str(made["bundle"]), "--trust", "my.pub")
@@ -245,20 +245,20 @@ def test_two_targets_share_what_does_not_differ(
     workspace: Path, capsys: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
     # Each target's own; what they share is still to be made, and by one of them only.
-    for target in ("jetson-orin", "l4"):
+    for target in ("jetson-orin", "rtx-4090"):
         seeded("both", target, stages=("export", "calibrate", "quantize"))
-    line = "build --json --target l4 --target jetson-orin --precision int8 --model resvit:embed-nano "
+    line = "build --json --target rtx-4090 --target jetson-orin --precision int8 --model resvit:embed-nano "
     line += "--checkpoint runs/demo/embed-nano.pt --data fashion-mnist --validation-images 400 --run both"
     assert run([*shlex.split(line), "--max-drop", "3"]) == 0
     found = json.loads(capsys.readouterr().out)["targets"]
-    assert set(found) == {"l4", "jetson-orin"}
+    assert set(found) == {"rtx-4090", "jetson-orin"}
     stages = {name: {stage["stage"]: stage for stage in item["stages"]} for name, item in found.items()}
     assert stages["jetson-orin"]["fold"]["reused"]
-    assert stages["l4"]["fold"]["folder"] == stages["jetson-orin"]["fold"]["folder"]
+    assert stages["rtx-4090"]["fold"]["folder"] == stages["jetson-orin"]["fold"]["folder"]
     assert len(list(Path("both").glob("reference-*"))) == 1
-    assert "engine.json" in stages["l4"]["compile"]["results"]
+    assert "engine.json" in stages["rtx-4090"]["compile"]["results"]
     assert "plan.json" in stages["jetson-orin"]["compile"]["results"]
-    assert {Path(item["report"]).name for item in found.values()} == {"report-l4.html", "report-jetson-orin.html"}
+    assert {Path(item["report"]).name for item in found.values()} == {"report-rtx-4090.html", "report-jetson-orin.html"}
     # The recipe that the run keeps names both, and repeats it.
     assert run(["report", "--run", "both"]) == 0
     assert run(["sensitivity", "--run", "both"]) == ExitCode.INPUT
@@ -266,9 +266,7 @@ def test_two_targets_share_what_does_not_differ(
 
 
 def test_a_target_that_cannot_is_refused_before_any_work(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = (
-        "build --target l4 --target jetson-orin --precision fp8 --model resvit:embed-nano --data fashion-mnist --run no"
-    )
-    assert run(shlex.split(line)) == ExitCode.IMPOSSIBLE
+    line = "build --target rtx-4090 --target jetson-orin --precision fp8 --model resvit:embed-nano --data fashion-mnist"
+    assert run([*shlex.split(line), "--run", "no"]) == ExitCode.IMPOSSIBLE
     assert "FP8 needs compute capability 8.9" in capsys.readouterr().err
     assert not Path("no").exists()

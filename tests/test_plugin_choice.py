@@ -7,6 +7,7 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.measure import results as measured
 from resvit_engines.kernels.measure.results import Measured, measured_result
+from resvit_engines.targets.choice import with_builder
 from resvit_engines.targets.table import Builder, find_target
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.to_tensorrt import plugin_choice as module
@@ -15,8 +16,8 @@ from resvit_export.to_tensorrt.plugin_choice import By, plugin_choice
 ROW = Measured(87, "Jetson AGX Orin", "attention", "b1", 10.0, 20.0, "native")
 
 
-def choose(target: str, builder: Builder | None = None, **settings: str) -> module.PluginChoice:
-    return plugin_choice(Recipe(**settings), find_target(target), builder)
+def choose(target: str, builder: Builder | None = None, *, here: bool = False, **settings: str) -> module.PluginChoice:
+    return plugin_choice(Recipe(**settings), with_builder(find_target(target), builder), here=here)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +33,16 @@ def test_asked_for_where_the_builder_takes_none_they_are_refused_with_the_reason
     with pytest.raises(ResvitError, match="TensorRT for RTX takes no plugins") as refused:
         choose("l4", Builder.RTX, plugins="on")
     assert refused.value.code is ExitCode.IMPOSSIBLE
-    # TensorRT beside the same GPU takes them.
-    assert choose("l4", Builder.TENSORRT, plugins="on") == module.PluginChoice(By.WISH, "aot", "--plugins on")
+    assert "--builder tensorrt" in refused.value.fix
+    assert choose("l4", plugins="on") == module.PluginChoice(By.WISH, "aot", "--plugins on")
 
 
 def test_off_is_off() -> None:
-    assert choose("h100", Builder.TENSORRT, plugins="off").by is By.NOTHING
+    assert choose("h100", here=True, plugins="off").by is By.NOTHING
 
 
 def test_auto_measures_where_the_gpu_is() -> None:
-    choice = choose("h100", Builder.TENSORRT)
+    choice = choose("h100", here=True)
     assert (choice.by, choice.way) == (By.TIME, "aot")
 
 
@@ -51,7 +52,7 @@ def test_auto_elsewhere_goes_by_the_table_of_measured_results(monkeypatch: pytes
     thor = choose("jetson-thor")
     assert thor.by is By.NOTHING
     assert "SM 11.0" in thor.reason
-    assert choose("l4", Builder.RTX).reason == "TensorRT for RTX takes no plugins"
+    assert choose("rtx-4090").reason == "TensorRT for RTX takes no plugins"
 
 
 def test_attention_in_8_bits_needs_our_kernels_and_8_bits() -> None:

@@ -120,15 +120,15 @@ def test_auto_says_which_way_was_taken(finished_run: Callable[..., Path]) -> Non
     assert not list(folder.glob("fuse-*"))
     sentences = document(folder, "audit", "audit.json")["sentences"]
     assert any(
-        "No kernel of our own is in the engine: no kernel of ours was ever measured" in text for text in sentences
+        "No kernel of our own goes into the engine: no kernel of ours was ever measured" in text for text in sentences
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["build", "--target", "l4", "--plugins", "on"], "TensorRT for RTX takes no plugins"),
-        (["fuse", "--target", "l4"], "TensorRT for RTX takes no plugins"),
+        (["build", "--target", "rtx-4090", "--plugins", "on"], "TensorRT for RTX takes no plugins"),
+        (["fuse", "--target", "rtx-4090"], "TensorRT for RTX takes no plugins"),
         (["fuse", "--target", "jetson-orin", "--plugins", "off"], "--plugins off"),
         (["build", "--target", "jetson-orin", "--plugin-attention", "8bit"], "no kernel of ours was ever measured"),
     ],

@@ -41,7 +41,7 @@ def test_build_prunes_trains_quantises_and_judges_against_the_unpruned_network(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--prune-macs", "0.6", "--train-data", "fashion-mnist", "--prune-epochs", "1", "--train-images", "2000"]
-    build = ["build", "--target", "l4", *MODEL, *DATA, *more, "--max-drop", "60", "--run", "runs/p"]
+    build = ["build", "--target", "rtx-4090", *MODEL, *DATA, *more, "--max-drop", "60", "--run", "runs/p"]
     made = result(capsys, *build)
     assert made["verdict"] == "accepted"
     pruned = results(made, "prune", "prune.json")

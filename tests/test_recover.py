@@ -312,7 +312,7 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
 @pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = result(capsys, "validate", "--target", "l4", *MODEL, *TRAIN)
+    found = result(capsys, "validate", "--target", "rtx-4090", *MODEL, *TRAIN)
     assert found["results"]["verdict.json"]["verdict"] == "accepted"  # type: ignore[index]
     assert not list(Path("runs/embed-nano").glob("recover-*"))
 
@@ -320,7 +320,7 @@ def test_recovery_is_not_used_where_calibration_is_enough(workspace: Path, capsy
 @pytest.mark.slow
 @pytest.mark.usefixtures("exported", "coarse")
 def test_a_rejection_says_that_training_images_are_missing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(["build", "--target", "l4", *MODEL, "--calibration-images", "64", "--no-search", "-q"])
+    code = run(["build", "--target", "rtx-4090", *MODEL, "--calibration-images", "64", "--no-search", "-q"])
     assert code == ExitCode.REJECTED
     assert "--train-data with training images" in capsys.readouterr().err
 
@@ -338,7 +338,7 @@ def test_a_rejection_says_that_training_images_are_missing(workspace: Path, caps
 def test_wishes_that_cannot_be_fulfilled(
     workspace: Path, capsys: pytest.CaptureFixture[str], wish: list[str], problem: str
 ) -> None:
-    code = run(["build", "--target", "l4", *MODEL, *wish, "-q"])
+    code = run(["build", "--target", "rtx-4090", *MODEL, *wish, "-q"])
     assert code in (ExitCode.INPUT, ExitCode.IMPOSSIBLE)
     assert problem in capsys.readouterr().err
     assert not list(Path("runs").glob("*/fold-*"))

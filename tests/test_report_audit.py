@@ -33,7 +33,7 @@ BLOCK = Attention("a", ("a/MatMul", "a/Softmax", "a/MatMul_1"), 12, 50, 60, "fp1
 
 
 def audit(stands_in: str = "", fp16: tuple[Kernel, ...] | None = (HALF,)) -> AuditRecord:
-    subject = Subject("l4", 89, "TensorRT for RTX", "1.7", 1, stands_in)
+    subject = Subject("rtx-4090", 89, "TensorRT for RTX", "1.7", 1, stands_in)
     return record_of(audit_engine(subject, Expectation(PAIRS, (BLOCK,), ()), (CONV, HALF), (), fp16))
 
 

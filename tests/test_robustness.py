@@ -211,7 +211,7 @@ def test_an_onnx_with_external_data(
     onnx.save(onnx.load(source), "big/m.onnx", save_as_external_data=True, location="m.onnx.data")
     assert Path("big/m.onnx.data").stat().st_size > 100_000
     normal = ["--preprocess", "mean=0.286", "--preprocess", "std=0.353"]
-    arguments = ["build", "--model", "big/m.onnx", "--target", "l4", "--data", "fashion-mnist", *normal]
+    arguments = ["build", "--model", "big/m.onnx", "--target", "rtx-4090", "--data", "fashion-mnist", *normal]
     assert run(arguments) == 0
     shutil.copy("big/m.onnx", "alone.onnx")
     assert "m.onnx.data" in said(capfd, "export", "--model", "alone.onnx", "--run", "runs/alone", code=ExitCode.INPUT)
@@ -233,8 +233,8 @@ def test_an_onnx_that_is_quantised_already(
 def test_an_onnx_too_new_for_the_target(
     workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/new", "l4", stages=("fold", "export"))
-    assert run(["export", *MODEL, "--target", "l4", "--run", "runs/new"]) == 0
+    seeded("runs/new", "rtx-4090", stages=("fold", "export"))
+    assert run(["export", *MODEL, "--target", "rtx-4090", "--run", "runs/new"]) == 0
     model = next(Path("runs/new").glob("export-*/model.onnx"))
     arguments = ["export", "--model", str(model), "--target", "jetson-orin", "--run", "runs/old"]
     assert "opset 20" in said(capfd, *arguments, code=ExitCode.IMPOSSIBLE)
@@ -244,8 +244,8 @@ def test_an_onnx_too_new_for_the_target(
 def test_patterns_must_match_something(
     workspace: Path, capfd: pytest.CaptureFixture[str], seeded: Callable[..., str]
 ) -> None:
-    seeded("runs/embed-nano", "l4", stages=BEFORE_QUANTIZE)
-    arguments = ["quantize", *MODEL, "--data", "fashion-mnist", "--target", "l4", "--exclude", "blocks.9*"]
+    seeded("runs/embed-nano", "rtx-4090", stages=BEFORE_QUANTIZE)
+    arguments = ["quantize", *MODEL, "--data", "fashion-mnist", "--target", "rtx-4090", "--exclude", "blocks.9*"]
     assert "blocks.9*" in said(capfd, *arguments, code=ExitCode.INPUT)
 
 

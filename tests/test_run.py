@@ -264,7 +264,7 @@ def test_a_compatible_engine_runs_on_newer_gpus_alone(folder, gpu, monkeypatch) 
 def test_an_engine_is_run_by_what_built_it(folder, gpu) -> None:
     gpu(87, "tensorrt", "tensorrt_rtx_bindings", "cuda.bindings")
     with pytest.raises(ResvitError, match="cannot run it"):
-        open_runner(folder, with_engine(folder), "tensorrt-rtx")
+        open_runner(folder, with_engine(folder), "rtx")
     with pytest.raises(ResvitError, match="no runtime 'trt'"):
         open_runner(folder, with_engine(folder), "trt")
 

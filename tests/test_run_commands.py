@@ -46,7 +46,7 @@ def bundle(path: Path, key=KEY, name: str = "net", seed: int = 0) -> Path:
     for end, array in (("input", pictures(4)), ("output", by_numpy(model, pictures(4)))):
         np.save(path.with_name(f"golden_{end}.npy"), array)
         golden[f"golden_{end}.npy"] = path.with_name(f"golden_{end}.npy")
-    manifest = dataclasses.replace(MANIFEST, name=name, target=find_target("l4"))
+    manifest = dataclasses.replace(MANIFEST, name=name, target=find_target("rtx-4090"))
     write_bundle(path, manifest, {"model.onnx": model, **golden}, key)
     for file in (model, *golden.values()):
         file.unlink()
@@ -154,7 +154,7 @@ def test_onnx_files_are_timed_side_by_side(tmp_path, monkeypatch, capfd) -> None
 
 @pytest.fixture
 def quantized_run(workspace) -> Path:
-    line = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target l4"
+    line = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target rtx-4090"
     few = "--calibration-images 32 --prune-macs 0.8 --run runs/slim -q"
     assert export_cli(["quantize", *line.split(), *few.split()]) == 0
     return workspace / "runs/slim"
@@ -182,8 +182,8 @@ def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch
     assert sorted(quantized_run.iterdir()) == finished
 
     assert export_cli(["bench", "--run", str(quantized_run), "--target", "a10"]) == ExitCode.INPUT
-    assert "It was for l4" in capfd.readouterr().err
-    code = export_cli(["bench", "--run", str(quantized_run), "--runtime", "tensorrt-rtx"])
+    assert "It was for rtx-4090" in capfd.readouterr().err
+    code = export_cli(["bench", "--run", str(quantized_run), "--runtime", "rtx"])
     assert code == (ExitCode.IMPOSSIBLE if benching.why_not_here(Builder.RTX, 89) else 0)
     capfd.readouterr()
 

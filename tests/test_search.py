@@ -59,7 +59,7 @@ damages = st.one_of(
 problems = st.lists(st.tuples(st.integers(0, 10**9), damages), min_size=1, max_size=8).flatmap(
     lambda layers: st.builds(
         lambda target, plain: problem_of([m for m, _ in layers], [d for _, d in layers], target, plain),
-        st.sampled_from(["h100", "l4"]),
+        st.sampled_from(["h100", "rtx-4090"]),
         st.sampled_from([INT8, FP8]),
     )
 )
@@ -171,7 +171,7 @@ def test_fp8_serves_where_it_does_less_damage() -> None:
 
 
 def test_small_layers_are_fastest_in_fp16_where_8_bits_add_kernels() -> None:
-    problem = problem_of([10, BIG], [{INT8: 0.01}, {INT8: 0.01}], target="l4")
+    problem = problem_of([10, BIG], [{INT8: 0.01}, {INT8: 0.01}], target="rtx-4090")
     assert fastest_precisions(problem) == {"c0": FP16, "c1": INT8}
 
 
@@ -250,6 +250,8 @@ def test_worth_it_compares_with_fp16() -> None:
     assert not worth.faster
     assert "not faster than FP16 on GeForce RTX 4090" in worth.sentence
     assert "--precision fp16" in worth.sentence
+    fixed = sum(layer.fixed_us for layer in fp16.layers) / 1e3
+    assert f"{fixed:.3f} ms of FP16's are the fixed cost of kernels" in worth.sentence
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ FEW = [
     "--run",
     "runs/x",
     "--target",
-    "l4",
+    "rtx-4090",
 ]
 
 
@@ -93,7 +93,7 @@ def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
 )
 def test_what_cannot_be_searched_is_refused_at_once(settings: dict[str, str], code: ExitCode) -> None:
     with pytest.raises(ResvitError) as caught:
-        require_searchable(Recipe(**settings), find_target("l4"))  # type: ignore[arg-type]
+        require_searchable(Recipe(**settings), find_target("rtx-4090"))  # type: ignore[arg-type]
     assert caught.value.code is code
     with pytest.raises(ResvitError, match="needs a device"):
         require_searchable(Recipe(latency_budget="3ms"), None)

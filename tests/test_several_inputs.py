@@ -41,7 +41,7 @@ def one(folder: Path, pattern: str) -> Path:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two inputs") / "run"
     model = ["--model", f"{HERE}:network", "--data", f"{HERE}:data", *SHAPES]
-    targets = ["--target", "l4", "--target", "jetson-orin", "--run", str(folder)]
+    targets = ["--target", "rtx-4090", "--target", "jetson-orin", "--run", str(folder)]
     assert run(["build", *model, *FEW, *targets]) == 0
     return folder
 
@@ -138,17 +138,17 @@ def test_sensitivity_learning_and_recovery_know_both_inputs(built: Path, tmp_pat
     copy_stages(built, folder)
     arguments = ["--model", f"{HERE}:network", "--data", f"{HERE}:data", *SHAPES, "--run", str(folder), *FEW]
     for method in ("one-pass", "brute-force"):
-        more = ["--task", "other", "--target", "l4", "--images", "4", "--method", method]
+        more = ["--task", "other", "--target", "rtx-4090", "--images", "4", "--method", method]
         assert run(["sensitivity", *arguments[: -len(FEW)], *more, "--quiet"]) == 0
     gradient, measured = (
         json.loads(path.read_bytes()) for path in sorted(folder.glob("sensitivity-*/sensitivity.json"))
     )
     assert {gradient["method"], measured["method"]} == {"one-pass", "brute-force"}
-    assert run(["build", *arguments, "--target", "l4", "--effort", "best"]) == 0
+    assert run(["build", *arguments, "--target", "rtx-4090", "--effort", "best"]) == 0
     learned = [json.loads(path.read_bytes()) for path in folder.glob("quantize-*/quantize.json")]
     assert {each["effort"] for each in learned} == {"fast", "best"}
     training = ["--train-data", f"{HERE}:training", "--recover", "always", "--recover-epochs", "1"]
-    assert run(["build", *arguments, "--target", "l4", *training]) == 0
+    assert run(["build", *arguments, "--target", "rtx-4090", *training]) == 0
     assert json.loads(one(folder, "recover-*/recover.json").read_bytes())["trained"] > 4
 
 

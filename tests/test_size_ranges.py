@@ -161,7 +161,7 @@ def test_what_needs_one_size_is_refused_by_name(
     (tmp_path / "file.py").write_text(LOADERS)
     recipe = Recipe(model="timm:resnet18", input_shape="3x64..128x64", **settings)  # type: ignore[arg-type]
     with pytest.raises(ResvitError, match=r"works for one image size.*64\.\.128x64") as refused:
-        refuse_impossible(recipe, find_target("l4"))
+        refuse_impossible(recipe, find_target("rtx-4090"))
     assert refused.value.code is ExitCode.IMPOSSIBLE
     assert "--input-shape 3x128x64" in refused.value.fix
 
@@ -252,7 +252,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sizes")
     model = ["--model", f"{HERE}:detector", "--data", str(images_file(folder)), "--calibration-images", "12"]
     shape = ["--input-shape", "3x16..32x16..32..48"]
-    targets = ["--target", "l4", "--target", "jetson-orin", "--run", str(folder / "run")]
+    targets = ["--target", "rtx-4090", "--target", "jetson-orin", "--run", str(folder / "run")]
     assert run(["build", *model, *shape, *FEW, "--allow-rejected", *targets]) == 0
     return folder / "run"
 
@@ -354,10 +354,10 @@ def test_an_onnx_file_with_open_sizes(open_onnx: Path, tmp_path: Path) -> None:
         for true, found in zip(floating(feeds).values(), quantised(feeds).values(), strict=True):
             ratio = sqnr_db(true, found)
             assert ratio is None or ratio > 20
-    engine = build_engine(shipped, tmp_path / "engine.plan", find_target("l4"), BuildSettings((1, 1, 2), SIZES))
+    engine = build_engine(shipped, tmp_path / "engine.plan", find_target("rtx-4090"), BuildSettings((1, 1, 2), SIZES))
     assert [tensor.shape for tensor in engine.inputs] == [(-1, 3, -1, -1)]
     with pytest.raises(ResvitError, match="only the batch may be dynamic"):
-        build_engine(shipped, tmp_path / "engine.plan", find_target("l4"), BuildSettings((1, 1, 2)))
+        build_engine(shipped, tmp_path / "engine.plan", find_target("rtx-4090"), BuildSettings((1, 1, 2)))
 
 
 @pytest.mark.whole

@@ -49,7 +49,7 @@ class Told:
 
 BY_DIGEST = {"NetworkSource", "ImageSet", "TrainingImages", "Signer"}
 WHOLE = {
-    "Target": (find_target("l4"), find_target("jetson-orin")),
+    "Target": (find_target("rtx-4090"), find_target("jetson-orin")),
     "Preprocess": (Preprocess((8, 8)), Preprocess((8, 9))),
     "BuildSettings": (BuildSettings(), BuildSettings(batch=(1, 2, 4))),
     "SizeRange": (SizeRange((8, 8), (8, 8), (9, 9)), SizeRange((8, 8), (8, 9), (9, 9))),

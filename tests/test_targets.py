@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.targets.choice import rtx_in_place, tensorrts_of, with_builder, with_tensorrt
+from resvit_engines.targets.software import CUDA_OF_TENSORRT, JETPACKS, NEWEST_TENSORRT, PTX_OF_CUDA, version_of
 from resvit_engines.targets.table import (
-    JETPACKS,
     RTX_SMS,
     TARGETS,
     Builder,
@@ -15,27 +16,25 @@ from resvit_engines.targets.table import (
     Precision,
     Target,
     find_target,
-    proxy_target,
     require_precision,
-    version_of,
 )
 
 # (name, SM, FP8, builder) as in NVIDIA's list of compute capabilities.
 KNOWN = [
-    ("jetson-orin", 87, False, Builder.DEVICE),
-    ("jetson-orin-nx", 87, False, Builder.DEVICE),
-    ("jetson-orin-nano", 87, False, Builder.DEVICE),
-    ("jetson-thor", 110, True, Builder.DEVICE),
-    ("a100", 80, False, Builder.RTX),
-    ("a10", 86, False, Builder.RTX),
-    ("l4", 89, True, Builder.RTX),
-    ("l40s", 89, True, Builder.RTX),
+    ("jetson-orin", 87, False, Builder.TENSORRT),
+    ("jetson-orin-nx", 87, False, Builder.TENSORRT),
+    ("jetson-orin-nano", 87, False, Builder.TENSORRT),
+    ("jetson-thor", 110, True, Builder.TENSORRT),
+    ("a100", 80, False, Builder.TENSORRT),
+    ("a10", 86, False, Builder.TENSORRT),
+    ("l4", 89, True, Builder.TENSORRT),
+    ("l40s", 89, True, Builder.TENSORRT),
     ("h100", 90, True, Builder.TENSORRT),
     ("h200", 90, True, Builder.TENSORRT),
     ("b200", 100, True, Builder.TENSORRT),
     ("rtx-4090", 89, True, Builder.RTX),
     ("rtx-5090", 120, True, Builder.RTX),
-    ("dgx-spark", 121, True, Builder.RTX),
+    ("dgx-spark", 121, True, Builder.TENSORRT),
 ]
 
 
@@ -49,8 +48,11 @@ def test_each_target_is_whole(target) -> None:
     assert find_target(target.name) == target
     assert {Precision.FP16, Precision.INT8} <= target.precisions
     assert target.sparsity
-    assert (target.builder is Builder.RTX) == (target.sm in RTX_SMS)
-    assert (target.builder is Builder.DEVICE) == (target.kind is Kind.JETSON) == (target.jetpack is not None)
+    assert (target.builder is Builder.RTX) == (target.kind is Kind.RTX)
+    assert target.sm in RTX_SMS or target.builder is Builder.TENSORRT
+    assert (target.kind is Kind.JETSON) == (target.jetpack is not None)
+    if target.builder is Builder.TENSORRT:
+        assert target.tensorrt in tensorrts_of(target)
     assert 0 < target.workspace_mib < target.memory_mib
     assert target.title in target.describe
     json.dumps(target.to_json(), allow_nan=False)
@@ -61,7 +63,7 @@ def test_json_holds_plain_values() -> None:
     assert plain["sm"] == 87
     assert plain["jetpack"] == "6.2"
     assert plain["tensorrt"] == "10.3"
-    assert plain["builder"] == "device"
+    assert plain["builder"] == "tensorrt"
     assert plain["precisions"] == ["fp16", "int8"]
     assert plain["opset"] == 20
 
@@ -77,7 +79,8 @@ def test_json_holds_plain_values() -> None:
         ("jetson-thor", None, "10.13", "13.0", 20),
         ("jetson-thor", "7.2.1", "10.16", "13.2", 23),
         ("h100", None, "11.4", "13", 23),
-        ("l4", None, "1.7", "13", 23),
+        ("l4", None, "11.4", "13", 23),
+        ("rtx-4090", None, "1.7", "13", 23),
     ],
 )
 def test_software_on_the_target(name, jetpack, tensorrt, cuda, opset) -> None:
@@ -151,6 +154,79 @@ def test_jetpack_versions_are_unique_and_versions_compare_as_numbers() -> None:
     assert version_of("r36") == ()
 
 
+def test_tensorrts_rise_and_the_newest_is_the_last() -> None:
+    versions = [version_of(version) for version in CUDA_OF_TENSORRT]
+    assert versions == sorted(set(versions))
+    assert next(reversed(CUDA_OF_TENSORRT)) == NEWEST_TENSORRT
+    assert set(CUDA_OF_TENSORRT.values()) <= set(PTX_OF_CUDA)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("a100", "10.3", "11.4"), ("l4", "10.3", "11.4"), ("b200", "10.8", "11.4"), ("dgx-spark", "10.16", "11.4")],
+)
+def test_a_datacenter_gpu_takes_every_tensorrt_with_kernels_for_it(name, first, last) -> None:
+    choices = tensorrts_of(find_target(name))
+    assert (choices[0], choices[-1]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "became", "cuda", "opset"),
+    [
+        ("l4", "10.13", "10.13", "13", 20),
+        ("l4", "10.13.3.9", "10.13", "13", 20),
+        ("l4", "10.3", "10.3", "12.6", 20),
+        ("l4", "10.14", "10.14", "13", 23),
+        ("l4", "11.1", "11.1", "13", 23),
+        ("jetson-orin", "10.7", "10.7", "12.6", 20),
+        ("jetson-orin@7.2", "11.4", "11.4", "13.2", 23),
+        ("jetson-thor@7.2", "11.4.1", "11.4", "13.2", 23),
+    ],
+)
+def test_another_tensorrt_on_the_target(name, version, became, cuda, opset) -> None:
+    target = with_tensorrt(find_target(name), version)
+    assert (target.tensorrt, target.cuda, target.opset) == (became, cuda, opset)
+    assert target.ptx == PTX_OF_CUDA[cuda]
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "says"),
+    [
+        ("l4", "10.2", ["TensorRT 10.2 is not served on L4", "10.3, 10.4"]),
+        ("l4", "12.0", ["not served", "11.4"]),
+        ("l4", "newest", ["not served"]),
+        ("l4", "", ["not served"]),
+        ("l4", "10", ["not served"]),
+        ("b200", "10.7", ["not served on B200", "10.8, "]),
+        ("jetson-orin", "10.13", ["Jetson AGX Orin with JetPack 6.2", "10.3, 10.7"]),
+        ("jetson-orin-nano@7.2", "11.4", ["with one of: 10.16."]),
+        ("rtx-4090", "10.13", ["TensorRT for RTX 1.7 builds for GeForce RTX 4090", "--builder tensorrt"]),
+    ],
+)
+def test_a_tensorrt_that_is_not_served_there_is_refused_with_those_that_are(name, version, says) -> None:
+    with pytest.raises(ResvitError) as caught:
+        with_tensorrt(find_target(name), version)
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert all(words in str(caught.value) for words in says)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_either_builder_can_be_chosen_where_it_has_kernels(target: Target) -> None:
+    by_tensorrt = with_builder(target, Builder.TENSORRT)
+    assert (by_tensorrt.builder, by_tensorrt.tensorrt in tensorrts_of(by_tensorrt)) == (Builder.TENSORRT, True)
+    assert with_builder(target, None) is target
+    if target.sm in RTX_SMS:
+        by_rtx = with_builder(target, Builder.RTX)
+        assert (by_rtx.builder, by_rtx.tensorrt, by_rtx.kind) == (Builder.RTX, "1.7", target.kind)
+        assert bool(rtx_in_place(by_rtx, Precision.INT8)) is (target.kind is not Kind.RTX)
+        assert not rtx_in_place(by_rtx, Precision.FP16)
+        return
+    with pytest.raises(ResvitError, match=f"TensorRT for RTX builds no engine for {target.title}") as caught:
+        with_builder(target, Builder.RTX)
+    assert caught.value.code is ExitCode.IMPOSSIBLE
+    assert "Leave --builder out" in caught.value.fix
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_peaks_match_the_precisions(target) -> None:
     for precision in Precision:
@@ -178,16 +254,20 @@ def test_the_table_in_the_docs_is_this_one() -> None:
 
 def documented(target: Target) -> str:
     """The row of docs/targets.md."""
-    where = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is", Builder.DEVICE: "on the device"}
-    proxy = proxy_target(target)
+    where = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is"}
+    others = ", ".join(version for version in tensorrts_of(target) if version != target.tensorrt)
+    choices = others if target.builder is Builder.TENSORRT and target.jetpack else ""
+    if target.builder is Builder.TENSORRT and not choices and not target.jetpack:
+        choices = f"{tensorrts_of(target)[0]} to {tensorrts_of(target)[-1]}"
     cells = (
         f"`{target.name}`",
         f"{target.sm / 10:.1f}",
         f"{target.memory_mib / 1024:g} GiB, {target.speed.bandwidth:g} GB/s",
         target.software,
+        choices,
         target.ptx,
         "yes" if Precision.FP8 in target.precisions else "no",
         where[target.builder],
-        "itself" if proxy.sm == target.sm else f"SM {proxy.sm / 10:.1f}",
+        "yes" if target.builder is Builder.TENSORRT and target.sm in RTX_SMS else "",
     )
     return f"| {' | '.join(cells)} |"

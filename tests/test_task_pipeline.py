@@ -66,7 +66,7 @@ def test_a_detector_that_knows_nothing_is_undecided_and_both_outputs_keep_their_
 def test_a_detector_is_judged_by_its_boxes_and_goes_to_two_targets(workspace: Path) -> None:
     model = ["--model", "resvit:fpn-nano-det", "--checkpoint", str(ASSETS / "fpn-nano-det.pt")]
     data = ["--data", "resvit_calibrate.readers.scenes:detection"]
-    targets = ["--target", "l4", "--target", "jetson-orin", "--run", "runs/det"]
+    targets = ["--target", "rtx-4090", "--target", "jetson-orin", "--run", "runs/det"]
     assert run(["build", *model, *data, *targets, "--max-drop", "1.0", *FEW]) == 0
     verdicts = [json.loads(path.read_bytes()) for path in Path("runs/det").glob("validate-*/verdict.json")]
     assert {(verdict["verdict"], verdict["metric"]) for verdict in verdicts} == {("accepted", "mAP 50:95")}
@@ -97,7 +97,9 @@ def test_the_examples_from_training_to_a_pruned_engine(task: str, kind: str, wor
     ]
     prune = ["--prune-macs", "0.8", "--prune-epochs", "1", "--train-images", "256", "--recover", "never"]
     # So few scenes teach nothing, and what knows nothing cannot be accepted.
-    code = run(["build", *model, *data, *prune, "--target", "l4", "--run", "runs/small", *FEW, "--allow-rejected"])
+    code = run(
+        ["build", *model, *data, *prune, "--target", "rtx-4090", "--run", "runs/small", *FEW, "--allow-rejected"]
+    )
     assert code in (0, ExitCode.REJECTED, ExitCode.UNDECIDED)
     (network,) = Path("runs/small").glob("prune-*/prune.json")
     report = json.loads(network.read_bytes())

@@ -34,10 +34,10 @@ def attention_model(path: Path, opset: int) -> Path:
 def test_attention_that_no_kernel_serves_builds_from_the_copy_only(tmp_path: Path) -> None:
     model = attention_model(tmp_path / "model.onnx", 23)
     with pytest.raises(ResvitError) as caught:
-        build_engine(model, tmp_path / "plain.plan", find_target("l4"))
+        build_engine(model, tmp_path / "plain.plan", find_target("rtx-4090"))
     assert caught.value.code == ExitCode.BUILD
     assert onnx_for_tensorrt(model, tmp_path / "copy.onnx")
-    build_engine(tmp_path / "copy.onnx", tmp_path / "copy.plan", find_target("l4"))
+    build_engine(tmp_path / "copy.onnx", tmp_path / "copy.plan", find_target("rtx-4090"))
     assert (tmp_path / "copy.plan").stat().st_size > 1000
 
 
@@ -76,21 +76,21 @@ def test_tensorrt_reads_the_words_that_it_samples_by(tmp_path: Path, mode: str, 
     if mode != said:
         (node,) = ir.load(tmp_path / "copy.onnx").graph
         assert node.attributes.get_string("mode") == said
-    assert not onnx_for_tensorrt(model, tmp_path / "none.onnx", find_target("l4"))  # of TensorRT for RTX
+    assert not onnx_for_tensorrt(model, tmp_path / "none.onnx", find_target("rtx-4090"))  # of TensorRT for RTX
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize(
     ("target", "gathers"),
-    [("jetson-orin", False), ("jetson-thor", False), ("jetson-thor@7.2", True), ("h100", False), ("l4", False)],
+    [("jetson-orin", False), ("jetson-thor", False), ("jetson-thor@7.2", True), ("l4", False), ("rtx-4090", False)],
 )
 def test_deformable_attention_is_gathered_where_tensorrt_samples_it_wrongly(
     tmp_path: Path, target: str, gathers: bool
 ) -> None:
     model, copy = tmp_path / "model.onnx", tmp_path / "copy.onnx"
     ir.save(graph(), model)
-    assert onnx_for_tensorrt(model, copy, find_target(target)) is (target != "l4")
-    if target == "l4":  # of TensorRT for RTX
+    assert onnx_for_tensorrt(model, copy, find_target(target)) is (target != "rtx-4090")
+    if target == "rtx-4090":  # of TensorRT for RTX
         return
     network = ir.load(copy)
     kinds = {node.op_type for node in network.graph}
@@ -100,7 +100,7 @@ def test_deformable_attention_is_gathered_where_tensorrt_samples_it_wrongly(
     if gathers:
         (right,), (got,) = computed(graph(), **given()), computed(network, **given())
         np.testing.assert_allclose(got, right, rtol=0.02, atol=0.02)
-        build_engine(copy, tmp_path / "copy.plan", find_target("l4"))
+        build_engine(copy, tmp_path / "copy.plan", find_target("rtx-4090"))
 
 
 def test_a_sampling_that_is_no_deformable_attention_is_said_in_old_words_there_too(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ EXPORT, ENGINE = resvit_export.cli.main.run, resvit_engines.cli.main.run
 PREPROCESS = ("--preprocess", "mean=0.5", "--preprocess", "std=0.5")
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], Sequence[str]]] = {
     "inspect": (EXPORT, ("inspect", "FILE")),
-    "model": (EXPORT, ("export", "--model", "./FILE.onnx", "--target", "l4", "--run", "r")),
+    "model": (EXPORT, ("export", "--model", "./FILE.onnx", "--target", "rtx-4090", "--run", "r")),
     "recipe": (EXPORT, ("build", "--recipe", "FILE")),
     "run folder": (EXPORT, ("report", "--run", "FILE")),
     "bench": (EXPORT, ("bench", "--run", "FILE", "--seconds", "0.1")),
@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], Sequence[str]]] = {
     "compared images": (EXPORT, ("layers", "--onnx", "ok.onnx", "--input", "FILE", "--against", "onnxruntime")),
     "measured times": (
         EXPORT,
-        ("build", "--target", "l4", "--model", "./ok.onnx", "--data", "ok.npy", "--measured-times", "FILE",
+        ("build", "--target", "rtx-4090", "--model", "./ok.onnx", "--data", "ok.npy", "--measured-times", "FILE",
          "--latency-budget", "1x", "--run", "m", *PREPROCESS),
     ),
     "verified bundle": (ENGINE, ("verify", "FILE")),

@@ -123,7 +123,7 @@ def this_machine(
     return Machine(
         sm=local_sm() if here else None,
         gpu=_gpu_name(root),
-        tensorrt=(_distribution(_TENSORRT_DISTRIBUTIONS) if here else None) or _first(packages, _TENSORRT_PACKAGES),
+        tensorrt=tensorrt_here(root),
         jetpack=_jetpack(packages, l4t),
         arch=platform.machine(),
         memory_mib=memory,
@@ -138,6 +138,12 @@ def this_machine(
         libc=libc or None,
         host=platform.node(),
     )
+
+
+def tensorrt_here(root: Path = Path("/")) -> str | None:
+    """The version of the TensorRT that is installed for this Python, or else by the system's packages."""
+    distribution = _distribution(_TENSORRT_DISTRIBUTIONS) if root == Path("/") else None
+    return distribution or _first(versions_from_dpkg(_text(root / "var/lib/dpkg/status")), _TENSORRT_PACKAGES)
 
 
 def l4t_from_release(text: str) -> str | None:

@@ -1,4 +1,7 @@
-"""Print one table of several finished runs: what each holds, what it cost in accuracy, where its report is."""
+"""Print one table of several finished runs: what each holds, what it cost in accuracy, what it is predicted to gain.
+
+Below it stand the prediction in words, what is to be done next, and where the report is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from rich import box
@@ -14,7 +18,7 @@ from rich.table import Table
 
 COLUMNS = (
     *("run", "target", "verdict", "float top-1", "INT8 top-1", "drop, points", "arithmetic left", "quantised"),
-    *("float ONNX", "result"),
+    *("predicted, FP16 = 1", "result"),
 )
 
 
@@ -26,7 +30,8 @@ def result_of(run: Path) -> dict[str, object]:
     return document
 
 
-def row(run: Path) -> tuple[list[str], str]:
+def row(run: Path) -> tuple[list[str], list[str]]:
+    """The cells of the table, and the lines below it."""
     document = result_of(run)
     stages = {stage["stage"]: stage for stage in document["stages"]}  # type: ignore[attr-defined]
     verdict = stages["validate"]["results"]["verdict.json"]
@@ -34,10 +39,17 @@ def row(run: Path) -> tuple[list[str], str]:
     compiled = stages["compile"]["results"]
     if "engine.json" in compiled:
         engine = compiled["engine.json"]
-        target, made = engine["target"], f"engine, {engine['bytes'] / 1e6:.2f} MB"
+        target, following = engine["target"], []
+        made = f"engine by {engine['builder']}, {engine['bytes'] / 1e6:.2f} MB"
     else:
-        target, made = compiled["plan.json"]["target"], "bundle to build on the device"
+        plan = compiled["plan.json"]
+        target, made = plan["target"], "bundle that TensorRT builds there"
+        following = [
+            f"next: resvit-export build --run {run} --device ssh://USER@HOST",
+            f"  or on the device: resvit-engine build {Path(str(document['bundle'])).name} --trust KEY.pub",
+        ]
     low, high = last["interval"]
+    predicted: dict[str, Any] = document["predicted"]  # type: ignore[assignment]
     pruned = stages["prune"]["results"]["prune.json"] if "prune" in stages else None
     left = pruned["after"]["macs"] / pruned["before"]["macs"] if pruned else 1.0
     cells = [
@@ -49,10 +61,10 @@ def row(run: Path) -> tuple[list[str], str]:
         f"{last['drop']:+.2f} ({low:+.2f} … {high:+.2f})",
         f"{left:.1%}",
         f"{stages['quantize']['results']['quantize.json']['macs_share']:.1%}",
-        f"{stages['export']['results']['export.json']['bytes'] / 1e6:.2f} MB",
+        f"{predicted['gain']:.2f}",
         made,
     ]
-    return cells, str(document["report"])
+    return cells, [f"{run}: {predicted['sentence']}", *following, f"report: {document['report']}"]
 
 
 @click.command()
@@ -63,10 +75,11 @@ def main(runs: tuple[Path, ...]) -> None:
     rows = [row(run) for run in runs]
     for cells, _ in rows:
         table.add_row(*cells)
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
     console.print(table)
-    for _, report in rows:
-        console.print(f"report: {report}", soft_wrap=True)
+    for _, lines in rows:
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

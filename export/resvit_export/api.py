@@ -222,7 +222,10 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
             # One by one: what is done before a refusal is shown.
             stages.append(getattr(pipeline, name))
         if device is not None:
-            stages.append(run.folder.do(_on_device(pipeline, device)))
+            built = run.folder.do(_on_device(pipeline, device))
+            stages.append(built)
+            if run.recipe.require_fused and built.audit is not None:
+                built.audit.require_fused()
     except ResvitError as error:
         if error.code != ExitCode.REJECTED:
             raise

@@ -200,10 +200,10 @@ class Pipeline:
     @cached_property
     def compiled(self) -> engine.Compiled:
         """An engine where one can be built here, else the plan to build it where it can."""
-        target, builder = self.run.require_target(), self.run.builder
+        target = self.run.require_target()
         refusals.require_accepted(self.validated.verdict, self.recipe, recovers=self.variant.recovers)
-        planned = None if builder else engine.planned_input(self.exported.report, self.run)
-        return self.do(engine.Compile(self.model, target, builder, self.engine_settings, planned))
+        planned = None if self.run.builds_here else engine.planned_input(self.exported.report, self.run)
+        return self.do(engine.Compile(self.model, target, self.engine_settings, planned))
 
     def audit_of(self, *, own: bool) -> audit.Audit:
         """The audit of the target's own engine, or of what stands in for it."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.builder.builder import builder_here
+from resvit_engines.builder.builder import as_installed, builds_here
 from resvit_engines.builder.limits import require_buildable
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.names import NAME_MOST
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.own import resolve_target
-from resvit_engines.targets.table import Builder, Precision, Target, require_precision
+from resvit_engines.targets.choice import rtx_in_place
+from resvit_engines.targets.own import Software, resolve_target
+from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 RECOVERY_IMAGES = 20_000
 MOST_IMAGES = 100_000_000
+_RTX_IN_RECORDS = {Builder.RTX.value, "tensorrt-rtx"}
+"""What records call TensorRT for RTX, older ones too."""
 
 
 class Sources:
@@ -163,14 +166,12 @@ class Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, reporter: Reporter, sources: Sources) -> None:
         self.recipe, self.folder, self.reporter = recipe, folder, reporter
         self.sources = sources
-        self.target: Target | None = None
-        self.builder: Builder | None = None
-        if recipe.target is not None:
-            self.target = resolve_target(recipe.target, recipe.jetpack, recipe.own_targets)
-            self.builder = builder_here(self.target)
+        self.target = _target_of(recipe)
+        self.builds_here = self.target is not None and builds_here(self.target)
+        if self.target is not None:
             require_precision(self.target, self.precision)
-            require_buildable(self.target, self.build_settings, self.builder)
-        self.plugins: PluginChoice = plugin_choice(recipe, self.target, self.builder)
+            require_buildable(self.target, self.build_settings)
+        self.plugins: PluginChoice = plugin_choice(recipe, self.target, here=self.builds_here)
 
     @property
     def precision(self) -> Precision:
@@ -181,6 +182,11 @@ class Run:
     def network(self) -> NetworkSource:
         """The user's network."""
         return self.sources.network
+
+    @property
+    def builder(self) -> Builder | None:
+        """What builds the target's engines; None without a target."""
+        return self.target.builder if self.target else None
 
     def require_target(self) -> Target:
         """The target, or an error that says to name one."""
@@ -325,25 +331,57 @@ def runs_for(
 ) -> list[Run]:
     """One run for each target of the recipe, all in one folder: stages that do not differ are done once.
 
-    ``module`` is a network in memory, where the recipe names none, and ``objects`` are data sets in memory by name. A
-    JetPack goes to the Jetsons among several targets.
+    ``module`` is a network in memory, where the recipe names none, and ``objects`` are data sets in memory by name.
+    Among several targets a JetPack goes to the Jetsons, and a TensorRT release to those that TensorRT builds for.
     Raises ``ResvitError``, before anything is done, where one of the targets cannot do what is asked for.
     """
-    from resvit_engines.targets.table import Kind
-
     names = list(dict.fromkeys(recipe.targets))
     sources = Sources(recipe, reporter, module, objects)
-    if len(names) < 2:
-        return [Run(recipe, folder, reporter, sources)]
-    jetsons = {name for name in names if resolve_target(name, None, recipe.own_targets).kind is Kind.JETSON}
-    return [
-        Run(
-            dataclasses.replace(
-                recipe, targets=(name,), jetpack=recipe.jetpack if name in jetsons or not jetsons else None
-            ),
-            folder,
-            reporter,
-            sources,
+    alone = [dataclasses.replace(recipe, targets=(name,)) for name in names] if len(names) > 1 else [recipe]
+    runs = [Run(one, folder, reporter, sources) for one in (_each_its_own(alone) if len(alone) > 1 else alone)]
+    for run in runs:
+        _tell_of_the_builder(run)
+    return runs
+
+
+def _each_its_own(recipes: Sequence[Recipe]) -> Iterator[Recipe]:
+    """The recipe of each target without what is said for the others; what belongs to none stays, to be refused."""
+    rows = [resolve_target(str(one.target), Software(builder=one.builder), one.own_targets) for one in recipes]
+    jetsons = [row.kind is Kind.JETSON for row in rows]
+    by_tensorrt = [row.builder is Builder.TENSORRT for row in rows]
+    for one, jetson, built in zip(recipes, jetsons, by_tensorrt, strict=True):
+        yield dataclasses.replace(
+            one,
+            jetpack=one.jetpack if jetson or not any(jetsons) else None,
+            tensorrt=one.tensorrt if built or not any(by_tensorrt) else None,
         )
-        for name in names
-    ]
+
+
+def _target_of(recipe: Recipe) -> Target | None:
+    """What the recipe says; where this machine builds for it and no release of TensorRT is named, with the one here."""
+    if recipe.target is None:
+        return None
+    software = Software(recipe.jetpack, recipe.builder, recipe.tensorrt)
+    target = resolve_target(recipe.target, software, recipe.own_targets)
+    named = recipe.tensorrt or "tensorrt" in recipe.own_targets.get(recipe.target, {})
+    return target if named else as_installed(target)
+
+
+def _tell_of_the_builder(run: Run) -> None:
+    """Say what TensorRT for RTX means where TensorRT serves best; and where it built before, that it does no longer."""
+    target, reporter = run.target, run.reporter
+    if target is None:
+        return
+    for sentence in rtx_in_place(target, run.precision):
+        reporter.warn(sentence)
+    if target.builder is Builder.TENSORRT and run.recipe.builder is None:
+        built_by = {
+            former.get("builder")
+            for record in run.folder.records("compile")
+            if isinstance(former := record.value.get("target"), dict) and former.get("name") == target.name
+        }
+        if built_by & _RTX_IN_RECORDS and target.builder.value not in built_by:
+            reporter.warn(
+                f"So far TensorRT for RTX built the engines for {target.title} in {run.folder.path}; it is TensorRT "
+                f"{target.tensorrt} now, on the {target.title} itself. --builder rtx goes on as before."
+            )

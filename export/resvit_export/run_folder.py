@@ -82,6 +82,12 @@ class RunFolder:
         """Whether the stage was done once, whatever has become of its files."""
         return os.path.lexists(self._folder(Key.of(stage)))
 
+    def records(self, stage: str) -> Iterator[Record]:
+        """What is kept of every finished stage of that name; one that cannot be read is passed over."""
+        for folder in sorted(self.path.glob(f"{stage}-*")):
+            with contextlib.suppress(ResvitError):
+                yield read_record(folder)
+
     def do_together(
         self, stages: Sequence[Stage[A]], fill: Callable[[Sequence[tuple[Stage[A], Path]]], None]
     ) -> list[A]:

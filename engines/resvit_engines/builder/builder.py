@@ -17,24 +17,40 @@ from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.files import atomic_file, sha256_file, write_atomic
 from resvit_engines.gpu import local_sm
+from resvit_engines.machine import tensorrt_here
 from resvit_engines.plugins.library import LIBRARY, cached_library
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
-from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Target, version_of
+from resvit_engines.targets.choice import with_tensorrt
+from resvit_engines.targets.software import version_of
+from resvit_engines.targets.table import Builder, Target
 from resvit_engines.trt.io_tensor import io_tensors_from_json
 
 _MODULES = {Builder.RTX: "tensorrt_rtx_bindings", Builder.TENSORRT: "tensorrt"}
 
 
-def builder_here(target: Target) -> Builder | None:
-    """Which builder on this machine can build for ``target``; None where only another machine can.
+def builds_here(target: Target) -> bool:
+    """Whether this machine can build for ``target``: TensorRT for RTX anywhere, TensorRT where its GPU is.
 
-    TensorRT itself comes first for Jetsons and datacenter GPUs, since it measures on the GPU, but needs that GPU.
+    A Jetson's TensorRT is that of its image. Elsewhere several releases may be asked for, and it has to be that one.
     """
-    tensorrt = target.kind is not Kind.RTX and _installed("tensorrt") and local_sm() == target.sm
-    if tensorrt:
-        return Builder.TENSORRT
-    return Builder.RTX if target.kind is not Kind.JETSON and target.sm in RTX_SMS else None
+    if target.builder is Builder.RTX:
+        return True
+    if not _installed("tensorrt") or local_sm() != target.sm:
+        return False
+    version = None if target.jetpack else tensorrt_here()
+    return version is None or version_of(version)[:2] == version_of(target.tensorrt)[:2]
+
+
+def as_installed(target: Target) -> Target:
+    """The target with the release of TensorRT on this machine, where that builds for it and its image names none.
+
+    Raises:
+        ResvitError: IMPOSSIBLE for a release that is not served.
+    """
+    own = target.builder is Builder.TENSORRT and target.jetpack is None and _installed("tensorrt")
+    version = tensorrt_here() if own and local_sm() == target.sm else None
+    return target if version is None else with_tensorrt(target, version)
 
 
 def build_engine(
@@ -57,8 +73,9 @@ def build_engine(
             where it is killed for memory or the file cannot be written, INTERRUPTED on Ctrl-C.
     """
     settings = settings or BuildSettings()
-    builder = _require_builder(target)
-    require_buildable(target, settings, builder)
+    builder = target.builder
+    _require_builder(target)
+    require_buildable(target, settings)
     if not onnx.is_file():
         raise ResvitError(f"There is no file {onnx}.", "Give the path of an ONNX file.")
     if target.arch != platform.machine():
@@ -122,7 +139,7 @@ def build_engine(
         )
     for note in result["notes"]:
         reporter.say(note)
-    if target.jetpack and version_of(report.builder_version)[:2] != version_of(target.tensorrt):
+    if builder is Builder.TENSORRT and version_of(report.builder_version)[:2] != version_of(target.tensorrt)[:2]:
         reporter.warn(f"Built with TensorRT {report.builder_version}, but {target.software} was named as the target.")
     return report
 
@@ -208,21 +225,19 @@ def _plugin_library(settings: BuildSettings, reporter: Reporter) -> Path | None:
     return library
 
 
-def _require_builder(target: Target) -> Builder:
-    builder = builder_here(target)
-    if builder is None:
+def _require_builder(target: Target) -> None:
+    if not builds_here(target):
         raise ResvitError(
-            f"An engine for {target.title} cannot be built on this machine.",
+            f"An engine for {target.title} by {target.software} cannot be built on this machine.",
             "Build it where that GPU is, with the commands of the plan.",
             ExitCode.IMPOSSIBLE,
         )
-    if not _installed(_MODULES[builder]):
+    if not _installed(_MODULES[target.builder]):
         raise ResvitError(
             "TensorRT for RTX, which builds engines without a GPU, is not installed.",
             "pip install 'resvit-export[host]' (or tensorrt-rtx-cu13-bindings and tensorrt-rtx-cu13-libs).",
             ExitCode.MISSING,
         )
-    return builder
 
 
 def _installed(module: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.plugins.library import LIBRARY
 from resvit_engines.records import Record
-from resvit_engines.targets.table import RTX_SMS, Kind, Target
+from resvit_engines.targets.table import Kind, Target
 
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
 _FIND_TRTEXEC = f"$(command -v trtexec || echo {_TRTEXEC})"
@@ -162,11 +162,10 @@ def _why(target: Target) -> str:
             f"a workstation writes engines for it: copy the bundle to the {target.title} (or one exactly like it) "
             "and run these commands there."
         )
-    rtx = "" if target.sm in RTX_SMS else "; TensorRT for RTX, which builds without a GPU, does not serve it"
     return (
         f"TensorRT measures kernels on the GPU itself, and this machine has no {target.title} (compute capability "
-        f"{target.sm / 10:.1f}) with TensorRT beside it{rtx}. Copy the bundle to a machine with a {target.title} and "
-        "TensorRT, and run these commands there."
+        f"{target.sm / 10:.1f}) with {target.software} beside it: no engine was built. Copy the bundle to a machine "
+        "that has both, and run these commands there."
     )
 
 

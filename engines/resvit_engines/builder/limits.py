@@ -12,7 +12,7 @@ from resvit_engines.targets.table import RTX_SMS, Builder, Kind, Target
 
 class _Limit(NamedTuple):
     asked: Callable[[BuildSettings], bool]
-    fails: Callable[[Target, Builder], bool]
+    fails: Callable[[Target], bool]
     option: str
     reason: str
 
@@ -20,40 +20,40 @@ class _Limit(NamedTuple):
 _LIMITS = (
     _Limit(
         lambda settings: settings.plugins != "off",
-        lambda _, builder: builder is Builder.RTX,
+        lambda target: target.builder is Builder.RTX,
         "An engine with kernels of our own (--plugins)",
         "TensorRT for RTX takes no plugins",
     ),
     _Limit(
         lambda settings: settings.hardware_compatible,
-        lambda target, _: target.kind is Kind.JETSON,
+        lambda target: target.kind is Kind.JETSON,
         "An engine for several GPUs (--hardware-compatible)",
         "TensorRT has hardware compatibility for desktop and datacenter GPUs only, and an engine for a Jetson runs on "
         "that module alone",
     ),
     _Limit(
         lambda settings: settings.version_compatible,
-        lambda _, builder: builder is Builder.RTX,
+        lambda target: target.builder is Builder.RTX,
         "An engine for several versions (--version-compatible)",
         "that needs TensorRT's lean runtime, which TensorRT for RTX does not have",
     ),
     _Limit(
         lambda settings: settings.strip_weights,
-        lambda _, builder: builder is Builder.RTX,
+        lambda target: target.builder is Builder.RTX,
         "An engine without weights (--strip-weights)",
         "TensorRT for RTX cannot leave the weights out without the GPU itself, and builds without it here",
     ),
 )
 
 
-def require_buildable(target: Target, settings: BuildSettings, builder: Builder | None) -> None:
-    """Refuse options that ``builder`` does not have for ``target``; None: the builder that is the target's own.
+def require_buildable(target: Target, settings: BuildSettings) -> None:
+    """Refuse options that the target's builder does not have for it.
 
     Raises:
         ResvitError: IMPOSSIBLE, with the reason.
     """
     for limit in _LIMITS:
-        if limit.asked(settings) and limit.fails(target, builder or target.builder):
+        if limit.asked(settings) and limit.fails(target):
             raise ResvitError(
                 f"{limit.option} cannot be built for {target.title}: {limit.reason}.",
                 "Leave that option out for this target.",

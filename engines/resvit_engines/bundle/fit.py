@@ -9,7 +9,8 @@ from resvit_engines.builder.settings import TITLES
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine
-from resvit_engines.targets.table import Builder, Target, version_of
+from resvit_engines.targets.software import version_of
+from resvit_engines.targets.table import Builder, Target
 
 _SPARE_MIB = 64
 """Disk that stays free beside what is unpacked."""
@@ -87,10 +88,9 @@ def _other_gpu(made: str, target: Target, engine: EngineReport | None, machine: 
 
 
 def _other_tensorrt(made: str, target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
-    rtx = (engine.builder if engine else target.builder) is Builder.RTX
-    title = TITLES[Builder.RTX if rtx else Builder.TENSORRT]
-    wanted = engine.builder_version if engine else target.tensorrt
-    installed = machine.rtx if rtx else machine.tensorrt
+    builder = engine.builder if engine else target.builder
+    title, wanted = TITLES[builder], engine.builder_version if engine else target.tensorrt
+    installed = machine.rtx if builder is Builder.RTX else machine.tensorrt
     if installed is None:
         yield f"{made} and needs {title} {wanted}, which is not installed here."
         return
@@ -106,8 +106,10 @@ def _other_tensorrt(made: str, target: Target, engine: EngineReport | None, mach
 
 
 def _rebuild(target: Target, machine: Machine) -> str:
-    jetpack = f" --jetpack {machine.jetpack}" if target.jetpack and machine.jetpack else ""
+    said = f" --jetpack {machine.jetpack}" if target.jetpack and machine.jetpack else ""
+    if machine.tensorrt and not target.jetpack and target.builder is Builder.TENSORRT:
+        said = f" --tensorrt {'.'.join(map(str, version_of(machine.tensorrt)[:2]))}"
     return (
-        f"Build one for this device: resvit-export build --target NAME{jetpack} (resvit-export targets lists the "
+        f"Build one for this device: resvit-export build --target NAME{said} (resvit-export targets lists the "
         "names; resvit-engine facts says what this machine is)."
     )

@@ -37,7 +37,7 @@ def root_option(function: F) -> F:
 def _runtime_option(function: F) -> F:
     return click.option(
         "--runtime",
-        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+        type=click.Choice(["auto", "tensorrt", "rtx", "onnxruntime"]),
         default="auto",
         show_default=True,
         help="What runs the golden inputs.",

@@ -15,7 +15,7 @@ def runtime_option(function: F) -> F:
     """Add ``--runtime``."""
     return click.option(
         "--runtime",
-        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+        type=click.Choice(["auto", "tensorrt", "rtx", "onnxruntime"]),
         default="auto",
         show_default=True,
         help="What computes; auto: the engine where it can run, else ONNX Runtime on the CPU.",

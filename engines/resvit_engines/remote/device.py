@@ -20,7 +20,7 @@ from resvit_engines.remote.ssh import Answer, Connection, quoted
 from resvit_engines.remote.ssh_files import download, upload
 from resvit_engines.remote.wheel import requirements_for, write_device_wheel
 from resvit_engines.remote.wheelhouse import download_wheels
-from resvit_engines.targets.table import version_of
+from resvit_engines.targets.software import version_of
 
 ROOT = ".local/share/resvit-device"
 """Of everything that is put on a device, from the home folder of its user; installed versions lie elsewhere."""

@@ -17,7 +17,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine
 from resvit_engines.outside import leads_to_folder
 from resvit_engines.remote.wheel import pip_platforms, requirements_for
-from resvit_engines.targets.table import version_of
+from resvit_engines.targets.software import version_of
 
 WHEELS_VARIABLE = "RESVIT_DEVICE_WHEELS"
 """Names a folder on this machine with the wheels that a device without a network needs."""

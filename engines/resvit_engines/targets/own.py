@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine, this_machine
 from resvit_engines.names import require_name
+from resvit_engines.targets.choice import with_builder, with_tensorrt
+from resvit_engines.targets.software import CUDA_OF_TENSORRT, PTX_OF_CUDA
 from resvit_engines.targets.speeds import Speed
-from resvit_engines.targets.table import PTX_OF_CUDA, TARGETS, Kind, Target, find_target
+from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder, Kind, Target, find_target
 
 AUTO = "auto"
 _NAME_MOST = 60
@@ -32,22 +35,40 @@ _LIBC_OF_PYTHON = {"3.10": "2.35", "3.12": "2.39"}
 """Of Ubuntu 22.04 and 24.04, which JetPack 6 and 7 are made from."""
 
 
-def resolve_target(name: str, jetpack: str | None = None, own: Mapping[str, Any] | None = None) -> Target:
+@dataclass(frozen=True)
+class Software:
+    """What is chosen for a target; None is what its row says. ``tensorrt`` is a release such as ``10.13``."""
+
+    jetpack: str | None = None
+    builder: Builder | None = None
+    tensorrt: str | None = None
+
+    def on(self, row: Target) -> Target:
+        """The row with this builder and this TensorRT; raises IMPOSSIBLE for what does not belong with it."""
+        row = with_builder(row, self.builder)
+        return row if self.tensorrt is None else with_tensorrt(row, self.tensorrt)
+
+
+AS_IN_THE_TABLE = Software()
+
+
+def resolve_target(name: str, software: Software = AS_IN_THE_TABLE, own: Mapping[str, Any] | None = None) -> Target:
     """Find a target by name: ``auto`` for this machine's GPU, one of ``own``, or a row of the table.
 
     ``own`` is the table ``[targets]`` of a recipe: by name, a mapping with ``like`` (the row to start from) and what
     differs.
 
     Raises:
-        ResvitError: as ``find_target``; INPUT for a description of an own target that makes none; MISSING for
-            ``auto`` without a GPU.
+        ResvitError: as ``find_target``, ``with_builder`` and ``with_tensorrt``; INPUT for a description of an own
+            target that makes none; MISSING for ``auto`` without a GPU.
     """
     if name in (own or {}):
-        return _own_target(name, (own or {})[name], jetpack)
-    return target_here(jetpack) if name.strip().lower() == AUTO else find_target(name, jetpack)
+        return _own_target(name, (own or {})[name], software)
+    found = target_here(software.jetpack) if name.strip().lower() == AUTO else find_target(name, software.jetpack)
+    return software.on(found)
 
 
-def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
+def _own_target(name: str, described: Any, software: Software) -> Target:
     fix = f'Write [targets.{name}] with like = "jetson-orin" and what differs: {", ".join(sorted(_KEYS - {"like"}))}.'
     if not isinstance(described, Mapping) or not isinstance(described.get("like"), str):
         raise ResvitError(f"The target '{name}' of the recipe does not say what it is like.", fix)
@@ -62,8 +83,11 @@ def _own_target(name: str, described: Any, jetpack: str | None) -> Target:
         number = isinstance(value, int if key in _WHOLE else (int, float)) and not isinstance(value, bool)
         if not (number and value > 0 if key in _NUMBERS | _SPEEDS else isinstance(value, str)):
             raise ResvitError(f"{key} = {value!r} of the target '{name}' is of the wrong kind.", fix)
-    base = find_target(described["like"], described.get("jetpack", jetpack))
-    changes = {key: described[key] for key in (_TEXTS - {"jetpack"}) | _NUMBERS if key in described}
+    base = software.on(find_target(described["like"], described.get("jetpack", software.jetpack)))
+    said = _TEXTS - {"jetpack"} - ({"tensorrt"} if software.tensorrt or base.builder is Builder.RTX else set())
+    changes = {key: described[key] for key in said | _NUMBERS if key in described}
+    if "tensorrt" in changes and base.jetpack is None:
+        changes.setdefault("cuda", CUDA_OF_TENSORRT.get(changes["tensorrt"], base.cuda))
     if changes.get("cuda", base.cuda) not in PTX_OF_CUDA:
         raise ResvitError(
             f"CUDA {changes['cuda']} of the target '{name}' is not known.", f"One of: {', '.join(PTX_OF_CUDA)}."
@@ -114,9 +138,14 @@ def target_here(jetpack: str | None = None, machine: Machine | None = None) -> T
             f"Served are {served}.",
             ExitCode.IMPOSSIBLE,
         )
-    note = f"Its speed and memory are those of {rows[0].title}: predicted times are wrong by what the two differ."
+    card = re.search(r"\b(RTX|GeForce|TITAN)\b", name) is not None
+    row = next((row for row in rows if (row.kind is Kind.RTX) == card), rows[0])
+    note = f"Its speed and memory are those of {row.title}: predicted times are wrong by what the two differ."
     short = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-") or f"sm-{sm}"
-    return dataclasses.replace(rows[0], name=short, title=name or short, notes=(*rows[0].notes, note))
+    found = dataclasses.replace(row, name=short, title=name or short, notes=(*row.notes, note))
+    if not card or sm not in RTX_SMS:
+        return found
+    return dataclasses.replace(with_builder(found, Builder.RTX), kind=Kind.RTX)
 
 
 def jetson_machine(target: Target) -> Machine:

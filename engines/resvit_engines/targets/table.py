@@ -1,7 +1,8 @@
 """The devices that engines are made for: what each can compute, and which TensorRT serves it.
 
-Facts come from NVIDIA's support matrices and JetPack release notes. They live in the tables of this module and
-nowhere else; code asks the table instead of comparing names.
+Facts come from NVIDIA's support matrices and JetPack release notes. They live in the tables of this module, of
+:mod:`resvit_engines.targets.software` and of :mod:`resvit_engines.targets.speeds`, and nowhere else; code asks the
+table instead of comparing names.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ import dataclasses
 import difflib
 import enum
 import platform
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.records import Record
+from resvit_engines.targets.software import (
+    CUDA_OF_TENSORRT,
+    JETPACKS,
+    NEWEST_TENSORRT,
+    PTX_OF_CUDA,
+    RTX_CUDA,
+    RTX_VERSION,
+    JetPack,
+    version_of,
+)
 from resvit_engines.targets.speeds import SPEEDS, Speed
 
 
@@ -34,12 +44,13 @@ class Precision(str, enum.Enum):
 class Builder(str, enum.Enum):
     """What turns the ONNX graph into an engine."""
 
-    RTX = "tensorrt-rtx"
-    """TensorRT for RTX: builds on any Linux machine, without a GPU."""
     TENSORRT = "tensorrt"
-    """TensorRT itself: measures kernels while it builds, so it runs where the GPU is."""
-    DEVICE = "device"
-    """TensorRT from the JetPack image: built on the Jetson."""
+    """TensorRT: measures kernels while it builds, so it runs where the GPU is."""
+    RTX = "rtx"
+    """TensorRT for RTX: builds on any Linux machine, without a GPU."""
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 class Kind(str, enum.Enum):
@@ -47,11 +58,12 @@ class Kind(str, enum.Enum):
 
     JETSON = "jetson"
     DATACENTER = "datacenter"
+    """DGX Spark too, which has the software of one."""
     RTX = "rtx"
 
 
 RTX_SMS = frozenset({75, 80, 86, 89, 120, 121})
-"""What TensorRT for RTX 1.7 has code generators for."""
+"""What TensorRT for RTX has code generators for."""
 
 PROXY_SMS = {87: 86, 90: 89, 100: 120, 103: 120, 110: 120}
 """For GPUs that it does not serve, the nearest one that it does: the same tensor-core generation where there is one."""
@@ -68,42 +80,15 @@ ATTENTION_TENSORRT = (10, 14)
 AOT_TENSORRT = (10, 9)
 """The first TensorRT whose plugins carry their kernel as PTX inside the engine."""
 
-PTX_OF_CUDA = {"12.6": "8.5", "13": "9.0", "13.0": "9.0", "13.2": "9.2"}
-"""The newest PTX version that a CUDA release's driver reads (the release notes of PTX ISA)."""
-
-
-@dataclass(frozen=True)
-class JetPack:
-    """One JetPack release: the TensorRT that its image carries. ``refusal`` says why it is not served, if so."""
-
-    version: str
-    tensorrt: str
-    cuda: str
-    python: str
-    modules: tuple[str, ...]
-    refusal: str = ""
-
-
-_ORINS = ("jetson-orin", "jetson-orin-nx", "jetson-orin-nano")
-_TOO_OLD = "that is older than TensorRT 10, the first with the strongly typed FP16 and INT8 graphs used here"
-
-JETPACKS: tuple[JetPack, ...] = (
-    JetPack("5.1", "8.5", "11.4", "3.8", _ORINS, refusal=_TOO_OLD),
-    JetPack("6.0", "8.6", "12.2", "3.10", _ORINS, refusal=_TOO_OLD),
-    JetPack("6.1", "10.3", "12.6", "3.10", _ORINS),
-    JetPack("6.2", "10.3", "12.6", "3.10", _ORINS),
-    JetPack("7.1", "10.13", "13.0", "3.12", ("jetson-thor",)),
-    JetPack("7.2", "10.16", "13.2", "3.12", (*_ORINS, "jetson-thor")),
-)
-
 
 @dataclass(frozen=True)
 class Target:
     """A device together with the software on it.
 
-    ``sm`` is the compute capability without its dot (87 is 8.7). ``tensorrt`` is the version that the engine is
-    built with: of TensorRT for RTX where ``builder`` is that, of TensorRT elsewhere. ``memory_mib`` is the GPU
-    memory in MiB of the smallest module sold under this name (shared with the CPU on Jetson and DGX Spark);
+    ``sm`` is the compute capability without its dot (87 is 8.7). ``builder`` builds its engines: the one that serves
+    it best, unless another is chosen (:mod:`resvit_engines.targets.choice`). ``tensorrt`` is the version that the
+    engine is built with: of TensorRT for RTX where ``builder`` is that, of TensorRT elsewhere. ``memory_mib`` is the
+    GPU memory in MiB of the smallest module sold under this name (shared with the CPU on Jetson and DGX Spark);
     ``workspace_mib`` is the scratch memory that the builder may plan for, unless told otherwise.
     """
 
@@ -152,7 +137,7 @@ class Target:
     @property
     def plugins(self) -> str:
         """How kernels of our own reach an engine of TensorRT on it: ``aot``, inside the engine, or ``library``."""
-        return "library" if self.builder is Builder.DEVICE and not self._ahead_of_time else "aot"
+        return "aot" if self._ahead_of_time else "library"
 
     @property
     def custom_kernels(self) -> str:
@@ -223,28 +208,22 @@ class Target:
         )
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    """Turn ``"10.3"`` into ``(10, 3)``; stops at the first part that is no number."""
-    numbers = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
-
-
 def _jetson(name: str, title: str, sm: int, jetpack: str, *, memory_mib: int, workspace_mib: int) -> Target:
     row = next(row for row in JETPACKS if row.version == jetpack)
     return Target(
-        name, title, sm, Kind.JETSON, Builder.DEVICE, row.tensorrt, row.cuda, memory_mib, workspace_mib,
+        name, title, sm, Kind.JETSON, Builder.TENSORRT, row.tensorrt, row.cuda, memory_mib, workspace_mib,
         SPEEDS[name], jetpack=row.version, python=row.python, arch="aarch64",
     )  # fmt: skip
 
 
-_RTX_SERVER = "TensorRT measures kernels on the GPU itself; where it is installed beside this GPU, it is used instead."
-_SM80 = "SM 8.0 is in the builder of TensorRT for RTX 1.7 but not in NVIDIA's published support matrix for it."
-_SPARK = "NVIDIA promises engines that move between GPUs and systems, not from x86-64 to Arm: best built on the Spark."
+_SM80 = "--builder rtx: SM 8.0 is in the builder of TensorRT for RTX 1.7, not in NVIDIA's support matrix for it."
+_SPARK = "--builder rtx: NVIDIA promises engines that move between systems, not from x86-64 to Arm: build on the Spark."
 
 
 def _gpu(name: str, title: str, sm: int, kind: Kind, memory_mib: int, *notes: str, **other: Any) -> Target:
-    rtx = sm in RTX_SMS
-    builder, tensorrt, cuda = (Builder.RTX, "1.7", "13") if rtx else (Builder.TENSORRT, "11.4", "13")
+    rtx = kind is Kind.RTX
+    builder, tensorrt = (Builder.RTX, RTX_VERSION) if rtx else (Builder.TENSORRT, NEWEST_TENSORRT)
+    cuda = RTX_CUDA if rtx else CUDA_OF_TENSORRT[tensorrt]
     return Target(name, title, sm, kind, builder, tensorrt, cuda, memory_mib, 8192, SPEEDS[name], notes=notes, **other)
 
 
@@ -253,16 +232,16 @@ TARGETS: tuple[Target, ...] = (
     _jetson("jetson-orin-nx", "Jetson Orin NX", 87, "6.2", memory_mib=8192, workspace_mib=2048),
     _jetson("jetson-orin-nano", "Jetson Orin Nano", 87, "6.2", memory_mib=4096, workspace_mib=1024),
     _jetson("jetson-thor", "Jetson Thor", 110, "7.1", memory_mib=65536, workspace_mib=8192),
-    _gpu("a100", "A100", 80, Kind.DATACENTER, 40960, _RTX_SERVER, _SM80),
-    _gpu("a10", "A10", 86, Kind.DATACENTER, 24576, _RTX_SERVER),
-    _gpu("l4", "L4", 89, Kind.DATACENTER, 24576, _RTX_SERVER),
-    _gpu("l40s", "L40S", 89, Kind.DATACENTER, 49152, _RTX_SERVER),
+    _gpu("a100", "A100", 80, Kind.DATACENTER, 40960, _SM80),
+    _gpu("a10", "A10", 86, Kind.DATACENTER, 24576),
+    _gpu("l4", "L4", 89, Kind.DATACENTER, 24576),
+    _gpu("l40s", "L40S", 89, Kind.DATACENTER, 49152),
     _gpu("h100", "H100", 90, Kind.DATACENTER, 81920),
     _gpu("h200", "H200", 90, Kind.DATACENTER, 144384),
     _gpu("b200", "B200", 100, Kind.DATACENTER, 184320),
     _gpu("rtx-4090", "GeForce RTX 4090", 89, Kind.RTX, 24576),
     _gpu("rtx-5090", "GeForce RTX 5090", 120, Kind.RTX, 32768),
-    _gpu("dgx-spark", "DGX Spark (GB10)", 121, Kind.RTX, 131072, _SPARK, arch="aarch64"),
+    _gpu("dgx-spark", "DGX Spark (GB10)", 121, Kind.DATACENTER, 131072, _SPARK, arch="aarch64"),
 )
 """Every target by its name, Jetsons with the JetPack that is assumed unless another is named."""
 
@@ -296,14 +275,21 @@ def find_target(name: str, jetpack: str | None = None) -> Target:
 def proxy_target(target: Target) -> Target:
     """The device as TensorRT for RTX can stand in for it: the same table row, with the nearest GPU that it serves.
 
-    What it compiles shows which kernels fuse; it does not run on the device. A target that TensorRT for RTX serves
-    stays as it is.
+    What it compiles shows which kernels that builder fuses; it does not run on the device. A target whose builder is
+    TensorRT for RTX stays as it is.
     """
     if target.builder is Builder.RTX:
         return target
     sm = target.sm if target.sm in RTX_SMS else PROXY_SMS[target.sm]
     return dataclasses.replace(
-        target, sm=sm, kind=Kind.RTX, builder=Builder.RTX, tensorrt="1.7", jetpack=None, arch=platform.machine()
+        target,
+        sm=sm,
+        kind=Kind.RTX,
+        builder=Builder.RTX,
+        tensorrt=RTX_VERSION,
+        cuda=RTX_CUDA,
+        jetpack=None,
+        arch=platform.machine(),
     )
 
 

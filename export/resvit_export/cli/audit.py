@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(
     name="audit",
     epilog=examples_text(
-        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target l4 "
+        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target rtx-4090 "
         "--run runs/by-stage",
         "audit --run runs/by-stage --target jetson-orin --json",
     ),

@@ -22,7 +22,7 @@ LOCAL_RECIPE = Path("resvit.toml")
 _BELONG_TO = {
     "data": ("validation_data", "train_data", "classes", "preprocess", "task", "task_options"),
     "checkpoint": ("model_args", "classes", "preprocess"),
-    "targets": ("jetpack", "batch", "measured_times", "timing_cache"),
+    "targets": ("jetpack", "builder", "tensorrt", "batch", "measured_times", "timing_cache"),
     "precision": ("include", "exclude", "latency_budget"),
 }
 """Settings that may no longer fit where the first is changed."""

@@ -196,8 +196,9 @@ compile_command = _stage_command(
     lambda pipeline: pipeline.compiled,
     """Build the engine, or the plan to build it where only the device can.
 
-    A rejected model is not compiled, unless --allow-rejected.""",
-    f"compile {_MODEL} {_DATA} --target l4 --run runs/by-stage",
+    TensorRT builds where the GPU is; TensorRT for RTX builds here, for RTX cards and with --builder rtx. A rejected
+    model is not compiled, unless --allow-rejected.""",
+    f"compile {_MODEL} {_DATA} --target rtx-4090 --run runs/by-stage",
     "compile --run runs/by-stage --target jetson-orin",
 )
 bundle_command = _stage_command(
@@ -208,7 +209,7 @@ bundle_command = _stage_command(
 
     The same inputs give the same bytes.""",
     f"bundle {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
-    "bundle --run runs/by-stage --target l4 --json",
+    "bundle --run runs/by-stage --target rtx-4090 --json",
 )
 
 
@@ -219,10 +220,10 @@ bundle_command = _stage_command(
         f"build --target jetson-orin --plugins on {_MODEL} {_DATA} --run runs/fused",
         f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
         "build --run runs/l4-fp8 --json",
-        f"build --target l4 --target jetson-orin {_MODEL} {_DATA} --run runs/both",
+        f"build --target rtx-4090 --target jetson-orin {_MODEL} {_DATA} --run runs/both",
         f"build --target jetson-orin {_MODEL} {_DATA} --max-drop 0.3 --run runs/searched",
         "build --run runs/searched --latency-budget 1x",
-        "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --run runs/l4-fp16",
+        "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --builder rtx --run runs/l4-fp16",
     ),
 )
 @output_options

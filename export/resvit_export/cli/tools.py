@@ -9,13 +9,10 @@ from rich.text import Text
 
 from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ExitCode
+from resvit_engines.targets.choice import tensorrts_of
 from resvit_engines.targets.table import TARGETS, Builder
 
-_BUILT = {
-    Builder.RTX: "here, by TensorRT for RTX",
-    Builder.TENSORRT: "where that GPU is",
-    Builder.DEVICE: "on the device",
-}
+_BUILT = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is"}
 
 
 @click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
@@ -25,7 +22,7 @@ def targets_command(quiet: bool, as_json: bool) -> None:
     from resvit_engines.console import console, emit_json, table
 
     if as_json:
-        emit_json({"targets": [target.to_json() for target in TARGETS]})
+        emit_json({"targets": [{**target.to_json(), "tensorrts": tensorrts_of(target)} for target in TARGETS]})
         return
     if quiet:
         click.echo("\n".join(target.name for target in TARGETS))
@@ -36,7 +33,7 @@ def targets_command(quiet: bool, as_json: bool) -> None:
             target.title,
             target.jetpack or "",
             str(target.sm),
-            target.tensorrt,
+            f"{'RTX ' if target.builder is Builder.RTX else ''}{target.tensorrt}",
             " ".join(sorted(precision.value for precision in target.precisions)),
             str(target.opset),
             _BUILT[target.builder],

@@ -11,7 +11,7 @@ from typing import Any
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.pictures.sizes import SizeRange, shape_from_text
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import Builder, Precision
 from resvit_export.loading.inputs import ShapeWish, shape_wishes
 from resvit_export.recipe.choices import (
     Calibrator,
@@ -100,6 +100,21 @@ class Recipe:
     )
     jetpack: str | None = setting(
         _PRUNE, "target.jetpack", None, "JetPack on the Jetson, where it is not the usual one."
+    )
+    builder: Builder | None = setting(
+        _PRUNE,
+        "target.builder",
+        None,
+        "tensorrt builds where the GPU is; rtx (TensorRT for RTX) builds here, for GPUs that it serves.",
+        default_text="rtx for RTX cards, tensorrt for all others",
+    )
+    tensorrt: str | None = setting(
+        _PRUNE,
+        "target.tensorrt",
+        None,
+        "TensorRT release that builds the engine: 10.3 to 11.4; on a Jetson what its JetPack takes.",
+        default_text="the one here that builds it, else as 'resvit-export targets' lists",
+        metavar="VERSION",
     )
     batch: str = setting(_PRUNE, "target.batch", "1", "Fixed batch N, or MIN:OPT:MAX for a dynamic one.", also=int)
 

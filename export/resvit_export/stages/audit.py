@@ -19,13 +19,14 @@ from resvit_engines.audit.findings import FusionAudit, Subject
 from resvit_engines.audit.inspector import layers_from_file
 from resvit_engines.audit.kernels import Kernel
 from resvit_engines.audit.record import AuditRecord, SkippedAudit, audit_from_json, record_of
-from resvit_engines.builder.builder import build_engine, builder_here
+from resvit_engines.builder.builder import build_engine, builds_here
 from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.builder.settings import TITLES, BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
+from resvit_engines.targets.choice import rtx_in_place
 from resvit_engines.targets.table import Builder, Precision, Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
@@ -146,7 +147,7 @@ class Audit(Stage[Audited]):
         """The kernels of the FP16 engine, by the same builder; or None, and why where that is no choice."""
         if self.half is None:
             return None, ""
-        if engine is not None and builder_here(self.target) is None:
+        if engine is not None and not builds_here(self.target):
             return None, "There is no FP16 engine to compare with: this one was built on the device."
         model, copy = scratch / "model.onnx", scratch / TENSORRT_COPY
         self.half.write(model)
@@ -201,7 +202,7 @@ def audit_of(
         target=target,
         settings=for_usual(settings),
         compiled=compiled if own else None,
-        remark=remark_about_plugins(run.plugins, fused, own=own),
+        remark=" ".join([*rtx_in_place(target, run.precision), remark_about_plugins(run.plugins, fused, own=own)]),
     )
 
 
@@ -209,8 +210,8 @@ def remark_about_plugins(choice: PluginChoice, fused: Fused | None, *, own: bool
     """Which way was taken, and why; and that without the engine itself the graph without our kernels is listed."""
     if fused is None or fused.model is None:
         why = "none was chosen, for the reasons in fusion.json" if fused else choice.reason
-        return f"No kernel of our own is in the engine: {why}."
-    sentence = f"{fused.count} kernels of our own are in the engine ({choice.reason})"
+        return f"No kernel of our own goes into the engine: {why}."
+    sentence = f"{fused.count} kernels of our own go into the engine ({choice.reason})"
     return f"{sentence}." if own else f"{sentence}; what is listed is the graph without them."
 
 

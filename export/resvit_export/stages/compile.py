@@ -17,7 +17,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
-from resvit_engines.targets.table import Builder, Target
+from resvit_engines.targets.table import Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -76,14 +76,13 @@ def planned_input(report: ExportReport, run: Run) -> PlannedInput:
 
 @dataclass(frozen=True)
 class Compile(Stage[Compiled]):
-    """Build the engine with ``builder``; ``planned`` is set where there is none on this machine."""
+    """Build the engine by the target's builder; ``planned`` is set where this machine cannot."""
 
     name: ClassVar[str] = "compile"
     artifact: ClassVar[type[Artifact]] = Compiled
 
     model: File
     target: Target
-    builder: Builder | None
     settings: BuildSettings
     planned: PlannedInput | None
 

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from resvit_engines.audit.record import AuditRecord, SkippedAudit, audit_from_json
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json, sha256_file
 from resvit_engines.machine import Machine
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.table import Target, version_of
+from resvit_engines.targets.software import version_of
+from resvit_engines.targets.table import Builder, Target
 from resvit_export.records.device import DeviceResult
 from resvit_export.run_folder import RunFolder, read_record
 from resvit_export.stage import Artifact, File, Stage, plain
+from resvit_export.stages.audit import RESULT as AUDIT
 from resvit_export.stages.audit import Audit
 from resvit_export.stages.bundle import Signer
 from resvit_export.stages.score import Answered
@@ -52,6 +55,11 @@ class OnDevice(Artifact):
     def result(self) -> DeviceResult:
         """What the device said, and the gate's verdict on its answers."""
         return self.read(RESULT, DeviceResult.from_json)
+
+    @functools.cached_property
+    def audit(self) -> AuditRecord | SkippedAudit | None:
+        """What fused in the engine that was built there; None of a rehearsal's."""
+        return self.read(AUDIT, lambda found: audit_from_json(found, AUDIT)) if self.has(AUDIT) else None
 
 
 @dataclass(frozen=True)
@@ -198,9 +206,21 @@ def require_target_there(target: Target, facts: Machine, device: str) -> None:
             f"Say --jetpack {'.'.join(str(part) for part in version_of(facts.jetpack)[:2])}.",
             ExitCode.IMPOSSIBLE,
         )
-    if facts.tensorrt is None and target.jetpack:
+    if target.builder is Builder.TENSORRT:
+        _require_tensorrt_there(target, facts.tensorrt, device)
+
+
+def _require_tensorrt_there(target: Target, installed: str | None, device: str) -> None:
+    if installed is None:
+        package = (
+            "sudo apt install nvidia-jetpack" if target.jetpack else f"pip install 'tensorrt=={target.tensorrt}.*'"
+        )
+        raise ResvitError(f"{device} has no TensorRT.", f"On the device: {package}", ExitCode.MISSING)
+    if version_of(installed)[:2] != version_of(target.tensorrt)[:2]:
         raise ResvitError(
-            f"{device} has no TensorRT.", "On the device: sudo apt install nvidia-jetpack", ExitCode.MISSING
+            f"{device} has TensorRT {installed}, and the bundle was made for TensorRT {target.tensorrt}.",
+            f"Say --tensorrt {'.'.join(map(str, version_of(installed)[:2]))}.",
+            ExitCode.IMPOSSIBLE,
         )
 
 

@@ -37,14 +37,14 @@ class PluginChoice:
     reason: str
 
 
-def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
-    """Decide for a target; ``builder`` is what builds on this machine, None where the device has to.
+def plugin_choice(recipe: Recipe, target: Target | None, *, here: bool) -> PluginChoice:
+    """Decide for a target; ``here`` says that this machine builds for it.
 
     Raises:
         ResvitError: IMPOSSIBLE where plugins are asked for and the builder takes none, or where attention in 8 bits
             is asked for and nothing of ours is used.
     """
-    choice = _choice(recipe, target, builder)
+    choice = _choice(recipe, target, here=here)
     eight_bits, half = recipe.plugin_attention is PluginAttention.EIGHT_BITS, recipe.precision is Precision.FP16
     if eight_bits and (half or choice.by is By.NOTHING):
         why = "the build is FP16" if half else choice.reason
@@ -56,23 +56,23 @@ def plugin_choice(recipe: Recipe, target: Target | None, builder: Builder | None
     return choice
 
 
-def _choice(recipe: Recipe, target: Target | None, builder: Builder | None) -> PluginChoice:
+def _choice(recipe: Recipe, target: Target | None, *, here: bool) -> PluginChoice:
     if target is None or recipe.plugins is Plugins.OFF:
         return PluginChoice(By.NOTHING, "", "--plugins off" if target else "no target was named")
     if recipe.sizes is not None:
         return PluginChoice(By.NOTHING, "", "kernels of our own are compiled for one image size")
-    if (builder or target.builder) is Builder.RTX:
+    if target.builder is Builder.RTX:
         why = "TensorRT for RTX takes no plugins"
         if recipe.plugins is Plugins.ON:
             raise ResvitError(
                 f"Kernels of our own cannot be built into an engine for {target.title}: {why}.",
-                "Leave --plugins out, or build where TensorRT itself is installed beside this GPU.",
+                "Leave --plugins out, or say --builder tensorrt.",
                 ExitCode.IMPOSSIBLE,
             )
         return PluginChoice(By.NOTHING, "", why)
     if recipe.plugins is Plugins.ON:
         return PluginChoice(By.WISH, target.plugins, "--plugins on")
-    if builder is Builder.TENSORRT:
+    if here:
         return PluginChoice(By.TIME, target.plugins, f"timed on this {target.title}")
     if any(row.sm == target.sm for row in measured_results()):
         return PluginChoice(By.TABLE, target.plugins, f"by what was measured on SM {target.sm / 10:.1f}")

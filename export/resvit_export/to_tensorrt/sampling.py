@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resvit_engines.targets.table import Builder, Target, version_of
+from resvit_engines.targets.software import version_of
+from resvit_engines.targets.table import Builder, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -185,7 +185,7 @@ def _half(pipeline: Pipeline, name: str) -> Subject:
 def _engine(pipeline: Pipeline, model: File, settings: BuildSettings) -> Runner:
     """An engine of ``model``, built here for the GPU of this machine."""
     run = pipeline.run
-    return _opened(run.folder.do(Compile(model, run.require_target(), run.builder, settings, None)), model)
+    return _opened(run.folder.do(Compile(model, run.require_target(), settings, None)), model)
 
 
 def _engine_of_run(pipeline: Pipeline) -> Runner | None:
@@ -206,14 +206,14 @@ def _opened(compiled: Compiled, model: File) -> Runner:
 
 def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:
     """Why no engine for the run's target can be built and run on this machine, None where it can."""
-    target, builder = pipeline.run.target, pipeline.run.builder
-    if target is None or builder is None:
+    target = pipeline.run.target
+    if target is None or not pipeline.run.builds_here:
         return ResvitError(
             f"An engine for {target.title if target else 'no target'} cannot be built on this machine.",
             "Run 'resvit-engine bench' on the device, or leave --runtime out.",
             ExitCode.IMPOSSIBLE,
         )
-    return why_not_here(builder, target.sm, hardware_compatible=pipeline.run.build_settings.hardware_compatible)
+    return why_not_here(target.builder, target.sm, hardware_compatible=pipeline.run.build_settings.hardware_compatible)
 
 
 def _require_alike(runners: Mapping[str, Runner]) -> None:

@@ -208,6 +208,9 @@ def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
         f"{chosen.activation_bytes / 1e6:.1f} against {fp16.activation_bytes / 1e6:.1f} MB of activations"
     )
     faster = gain >= _NOTABLE
+    fixed_us = sum(layer.fixed_us for layer in fp16.layers)
+    if not faster and fixed_us > fp16.total_us / 2:
+        detail += f"; {fixed_us / 1e3:.3f} ms of FP16's are the fixed cost of kernels, which 8 bits do not change"
     said = f"{label} is {basis} {gain:.2f}x as fast as" if faster else f"{label} is {basis} not faster than"
     sentence = f"{said} FP16 on {target.title}: {detail}"
     held = target.builder is not Builder.RTX and not any(layer.measured for layer in chosen.layers)
