@@ -205,6 +205,7 @@ def test_every_kind_of_layer_gains(tmp_path: Path, build: Callable[[Graph], str]
     require_sound(plan, found, 4)
     before, after = found.errors["layer"]
     # Nine inputs leave little room; their own error is most of it.
+    # Nine inputs leave little room; their own error is most of it.
     assert after < (0.97 if build is depthwise else 0.8) * before
     # What is predicted for the layer is what the graph then does, on the very images.
     images = np.concatenate(chunks)
