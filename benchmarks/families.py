@@ -13,7 +13,7 @@ folded, exported and compared with PyTorch, and no more; "pruned" is ``--until p
 or films is no function of one image: refused by name, it is counted apart, and the part of it that sees has its own
 row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is added to
 ``--records`` as it is done, and what stands there is not done again: a run can be ended at any time and gone on with
-on another machine.
+on another machine, whose seconds are others.
 """
 
 from __future__ import annotations
