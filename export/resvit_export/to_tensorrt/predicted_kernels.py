@@ -30,7 +30,7 @@ def predicted_kernels(path: Path, batch: int, attention: Sequence[Attention]) ->
         ResvitError: INPUT where the file cannot be read.
     """
     with reading(path):
-        graph = quantised_graph_from_onnx(path)
+        graph = quantised_graph_from_onnx(path, batch)
         return tuple(_Listing(graph, batch, attention).kernels())
 
 

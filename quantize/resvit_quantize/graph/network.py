@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -150,14 +150,14 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name
 
 
-def fold_constants(model: ir.Model) -> None:
-    """Evaluate, in ONNX Runtime, the nodes that depend on nothing but constants."""
+def fold_constants(model: ir.Model, but: Set[str] = frozenset()) -> None:
+    """Evaluate, in ONNX Runtime, the nodes that depend on nothing but constants; not those of the op types ``but``."""
     source: dict[ir.Value, int] = {}
     """The constant values, and the elements of the largest initialiser behind each."""
     nodes: dict[ir.Node, None] = {}
     for node in model.graph:
         inputs = [value for value in node.inputs if value is not None]
-        plain = node.domain in ("", "ai.onnx") and node.op_type not in _RANDOM and inputs
+        plain = node.domain in ("", "ai.onnx") and node.op_type not in _RANDOM | but and inputs
         if plain and all(v in source or v.is_initializer() for v in inputs) and not holds_graph(node):
             nodes[node] = None
             largest = max(source.get(v, 0 if v.const_value is None else v.const_value.size) for v in inputs)

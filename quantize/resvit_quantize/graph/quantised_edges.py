@@ -17,6 +17,7 @@ from resvit_engines.targets.layer_work import Format
 from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import add_initializer, fold_constants, named_model
 from resvit_quantize.graph.regions import is_view
+from resvit_quantize.graph.shapes import at_size, sizes_of_graph
 
 _FORMATS = {ir.DataType.INT8: Format.INT8, ir.DataType.UINT8: Format.INT8, ir.DataType.FLOAT8E4M3FN: Format.FP8}
 _PASSED = frozenset({"MaxPool", "Pad"})
@@ -96,9 +97,15 @@ def _infer(model: ir.Model) -> None:
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
-def quantised_graph_from_onnx(path: Path) -> QuantisedGraph:
-    """Read a model with Q/DQ, or without; raises ``ResvitError`` where the file cannot be read."""
-    return quantised_edges(named_model(path))
+def quantised_graph_from_onnx(path: Path, batch: int = 1) -> QuantisedGraph:
+    """Read a model with Q/DQ, or without: one of several image sizes as it is at the usual one, for ``batch`` images.
+
+    Raises ``ResvitError`` where the file cannot be read.
+    """
+    model = named_model(path)
+    if (sizes := sizes_of_graph(model)) is not None:  # while the Q/DQ say where types change: without, nothing is told
+        model = at_size(model, sizes.usual, batch)
+    return quantised_edges(model)
 
 
 def viewed(value: ir.Value | None) -> ir.Value | None:

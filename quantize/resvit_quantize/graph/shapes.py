@@ -22,6 +22,8 @@ from resvit_quantize.graph.network import add_initializer, fold_constants
 HEIGHT, WIDTH = "height", "width"
 """What the free sizes of the image are called."""
 _KEY = "resvit.sizes"
+_STORED = frozenset({"DequantizeLinear"})
+"""What hangs on no size, and says that a weight is stored in 8 bits."""
 """Key of the model's metadata that holds the numbers of a ``SizeRange``."""
 _MOST_ROUNDS = 32
 
@@ -72,7 +74,7 @@ def at_size(model: ir.Model, size: Size, batch: int) -> ir.Model:
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
         if not _known_shapes_to_constants(copy):
             break
-        fold_constants(copy)
+        fold_constants(copy, _STORED)
     return copy
 
 

@@ -56,7 +56,7 @@ class Pricing:
         costs = self.cost_model()
         if self.target.builder is Builder.RTX or not precisions:
             return costs.predict(precisions), costs.predict({})
-        graph = quantised_graph_from_onnx(quantised)
+        graph = quantised_graph_from_onnx(quantised, self.batch)
         eight = layers_from_graph(graph.model, self.batch, edges=graph.edges)
         return self._priced(eight).predict(precisions), costs.predict({})
 
