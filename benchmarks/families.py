@@ -133,16 +133,17 @@ def main(
         import_transformers()  # before torchvision, which may refuse to be imported by itself
         for name in _ONCE:
             importlib.import_module(name)
+    done = recorded_rows(records)
     for number, case in enumerate(chosen):
-        known = recorded_rows(records).get((until, case.name))
+        known = done.get((until, case.name))
         if not table_only and number % parts == part - 1 and (known is None or known["code"] in again):
             folder = runs / until / re.sub(r"[^A-Za-z0-9._]+", "-", case.name)
             row = row_of(case, folder, until, seconds, memory)
             with records.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"until": until, **row}) + "\n")
             click.echo(f"{case.name}: {outcome(row)} ({row['seconds']:.0f} s)", err=True)
-    known_rows = recorded_rows(records)
-    text = table([row for case in chosen if (row := furthest(known_rows, case))], len(chosen))
+    done = recorded_rows(records)  # with those of a run beside this one
+    text = table([row for case in chosen if (row := furthest(done, case))], len(chosen))
     if out:
         out.write_text(text, encoding="utf-8")
     else:

@@ -206,13 +206,13 @@ class Pipeline:
         return self.do(engine.Compile(self.model, target, self.engine_settings, planned))
 
     def audit_of(self, *, own: bool) -> audit.Audit:
-        """The audit of the target's own engine, or of what stands in for it."""
+        """The audit of the target's own engine, or of what is predicted or compiled for it."""
         fused = self.fused if self.run.fuses else None
         return audit.audit_of(self.run, self.quantized, self.half, fused, self.compiled, own=own)
 
     @cached_property
     def audited(self) -> audit.Audited:
-        """Which Q/DQ and attention fused. Of a range of shapes kernels tell none: a stand-in has the usual."""
+        """Which Q/DQ and attention fused. Of a range of shapes kernels tell none: the usual is listed."""
         return self.do(self.audit_of(own=self.compiled.engine is not None and not self.recipe.dynamic))
 
     @cached_property

@@ -32,8 +32,8 @@ _WORST = (Fate.SEPARATE, Fate.HIGHER, Fate.UNLISTED, Fate.INSIDE, Fate.CONSUMED)
 class Subject:
     """What was audited: target, compute capability, builder and its version, and the batch that it was compiled for.
 
-    ``stands_in`` says for what, where the compiled engine is not the target's own; empty otherwise. ``predicted``: no
-    engine was compiled, and the kernels are those that the builder's rules give.
+    ``stands_in`` says what the kernels rest on where they are not those of the target's own engine; empty otherwise.
+    ``predicted``: no engine was compiled, and the kernels are those that the builder's rules give.
     """
 
     target: str
