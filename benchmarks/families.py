@@ -6,14 +6,16 @@
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
 timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of
-random weights has no accuracy. Engines are TensorRT for RTX's for an RTX 4090, built without a GPU. "Own noise" is the
-ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
-already, a low SQNR is the network's own. "As far as" is the last stage that was run: rows of ``--until export`` are
-folded, exported and compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text
-or films is no function of one image: refused by name, it is counted apart, and the part of it that sees has its own
-row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is added to
-``--records`` as it is done, and what stands there is not done again: a run can be ended at any time and gone on with
-on another machine, whose seconds are others.
+random weights has no accuracy. Engines are TensorRT for RTX's for an RTX 4090, built without a GPU. "Own noise" is
+the ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
+already, a low SQNR is the network's own. Where the SQNR is under 20 dB, "least noise" is what the float network keeps
+under the least noise that 8 bits cost, at the same places (``sensitivity/own_noise.py``), and who is to blame: the
+network, or us. "As far as" is the last stage that was run: rows of ``--until export`` are folded, exported and
+compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text or films is no
+function of one image: refused by name, it is counted apart, and the part of it that sees has its own row. Each model
+runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is added to ``--records`` as it is
+done, and what stands there is not done again: a run can be ended at any time and gone on with on another machine,
+whose seconds are others.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ _SAID_SO = (
 UNTIL = ("bundle", "export")
 """What the table takes a row from: the run that went further, where it was done."""
 _NOISE_DB = 40.0
+_BLAME = {True: "the network", False: "us"}
 _ONCE = ("torch._dynamo", "torchvision", "torch.onnx._internal.exporter._core", "onnxscript", "onnxruntime")
 """Imported before the fork: half of the time that a small model's export takes, else."""
 
@@ -285,13 +288,23 @@ def recorded(run: Path) -> dict[str, Any]:
     for pattern, take in (
         ("export-*/export.json", lambda d: {"parameters": d["parameters"], "parity": d["parity_max_rel"]}),
         ("quantize-*/quantize.json", lambda d: {"share": d["macs_share"]}),
-        ("validate-*/verdict.json", lambda d: {"sqnr_db": d["stages"][-1]["sqnr_db"]}),
+        ("validate-*/verdict.json", lambda d: {"sqnr_db": d["stages"][-1]["sqnr_db"], **blamed(d["blame"])}),
         ("own_noise.json", dict),
     ):
         for path in sorted(run.glob(pattern))[:1]:
             row |= take(json.loads(path.read_bytes()))
     row["bundles"] = len(list(run.glob("bundle-*/*.resvit")))
     return row
+
+
+def blamed(blame: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the verdict says of an SQNR under 20 dB: what the least noise of 8 bits leaves, and who is to blame."""
+    from resvit_quantize.sensitivity.own_noise import OwnNoise
+
+    if blame is None:
+        return {}
+    found = OwnNoise.from_json(blame)
+    return {"under_noise_db": found.under_noise_db, "sensitive": found.network_is_sensitive}
 
 
 def outcome(row: Mapping[str, Any]) -> str:
@@ -331,8 +344,9 @@ def table(rows: list[dict[str, Any]], architectures: int) -> str:
         counted = f"{through} of {len(group) - apart} go through, {bundles} of them to a bundle"
         lines += [f"- {title}: {counted}{rest}"] if len(group) > apart else []
         lines += [f"- {title}: all {apart} are {NO_FUNCTION}, and say so"] if apart and len(group) == apart else []
-    lines += ["", "| network | of | outcome | as far as | weights | SQNR | own noise | products in 8 bits | pruned | s "
-              "| why |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("network", "of", "outcome", "as far as", "weights", "SQNR", "least noise", "own noise",
+             "products in 8 bits", "pruned", "s", "why")  # fmt: skip
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         why = f"{row['problem']} {row['fix']}".strip() if "problem" in row and row["code"] not in GOES_ON else ""
         cells = [
@@ -342,6 +356,7 @@ def table(rows: list[dict[str, Any]], architectures: int) -> str:
             (row.get("stages") or ["—"])[-1],
             f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "—",
             f"{row['sqnr_db']:.1f} dB" if isinstance(row.get("sqnr_db"), float) else "—",
+            f"{row['under_noise_db']:.1f} dB: {_BLAME[row['sensitive']]}" if "under_noise_db" in row else "—",
             f"{row['own_noise_db']:.0f} dB" if "own_noise_db" in row else "—",
             f"{row['share']:.1%}" if isinstance(row.get("share"), float) else "—",
             row.get("pruned") or "—",

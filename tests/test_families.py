@@ -118,7 +118,9 @@ def test_a_row_comes_from_the_run_that_went_further(families: Any, tmp_path: Pat
         found = families.furthest(families.recorded_rows(records), case)
         assert found["stages"] == own.get("stages", ["fold", "export"])
         assert found["pruned"] == (None if until == "export" else "refused")
-    text = families.table([found], 4)
+    blame = {"outputs_db": 9.0, "under_noise_db": 25.0, "noise_db": 40.5, "places": 3, "lossy": []}
+    text = families.table([{**found, **families.blamed(blame)}], 4)
+    assert "| 25.0 dB: us |" in text
     assert "1 of 4 architectures were run" in text
     assert "transformers, images: 1 of 1 go through, 1 of them to a bundle\n" in text
 
