@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -48,14 +50,32 @@ class FixedPositions(nn.Module):
 
 
 class KeptSize(nn.Module):
-    """Answers by a Python number that it makes of the height: tracing keeps that of one size."""
+    """Answers by a root of the height that Python takes: tracing keeps that of one size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 5, 3, 2, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.conv(images).mean((2, 3)) * float(int(images.shape[2]))
+        return self.conv(images).mean((2, 3)) * math.sqrt(images.shape[2])
+
+
+class WholeNumbers(nn.Module):
+    """Makes Python numbers of its sizes, and asks for their types: as many people's position codes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(images)
+        batch, height, width = int(maps.shape[0]), int(maps.shape[2]), int(maps.shape[3])
+        assert isinstance(width, (int, torch.SymInt))
+        rows = torch.arange(height, dtype=torch.float32)[:, None] / float(height)
+        codes = (rows + torch.linspace(0, 1, width)[None, :]).reshape(1, height * width, 1)
+        tokens = maps.reshape(batch, 8, height * width).transpose(1, 2) + codes
+        return self.head(tokens.softmax(1) * tokens).sum(1)
 
 
 class Windows(nn.Module):
@@ -80,6 +100,11 @@ def detector() -> nn.Module:
         if isinstance(part, nn.BatchNorm2d):
             part.running_var.fill_(0.3)
     return network
+
+
+def whole_numbers() -> nn.Module:
+    torch.manual_seed(0)
+    return WholeNumbers().eval()
 
 
 def fixed_positions() -> nn.Module:

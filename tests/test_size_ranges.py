@@ -51,7 +51,7 @@ from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.shapes import static_shapes
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import QuantizeSettings
-from size_networks import detector, fixed_positions, kept_size, windows
+from size_networks import detector, fixed_positions, kept_size, whole_numbers, windows
 
 HERE = Path(__file__).parent / "size_networks.py"
 SIZES = SizeRange((16, 16), (32, 32), (32, 48))
@@ -210,6 +210,19 @@ def test_sizes_that_the_stride_does_not_divide_are_refused() -> None:
     with pytest.raises(ResvitError, match="does not take images of 66x64") as refused:
         network_from_module(detector(), spec)
     assert "--input-shape 3x32..64x32..64" in refused.value.fix
+
+
+@pytest.mark.whole
+def test_python_numbers_of_sizes_and_of_the_batch_stay_free() -> None:
+    sizes = SizeRange((16, 16), (32, 32), (32, 48))
+    network = network_from_module(whole_numbers(), ModelSpec("object:net", input_shape=(3, 32, 32), sizes=sizes))
+    assert network.record().dynamic_batch
+    assert network.record().sizes == sizes
+    module = whole_numbers()
+    for shape in ((1, 3, 16, 48), (3, 3, 32, 16)):
+        images = torch.randn(shape)
+        (answer,) = network.runner()({"input": images.numpy()}).values()
+        np.testing.assert_allclose(answer, module(images).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.slow

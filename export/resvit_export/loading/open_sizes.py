@@ -7,13 +7,19 @@ the sizes of the range, before it is exported, and the program afterwards.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from resvit_calibrate.runtime.parity import differences
 from resvit_calibrate.runtime.runner import Runner
@@ -26,6 +32,7 @@ from resvit_export.loading.user_code import user_error
 STEPS = (1, 2, 4, 8, 16, 32, 64, 7, 14, 28)
 """In what sizes may grow: strides of trunks, patches and windows."""
 _USUAL_STEP = 32
+_NUMBERS = re.compile(r"\b(?:int|float|torch_int|torch_float|linspace)\(")
 _ONE_SIZE = "Name one size, as in --input-shape {}, and build one engine for each size that is needed"
 
 
@@ -81,6 +88,96 @@ def require_open_program(
                 if one.shapes[0] == one.shapes[1]:
                     told = f"output {name} differs by {one.error:.3g} of {one.largest:.3g}"
                 raise _specialised(module, channels, sizes, size, told)
+
+
+def makes_numbers(module: nn.Module) -> bool:
+    """Whether a file that the network is written in makes Python numbers, perhaps of sizes."""
+    return any(_NUMBERS.search(_source(str(place.get("__name__")))) for place in _places(module))
+
+
+@contextlib.contextmanager
+def sizes_stay_free(module: nn.Module, *, numbers: bool) -> Iterator[None]:
+    """Let ``len(tensor)`` give a size that may stay free, in the files that the network is written in.
+
+    Python makes a number of whatever ``len`` returns, which fixes the batch to that of the example. ``numbers`` does
+    the same to ``int`` and ``float``, to what transformers calls instead of them, and to ``torch.linspace``.
+    """
+    read: dict[str, Any] = {"len": _length}
+    if numbers:
+        read |= {"int": _Int, "float": _Float, "torch_int": _Int, "torch_float": _Float}
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    for place in _places(module):
+        for name, ours in read.items():
+            if (name in place) == name.startswith(
+                "torch_"
+            ):  # a built-in that is not hidden, or an import that is there
+                changed.append((place, name, place.get(name)))
+                place[name] = ours
+    try:
+        with _FreeSteps() if numbers else contextlib.nullcontext():
+            yield
+    finally:
+        for place, name, own in changed:
+            if own is None:
+                del place[name]
+            else:
+                place[name] = own
+
+
+def _places(module: nn.Module) -> list[dict[str, Any]]:
+    """The globals of the files that the network is written in."""
+    names = {type(part).__module__ for part in module.modules()}
+    return [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules and not name.startswith("torch.")]
+
+
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return ""
+
+
+def _length(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+
+class _FreeSteps(TorchFunctionMode):
+    """``torch.linspace`` of as many steps as a free size is: torch.export keeps the number of the example."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            given = dict(zip(("start", "end", "steps"), args, strict=False)) | kwargs
+            start, end, steps = (given.pop(name, None) for name in ("start", "end", "steps"))
+            if isinstance(steps, torch.SymInt) and not any(isinstance(x, torch.Tensor) for x in (start, end)):
+                kind = given.pop("dtype", None) or torch.get_default_dtype()
+                count: Any = steps
+                gaps = torch.sym_max(count - 1, 1)  # type: ignore[no-untyped-call]
+                return start + torch.arange(count, dtype=kind, **given) * ((end - start) / gaps)
+        return func(*args, **kwargs)
+
+
+class _Like(type):
+    """What stands for a type of Python: an instance of that is one of it."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, cls.__bases__)
+
+
+class _Int(int, metaclass=_Like):
+    """``int``, but for a size that is free: that stays so."""
+
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        symbolic = bool(values) and isinstance(values[0], (torch.SymInt, torch.SymFloat))
+        return torch.sym_int(values[0]) if symbolic else int(*values, **named)  # type: ignore[no-untyped-call]
+
+
+class _Float(float, metaclass=_Like):
+    """``float``, but for a size that is free: that stays so."""
+
+    def __new__(cls, *values: Any) -> Any:
+        symbolic = bool(values) and isinstance(values[0], (torch.SymInt, torch.SymFloat))
+        return torch.sym_float(values[0]) if symbolic else float(*values)  # type: ignore[no-untyped-call]
 
 
 def _refusal(module: nn.Module, channels: int, sizes: SizeRange, size: Size, error: Exception) -> ResvitError:

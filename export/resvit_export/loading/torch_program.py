@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import itertools
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +23,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.pictures.sizes import MOST_PIXELS, SizeRange
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
-from resvit_export.loading.open_sizes import require_open_program, step_of_module
+from resvit_export.loading.open_sizes import makes_numbers, require_open_program, sizes_stay_free, step_of_module
 from resvit_export.loading.user_code import KnownBuffers, is_library, left_out_note, tensors_alone, user_error
 from resvit_quantize.pruning.copies import forgetting
 
@@ -68,11 +66,8 @@ def program_from_module(
         except Exception as error:
             raise _failing(error, several, alone) from error
         notes = left_out_note(left_out)
-        program, why = _exported(module, several, alone, sizes)
+        program, why = _free_program(module, several, alone, sizes)
         try:
-            if sizes is not None and alone is not None:
-                names, run = output_names(program), runner_from_program(program)
-                require_open_program(program, module, alone[0], sizes, names, run)
             _refuse_changed_inputs(module, several, alone)
             refuse_random_program(program, "The network")
             if COUPLED not in why:  # an image alone may be all that is left of it: less the mean of a batch of one
@@ -90,16 +85,59 @@ def _sizes_note(sizes: SizeRange, step: int | None) -> str:
     return f"it takes images of {sizes} pixels (height x width){steps}"
 
 
-def _exported(
+def _free_program(
     module: nn.Module,
     several: Sequence[NetworkInput],
     alone: tuple[int, ...] | None,
     sizes: SizeRange | None,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """As the forward is written, or else, where that keeps a size which was to be free, with its ``int`` reading them.
+
+    ``int`` and ``float`` are left alone at first: they also name types, to which only those of Python will do.
+    """
+
+    def tried(numbers: bool) -> tuple[ExportedProgram, tuple[str, ...]]:
+        program, why = _exported(module, several, alone, sizes, numbers=numbers)
+        if sizes is not None and alone is not None:
+            names, run = output_names(program), runner_from_program(program)
+            try:
+                require_open_program(program, module, alone[0], sizes, names, run)
+            except ResvitError:
+                raise
+            except Exception as error:
+                raise _failing(error, several, alone) from error
+        return program, why
+
+    again = makes_numbers(module)
+    try:
+        made = tried(False)
+        if not again or made[1] in ((), (COUPLED,)):
+            return made
+        refused = None
+    except ResvitError as error:
+        if not again:
+            raise
+        refused = error
+    try:
+        return tried(True)
+    except ResvitError:
+        if refused is not None:
+            raise refused from None
+        return made
+
+
+def _exported(
+    module: nn.Module,
+    several: Sequence[NetworkInput],
+    alone: tuple[int, ...] | None,
+    sizes: SizeRange | None,
+    *,
+    numbers: bool,
+) -> tuple[ExportedProgram, tuple[str, ...]]:
     """With a dynamic batch, unless the module has none or its images hang on each other; and a note where not."""
     why = "the network works for one batch size only; it is exported for batch 1"
     try:
-        program = _export(module, *_examples(several, alone, 2), dynamic=True, sizes=sizes)
+        program = _export(module, *_examples(several, alone, 2), dynamic=True, sizes=sizes, numbers=numbers)
         _require_batched(program)
         _require_float32(program)
         if has_dynamic_batch(program):
@@ -112,7 +150,7 @@ def _exported(
         if _branches_on_values(error):
             raise _not_exportable(error) from error
     try:
-        program = _export(module, *_examples(several, alone, 1), dynamic=False, sizes=sizes)
+        program = _export(module, *_examples(several, alone, 1), dynamic=False, sizes=sizes, numbers=numbers)
     except Exception as error:
         raise _not_exportable(error) from error
     _require_batched(program)
@@ -502,6 +540,7 @@ def _export(
     *,
     dynamic: bool,
     sizes: SizeRange | None,
+    numbers: bool,
 ) -> ExportedProgram:
     free = {0: Dim.AUTO(min=1)} if dynamic else {}
     for axis, (low, _, high) in enumerate(sizes.spans if sizes else (), 2):
@@ -510,7 +549,7 @@ def _export(
     shapes: Any = None
     if free:
         shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
-    with torch.no_grad(), _symbolic_len(module), warnings.catch_warnings():
+    with torch.no_grad(), sizes_stay_free(module, numbers=numbers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
@@ -524,28 +563,6 @@ def _export(
 def _branches_on_values(error: Exception) -> bool:
     reason = str(error)
     return "data-dependent" in reason.lower() or "Could not guard" in reason
-
-
-@contextlib.contextmanager
-def _symbolic_len(module: nn.Module) -> Iterator[None]:
-    """Let ``len(tensor)`` give a size that may stay free, in the files that the network is written in.
-
-    Python makes a number of whatever ``len`` returns, which fixes the batch to that of the example.
-    """
-    names = {type(part).__module__ for part in module.modules()}
-    places = [vars(sys.modules[name]) for name in names if name in sys.modules]
-    own = [place for place in places if "len" not in place and not str(place.get("__name__")).startswith("torch.")]
-
-    def length(value: Any) -> Any:
-        return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
-
-    for place in own:
-        place["len"] = length
-    try:
-        yield
-    finally:
-        for place in own:
-            del place["len"]
 
 
 def _not_exportable(error: Exception) -> ResvitError:
