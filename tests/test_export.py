@@ -197,6 +197,27 @@ def toy(opset: int = 20, **changes: object) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=imports, ir_version=8)
 
 
+@pytest.mark.whole
+def test_scores_that_tie_in_front_of_a_selection_are_named(tmp_path: Path) -> None:
+    class Untrained(nn.Module):
+        """A detector whose head answers the same score everywhere, as before any training."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 1)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.conv(images).flatten(2).transpose(1, 2)
+            best = self.head(tokens).squeeze(-1).topk(5, dim=1).indices
+            return tokens.gather(1, best[..., None].expand(-1, -1, 4))
+
+    program, _ = program_from_module(Untrained().eval(), (3, 64, 64))
+    with pytest.raises(ResvitError, match=r"scores in front of a selection \(topk\) are equal") as refused:
+        onnx_from_program(program, tmp_path / "model.onnx", opset=20)
+    assert "trained ones" in refused.value.fix
+
+
 def test_import_brings_a_foreign_model_into_our_form(tmp_path: Path) -> None:
     source, out = tmp_path / "theirs.onnx", tmp_path / "model.onnx"
     onnx.save(toy(11), source)

@@ -90,6 +90,7 @@ def onnx_from_program(
         what="ONNX against PyTorch",
         sets=selects_rows(model),
         sizes=sizes.checked[1:] if sizes else (),
+        graph=path,
     )
     return report_of(model, path, parity, batches, notes)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.runtime.parity import Difference, differences, flat_differences, moved_between_runs
-from resvit_calibrate.runtime.runner import Runner
+from resvit_calibrate.runtime.runner import Runner, onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.pictures.sizes import Size
@@ -193,10 +193,12 @@ def measure_parity(
     sets: bool = False,
     seed: int = 0,
     sizes: Sequence[Size] = (),
+    graph: Path | None = None,
 ) -> Parity:
     """Compare on random inputs of b images for every b of ``batches``, and on images without content.
 
-    ``sizes`` are further ones of the image that are compared, where it may have several.
+    ``sizes`` are further ones of the image that are compared, where it may have several. ``graph`` is the candidate's
+    ONNX file, in which scores that tie in front of a selection are looked for.
 
     Those are black, white and beyond, and half of each: where an epsilon was lost, they divide by zero.
 
@@ -219,9 +221,26 @@ def measure_parity(
                     "Look for a division by zero, a logarithm or root of negative numbers, or weights that overflow.",
                 )
             if not found.same:
+                if graph is not None and sets and tied_scores(graph, feeds):
+                    raise ResvitError(
+                        f"{what}: scores in front of a selection (topk) are equal to the last bit on random images, so "
+                        "that any rows may be selected: the network's scores do not depend on the image.",
+                        "Untrained weights do that: give trained ones (--checkpoint), or a folder without weights, for "
+                        "which random ones are drawn that keep signals apart.",
+                    )
                 _blame(reference, feeds, what, name, found, batch)
             absolute, relative = max(absolute, found.error), max(relative, found.error / max(found.largest, 1e-6))
     return Parity(absolute, relative, _flat_images(reference, candidate, inputs, what, sets))
+
+
+def tied_scores(graph: Path, feeds: Arrays) -> bool:
+    """Whether half of the values that a TopK of ``graph`` selects from ``feeds``, or more, are equal to the next."""
+    model = ir.load(graph)
+    chosen = [node.outputs[0] for node in model.graph if node.op_type == "TopK"]
+    model.graph.outputs.extend(value for value in chosen if not value.is_graph_output())
+    answers = onnx_runner(bytes(ir.to_proto(model).SerializeToString()), folder=graph.parent)(feeds)
+    values = [answers[str(value.name)] for value in chosen]
+    return any(value.shape[-1] > 1 and np.mean(np.diff(value, axis=-1) == 0.0) >= 0.5 for value in values)
 
 
 def _flat_images(
