@@ -1,6 +1,7 @@
 # make demo   trains a small hybrid on Fashion-MNIST and builds it for a Jetson Orin and an RTX 4090
 # make test   lint, types and the test suite, without the longest ways from end to end
 # make check  the same without what takes more than a second: two minutes on two cores
+# make docs   builds the documentation's site in site/
 # All set up what they need in .venv and data/. PYTHON=python3.12 chooses an interpreter.
 
 SHELL := /bin/bash
@@ -15,9 +16,9 @@ DEMO := runs/demo
 CHECKPOINT := $(DEMO)/embed-nano.pt
 BUILD := $(BIN)/resvit-export build --precision int8
 
-.PHONY: help setup data demo test check lint clean bindings device-wheels sshd
+.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
@@ -29,7 +30,7 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and by itself: what comes after it must not choose another build of it.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,hf,datasets,video,modelopt,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,hf,datasets,video,modelopt,docs,dev]'
 	@touch $@
 
 data:
@@ -55,6 +56,9 @@ test: setup data bindings device-wheels sshd lint
 check: setup data bindings lint
 	$(PYTEST) -m "not slow and not whole"
 
+docs: setup
+	$(BIN)/mkdocs build --quiet
+
 # Python bindings of the TensorRT versions that are served: small, without TensorRT's libraries; their names are tested.
 BINDINGS := cu12-bindings==10.3.0 cu12-bindings==10.13.3.9 cu12-bindings==10.16.1.11 cu13-bindings==11.4.0.106
 bindings: data/tensorrt-bindings/.ready
@@ -79,4 +83,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs data site dist .mypy_cache .ruff_cache .pytest_cache

@@ -40,8 +40,10 @@ class CleanStream(io.TextIOBase):
         """What cannot be written is replaced."""
         return "replace"
 
-    def write(self, text: str) -> int:
-        """Write ``text``, cleaned."""
+    def write(self, text: str | bytes) -> int:
+        """Write ``text``, cleaned; bytes, as click writes a shell's completions, are UTF-8."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
         try:
             self.raw.write(encodable(printable(text), self.encoding))
         except BrokenPipeError as error:

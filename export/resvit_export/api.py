@@ -136,7 +136,7 @@ def build(
     ``model`` is a module in memory, with its weights, or a name as ``--model`` takes it. ``data``, and
     ``validation_data`` and ``train_data`` among the settings, are names as ``--data`` takes them, or a ``Dataset`` or
     ``DataLoader`` of torch's: pictures are prepared here, ready arrays are the network's input. ``settings`` are
-    fields of :class:`Recipe`: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the
+    fields of ``Recipe``: ``precision="int8"``, ``max_drop=0.5``, ``checkpoint="weights.pt"``. A model that the
     gate does not accept is no error: see ``Built.verdict`` and ``Built.rejection``.
     ``run`` is ``runs/MODEL`` where it is not said, with the name of the module's class.
 
@@ -174,7 +174,7 @@ def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:
     """The recipe with these fields; paths are relative to the current folder, and stay where they were.
 
     Raises:
-        ResvitError: for a setting that does not exist, and as :class:`Recipe`.
+        ResvitError: for a setting that does not exist, and as ``Recipe``.
     """
     for name in settings:
         if name not in SETTINGS:
