@@ -78,6 +78,26 @@ class WholeNumbers(nn.Module):
         return self.head(tokens.softmax(1) * tokens).sum(1)
 
 
+class OpenHeads(nn.Module):
+    """SegFormer's attention: fewer keys than queries, and the number of heads is left for a view to find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.reduce = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 2, 2)
+        self.query, self.key, self.value = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(images)
+        tokens, few = (x.flatten(2).transpose(1, 2) for x in (maps, self.reduce(maps)))
+        split = [
+            made.view(*made.shape[:-1], -1, 8).transpose(1, 2)
+            for made in (self.query(tokens), self.key(few), self.value(few))
+        ]
+        mixed = nn.functional.scaled_dot_product_attention(split[0], split[1], split[2])
+        return self.head(mixed.transpose(1, 2).reshape(*tokens.shape[:-1], -1))
+
+
 class Windows(nn.Module):
     """GroupNorm, patches by unfold, and attention among them."""
 
@@ -105,6 +125,11 @@ def detector() -> nn.Module:
 def whole_numbers() -> nn.Module:
     torch.manual_seed(0)
     return WholeNumbers().eval()
+
+
+def open_heads() -> nn.Module:
+    torch.manual_seed(0)
+    return OpenHeads().eval()
 
 
 def fixed_positions() -> nn.Module:

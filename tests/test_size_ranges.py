@@ -42,16 +42,18 @@ from resvit_export.cli.main import run
 from resvit_export.loading.load import load_network, network_from_module
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.spec import ModelSpec
+from resvit_export.loading.torch_program import program_from_module
 from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import refuse_impossible
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_export.to_onnx.own_onnx import import_onnx
+from resvit_quantize.fold.program import fold_program
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.shapes import static_shapes
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import QuantizeSettings
-from size_networks import detector, fixed_positions, kept_size, whole_numbers, windows
+from size_networks import detector, fixed_positions, kept_size, open_heads, whole_numbers, windows
 
 HERE = Path(__file__).parent / "size_networks.py"
 SIZES = SizeRange((16, 16), (32, 32), (32, 48))
@@ -223,6 +225,23 @@ def test_python_numbers_of_sizes_and_of_the_batch_stay_free() -> None:
         images = torch.randn(shape)
         (answer,) = network.runner()({"input": images.numpy()}).values()
         np.testing.assert_allclose(answer, module(images).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("batch", [1, None])
+def test_the_number_of_heads_is_known_whatever_the_size(batch: int | None, tmp_path: Path) -> None:
+    spec = ModelSpec("object:net", input_shape=(3, 32, 32), sizes=SizeRange((16, 16), (32, 32), (32, 48)))
+    program, _ = fold_program(program_from_module(open_heads(), (3, 32, 32), spec.sizes)[0])
+    onnx_from_program(program, tmp_path / "net.onnx", opset=23, batch=batch, sizes=spec.sizes)
+    model = ir.load(tmp_path / "net.onnx")
+    (attention,) = [node for node in model.graph if node.op_type == "Attention"]
+    assert [value.shape[1] for value in attention.inputs[:3]] == [2, 2, 2]
+    splits = [value.producer().inputs[0].producer() for value in attention.inputs[:3]]
+    assert [node.op_type for node in splits] == ["Reshape"] * 3
+    for node in splits:
+        shape = ir.convenience.get_const_tensor(node.inputs[1])
+        assert (shape is None) == (batch is None)
+        assert shape is None or list(shape.numpy()) == [1, -1, 2, 8]
 
 
 @pytest.mark.slow

@@ -18,11 +18,19 @@ from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.fold.editor import GraphEditor
 from resvit_quantize.fold.parallel import merge_parallel_convolutions
-from resvit_quantize.fold.rules import Item, fold_batch_norms, fold_constants, fold_layer_scales, remove_no_ops
+from resvit_quantize.fold.rules import (
+    Item,
+    fold_batch_norms,
+    fold_constants,
+    fold_layer_scales,
+    remove_no_ops,
+    say_sizes,
+)
 
 RULES: tuple[Callable[[GraphEditor], Iterator[Item]], ...] = (
     fold_constants,
     remove_no_ops,
+    say_sizes,
     fold_batch_norms,
     fold_layer_scales,
     merge_parallel_convolutions,

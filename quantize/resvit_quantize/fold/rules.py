@@ -101,6 +101,27 @@ def remove_no_ops(editor: GraphEditor) -> Iterator[Item]:
         yield "no_op", module_path(node)
 
 
+def say_sizes(editor: GraphEditor) -> Iterator[Item]:
+    """Say in numbers what a reshape leaves open (-1), where it is known and heights or widths are free.
+
+    TensorRT asks for the number of heads of an attention, and finds none in a shape that is computed. What alone is
+    free becomes the -1.
+    """
+    for node in editor.graph.nodes:
+        if node.target not in _RESHAPES[:3] or not isinstance(node.args[1], (list, tuple)):
+            continue
+        made = list(node.meta["val"].shape)
+        if all(isinstance(size, int) for size in made[1:]):
+            continue
+        free = [axis for axis, size in enumerate(made) if not isinstance(size, int)]
+        said = [size if isinstance(size, int) else given for size, given in zip(made, node.args[1], strict=True)]
+        if len(free) == 1:
+            said[free[0]] = -1
+        if said != list(node.args[1]):
+            node.update_arg(1, said)
+            yield "known_size", module_path(node)
+
+
 def fold_batch_norms(editor: GraphEditor) -> Iterator[Item]:
     """Scale the weights of a convolution or linear layer by the BatchNorm behind it (Jacob et al. 2018, 3.2)."""
     for norm in list(editor.graph.nodes):
