@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resvit_export.loading.torch_program import program_from_module
 from resvit_export.to_onnx.export import onnx_from_program
+from resvit_quantize.fold.program import fold_program
 
 WIDTH, HEADS = 32, 4
 
@@ -80,3 +81,33 @@ def test_attention_of_any_shape_is_written(shape: str, operators: int, opset: in
     graph = onnx.load(tmp_path / "model.onnx").graph
     found = sum(node.op_type == "Attention" for node in graph.node)
     assert found == (operators if opset == 23 else 0)
+
+
+class RelativePositions(nn.Module):
+    """A bias that is looked up, as BEiT, Swin and LeViT have it, and too large to be kept as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.head = nn.Conv2d(3, WIDTH, 8, 8), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 10)
+        self.bias = nn.Parameter(torch.randn(9, HEADS))
+        self.register_buffer("index", torch.randint(9, (196, 196)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores [B, 10] of images [B, 3, 112, 112]."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        batch, count, width = tokens.shape
+        query, key, value = self.qkv(tokens).reshape(batch, count, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.bias[self.index.view(-1)].view(count, count, HEADS).permute(2, 0, 1).unsqueeze(0)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.head(found.transpose(1, 2).reshape(batch, count, width).mean(1))
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("opset", [20, 23])
+def test_what_attention_gives_is_reshaped_whatever_its_strides(opset: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program, _ = fold_program(program_from_module(RelativePositions(), (3, 112, 112))[0])
+    nodes = [node.name for node in program.graph.nodes]
+    report = onnx_from_program(program, tmp_path / "model.onnx", opset=opset)
+    assert report.parity_max_rel < 1e-4
+    assert [node.name for node in program.graph.nodes] == nodes

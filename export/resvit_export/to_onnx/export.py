@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from resvit_calibrate.runtime.runner import onnx_runner
@@ -37,6 +40,11 @@ from resvit_quantize.graph.shapes import say_sizes
 __all__ = ["ExportReport", "import_onnx", "onnx_from_program"]
 
 OPSETS = (20, 23)
+
+
+_RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
+_TURNS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+_SDPA, _CLONE = torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.clone.default
 
 
 def onnx_from_program(
@@ -95,8 +103,32 @@ def onnx_from_program(
     return report_of(model, path, parity, batches, notes)
 
 
+@contextlib.contextmanager
+def _in_order(program: ExportedProgram) -> Iterator[None]:
+    """Let what attention gives, turned, be brought into order before it is reshaped: ONNX has no strides.
+
+    torch.onnx makes views of such reshapes, by the strides that are known of attention's output, and computes these
+    strides anew: of another of its kernels, they are others. The copy is dropped with what else does nothing.
+    """
+    graph, made = program.graph, []
+    for node in list(graph.nodes):
+        turned = node.args[0] if node.target in _RESHAPES else None
+        if isinstance(turned, fx.Node) and turned.target in _TURNS and getattr(turned.args[0], "target", None) is _SDPA:
+            with graph.inserting_before(node):
+                order = graph.call_function(_CLONE, (turned,), {"memory_format": torch.contiguous_format})
+            order.meta = {**turned.meta, "val": turned.meta["val"].contiguous()}
+            node.replace_input_with(turned, order)
+            made.append((order, turned))
+    try:
+        yield
+    finally:
+        for order, turned in made:
+            order.replace_all_uses_with(turned)
+            graph.erase_node(order)
+
+
 def _translate(program: ExportedProgram, opset: int) -> ir.Model:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _in_order(program):
         warnings.simplefilter("ignore")
         try:
             made = torch.onnx.export(
