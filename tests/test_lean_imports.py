@@ -36,11 +36,13 @@ ORDER = {
         "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
-        "terminal", "pictures", "outside", "errors",
+        "terminal", "pictures", "answers", "outside", "errors",
     ),
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
-GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "outside", "pictures", "progress", "rows")}
+GROUND = {
+    f"resvit_engines.{name}" for name in ("answers", "errors", "files", "outside", "pictures", "progress", "rows")
+}
 BETWEEN = {
     "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},
     "resvit_quantize": {
