@@ -121,6 +121,14 @@ class Task(abc.ABC):
         number, or words.
         """
 
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options by which a device reads outputs, as plain values, but for those that are as usual.
+
+        What the user left open is said as ``answers``, the reference's, tell it.
+        """
+        del answers
+        return {}
+
     def drawing(self, answers: Any, index: int) -> dict[str, Array]:
         """What was answered for one image, to be drawn over it; empty where there is nothing to draw."""
         del answers, index

@@ -17,7 +17,7 @@ from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_engines.answers.maps import DepthOptions, as_depths, depths_name, map_at
-from resvit_engines.answers.options import Array, options_from
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _NEAR = 0.05
@@ -125,6 +125,11 @@ class Depth(Task):
                 "the unit of the depths and the options inverted and align, or give more images",
             ),
         )
+
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
 
     def changed(self, reference: Depths, candidate: Depths) -> list[dict[str, Any]]:
         """The images in which more than 5% of the pixels moved by more than 5%, those that moved most first."""

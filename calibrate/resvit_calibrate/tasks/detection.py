@@ -33,7 +33,7 @@ from resvit_calibrate.gate.numbering import other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.answers.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions
-from resvit_engines.answers.options import Array, options_from
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _DRAWS = 1000
@@ -168,6 +168,11 @@ class Detection(Task):
             ),
             numbering=other_numbering(pairs_of(reference.found, reference.known), confidence),
         )
+
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
 
     def changed(self, reference: Detections, candidate: Detections) -> list[dict[str, Any]]:
         """The images in which a shown box is missing, new, or of another class; those with the most first."""

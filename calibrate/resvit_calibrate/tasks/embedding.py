@@ -24,7 +24,7 @@ from resvit_calibrate.answers.classes import sqnr
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
-from resvit_engines.answers.options import Array, options_from
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.answers.vectors import EmbeddingOptions, vectors_of
 from resvit_engines.errors import ResvitError
 
@@ -174,6 +174,11 @@ class Embedding(Task):
             collapsed=candidate.alike,
             chance=_chance(reference, float(whole[0]), float(whole[2]), draws),
         )
+
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
 
     def changed(self, reference: Embeddings, candidate: Embeddings) -> list[dict[str, Any]]:
         """The images that no longer find one of their class, and those that now do, the farthest from before first."""

@@ -20,7 +20,7 @@ from resvit_calibrate.gate.numbering import Pairs, other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.answers.maps import SegmentationOptions, label_map, masks_name, require_masks
-from resvit_engines.answers.options import Array, options_from
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _CHANGED = 0.99
@@ -136,6 +136,11 @@ class Segmentation(Task):
             ),
             numbering=other_numbering(Pairs(*reference.pairs.T), confidence),
         )
+
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
 
     def changed(self, reference: Masks, candidate: Masks) -> list[dict[str, Any]]:
         """The images in which more than 1% of the pixels got another class, those that changed most first."""

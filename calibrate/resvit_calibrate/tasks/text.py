@@ -26,7 +26,7 @@ from resvit_calibrate.gate.bootstrap import resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import TextTarget
-from resvit_engines.answers.options import Array, options_from
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.answers.texts import NOTHING, Decoder, TextOptions, decoders_for, scores_of
 
 _SHOWN = 12
@@ -151,6 +151,12 @@ class Text(Task):
                 "preprocessing (most recognisers want resize=letterbox), or give more images",
             ),
         )
+
+    def reading(self, answers: Readings) -> dict[str, Any]:
+        """The options, with the decoder that the answers tell."""
+        decoder, _ = self._decoder(answers)
+        said = {"decoder": decoder.kind, ("blank" if decoder.kind == "ctc" else "end"): decoder.silent}
+        return {**stated(self.options), **said}
 
     def changed(self, reference: Readings, candidate: Readings) -> list[dict[str, Any]]:
         """The lines that are read otherwise, those with the most edits between the two first."""

@@ -83,3 +83,9 @@ def chosen_output(
 def shapes_of(outputs: Mapping[str, Array]) -> str:
     """Names and shapes of outputs, for messages."""
     return ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items()) or "none"
+
+
+def stated(options: Any) -> dict[str, Any]:
+    """The options of a dataclass that are not as usual, as ``options_from`` reads them."""
+    pairs = ((item, getattr(options, item.name)) for item in dataclasses.fields(options))
+    return {item.name: value for item, value in pairs if value != item.default}
