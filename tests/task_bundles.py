@@ -89,8 +89,13 @@ def network(path: Path, task: str) -> Path:
     return path
 
 
-def task_bundle(folder: Path, task: str, **changes: Any) -> Path:
-    """Write ``TASK.resvit``, signed by ``test_signing.KEY``, and ``release.pub``; ``changes`` of the manifest."""
+def task_bundle(
+    folder: Path, task: str, engine_bytes: bytes = b"", *, beside: Mapping[str, bytes] | None = None, **changes: Any
+) -> Path:
+    """Write ``TASK.resvit``, signed by ``test_signing.KEY``, and ``release.pub``; ``changes`` of the manifest.
+
+    ``engine_bytes`` are the engine, where the manifest is changed to have one, and ``beside`` are more files.
+    """
     model = network(folder / f"{task}.onnx", task)
     images = np.random.default_rng(0).random((4, 3, *SIZE)).astype(np.float32)
     with open_onnx(model) as runner:
@@ -100,6 +105,7 @@ def task_bundle(folder: Path, task: str, **changes: Any) -> Path:
     for name, array in {"golden_input.npy": images, **{file: outputs[name] for name, file in names.items()}}.items():
         np.save(folder / f"{task}-{name}", array)
         files[name] = folder / f"{task}-{name}"
+    files |= {**(beside or {}), **({"engine.plan": engine_bytes} if engine_bytes else {})}
     verdict = ManifestVerdict("accepted", "as before", task, NAMES, ImageCount(4, "0"))
     settings: dict[str, Any] = {
         "name": f"net-{task}",

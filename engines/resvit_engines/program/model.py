@@ -39,7 +39,7 @@ class Pending:
         several: bool,
     ) -> None:
         self._parts, self._places, self._several = parts, places, several
-        self._reading, self._least_score = reading, least_score
+        self.reading, self._least_score = reading, least_score
 
     def done(self) -> bool:
         """Whether ``result`` would not wait."""
@@ -56,7 +56,7 @@ class Pending:
         for future, count in self._parts:
             outputs = future.result(timeout)
             places = self._places[len(answers) : len(answers) + count]
-            answers += self._reading.answers(outputs, places, self._least_score)
+            answers += self.reading.answers(outputs, places, self._least_score)
         return answers if self._several else answers[0]
 
 
@@ -87,7 +87,7 @@ class Model:
         self.label, self.why, self.batch = opened.runner.label, opened.runner.why, opened.batch
         self.note = ""
         """What could not be done as it was asked for, such as recording a CUDA graph."""
-        self._reading, self._order, self._least_score = opened.reading, order, least_score
+        self.reading, self._order, self._least_score = opened.reading, order, least_score
         self._inputs, self._image = opened.runner.inputs, input_name(opened.runner, opened.manifest)
         self._lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
         for lane in opened.lanes:
@@ -116,7 +116,7 @@ class Model:
         images = np.stack([self.preprocess.apply(frame) for frame in given])
         feeds, count = checked_feeds({self._image: images, **(beside or {})}, self._inputs)
         parts = [(self._begin(part, size), size) for part, size in pieces(feeds, count, self.batch)]
-        return Pending(parts, places, self._reading, self._least_score, is_several(frames))
+        return Pending(parts, places, self.reading, self._least_score, is_several(frames))
 
     def close(self) -> None:
         """Wait for what is under way, then give memory and files back. Closing twice does nothing."""
