@@ -22,6 +22,7 @@ from engine_reports import engine_report
 from resvit_engines.answers.boxes import BoxReader, DetectionOptions
 from resvit_engines.builder.engine_report import LibraryRecord
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.parts import ImageCount, ManifestVerdict
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.pictures.preprocess import PicturePreprocess
 from resvit_engines.program.answers import Names
@@ -108,6 +109,14 @@ def test_triton_gets_an_ensemble_that_fits_together(written: Any, configs: Any, 
         data = (folder / network.name / "warmup" / tensor.input_data_file).read_bytes()
         assert len(data) == warm.batch_size * 4 * int(np.prod(tensor.dims))
     assert sorted(warm.batch_size for warm in network.model_warmup) == [1, 4, 8]
+
+
+def test_a_name_of_a_class_is_one_line(written: Any) -> None:
+    names = ("a\nb", "c", "d")
+    verdict = ManifestVerdict("accepted", "as before", "classification", names, ImageCount(4, "0"))
+    folder, _ = written("triton", "classification", verdict=verdict)
+    labels = folder / "net-classification-network/labels.txt"
+    assert labels.read_text().splitlines() == ["a\\nb", "c", "d"]
 
 
 def test_triton_gets_several_outputs_instances_and_the_plugin_library(
@@ -483,7 +492,7 @@ def test_the_node_publishes_the_answers_of_every_task(node: Any, task: str) -> N
         elif task == "text":
             assert message.data == "g"
         else:
-            assert message.data == pytest.approx([0, 1, 0])
+            assert message.data.tolist() == pytest.approx([0, 1, 0])
     if task == "segmentation":
         ((_, _, labels),) = [one for one in answers.published if one[0] == "label_info"]
         assert [(one.class_id, one.class_name) for one in labels.class_map] == list(enumerate(NAMES))
@@ -521,12 +530,14 @@ def test_the_package_is_one_of_ament(node: Any, modules: Any) -> None:
     modules("launch.actions", DeclareLaunchArgument=lambda name, **said: name)
     modules("launch.substitutions", LaunchConfiguration=lambda name: f"${name}")
     modules("launch_ros.actions", Node=lambda **said: said)
+    modules("launch_ros.parameter_descriptions", ParameterValue=lambda value, value_type: (value, value_type))
     space: dict[str, Any] = {}
     exec(compile((out / f"launch/{package}.launch.py").read_text(), "launch", "exec"), space)
     *arguments, started = space["generate_launch_description"]()
     assert arguments == ["bundle", "trust", "runtime", "image"]
     assert (started["package"], started["executable"]) == (package, "node")
     assert started["remappings"] == [("image", "$image")]
+    assert started["parameters"] == [{name: (f"${name}", str) for name in ("bundle", "trust", "runtime")}]
 
 
 def test_no_message_holds_the_outputs_of_no_task(written: Any) -> None:

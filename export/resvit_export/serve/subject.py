@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resvit_engines.bundle.bundle import extract_trusted
 from resvit_engines.bundle.manifest import Manifest
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, one_line
 from resvit_engines.files import atomic_directory
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.pictures.preprocess import PicturePreprocess
@@ -68,9 +68,12 @@ class Subject:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes by the numbers that the network answers, a number where a name is not known."""
+        """The names of the classes, each on one line, by the numbers that the network answers.
+
+        A number where a name is not known.
+        """
         names = self.reading.names
-        return tuple(names.get(number, str(number)) for number in range(max(names, default=-1) + 1))
+        return tuple(one_line(names.get(number, str(number))) for number in range(max(names, default=-1) + 1))
 
     def require_engine(self, what: str) -> Path:
         """The engine of the bundle, which ``what`` runs by TensorRT.
