@@ -20,7 +20,7 @@ WINGS = {
 }
 ORDER = {
     "resvit_export": (
-        "__main__", "cli", "tools", "api", "settle", "report", "report.sections", "report.layout",
+        "__main__", "cli", "serve", "tools", "api", "settle", "report", "report.sections", "report.layout",
         "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage", "records",
         "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
     ),
@@ -33,14 +33,16 @@ ORDER = {
         "tasks", "data", "ranges", "answers", "readers", "observe", "gate", "images", "runtime",
     ),
     "resvit_engines": (
-        "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
+        "__main__", "cli", "program", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
-        "terminal", "pictures", "outside", "errors",
+        "terminal", "pictures", "answers", "outside", "errors",
     ),
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
-GROUND = {f"resvit_engines.{name}" for name in ("errors", "files", "outside", "pictures", "progress", "rows")}
+GROUND = {
+    f"resvit_engines.{name}" for name in ("answers", "errors", "files", "outside", "pictures", "progress", "rows")
+}
 BETWEEN = {
     "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},
     "resvit_quantize": {
@@ -159,6 +161,13 @@ def test_no_import_goes_in_a_circle() -> None:
         walk(module, ())
 
 
+def _hands_on_load(node: ast.stmt) -> bool:
+    """What hands on `load` without importing it: for type checkers at once, else when it is asked for."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "__getattr__"
+    return isinstance(node, ast.ImportFrom | ast.If)
+
+
 def test_folders_stay_small_and_packages_hold_no_logic() -> None:
     folders: dict[Path, int] = {}
     for wing, file in (param.values for param in FILES):
@@ -169,6 +178,8 @@ def test_folders_stay_small_and_packages_hold_no_logic() -> None:
             names = [
                 node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
             ]
+            if file == WINGS["resvit_engines"] / "resvit_engines" / "__init__.py":
+                body = [node for node in body if not _hands_on_load(node)]
             assert all(isinstance(node, kinds) or node in names for node in body), file
     assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
 

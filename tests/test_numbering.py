@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resvit_calibrate.answers.boxes import Boxes, pairs_of
+from resvit_calibrate.answers.boxes import pairs_of
 from resvit_calibrate.answers.classes import Predictions, compare
 from resvit_calibrate.answers.mask_counts import pairs_in_map
 from resvit_calibrate.gate.gate import VerdictKind, judge
 from resvit_calibrate.gate.numbering import Pairs, other_numbering
 from resvit_calibrate.images.targets import BoxTarget
+from resvit_engines.answers.boxes import Boxes
 
 CLASSES = 10
 

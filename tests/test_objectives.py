@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resvit_calibrate.answers.upsampling import map_at
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target
 from resvit_calibrate.tasks.kinds import task_named
+from resvit_engines.answers.maps import map_at
 from resvit_engines.errors import ResvitError
 from resvit_quantize.training.objectives.base import Objective
 from resvit_quantize.training.objectives.maps import at_pixels, lattice

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from resvit_calibrate.answers.average_precision import matched
-from resvit_calibrate.answers.boxes import Boxes, BoxReader, DetectionOptions, overlaps, without_overlaps
 from resvit_calibrate.gate.gate import VerdictKind, judge
 from resvit_calibrate.images.targets import BoxTarget, MaskTarget
 from resvit_calibrate.tasks.kinds import task_named
+from resvit_engines.answers.boxes import Boxes, BoxReader, DetectionOptions, overlaps, without_overlaps
 from resvit_engines.errors import ResvitError
 from task_images import SIZE, Images, detector, network, scenes
 

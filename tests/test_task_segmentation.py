@@ -8,10 +8,10 @@ import torch
 
 from resvit_calibrate.answers.maps import step_for
 from resvit_calibrate.answers.raw import RawKeeper
-from resvit_calibrate.answers.upsampling import classes_at, map_at
 from resvit_calibrate.gate.gate import VerdictKind, judge
 from resvit_calibrate.images.targets import BoxTarget, MaskTarget
 from resvit_calibrate.tasks.kinds import task_named
+from resvit_engines.answers.maps import classes_at, map_at
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.libraries import import_timm
 from task_images import SIZE, Images, network

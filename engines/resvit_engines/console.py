@@ -56,11 +56,12 @@ class LazyCommands(click.Group):
         return list(self.modules)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The object ``NAME_command`` of the command's module."""
+        """The object ``NAME_command`` of the command's module, a dash in the name being an underscore."""
         del ctx
         if cmd_name not in self.modules:
             return None
-        command: click.Command = getattr(importlib.import_module(self.modules[cmd_name]), f"{cmd_name}_command")
+        name = f"{cmd_name.replace('-', '_')}_command"
+        command: click.Command = getattr(importlib.import_module(self.modules[cmd_name]), name)
         return command
 
     def resolve_command(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.answers.boxes import Boxes
 from resvit_calibrate.gate.bootstrap import Floats
 from resvit_calibrate.images.targets import BoxTarget
+from resvit_engines.answers.boxes import Boxes
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)

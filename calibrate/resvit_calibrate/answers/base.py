@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-import difflib
 import io
 import itertools
 import zipfile
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
@@ -20,6 +18,7 @@ from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target, TextTarget
 from resvit_calibrate.readers.user.code import Reads
+from resvit_engines.answers.options import Array
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.progress import SILENT, Reporter
@@ -27,11 +26,7 @@ from resvit_engines.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from resvit_calibrate.runtime.runner import Runner
 
-Array = npt.NDArray[Any]
-DATA_OPTIONS = ("classes", "ignore", "depth_scale")
-"""Options that say how the data is read (see ``targets.TargetOptions``): every task lets them pass."""
 _T = TypeVar("_T", bound=Target)
-_O = TypeVar("_O")
 Seen: TypeAlias = tuple[Batch, dict[str, Array]]
 """A batch and a network's outputs for it."""
 Keeping: TypeAlias = Generator[None, "Seen | None", Any]
@@ -126,55 +121,18 @@ class Task(abc.ABC):
         number, or words.
         """
 
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options by which a device reads outputs, as plain values, but for those that are as usual.
+
+        What the user left open is said as ``answers``, the reference's, tell it.
+        """
+        del answers
+        return {}
+
     def drawing(self, answers: Any, index: int) -> dict[str, Array]:
         """What was answered for one image, to be drawn over it; empty where there is nothing to draw."""
         del answers, index
         return {}
-
-
-def options_from(kind: type[_O], task: str, options: Mapping[str, Any]) -> _O:
-    """The options of a task as its dataclass.
-
-    Raises:
-        ResvitError: for an option that the task doesn't have, or a value of another type.
-    """
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in fields:
-            if key in DATA_OPTIONS:
-                continue
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
-            known = ", ".join(sorted((*fields, *DATA_OPTIONS)))
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise ResvitError(f"The task {task} has no option {key}.", f"{hint}It has: {known}.")
-        values[key] = _typed(task, key, value, fields[key])
-    return kind(**values)
-
-
-def _typed(task: str, key: str, value: Any, item: dataclasses.Field[Any]) -> Any:
-    kinds = [part.strip() for part in str(item.type).split("|")]
-    if isinstance(value, str) and value.lower() in ("none", "auto") and "None" in kinds:
-        return None
-    if "float" in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    accepted: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-    for name in kinds:
-        if name in accepted and isinstance(value, accepted[name]) and isinstance(value, bool) == (name == "bool"):
-            return value
-    raise ResvitError(f"The option {key} = {value!r} of the task {task} is of the wrong type.", f"It is {item.type}.")
-
-
-def require_choice(task: str, key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ``ResvitError`` for a value that is none of the choices."""
-    if value not in choices:
-        raise ResvitError(f"The option {key} = {value!r} of {task} does not exist.", f"Choose {', '.join(choices)}.")
-
-
-def require_between(task: str, key: str, value: float, low: float, high: float) -> None:
-    """Raise ``ResvitError`` for a number that is out of range, or not a number."""
-    if not low <= value <= high:
-        raise ResvitError(f"The option {key} = {value} of {task} is out of range.", f"Give {low:g} to {high:g}.")
 
 
 def _outputs(runner: Runner, batch: Batch) -> dict[str, Array]:
@@ -213,29 +171,6 @@ def targets_of(batch: Batch, kind: type[_T], task: str, image_set: ImageSet) -> 
         f"{' and '.join(sorted(has)) or 'nothing but images'} ({image_set.description}).",
         f"Give data with {_KINDS[kind]}, or say what the network is for: --task other compares outputs alone.",
     )
-
-
-def chosen_output(
-    fitting: Collection[str], wanted: str | None, outputs: Mapping[str, Array], needs: str, fix: str = ""
-) -> str:
-    """The output of a task's option ``output``, ``wanted``, or the only one of those that fit.
-
-    Raises:
-        ResvitError: where that is none or several, with what the task ``needs`` and what there is; ``fix`` goes on.
-    """
-    if wanted is None and len(fitting) == 1:
-        return next(iter(fitting))
-    if wanted is None or wanted not in fitting:
-        raise ResvitError(
-            f"{needs}{f' called {wanted}' if wanted else ''}; the network has {shapes_of(outputs)}.",
-            f"Name one with --task-option output=NAME{fix}.",
-        )
-    return wanted
-
-
-def shapes_of(outputs: Mapping[str, Array]) -> str:
-    """Names and shapes of outputs, for messages."""
-    return ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items()) or "none"
 
 
 def finite_images(outputs: Mapping[str, Array], count: int) -> npt.NDArray[np.bool_]:

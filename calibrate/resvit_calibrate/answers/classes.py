@@ -17,13 +17,14 @@ from resvit_calibrate.gate.comparison import SHARE, Comparison
 from resvit_calibrate.gate.intervals import images_to_decide, paired_difference, share
 from resvit_calibrate.gate.numbering import OtherNumbering, Pairs, other_numbering
 from resvit_calibrate.images.image_set import Batch, ImageSet
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.answers.vectors import logits_of
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 
 if TYPE_CHECKING:
     from resvit_calibrate.runtime.sessions import Arrays
 
-INPUT, OUTPUT = "input", "logits"
+INPUT = "input"
 _CHUNK = 4096
 
 
@@ -171,7 +172,7 @@ def predictions_kept(image_set: ImageSet) -> Generator[None, tuple[Batch, Arrays
             raise ResvitError(
                 f"The images have no labels ({image_set.description}).", "Validation needs labelled images."
             )
-        logits.append(_logits(outputs, len(batch.images)))
+        logits.append(logits_of(outputs, len(batch.images)))
         labels.append(batch.labels)
         classes = logits[-1].shape[1]
         wrong = labels[-1][(labels[-1] >= classes) | (labels[-1] < 0)]
@@ -270,21 +271,3 @@ def _top5(predictions: Predictions) -> float:
         true = np.take_along_axis(predictions.logits, predictions.labels[:, None], axis=1)
         within = (predictions.logits > true).sum(axis=1) < 5
     return float((within & predictions.finite).mean())
-
-
-def _logits(outputs: dict[str, Any], count: int) -> npt.NDArray[np.float32]:
-    if OUTPUT not in outputs and len(outputs) != 1:
-        raise ResvitError(
-            f"The network has the outputs {', '.join(outputs)}; none is called `{OUTPUT}`.",
-            f"Name the classification output `{OUTPUT}`.",
-        )
-    logits = np.asarray(outputs[OUTPUT] if OUTPUT in outputs else next(iter(outputs.values())))
-    if logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
-        raise ResvitError(
-            f"The network's output has the shape {list(logits.shape)} for {count} images, not [{count}, classes].",
-            "Validation is for classification networks of two or more classes.",
-            ExitCode.INPUT,
-        )
-    # A float16 or float64 output beyond float32 is infinite here, and is found as such.
-    with np.errstate(over="ignore"):
-        return logits.astype(np.float32)

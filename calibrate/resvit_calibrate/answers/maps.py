@@ -10,8 +10,9 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.answers.base import Answers, Array, load_arrays, save_arrays
+from resvit_calibrate.answers.base import Answers, load_arrays, save_arrays
 from resvit_calibrate.answers.raw import Raw
+from resvit_engines.answers.options import Array
 from resvit_engines.errors import ResvitError
 
 _MAP_BYTES = 256 << 20

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from resvit_calibrate.answers.base import options_from
-from resvit_calibrate.answers.boxes import BoxReader, DetectionOptions
 from resvit_calibrate.images.class_list import REMEDY
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.tasks.embedding import Embedding
 from resvit_calibrate.tasks.segmentation import Segmentation
 from resvit_calibrate.tasks.text import Text
+from resvit_engines.answers.boxes import BoxReader, DetectionOptions
+from resvit_engines.answers.options import options_from
 from resvit_engines.errors import ResvitError
 
 _READERS: dict[str, type[Embedding] | type[Text]] = {task.name: task for task in (Embedding, Text)}

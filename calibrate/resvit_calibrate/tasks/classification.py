@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from resvit_calibrate.answers.base import Keeping, Task, options_from
+from resvit_calibrate.answers.base import Keeping, Task
 from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predictions_kept
 from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.images.image_set import ImageSet
+from resvit_engines.answers.options import options_from
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from resvit_calibrate.answers.base import (
-    Array,
-    Keeping,
-    Task,
-    chosen_output,
-    finite_images,
-    options_from,
-    require_between,
-    require_choice,
-    require_finite,
-    require_same_images,
-    targets_of,
-)
+from resvit_calibrate.answers.base import Keeping, Task, finite_images, require_finite, require_same_images, targets_of
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
 from resvit_calibrate.answers.raw import RawKeeper
-from resvit_calibrate.answers.upsampling import map_at
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
+from resvit_engines.answers.maps import DepthOptions, as_depths, depths_name, map_at
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _NEAR = 0.05
@@ -37,27 +26,6 @@ _CHANGED = 0.95
 _SAMPLES = 64
 _WRONG = 1.0
 """AbsRel of an image without finite depths: as if all were 0."""
-
-
-@dataclass(frozen=True)
-class DepthOptions:
-    """``output``: the output [B, 1, h, w] or [B, h, w]; None for the only one.
-
-    ``inverted``: the network gives 1 / depth. ``align``: ``median`` scales each image's depths so that their median
-    is the known one, for networks that know depth up to a factor. Pixels whose known depth is outside of
-    ``min_depth`` to ``max_depth`` (metres) do not count, and the answers are held to these.
-    """
-
-    output: str | None = None
-    inverted: bool = False
-    align: str = "none"
-    min_depth: float = 0.001
-    max_depth: float = 1e6
-
-    def __post_init__(self) -> None:
-        require_choice("depth", "align", self.align, ("none", "median"))
-        require_between("depth", "min_depth", self.min_depth, 1e-9, 1e6)
-        require_between("depth", "max_depth", self.max_depth, self.min_depth, 1e9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +126,11 @@ class Depth(Task):
             ),
         )
 
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
+
     def changed(self, reference: Depths, candidate: Depths) -> list[dict[str, Any]]:
         """The images in which more than 5% of the pixels moved by more than 5%, those that moved most first."""
         same = _agreement(reference, candidate)
@@ -184,12 +157,7 @@ class Depth(Task):
 
     def name_of(self, outputs: Mapping[str, Array]) -> str:
         """Which output has the depths. Raises ``ResvitError`` where that is not clear, saying which there are."""
-        maps = [
-            name
-            for name, value in outputs.items()
-            if value.dtype.kind == "f" and (value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1))
-        ]
-        return chosen_output(maps, self.options.output, outputs, "Depth needs an output [B, 1, h, w] or [B, h, w]")
+        return depths_name(self.options, outputs)
 
     def _scored(self, found: Array | None, known: Array) -> tuple[Array, tuple[float, float, Array]]:
         """The map as depths, and of it AbsRel, delta 1 (Eigen, NIPS 2014) and a sample of what is known."""
@@ -202,8 +170,7 @@ class Depth(Task):
         if found is None:
             worst = (_WRONG, 0.0) if true.size else (np.nan, np.nan)
             return np.full(known.shape, np.nan, np.float32), (*worst, sample)
-        if self.options.inverted:
-            found = 1.0 / np.maximum(found, 1.0 / high)
+        found = as_depths(found, self.options)
         if self.options.align == "median" and true.size:
             middle = float(np.median(found[counts]))
             found = found * (float(np.median(true)) / middle if middle > 0 else 1.0)

@@ -16,32 +16,24 @@ import numpy.typing as npt
 from resvit_calibrate.answers.average_precision import Matched, matched
 from resvit_calibrate.answers.base import (
     Answers,
-    Array,
     Keeping,
     Task,
     finite_images,
     load_arrays,
-    options_from,
     require_finite,
     require_same_images,
     save_arrays,
     targets_of,
 )
-from resvit_calibrate.answers.boxes import (
-    NO_BOXES,
-    Boxes,
-    BoxReader,
-    DetectionOptions,
-    agreeing,
-    pairs_of,
-    stored_boxes,
-)
+from resvit_calibrate.answers.boxes import agreeing, pairs_of, stored_boxes
 from resvit_calibrate.answers.raw import Raw, RawKeeper
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.gate.numbering import other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import BoxTarget
+from resvit_engines.answers.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _DRAWS = 1000
@@ -176,6 +168,11 @@ class Detection(Task):
             ),
             numbering=other_numbering(pairs_of(reference.found, reference.known), confidence),
         )
+
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
 
     def changed(self, reference: Detections, candidate: Detections) -> list[dict[str, Any]]:
         """The images in which a shown box is missing, new, or of another class; those with the most first."""

@@ -12,13 +12,10 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Array,
     Keeping,
     Task,
-    chosen_output,
     finite_images,
     load_arrays,
-    options_from,
     require_finite,
     require_same_images,
     save_arrays,
@@ -27,19 +24,14 @@ from resvit_calibrate.answers.classes import sqnr
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
+from resvit_engines.answers.options import Array, options_from, stated
+from resvit_engines.answers.vectors import EmbeddingOptions, vectors_of
 from resvit_engines.errors import ResvitError
 
 _SIMILARITIES = 1 << 24  # float32 held at once: 64 MiB
 _DEEPEST = 5
 _ALIKE = 1e-6
 """Cosine distance from the mean below which all embeddings are one."""
-
-
-@dataclass(frozen=True)
-class EmbeddingOptions:
-    """``output``: the output [B, D] (or [B, D, 1, 1]); None for the only one."""
-
-    output: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +106,7 @@ class Embedding(Task):
                     "Give one folder for each class (or person, or product), or compare the vectors alone: "
                     "--task other.",
                 )
-            output = self._output(outputs)
+            output = vectors_of(self.options, outputs)
             fine = finite_images({"output": output}, len(output))
             with np.errstate(over="ignore"):
                 vectors.append(np.where(fine[:, None], output, np.nan).astype(np.float32))
@@ -183,6 +175,11 @@ class Embedding(Task):
             chance=_chance(reference, float(whole[0]), float(whole[2]), draws),
         )
 
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
+
     def changed(self, reference: Embeddings, candidate: Embeddings) -> list[dict[str, Any]]:
         """The images that no longer find one of their class, and those that now do, the farthest from before first."""
         labels, asked = reference.labels, _counts(reference.labels)
@@ -204,16 +201,7 @@ class Embedding(Task):
 
     def require_outputs(self, outputs: Mapping[str, Array]) -> None:
         """Refuse outputs that hold no embedding; raises ``ResvitError``."""
-        self._output(outputs)
-
-    def _output(self, outputs: Mapping[str, Array]) -> Array:
-        flat = {
-            name: value.reshape(len(value), -1)
-            for name, value in outputs.items()
-            if value.dtype.kind == "f" and value.ndim >= 2 and all(size == 1 for size in value.shape[2:])
-        }
-        pooled = ", or pool the tokens in the network's forward"
-        return flat[chosen_output(flat, self.options.output, outputs, "An embedding is an output [B, D]", pooled)]
+        vectors_of(self.options, outputs)
 
 
 def _counts(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resvit_calibrate.answers.base import Answers, Task
-from resvit_calibrate.answers.boxes import PAIRS
 from resvit_calibrate.data.naming import existing
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.tasks.classification import Classification
@@ -16,6 +15,7 @@ from resvit_calibrate.tasks.embedding import Embedding
 from resvit_calibrate.tasks.other import Other
 from resvit_calibrate.tasks.segmentation import Segmentation
 from resvit_calibrate.tasks.text import Text
+from resvit_engines.answers.boxes import PAIRS
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
 

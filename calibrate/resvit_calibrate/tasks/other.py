@@ -13,17 +13,13 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Array,
     Keeping,
     Task,
     finite_images,
     load_arrays,
-    options_from,
-    require_between,
     require_finite,
     require_same_images,
     save_arrays,
-    shapes_of,
 )
 from resvit_calibrate.answers.raw import Raw, RawKeeper
 from resvit_calibrate.gate.bootstrap import Floats, resampled
@@ -31,6 +27,7 @@ from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.readers.user.code import Reads, user_files, watched
 from resvit_calibrate.readers.user.loader import function_from
+from resvit_engines.answers.options import Array, options_from, require_between, shapes_of
 from resvit_engines.errors import ResvitError
 
 _IMAGES = 1024

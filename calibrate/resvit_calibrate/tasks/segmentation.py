@@ -10,37 +10,21 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.answers.base import (
-    Array,
-    Keeping,
-    Task,
-    finite_images,
-    options_from,
-    require_finite,
-    require_same_images,
-    shapes_of,
-    targets_of,
-)
+from resvit_calibrate.answers.base import Keeping, Task, finite_images, require_finite, require_same_images, targets_of
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
 from resvit_calibrate.answers.mask_counts import commonest, counts, dice, ious, mean_iou, pairs_in_map
 from resvit_calibrate.answers.raw import RawKeeper
-from resvit_calibrate.answers.upsampling import classes_at
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.gate.numbering import Pairs, other_numbering
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
+from resvit_engines.answers.maps import SegmentationOptions, label_map, masks_name, require_masks
+from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.errors import ResvitError
 
 _CHANGED = 0.99
 """An image of which a larger share of pixels has the same class is not called changed."""
-
-
-@dataclass(frozen=True)
-class SegmentationOptions:
-    """``output``: the output with the scores [B, K, h, w] or the class numbers [B, h, w]; None for the only one."""
-
-    output: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +68,7 @@ class Segmentation(Task):
             batch, outputs = seen
             output = self.output_of(outputs)
             size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-            self._fits(output, size)
+            require_masks(output, size)
             classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
             step = step or step_for(len(image_set), size)
             targets = targets_of(batch, MaskTarget, self.name, image_set)
@@ -92,7 +76,7 @@ class Segmentation(Task):
             keeper.add({"output": output}, len(output))
             for one, target, whole in zip(output, targets, fine, strict=True):
                 classes = _classes(classes, output.ndim, one if whole else np.zeros(1), target)
-                found = _map(one, size) if whole else np.full(size, IGNORED, np.int16)
+                found = label_map(one, size) if whole else np.full(size, IGNORED, np.int16)
                 pairs.append(pairs_in_map(len(rows), found, target.classes))
                 rows.append(counts(found, target.classes, classes))
                 maps.append(found[::step, ::step].copy())
@@ -153,6 +137,11 @@ class Segmentation(Task):
             numbering=other_numbering(Pairs(*reference.pairs.T), confidence),
         )
 
+    def reading(self, answers: Any) -> dict[str, Any]:
+        """The options that were said."""
+        del answers
+        return stated(self.options)
+
     def changed(self, reference: Masks, candidate: Masks) -> list[dict[str, Any]]:
         """The images in which more than 1% of the pixels got another class, those that changed most first."""
         same = _agreement(reference, candidate)
@@ -173,38 +162,13 @@ class Segmentation(Task):
         """``mask`` int16 [h, w]."""
         return {"mask": answers.maps[index]}
 
+    def name_of(self, outputs: Mapping[str, Array]) -> str:
+        """Which output has the masks; raises as ``maps.masks_name``."""
+        return masks_name(self.options, outputs)
+
     def output_of(self, outputs: Mapping[str, Array]) -> Array:
         """The output with the masks; raises as ``name_of``."""
         return outputs[self.name_of(outputs)]
-
-    def name_of(self, outputs: Mapping[str, Array]) -> str:
-        """Which output has the masks. Raises ``ResvitError`` where that is not clear, saying which there are."""
-        wanted = self.options.output
-        maps = [name for name, value in outputs.items() if value.ndim in (3, 4)]
-        if wanted is None and len(maps) == 1:
-            return maps[0]
-        if wanted is None or wanted not in maps:
-            asked = f"none of them is {wanted}" if wanted else "which one holds the masks is not said"
-            raise ResvitError(
-                f"Segmentation needs scores [B, classes, h, w] or class numbers [B, h, w]; the network has "
-                f"{shapes_of(outputs)}, and {asked}.",
-                "Name one with --task-option output=NAME.",
-            )
-        return wanted
-
-    def _fits(self, output: Array, size: tuple[int, int]) -> None:
-        height, width = output.shape[-2:]
-        whole = size[0] % height == 0 and size[1] % width == 0 and size[0] * width == size[1] * height
-        if not whole or (output.ndim == 4 and output.shape[1] < 2) or (output.ndim == 3 and (height, width) != size):
-            raise ResvitError(
-                f"The segmentation output has the shape {list(output.shape)} for images of {size[0]} x {size[1]}.",
-                "It must be scores [B, two or more classes, h, w] with h and w whole fractions of the input's, or "
-                "class numbers at the input's size.",
-            )
-
-
-def _map(one: Array, size: tuple[int, int]) -> npt.NDArray[np.int16]:
-    return classes_at(one, size) if one.ndim == 3 else one.astype(np.int16)
 
 
 def _classes(known: int, dimensions: int, one: Array, target: MaskTarget) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,14 +12,10 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Array,
     Keeping,
     Task,
-    chosen_output,
     finite_images,
     load_arrays,
-    options_from,
-    require_between,
     require_finite,
     require_same_images,
     save_arrays,
@@ -30,84 +26,10 @@ from resvit_calibrate.gate.bootstrap import resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
 from resvit_calibrate.images.image_set import ImageSet
 from resvit_calibrate.images.targets import TextTarget
-from resvit_engines.errors import ResvitError
+from resvit_engines.answers.options import Array, options_from, stated
+from resvit_engines.answers.texts import NOTHING, Decoder, TextOptions, decoders_for, scores_of
 
-_NOTHING = -1
-"""In the place of a position's class where the network's outputs are not finite."""
-_CLASSES_MOST = 1 << 20
 _SHOWN = 12
-_CHARACTERS = (
-    "Say which characters the network writes, in the order of its classes: --task-option characters=FILE (one a line, "
-    "as recognisers' dictionaries are) or characters=0123456789."
-)
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """``characters``: those that the network writes, in the order of its classes, one after another or one a line.
-
-    ``decoder``: ``ctc`` (Graves et al., ICML 2006: the likeliest class of each position, repetitions once, blanks
-    dropped) or ``positions`` (the likeliest class of each position up to the end). ``blank`` is CTC's class for
-    nothing, ``end`` the class that ends a text: the characters take the other places in order. What is None is told
-    by what the float network reads best with. ``output``: the output [B, positions, classes] or [B, classes,
-    positions]; None for the only one.
-    """
-
-    characters: str | None = None
-    decoder: str | None = None
-    blank: int | None = None
-    end: int | None = None
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.decoder not in (None, "ctc", "positions"):
-            raise ResvitError(
-                f"The option decoder = {self.decoder!r} of text does not exist.", "Choose ctc, positions."
-            )
-        for name, value in (("blank", self.blank), ("end", self.end)):
-            if value is not None:
-                require_between("text", name, value, -1, _CLASSES_MOST)
-        if (self.blank is not None and self.decoder == "positions") or (self.end is not None and self.decoder == "ctc"):
-            raise ResvitError("`blank` is CTC's, and `end` of positions.", "Leave one out, or name the other decoder.")
-        repeated = sorted({one for one in self.alphabet if self.alphabet.count(one) > 1})
-        if repeated:
-            raise ResvitError(
-                f"The characters hold {', '.join(map(repr, repeated[:_SHOWN]))} more than once.",
-                "Give the dictionary that the network was trained with.",
-            )
-
-    @property
-    def alphabet(self) -> tuple[str, ...]:
-        """The characters one by one; none where they are not said."""
-        if self.characters is None:
-            return ()
-        lines = self.characters.replace("\r\n", "\n")
-        return tuple(lines.removesuffix("\n").split("\n")) if "\n" in lines else tuple(lines)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """How positions become a text: ``kind``, the class that is no character, and the text of every class."""
-
-    kind: str
-    silent: int
-    classes: tuple[str, ...]
-
-    def texts(self, answers: npt.NDArray[np.int32]) -> list[str]:
-        """The texts of likeliest classes [N, positions]."""
-        return [self._text(row) for row in answers]
-
-    def _text(self, row: npt.NDArray[np.int32]) -> str:
-        if self.kind == "ctc":
-            row = row[np.r_[True, row[1:] != row[:-1]]] if row.size else row
-            return "".join(self.classes[number] for number in row if number not in (self.silent, _NOTHING))
-        ends = np.flatnonzero(row == self.silent)
-        row = row[: ends[0]] if ends.size else row
-        return "".join(self.classes[number] for number in row if number != _NOTHING)
-
-    def __str__(self) -> str:
-        what = "blank" if self.kind == "ctc" else "end"
-        return f"decoder={self.kind} {what}={self.silent}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +89,12 @@ class Text(Task):
         classes, texts, finite, keeper, count = [], [], [], RawKeeper(), 0
         while (seen := (yield)) is not None:
             batch, outputs = seen
-            output = self._output(outputs)
+            output = scores_of(self.options, outputs)
             count = output.shape[2]
             fine = finite_images({"output": output}, len(output))
             keeper.add({"output": output}, len(output))
             with np.errstate(invalid="ignore"):
-                likeliest = np.where(fine[:, None], output.argmax(axis=2), _NOTHING)
+                likeliest = np.where(fine[:, None], output.argmax(axis=2), NOTHING)
             classes.append(likeliest.astype(np.int32))
             texts += [target.text for target in targets_of(batch, TextTarget, self.name, image_set)]
             finite.append(fine)
@@ -230,6 +152,12 @@ class Text(Task):
             ),
         )
 
+    def reading(self, answers: Readings) -> dict[str, Any]:
+        """The options, with the decoder that the answers tell."""
+        decoder, _ = self._decoder(answers)
+        said = {"decoder": decoder.kind, ("blank" if decoder.kind == "ctc" else "end"): decoder.silent}
+        return {**stated(self.options), **said}
+
     def changed(self, reference: Readings, candidate: Readings) -> list[dict[str, Any]]:
         """The lines that are read otherwise, those with the most edits between the two first."""
         decoder, _ = self._decoder(reference)
@@ -249,22 +177,11 @@ class Text(Task):
 
     def require_outputs(self, outputs: Mapping[str, Array]) -> None:
         """Refuse outputs that cannot be read with these characters; raises ``ResvitError``."""
-        self._fitting(self._output(outputs).shape[2])
-
-    def _fitting(self, count: int) -> list[Decoder]:
-        decoders = list(self._decoders(count))
-        if not decoders:
-            alphabet = self.options.alphabet
-            raise ResvitError(
-                f"The network chooses from {count} classes, and there are {len(alphabet)} characters: "
-                "one class more (CTC's blank, or the end), or two with the space, is what they need.",
-                _CHARACTERS,
-            )
-        return decoders
+        decoders_for(self.options, scores_of(self.options, outputs).shape[2])
 
     def _decoder(self, reference: Readings) -> tuple[Decoder, str]:
         """The decoder, and in words how it was told where the user did not say."""
-        decoders = self._fitting(reference.count)
+        decoders = decoders_for(self.options, reference.count)
         if len(decoders) == 1:
             return decoders[0], ""
         scores = []
@@ -275,25 +192,6 @@ class Text(Task):
             scores.append((right, -wrong))
         chosen = decoders[max(range(len(decoders)), key=lambda index: scores[index])]
         return chosen, f"read with {chosen}, by which the float network reads most"
-
-    def _decoders(self, count: int) -> Iterator[Decoder]:
-        """All that fit what the user says and the number of classes."""
-        options = self.options
-        alphabet = options.alphabet
-        if not alphabet:
-            raise ResvitError("A network that reads text answers with class numbers.", _CHARACTERS)
-        spaced = [alphabet] if " " in alphabet else [alphabet, (*alphabet, " ")]
-        for kind, said in (("ctc", options.blank), ("positions", options.end)):
-            other = options.end if kind == "ctc" else options.blank
-            if options.decoder not in (None, kind) or (options.decoder is None and said is None and other is not None):
-                continue
-            for characters in spaced:
-                if len(characters) == count - 1:
-                    for silent in (0, count - 1) if said is None else (said % count,):
-                        yield Decoder(kind, silent, (*characters[:silent], "", *characters[silent:]))
-                elif kind == "positions" and len(characters) == count - 2 and said in (None, 0, 1):
-                    # A start in front of the end, or behind it, that no position answers with.
-                    yield Decoder(kind, 1 if said is None else said, ("", "", *characters))
 
     def _unknown(self, texts: Sequence[str], decoder: Decoder) -> str:
         """That some lines hold what the network has no class for."""
@@ -306,14 +204,6 @@ class Text(Task):
             f"{len(strange)} lines hold characters that the network does not know, and count as misread: "
             f"{', '.join(map(repr, letters[:_SHOWN]))}{', …' if len(letters) > _SHOWN else ''}"
         )
-
-    def _output(self, outputs: Mapping[str, Array]) -> Array:
-        """Scores [B, positions, classes]."""
-        scores = {name: value for name, value in outputs.items() if value.dtype.kind == "f" and value.ndim == 3}
-        needs, first = "Text needs an output [B, positions, classes]", ", and put the images first (not the positions)"
-        name = chosen_output(scores, self.options.output, outputs, needs, first)
-        found, fitting = scores[name], {len(self.options.alphabet) + more for more in (1, 2)}
-        return found.transpose(0, 2, 1) if found.shape[1] in fitting and found.shape[2] not in fitting else found
 
 
 def edits_between(read: str, written: str) -> int:

@@ -18,7 +18,7 @@ from resvit_engines.pictures.sizes import Size
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name, output_of
 from resvit_engines.run.npy import read_array
-from resvit_engines.run.prepared import NONE, Listed, images_from
+from resvit_engines.run.prepared import NONE, Listed, images_from, require_size
 from resvit_engines.run.runner import Runner
 
 
@@ -92,33 +92,6 @@ def golden_feeds(folder: Path, manifest: Manifest, runner: Runner, size: Size | 
         require_size(manifest, size)
         images = np.random.default_rng(0).standard_normal((len(images), images.shape[1], *size)).astype(np.float32)
     return {input_name(runner, manifest): images, **golden_inputs(folder, manifest.golden, len(images))}
-
-
-def preprocess_at(manifest: Manifest, size: Size | None) -> Mapping[str, Any] | None:
-    """How pictures become input of a ``size``, or without one of the usual size.
-
-    Raises:
-        ResvitError: INPUT for a size that the bundle is not for.
-    """
-    if size is None or manifest.preprocess is None:
-        return manifest.preprocess
-    require_size(manifest, size)
-    return {**manifest.preprocess, "size": list(size)}
-
-
-def require_size(manifest: Manifest, size: Size) -> None:
-    """Refuse images of a size that a bundle's engine is not built for, on whatever it runs; raises INPUT."""
-    sizes = manifest.build.sizes if manifest.build else None
-    if sizes is not None and not sizes.holds(size):
-        raise ResvitError(
-            f"The bundle is for images of {sizes} pixels (height x width), and these are {size[0]}x{size[1]}.",
-            "Give images within, or build it with another --input-shape.",
-        )
-    if sizes is None and manifest.input is not None and manifest.input.shape[2:] != size:
-        raise ResvitError(
-            f"The bundle is for images of one size, {list(manifest.input.shape[1:])}, and not {size[0]}x{size[1]}.",
-            "Leave --size out, or build it for a range: --input-shape 3x320..640x320..640.",
-        )
 
 
 def arrays_from(

@@ -29,7 +29,7 @@ _KEYS = frozenset(
     (
         *("format", "format_version", "files", "name", "release", "versions", "model", "precision", "quantizer"),
         *("target", "settings", "build", "preprocess", "input", "inputs", "outputs", "golden", "calibration"),
-        *("verdict", "verdict_reason", "task", "class_names", "validation", "stages", "recovery", "warning"),
+        *("verdict", "verdict_reason", "task", "answers", "class_names", "validation", "stages", "recovery", "warning"),
         *("engine", "plan", "built_from", "built_on", "rehearsal"),
     )
 )
@@ -41,8 +41,9 @@ class Manifest:
 
     ``name`` is what folders and files are called by. ``release`` only grows: a device takes no lower one than it has
     had. ``versions`` are those of the libraries that made it, ``model`` names the network and its files' digests,
-    ``settings`` are the recipe's and ``preprocess`` how images become input; these are passed on as they are. ``input``
-    is the image and ``inputs`` are all, where the network reads more than images. ``stages`` holds the keys of the
+    ``settings`` are the recipe's, ``preprocess`` how images become input and ``answers`` how outputs are read (the
+    task's ``options``, how many ``classes`` the data has, ``class_ids``); these are passed on as they are. ``input`` is
+    the image and ``inputs`` are all, where the network reads more than images. ``stages`` holds the keys of the
     finished stages by name. ``engine`` is there in a bundle with an engine, ``plan`` in one to be built on the device.
     ``other`` is what a newer version says besides.
     """
@@ -66,6 +67,7 @@ class Manifest:
     model: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] | None = None
     preprocess: Mapping[str, Any] | None = None
+    answers: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
     stages: Mapping[str, str] | None = None
     built: BuiltOnDevice | None = None
@@ -105,6 +107,7 @@ class Manifest:
             "settings": self.settings,
             "build": self.build,
             "preprocess": self.preprocess,
+            "answers": self.answers,
             "input": self.input,
             "inputs": [tensor.to_json() for tensor in self.inputs] or None,
             "outputs": [tensor.to_json() for tensor in self.outputs] or None,
@@ -158,6 +161,7 @@ class Manifest:
             model=record.optional("model", record.plain),
             settings=record.optional("settings", record.plain),
             preprocess=record.optional("preprocess", record.plain),
+            answers=record.optional("answers", record.plain),
             versions=record.optional("versions", record.texts_by_name),
             stages=record.optional("stages", record.texts_by_name),
             built=BuiltOnDevice.from_json(record) if "built_from" in record.names else None,

@@ -78,13 +78,13 @@ def run_command(
     Pictures (with Pillow installed) are prepared as manifest.json says under 'preprocess', in the order of their names;
     images in an .npy are prepared so already. Any number of them: they run in batches.
     """
-    from resvit_engines.bench.commands import arrays_from, image_source, outputs_into, preprocess_at
+    from resvit_engines.bench.commands import arrays_from, image_source, outputs_into
     from resvit_engines.console import emit_json
     from resvit_engines.install.state import default_root
     from resvit_engines.keys.public import load_trust
     from resvit_engines.pictures.sizes import size_from_text
     from resvit_engines.run.opened import opened
-    from resvit_engines.run.prepared import listed
+    from resvit_engines.run.prepared import listed, preprocess_at
 
     wanted = None if size is None else size_from_text(size)
     pictures = listed(image_source(sources))

@@ -1,4 +1,4 @@
-"""From a decoded picture to what the network reads: resize, crop, normalise. NumPy, and Pillow where pixels change."""
+"""From a decoded picture to what the network reads: resize, crop, normalise. NumPy alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.pictures.decode import WHITE, Decoding, decode, pillow
+from resvit_engines.pictures.decode import WHITE, Decoding, decode
+from resvit_engines.pictures.resample import luma, resized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +36,6 @@ _MOST_CHANNELS = 4096
 """Bands of a satellite's camera, frames of a clip: networks read what no picture holds, and a loader feeds it."""
 # A picture that is all but a line would have to be enlarged beyond any memory before it is cut.
 _MOST_ENLARGED = 64
-_FILTERS: dict[str, Any] = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Pillow's numbers, which every version of it takes."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,7 @@ class PicturePreprocess:
                 f"A picture was given, and the network reads {self.channels} channels.",
                 f"Feed it arrays of {self.channels} channels by a factory, `file.py:factory`.",
             )
-        if isinstance(image, np.ndarray):
-            grey = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-            picture: Image = _pillow().fromarray(np.ascontiguousarray(grey))
-        else:
-            picture = image
-        mode = "L" if self.channels == 1 else "RGB"
-        pixels = np.asarray(self._resized(picture if picture.mode == mode else picture.convert(mode)), dtype=np.uint8)
-        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+        return self._resized(self._coloured(image))
 
     def _whole(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
         """An image of the network's size, of which no pixel changes; None where one does."""
@@ -173,6 +165,20 @@ class PicturePreprocess:
         if pixels.shape[2] == 1 and self.channels in _PICTURE_CHANNELS:
             return np.repeat(pixels, self.channels, axis=2)
         return pixels if pixels.shape[2] == self.channels else None
+
+    def _coloured(self, image: npt.NDArray[np.uint8] | Image) -> npt.NDArray[np.uint8]:
+        """The image with the network's 1 or 3 channels: uint8 [H, W, C]."""
+        if not isinstance(image, np.ndarray):
+            mode = "L" if self.channels == 1 else "RGB"
+            image = np.asarray(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
+        pixels = image[:, :, None] if image.ndim == 2 else image
+        if pixels.ndim != 3 or pixels.shape[2] not in _PICTURE_CHANNELS:
+            raise ResvitError(
+                f"A picture has the shape {list(image.shape)}.", "Give pixels as [H, W], [H, W, 1] or [H, W, 3]."
+            )
+        if pixels.shape[2] == self.channels:
+            return pixels
+        return luma(pixels) if self.channels == 1 else np.repeat(pixels, 3, axis=2)
 
     def placed(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The image's height and width once resized, and where its top left corner then lies in the input."""
@@ -198,26 +204,26 @@ class PicturePreprocess:
         wide, tall = self._covering(width, height)
         return tall, wide, -round((tall - want_height) / 2), -round((wide - want_width) / 2)
 
-    def _resized(self, image: Image) -> Image:
-        chosen = _FILTERS[self.interpolation]
-        height, width = self.size
-        tall, wide, top, left = self.placed(image.height, image.width)
-        if tall * wide > _MOST_ENLARGED * max(height * width, image.height * image.width):
-            across, down = image.width / wide, image.height / tall
-            right, bottom = min((width - left) * across, image.width), min((height - top) * down, image.height)
-            box = (-left * across, -top * down, right, bottom)
-            return image.resize((width, height), chosen, box=box)
-        if image.size != (wide, tall):
-            image = image.resize((wide, tall), chosen)
-        if (wide, tall) == (width, height):
-            return image
+    def _resized(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Pixels [H, W, C] resized and placed: [h, w, C]."""
+        (height, width), (high, across) = self.size, pixels.shape[:2]
+        tall, wide, top, left = self.placed(high, across)
+        if tall * wide > _MOST_ENLARGED * max(height * width, high * across):
+            horizontally, vertically = across / wide, high / tall
+            right, bottom = min((width - left) * horizontally, across), min((height - top) * vertically, high)
+            box = (-left * horizontally, -top * vertically, right, bottom)
+            return resized(pixels, self.size, self.interpolation, box)
+        pixels = resized(pixels, (tall, wide), self.interpolation)
+        if (tall, wide) == self.size:
+            return pixels
         if self.resize == "crop":
-            return image.crop((-left, -top, width - left, height - top))
+            return pixels[-top : height - top, -left : width - left]
         colour = [round(value) for value in self.pad_value]
         if self.channel_order == "bgr":
             colour.reverse()
-        sheet: Image = _pillow().new(image.mode, (width, height), colour[0] if self.channels == 1 else tuple(colour))
-        sheet.paste(image, (left, top))
+        sheet = np.empty((height, width, self.channels), np.uint8)
+        sheet[...] = colour
+        sheet[top : top + tall, left : left + wide] = pixels
         return sheet
 
     def _pad(self, ready: npt.NDArray[np.float32], placed: tuple[int, int, int, int]) -> None:
@@ -234,10 +240,6 @@ class PicturePreprocess:
         if width * want_height <= height * want_width:
             return want_width, max(want_height, int(want_width * height / width))
         return max(want_width, int(want_height * width / height)), want_height
-
-
-def _pillow() -> Any:
-    return pillow("Pictures are resized, and their colours are converted,")
 
 
 def _size_of(image: npt.NDArray[np.uint8] | Image) -> tuple[int, int]:

@@ -111,11 +111,15 @@ def golden_check(folder: Path, manifest: Manifest, runtime: str = "auto") -> Gol
         ResvitError: MISMATCH where the outputs differ by more; INPUT for golden files that are missing or do not
             fit; whatever ``open_runner`` raises.
     """
-    reports = []
     with open_runner(folder, manifest, runtime) as runner:
-        reports += _checked(folder, manifest, runner, whole=True)
-        for golden in manifest.golden.at_sizes if manifest.golden else ():
-            reports += _checked(folder, dataclasses.replace(manifest, golden=golden), runner, whole=False)
+        return golden_check_of(runner, folder, manifest)
+
+
+def golden_check_of(runner: Runner, folder: Path, manifest: Manifest) -> GoldenReport:
+    """The same of a runner that is open; raises what ``golden_check`` does, but for ``open_runner``."""
+    reports = _checked(folder, manifest, runner, whole=True)
+    for golden in manifest.golden.at_sizes if manifest.golden else ():
+        reports += _checked(folder, dataclasses.replace(manifest, golden=golden), runner, whole=False)
     return min(reports, key=lambda report: math.inf if report.sqnr_db is None else report.sqnr_db)
 
 

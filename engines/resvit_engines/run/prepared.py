@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside
 from resvit_engines.pictures.decode import SUFFIXES, eight_bits, reason
 from resvit_engines.pictures.preprocess import PicturePreprocess
+from resvit_engines.pictures.sizes import Size
 from resvit_engines.run.feeds import Array
 from resvit_engines.run.npy import read_array, read_entry
 
@@ -71,15 +73,43 @@ def images_from(source: Path, preprocess: Mapping[str, Any] | None, pictures: Li
     if source.suffix.lower() == ".npy":
         return read_array(source, "input")
     if source.suffix.lower() == ".npz":
-        how = _read(preprocess)
+        how = preprocess_from(preprocess)
         return _prepared_array(read_entry(source, "images", _TOGETHER_MOST), how, f"images of {source}")
     files = (pictures or listed(source)).files
-    how = _read(preprocess)
+    how = preprocess_from(preprocess)
     _require_room(len(files), how)
     return np.stack([_prepared(file, how) for file in files])
 
 
-def _read(preprocess: Mapping[str, Any] | None) -> PicturePreprocess:
+def preprocess_at(manifest: Manifest, size: Size | None) -> Mapping[str, Any] | None:
+    """How pictures become input of a ``size``, or without one of the usual size.
+
+    Raises:
+        ResvitError: INPUT for a size that the bundle is not for.
+    """
+    if size is None or manifest.preprocess is None:
+        return manifest.preprocess
+    require_size(manifest, size)
+    return {**manifest.preprocess, "size": list(size)}
+
+
+def require_size(manifest: Manifest, size: Size) -> None:
+    """Refuse images of a size that a bundle's engine is not built for, on whatever it runs; raises INPUT."""
+    sizes = manifest.build.sizes if manifest.build else None
+    if sizes is not None and not sizes.holds(size):
+        raise ResvitError(
+            f"The bundle is for images of {sizes} pixels (height x width), and these are {size[0]}x{size[1]}.",
+            "Give images within, or build it with another --input-shape.",
+        )
+    if sizes is None and manifest.input is not None and manifest.input.shape[2:] != size:
+        raise ResvitError(
+            f"The bundle is for images of one size, {list(manifest.input.shape[1:])}, and not {size[0]}x{size[1]}.",
+            "Leave --size out, or build it for a range: --input-shape 3x320..640x320..640.",
+        )
+
+
+def preprocess_from(preprocess: Mapping[str, Any] | None) -> PicturePreprocess:
+    """The entry of that name of a bundle's manifest; raises INPUT where the maker's own code prepared the images."""
     if preprocess is None or "factory" in preprocess:
         by = f"by the maker's own code, {preprocess['factory']}" if preprocess else "by code that it does not name"
         raise ResvitError(

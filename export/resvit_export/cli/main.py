@@ -26,6 +26,7 @@ _COMMANDS = {
     "keygen": "resvit_export.cli.keys",
     "sign": "resvit_export.cli.keys",
     "layers": "resvit_export.cli.layers",
+    "serve-config": "resvit_export.cli.serve_config",
     "wheel": "resvit_export.cli.wheel",
     "targets": "resvit_export.cli.tools",
     "inspect": "resvit_export.cli.tools",

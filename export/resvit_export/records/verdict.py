@@ -94,6 +94,8 @@ class VerdictRecord:
     rows: tuple[ScoreRow, ...]
     changed_total: int
     changed: tuple[ChangedAnswer, ...]
+    reading: Mapping[str, Any] | None = None
+    """How a device reads the outputs: see ``Manifest.answers``."""
     blame: OwnNoise | None = None
     """Where the outputs have a low SQNR: whether the network or its quantisation is to blame."""
 
@@ -121,6 +123,7 @@ class VerdictRecord:
             "stages": [row.to_json() for row in self.rows],
             "changed_total": self.changed_total,
             "changed": [item.to_json() for item in self.changed],
+            "reading": self.reading,
             "blame": None if self.blame is None else self.blame.to_json(),
         }
 
@@ -139,6 +142,7 @@ class VerdictRecord:
             rows=tuple(ScoreRow.from_json(row) for row in document["stages"]),
             changed_total=document["changed_total"],
             changed=tuple(ChangedAnswer.from_json(item) for item in document["changed"]),
+            reading=document.get("reading"),
             blame=_blame_from_json(document.get("blame")),
         )
 

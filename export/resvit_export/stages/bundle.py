@@ -214,6 +214,7 @@ class Bundle(Stage[Bundled]):
             model=dict(self.naming.network.identity),
             settings=dict(self.naming.recipe),
             preprocess=self.preprocess,
+            answers=record.reading,
             versions={"resvit-export": package_version("resvit-export"), **self.contents.quantized.record.versions},
             stages={artifact.stage: artifact.record.key for artifact in chain},
         )

@@ -115,6 +115,11 @@ class Validate(Stage[Validated]):
             rows=tuple(rows),
             changed_total=len(changed),
             changed=tuple(shown),
+            reading={
+                "options": task.reading(original),
+                "classes": images.num_classes,
+                "class_ids": list(images.class_ids),
+            },
             blame=blame,
         )
         (folder / VERDICT).write_bytes(pretty_json(record.to_json()))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resvit_calibrate.answers.base import Task
-from resvit_calibrate.answers.boxes import BoxReader
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_calibrate.tasks.detection import Detection
+from resvit_engines.answers.boxes import BoxReader
 from resvit_engines.errors import ResvitError
 from resvit_quantize.training.objectives.boxes import CELLS, asked, assigned, corners, giou, likely
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.answers.boxes import overlaps
+from resvit_engines.answers.boxes import overlaps
 from resvit_export.report.layout.pictures import data_uri_from_pixels
 
 Array = npt.NDArray[Any]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resvit_calibrate.answers.boxes import BoxReader
 from resvit_calibrate.images.targets import BoxTarget
+from resvit_engines.answers.boxes import BoxReader
 
 CELLS = 3
 """Cells that answer for one labelled object, of a head without queries (YOLOX's and TOOD's range is 1 to 13)."""

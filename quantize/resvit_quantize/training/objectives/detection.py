@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from resvit_calibrate.answers.boxes import BoxReader
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_calibrate.tasks.detection import Detection
+from resvit_engines.answers.boxes import BoxReader
 from resvit_quantize.training.objectives.base import Objective, Outputs
 from resvit_quantize.training.objectives.boxes import (
     CELLS,

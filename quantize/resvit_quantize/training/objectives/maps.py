@@ -25,7 +25,7 @@ def at_pixels(
 ) -> Tensor:
     """Maps [B, K, h, w] of an input of ``size`` at the crossings of its rows and columns: [B, K, rows, columns].
 
-    A coarser grid is interpolated bilinearly between the centres of cells, as ``answers.upsampling`` does.
+    A coarser grid is interpolated bilinearly between the centres of cells, as ``answers.maps`` does.
     """
     if tuple(values.shape[2:]) == size:
         return values[:, :, torch.from_numpy(rows)][..., torch.from_numpy(columns)]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 
 from resvit_calibrate.answers.base import Task
-from resvit_calibrate.answers.boxes import BoxReader
 from resvit_calibrate.tasks.depth import Depth
 from resvit_calibrate.tasks.detection import Detection
 from resvit_calibrate.tasks.segmentation import Segmentation
+from resvit_engines.answers.boxes import BoxReader
 from resvit_quantize.training.objectives.base import Objective
 from resvit_quantize.training.objectives.depth import DepthObjective
 from resvit_quantize.training.objectives.detection import DetectionObjective
