@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,4 +155,15 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
             f"The network needs ONNX opset {made.model.opset_imports['']}, and the target reads {opset}.",
             "Replace the newer operation, or choose a target with a newer TensorRT.",
         )
-    return made.model
+    return _with_names_of_their_own(made.model)
+
+
+def _with_names_of_their_own(model: ir.Model) -> ir.Model:
+    """Rename what an operator computes where a weight or input has that name: a buffer called ``index``, say."""
+    taken = {str(value.name) for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = next(name for i in itertools.count(1) if (name := f"{value.name}_{i}") not in taken)
+            taken.add(str(value.name))
+    return model
