@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import socketserver
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import DEMO
 from registry_standin import (
     Certificates,
     Handler,
@@ -1212,3 +1214,29 @@ def test_small_answers_are_bounded_in_time(registry: Registry, tmp_path: Path, m
     pushed_before = {"1": (INDEX_TYPE, b"{}")}
     registry.manifests = pushed_before
     assert "too slowly" in refused(pulled, registry, tmp_path / "x", code=ExitCode.SYSTEM)
+
+
+@pytest.mark.whole
+def test_the_bundles_of_a_run_are_pushed(
+    workspace: Path, seeded: Callable[..., str], registry: Registry, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, reference = seeded("runs/x", "jetson-orin"), registry.reference()
+    assert run_export(["keygen", "release.key", "-q"]) == 0
+    made = ["--run", folder, "--target", "jetson-orin", *shlex.split(DEMO), "-q"]
+    assert run_export(["bundle", *made]) == 0
+    assert run_export(["push", folder, reference]) == ExitCode.UNTRUSTED  # as its recipe says now: not signed
+    assert run_export(["bundle", *made, "--key", "release.key"]) == 0
+    capfd.readouterr()
+    assert run_export(["push", folder, reference, "--json"]) == 0
+    (offer,) = json.loads(capfd.readouterr().out)["bundles"]
+    assert (offer["ai.resvit.target"], offer["ai.resvit.holds"]) == ("jetson-orin", "model")
+    line = ["pull", reference, "--trust", "release.pub", "--rehearse", "--install", "--root", "root"]
+    assert run_engine([*line, "--runtime", "onnxruntime", "--json"]) == 0
+    got = json.loads(capfd.readouterr().out)
+    assert got["installed"]["golden"]
+    assert run_engine([*line, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["already"]
+    # A run whose bundle is not made is not made by pushing it.
+    shutil.rmtree(next(Path(folder).glob("validate-*")))
+    assert run_export(["push", folder, reference]) == ExitCode.INPUT
+    assert "not finished" in capfd.readouterr().err
