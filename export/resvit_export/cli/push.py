@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         "push runs/release.resvit oci://registry.example/vision/net:1.0 --dry-run --json",
     ),
 )
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("reference")
 @click.option("--dry-run", is_flag=True, help="Check the bundles and say what would be pushed, without a registry.")
 @registry_options
