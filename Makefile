@@ -16,7 +16,7 @@ DEMO := runs/demo
 CHECKPOINT := $(DEMO)/embed-nano.pt
 BUILD := $(BIN)/resvit-export build --precision int8
 
-.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd
+.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -50,7 +50,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # TESTS= also runs the full forms of tests that are shortened otherwise.
 TESTS := not slow
 
-test: setup data bindings device-wheels sshd lint
+test: setup data bindings device-wheels sshd registry lint
 	$(PYTEST) -m "$(TESTS)"
 
 check: setup data bindings lint
@@ -76,6 +76,11 @@ sshd:
 	@[ -x /usr/sbin/sshd ] && command -v ssh-agent >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends openssh-server openssh-client; } || \
 	  echo "Without an SSH server the tests that need one are skipped: sudo apt-get install openssh-server"
+
+registry:
+	@[ -x /usr/bin/docker-registry ] && command -v skopeo >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends docker-registry skopeo; } || \
+	  echo "Without a registry the tests that need one are skipped: sudo apt-get install docker-registry skopeo"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -343,7 +343,7 @@ def test_a_switch_is_one_rename(device: Device, tmp_path: Path) -> None:
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESVIT_ROOT", str(tmp_path / "root"))
-    monkeypatch.setattr("resvit_engines.cli.installing._golden", lambda runtime: lambda folder, manifest: None)
+    monkeypatch.setattr("resvit_engines.cli.installing.golden_of", lambda runtime: lambda folder, manifest: None)
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys/release.pub").write_text(KEY.public.to_text())
     monkeypatch.setenv("RESVIT_TRUST", str(tmp_path / "keys"))

@@ -33,7 +33,8 @@ ORDER = {
         "tasks", "data", "ranges", "answers", "readers", "observe", "gate", "images", "runtime",
     ),
     "resvit_engines": (
-        "__main__", "cli", "program", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
+        "__main__", "cli", "program", "remote", "bench", "run", "registry", "install", "bundle", "builder", "trt",
+        "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
         "terminal", "pictures", "answers", "outside", "errors",

@@ -191,6 +191,24 @@ def json_from_outside(data: bytes, where: str, fix: str = MAKE_AGAIN) -> Any:
     return value
 
 
+def number_from_environment(name: str, usual: float, most: float = 1e6) -> float:
+    """The number above 0 that an environment variable holds, ``usual`` where it is not set or empty.
+
+    Raises:
+        ResvitError: INPUT where it holds anything else.
+    """
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return usual
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= most:
+        raise ResvitError(f"{name} is {text!r}, and not a number above 0, up to {most:g}.", f"Set it, or unset {name}.")
+    return number
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):

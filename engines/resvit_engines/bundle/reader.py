@@ -17,8 +17,8 @@ from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.bundle.zip_layout import LOCAL_MAGIC, Member, directory, local_header, read_local_header, total_size
 from resvit_engines.errors import ExitCode, ResvitError
 
-_MANIFEST_LIMIT = 16 << 20
-_SIGNATURE_LIMIT = 64 << 10
+MANIFEST_LIMIT = 16 << 20
+SIGNATURE_LIMIT = 64 << 10
 _CHUNK = 1 << 20
 
 
@@ -43,6 +43,15 @@ class OpenBundle:
                 FIX_DAMAGED,
             )
         return manifest
+
+    def places(self, manifest: Manifest) -> dict[str, int]:
+        """Where the bytes of each file begin, counted from the bundle's beginning."""
+        found, at = {}, self.contents_at
+        for file in manifest.files:
+            at += len(local_header(Member(file.path, file.bytes, 0)))
+            found[file.path] = at
+            at += file.bytes
+        return found
 
     def check(self, manifest: Manifest, into: Path | None = None, out: BinaryIO | None = None) -> list[Member]:
         """Read everything, compare it with the manifest, and write it ``into`` a folder if one is given.
@@ -108,7 +117,7 @@ def opened_bundle(path: Path) -> Iterator[OpenBundle]:
         member, header = _next_header(stream, path)
         if member.name != MANIFEST:
             raise ResvitError(f"{path} is a zip file, but no bundle: it does not begin with {MANIFEST}.", FIX_DAMAGED)
-        head = _small(stream, member, header, _MANIFEST_LIMIT, path)
+        head = _small(stream, member, header, MANIFEST_LIMIT, path)
         contents_at = stream.tell()
         envelope = None
         following = stream.read(4)
@@ -116,7 +125,7 @@ def opened_bundle(path: Path) -> Iterator[OpenBundle]:
         if following == LOCAL_MAGIC:
             member, header = _next_header(stream, path)
             if member.name == SIGNATURE:
-                envelope = _small(stream, member, header, _SIGNATURE_LIMIT, path)
+                envelope = _small(stream, member, header, SIGNATURE_LIMIT, path)
                 contents_at = stream.tell()
         yield OpenBundle(path, stream, head, envelope, contents_at)
 

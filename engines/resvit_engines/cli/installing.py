@@ -34,7 +34,8 @@ def root_option(function: F) -> F:
     )(function)
 
 
-def _runtime_option(function: F) -> F:
+def golden_runtime_option(function: F) -> F:
+    """Add ``--runtime``."""
     return click.option(
         "--runtime",
         type=click.Choice(["auto", "tensorrt", "rtx", "onnxruntime"]),
@@ -99,7 +100,7 @@ def verify_command(bundle: Path, trust: Path | None, quiet: bool, as_json: bool)
     is_flag=True,
     help="This machine stands in for the device: processor, GPU, JetPack and TensorRT are not compared.",
 )
-@_runtime_option
+@golden_runtime_option
 @output_options
 def install_command(
     bundle: Path, trust: Path | None, root: Path | None, expect: str | None, allow_downgrade: bool, rehearse: bool,
@@ -119,13 +120,13 @@ def install_command(
         bundle,
         root or default_root(),
         load_trust(trust),
-        check=_golden(runtime),
+        check=golden_of(runtime),
         allow_downgrade=allow_downgrade,
         expect=expect,
         rehearse=rehearse,
         reporter=reporter(quiet or as_json),
     )
-    _show(done, "runs now", Output(quiet, as_json))
+    show_installed(done, "runs now", Output(quiet, as_json))
 
 
 @click.command(
@@ -136,7 +137,7 @@ def install_command(
 @click.argument("name")
 @trust_option
 @root_option
-@_runtime_option
+@golden_runtime_option
 @output_options
 def rollback_command(
     name: str, trust: Path | None, root: Path | None, runtime: str, quiet: bool, as_json: bool
@@ -148,8 +149,8 @@ def rollback_command(
     from resvit_engines.progress import reporter
 
     quietly = reporter(quiet or as_json)
-    done = rollback(root or default_root(), name, load_trust(trust), check=_golden(runtime), reporter=quietly)
-    _show(done, "runs again", Output(quiet, as_json))
+    done = rollback(root or default_root(), name, load_trust(trust), check=golden_of(runtime), reporter=quietly)
+    show_installed(done, "runs again", Output(quiet, as_json))
 
 
 @click.command(
@@ -201,13 +202,15 @@ def _described(state: State) -> dict[str, Any]:
     }
 
 
-def _golden(runtime: str) -> Check:
+def golden_of(runtime: str) -> Check:
+    """The check of golden outputs by a runtime."""
     from resvit_engines.run.golden import golden_check
 
     return lambda folder, manifest: golden_check(folder, manifest, runtime)
 
 
-def _show(done: Installed, what: str, output: Output) -> None:
+def show_installed(done: Installed, what: str, output: Output) -> None:
+    """Print what an installation or rollback did."""
     if output.json:
         emit_json(done.to_json())
         return

@@ -12,6 +12,7 @@ _COMMANDS = {
     "build": "resvit_engines.cli.building",
     "plugin": "resvit_engines.cli.plugins",
     "verify": "resvit_engines.cli.installing",
+    "pull": "resvit_engines.cli.registry",
     "install": "resvit_engines.cli.installing",
     "rollback": "resvit_engines.cli.installing",
     "status": "resvit_engines.cli.installing",

@@ -105,11 +105,11 @@ def install_bundle(
             raise ResvitError(
                 f"{path.name} holds the model {name}, and {expect} was expected.", "Give the bundle of that model."
             )
-        require_fit(bundle.manifest, machine or this_machine(disk=_nearest(root)), rehearse=rehearse)
+        require_fit(bundle.manifest, machine or this_machine(disk=nearest_folder(root)), rehearse=rehearse)
         with locked(folder, lambda: reporter.warn(f"Waiting for another installation of {name} to end.")):
             clean(folder)
             state = read_state(folder)
-            _require_newer(bundle, state, allow_downgrade)
+            require_newer(bundle.manifest, state, allow_downgrade=allow_downgrade)
             with explain_os_errors(folder):
                 version, golden = _unpacked(bundle, folder, trust, check, reporter)
                 new = _recorded(bundle, state, version, rehearse)
@@ -205,8 +205,9 @@ def _is_whole(place: Path, digest: str, trust: TrustStore) -> bool:
         return False
 
 
-def _require_newer(bundle: TrustedBundle, state: State, allow_downgrade: bool) -> None:
-    release = bundle.manifest.release
+def require_newer(manifest: Manifest, state: State, *, allow_downgrade: bool) -> None:
+    """Refuse with INPUT a release below one that was installed here."""
+    release = manifest.release
     if release < state.highest_release and not allow_downgrade:
         raise ResvitError(
             f"This is release {release} of {state.name}, and release {state.highest_release} has been installed here.",
@@ -235,7 +236,7 @@ def _require_installed(root: Path, name: str) -> Path:
     return folder
 
 
-def _nearest(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """The nearest folder on the way to ``path`` that exists already."""
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import open_outside
+from resvit_engines.outside import number_from_environment, open_outside
 from resvit_engines.progress import SILENT, Reporter
 
 T = TypeVar("T")
@@ -338,24 +338,6 @@ def ssh_error(stderr: str, address: Address) -> ResvitError:
     if not said or re.search(_LOST, stderr, re.IGNORECASE):
         return away(f"The connection to {address} was lost ({last}).", f"Check that this works: {hand}")
     return refused(f"ssh could not connect to {address}: {said}", f"Check that this works: {hand}")
-
-
-def number_from_environment(name: str, usual: float, most: float = 1e6) -> float:
-    """The number above 0 that an environment variable holds, ``usual`` where it is not set or empty.
-
-    Raises:
-        ResvitError: INPUT where it holds anything else.
-    """
-    text = os.environ.get(name, "")
-    if not text.strip():
-        return usual
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= most:
-        raise ResvitError(f"{name} is {text!r}, and not a number above 0, up to {most:g}.", f"Set it, or unset {name}.")
-    return number
 
 
 def quoted(*words: str) -> str:

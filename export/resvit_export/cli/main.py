@@ -25,6 +25,7 @@ _COMMANDS = {
     "bench": "resvit_export.cli.bench",
     "keygen": "resvit_export.cli.keys",
     "sign": "resvit_export.cli.keys",
+    "push": "resvit_export.cli.push",
     "layers": "resvit_export.cli.layers",
     "serve-config": "resvit_export.cli.serve_config",
     "wheel": "resvit_export.cli.wheel",

@@ -226,7 +226,7 @@ def _require_tensorrt_there(target: Target, installed: str | None, device: str) 
 
 def images_that_fit(shape: Sequence[int], most: int, facts: Machine) -> int:
     """How many validation images [C, H, W] in FP32 are copied: all, or as many as a share of the device takes."""
-    from resvit_engines.remote.ssh import number_from_environment
+    from resvit_engines.outside import number_from_environment
 
     limit = int(number_from_environment(IMAGES_MIB_VARIABLE, _IMAGES_MIB))
     limit = min(limit, facts.memory_available_mib // _SHARE, facts.free_disk_mib // _SHARE)

@@ -1,0 +1,1 @@
+"""Bundles in OCI registries: pushed as CNCF ModelPack, pulled by the device that they fit."""

@@ -1,0 +1,157 @@
+"""What a registry says that a bundle is for, before any of it is fetched: annotations, beside the signed manifest.
+
+Nobody signs annotations. They say which bundles are worth a look; what is signed decides, and must say the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import canonical_json
+from resvit_engines.machine import Machine
+from resvit_engines.records import Record
+from resvit_engines.registry.documents import TITLE, VERSION
+from resvit_engines.targets.table import Builder, Precision
+
+_PREFIX = "ai.resvit."
+_PRECISIONS = {Precision.FP16: "float16", Precision.INT8: "float16,int8", Precision.FP8: "float16,float8_e4m3"}
+_OUTPUTS = {"segmentation": "image", "depth": "image", "embedding": "embedding", "text": "text"}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One bundle as its annotations describe it; each field is the annotation ``ai.resvit.NAME``.
+
+    ``sm`` is the compute capability of engine or target without its dot; ``tensorrt`` the version of ``builder`` that
+    built the engine, or will. ``jetpack`` is empty where there is none. ``holds`` is ``engine`` or, of what the device
+    builds itself, ``model``. ``from_sm`` tells that newer GPUs run the engine too.
+    """
+
+    name: str
+    release: str
+    target: str
+    arch: str
+    sm: str
+    builder: str
+    tensorrt: str
+    jetpack: str
+    precision: str
+    verdict: str
+    holds: str
+    from_sm: str = ""
+
+    def to_annotations(self) -> dict[str, str]:
+        """As they stand in manifest and index, with those that everybody reads."""
+        ours = {_key(name): value for name, value in dataclasses.asdict(self).items() if value}
+        return {**ours, TITLE: self.name, VERSION: self.release}
+
+    @classmethod
+    def from_annotations(cls, annotations: Mapping[str, str]) -> Offer | None:
+        """What annotations say; None where they are none of ours, or say it in no way that is understood."""
+        record = Record(annotations, "the annotations")
+        try:
+            values = {
+                item.name: record.optional(_key(item.name), lambda key: record.line(key, most=200)) or ""
+                for item in dataclasses.fields(cls)
+            }
+        except ResvitError:
+            return None
+        required = ("name", "release", "target", "arch", "sm", "precision")
+        return cls(**values) if all(values[name] for name in required) else None
+
+    @property
+    def describe(self) -> str:
+        """One line for people."""
+        sm = f"{self.sm[:-1]}.{self.sm[-1:]}"
+        software = f"{self.builder_title} {self.tensorrt}" + (f", JetPack {self.jetpack}" if self.jetpack else "")
+        return (
+            f"{self.name} (release {self.release}, {self.target}, SM {sm}, {software}, {self.precision}, "
+            f"{self.verdict or 'no verdict'}, {self.holds})"
+        )
+
+    @property
+    def builder_title(self) -> str:
+        """What builds, for people."""
+        return "TensorRT for RTX" if self.builder == Builder.RTX.value else "TensorRT"
+
+    def may_fit(self, machine: Machine) -> bool:
+        """Whether the bundle is worth a look on this machine: its processor and its GPU."""
+        if self.arch != machine.arch or machine.sm is None:
+            return False
+        return self.sm == str(machine.sm) or (self.from_sm.isdigit() and int(self.from_sm[:4]) <= machine.sm)
+
+
+def offer_of(manifest: Manifest) -> Offer:
+    """What a bundle is, by its own manifest.
+
+    Raises:
+        ResvitError: INPUT where it does not say what it is for.
+    """
+    target, engine = manifest.target, manifest.engine
+    if target is None or manifest.name is None or manifest.precision is None:
+        raise ResvitError(
+            "The manifest does not say name, target and precision, so no device could choose it.",
+            "Make the bundle again with resvit-export bundle.",
+        )
+    return Offer(
+        name=manifest.name,
+        release=str(manifest.release),
+        target=target.name,
+        arch=target.arch,
+        sm=str(engine.sm if engine else target.sm),
+        builder=(engine.builder if engine else target.builder).value,
+        tensorrt=engine.builder_version if engine else target.tensorrt,
+        jetpack=target.jetpack or "",
+        precision=manifest.precision,
+        verdict=manifest.verdict.verdict if manifest.verdict else "",
+        holds="engine" if engine else "model",
+        from_sm="80" if engine and engine.hardware_compatible else "",
+    )
+
+
+def require_same_offer(said: Offer, manifest: Manifest, where: str) -> Offer:
+    """What the signed manifest says, where the annotations say the same.
+
+    Raises:
+        ResvitError: UNTRUSTED for anything else.
+    """
+    signed = offer_of(manifest)
+    for item in dataclasses.fields(Offer):
+        ours, theirs = getattr(signed, item.name), getattr(said, item.name)
+        if ours != theirs:
+            raise ResvitError(
+                f"{where} says that {item.name.replace('_', ' ')} is {theirs!r}, and its signed manifest {ours!r}.",
+                "Its annotations were changed in the registry: push it again, and ask who can write there.",
+                ExitCode.UNTRUSTED,
+            )
+    return signed
+
+
+def model_config(manifest: Manifest, diff_ids: list[str]) -> bytes:
+    """ModelPack's configuration of a bundle, for programs that list models; it holds no time.
+
+    ``diff_ids`` are the digests of the layers, which are not compressed.
+    """
+    offer = offer_of(manifest)
+    known = {item.value: item for item in Precision}
+    task = manifest.verdict.task if manifest.verdict else ""
+    return canonical_json(
+        {
+            "descriptor": {"name": offer.name, "version": offer.release, "title": f"{offer.name} for {offer.target}"},
+            "config": {
+                "format": "tensorrt" if manifest.engine else "onnx",
+                "precision": _PRECISIONS[known[offer.precision]] if offer.precision in known else offer.precision,
+                **({"quantization": manifest.quantizer} if manifest.quantizer else {}),
+                "capabilities": {"inputTypes": ["image"], "outputTypes": [_OUTPUTS.get(task, "other")]},
+            },
+            "modelfs": {"type": "layers", "diffIds": diff_ids},
+        }
+    )
+
+
+def _key(name: str) -> str:
+    return f"{_PREFIX}{name.replace('_', '-')}"
