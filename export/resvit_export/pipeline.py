@@ -117,6 +117,8 @@ class Pipeline:
     def _exported(self, folded: fold.Folded | None) -> export.Exported:
         exported = self.do(export.export_of(self.run, folded))
         require_readable(exported.report.operators, self.run.target)
+        if not self.run.fuses:  # kernels of our own may take the place of what TensorRT computes wrongly
+            self.run.warn_of_faults(exported.patterns)
         return exported
 
     @cached_property
@@ -175,7 +177,9 @@ class Pipeline:
         kinds = self.do(timed).chosen if choice.by is By.TIME else None
         eight_bits = self.recipe.plugin_attention is PluginAttention.EIGHT_BITS
         how = (self.run.precision, self.calibrated.ranges) if eight_bits else (Precision.FP16, None)
-        return self.do(fuse.Fuse(model, target, choice, kinds, *how))
+        found = self.do(fuse.Fuse(model, target, choice, kinds, *how))
+        self.run.warn_of_faults(fuse.patterns_behind(found, model))
+        return found
 
     @cached_property
     def answered(self) -> dict[str, score.Answered]:

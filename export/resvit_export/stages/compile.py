@@ -17,6 +17,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
+from resvit_engines.targets.faults import faults_of, warnings_for
 from resvit_engines.targets.table import Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
@@ -96,8 +97,10 @@ class Compile(Stage[Compiled]):
         model, settings, copy = self.model.path, self.settings, folder / TENSORRT_COPY
         if onnx_for_tensorrt(model, copy, self.target, settings.plugins):
             model = copy
+        faults = self._faults(model)
         if self.planned is None:
             report = build_engine(model, folder / ENGINE, self.target, settings, reporter, folder / "build.log")
+            report = dataclasses.replace(report, warnings=(*report.warnings, *faults))
             (folder / ENGINE_REPORT).write_bytes(pretty_json(report.to_json()))
             return
         image = self.planned
@@ -112,7 +115,16 @@ class Compile(Stage[Compiled]):
             input_name=image.name,
             beside=image.beside,
         )
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *faults))
         (folder / PLAN).write_bytes(pretty_json(plan.to_json()))
+
+    def _faults(self, model: Path) -> tuple[str, ...]:
+        """What the target's TensorRT is known to compute wrongly of what it reads."""
+        from resvit_export.to_tensorrt.fault_patterns import patterns_in
+
+        if not faults_of(self.target):
+            return ()
+        return warnings_for(self.target, patterns_in(model), self.settings.batch[2], copied=True)
 
 
 def lasting(report: EngineReport) -> EngineReport:
