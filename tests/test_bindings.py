@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from conftest import DEMO
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.bench.bench import bench_feeds
 from resvit_engines.bench.commands import outputs_into
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.bundle.bundle import read_manifest
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
@@ -126,7 +131,7 @@ def test_what_reads_the_image_unquantised_gets_it_in_fp32_or_refuses_int8(tmp_pa
         bound(model, tmp_path / "bound.onnx", kind)
         after = onnx_runner(tmp_path / "bound.onnx")({"image": images})
         np.testing.assert_allclose(after["brightness"], before["brightness"], atol=2e-3)
-    with pytest.raises(ResvitError, match="reads it unquantised") as caught:
+    with pytest.raises(ResvitError, match="brightness, which reads it, stays in FP16") as caught:
         bound(model, tmp_path / "bound.onnx", InputType.INT8)
     assert caught.value.code == ExitCode.IMPOSSIBLE
 
@@ -250,3 +255,26 @@ def test_int8_for_an_fp16_network_is_refused_before_any_work(
     line = ["build", "--model", "resvit:embed-nano", "--data", "fashion-mnist", "--target", "jetson-orin"]
     assert run([*line, "--precision", "fp16", "--input-type", "int8"]) == ExitCode.IMPOSSIBLE
     assert "--input-type fp16 or uint8" in capsys.readouterr().err
+
+
+@pytest.mark.whole
+@pytest.mark.usefixtures("workspace")
+def test_a_build_for_pixels_is_validated_bundled_and_checked_in_them(
+    seeded: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeded("runs/embed-nano", "jetson-orin")
+    line = ["build", "--quiet", "--target", "jetson-orin", *shlex.split(DEMO)]
+    assert run([*line, "--input-type", "int8"]) == ExitCode.IMPOSSIBLE
+    assert "--include 'trunk.stem.0.conv/Conv'" in capsys.readouterr().err
+    before = set(Path().glob("runs/embed-nano/bundle-*/*.resvit"))
+    assert run([*line, "--input-type", "uint8"]) == ExitCode.OK
+    assert "TensorRT 10.3 may answer wrongly here" in capsys.readouterr().err
+    (bundle,) = set(Path().glob("runs/embed-nano/bundle-*/*.resvit")) - before
+    manifest = read_manifest(bundle)
+    zipfile.ZipFile(bundle).extractall(tmp_path)
+    assert np.load(tmp_path / "golden_input.npy").dtype == np.uint8
+    assert manifest.input is not None
+    assert manifest.input.encoding is not None
+    assert [tensor.dtype for tensor in manifest.outputs] == ["float16"]
+    assert golden_check(tmp_path, manifest, "onnxruntime").sqnr_db is None
+    assert "The engine reads uint8" in (tmp_path / "README.txt").read_text()

@@ -14,7 +14,7 @@ from resvit_export.cli.stages import examples_text
 @click.command(
     name="compare",
     epilog=examples_text(
-        "compare runs/l4-fp16 runs/l4-fp8 --html runs/compared.html", "compare runs/l4-fp8:fp16 runs/l4-fp8 --json"
+        "compare runs/l4-fp8:fp16 runs/l4-fp8 --html runs/compared.html", "compare runs/l4-fp8:fp16 runs/l4-fp8 --json"
     ),
 )
 @click.argument("a", metavar="A")

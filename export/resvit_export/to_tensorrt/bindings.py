@@ -57,9 +57,11 @@ def _quantised_outside(image: ir.Value) -> InputEncoding:
     eight = [zero is not None and zero.dtype == np.int8 and not zero.any() for zero in zeros]
     alike = len({float(scale.item()) for scale in scales if scale is not None and scale.size == 1}) == 1
     if not quantizers or len(quantizers) != len(_readers(image)) or not all([*plain, *eight]) or not alike:
+        others = [str(node.name) for node in _readers(image) if node.op_type != "QuantizeLinear"]
+        why = f"{others[0]}, which reads it, stays in FP16" if others else "its QuantizeLinear is no symmetric INT8 one"
         raise ResvitError(
-            "The image cannot enter in INT8: the first layer, or something beside it, reads it unquantised.",
-            "Say --input-type fp16 or uint8, or have the first layer quantised (--include).",
+            f"The image cannot enter in INT8: {why}.",
+            f"Say --input-type uint8 or fp16{f', or --include {others[0]!r} as well' if others else ''}.",
             ExitCode.IMPOSSIBLE,
         )
     assert scales[0] is not None
