@@ -119,7 +119,7 @@ def test_nodes_pair_kernels_whose_names_and_order_differ() -> None:
     eight = engine_from_kernels(
         "int8",
         [
-            kernel("other", "b/MatMul_QuantizeLinear b/MatMul", weights=128, dtype="Int8"),
+            kernel("other", "b/MatMul_QuantizeLinear b/MatMul a/DequantizeLinear", weights=128, dtype="Int8"),
             kernel("__myl_1", "a/MatMul a/Add n/Gelu", dtype="Int8"),
         ],
     )

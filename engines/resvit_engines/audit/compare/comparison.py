@@ -19,7 +19,7 @@ SLOWER = 1.05
 """From this ratio on a layer counts as slower; less is what two runs differ by."""
 _LEAST = 0.002
 """Of the engine's time, so much must be lost for a layer to be named."""
-_PRECISIONS = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "Int8": "INT8"}
+_PRECISIONS = {"Half": "FP16", "Float": "FP32", "BFloat16": "BF16", "Int8": "INT8", "UInt8": "UINT8"}
 _PRODUCT_WORDS = frozenset({"conv", "conv2d", "convtranspose", "biasadd", "gemm", "matmul", "einsum", "attention"})
 _ACTIVATIONS = frozenset({"relu", "clip"})
 KINDS = {

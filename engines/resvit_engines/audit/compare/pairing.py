@@ -91,9 +91,9 @@ def nodes_that_compute(kernel: Kernel) -> tuple[str, ...]:
 
 def _carries(name: str) -> bool:
     last = name.rpartition("/")[2]
-    return any(word in last for word in ("QuantizeLinear", "QuantLinearNode", "ReadVariableOp")) or last.endswith(
-        (".weight", ".bias", "_weight", "_bias", "weight:0")
-    )
+    return any(
+        word in last.lower() for word in ("quantizelinear", "quantlinearnode", "readvariableop")
+    ) or last.endswith((".weight", ".bias", "_weight", "_bias", "weight:0"))
 
 
 def _by_nodes(a: ListedEngine, own: Sequence[int], b: ListedEngine, other: Sequence[int]) -> list[tuple[int, int]]:
