@@ -14,7 +14,7 @@ from resvit_calibrate.runtime.selftest import RuntimeHealth, runtime_note, self_
 from resvit_calibrate.runtime.sessions import Array, Arrays, fixed_batch, open_session, run_session, session_options
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.outside import json_from_outside
-from resvit_engines.pictures.encoding import ENCODING_KEY, InputEncoding
+from resvit_engines.pictures.encoding import ENCODING_KEY, INPUT_TYPE_KEY, InputEncoding
 from resvit_engines.rows import paired_rows
 
 __all__ = [
@@ -68,12 +68,11 @@ class OnnxRunner:
     """The batch size that the model is fixed to; None for a dynamic one."""
     encoding: InputEncoding | None = None
     """How prepared images become what the first input reads, where that is no float."""
+    narrow: bool = False
+    """Whether the outputs are FP16 for the engine's sake: they come back as FP32."""
 
     def __call__(self, arrays: Arrays) -> Arrays:
-        """Run one batch; FP16 outputs come back as FP32.
-
-        Raises ResvitError for missing inputs, wrong shapes and failures of the runtime.
-        """
+        """Run one batch. Raises ResvitError for missing inputs, wrong shapes and failures of the runtime."""
         feeds = self.fed(arrays)
         if self.batch is None or not all(map(len, feeds.values())):
             return self._run(feeds)
@@ -107,6 +106,8 @@ class OnnxRunner:
 
     def _run(self, feeds: Arrays) -> Arrays:
         found = zip(self.outputs, run_session(self.session, list(self.outputs), feeds), strict=True)
+        if not self.narrow:
+            return dict(found)
         return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found}
 
 
@@ -181,6 +182,7 @@ def onnx_runner(
         outputs=tuple(o.name for o in session.get_outputs()),
         batch=fixed_batch(session),
         encoding=_encoding(session),
+        narrow=INPUT_TYPE_KEY in session.get_modelmeta().custom_metadata_map,
     )
 
 

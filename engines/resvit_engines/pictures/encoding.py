@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ENCODING_KEY = "resvit.input_encoding"
 """The entry of an ONNX file's metadata that holds it, as JSON."""
+INPUT_TYPE_KEY = "resvit.input_type"
+"""The entry that says what an ONNX file of ours reads where that is not FP32; its outputs are FP16 then."""
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 _CHANNELS_MOST = 4096
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.pictures.encoding import ENCODING_KEY, InputEncoding
+from resvit_engines.pictures.encoding import ENCODING_KEY, INPUT_TYPE_KEY, InputEncoding
 from resvit_engines.pictures.preprocess import PicturePreprocess
 from resvit_export.recipe.choices import InputType
 from resvit_quantize.graph.network import add_initializer, constant
@@ -43,6 +43,7 @@ def retype_bindings(network: ir.Model, kind: InputType, pixels: PicturePreproces
             _read_half(network, value)
     for index in range(len(network.graph.outputs)):
         _write_half(network, index)
+    network.metadata_props[INPUT_TYPE_KEY] = kind.value
     if encoding is not None:
         network.metadata_props[ENCODING_KEY] = json.dumps(encoding.to_json(), sort_keys=True)
     return encoding
