@@ -10,7 +10,7 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.recipe.choices import PluginAttention, Quantizer, Recovery
+from resvit_export.recipe.choices import InputType, PluginAttention, Quantizer, Recovery
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
 from resvit_export.stage import File
 from resvit_export.stages import audit, bundle, calibrate, export, fold, fuse, load, prune, quantize, retrain, score
@@ -70,7 +70,17 @@ class Pipeline:
     @property
     def model(self) -> File:
         """The ONNX that is validated and goes to the device: with nodes of ours, where there are any."""
-        return (self.fused.model if self.run.fuses else None) or self.quantized.model
+        return (
+            self.bound.model if self.bound else (self.fused.model if self.run.fuses else None) or self.quantized.model
+        )
+
+    @cached_property
+    def bound(self) -> quantize.Bound | None:
+        """The same with inputs and outputs of other types than FP32, where the recipe says so."""
+        if self.recipe.input_type is InputType.FP32:
+            return None
+        model = (self.fused.model if self.run.fuses else None) or self.quantized.model
+        return self.do(quantize.Bind(model, self.recipe.input_type, refusals.pixels_of(self.recipe, *self.images)))
 
     @property
     def engine_settings(self) -> BuildSettings:
@@ -117,6 +127,8 @@ class Pipeline:
     def _exported(self, folded: fold.Folded | None) -> export.Exported:
         exported = self.do(export.export_of(self.run, folded))
         require_readable(exported.report.operators, self.run.target)
+        if not self.run.fuses:  # kernels of our own may take the place of what TensorRT computes wrongly
+            self.run.warn_of_faults(exported.patterns)
         return exported
 
     @cached_property
@@ -175,7 +187,9 @@ class Pipeline:
         kinds = self.do(timed).chosen if choice.by is By.TIME else None
         eight_bits = self.recipe.plugin_attention is PluginAttention.EIGHT_BITS
         how = (self.run.precision, self.calibrated.ranges) if eight_bits else (Precision.FP16, None)
-        return self.do(fuse.Fuse(model, target, choice, kinds, *how))
+        found = self.do(fuse.Fuse(model, target, choice, kinds, *how))
+        self.run.warn_of_faults(fuse.patterns_behind(found, model))
+        return found
 
     @cached_property
     def answered(self) -> dict[str, score.Answered]:
@@ -202,7 +216,7 @@ class Pipeline:
         """An engine where one can be built here, else the plan to build it where it can."""
         target = self.run.require_target()
         refusals.require_accepted(self.validated.verdict, self.recipe, recovers=self.variant.recovers)
-        planned = None if self.run.builds_here else engine.planned_input(self.exported.report, self.run)
+        planned = None if self.run.builds_here else engine.planned_input(self.exported.report, self.run, self.bound)
         return self.do(engine.Compile(self.model, target, self.engine_settings, planned))
 
     def audit_of(self, *, own: bool) -> audit.Audit:
@@ -221,6 +235,6 @@ class Pipeline:
         if self.recipe.require_fused:
             self.audited.result.require_fused()
         numbers = (self.exported, self.recovered if self.variant.recovers else None, self.calibrated, self.quantized)
-        shipped = (self.model, score.shipped_in(self.answered), self.validated)
+        shipped = (self.model, self.bound, score.shipped_in(self.answered), self.validated)
         engine_of = (self.compiled, self.engine_settings, bundle.signer_of(self.run))
         return self.do(bundle.bundle_of(self.run, self.images[1], bundle.Contents(*numbers, *shipped, *engine_of)))

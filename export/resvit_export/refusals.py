@@ -12,7 +12,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.recipe.choices import Plugins, Quantizer, Recovery
+from resvit_export.recipe.choices import InputType, Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
@@ -21,6 +21,7 @@ from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
 
 _STILL_WRITTEN = 3
 """Bytes for each byte of the float ONNX: the quantised one, its engine or plan, and the bundle of both."""
@@ -34,6 +35,7 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             "Give --checkpoint, or leave --checkpoint-key out.",
         )
     require_sizes(recipe)
+    require_input_type(recipe)
     require_searchable(recipe, target)
     require_prunable(recipe, target)
     if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):
@@ -47,6 +49,34 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             "Recovery was asked for, and there are no images to train on.",
             "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
         )
+
+
+def require_input_type(recipe: Recipe) -> None:
+    """Refuse an INT8 image for a network whose layers do not read INT8; raises ``ResvitError`` (IMPOSSIBLE)."""
+    if recipe.input_type is InputType.INT8 and recipe.precision is not Precision.INT8:
+        raise ResvitError(
+            f"--input-type int8 is what the first layer's quantiser writes, and --precision {recipe.precision} has no "
+            "INT8 one.",
+            "Say --input-type fp16 or uint8, or --precision int8.",
+            ExitCode.IMPOSSIBLE,
+        )
+
+
+def pixels_of(recipe: Recipe, calibration: ImageSet, validation: ImageSet) -> Preprocess | None:
+    """How pixels become the image, which only pictures of our own preparing tell; asked for uint8 alone.
+
+    Raises:
+        ResvitError: IMPOSSIBLE where uint8 is asked for, and a loader of the user's prepares the images.
+    """
+    if recipe.input_type is not InputType.UINT8:
+        return None
+    if calibration.prepared or validation.prepared:
+        raise ResvitError(
+            "The image cannot enter as uint8: a loader of your own prepares it, and only that knows its pixels.",
+            "Say --input-type fp16, or int8 where the first layer is quantised.",
+            ExitCode.IMPOSSIBLE,
+        )
+    return validation.preprocess
 
 
 def require_sizes(recipe: Recipe) -> None:
@@ -113,14 +143,31 @@ def require_ready(
         require_modelopt(recipe)
     if not recipe.prunes:  # pruned layers are others
         require_patterns(model, run.quantize_settings({}))
+    if recipe.input_type is InputType.INT8 and recipe.quantizer is Quantizer.RESVIT and not recipe.prunes:
+        _require_int8_image(model, run)
     if images is None:
         return
+    pixels_of(recipe, *images)
     task = run.task(network, exported.report.to_json()["outputs"])
     task.task().require_answers(onnx_runner(model), images[1])
     if recipe.retrains:
         run.training_images(network, MOST_IMAGES)
     elif recipe.recover is Recovery.ALWAYS:
         run.training_images(network, RECOVERY_IMAGES)
+
+
+def _require_int8_image(model: Path, run: Run) -> None:
+    """Refuse an INT8 image where the layer that reads it stays in FP16, as cheap ones do unless asked for."""
+    from resvit_quantize.graph.analysed import graph_from_onnx
+    from resvit_quantize.qdq.plan import image_readers_in_half
+
+    halves = image_readers_in_half(graph_from_onnx(model).analysis, run.quantize_settings({}))
+    if halves:
+        raise ResvitError(
+            f"The image cannot enter in INT8: {halves[0]}, which reads it, stays in FP16.",
+            f"Say --input-type uint8 or fp16, or --include '{halves[0]}' as well.",
+            ExitCode.IMPOSSIBLE,
+        )
 
 
 def _require_room(folder: Path, float_bytes: int) -> None:

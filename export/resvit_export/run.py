@@ -15,6 +15,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.names import NAME_MOST
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.choice import rtx_in_place
+from resvit_engines.targets.faults import Pattern, warnings_for
 from resvit_engines.targets.own import Software, resolve_target
 from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
@@ -172,6 +173,7 @@ class Run:
             require_precision(self.target, self.precision)
             require_buildable(self.target, self.build_settings)
         self.plugins: PluginChoice = plugin_choice(recipe, self.target, here=self.builds_here)
+        self._told: set[str] = set()
 
     @property
     def precision(self) -> Precision:
@@ -196,6 +198,13 @@ class Run:
                 "Say --target, for example --target jetson-orin or --target l4; 'resvit-export targets' lists them.",
             )
         return self.target
+
+    def warn_of_faults(self, patterns: Mapping[Pattern, Sequence[str]]) -> None:
+        """Say, once, what the target's TensorRT is known to compute wrongly of a graph that contains these patterns."""
+        for sentence in warnings_for(self.target, patterns, self.recipe.batch_range[2]) if self.target else ():
+            if sentence not in self._told:
+                self.reporter.warn(sentence)
+            self._told.add(sentence)
 
     @property
     def build_settings(self) -> BuildSettings:

@@ -20,6 +20,7 @@ from resvit_engines.files import atomic_directory, explain_os_errors, make_folde
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
+from resvit_export.recipe.choices import StageName
 from resvit_export.stage import RECORD, A, Key, Output, Record, Stage, inputs_of
 
 
@@ -27,7 +28,8 @@ class NotFinishedError(ResvitError):
     """A stage that was only looked up is not there yet."""
 
     def __init__(self, stage: str) -> None:
-        super().__init__(f"The stage '{stage}' is not finished.", f"Run 'resvit-export {stage}' or 'build' first.")
+        own = f"'resvit-export {stage}' or 'build'" if stage in set(StageName) else "'resvit-export build'"
+        super().__init__(f"The stage '{stage}' is not finished.", f"Run {own} first.")
 
 
 class RunFolder:

@@ -13,6 +13,8 @@ import numpy as np
 from resvit_calibrate.runtime.selftest import RuntimeHealth, runtime_note, self_test, with_float32_quantizers
 from resvit_calibrate.runtime.sessions import Array, Arrays, fixed_batch, open_session, run_session, session_options
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import json_from_outside
+from resvit_engines.pictures.encoding import ENCODING_KEY, INPUT_TYPE_KEY, InputEncoding
 from resvit_engines.rows import paired_rows
 
 __all__ = [
@@ -64,19 +66,14 @@ class OnnxRunner:
     outputs: tuple[str, ...]
     batch: int | None
     """The batch size that the model is fixed to; None for a dynamic one."""
+    encoding: InputEncoding | None = None
+    """How prepared images become what the first input reads, where that is no float."""
+    narrow: bool = False
+    """Whether the outputs are FP16 for the engine's sake: they come back as FP32."""
 
     def __call__(self, arrays: Arrays) -> Arrays:
         """Run one batch. Raises ResvitError for missing inputs, wrong shapes and failures of the runtime."""
-        missing = [name for name in self.dtypes if name not in arrays]
-        if missing:
-            raise ResvitError(
-                f"The model needs the input {missing[0]!r}, and the batch holds {sorted(arrays)}.",
-                f"Name the arrays after the model's inputs: {list(self.dtypes)}.",
-            )
-        feeds = {
-            name: np.ascontiguousarray(arrays[name], dtype=dtype) if dtype else arrays[name]
-            for name, dtype in self.dtypes.items()
-        }
+        feeds = self.fed(arrays)
         if self.batch is None or not all(map(len, feeds.values())):
             return self._run(feeds)
         results = [
@@ -90,8 +87,28 @@ class OnnxRunner:
             for name, first in results[0].items()
         }
 
+    def fed(self, arrays: Arrays) -> Arrays:
+        """The arrays of a batch as the model reads them. Raises ResvitError for missing inputs."""
+        missing = [name for name in self.dtypes if name not in arrays]
+        if missing:
+            raise ResvitError(
+                f"The model needs the input {missing[0]!r}, and the batch holds {sorted(arrays)}.",
+                f"Name the arrays after the model's inputs: {list(self.dtypes)}.",
+            )
+        feeds = {
+            name: np.ascontiguousarray(arrays[name], dtype=dtype) if dtype else arrays[name]
+            for name, dtype in self.dtypes.items()
+        }
+        if self.encoding is not None:
+            image = next(iter(self.dtypes))
+            feeds[image] = np.ascontiguousarray(self.encoding.encode(feeds[image]))
+        return feeds
+
     def _run(self, feeds: Arrays) -> Arrays:
-        return dict(zip(self.outputs, run_session(self.session, list(self.outputs), feeds), strict=True))
+        found = zip(self.outputs, run_session(self.session, list(self.outputs), feeds), strict=True)
+        if not self.narrow:
+            return dict(found)
+        return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found}
 
 
 def pieces(feeds: Arrays, batch: int) -> Iterator[tuple[Arrays, int]]:
@@ -164,4 +181,15 @@ def onnx_runner(
         dtypes={i.name: _FLOATS.get(i.type) for i in session.get_inputs()},
         outputs=tuple(o.name for o in session.get_outputs()),
         batch=fixed_batch(session),
+        encoding=_encoding(session),
+        narrow=INPUT_TYPE_KEY in session.get_modelmeta().custom_metadata_map,
     )
+
+
+def _encoding(session: Any) -> InputEncoding | None:
+    """What a file of ours says of its image in its metadata."""
+    said = session.get_modelmeta().custom_metadata_map.get(ENCODING_KEY)
+    if said is None:
+        return None
+    document = json_from_outside(said.encode(), f"The ONNX file's metadata {ENCODING_KEY}")
+    return InputEncoding.from_json(document if isinstance(document, dict) else {})

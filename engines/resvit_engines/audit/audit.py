@@ -37,7 +37,7 @@ def audit_engine(
         pairs=tuple(_pair(pair, by_node) for pair in expectation.pairs),
         attention=tuple(_attention(block, by_node) for block in expectation.attention),
         reformats=tuple(
-            _moved(kernel, _movement(kernel)) for kernel in kernels if kernel.operation is Operation.REFORMAT
+            _moved(kernel, movement_of(kernel)) for kernel in kernels if kernel.operation is Operation.REFORMAT
         ),
         fp32=tuple(_moved(kernel, what) for kernel in kernels if (what := _full_precision(kernel, io_names))),
         plugins_expected=expectation.plugins,
@@ -100,7 +100,8 @@ def _attention(block: Attention, by_node: dict[str, list[Kernel]]) -> AttentionA
     )
 
 
-def _movement(kernel: Kernel) -> str:
+def movement_of(kernel: Kernel) -> str:
+    """What a kernel that computes nothing does: quantises, dequantises, converts or moves."""
     reads, writes = {*kernel.inputs}, {*kernel.outputs}
     if EIGHT_BITS & writes and not EIGHT_BITS & reads:
         return "quantises"

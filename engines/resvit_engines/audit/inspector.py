@@ -166,8 +166,12 @@ def _layers(layer: Mapping[str, Any]) -> tuple[str, ...]:
     """The ONNX nodes that a layer computes: from its metadata, else, before 8.6, from its name."""
     if layer.get("Metadata"):
         return onnx_layers(str(layer["Metadata"]))
-    name = _PROFILE.sub("", str(layer.get("Name", "")))
-    if "Metadata" in layer or name.startswith(("Reformatting CopyNode", "__my")):
+    return () if "Metadata" in layer else nodes_of_name(_PROFILE.sub("", str(layer.get("Name", ""))))
+
+
+def nodes_of_name(name: str) -> tuple[str, ...]:
+    """The ONNX nodes in the name of a layer: ``Conv_0 + Relu_1``; none in those that TensorRT made up."""
+    if name.startswith(("Reformatting CopyNode", "__my")):
         return ()
     return tuple(dict.fromkeys(node for part in name.split(" + ") for node in _unwrapped(part)))
 

@@ -16,7 +16,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.pictures.sizes import Size
 from resvit_engines.run.feeds import Array, Arrays
-from resvit_engines.run.golden_files import golden_inputs, input_name, output_of
+from resvit_engines.run.golden_files import encoded, golden_inputs, input_name, output_of
 from resvit_engines.run.npy import read_array
 from resvit_engines.run.prepared import NONE, Listed, images_from, require_size
 from resvit_engines.run.runner import Runner
@@ -64,7 +64,7 @@ def outputs_into(
     """
     if manifest is not None and manifest.build is not None and manifest.build.sizes is not None and images.ndim == 4:
         require_size(manifest, (images.shape[2], images.shape[3]))
-    outputs = runner({input_name(runner, manifest): images, **(beside or {})})
+    outputs = runner({input_name(runner, manifest): encoded(images, manifest), **(beside or {})})
     name = output_of(outputs) if output_name is None else output_name
     if name not in outputs:
         raise ResvitError(f"The model has no output {name!r}.", f"It has {', '.join(outputs)}.")
@@ -90,7 +90,8 @@ def golden_feeds(folder: Path, manifest: Manifest, runner: Runner, size: Size | 
     images = read_array(path, "golden")
     if size is not None and size != images.shape[2:]:
         require_size(manifest, size)
-        images = np.random.default_rng(0).standard_normal((len(images), images.shape[1], *size)).astype(np.float32)
+        noise = np.random.default_rng(0).standard_normal((len(images), images.shape[1], *size)).astype(np.float32)
+        images = encoded(noise, manifest)
     return {input_name(runner, manifest): images, **golden_inputs(folder, manifest.golden, len(images))}
 
 

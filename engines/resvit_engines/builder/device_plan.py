@@ -85,6 +85,7 @@ def plan_for_device(
     onnx_sha256: str | None = None,
     input_name: str = "input",
     beside: Mapping[str, Sequence[int]] | None = None,
+    input_formats: Sequence[str] = (),
 ) -> DevicePlan:
     """Say in plain words why ``target`` is not built for here, and how to build there.
 
@@ -92,7 +93,8 @@ def plan_for_device(
     ``dynamic_batch`` is whether the ONNX file's batch is dynamic, as its sizes are where the settings have a range (a
     shape that is wholly fixed must not be named again). ``bundle`` is the file name of the bundle and ``onnx`` the
     model's path inside it. The commands are run in order beside the copied bundle: unpack, check, build. They need only
-    Python's standard library and ``trtexec``, which every TensorRT installation brings.
+    Python's standard library and ``trtexec``, which every TensorRT installation brings. ``input_formats`` are the
+    inputs' types as it takes them (``int8:chw``), in order, where it would not keep those of the file.
     """
     folder = PurePosixPath(bundle).stem
     shapes = {input_name: input_shape, **(beside or {})}
@@ -108,7 +110,8 @@ def plan_for_device(
         # trtexec has no way to register what is written in Python.
         commands = [f"resvit-engine build {shlex.quote(bundle)} --trust KEY.pub"]
     else:
-        commands.append(_trtexec(target, settings, shapes if dynamic_batch or settings.sizes else {}, onnx))
+        open_shapes = shapes if dynamic_batch or settings.sizes else {}
+        commands.append(_trtexec(target, settings, open_shapes, onnx, input_formats))
     return DevicePlan(
         target.name,
         _why(target),
@@ -127,7 +130,9 @@ def plan_for_device(
     )
 
 
-def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Sequence[int]], onnx: str) -> str:
+def _trtexec(
+    target: Target, settings: BuildSettings, shapes: Mapping[str, Sequence[int]], onnx: str, formats: Sequence[str]
+) -> str:
     options = [
         f"--onnx={onnx}",
         "--stronglyTyped",  # has no effect from TensorRT 11 on, where every network is
@@ -142,6 +147,7 @@ def _trtexec(target: Target, settings: BuildSettings, shapes: Mapping[str, Seque
         *(["--versionCompatible"] if settings.version_compatible else []),
         *(["--stripWeights"] if settings.strip_weights else []),
         *([f"--dynamicPlugins=./{LIBRARY}"] if settings.plugins == "library" else []),
+        *([f"--inputIOFormats={','.join(formats)}"] if formats else []),
     ]
     if shapes:
         image, sizes = next(iter(shapes)), settings.sizes

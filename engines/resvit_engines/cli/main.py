@@ -18,6 +18,7 @@ _COMMANDS = {
     "status": "resvit_engines.cli.installing",
     "run": "resvit_engines.cli.running",
     "bench": "resvit_engines.cli.running",
+    "compare": "resvit_engines.cli.comparing",
 }
 
 

@@ -54,7 +54,7 @@ from resvit_engines.remote.job_result import (
     golden_from_json,
 )
 from resvit_engines.run.golden import GoldenReport, golden_check
-from resvit_engines.run.golden_files import input_name
+from resvit_engines.run.golden_files import encoded, input_name
 from resvit_engines.run.runner import Runner, open_runner
 from resvit_engines.targets.table import proxy_target
 from resvit_engines.version import own_version
@@ -258,7 +258,7 @@ def _answered(runner: Runner, pieces: Sequence[Path], folder: Path, batch: int, 
         answered: list[list[np.ndarray[Any, Any]]] = [[] for _ in outputs]
         for begin in range(0, len(images), batch):
             part = np.ascontiguousarray(images[begin : begin + batch], dtype=np.float32)
-            answers = runner({name: part})
+            answers = runner({name: encoded(part, manifest)})
             for parts, output in zip(answered, outputs, strict=True):
                 parts.append(np.asarray(answers[output], np.float32))
             yield from itertools.repeat(None, len(part))

@@ -30,6 +30,12 @@ def input_name(runner: _Runner, manifest: Manifest | None) -> str:
     return declared.name if declared and declared.name in names else names[0]
 
 
+def encoded(images: Array, manifest: Manifest) -> Array:
+    """Prepared images [N, C, H, W] as the engine of a bundle reads them; whole numbers are that already."""
+    encoding = manifest.input.encoding if manifest.input else None
+    return images if encoding is None else encoding.encode(images)
+
+
 def output_of(outputs: Arrays) -> str:
     """The output that is judged: ``logits``, or the only or first one."""
     return "logits" if "logits" in outputs else next(iter(outputs))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from resvit_engines.pictures.encoding import InputEncoding
 from resvit_engines.records import Record
 
 
@@ -20,15 +21,25 @@ class IoTensor:
     name: str
     shape: tuple[int | str, ...]
     dtype: str = ""
+    encoding: InputEncoding | None = None
+    """How prepared images become it, where it reads whole numbers."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"name": self.name, "shape": list(self.shape), **({"dtype": self.dtype} if self.dtype else {})}
+        said = {"dtype": self.dtype} if self.dtype else {}
+        encoded = {"encoding": self.encoding.to_json()} if self.encoding else {}
+        return {"name": self.name, "shape": list(self.shape), **said, **encoded}
 
     @classmethod
     def from_json(cls, record: Record) -> IoTensor:
         """What :meth:`to_json` wrote."""
-        return cls(record.text("name"), record.shape("shape"), record.optional("dtype", record.text) or "")
+        encoding = record.optional("encoding", record.plain)
+        return cls(
+            record.text("name"),
+            record.shape("shape"),
+            record.optional("dtype", record.text) or "",
+            InputEncoding.from_json(encoding) if encoding is not None else None,
+        )
 
 
 def io_tensors_from_json(records: Iterable[Record]) -> tuple[IoTensor, ...]:

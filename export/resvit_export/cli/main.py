@@ -23,6 +23,7 @@ _COMMANDS = {
     "bundle": "resvit_export.cli.stages",
     "report": "resvit_export.cli.stages",
     "bench": "resvit_export.cli.bench",
+    "compare": "resvit_export.cli.compare",
     "keygen": "resvit_export.cli.keys",
     "sign": "resvit_export.cli.keys",
     "push": "resvit_export.cli.push",

@@ -8,7 +8,7 @@ import click
 from rich.text import Text
 
 from resvit_engines.console import Output, output_options
-from resvit_engines.errors import ExitCode
+from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.choice import tensorrts_of
 from resvit_engines.targets.table import TARGETS, Builder
 
@@ -72,15 +72,37 @@ def inspect_command(file: Path, trust: Path | None, quiet: bool, as_json: bool) 
             console().print(item)
 
 
-@click.command(name="doctor", epilog="\b\nExamples:\n  resvit-export doctor\n  resvit-export doctor --json")
+@click.command(
+    name="doctor",
+    epilog="\b\nExamples:\n  resvit-export doctor\n  resvit-export doctor --target jetson-orin --tensorrt 10.7\n"
+    "  resvit-export doctor --json",
+)
+@click.option("--target", help="Also say what the TensorRT of this target is known to compute wrongly.")
+@click.option("--tensorrt", help="With --target: the release on the device, such as 10.7.")
+@click.option(
+    "--onnx",
+    type=click.Path(path_type=Path),
+    help="With --target: look for it in this graph, such as model.onnx of a run's export.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="With --onnx: the largest batch.")
 @output_options
-def doctor_command(quiet: bool, as_json: bool) -> int:
-    """Check what is installed, what is missing, and say what to do about it."""
+def doctor_command(
+    target: str | None, tensorrt: str | None, onnx: Path | None, batch: int, quiet: bool, as_json: bool
+) -> int:
+    """Check what is installed, what is missing, and say what to do about it.
+
+    With --target, also what that target's TensorRT is known to answer wrongly (docs/faults.md): all of it, or with
+    --onnx what a graph contains.
+    """
     from resvit_engines.console import console, emit_json, table
     from resvit_export.tools.doctor import examine
+    from resvit_export.tools.known_faults import fault_checks
 
     output = Output(quiet, as_json)
-    checks = examine()
+    if target is None and (tensorrt is not None or onnx is not None):
+        raise ResvitError("--tensorrt and --onnx belong to --target.", "Say --target as well, such as jetson-orin.")
+    faults = fault_checks(target, tensorrt, onnx, batch) if target is not None else []
+    checks = [*examine(), *faults]
     failed = [check for check in checks if check.state == "fail"]
     if output.json:
         emit_json({"ok": not failed, "checks": [check.to_json() for check in checks]})

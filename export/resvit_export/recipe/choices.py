@@ -42,6 +42,17 @@ class Quantizer(Choice):
     """The ONNX quantiser of NVIDIA ModelOpt."""
 
 
+class InputType(Choice):
+    """What the engine reads; its outputs are FP16 in all but the first."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    """What the first QuantizeLinear would write: the host does it with its scale."""
+    UINT8 = "uint8"
+    """The pixels; the graph normalises them."""
+
+
 class Calibrator(Choice):
     """How the range of an activation is chosen."""
 

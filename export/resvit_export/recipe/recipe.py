@@ -15,6 +15,7 @@ from resvit_engines.targets.table import Builder, Precision
 from resvit_export.loading.inputs import ShapeWish, shape_wishes
 from resvit_export.recipe.choices import (
     Calibrator,
+    InputType,
     PluginAttention,
     Plugins,
     Quantizer,
@@ -262,6 +263,12 @@ class Recipe:
         _QUANTIZE, "quantize.exclude", (), "Keep nodes that match in FP16.", metavar="PATTERN"
     )
 
+    input_type: InputType = setting(
+        _FUSE,
+        "target.input_type",
+        InputType.FP32,
+        "What the engine reads; int8: as the first Q wrote it; uint8: pixels. Outputs are then FP16.",
+    )
     plugins: Plugins = setting(
         _FUSE,
         "target.plugins",

@@ -26,7 +26,7 @@ from resvit_export.stages.calibrate import Calibrated
 from resvit_export.stages.compile import Compiled, lasting
 from resvit_export.stages.decide.recover import Recovered
 from resvit_export.stages.export import Exported
-from resvit_export.stages.quantize import Quantized
+from resvit_export.stages.quantize import Bound, Quantized
 from resvit_export.stages.score import Scored
 from resvit_export.stages.validate import Validated
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY
@@ -104,13 +104,17 @@ def bundle_of(run: Run, validation: ImageSet, contents: Contents) -> Bundle:
 
 @dataclass(frozen=True)
 class Contents:
-    """The finished stages that are packed. ``model`` is what ships, ``build`` how its engine is built."""
+    """The finished stages that are packed. ``model`` is what ships, ``build`` how its engine is built.
+
+    ``bound`` knows the types of inputs and outputs where they are not all FP32.
+    """
 
     exported: Exported
     recovered: Recovered | None
     calibrated: Calibrated
     quantized: Quantized
     model: File
+    bound: Bound | None
     scored: Scored
     validated: Validated
     compiled: Compiled
@@ -194,6 +198,11 @@ class Bundle(Stage[Bundled]):
         chain += [self.contents.recovered] if self.contents.recovered else []
         warning = f"Validation did not accept this model ({record.kind.value}): {record.reason}"
         validation = ImageCount(record.verdict.images, record.data_digest)
+        inputs = io_tensors_from_json(report.optional("inputs", report.records) or ())
+        image, outputs = IoTensor.from_json(report.record("input")), io_tensors_from_json(report.records("outputs"))
+        if self.contents.bound is not None:
+            bound, outputs = self.contents.bound.tensors
+            image, inputs = bound[0], bound if len(bound) > 1 else ()
         return Manifest(
             name=self.naming.file_name.removesuffix(".resvit"),
             release=self.naming.release,
@@ -203,9 +212,9 @@ class Bundle(Stage[Bundled]):
             build=self.contents.build,
             precision=self.naming.precision.value,
             quantizer=self.naming.quantizer.value,
-            input=IoTensor.from_json(report.record("input")),
-            inputs=io_tensors_from_json(report.optional("inputs", report.records) or ()),
-            outputs=io_tensors_from_json(report.records("outputs")),
+            input=image,
+            inputs=inputs,
+            outputs=outputs,
             golden=record.golden,
             calibration=ImageCount(self.contents.calibrated.images.images, self.contents.calibrated.images.digest),
             verdict=ManifestVerdict(record.kind.value, record.reason, record.task, record.class_names, validation),
@@ -218,6 +227,13 @@ class Bundle(Stage[Bundled]):
             versions={"resvit-export": package_version("resvit-export"), **self.contents.quantized.record.versions},
             stages={artifact.stage: artifact.record.key for artifact in chain},
         )
+
+    def _reads(self) -> str:
+        """What goes into the engine, for people."""
+        image = self.contents.bound.tensors[0][0] if self.contents.bound else None
+        if image is None or image.encoding is None:
+            return "FP16 images" if image else "FP32 images"
+        return f'{image.dtype}: round(image * factor + offset), as manifest.json says under "input", of images'
 
     def readme(self) -> str:
         """What stands beside a plan, for whoever has only the bundle."""
@@ -244,8 +260,8 @@ which also checks the engine and packs it for 'resvit-engine install'. Or with T
 
 {notes}
 
-The engine reads FP32 images {prepared}. golden_input.npy and
-golden_output.npy hold images and the outputs that were validated: compare the engine's with them.
+The engine reads {self._reads()} {prepared}. golden_input.npy and
+golden_output.npy hold what it reads and the outputs that were validated: compare the engine's with them.
 
 Verdict of the validation: {verdict.kind.value}; {verdict.reason}.
 """  # noqa: E501

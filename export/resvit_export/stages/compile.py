@@ -17,18 +17,21 @@ from resvit_engines.files import pretty_json
 from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
+from resvit_engines.targets.faults import faults_of, warnings_for
 from resvit_engines.targets.table import Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
 
 if TYPE_CHECKING:
+    from resvit_export.stages.quantize import Bound
     from resvit_export.to_onnx.report import ExportReport
 
 ENGINE = "engine.plan"
 ENGINE_REPORT = "engine.json"
 PLAN = "plan.json"
 LAYERS = "layers.json"
+_TRTEXEC_TYPES = {"float32": "fp32", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,21 @@ class PlannedInput:
     dynamic_batch: bool
     bundle: str
     """File name of the bundle, which the plan's commands name."""
+    formats: tuple[str, ...] = ()
+    """What ``trtexec`` is to be told of the inputs' types, where it would not keep those of the graph."""
 
 
-def planned_input(report: ExportReport, run: Run) -> PlannedInput:
+def planned_input(report: ExportReport, run: Run, bound: Bound | None = None) -> PlannedInput:
     """What the export says of the graph's inputs; of an image that may have several sizes the usual one."""
     sizes = run.recipe.sizes
     name, (batch, channels, *shape) = report.input
     height, width = sizes.usual if sizes else map(int, shape)
     beside = {item.name: item.shape for item in report.inputs if item.name != name}
-    return PlannedInput(name, (int(channels), height, width), beside, not isinstance(batch, int), run.bundle_name)
+    types = [tensor.dtype for tensor in bound.tensors[0]] if bound else []
+    # It takes an INT8 input for one in floats unless told otherwise, and then wants to be told all.
+    formats = tuple(f"{_TRTEXEC_TYPES.get(dtype, dtype)}:chw" for dtype in types) if "int8" in types else ()
+    fixed = (int(channels), height, width)
+    return PlannedInput(name, fixed, beside, not isinstance(batch, int), run.bundle_name, formats)
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,10 @@ class Compile(Stage[Compiled]):
         model, settings, copy = self.model.path, self.settings, folder / TENSORRT_COPY
         if onnx_for_tensorrt(model, copy, self.target, settings.plugins):
             model = copy
+        faults = self._faults(model)
         if self.planned is None:
             report = build_engine(model, folder / ENGINE, self.target, settings, reporter, folder / "build.log")
+            report = dataclasses.replace(report, warnings=(*report.warnings, *faults))
             (folder / ENGINE_REPORT).write_bytes(pretty_json(report.to_json()))
             return
         image = self.planned
@@ -111,8 +122,18 @@ class Compile(Stage[Compiled]):
             onnx_sha256=File.of(model).digest,
             input_name=image.name,
             beside=image.beside,
+            input_formats=image.formats,
         )
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *faults))
         (folder / PLAN).write_bytes(pretty_json(plan.to_json()))
+
+    def _faults(self, model: Path) -> tuple[str, ...]:
+        """What the target's TensorRT is known to compute wrongly of what it reads."""
+        from resvit_export.to_tensorrt.fault_patterns import patterns_in
+
+        if not faults_of(self.target):
+            return ()
+        return warnings_for(self.target, patterns_in(model), self.settings.batch[2], copied=True)
 
 
 def lasting(report: EngineReport) -> EngineReport:

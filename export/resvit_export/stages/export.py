@@ -22,16 +22,18 @@ from resvit_export.stages.load import Loaded, write_network_record
 
 if TYPE_CHECKING:
     from resvit_export.to_onnx.report import ExportReport
+    from resvit_export.to_tensorrt.fault_patterns import Found
 
 OLDEST_OPSET = 20
 """What every TensorRT from 10.3 on reads."""
 MODEL = "model.onnx"
 REPORT = "export.json"
+PATTERNS = "patterns.json"
 
 
 @dataclass(frozen=True)
 class Exported(Loaded):
-    """``model.onnx``, ``export.json`` and ``network.json``."""
+    """``model.onnx``, ``export.json``, ``patterns.json`` and ``network.json``."""
 
     @property
     def model(self) -> File:
@@ -44,6 +46,13 @@ class Exported(Loaded):
         from resvit_export.to_onnx.report import ExportReport
 
         return self.read(REPORT, ExportReport.from_json)
+
+    @functools.cached_property
+    def patterns(self) -> Found:
+        """What it contains that some TensorRT computes wrongly."""
+        from resvit_export.to_tensorrt.fault_patterns import found_from_json
+
+        return self.read(PATTERNS, found_from_json)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Export(Stage[Exported]):
                 program, folder / MODEL, opset=self.opset, batch=self.batch, sizes=self.network.sizes
             )
         write_network_record(folder, self.network)
-        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+        _write_reports(folder, report)
 
 
 def export_of(run: Run, folded: Folded | None) -> Export | Import:
@@ -124,4 +133,11 @@ class Import(Stage[Exported]):
                 ExitCode.IMPOSSIBLE,
             )
         write_network_record(folder, network)
-        (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+        _write_reports(folder, report)
+
+
+def _write_reports(folder: Path, report: ExportReport) -> None:
+    from resvit_export.to_tensorrt.fault_patterns import found_to_json, patterns_in
+
+    (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+    (folder / PATTERNS).write_bytes(pretty_json(found_to_json(patterns_in(folder / MODEL))))

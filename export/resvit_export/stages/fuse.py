@@ -16,6 +16,7 @@ from resvit_export.to_tensorrt.fused_network import fused_network
 from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice
 
 if TYPE_CHECKING:
+    from resvit_export.to_tensorrt.fault_patterns import Found
     from resvit_quantize.fusion.fuse import Operands
     from resvit_quantize.fusion.match import FusionReport
 
@@ -110,6 +111,13 @@ class Fuse(Stage[Fused]):
         for sentence in document["sentences"]:
             reporter.say(sentence)
         (folder / RESULT).write_bytes(pretty_json(document))
+
+
+def patterns_behind(fused: Fused, model: File) -> Found:
+    """What TensorRT may compute wrongly of the graph ``model`` with our nodes, where there are any."""
+    from resvit_export.to_tensorrt.fault_patterns import patterns_in
+
+    return patterns_in((fused.model or model).path)
 
 
 def sentences_of(report: FusionReport, choice: PluginChoice) -> list[str]:

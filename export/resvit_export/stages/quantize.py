@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
+from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder, Precision
+from resvit_engines.trt.io_tensor import IoTensor, io_tensors_from_json
+from resvit_export.recipe.choices import InputType
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import suit_builder
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_quantize.qdq.report import QuantizeReport
     from resvit_quantize.settings import QuantizeSettings
 
 MODEL = "model.onnx"
 REPORT = "quantize.json"
+BINDINGS = "bindings.json"
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,61 @@ class QuantizeByModelOpt(Stage[Quantized]):
             lambda out: suit_builder(out, self.builder),
         )
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
+
+
+@dataclass(frozen=True)
+class Bound(Artifact):
+    """``model.onnx`` and ``bindings.json``: the ONNX that ships, with its inputs' and outputs' types."""
+
+    @property
+    def model(self) -> File:
+        """The ONNX."""
+        return self.file(MODEL)
+
+    @functools.cached_property
+    def tensors(self) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+        """Inputs and outputs with their types, the image with how it is encoded."""
+
+        def read(found: Mapping[str, Any]) -> tuple[tuple[IoTensor, ...], tuple[IoTensor, ...]]:
+            record = Record(found, BINDINGS)
+            return io_tensors_from_json(record.records("inputs")), io_tensors_from_json(record.records("outputs"))
+
+        return self.read(BINDINGS, read)
+
+
+@dataclass(frozen=True)
+class Bind(Stage[Bound]):
+    """Give inputs and outputs other types than FP32; ``pixels`` is how the images are prepared, where that is known."""
+
+    name: ClassVar[str] = "bind"
+    artifact: ClassVar[type[Artifact]] = Bound
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+
+    model: File
+    input_type: InputType
+    pixels: Preprocess | None
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the ONNX and the types."""
+        del reporter
+        import onnx_ir
+
+        from resvit_export.to_tensorrt.bindings import retype_bindings
+
+        network = onnx_ir.load(self.model.path)
+        encoding = retype_bindings(network, self.input_type, self.pixels)
+        onnx_ir.save(network, folder / MODEL)
+        inputs = [_io_tensor(value) for value in network.graph.inputs]
+        inputs[0] = dataclasses.replace(inputs[0], encoding=encoding)
+        sides = {"inputs": inputs, "outputs": [_io_tensor(value) for value in network.graph.outputs]}
+        document = {name: [tensor.to_json() for tensor in tensors] for name, tensors in sides.items()}
+        (folder / BINDINGS).write_bytes(pretty_json(document))
+
+
+def _io_tensor(value: ir.Value) -> IoTensor:
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
+    dtype = value.dtype.numpy().name if value.dtype is not None else ""
+    return IoTensor(str(value.name), shape, dtype)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from resvit_export.task_choice import Questions, TaskChoice
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Answers
-    from resvit_calibrate.runtime.runner import Runner
+    from resvit_calibrate.runtime.runner import OnnxRunner, Runner
     from resvit_calibrate.runtime.sessions import Arrays
 
 ANSWERS = "answers.npz"
@@ -218,14 +218,15 @@ class AskQuantized(Asked):
             reporter.warn(remark)
         floating = onnx_runner(self.floating.path)
         feeds, least = choose_golden(feeds, runner, floating, sets=self.sets)
-        golden = dataclasses.replace(write_golden(folder, feeds, runner(feeds), self.sets), least_db=least)
+        golden = write_golden(folder, runner.fed(feeds), answers_singly(runner, feeds), self.sets)
+        golden = dataclasses.replace(golden, least_db=least)
         golden, said = self._of_other_sizes(folder, golden, feeds, runner, floating, reporter)
         document = {"files": golden.to_json(), "note": " ".join(filter(None, (runtime_note(), remark, said)))}
         (folder / GOLDEN).write_bytes(pretty_json(document))
         return runner
 
     def _of_other_sizes(
-        self, folder: Path, golden: GoldenFiles, usual: Arrays, runner: Runner, floating: Runner, reporter: Reporter
+        self, folder: Path, golden: GoldenFiles, usual: Arrays, runner: OnnxRunner, floating: Runner, reporter: Reporter
     ) -> tuple[GoldenFiles, str]:
         """Add golden images of the other sizes, and say how near the float network all of them are."""
         from resvit_calibrate.answers.classes import INPUT
@@ -243,7 +244,8 @@ class AskQuantized(Asked):
             if size != self.sizes.usual:
                 images = self.questions.images.batches_in_sizes([size], _OF_EACH_SIZE)
                 feeds, least = choose_golden(next(images).feeds(INPUT), runner, floating, sets=self.sets)
-                files = write_golden(folder, feeds, runner(feeds), self.sets, f"golden_{height}x{width}")
+                named = f"golden_{height}x{width}"
+                files = write_golden(folder, runner.fed(feeds), answers_singly(runner, feeds), self.sets, named)
                 others.append(dataclasses.replace(files, least_db=least))
             expected, found = floating(feeds), runner(feeds)
             found = paired_rows(expected, found) if self.sets else found
@@ -255,6 +257,16 @@ class AskQuantized(Asked):
         if any(ratio < first - _WORSE_DB for ratio in rest):
             reporter.warn(f"quantisation costs more at one size than at the usual one: golden images have {told}")
         return dataclasses.replace(golden, at_sizes=tuple(others)), f"Golden images against the float ONNX: {told}."
+
+
+def answers_singly(runner: Runner, feeds: Arrays) -> Arrays:
+    """What ``runner`` answers to each image alone: an engine's batches must say the same of all of theirs."""
+    count = len(next(iter(feeds.values())))
+    found = [runner({name: value[index : index + 1] for name, value in feeds.items()}) for index in range(count)]
+    return {
+        name: np.concatenate([answer[name] for answer in found]) if first.shape[:1] == (1,) else first
+        for name, first in found[0].items()
+    }
 
 
 def write_golden(

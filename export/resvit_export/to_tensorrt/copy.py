@@ -46,7 +46,8 @@ def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plug
     kernel serves (in FP32, or with an odd head size) instead of computing it from smaller kernels. It cannot stand in
     the validated file: ONNX's checker and ONNX Runtime refuse attributes that the operator does not define.
 
-    For a ``target`` of TensorRT's, ``GridSample`` is said so that its version samples as ONNX means (``sampling``).
+    For a ``target`` of TensorRT's, what its version computes wrongly (``resvit_engines.targets.faults``) is said in
+    another way, where there is one: ``GridSample`` (``sampling``), the scale of attention (``scaling``).
 
     Where ``plugins`` says how kernels of our own reach the engine (``aot`` or ``library``), each node of ours carries
     its kernel, compiled for ``target``.
@@ -56,7 +57,9 @@ def onnx_for_tensorrt(model: Path, out: Path, target: Target | None = None, plug
     network = onnx_ir.load(model)
     changed = _let_attention_decompose(network)
     if target is not None:
-        changed += rewrite_sampling(network, target)
+        from resvit_export.to_tensorrt.scaling import rewrite_scaling
+
+        changed += rewrite_sampling(network, target) + rewrite_scaling(network, target)
     if plugins != "off":
         from resvit_export.to_tensorrt.plugin_kernels import carry_kernels
 

@@ -61,14 +61,24 @@ def _at_batch(model: ir.Model, batch: int) -> ir.Model:
     return model
 
 
+def values_of_inputs(model: ir.Model) -> set[ir.Value]:
+    """The values that depend on the content of a graph input; shapes do not."""
+    data: set[ir.Value] = set(model.graph.inputs) - set(model.graph.initializers.values())
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type not in ("Shape", "Size") and any(value in data for value in node.inputs if value):
+            data.update(node.outputs)
+    return data
+
+
+def attention_chains(model: ir.Model) -> tuple[tuple[ir.Node, ...], ...]:
+    """The nodes of every attention that TensorRT computes: from its first product to its last, or ``Attention``."""
+    return tuple(map(tuple, _Graph(model).chains()))
+
+
 class _Graph:
     def __init__(self, model: ir.Model) -> None:
         self.nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
-        self.data: set[ir.Value] = set(model.graph.inputs) - set(model.graph.initializers.values())
-        """Values that depend on the content of a graph input."""
-        for node in self.nodes:
-            if node.op_type not in ("Shape", "Size") and any(value in self.data for value in node.inputs if value):
-                self.data.update(node.outputs)
+        self.data = values_of_inputs(model)
 
     def pairs(self) -> Iterator[QdqPair]:
         """Every DequantizeLinear whose result is used."""
@@ -93,14 +103,19 @@ class _Graph:
 
     def attention(self) -> Iterator[Attention]:
         """Every ``Attention`` node, and every softmax between two products of computed tensors."""
+        for chain in self.chains():
+            yield self._whole(chain[0]) if chain[0].op_type in _WHOLE else self._block(chain)
+
+    def chains(self) -> Iterator[list[ir.Node]]:
+        """The nodes of each."""
         for node in self.nodes:
             if node.op_type in _WHOLE and not _is_plugin(node):
-                yield self._whole(node)
+                yield [node]
             elif node.op_type == "Softmax" and node.inputs[0] is not None:
                 before = self._back(node.inputs[0], _LONGEST)
                 behind = self._forward(node.outputs[0], _LONGEST)
                 if before and behind:
-                    yield self._block([*before, node, *behind])
+                    yield [*before, node, *behind]
 
     def _whole(self, node: ir.Node) -> Attention:
         query, key = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None

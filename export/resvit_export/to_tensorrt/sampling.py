@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resvit_engines.targets.software import version_of
-from resvit_engines.targets.table import Builder, Target
+from resvit_engines.targets.faults import Pattern, is_rewritten
+from resvit_engines.targets.table import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FAULTY = ((10, 14), (11, 1))
-"""The first and the last TensorRT known to lose a DETR's detections (NVIDIA/TensorRT 4813)."""
 _OLD_WORDS = {"linear": "bilinear", "cubic": "bicubic"}
 
 
@@ -19,14 +17,21 @@ def rewrite_sampling(network: ir.Model, target: Target) -> int:
     """Say sampling, in place, so that the TensorRT of ``target`` does what ONNX means; returns how much changed.
 
     Where that TensorRT samples deformable attention wrongly, it reads its pixels by ``GatherND``: the body of our node,
-    inlined. Any other ``GridSample`` says ``bilinear`` and ``bicubic``, as before opset 20: TensorRT's parsers up to
-    11.1 take ``linear`` for a mode they don't know, and sample the nearest (NVIDIA/TensorRT 4646). ONNX Runtime refuses
-    the old words. TensorRT for RTX has neither fault.
+    inlined. Where its parser takes ``linear`` for a mode that it does not know, and samples the nearest, any other
+    ``GridSample`` says ``bilinear`` and ``bicubic``, as before opset 20. ONNX Runtime refuses these words. Which
+    release does what stands in ``resvit_engines.targets.faults``.
     """
-    if target.builder is Builder.RTX:
-        return 0
-    gathered = _gather(network) if _FAULTY[0] <= version_of(target.tensorrt)[:2] <= _FAULTY[1] else 0
-    return gathered + _spell(network)
+    gathered = _gather(network) if is_rewritten(target, Pattern.DEFORMABLE) else 0
+    return gathered + (_spell(network) if is_rewritten(target, Pattern.SAMPLING_WORDS) else 0)
+
+
+def is_in_new_words(node: ir.Node) -> bool:
+    """Whether a node is a GridSample whose mode is called as from opset 20 on."""
+    return node.op_type == "GridSample" and not node.domain and _mode(node) in _OLD_WORDS
+
+
+def _mode(node: ir.Node) -> str:
+    return node.attributes.get_string("mode", "linear") or ""
 
 
 def _gather(network: ir.Model) -> int:
@@ -48,8 +53,7 @@ def _spell(network: ir.Model) -> int:
 
     count = 0
     for node in network.graph:
-        mode = node.attributes.get_string("mode", "linear") if node.op_type == "GridSample" and not node.domain else ""
-        if mode in _OLD_WORDS:
-            node.attributes["mode"] = onnx_ir.AttrString("mode", _OLD_WORDS[mode])
+        if is_in_new_words(node):
+            node.attributes["mode"] = onnx_ir.AttrString("mode", _OLD_WORDS[_mode(node)])
             count += 1
     return count

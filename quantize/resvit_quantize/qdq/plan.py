@@ -122,6 +122,20 @@ def _widest(seen: ChannelStatistics, values: float, largest: float) -> np.ndarra
     return np.maximum(np.minimum(seen.absmax * factor, largest).astype(np.float32), seen.absmax)
 
 
+def image_readers_in_half(analysis: Analysis, settings: QuantizeSettings) -> tuple[str, ...]:
+    """The layers that read the image and stay in FP16, by name: an image in INT8 has no first Q there."""
+    placement = place(analysis, settings.precision, settings.include, settings.exclude)
+    quantised, spared = {edge.node for edge in placement.edges}, _spared(analysis, settings)
+    return tuple(
+        product.name
+        for product in analysis.products
+        if product.weight is not None
+        and product.node.inputs[0] is not None
+        and analysis.depth.get(product.node.inputs[0], 0) == 0
+        and (product.node not in quantised or product.name in spared)
+    )
+
+
 def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
     """Convolutions that read the image and are cheap enough to stay in FP16, with the reason.
 

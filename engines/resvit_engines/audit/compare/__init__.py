@@ -1,0 +1,1 @@
+"""Two engines side by side, operator by operator: what each fused, where the time went, what got slower."""
