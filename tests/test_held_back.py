@@ -97,6 +97,16 @@ def test_a_gain_on_every_image_is_real_and_one_that_a_single_image_carries_is_no
     assert not gain(errors(one), errors(noise)).is_real
 
 
+def test_where_one_image_holds_most_of_the_noise_the_others_tell() -> None:
+    noise = np.full(8, 0.1)
+    noise[3] = 30.0
+    after = noise / np.array([3.0, 4.0, 2.5, 1.05, 3.5, 3.0, 2.0, 4.0])
+    found = gain(errors(noise), errors(after))
+    assert found.gain_db < 2.0 * found.noise_db
+    assert found.is_real
+    assert not gain(errors(after), errors(noise)).is_real
+
+
 def test_a_gain_that_costs_decisions_is_not_taken() -> None:
     noise = np.full(8, 0.1)
     assert not gain(errors(noise, np.full(8, 0.9)), errors(noise / 2, np.linspace(0.5, 0.6, 8))).is_real

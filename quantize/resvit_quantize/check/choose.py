@@ -130,6 +130,10 @@ class Check:
             return {name: build(self.graph, fold.ranges, way, fold.statistics) for name, way in ways.items()}
         return {name: self.final(name, way) for name, way in ways.items()}
 
+    def forget_but(self, *names: str) -> None:
+        """Keep in memory only what may still ship."""
+        self.built = {name: built for name, built in self.built.items() if name in names}
+
     def note(self, what: str, errors: Errors, gained: Gain | None = None) -> None:
         """Remember what was tried."""
         figures = (gained.gain_db, gained.noise_db) if gained else (0.0, 0.0)
@@ -170,8 +174,9 @@ def checked(
     for what, each in plain_errors.items():
         check.note(what, each, gain(ours, each))
     best = max(plain_errors, key=lambda what: plain_errors[what].sqnr_db)
+    check.forget_but(OURS, best)
     if not gain(plain_errors[best], ours).is_real:
-        name, way, errors = _without_methods(check, settings, ours)
+        name, way, errors = _without_methods(check, settings, ours, best)
         if gain(errors, plain_errors[best]).is_real:
             name, way, errors = best, plain[best], plain_errors[best]
     name, way, layers, note = _mended(check, name, way, errors, held)
@@ -206,7 +211,9 @@ def _mended(
     return name, chosen, taken, note
 
 
-def _without_methods(check: Check, settings: QuantizeSettings, ours: Errors) -> tuple[str, QuantizeSettings, Errors]:
+def _without_methods(
+    check: Check, settings: QuantizeSettings, ours: Errors, plain: str
+) -> tuple[str, QuantizeSettings, Errors]:
     """Leave methods out one at a time, as long as that helps."""
     name, way, errors = OURS, settings, ours
     left: list[str] = []
@@ -220,6 +227,7 @@ def _without_methods(check: Check, settings: QuantizeSettings, ours: Errors) -> 
         for what, each in found.items():
             check.note(what, each, gain(errors, each))
         best = max(found, key=lambda what: found[what].sqnr_db, default=None)
+        check.forget_but(plain, name, *([best] if best else []))
         if best is None or not gain(errors, found[best]).is_real:
             break
         left = [switch for switch in _SWITCHES if not getattr(ways[best].methods, switch)]

@@ -20,6 +20,8 @@ _BEYOND = 2.0
 """Standard errors that a difference must exceed."""
 _LEAST_DB = 0.2
 """A gain that is worth a change."""
+_MOST_DB = 20.0
+"""What one image alone can count for."""
 _HUGE = 1e12
 _CLASSES = 3
 
@@ -62,11 +64,15 @@ class Gain:
     noise_db: float
     disagrees: bool
     """Whether its decisions are worse beyond what images differ."""
+    steady: bool = False
+    """Whether images taken alone gain, beyond what they differ: where a few images hold most of the noise, their sum
+    tells little, and the others much."""
 
     @property
     def is_real(self) -> bool:
-        """Whether it is beyond the noise of these images, and no decisions are lost."""
-        return self.gain_db > max(_LEAST_DB, _BEYOND * self.noise_db) and not self.disagrees
+        """Whether it is beyond the noise of these images, together or each alone, and no decisions are lost."""
+        beyond = self.steady or self.gain_db > _BEYOND * self.noise_db
+        return self.gain_db > _LEAST_DB and beyond and not self.disagrees
 
 
 def gain(before: Errors, after: Errors) -> Gain:
@@ -79,11 +85,13 @@ def gain(before: Errors, after: Errors) -> Gain:
         return Gain(value, math.inf, False)
     without = 10.0 * np.log10((one.sum() - one + tiny).clip(tiny) / (other.sum() - other + tiny).clip(tiny))
     noise = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
+    alone = (10.0 * np.log10((one + tiny) / (other + tiny))).clip(-_MOST_DB, _MOST_DB)
+    steady = float(alone.mean()) > _BEYOND * float(alone.std(ddof=1)) / math.sqrt(count)
     disagrees = False
     if before.alike is not None and after.alike is not None:
         lost = before.alike - after.alike
         disagrees = float(lost.mean()) > _BEYOND * float(lost.std(ddof=1)) / math.sqrt(count)
-    return Gain(value, noise, disagrees)
+    return Gain(value, noise, disagrees, steady)
 
 
 class Judge:
