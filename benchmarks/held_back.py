@@ -58,10 +58,11 @@ _BATCH = 8
 def main(*, runs: tuple[Path, ...], images: int) -> None:
     """Measure each run, and write the table of all that are known."""
     kept = RESULTS / "held-back.json"
-    rows: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for run in runs:
         click.echo(run.name, err=True)
-        rows[run.name] = measured(run, images)
+        row = measured(run, images)
+        rows: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        rows[run.name] = row
         write_atomic(kept, (json.dumps(rows, indent=1) + "\n").encode())
         write_atomic(RESULTS / "held-back.md", page(rows).encode())
 

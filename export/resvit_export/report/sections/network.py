@@ -235,6 +235,6 @@ def _mended_cost(data: ReportData) -> list[str]:
     chosen = data.costs.chosen
     taken = sum(layer.total_us for layer in chosen.layers if layer.name in names)
     return [
-        f"The {wording.plural(len(names), 'layer')} whose error is out of line and that stay in FP16 take "
+        f"Left in FP16 because their error is out of line: {wording.plural(len(names), 'layer')}, "
         f"{wording.number(taken, 1)} of {wording.number(chosen.total_us, 1)} µs."
     ]
