@@ -25,6 +25,7 @@ import click
 import numpy as np
 from machine import write_result
 
+from resvit_calibrate.images.held_back import HELD_BACK
 from resvit_calibrate.images.image_set import Batch
 from resvit_engines.process import peak_memory_mib
 
@@ -36,6 +37,14 @@ def images_in_batches(shape: tuple[int, ...], images: int, batch: int) -> Iterat
     pool = np.random.default_rng(0).standard_normal((min(images, POOL), *shape), dtype=np.float32)
     for start in range(0, images, batch):
         yield Batch(pool[np.arange(start, min(start + batch, images)) % len(pool)], None)
+
+
+def first_of(batches: list[Batch], count: int) -> Iterator[Batch]:
+    """The first so many images."""
+    for batch in batches:
+        if count > 0:
+            yield batch.first(count)
+        count -= len(batch.images)
 
 
 def plain(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
@@ -53,17 +62,22 @@ def plain(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
 
 
 def ours(model: Path, feed: Iterator[Batch], out: Path) -> Callable[[], None]:
-    """Statistics, ranges, smoothing, bias correction, Q/DQ and FP16: what ``--effort fast`` does."""
+    """All of ``--effort fast``: statistics, ranges, smoothing, biases, the check on held-back images, Q/DQ and FP16."""
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.ranges import ranges_from
     from resvit_engines.targets.table import Precision
+    from resvit_quantize.check.choose import HeldBack
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import QuantizeSettings
 
     def work() -> None:
+        held = []
+        while sum(len(batch.images) for batch in held) < HELD_BACK:
+            held.append(next(feed))
         seen = collect_statistics(model, feed)
         ranges = ranges_from(seen, "random images")
-        quantize_model(model, ranges, QuantizeSettings(Precision.INT8), out, statistics=seen)
+        judged = HeldBack(lambda count: first_of(held, count), ranged=lambda count: first_of(held, count))
+        quantize_model(model, ranges, QuantizeSettings(Precision.INT8), out, statistics=seen, held_back=judged)
 
     return work
 

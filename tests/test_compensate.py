@@ -21,7 +21,7 @@ from resvit_quantize.placement.grid import largest_level, quantise_weight
 from resvit_quantize.placement.placement import Weight, weight_key
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
-from resvit_quantize.quantize import mean_errors
+from resvit_quantize.qdq.quantised import mean_errors
 from resvit_quantize.settings import Methods, QuantizeSettings
 
 torch = pytest.importorskip("torch")

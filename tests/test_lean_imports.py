@@ -25,7 +25,7 @@ ORDER = {
         "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
     ),
     "resvit_quantize": (
-        "quantize", "rounding", "recovery", "sensitivity", "search", "pruning.distill", "pruning.sparsity",
+        "quantize", "check", "rounding", "recovery", "sensitivity", "search", "pruning.distill", "pruning.sparsity",
         "pruning.choose", "pruning.find", "pruning", "training", "modelopt", "torch_graph", "qdq", "equalize", "fusion",
         "placement", "graph", "fold", "settings",
     ),

@@ -19,7 +19,10 @@ from resvit_engines.builder.engine_report import EngineReport
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import BundledFile, GoldenFiles
 from resvit_engines.records import Record
-from resvit_engines.targets.table import TARGETS
+from resvit_engines.targets.costs import LayerTime, Prediction
+from resvit_engines.targets.layer_work import LayerKind
+from resvit_engines.targets.table import TARGETS, Precision, find_target
+from resvit_export.records.costs import CostsRecord
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.report.layout.data import ChangedImage, ReportData
 from resvit_export.report.layout.pictures import png_from_pixels, share_beyond, steps_from_histogram, ticks_between
@@ -30,7 +33,9 @@ from resvit_export.report.sections.network import kept_from_quantize
 from resvit_export.report.sections.ranges import pictures_from_ranges
 from resvit_export.to_onnx.report import ExportReport
 from resvit_quantize.fold.program import FoldReport
+from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
 from resvit_quantize.qdq.report import QuantizeReport
+from resvit_quantize.search.search import worth_it
 from resvit_quantize.sensitivity.own_noise import OwnNoise
 
 VOID = {"meta", "img", "wbr", "br", "link", "hr", "input"}
@@ -453,6 +458,35 @@ def test_who_is_to_blame_for_a_low_ratio_is_said_below_the_verdict() -> None:
 def test_chance_level_is_said_in_words() -> None:
     page = html_from_run(ReportData(name="run", verdict=verdict("undecided", chance_level=True)))
     assert "no drop can be measured" in page
+
+
+def test_the_held_back_check_is_told_with_its_figures_and_what_its_layers_take() -> None:
+    tried = (
+        Tried(OURS, 18.2, 0.986),
+        Tried("plain max", 14.9, 0.978, -3.3, 1.5),
+        Tried("all methods, 1 layer in FP16", 20.9, 0.99, 2.7, 0.4),
+    )
+    check = HeldBackCheck(16, False, tried, tried[2].what, (MendedLayer("stem.dw/Conv", 0.31, 0.004),))
+    times = [
+        LayerTime(name, LayerKind.CONV, Precision.FP16, 1.0, 1.0, 1.0, 0.0, total, 1, 1, 1)
+        for name, total in (("stem.dw/Conv", 12.5), ("wide/Conv", 87.5))
+    ]
+    predicted = Prediction("l4", tuple(times))
+    costs = CostsRecord(worth_it(predicted, predicted, find_target("l4")), predicted, predicted)
+    held = quantize(held_back=check.to_json())
+    page = html_from_run(dataclasses.replace(full(), quantize=held, costs=costs))
+    section = page[page.index('id="held-back"') : page.index('id="costs"')]
+    for text in (
+        "16 calibration images",
+        "18.2 dB",
+        "97.8%",
+        "-3.3 ± 1.5 dB",
+        "Taken: all methods, 1 layer in FP16",
+        "31%",
+    ):
+        assert text in section
+    assert "Left in FP16 because their error is out of line: 1 layer, 12.5 of 100.0 µs." in page
+    assert 'id="held-back"' not in html_from_run(full())
 
 
 def test_kept_nodes_are_grouped_by_reason_with_the_most_arithmetic_first() -> None:

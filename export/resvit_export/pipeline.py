@@ -154,7 +154,7 @@ class Pipeline:
         """The ranges of all activations, from one pass over the calibration images."""
         self.doubt  # noqa: B018  (data that cannot be validated on, or are fed wrongly, are told before the pass)
         how = (self.images[0], self.preprocess, self.network.images_per_call, self.network.sizes)
-        stage = calibrate.Calibrate(self.float_model, *how)
+        stage = calibrate.Calibrate(self.float_model, *how, holds_back=True)
         if not self.run.folder.has(stage):
             self._require_ready(self.exported)
         return self.do(stage)
@@ -171,7 +171,8 @@ class Pipeline:
         if self.recipe.quantizer is Quantizer.MODELOPT:
             return self.do(quantize.QuantizeByModelOpt(self.float_model, *how))
         clips = self.recovered.clips if self.variant.recovers else None
-        return self.do(quantize.Quantize(self.float_model, ranges.ranges, ranges.statistics, clips, *how))
+        selects = self.exported.report.selects_rows
+        return self.do(quantize.Quantize(self.float_model, ranges.ranges, ranges.statistics, clips, *how, selects))
 
     @property
     def half(self) -> quantize.Halve:

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.table import Precision
-from resvit_quantize.equalize.biases import add_biases
-from resvit_quantize.equalize.smoothing import Reader
+from resvit_quantize.check.choose import HeldBack, build, checked
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import onnx_from_network
-from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
 from resvit_quantize.qdq.half import half_from_network
-from resvit_quantize.qdq.insert import insert_qdq
-from resvit_quantize.qdq.plan import Plan, plan_quantization
+from resvit_quantize.qdq.held_back import HeldBackCheck
 from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, Suit, as_it_is, report_from_graph
 from resvit_quantize.qdq.wide_biases import widen_biases
 from resvit_quantize.settings import Effort, QuantizeSettings
@@ -35,34 +30,35 @@ def quantize_model(
     *,
     statistics: Statistics | None = None,
     images: Callable[[int], Iterable[Batch]] | None = None,
+    held_back: HeldBack | None = None,
     suit: Suit = as_it_is,
 ) -> QuantizeReport:
     """Write the quantised form of ``model`` to ``out``, with inputs and outputs in FP32 as they were.
 
     ``statistics`` are the calibration's by channel; ``images(n)`` gives the first n calibration images or all,
-    in batches, for ``Effort.BEST``. ``suit`` rewrites the file for a builder before it is reported
+    in batches, for ``Effort.BEST``. On the images of ``held_back`` methods are judged that ``Effort.FAST`` uses, and
+    those that hurt are left out (see :func:`checked`). ``suit`` rewrites the file for a builder before it is reported
     on. Raises :class:`ResvitError` for a model that does not read
     or check, as :func:`plan_quantization` does, for weights that are not finite, and for ``Effort.BEST`` without
     images.
     """
     graph, compensation = graph_from_onnx(model), None
+    check: HeldBackCheck | None = None
     if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
         if images is None:
             raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
         from resvit_quantize.rounding.learned_plan import learned_plan
 
         plan, compensation = learned_plan(graph, ranges, settings, statistics, images, reporter)
+        compensation.insert_into(plan.network, plan.placement, settings.bits)
+    elif held_back is not None and settings.precision is not Precision.FP16:
+        built, check = checked(model, graph, ranges, settings, statistics, held_back)
+        plan, settings = built.plan, built.settings
     else:
-        plan = plan_quantization(graph, ranges, settings, statistics)
+        plan = build(graph, ranges, settings, statistics).plan
     network, placement, precision = plan.network, plan.placement, settings.precision
     if not placement.edges and precision is not Precision.FP16:
         reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
-    if compensation is not None:
-        compensation.insert_into(network, placement, settings.bits)
-    else:
-        biases = mean_errors(plan, settings.bits) if settings.methods.bias_correction else {}
-        insert_qdq(network, placement, plan.amax, {}, settings.bits)
-        add_biases(network, biases)
     amax = plan.amax if compensation is None else compensation.amax
     moved = {item.tensor for item in plan.moved}
     clips = {n: float(clip) for (n, _), clip in sorted(amax.items()) if n in ranges.tensors and n not in moved}
@@ -82,25 +78,5 @@ def quantize_model(
         effort=settings.effort.value,
         clips=clips,
         smoothed=[SmoothedTensor(item.tensor, item.strength, round(item.gain_db, 2)) for item in plan.moved],
+        held_back=check,
     )
-
-
-def mean_errors(plan: Plan, bits: int = 8) -> dict[str, np.ndarray]:
-    """What rounding the weights takes from the mean of each layer's outputs, [O] by node name.
-
-    Bias correction in closed form (Nagel et al. 2019): (W - Ŵ) E[x], the padding of convolutions left out of
-    account.
-    """
-    found: dict[str, np.ndarray] = {}
-    for place_ in plan.placement.weights:
-        node = place_.node
-        value = node.inputs[0]
-        mean = plan.means.get(str(value and value.name))
-        weight = require_finite(place_)
-        if mean is None or node.op_type == "ConvTranspose":
-            continue
-        rounded = StoredWeight(*quantise_weight(weight, place_.axis, place_.precision, bits))
-        reader = Reader(node, weight - rounded.restored(place_.axis))
-        if len(reader.by_input()) == len(mean):
-            found[str(node.name)] = reader.mean_output(mean).astype(np.float32)
-    return found

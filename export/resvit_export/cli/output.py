@@ -186,7 +186,8 @@ def _ranges(ranges: Ranges) -> list[Table | str]:
 
 
 def _quantize(report: QuantizeReport) -> list[Table | str]:
-    return [quantize_table(report), *(f"FP32: {item.name} — {item.reason}" for item in report.fp32)]
+    held_back = [escape(report.held_back.sentence)] if report.held_back else []
+    return [quantize_table(report), *held_back, *(f"FP32: {item.name} — {item.reason}" for item in report.fp32)]
 
 
 def quantize_table(report: QuantizeReport) -> Table:
@@ -301,6 +302,8 @@ def show_build(built: Built, output: Output) -> None:
     if not output.quiet:
         screen.print(accuracy_table(built.verdict))
         screen.print(quantize_table(built.quantized))
+        if built.quantized.held_back:
+            screen.print(escape(built.quantized.held_back.sentence), soft_wrap=True)
         if pipeline.variant.recovers:
             for item in _recover(pipeline.recovered.report):
                 screen.print(item, soft_wrap=True)

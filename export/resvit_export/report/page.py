@@ -30,6 +30,7 @@ def html_from_run(data: ReportData) -> str:
         curve_box=(pruning.WIDTH, pruning.HEIGHT),
         groups=network.groups_from_quantize(data.quantize) if data.quantize else [],
         kept=network.kept_from_quantize(data.quantize) if data.quantize else [],
+        held_back=network.held_back_from_quantize(data.quantize) if data.quantize else None,
         sizes=network.sizes_from_run(data),
         facts=network.facts_from_run(data),
         folds=network.folds_from_run(data),

@@ -91,15 +91,18 @@ class Calibrate(Stage[Calibrated]):
     batch_size: int
     sizes: SizeRange | None
     """Those that the images are prepared in, in turn; None for the one of ``preprocess``."""
+    holds_back: bool
+    """Whether some images are left to judge the quantised network by (see ``images/held_back.py``)."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write ranges and statistics; what is doubtful about the images is said, and kept in ``images.json``."""
+        from resvit_calibrate.images.held_back import held_apart
         from resvit_calibrate.ranges.collect import collect_statistics
         from resvit_calibrate.ranges.diagnostics import diagnostics_from_statistics, tell
         from resvit_calibrate.ranges.ranges import ranges_from, save_ranges
         from resvit_calibrate.ranges.statistics import save_statistics
 
-        images = self.images
+        images = held_apart(self.images).ranges if self.holds_back else self.images
         if self.sizes is None:
             batches = images.batches(self.batch_size)
         else:

@@ -58,8 +58,9 @@ class Quantized(Artifact):
 class Quantize(Stage[Quantized]):
     """Quantise a float model with our own quantiser, in the form that ``builder`` does best.
 
-    ``clips`` are what recovery learned with the weights; where there are any, no statistics are used. ``images``, of
-    ``batch_size`` at a time, are what ``--effort best`` learns from.
+    ``clips`` are what recovery learned with the weights; where there are any, no statistics are used and nothing is
+    judged. ``images``, of ``batch_size`` at a time, are what ``--effort best`` learns from, and ``fast`` is judged on;
+    ``selects_rows`` (see :class:`ExportReport`) says that rows of outputs may change places.
     """
 
     name: ClassVar[str] = "quantize"
@@ -74,11 +75,14 @@ class Quantize(Stage[Quantized]):
     images: ImageSet
     batch_size: int
     builder: Builder | None
+    selects_rows: bool
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the quantised model and its report."""
+        from resvit_calibrate.images.held_back import held_apart
         from resvit_calibrate.ranges.ranges import ranges_from_json
         from resvit_calibrate.ranges.statistics import statistics_from_npz
+        from resvit_quantize.check.choose import HeldBack
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
 
@@ -86,6 +90,14 @@ class Quantize(Stage[Quantized]):
         if self.clips is not None:
             settings = settings_behind_recovery(settings)
             ranges = pinned_ranges(ranges, self.clips.json())
+        apart = held_apart(self.images)
+        judged = apart.held or apart.ranges
+        held_back = HeldBack(
+            lambda count: judged.first(count, self.batch_size),
+            apart.held is not None,
+            self.selects_rows,
+            lambda count: apart.ranges.first(count, self.batch_size),
+        )
         report = quantize_model(
             self.model.path,
             ranges,
@@ -94,6 +106,7 @@ class Quantize(Stage[Quantized]):
             reporter,
             statistics=self.statistics.read(statistics_from_npz) if self.clips is None else None,
             images=lambda count: self.images.first(count, self.batch_size),
+            held_back=held_back if self.clips is None else None,
             suit=lambda out: suit_builder(out, self.builder),
         )
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from resvit_quantize.graph.analysis import Analysis, HybridPart
 from resvit_quantize.qdq.half import KeptFloat
+from resvit_quantize.qdq.held_back import HeldBackCheck
 
 _NAMES = {
     ir.DataType.INT8: "int8",
@@ -83,6 +84,8 @@ class QuantizeReport:
     smoothed: tuple[SmoothedTensor, ...]
     bytes_before: int
     bytes_after: int
+    held_back: HeldBackCheck | None = None
+    """What was compared on held-back images; None where nothing was."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,6 +94,7 @@ class QuantizeReport:
             "nodes": [asdict(n) for n in self.nodes],
             "fp32": [asdict(n) for n in self.fp32],
             "smoothed": [asdict(n) for n in self.smoothed],
+            "held_back": self.held_back.to_json() if self.held_back else None,
         }
 
     @classmethod
@@ -101,6 +105,7 @@ class QuantizeReport:
             "nodes": tuple(NodeReport(**item) for item in document["nodes"]),
             "fp32": tuple(KeptFloat(**item) for item in document["fp32"]),
             "smoothed": tuple(SmoothedTensor(**item) for item in document["smoothed"]),
+            "held_back": HeldBackCheck.from_json(held) if (held := document.get("held_back")) else None,
         }
         return cls(**{**document, **parts})
 
@@ -118,6 +123,7 @@ def report_from_graph(
     effort: str = "fast",
     clips: Mapping[str, float] | None = None,
     smoothed: Sequence[SmoothedTensor] = (),
+    held_back: HeldBackCheck | None = None,
 ) -> QuantizeReport:
     """Compare the float graph's products with the nodes of the same name (or output) in ``model``.
 
@@ -156,6 +162,7 @@ def report_from_graph(
         smoothed=tuple(smoothed),
         bytes_before=sizes[0],
         bytes_after=sizes[1],
+        held_back=held_back,
     )
 
 

@@ -48,6 +48,18 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class HeldBackRows:
+    """What was compared on held-back images: rows (way, SQNR, arg-max alike, gain), and what was taken."""
+
+    images: str
+    rows: list[tuple[str, str, str, str]]
+    taken: str
+    mended: list[tuple[str, str, str]]
+    """Layers left in FP16: name, share of the noise, share of the arithmetic."""
+    note: str
+
+
+@dataclass(frozen=True)
 class Bar:
     """A size; ``width`` in % of the largest."""
 
@@ -99,6 +111,26 @@ def kept_from_quantize(quantize: QuantizeReport) -> list[Kept]:
         share = f"{wording.small_percent(macs / total)} of the arithmetic" if macs and total else ""
         kept.append(Kept(reason, wording.plural(len(nodes), "node"), share, [node[:3] for node in nodes]))
     return kept
+
+
+def held_back_from_quantize(quantize: QuantizeReport) -> HeldBackRows | None:
+    """Our methods beside plain ranges on held-back images; None where nothing was compared."""
+    check = quantize.held_back
+    if check is None or not check.tried:
+        return None
+    rows = [
+        (
+            item.what,
+            f"{item.sqnr_db:.1f} dB",
+            "" if item.agreement is None else wording.percent(item.agreement, 1),
+            "" if not index else f"{item.gain_db:+.1f} ± {item.noise_db:.1f} dB",
+        )
+        for index, item in enumerate(check.tried)
+    ]
+    images = wording.plural(check.images, "calibration image")
+    how = "each half judged by ranges of the other" if check.by_halves else "from which no range was taken"
+    mended = [(item.node, wording.percent(item.noise, 0), wording.small_percent(item.macs)) for item in check.mended]
+    return HeldBackRows(f"{images}, {how}", rows, check.taken, mended, check.note)
 
 
 def sizes_from_run(data: ReportData) -> list[Bar]:
@@ -186,9 +218,23 @@ def costs_from_run(data: ReportData) -> Costs | None:
         return None
     found = data.search
     return Costs(
-        [data.costs.worth.sentence, *(found.sentences if found else ())],
+        [data.costs.worth.sentence, *_mended_cost(data), *(found.sentences if found else ())],
         [
             (item.node, item.precision.value.upper(), wording.number(item.costs_us, 2), f"{item.saves:.1e}")
             for item in (found.raised if found else ())
         ],
     )
+
+
+def _mended_cost(data: ReportData) -> list[str]:
+    """What the layers out of line take in FP16, by the prediction."""
+    check = data.quantize.held_back if data.quantize else None
+    if data.costs is None or check is None or not check.mended:
+        return []
+    names = {item.node for item in check.mended}
+    chosen = data.costs.chosen
+    taken = sum(layer.total_us for layer in chosen.layers if layer.name in names)
+    return [
+        f"Left in FP16 because their error is out of line: {wording.plural(len(names), 'layer')}, "
+        f"{wording.number(taken, 1)} of {wording.number(chosen.total_us, 1)} µs."
+    ]

@@ -1,0 +1,252 @@
+"""The check on held-back images: methods that hurt are left out, layers out of line stay in FP16, and it is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantize_graphs import Graph, outputs_of, sqnr
+from resvit_calibrate.data.image_sets import open_image_sets
+from resvit_calibrate.images.held_back import FEWEST, HELD_BACK, held_apart
+from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
+from resvit_calibrate.images.preprocess import Preprocess
+from resvit_calibrate.ranges.collect import collect_statistics
+from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_engines.targets.table import Precision
+from resvit_quantize.check.choose import HeldBack
+from resvit_quantize.check.judge import Errors, gain
+from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
+from resvit_quantize.qdq.report import QuantizeReport
+from resvit_quantize.quantize import quantize_model
+from resvit_quantize.settings import Methods, QuantizeSettings
+
+INT8 = QuantizeSettings(Precision.INT8)
+PLAIN = Methods(smoothing=False, shifting=False, output_ranges=False, bias_correction=False)
+
+
+def source(images: np.ndarray, size: int = 4) -> Callable[[int], Iterator[Batch]]:
+    def images_of(count: int) -> Iterator[Batch]:
+        for start in range(0, min(count, len(images)), size):
+            yield Batch(images[:count][start : start + size], None)
+
+    return images_of
+
+
+def quantized(
+    path: Path, out: Path, seen: np.ndarray, held_back: HeldBack | None, settings: QuantizeSettings = INT8
+) -> QuantizeReport:
+    statistics = collect_statistics(path, [{"input": seen[at : at + 4]} for at in range(0, len(seen), 4)])
+    return quantize_model(
+        path, ranges_from(statistics, "digest"), settings, out, statistics=statistics, held_back=held_back
+    )
+
+
+# Images.
+
+
+def image_set(tmp_path: Path, count: int, *, alike: bool = False) -> ImageSet:
+    pixels = np.random.default_rng(1).integers(0, 255, (count, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels[:1].repeat(count, 0) if alike else pixels)
+    np.savez(tmp_path / "others.npz", images=255 - pixels[:2])
+    where = str(tmp_path / "images.npz"), str(tmp_path / "others.npz")
+    spec = DataSpec(*where, calibration_images=count, validation_images=2, unlabelled=True)
+    return open_image_sets(spec, Preprocess((8, 8), 3))[0]
+
+
+@pytest.mark.parametrize(("count", "held"), [(FEWEST, 8), (128, 16), (200, HELD_BACK)])
+def test_the_first_images_are_held_back_and_no_range_is_taken_from_them(tmp_path: Path, count: int, held: int) -> None:
+    images = image_set(tmp_path, count)
+    apart = held_apart(images)
+    assert apart.held is not None
+    assert apart.held.contents == images.contents[:held]
+    assert apart.ranges.contents == images.contents[held:]
+    assert len(next(apart.held.batches(32)).images) == held
+
+
+def test_of_few_images_none_is_held_back(tmp_path: Path) -> None:
+    images = image_set(tmp_path, FEWEST - 1)
+    apart = held_apart(images)
+    assert apart.held is None
+    assert apart.ranges is images
+
+
+def test_where_all_images_are_equal_none_is_held_back(tmp_path: Path) -> None:
+    assert held_apart(image_set(tmp_path, 100, alike=True)).held is None
+
+
+# What differs beyond noise.
+
+
+def errors(noise: np.ndarray, alike: np.ndarray | None = None) -> Errors:
+    return Errors(noise[:, None], np.ones((len(noise), 1)), alike)
+
+
+def test_a_gain_on_every_image_is_real_and_one_that_a_single_image_carries_is_not() -> None:
+    noise = np.full(8, 0.1)
+    assert gain(errors(noise), errors(noise / 2)).is_real
+    assert gain(errors(noise), errors(noise / 2)).gain_db == pytest.approx(10 * math.log10(2))
+    one = noise.copy()
+    one[3] = 10.0
+    assert gain(errors(one), errors(noise)).gain_db > 10.0
+    assert not gain(errors(one), errors(noise)).is_real
+
+
+def test_where_one_image_holds_most_of_the_noise_the_others_tell() -> None:
+    noise = np.full(8, 0.1)
+    noise[3] = 30.0
+    after = noise / np.array([3.0, 4.0, 2.5, 1.05, 3.5, 3.0, 2.0, 4.0])
+    found = gain(errors(noise), errors(after))
+    assert found.gain_db < 2.0 * found.noise_db
+    assert found.is_real
+    assert not gain(errors(after), errors(noise)).is_real
+
+
+def test_a_gain_that_costs_decisions_is_not_taken() -> None:
+    noise = np.full(8, 0.1)
+    assert not gain(errors(noise, np.full(8, 0.9)), errors(noise / 2, np.linspace(0.5, 0.6, 8))).is_real
+
+
+def test_three_images_tell_nothing_and_numbers_that_are_not_finite_lose() -> None:
+    noise = np.full(8, 0.1)
+    assert not gain(errors(noise[:3]), errors(noise[:3] / 100)).is_real
+    assert gain(errors(np.where(np.arange(8) == 2, np.nan, noise)), errors(noise)).gain_db > 100.0
+
+
+# Methods.
+
+
+def unlike(path: Path) -> Path:
+    """Half of the hidden channels hang on features that calibration hardly shows."""
+    g = Graph("N", 32, 32)
+    weight = g.random.standard_normal((32, 64)).astype(np.float32) / 4
+    weight[8:, :32] = 0.0
+    weight[:8, 32:] = 0.0
+    hidden = g.op("MatMul", "input", g.constant("fc1.weight", weight), name="fc1/MatMul")
+    hidden = g.op("Relu", hidden, name="fc1/Relu")
+    value = g.linear(hidden, 64, 48, "fc2")
+    pooled = g.op("ReduceMean", value, g.ints(1), name="pool", keepdims=0)
+    head, bias = g.weight("head.weight", 10, 48), g.weight("head.bias", 10)
+    return g.save(path, g.op("Gemm", pooled, head, bias, name="head", transB=1))
+
+
+def features(count: int, seed: int, first: float) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((count, 32, 32)).astype(np.float32)
+    values[:, :, :8] *= first
+    return values
+
+
+def test_a_method_that_hurts_on_held_back_images_is_left_out(tmp_path: Path) -> None:
+    path = unlike(tmp_path / "float.onnx")
+    seen, held, others = features(64, 0, 0.01), features(16, 1, 1.0), features(64, 2, 1.0)
+    expected = outputs_of(path, others)["logits"]
+    before = quantized(path, tmp_path / "ours.onnx", seen, None)
+    assert before.smoothed
+    assert before.held_back is None
+    quantized(path, tmp_path / "plain.onnx", seen, None, replace(INT8, methods=PLAIN))
+    report = quantized(path, tmp_path / "checked.onnx", seen, HeldBack(source(held)))
+    ours, plain, checked = (
+        sqnr(expected, outputs_of(tmp_path / f"{name}.onnx", others)["logits"]) for name in ("ours", "plain", "checked")
+    )
+    assert ours < plain - 3.0
+    assert checked > plain - 0.5
+    check = report.held_back
+    assert check is not None
+    assert check.plain
+    assert not report.smoothed
+    assert (check.images, check.by_halves) == (16, False)
+    assert [item.what for item in check.tried[:3]] == [OURS, "plain max", "plain percentile"]
+    assert f"Taken: {check.taken}" in check.sentence
+
+
+def test_methods_that_serve_are_kept_and_the_file_is_the_same(tmp_path: Path) -> None:
+    path = unlike(tmp_path / "float.onnx")
+    report = quantized(path, tmp_path / "checked.onnx", features(64, 0, 1.0), HeldBack(source(features(16, 1, 1.0))))
+    assert report.held_back is not None
+    assert report.held_back.taken == OURS
+    quantized(path, tmp_path / "ours.onnx", features(64, 0, 1.0), None)
+    assert (tmp_path / "checked.onnx").read_bytes() == (tmp_path / "ours.onnx").read_bytes()
+
+
+def test_of_few_images_each_half_judges_the_other_and_the_same_comes_out_again(tmp_path: Path) -> None:
+    path, seen = unlike(tmp_path / "float.onnx"), features(8, 0, 1.0)
+    held_back = HeldBack(source(seen), apart=False)
+    reports = [quantized(path, tmp_path / f"{name}.onnx", seen, held_back) for name in "ab"]
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert reports[0] == reports[1]
+    check = reports[0].held_back
+    assert check is not None
+    assert (check.images, check.by_halves) == (8, True)
+
+
+def test_too_few_images_are_said(tmp_path: Path) -> None:
+    path, seen = unlike(tmp_path / "float.onnx"), features(3, 0, 1.0)
+    check = quantized(path, tmp_path / "out.onnx", seen, HeldBack(source(seen), apart=False)).held_back
+    assert check is not None
+    assert check.sentence == "Held-back check: none (there are 3 images, and it takes 4)."
+
+
+# Layers.
+
+
+def uneven(path: Path) -> Path:
+    """A depthwise convolution of one channel that is far larger than the others, and small weights on it."""
+    g = Graph("N", 16, 16, 16)
+    array = (g.random.standard_normal((64, 16, 3, 3)) / 12).astype(np.float32)
+    array[:4] *= 2000.0
+    first = g.constant("first.scaled", array)
+    value = g.op("Relu", g.op("Conv", "input", first, name="first/Conv", pads=[1] * 4), name="first/Relu")
+    array = (g.random.standard_normal((64, 1, 3, 3)) / 3).astype(np.float32)
+    array[:4] /= 2000.0
+    depthwise = g.constant("depthwise.weight", array)
+    value = g.op("Conv", value, depthwise, name="depthwise/Conv", pads=[1] * 4, group=64)
+    value = g.op("Relu", g.conv(value, 64, 64, name="wide/Conv"), name="wide/Relu")
+    pooled = g.op("GlobalAveragePool", g.conv(value, 64, 64, name="last/Conv"), name="pool")
+    flat = g.op("Flatten", pooled, name="flat")
+    head, bias = g.weight("head.weight", 10, 64), g.weight("head.bias", 10)
+    return g.save(path, g.op("Gemm", flat, head, bias, name="head", transB=1))
+
+
+@pytest.mark.whole
+def test_a_layer_out_of_line_stays_in_fp16_and_its_cost_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = uneven(tmp_path / "float.onnx")
+    images = np.random.default_rng(0).standard_normal((72, 16, 16, 16)).astype(np.float32)
+    seen, held, others = images[:32], images[32:48], images[48:]
+    settings = replace(INT8, methods=Methods(smoothing=False, shifting=False))
+    without = quantized(path, tmp_path / "ours.onnx", seen, HeldBack(source(held)), settings)
+    report = quantized(path, tmp_path / "mended.onnx", seen, HeldBack(source(held), ranged=source(seen)), settings)
+    expected = outputs_of(path, others)["logits"]
+    ours, mended = (
+        sqnr(expected, outputs_of(tmp_path / f"{name}.onnx", others)["logits"]) for name in ("ours", "mended")
+    )
+    assert mended > ours + 3.0
+    assert without.held_back is not None
+    assert without.held_back.mended == ()
+    check = report.held_back
+    assert check is not None
+    assert [item.node for item in check.mended] == ["depthwise/Conv"]
+    assert check.mended[0].macs < 0.02 < 0.3 < check.mended[0].noise
+    nodes = {node.name: (node.precision, node.reason) for node in report.nodes}
+    assert nodes["depthwise/Conv"][0] == "fp16"
+    assert nodes["depthwise/Conv"][1].startswith("its error is out of line")
+    assert nodes["wide/Conv"][0] == "int8"
+    asked = replace(settings, include=("depthwise/*",))
+    kept = quantized(path, tmp_path / "asked.onnx", seen, HeldBack(source(held), ranged=source(seen)), asked)
+    assert kept.held_back is not None
+    assert "depthwise/Conv" not in {item.node for item in kept.held_back.mended}
+
+
+# The record.
+
+
+def test_the_record_comes_back_as_it_was() -> None:
+    tried = (Tried(OURS, math.inf, None), Tried("plain max", 20.5, 0.98, -1.0, math.inf))
+    check = HeldBackCheck(16, False, tried, OURS, (MendedLayer("conv", 0.3, 0.01),), "Nothing else.")
+    assert HeldBackCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
+    assert "plain max 20.5 dB (98.0% of the arg-max alike)" in check.sentence
