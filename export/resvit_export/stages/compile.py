@@ -17,7 +17,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
-from resvit_engines.targets.table import Target
+from resvit_engines.targets.table import Precision, Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -65,13 +65,14 @@ class PlannedInput:
     """File name of the bundle, which the plan's commands name."""
 
 
-def planned_input(report: ExportReport, run: Run) -> PlannedInput:
+def planned_input(report: ExportReport, run: Run, ships: Precision) -> PlannedInput:
     """What the export says of the graph's inputs; of an image that may have several sizes the usual one."""
     sizes = run.recipe.sizes
     name, (batch, channels, *shape) = report.input
     height, width = sizes.usual if sizes else map(int, shape)
     beside = {item.name: item.shape for item in report.inputs if item.name != name}
-    return PlannedInput(name, (int(channels), height, width), beside, not isinstance(batch, int), run.bundle_name)
+    bundle = run.bundle_name(ships)
+    return PlannedInput(name, (int(channels), height, width), beside, not isinstance(batch, int), bundle)
 
 
 @dataclass(frozen=True)
