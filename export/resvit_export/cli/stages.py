@@ -315,13 +315,14 @@ def _compare_runs(runs: Sequence[Path], out: Path, flags: dict[str, Any], output
     from resvit_engines.console import console, emit_json
     from resvit_export.cli.output import comparison_table
     from resvit_export.report.comparison import entries_of, pareto_front, write_comparison
+    from resvit_export.settle import settled
 
     if given := [name for name, value in flags.items() if value not in (None, ())]:
         raise ResvitError(
             f"Runs are compared as they are, and {len(given)} settings were given: {', '.join(given)}.",
             "Name nothing but the run folders, and --out.",
         )
-    entries = entries_of(runs)
+    entries = entries_of(runs, settled)
     write_comparison(entries, out)
     if output.json:
         front = {entry.target: [e.name for e in pareto_front([o for o in entries if o.target == entry.target])]

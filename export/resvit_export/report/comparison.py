@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,13 +86,15 @@ class Entry:
         }
 
 
-def entries_of(runs: Sequence[Path]) -> list[Entry]:
+def entries_of(runs: Sequence[Path], settled: Callable[[Pipeline], Pipeline]) -> list[Entry]:
     """What is known of every target of these run folders; no stage is done and nothing is written.
+
+    ``settled`` gives the pipeline of what ships, where a rejection led to another one.
 
     Raises:
         ResvitError: INPUT for a folder that is no run, one that is not validated, and runs of different metrics.
     """
-    found = [entry for run in runs for entry in _entries(run)]
+    found = [entry for run in runs for entry in _entries(run, settled)]
     metrics = list(dict.fromkeys(entry.metric for entry in found))
     if len(metrics) > 1:
         raise ResvitError(
@@ -127,7 +129,8 @@ def write_comparison(entries: Sequence[Entry], path: Path) -> None:
     write_atomic(path, document.encode())
 
 
-def _entries(folder: Path) -> Iterator[Entry]:
+def _entries(folder: Path, settled: Callable[[Pipeline], Pipeline]) -> Iterator[Entry]:
+    from resvit_export.pipeline import Pipeline
     from resvit_export.run import runs_for
 
     if not (folder / "recipe.toml").is_file():
@@ -137,18 +140,15 @@ def _entries(folder: Path) -> Iterator[Entry]:
         try:
             for run in runs_for(recipe_from_toml(folder / "recipe.toml"), place, SILENT):
                 run.require_target()
-                yield _entry(run, folder)
+                yield _entry(settled(Pipeline(run)), folder)
         except NotFinishedError as error:
             raise ResvitError(
                 f"{folder} is not finished: {error.problem}", f"Run: resvit-export build --run {folder}"
             ) from error
 
 
-def _entry(run: Any, folder: Path) -> Entry:
-    from resvit_export.pipeline import Pipeline
-    from resvit_export.settle import settled
-
-    pipeline = settled(Pipeline(run))
+def _entry(pipeline: Pipeline, folder: Path) -> Entry:
+    run = pipeline.run
     record, speed, costs = pipeline.validated.verdict, pipeline.speed, pipeline.predicted.costs
     first, last = record.rows[0], record.rows[-1]
     if first.value is None or last.value is None:
