@@ -13,8 +13,10 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.10; do \
   $$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 DEMO := runs/demo
-CHECKPOINT := $(DEMO)/embed-nano.pt
-BUILD := $(BIN)/resvit-export build --precision int8
+CHECKPOINT := $(DEMO)/embed-mini.pt
+
+# A line for each file that pip downloads, with its size, in place of minutes of silence.
+EACH_FILE := sed -un '/^ *\(Downloading\|Installing\)/p'
 
 .PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry
 help:
@@ -29,19 +31,19 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	@# torch first and by itself: what comes after it must not choose another build of it.
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[device,host,hf,datasets,video,modelopt,docs,dev]'
+	$(BIN)/pip install --progress-bar off --constraint constraints.txt torch | $(EACH_FILE)
+	$(BIN)/pip install --progress-bar off --constraint constraints.txt \
+	  --editable '.[device,host,hf,datasets,video,modelopt,docs,dev]' | $(EACH_FILE)
 	@touch $@
 
 data:
 	@examples/fashion_mnist/get_data.sh
 
 demo: setup data
-	$(BIN)/python examples/fashion_mnist/train.py --model resvit:embed-nano --out $(CHECKPOINT)
-	$(BUILD) --target jetson-orin --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/jetson-orin \
-	  --prune-macs 0.7 --train-data fashion-mnist --prune-epochs 1
-	$(BUILD) --target rtx-4090 --model resvit:embed-nano --checkpoint $(CHECKPOINT) --data fashion-mnist --run $(DEMO)/rtx-4090
-	$(BIN)/python examples/fashion_mnist/summary.py $(DEMO)/jetson-orin $(DEMO)/rtx-4090
+	$(BIN)/python examples/fashion_mnist/train.py --model resvit:embed-mini --epochs 3 --per-epoch 12000 --out $(CHECKPOINT)
+	$(BIN)/resvit-export build --precision int8 --target jetson-orin --target rtx-4090 --model resvit:embed-mini \
+	  --checkpoint $(CHECKPOINT) --data fashion-mnist --validation-images 4000 --run $(DEMO)/build
+	$(BIN)/resvit-export report $(DEMO)/build --out $(DEMO)/comparison.html
 
 # A module's tests share what they built, so a module stays with one worker; tests/conftest.py has the order.
 # Compiled modules are kept: pytest rewrites every assertion otherwise, and the tests start many programs.

@@ -40,7 +40,8 @@ FEW = {"validation_images": 600, "calibration_images": 64, "search": False}
 def example() -> str:
     """The code of the guide's part "From Python", its cells one after the other."""
     part = (ROOT / "docs" / "guide.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
-    return "\n".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL))
+    return code.replace("embed-mini", "embed-nano")  # whose trained weights the tests have
 
 
 def trained() -> nn.Module:
@@ -62,7 +63,7 @@ def test_the_example_of_the_guide_runs(
     assert built.exit_code is ExitCode.OK
     assert [row.stage for row in built.verdict.rows] == ["pytorch", "onnx float", "onnx int8"]
     assert all(f"\n{row.stage}: top-1 0.9" in said for row in built.verdict.rows)
-    assert built.predicted.sentence in said
+    assert built.speed.sentence in said
     assert built.quantized.macs_share > 0.98
     assert built.engine.bytes > 0
     assert built.plan is None

@@ -326,7 +326,7 @@ def test_data_that_a_command_names_is_looked_at_before_its_first_stage(
     own = ["--data", "photos"] if option != "--data" else []
     line = ["calibrate", "--model", "resvit:embed-nano", "--checkpoint", str(CHECKPOINT), option, data, *own]
     assert run([*line, "--run", "x"]) == ExitCode.INPUT
-    assert "fold …" not in capsys.readouterr().err
+    assert "fold: " not in capsys.readouterr().err
     assert not list((tmp_path / "x").glob("fold-*"))
 
 

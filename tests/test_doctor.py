@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,22 @@ def test_torch_and_torchvision_must_belong_together(monkeypatch: pytest.MonkeyPa
     check = by_name(examine())["torch and torchvision"]
     assert check.state == "fail"
     assert check.fix == "pip install 'torchvision==0.28.*'"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_torchvision_is_imported_and_not_only_compared(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, torch="2.13.0+cpu", torchvision="0.28.0")
+    doctor._import_problem.cache_clear()
+    program = "raise SystemExit(0)" if works else "raise RuntimeError('operator torchvision::nms does not exist')"
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(executable=sys.executable))
+    real = doctor.subprocess.run
+    run = lambda command, **how: real([command[0], "-c", program], **how)  # noqa: E731
+    monkeypatch.setattr(doctor, "subprocess", SimpleNamespace(run=run))
+    (check,) = doctor._torch_pair()
+    doctor._import_problem.cache_clear()
+    assert check.state == ("ok" if works else "warn")
+    assert ("operator torchvision::nms does not exist" in check.found) is not works
+    assert ("torchvision==0.28.0" in check.fix) is not works
 
 
 def test_modelopt_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,13 @@ def test_images_needed_would_decide_and_few_fewer_would_not(counts, limit):
     assert not decides(0.85 * needed)
 
 
+def test_a_number_of_images_from_far_too_few_is_called_a_guess() -> None:
+    few, many = judged(outcome(24, 0, 0, 27)), judged(outcome(160, 1, 1, 200))
+    assert (few.kind, many.kind) == (VerdictKind.UNDECIDED, VerdictKind.UNDECIDED)
+    assert f"perhaps {few.images_needed} images would decide, which from 27 is a guess" in few.reason
+    assert f"about {many.images_needed} images would decide" in many.reason
+
+
 def test_images_needed_without_disagreement_is_the_closed_form():
     z2 = normal_quantile(0.95) ** 2
     assert outcome(45, 0, 0, 50).images_needed(1.0, 0.95) == pytest.approx(z2 * 99, rel=0.06)

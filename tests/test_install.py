@@ -362,7 +362,10 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert "--allow-downgrade" in capsys.readouterr().err
     assert run(["install", str(two), "--rehearse", "--expect", "other"]) == ExitCode.INPUT
     assert run(["rollback", "net"]) == 0
-    assert "release 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "release 1" in said
+    assert "resvit-engine rollback" not in said  # there is nothing to go back to
+    assert "install its bundle again" in said
     assert run(["status", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["installed"]
     assert (entry["running"]["release"], entry["previous"], entry["highest_release"]) == (1, None, 2)

@@ -310,3 +310,23 @@ def test_command_trains_skips_and_refuses(example, images, tmp_path, monkeypatch
     refused = CliRunner().invoke(example.main, ["--model", "resvit:embed-small"])
     assert refused.exit_code == 3
     assert "resvit:dual-nano" in refused.output
+
+
+def test_epochs_of_some_images_see_others_each_time(example):
+    recipe = example.Recipe(resvit_config("embed-mini"), 3, seed=1, per_epoch=40)
+    seen = [example.drawn(100, recipe, epoch) for epoch in range(3)]
+    assert [len(part) for part in seen] == [40, 40, 40]
+    assert len(set(torch.cat(seen).tolist())) == 100
+    assert torch.equal(example.drawn(100, recipe, 0), seen[0])
+
+
+def test_enlarged_images_are_prepared_as_the_device_does(example):
+    config = resvit_config("embed-mini")
+    pixels = torch.randint(0, 255, (2, 28, 28), dtype=torch.uint8)
+    ready = example.prepared(pixels, config)
+    assert ready.shape == (2, 1, 64, 64)
+    preprocess = example.Preprocess(size=(64, 64), channels=1, mean=config.mean, std=config.std)
+    assert np.array_equal(ready[1].numpy(), preprocess.apply(pixels[1].numpy()))
+    assert example.config_of("resvit:embed-mini") == config
+    with pytest.raises(ResvitError, match="Fashion-MNIST"):
+        example.config_of("resvit:embed-tiny")

@@ -135,5 +135,5 @@ def test_a_build_on_wrong_numbers_says_so_first_and_is_not_accepted(
     wrong = "--data fashion-mnist --preprocess mean=0.0 --preprocess std=0.00392157"
     assert run([*arguments.split(), *wrong.split()]) == ExitCode.UNDECIDED
     said = " ".join(capsys.readouterr().err.split())
-    assert said.index("Look at the preprocessing first") < said.index("calibrate …")
+    assert said.index("Look at the preprocessing first") < said.index("calibrate: ")
     assert "--preprocess mean=0.286" in said

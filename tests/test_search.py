@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -28,7 +27,6 @@ from resvit_quantize.search.search import (
     latency_budget_from,
     search_latency_budget,
     search_max_drop,
-    worth_it,
 )
 
 FP16, INT8, FP8 = Precision.FP16, Precision.INT8, Precision.FP8
@@ -233,42 +231,3 @@ def test_budgets_that_mean_nothing(text: str) -> None:
 def test_budgets() -> None:
     assert latency_budget_from(" 3.5ms").microseconds(1.0) == 3500.0
     assert latency_budget_from("0.7x").microseconds(1000.0) == pytest.approx(700.0)
-
-
-def test_worth_it_compares_with_fp16() -> None:
-    target = find_target("h100")
-    problem = problem_of([BIG] * 3, [{INT8: 0.1}] * 3)
-    fp16, int8 = (problem.costs.predict(a) for a in ({}, problem.plain))
-    worth = worth_it(fp16, int8, target)
-    assert worth.faster
-    assert worth.gain == pytest.approx(fp16.total_us / int8.total_us)
-    assert "INT8 is predicted 1." in worth.sentence
-    assert not worth_it(fp16, fp16, target).faster
-    problem = problem_of([10] * 3, [{INT8: 0.1}] * 3, target="rtx-4090")
-    fp16, int8 = (problem.costs.predict(a) for a in ({}, problem.plain))
-    worth = worth_it(fp16, int8, find_target("rtx-4090"))
-    assert not worth.faster
-    assert "not faster than FP16 on GeForce RTX 4090" in worth.sentence
-    assert "--precision fp16" in worth.sentence
-    fixed = sum(layer.fixed_us for layer in fp16.layers) / 1e3
-    assert f"{fixed:.3f} ms of FP16's are the fixed cost of kernels" in worth.sentence
-
-
-@pytest.mark.parametrize(
-    ("gain", "faster", "words"),
-    [
-        (1.3, True, "1.30x as fast as FP16"), (1.1, True, "up to 15% wrong, so time both"),
-        (0.95, False, "up to 15% wrong, so time both"), (0.8, False, "build with --precision fp16"),
-    ],
-)  # fmt: skip
-def test_advice_for_tensorrt_is_no_surer_than_its_rules(gain: float, faster: bool, words: str) -> None:
-    problem = problem_of([BIG], [{INT8: 0.1}])
-    fp16, int8 = (problem.costs.predict(a) for a in ({}, problem.plain))
-    times = tuple(
-        dataclasses.replace(layer, total_us=layer.total_us * fp16.total_us / int8.total_us / gain)
-        for layer in int8.layers
-    )
-    worth = worth_it(fp16, dataclasses.replace(int8, layers=times), find_target("h100"))
-    assert (round(worth.gain, 6), worth.faster) == (gain, faster)
-    assert words in worth.sentence
-    assert ("fp16" in worth.sentence) is (gain < 0.85)

@@ -67,7 +67,7 @@ def test_the_tables_and_the_report_name_the_metric() -> None:
     text = console.export_text()
     assert "mIoU" in text
     assert "Dice" in text
-    assert "drop, points" in text
+    assert "drops in points" in text
     assert "top-1" not in text
     # Records hold no infinity: outputs without noise and outputs that are no numbers must not look alike.
     for agreement, shown in ((1.0, "∞"), (0.5, "none")):

@@ -31,16 +31,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Output:
-    """How a command speaks: for people, quietly, or as JSON."""
+    """How a command speaks: for people, quietly, or as JSON; ``verbose`` with everything that is known."""
 
     quiet: bool
     json: bool
+    verbose: bool = False
 
 
 def output_options(function: F) -> F:
     """Add ``--quiet`` and ``--json``."""
     function = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
     return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables: only results and warnings.")(
+        function
+    )
+
+
+def verbose_option(function: F) -> F:
+    """Add ``-v``, for commands that say less than they know."""
+    return click.option("-v", "--verbose", is_flag=True, help="Everything: tables, kernels, times, where things lie.")(
         function
     )
 

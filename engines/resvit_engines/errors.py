@@ -60,6 +60,8 @@ class ExitCode(enum.IntEnum):
     """A signature is missing, does not hold, or is by a key that is not trusted."""
     MISMATCH = 11
     """An engine computes something else than what was validated."""
+    NOT_FASTER = 12
+    """Accurate, but known to be no faster than FP16 on the target."""
     INTERRUPTED = 130
 
 

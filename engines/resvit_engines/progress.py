@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
+from rich.control import Control
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import ControlType
 
 from resvit_engines.errors import one_line
 from resvit_engines.terminal import CleanConsole, CleanStream
 
 T = TypeVar("T")
+_PATIENCE = 10.0
+"""Seconds for which nobody needs to be told what is done just now."""
 
 
 class Reporter(Protocol):
@@ -30,6 +36,28 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """One line that the user should not miss; shown even in quiet mode."""
         ...
+
+
+@runtime_checkable
+class Talkative(Protocol):
+    """A reporter that people follow: it names what is at work, and in ``verbose`` mode says more than results."""
+
+    verbose: bool
+
+    def working(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Say that ``what`` is at work, as long as the block lasts."""
+        ...
+
+
+def working(reporter: Reporter, what: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block ``reporter`` names what is at work, where people follow it."""
+    return reporter.working(what) if isinstance(reporter, Talkative) else contextlib.nullcontext()
+
+
+def detail(reporter: Reporter, text: str) -> None:
+    """One line for those who asked for everything."""
+    if isinstance(reporter, Talkative) and reporter.verbose:
+        reporter.say(text)
 
 
 class Silent:
@@ -56,9 +84,23 @@ class Quiet(Silent):
 
 
 class Lines(Quiet):
-    """Plain lines, for logs: one at the start, one every ten seconds, one at the end."""
+    """Plain lines, for logs: of work that takes long one every ten seconds, and one at its end."""
 
-    interval = 10.0
+    interval = _PATIENCE
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.verbose = verbose
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Name ``what`` where it lasts longer than ``interval`` seconds."""
+        timer = threading.Timer(self.interval, self.say, (f"{what} …",))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
         """Pass ``items`` through, printing a line every ``interval`` seconds."""
@@ -72,7 +114,7 @@ class Lines(Quiet):
                 last = now
                 rate = done / (now - start)
                 self.say(f"{what}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
-        self.say(f"{what}: {done}/{total} in {time.monotonic() - start:.1f} s")
+        _say_at_the_end(self, what, done, total, time.monotonic() - start, self.verbose or last > start)
 
     def say(self, text: str) -> None:
         """Print ``text`` to standard error."""
@@ -82,8 +124,19 @@ class Lines(Quiet):
 class Terminal:
     """A live bar per task on standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = False) -> None:
         self.console = CleanConsole(stderr=True)
+        self.verbose = verbose
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Name ``what`` in a line that the next one replaces."""
+        self.console.print(one_line(f"{what} …"), end="", style="dim", highlight=False, markup=False)
+        self.console.control(Control(ControlType.CARRIAGE_RETURN))
+        try:
+            yield
+        finally:
+            self.console.control(Control((ControlType.ERASE_IN_LINE, 2)))
 
     def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
         """Pass ``items`` through under a bar with count, rate and time left."""
@@ -102,7 +155,7 @@ class Terminal:
                 yield item
                 done = min(done + weight, total)
                 bar.update(task, completed=done, rate=done / max(time.monotonic() - start, 1e-9))
-        self.say(f"{what}: {done}/{total} in {time.monotonic() - start:.1f} s")
+        _say_at_the_end(self, what, done, total, time.monotonic() - start, self.verbose)
 
     def say(self, text: str) -> None:
         """Print ``text`` to standard error."""
@@ -113,6 +166,11 @@ class Terminal:
         self.console.print(f"warning: {one_line(text)}", style="yellow", highlight=False, markup=False)
 
 
+def _say_at_the_end(reporter: Reporter, what: str, done: int, total: int, seconds: float, told: bool) -> None:
+    if told:
+        reporter.say(f"{what}: {done}/{total} in {seconds:.1f} s")
+
+
 SILENT: Reporter = Silent()
 
 
@@ -121,8 +179,8 @@ def _write_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def reporter(quiet: bool) -> Reporter:
+def reporter(quiet: bool, verbose: bool = False) -> Reporter:
     """Choose by where standard error goes: a terminal gets bars, a log gets lines."""
     if quiet:
         return Quiet()
-    return Terminal() if sys.stderr.isatty() else Lines()
+    return Terminal(verbose) if sys.stderr.isatty() else Lines(verbose)

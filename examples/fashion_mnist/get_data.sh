@@ -14,14 +14,16 @@ if ! command -v apt-get > /dev/null; then
     echo "  → Put the four idx .gz files into $into, or name their folder in RESVIT_FASHION_MNIST." >&2
     exit 1
 fi
+echo "Fetching Fashion-MNIST (30 MB), from Debian's package dataset-fashion-mnist."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-if ! (cd "$work" && apt-get download -qq dataset-fashion-mnist 2> /dev/null); then
+if ! (cd "$work" && apt-get download dataset-fashion-mnist 2> /dev/null); then
     # No package lists yet: fetch them into a folder of our own, which works without root too.
     mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial"
     options=(-o "Dir::State::lists=$work/state/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=)
-    apt-get -qq "${options[@]}" update
-    (cd "$work" && apt-get -qq "${options[@]}" download dataset-fashion-mnist)
+    echo "Fetching Debian's list of packages first."
+    apt-get -q "${options[@]}" update
+    (cd "$work" && apt-get -q "${options[@]}" download dataset-fashion-mnist)
 fi
 dpkg -x "$work"/dataset-fashion-mnist_*.deb "$work/unpacked"
 mkdir -p data

@@ -1,6 +1,6 @@
-"""Train a nano hybrid on Fashion-MNIST in a few minutes on two CPU cores.
+"""Train a small hybrid on Fashion-MNIST in a few minutes on two CPU cores.
 
-    python examples/fashion_mnist/train.py --model resvit:embed-nano --out runs/fashion-mnist/embed-nano.pt
+    python examples/fashion_mnist/train.py --model resvit:embed-mini --out runs/fashion-mnist/embed-mini.pt
 
 The checkpoint holds ``state_dict``, ``config`` (for ``resvit_model``) and ``top1`` (share of the 10 000 test
 images), and loads with ``torch.load(..., weights_only=True)``. Killed, it goes on from the last whole epoch when
@@ -23,6 +23,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.readers.fashion_mnist import read_split
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import atomic_file, canonical_json, pretty_json, sha256_bytes, sha256_file, write_atomic
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 SHIFT = 1
 """Training images move by up to this many pixels each way: all of them are centred and scaled already."""
+SIDE, CLASSES = 28, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Recipe:
     config: HybridConfig
     epochs: int
     seed: int
+    per_epoch: int | None = None
+    """Images of one epoch, others in each; None for all."""
     batch: int = 64
     peak_lr: float = 1.5e-3
     warmup: float = 0.2
@@ -82,12 +86,15 @@ def read_images(limit: int | None) -> Images:
 
 
 def config_of(model: str) -> HybridConfig:
-    """The config behind ``resvit:NAME``, which must take Fashion-MNIST's images as they are."""
+    """The config behind ``resvit:NAME``, which must take square grey images of Fashion-MNIST's size or larger ones."""
     config = resvit_config(model.removeprefix("resvit:"))
-    if config.input_shape != (1, 28, 28):
+    channels, height, width = config.input_shape
+    if channels != 1 or height != width or height < SIDE or config.num_classes != CLASSES:
+        names = [f"resvit:{name}" for name in MODEL_NAMES if name.endswith(("-nano", "-mini"))]
         raise ResvitError(
-            f"{config.name} takes images of (C, H, W) {config.input_shape}; Fashion-MNIST's are (1, 28, 28).",
-            f"Choose one of {', '.join(f'resvit:{name}' for name in MODEL_NAMES if name.endswith('-nano'))}.",
+            f"{config.name} takes images of (C, H, W) {config.input_shape} and has {config.num_classes} outputs; "
+            f"Fashion-MNIST's are (1, {SIDE}, {SIDE}), of {CLASSES} classes.",
+            f"Choose one of {', '.join(names)}.",
         )
     return config
 
@@ -204,9 +211,9 @@ def train_epoch(
     import torch.nn.functional as F
 
     torch.manual_seed(recipe.seed * 1_000_003 + epoch + 1)
-    count = len(images.train)
-    steps = max(1, count // recipe.batch)
-    order = torch.randperm(count)[: steps * recipe.batch].split(recipe.batch)
+    order = drawn(len(images.train), recipe, epoch)
+    steps = max(1, len(order) // recipe.batch)
+    order = order[: steps * recipe.batch].split(recipe.batch)
     padded = F.pad(torch.tensor(images.train), (SHIFT, SHIFT, SHIFT, SHIFT))
     labels = torch.tensor(images.train_labels)
     model.train()
@@ -215,7 +222,7 @@ def train_epoch(
     for step, index in enumerate(report.track(order, what, seen, weight=len(order[0]))):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, (epoch + step / steps) / recipe.epochs)
-        logits = model(normalised(shifted_and_flipped(padded, index), recipe.config))
+        logits = model(prepared(shifted_and_flipped(padded, index), recipe.config))
         loss = F.cross_entropy(logits, labels[index])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -225,6 +232,18 @@ def train_epoch(
     if not math.isfinite(total_loss):
         raise ResvitError(f"The loss is not finite after {what}.", "Try another --seed.")
     report.say(f"{what}: loss {total_loss / seen:.3f}, {100 * hits / seen:.1f}% right while training")
+
+
+def drawn(count: int, recipe: Recipe, epoch: int) -> torch.Tensor:
+    """The images of one epoch, in its order: all, or the next of an order that stays until every image was seen."""
+    import torch
+
+    if recipe.per_epoch is None or recipe.per_epoch >= count:
+        return torch.randperm(count)
+    first = epoch * recipe.per_epoch
+    places = torch.arange(first, first + recipe.per_epoch)
+    whole = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))
+    return whole[places % count]
 
 
 def shifted_and_flipped(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -239,9 +258,17 @@ def shifted_and_flipped(padded: torch.Tensor, index: torch.Tensor) -> torch.Tens
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def normalised(pixels: torch.Tensor, config: HybridConfig) -> torch.Tensor:
-    """Pixels uint8 [B, H, W] → float32 [B, 1, H, W] as the config says."""
-    return (pixels[:, None].float() / 255 - config.mean[0]) / config.std[0]
+def prepared(pixels: torch.Tensor, config: HybridConfig) -> torch.Tensor:
+    """Pixels uint8 [B, 28, 28] → float32 [B, 1, H, W], resized and normalised as the config says.
+
+    Where they are enlarged, that is done as calibration, validation and the device do it.
+    """
+    import torch
+
+    if config.image_size == (SIDE, SIDE):
+        return (pixels[:, None].float() / 255 - config.mean[0]) / config.std[0]
+    preprocess = Preprocess(size=config.image_size, channels=1, mean=config.mean, std=config.std)
+    return torch.from_numpy(np.stack([preprocess.apply(image) for image in pixels.numpy()]))
 
 
 def test_top1(model: Hybrid, recipe: Recipe, images: Images, report: Reporter) -> float:
@@ -257,26 +284,29 @@ def test_top1(model: Hybrid, recipe: Recipe, images: Images, report: Reporter) -
     hits = 0
     with torch.inference_mode():
         for pixels, labels in report.track(batches(), "test", len(images.test), weight=500):
-            hits += int((model(normalised(pixels, recipe.config)).argmax(1) == labels).sum())
+            hits += int((model(prepared(pixels, recipe.config)).argmax(1) == labels).sum())
     return hits / len(images.test)
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-@click.option("--model", default="resvit:embed-nano", show_default=True, help="A nano reference hybrid.")
+@click.option("--model", default="resvit:embed-nano", show_default=True, help="A small reference hybrid.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Checkpoint. [runs/fashion-mnist/MODEL.pt]"
 )
 @click.option("--epochs", type=click.IntRange(1, 1000), default=3, show_default=True)
+@click.option("--per-epoch", type=click.IntRange(min=64), help="Images of one epoch, others in each.  [default: all]")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first images of each split: for a trial.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def main(*, model: str, out: Path | None, epochs: int, seed: int, limit: int | None, quiet: bool) -> None:
+def main(
+    *, model: str, out: Path | None, epochs: int, per_epoch: int | None, seed: int, limit: int | None, quiet: bool
+) -> None:
     """Train and print the test accuracy."""
     # Read when torch is first imported. Threads that spin while they wait make this several times slower as soon
     # as another process wants one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with spoken_errors("goes on from the last whole epoch"):
-        recipe = Recipe(config_of(model), epochs, seed)
+        recipe = Recipe(config_of(model), epochs, seed, per_epoch)
         out = out or Path("runs", "fashion-mnist", f"{recipe.config.name}.pt")
         images = read_images(limit)
         record = finished(out, recipe.key(images))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
+from resvit_engines.targets.speed_verdict import SpeedKind
 from resvit_export.recipe.file import absolute, recipe_to_toml
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from resvit_engines.builder.device_plan import DevicePlan
     from resvit_engines.builder.engine_report import EngineReport
+    from resvit_engines.targets.speed_verdict import SpeedVerdict
     from resvit_export.pipeline import Pipeline
     from resvit_export.records.device import DeviceResult
     from resvit_export.records.verdict import VerdictRecord
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from resvit_export.stages.device import RunOnDevice
     from resvit_export.to_onnx.report import ExportReport
     from resvit_quantize.qdq.report import QuantizeReport
-    from resvit_quantize.search.search import Worth
 
 
 _DATA = ("data", "validation_data", "train_data")
@@ -69,9 +70,9 @@ class Built:
         return self.pipeline.validated.verdict
 
     @property
-    def predicted(self) -> Worth:
-        """Whether quantising is predicted to be worth it on the target, as a factor over FP16."""
-        return self.pipeline.predicted.worth
+    def speed(self) -> SpeedVerdict:
+        """The verdict's other half: whether what ships is faster than FP16 on the target, and by what evidence."""
+        return self.pipeline.speed
 
     @property
     def exported(self) -> ExportReport:
@@ -112,14 +113,23 @@ class Built:
 
     @property
     def exit_code(self) -> ExitCode:
-        """What the command line returns: of the verdict, of what was refused behind it, of the device the worst."""
-        allowed = self.pipeline.recipe.allow_rejected
+        """What the command line returns: of the accuracy, of what was refused behind it, of the device the worst.
+
+        Where nothing is wrong with these, that of the speed.
+        """
+        from resvit_export.refusals import asks_for_speed
+
+        recipe = self.pipeline.recipe
         code = self.verdict.verdict.exit_code
         if self.rejection is not None:
             code = self.rejection.code
-        elif allowed and code is ExitCode.REJECTED:
+        elif recipe.allow_rejected and code is ExitCode.REJECTED:
             code = ExitCode.OK
-        return max(code, self.device.exit_code(allow_rejected=allowed)) if self.device else code
+        if self.device:
+            code = max(code, self.device.exit_code(allow_rejected=recipe.allow_rejected))
+        if code is ExitCode.OK and asks_for_speed(recipe) and self.speed.kind is SpeedKind.NOT_FASTER:
+            code = ExitCode.NOT_FASTER
+        return code
 
 
 def build(
@@ -189,10 +199,12 @@ def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, folder: RunFolder, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """The runs on their locked folder, with the recipe written down."""
+def opened(recipe: Recipe, folder: RunFolder, runs: Sequence[Run], *, looks: bool = False) -> Iterator[Sequence[Run]]:
+    """The runs on their locked folder, with the recipe written down; who only ``looks`` leaves what is there."""
+    kept = folder.path / "recipe.toml"
     with folder.locked():
-        write_atomic(folder.path / "recipe.toml", recipe_to_toml(recipe).encode())
+        if not (looks and kept.exists()):
+            write_atomic(kept, recipe_to_toml(recipe).encode())
         yield runs
 
 
@@ -214,7 +226,9 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
                 ExitCode.IMPOSSIBLE,
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
-    pipeline = settled(Pipeline(run))
+    pipeline = Pipeline(run)
+    pipeline.look_ahead()
+    pipeline = settled(pipeline)
     stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
     rejection: ResvitError | None = None
     try:

@@ -25,6 +25,7 @@ from resvit_export.variant import Variant
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_engines.targets.speed_verdict import SpeedVerdict
 
 
 class Pipeline:
@@ -81,6 +82,16 @@ class Pipeline:
             return None
         model = (self.fused.model if self.run.fuses else None) or self.quantized.model
         return self.do(quantize.Bind(model, self.recipe.input_type, refusals.pixels_of(self.recipe, *self.images)))
+
+    @property
+    def ships(self) -> Precision:
+        """What the ONNX that ships is: as asked, or FP16 where the search or the rules leave nothing in 8 bits."""
+        return self.run.precision if self.quantized.eight_bit_products else Precision.FP16
+
+    @property
+    def label(self) -> str:
+        """What people read of the ONNX that ships."""
+        return f"onnx {self.ships.value}"
 
     @property
     def engine_settings(self) -> BuildSettings:
@@ -196,7 +207,8 @@ class Pipeline:
     def answered(self) -> dict[str, score.Answered]:
         """What all networks answer on the validation images, by stage; each image is decoded once."""
         pruned = self.pruned if self.recipe.prunes else None
-        return score.answers_of(self.run, self.questions, self.exported, pruned, self.model, self.float_model)
+        how = (self.questions, self.exported, pruned, self.model, self.float_model, self.label)
+        return score.answers_of(self.run, *how)
 
     @cached_property
     def validated(self) -> gate.Validated:
@@ -204,7 +216,7 @@ class Pipeline:
         clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
         how = (*gate.sides(self.answered), *clips, *limit, images.class_names, self.doubt)
-        return self.do(gate.Validate(self.questions, self.run.label, *how))
+        return self.do(gate.Validate(self.questions, self.label, *how))
 
     @cached_property
     def predicted(self) -> predict.Predicted:
@@ -213,11 +225,31 @@ class Pipeline:
         return self.do(predict.Predict(pricing, self.quantized.model, self.quantized.eight_bit_products))
 
     @cached_property
+    def speed(self) -> SpeedVerdict:
+        """The second half of the verdict: whether what ships is faster than FP16 on the target."""
+        return self.predicted.costs.speed(self.run.require_target())
+
+    def look_ahead(self) -> None:
+        """Refuse at once what the network's shapes and the first images tell, and 8 bits that gain nothing there."""
+        unpruned = None if self.run.network.from_onnx else self.do(fold.Fold(self.run.network))
+        if self.recipe.data is not None and unpruned is not None and unpruned.network.outputs:
+            self.run.image_sets(unpruned.network)
+            self.run.task(unpruned.network, unpruned.network.outputs)
+        if self.run.target is not None and refusals.quantises_itself(self.recipe):
+            exported, settings = self._exported(unpruned), self.run.quantize_settings({})
+            estimated = self.do(predict.Estimate(predict.pricing_of(self.run, exported.model), settings))
+            refusals.require_gain(estimated.costs.speed(self.run.target), self.recipe)
+
+    @cached_property
     def compiled(self) -> engine.Compiled:
         """An engine where one can be built here, else the plan to build it where it can."""
         target = self.run.require_target()
         refusals.require_accepted(self.validated.verdict, self.recipe, recovers=self.variant.recovers)
-        planned = None if self.run.builds_here else engine.planned_input(self.exported.report, self.run, self.bound)
+        planned = (
+            None
+            if self.run.builds_here
+            else engine.planned_input(self.exported.report, self.run, self.ships, self.bound)
+        )
         return self.do(engine.Compile(self.model, target, self.engine_settings, planned))
 
     def audit_of(self, *, own: bool) -> audit.Audit:
@@ -238,4 +270,5 @@ class Pipeline:
         numbers = (self.exported, self.recovered if self.variant.recovers else None, self.calibrated, self.quantized)
         shipped = (self.model, self.bound, score.shipped_in(self.answered), self.validated)
         engine_of = (self.compiled, self.engine_settings, bundle.signer_of(self.run))
-        return self.do(bundle.bundle_of(self.run, self.images[1], bundle.Contents(*numbers, *shipped, *engine_of)))
+        contents = bundle.Contents(*numbers, *shipped, *engine_of)
+        return self.do(bundle.bundle_of(self.run, self.ships, self.images[1], contents))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.layer_times import measured_times_from_json
+from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict
 from resvit_engines.targets.table import Precision, Target
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.recipe.choices import InputType, Plugins, Quantizer, Recovery
@@ -182,9 +183,39 @@ def _require_room(folder: Path, float_bytes: int) -> None:
         )
 
 
+def quantises_itself(recipe: Recipe) -> bool:
+    """Whether our own quantiser puts 8 bits into the graph: what is known of its placement holds."""
+    return recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+
+
+def asks_for_speed(recipe: Recipe) -> bool:
+    """Whether a build that is known to be no faster than FP16 is a failure: 8 bits have no other use."""
+    return recipe.precision is not Precision.FP16 and not recipe.even_if_slower
+
+
+def require_gain(speed: SpeedVerdict, recipe: Recipe) -> None:
+    """Refuse 8 bits that gain nothing on the target, where that is known by evidence and the recipe does not insist.
+
+    A latency budget is left to its search, which may find layers that gain.
+
+    Raises:
+        ResvitError: NOT_FASTER, with what to do instead.
+    """
+    if speed.kind is not SpeedKind.NOT_FASTER or speed.evidence is Evidence.SAME:
+        return
+    if not asks_for_speed(recipe) or recipe.latency_budget is not None:
+        return
+    raise ResvitError(
+        f"{speed.headline}.",
+        "Build with --precision fp16, or for more images at a time (--batch 8), or a larger network; "
+        "--even-if-slower goes on all the same.",
+        ExitCode.NOT_FASTER,
+    )
+
+
 def recoverable(recipe: Recipe) -> bool:
     """Whether recovery and search can serve: for 8 bits by our own quantiser, of one image size."""
-    return recipe.sizes is None and recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+    return recipe.sizes is None and quantises_itself(recipe)
 
 
 def require_modelopt(recipe: Recipe) -> None:

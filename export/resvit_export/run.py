@@ -249,15 +249,9 @@ class Run:
         """The user's file of layer times."""
         return File.of(Path(self.recipe.measured_times)) if self.recipe.measured_times else None
 
-    @property
-    def label(self) -> str:
-        """What people read of the ONNX that ships."""
-        return f"onnx {self.precision.value}"
-
-    @property
-    def bundle_name(self) -> str:
-        """File name of the bundle."""
-        ending = f"-{self.require_target().name}-{self.precision.value}"
+    def bundle_name(self, precision: Precision) -> str:
+        """File name of the bundle of what ships in ``precision``."""
+        ending = f"-{self.require_target().name}-{precision.value}"
         return self.recipe.label[: NAME_MOST - len(ending)] + ending + ".resvit"
 
     def signing_key(self) -> SigningKey | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, open_lock, pretty_json, sha256_file
 from resvit_engines.process import peak_memory_mib
-from resvit_engines.progress import Reporter
+from resvit_engines.progress import Reporter, detail, working
 from resvit_engines.records import record_from_file
 from resvit_export.recipe.choices import StageName
 from resvit_export.stage import RECORD, A, Key, Output, Record, Stage, inputs_of
@@ -39,6 +39,8 @@ class RunFolder:
         self.path = path
         self.reporter = reporter
         self._look_only = False
+        self._told: set[str] = set()
+        """Finished stages of which was said that they are there."""
 
     @contextlib.contextmanager
     def looking_only(self) -> Iterator[None]:
@@ -101,10 +103,10 @@ class RunFolder:
             raise NotFinishedError(stages[missing[0]].name)
         if missing:
             names = ", ".join(dict.fromkeys(keys[index].stage for index in missing))
-            self.reporter.say(f"{names} …")
             start = time.monotonic()
             _reset_peak_memory()
             with contextlib.ExitStack() as owned:
+                owned.enter_context(working(self.reporter, names))
                 owned.enter_context(self._full_disk_explained(self._folder(keys[missing[0]])))
                 partials = [owned.enter_context(atomic_directory(self._folder(keys[index]))) for index in missing]
                 fill([(stages[index], partial) for index, partial in zip(missing, partials, strict=True)])
@@ -112,11 +114,13 @@ class RunFolder:
                 for file in {str(item.path): item for index in missing for item in inputs_of(stages[index])}.values():
                     file.require_unchanged()
                 seconds, peak_mib = round((time.monotonic() - start) / len(missing), 3), peak_memory_mib()
+                self._told |= {self._folder(keys[index]).name for index in missing}
                 for index, partial in zip(missing, partials, strict=True):
                     record = _recorded(keys[index], partial, seconds, peak_mib)
                     artifacts[index] = _artifact(stages[index], self._folder(keys[index]), record, reused=False)
             places = ", ".join(self._folder(keys[index]).name for index in missing)
-            self.reporter.say(f"{names}: {seconds * len(missing):.1f} s, peak {peak_mib} MiB ({places})")
+            self.reporter.say(f"{names}: {seconds * len(missing):.1f} s")
+            detail(self.reporter, f"  in {places}, peak {peak_mib} MiB")
         return [artifact for artifact in artifacts if artifact is not None]
 
     def _folder(self, key: Key) -> Path:
@@ -139,8 +143,10 @@ class RunFolder:
         if not agrees:
             self.reporter.warn(f"{folder} is not what it was made from says; the stage is done again.")
             return None
-        if not self._look_only:
-            self.reporter.say(f"{key.stage}: unchanged ({folder.name})")
+        if not self._look_only and folder.name not in self._told:
+            self._told.add(folder.name)
+            self.reporter.say(f"{key.stage}: unchanged")
+            detail(self.reporter, f"  in {folder.name}")
         return artifact
 
     @contextlib.contextmanager

@@ -10,6 +10,9 @@ from typing import Any
 from resvit_calibrate.gate.comparison import SHARE, Comparison
 from resvit_engines.errors import ExitCode, ResvitError
 
+_FAR = 5
+"""From how few of the images that would decide their number is a guess: the shares that it rests on are not known."""
+
 
 class VerdictKind(str, enum.Enum):
     """What the gate says."""
@@ -120,4 +123,6 @@ def judge(
         return verdict(VerdictKind.REJECTED, f"{measured}: {comparison.outcome(limit, over=True)}")
     needed = comparison.images_needed(limit, confidence)
     advice = f"about {needed} images would decide" if needed else "more of such images would not decide it"
+    if needed and needed > _FAR * comparison.images:
+        advice = f"perhaps {needed} images would decide, which from {comparison.images} is a guess"
     return verdict(VerdictKind.UNDECIDED, f"{measured}: {comparison.open_question(limit)}; {advice}", needed=needed)

@@ -77,7 +77,9 @@ class IndexedImageSet(ImageSet):
         self.digest = digest_of(self.contents, self.labels, targets)
         self.converted = sum(look.colour != (self.preprocess.channels == 3) for look in self._looks.values())
         self.looks = tuple(self._looks.values())
-        self.description = f"{len(self)} of {len(self._pixels)} images of {self._pixels.name}"
+        count, known = len(self), len(self._pixels)
+        of = f"all {count:,}" if count == known else f"{count:,} of {known:,}"
+        self.description = f"{of} images of {self._pixels.name}"
 
     def __len__(self) -> int:
         return len(self._alive())

@@ -35,7 +35,10 @@ def facts_command(quiet: bool, as_json: bool) -> None:
     "--job", type=click.Path(path_type=Path), help="Folder of the work.  [default: NAME-engine by the bundle]"
 )
 @click.option(
-    "--trust", type=click.Path(path_type=Path), help="Public key, or folder of them.  [default: the device's own]"
+    "--trust",
+    type=click.Path(path_type=Path),
+    help="Public key of the maker, or a folder of such.  [default: $RESVIT_TRUST, else /etc/resvit/keys for root and "
+    "~/.config/resvit/keys, which hold this device's own key too]",
 )
 @click.option("--rehearse", is_flag=True, help="Let TensorRT for RTX stand in for TensorRT, and say so everywhere.")
 @output_options
@@ -60,5 +63,6 @@ def build_command(
     engine = result.engine
     click.echo(f"engine: {folder / 'built' / 'engine.plan'} ({mib(engine.bytes)}, {engine.seconds or 0.0:.1f} s)")
     click.echo(f"bundle: {folder / result.bundle.name}")
+    click.echo("It is signed by this device's own key, which is trusted on this device from now on, and nowhere else.")
     if rehearse:
         click.echo("This was a rehearsal: TensorRT for RTX stood in for TensorRT.")

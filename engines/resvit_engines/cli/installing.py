@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from resvit_engines.console import F, Output, console, emit_json, output_options, table
+from resvit_engines.errors import ResvitError
 
 if TYPE_CHECKING:
     from resvit_engines.install.install import Check, Installed
-    from resvit_engines.install.state import State
+    from resvit_engines.install.state import State, Version
 
 
 def trust_option(function: F) -> F:
@@ -126,7 +127,7 @@ def install_command(
         rehearse=rehearse,
         reporter=reporter(quiet or as_json),
     )
-    show_installed(done, "runs now", Output(quiet, as_json))
+    show_installed(done, "runs now", f"resvit-engine rollback {done.name}", Output(quiet, as_json))
 
 
 @click.command(
@@ -150,7 +151,8 @@ def rollback_command(
 
     quietly = reporter(quiet or as_json)
     done = rollback(root or default_root(), name, load_trust(trust), check=golden_of(runtime), reporter=quietly)
-    show_installed(done, "runs again", Output(quiet, as_json))
+    # What was rolled back is no version to return to any more: only its bundle brings it back.
+    show_installed(done, "runs again", "to return to it, install its bundle again", Output(quiet, as_json))
 
 
 @click.command(
@@ -172,22 +174,32 @@ def status_command(root: Path | None, quiet: bool, as_json: bool) -> None:
     elif not states:
         click.echo(f"Nothing is installed under {folder}.")
     else:
-        rows = []
         for state in states:
-            running, previous = state.running, state.previous
-            rows.append(
-                (
-                    state.name,
-                    state.current or "",
-                    running.key + (" (rehearsal)" if running.rehearsal else "") if running else "",
-                    running.installed if running else "",
-                    previous.version if previous else "",
-                    state.problem,
-                    str(running.release) if running else "",
-                )
-            )
-        columns = ("model", "current", "signed by", "installed", "rollback to", "problem", "release")
-        console().print(table(f"Installed under {folder}", columns, rows, left=6))
+            console().print(table(state.name, ("", "what"), _rows(folder, state), left=2))
+
+
+def _rows(root: Path, state: State) -> list[tuple[str, str]]:
+    """What is installed under one name: each version with its precision, its accuracy, when and by whom."""
+    rows = [(what, _told(root / state.name, version)) for what, version in
+            (("current", state.running), ("rollback to", state.previous)) if version]  # fmt: skip
+    return [*rows, *([("problem", state.problem)] if state.problem else [])]
+
+
+def _told(folder: Path, version: Version) -> str:
+    from resvit_engines.bundle.manifest import MANIFEST, manifest_from_bytes
+    from resvit_engines.outside import read_outside
+
+    told = [version.version, f"release {version.release}"]
+    try:
+        path = folder / "versions" / version.version / MANIFEST
+        manifest = manifest_from_bytes(read_outside(path), path)
+    except ResvitError as error:  # what is wrong there is for 'install' and 'run' to refuse
+        told.append(error.problem)
+    else:
+        told += [manifest.precision.upper()] if manifest.precision else []
+        told += [f"{manifest.verdict.verdict}: {manifest.verdict.reason}"] if manifest.verdict else []
+    signed = f"signed by {version.key}, installed {version.installed}"
+    return ", ".join([*told, signed]) + (" (rehearsal)" if version.rehearsal else "")
 
 
 def _described(state: State) -> dict[str, Any]:
@@ -209,8 +221,8 @@ def golden_of(runtime: str) -> Check:
     return lambda folder, manifest: golden_check(folder, manifest, runtime)
 
 
-def show_installed(done: Installed, what: str, output: Output) -> None:
-    """Print what an installation or rollback did."""
+def show_installed(done: Installed, what: str, back: str, output: Output) -> None:
+    """Print what an installation or rollback did, and how to go ``back``."""
     if output.json:
         emit_json(done.to_json())
         return
@@ -222,7 +234,5 @@ def show_installed(done: Installed, what: str, output: Output) -> None:
     if done.golden:
         click.echo(done.golden.sentence)
     if done.before:
-        click.echo(
-            f"Before it ran {done.before.version}, release {done.before.release}: resvit-engine rollback {done.name}"
-        )
+        click.echo(f"Before it ran {done.before.version}, release {done.before.release}: {back}")
     click.echo(f"{done.folder}")

@@ -100,7 +100,7 @@ def pull_command(
 
 def _show(done: Pulled, output: Output) -> None:
     if done.installed is not None:
-        show_installed(done.installed, "runs now", output)
+        show_installed(done.installed, "runs now", f"resvit-engine rollback {done.installed.name}", output)
     elif done.already:
         click.echo(f"{done.chosen.manifest.name} {done.chosen.digest[:12]} runs already.")
     else:

@@ -20,7 +20,7 @@ from resvit_engines.program.answers import Answer
 from resvit_engines.program.frames import Order, Placement, frames_of, is_several
 from resvit_engines.program.reading import Reading
 from resvit_engines.run.feeds import Array, Arrays, checked_feeds, pieces
-from resvit_engines.run.golden_files import input_name
+from resvit_engines.run.golden_files import encoded, input_name
 from resvit_engines.run.runner import Lane, Runner
 
 MOST_AT_ONCE = 64
@@ -113,7 +113,7 @@ class Model:
         """
         given = frames_of(frames, self._order)
         places = [Placement.of(frame, self.preprocess) for frame in given]
-        images = np.stack([self.preprocess.apply(frame) for frame in given])
+        images = encoded(np.stack([self.preprocess.apply(frame) for frame in given]), self.manifest)
         feeds, count = checked_feeds({self._image: images, **(beside or {})}, self._inputs)
         parts = [(self._begin(part, size), size) for part, size in pieces(feeds, count, self.batch)]
         return Pending(parts, places, self.reading, self._least_score, is_several(frames))

@@ -9,6 +9,7 @@ import click
 
 from resvit_engines.console import Output, output_options
 from resvit_engines.errors import ResvitError
+from resvit_export.cli.grouped_help import GroupedHelp
 from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import each, examples_text, open_runs
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 @click.command(
     name="audit",
+    cls=GroupedHelp,
     epilog=examples_text(
-        "audit --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist --target rtx-4090 "
+        "audit --model resvit:embed-mini --checkpoint runs/demo/embed-mini.pt --data fashion-mnist --target rtx-4090 "
         "--run runs/by-stage",
         "audit --run runs/by-stage --target jetson-orin --json",
     ),
@@ -62,7 +64,7 @@ def audit_command(
             artifact.result.require_fused()
         return summarize(artifact), 0
 
-    with open_runs(flags, output) as runs:
+    with open_runs(flags, output, looks=True) as runs:
         return each(runs, output, do)
 
 

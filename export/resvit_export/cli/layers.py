@@ -10,6 +10,7 @@ import click
 
 from resvit_engines.console import Output, console, emit_json, output_options, table
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_export.cli.grouped_help import GroupedHelp
 from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
 
@@ -22,6 +23,7 @@ _COLUMNS = ("tensor", "operator", "error", "largest difference")
 
 @click.command(
     name="layers",
+    cls=GroupedHelp,
     epilog=examples_text(
         "layers --run runs/by-stage --against onnxruntime",
         "layers --run runs/by-stage --against onnxruntime --tolerance 0.01 --json",

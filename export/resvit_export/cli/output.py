@@ -13,7 +13,7 @@ from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.builder.settings import TITLES
 from resvit_engines.console import Output, console, mib, table
-from resvit_export.cli.audit_tables import audit_lines, audit_tables
+from resvit_export.cli.audit_tables import audit_tables
 from resvit_export.stages.audit import Audited
 from resvit_export.stages.calibrate import Calibrated
 from resvit_export.stages.compile import Compiled
@@ -28,9 +28,9 @@ from resvit_export.stages.validate import Validated
 
 if TYPE_CHECKING:
     from resvit_calibrate.ranges.ranges import Ranges
-    from resvit_export.api import Built
     from resvit_export.records.prune import PruneRecord
     from resvit_export.records.verdict import ScoreRow, VerdictRecord
+    from resvit_export.report.comparison import Entry
     from resvit_export.stage import Artifact
     from resvit_export.to_onnx.report import ExportReport
     from resvit_quantize.fold.program import FoldReport
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from resvit_quantize.qdq.report import QuantizeReport
     from resvit_quantize.recovery.options import RecoverReport
 
-_VERDICT_STYLE = {
+VERDICT_STYLE = {
     VerdictKind.ACCEPTED: "bold green",
     VerdictKind.REJECTED: "bold red",
     VerdictKind.UNDECIDED: "bold yellow",
@@ -81,9 +81,9 @@ def _tables(artifact: Artifact) -> list[Table | str]:
         case Folded():
             return _fold(artifact.report)
         case Exported():
-            return _export(artifact.report)
+            return _export(artifact.report, artifact.reference)
         case Recovered():
-            return _recover(artifact.report)
+            return recover_lines(artifact.report)
         case Calibrated():
             return _ranges(artifact.known)
         case Quantized():
@@ -93,7 +93,7 @@ def _tables(artifact: Artifact) -> list[Table | str]:
         case Validated():
             return _validate(artifact.verdict)
         case Compiled():
-            return _compile(artifact)
+            return compile_lines(artifact)
         case Audited():
             return audit_tables(artifact.result)
     return []
@@ -151,20 +151,21 @@ def _fold(report: FoldReport) -> list[Table | str]:
     ]
 
 
-def _export(report: ExportReport) -> list[Table | str]:
+def _export(report: ExportReport, reference: str) -> list[Table | str]:
     name, shape = report.input
     rows = [
         ("opset", str(report.opset)),
         ("nodes", str(report.nodes)),
         ("input", f"{name} {list(shape)}"),
         ("outputs", ", ".join(f"{name} {list(shape)}" for name, shape in report.outputs)),
-        ("parity with PyTorch", f"{report.parity_max_abs:.2g} absolute, {report.parity_max_rel:.2g} relative"),
+        (f"parity with {reference}", f"{report.parity_max_abs:.2g} absolute, {report.parity_max_rel:.2g} relative"),
         ("size", mib(report.bytes)),
     ]
     return [table("Float ONNX", ("what", "value"), rows, left=2)]
 
 
-def _recover(report: RecoverReport) -> list[Table | str]:
+def recover_lines(report: RecoverReport) -> list[Table | str]:
+    """What recovery won."""
     rows = [
         (when, str(score.step), _share(score.agreement), f"{-10 * math.log10(max(score.nsr, 1e-30)):.1f} dB")
         for when, score in (("before", report.before), ("after", report.after))
@@ -207,6 +208,28 @@ def quantize_table(report: QuantizeReport) -> Table:
     )
 
 
+def comparison_table(entries: Sequence[Entry]) -> Table:
+    """Builds side by side; ``*`` marks the Pareto front of a target."""
+    from resvit_export.report.comparison import pareto_front
+
+    front = {entry for one in entries for entry in pareto_front([o for o in entries if o.target == one.target])}
+    rows = [
+        (
+            f"{'*' if entry in front else ' '} {entry.run}",
+            entry.target,
+            entry.precision,
+            entry.verdict,
+            entry.value_text,
+            _points(entry.drop),
+            f"{entry.latency_ms:.3f}",
+            f"{entry.speed.gain:.2f}",
+        )
+        for entry in entries
+    ]
+    columns = ("run", "target", "as", "verdict", entries[0].metric, "drop", "ms", "FP16 = 1")
+    return table(f"{len(rows)} builds; * is the Pareto front of its target", columns, rows, left=4)
+
+
 def _sqnr(row: ScoreRow) -> str:
     # Records hold no infinity: outputs that are equal and outputs that hold NaN both have no number there.
     if row.sqnr_db is None:
@@ -231,9 +254,9 @@ def accuracy_table(record: VerdictRecord) -> Table:
         for item in others
     ]
     interval = f"{record.verdict.confidence:.0%} interval"
-    drop = "drop, points" if original.unit.endswith("points") else f"drop, {original.unit}"
-    columns = ("stage", *names, drop, interval, "agreement", "SQNR")
-    return table(f"Accuracy on {record.data}", columns, rows)
+    unit = "points" if original.unit.endswith("points") else original.unit
+    columns = ("stage", *names, "drop", interval, "agreement", "SQNR")
+    return table(f"Accuracy on {record.data}; drops in {unit}", columns, rows)
 
 
 def _points(value: float | None) -> str:
@@ -252,7 +275,7 @@ def metric_value(row: ScoreRow, name: str) -> str:
 
 def verdict_line(record: VerdictRecord) -> str:
     """The verdict as rich markup."""
-    return f"[{_VERDICT_STYLE[record.kind]}]{record.kind.value.upper()}[/]: {escape(record.reason)}"
+    return f"[{VERDICT_STYLE[record.kind]}]{record.kind.value.upper()}[/]: {escape(record.reason)}"
 
 
 def _validate(record: VerdictRecord) -> list[Table | str]:
@@ -261,7 +284,8 @@ def _validate(record: VerdictRecord) -> list[Table | str]:
     return [accuracy_table(record), verdict_line(record), *blame, *note]
 
 
-def _compile(compiled: Compiled) -> list[Table | str]:
+def compile_lines(compiled: Compiled) -> list[Table | str]:
+    """The engine in figures, or how it is built where it can be."""
     if (report := compiled.engine) is not None:
         seconds, peak = report.seconds or 0.0, report.peak_mib
         rows = [
@@ -280,73 +304,6 @@ def _compile(compiled: Compiled) -> list[Table | str]:
         "With the device on the network, --device ssh://USER@HOST does all of it from here. By hand, 'resvit-engine "
         "build BUNDLE --trust KEY.pub' there also checks the engine and packs it for 'resvit-engine install'.",
     ]
-
-
-def build_document(built: Built) -> dict[str, Any]:
-    """The result of a build for JSON output."""
-    verdict = built.verdict
-    return {
-        "verdict": verdict.kind.value,
-        "reason": verdict.reason,
-        "bundle": str(built.bundle.resolve()) if built.bundle else None,
-        "report": str(built.report.resolve()),
-        "recipe": str((built.folder / "recipe.toml").resolve()),
-        "predicted": built.predicted.to_json(),
-        "stages": [summarize(stage) for stage in built.stages],
-    }
-
-
-def show_build(built: Built, output: Output) -> None:
-    """Print the result of a build: accuracy, coverage, sizes, verdict and where things lie."""
-    pipeline, stages, screen = built.pipeline, built.stages, console()
-    if not output.quiet:
-        screen.print(accuracy_table(built.verdict))
-        screen.print(quantize_table(built.quantized))
-        if built.quantized.held_back:
-            screen.print(escape(built.quantized.held_back.sentence), soft_wrap=True)
-        if pipeline.variant.recovers:
-            for item in _recover(pipeline.recovered.report):
-                screen.print(item, soft_wrap=True)
-        screen.print(_sizes(built))
-        screen.print(_costs(stages), soft_wrap=True)
-        for stage in stages:
-            if isinstance(stage, Compiled):
-                for item in _compile(stage):
-                    screen.print(item, markup=False, soft_wrap=True)
-            if isinstance(stage, Audited):
-                for item in audit_lines(stage.result):
-                    screen.print(item, soft_wrap=True)
-    for line in pipeline.variant.search.lines if pipeline.variant.search else ():
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    screen.print(built.predicted.sentence, markup=False, highlight=False, soft_wrap=True)
-    screen.print(verdict_line(built.verdict), soft_wrap=True)
-    if built.bundle:
-        screen.print(f"bundle: {built.bundle}", markup=False, soft_wrap=True)
-    screen.print(f"report: {built.report}", markup=False, soft_wrap=True)
-    if built.device:
-        screen.print("\n".join(built.device.lines(str(stages[-1].path("engine.plan")))), markup=False, soft_wrap=True)
-
-
-def _sizes(built: Built) -> Table:
-    pipeline = built.pipeline
-    files = [
-        ("float ONNX", pipeline.exported.model.path),
-        (f"{pipeline.run.precision.value.upper()} ONNX", pipeline.quantized.model.path),
-    ]
-    files += [
-        ("engine", stage.path("engine.plan"))
-        for stage in built.stages
-        if isinstance(stage, Compiled) and stage.engine is not None
-    ]
-    if built.bundle:
-        files.append(("bundle", built.bundle))
-    return table("Sizes", ("file", "size"), [(name, mib(path.stat().st_size)) for name, path in files])
-
-
-def _costs(stages: Sequence[Artifact]) -> str:
-    return "stages: " + " · ".join(
-        f"{stage.stage} {'reused' if stage.reused else f'{stage.seconds:.1f} s'}" for stage in stages
-    )
 
 
 def _shorten(names: Sequence[str], limit: int = 3) -> str:

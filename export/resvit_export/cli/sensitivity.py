@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from resvit_engines.console import Output, output_options
+from resvit_export.cli.grouped_help import GroupedHelp
 from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
 from resvit_quantize.sensitivity.method import Method
@@ -23,8 +24,9 @@ _BLOCKS = 8
 
 @click.command(
     name="sensitivity",
+    cls=GroupedHelp,
     epilog=examples_text(
-        "sensitivity --model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt --data fashion-mnist "
+        "sensitivity --model resvit:embed-mini --checkpoint runs/demo/embed-mini.pt --data fashion-mnist "
         "--precision int8 --images 32 --run runs/by-stage",
         "sensitivity --run runs/by-stage --target jetson-orin --images 16 --method brute-force --json",
     ),

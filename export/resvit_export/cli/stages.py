@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from resvit_engines.console import Output, output_options
+from resvit_engines.console import Output, output_options, verbose_option
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import reporter
+from resvit_export.cli.grouped_help import GroupedHelp
 from resvit_export.cli.options import device_options, recipe_options, require_one_device, resolve_recipe
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from resvit_export.run import Run
     from resvit_export.stage import Artifact
 
-_MODEL = "--model resvit:embed-nano --checkpoint runs/demo/embed-nano.pt"
+_MODEL = "--model resvit:embed-mini --checkpoint runs/demo/embed-mini.pt"
 _DATA = "--data fashion-mnist"
 
 
@@ -29,21 +31,24 @@ def examples_text(*lines: str) -> str:
 
 
 @contextlib.contextmanager
-def open_runs(flags: dict[str, Any], output: Output) -> Iterator[Sequence[Run]]:
-    """A run for each target on the locked run folder, with the recipe written down."""
+def open_runs(flags: dict[str, Any], output: Output, *, looks: bool = False) -> Iterator[Sequence[Run]]:
+    """A run for each target on the locked run folder, with the recipe written down.
+
+    Who only ``looks`` at a run leaves the recipe that it has.
+    """
     from resvit_export.api import opened
     from resvit_export.pipeline import Pipeline
     from resvit_export.run import runs_for
     from resvit_export.run_folder import RunFolder
 
-    report = reporter(output.quiet or output.json)
+    report = reporter(output.quiet or output.json, output.verbose)
     recipe, path = resolve_recipe(flags, report)
     folder = RunFolder(path, report)
     runs = runs_for(recipe, folder, report)
     for run in runs:
         Pipeline(run)  # what cannot be is refused before any work
     _require_named_data(flags, recipe)
-    with opened(recipe, folder, runs):
+    with opened(recipe, folder, runs, looks=looks):
         yield runs
 
 
@@ -58,10 +63,10 @@ def _require_named_data(flags: dict[str, Any], recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def open_pipeline(flags: dict[str, Any], output: Output) -> Iterator[Pipeline]:
-    """The pipeline where only one target makes sense; refuses several."""
+    """The pipeline of a command that looks at a run, where only one target makes sense; refuses several."""
     from resvit_export.pipeline import Pipeline
 
-    with open_runs(flags, output) as runs:
+    with open_runs(flags, output, looks=True) as runs:
         if len(runs) > 1:
             raise ResvitError(
                 "This command looks at one target, and several were given.", "Name one of them with --target."
@@ -89,13 +94,14 @@ def _stage_command(
     name: str, last: str, take: Callable[[Pipeline], Artifact], help_text: str, *examples: str
 ) -> click.Command:
     @output_options
+    @verbose_option
     @recipe_options(last)
-    def command(quiet: bool, as_json: bool, **flags: Any) -> int:
+    def command(verbose: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
         from resvit_export.cli.output import show_stage, summarize
         from resvit_export.pipeline import Pipeline
         from resvit_export.settle import settled
 
-        output = Output(quiet, as_json)
+        output = Output(quiet, as_json, verbose)
 
         def do(run: Run) -> tuple[dict[str, Any], int]:
             pipeline = Pipeline(run)
@@ -107,7 +113,7 @@ def _stage_command(
         with open_runs(flags, output) as runs:
             return each(runs, output, do)
 
-    return click.command(name=name, help=help_text, epilog=examples_text(*examples))(command)
+    return click.command(name=name, cls=GroupedHelp, help=help_text, epilog=examples_text(*examples))(command)
 
 
 def _exit_code(pipeline: Pipeline) -> int:
@@ -215,6 +221,7 @@ bundle_command = _stage_command(
 
 @click.command(
     name="build",
+    cls=GroupedHelp,
     epilog=examples_text(
         f"build --precision int8 --target jetson-orin {_MODEL} {_DATA}",
         f"build --target jetson-orin --plugins on {_MODEL} {_DATA} --run runs/fused",
@@ -227,9 +234,10 @@ bundle_command = _stage_command(
     ),
 )
 @output_options
+@verbose_option
 @device_options
 @recipe_options("bundle")
-def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
+def build_command(device: str | None, rehearse: bool, verbose: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
     """Do everything: prune where asked, fold, export, calibrate, quantize, validate, compile, bundle, report.
 
     Where the accuracy of the plain recipe is not accepted, layers are raised to FP8 or FP16 until it is, those first
@@ -237,16 +245,19 @@ def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool
     killed build continues where it stopped.
     """
     from resvit_export.api import Device, build_run
+    from resvit_export.pipeline import Pipeline
 
-    output = Output(quiet, as_json)
+    output = Output(quiet, as_json, verbose)
     with open_runs(flags, output) as runs:
         runs[0].require_target()
         several = len(runs) > 1
         require_one_device(device, rehearse, several)
         on = Device(device, rehearse) if device is not None else None
+        for run in runs if several else ():  # what ends the build of one ends it before the others are begun
+            Pipeline(run).look_ahead()
 
         def do(run: Run) -> tuple[dict[str, Any], int]:
-            from resvit_export.cli.output import build_document, show_build
+            from resvit_export.cli.outcome import build_document, show_build
 
             built = build_run(run, report=_report_name(run, several), device=on)
             if not output.json:
@@ -260,19 +271,32 @@ def build_command(device: str | None, rehearse: bool, quiet: bool, as_json: bool
 
 @click.command(
     name="report",
+    cls=GroupedHelp,
     epilog=examples_text(
-        f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage", "report --run runs/by-stage"
+        f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
+        "report --run runs/by-stage",
+        "report runs/by-stage runs/both --out runs/comparison.html",
     ),
 )
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Page that compares RUNS.  [default: comparison.html]")
 @output_options
 @recipe_options("bundle")
-def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
-    """Write the HTML report of a run: one self-contained page for each target."""
+def report_command(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_json: bool, **flags: Any) -> int:
+    """Write the HTML report of a run, one self-contained page for each target; or compare RUNS.
+
+    With folders of RUNS the page holds one table of all their targets, and one picture of accuracy over latency with
+    the Pareto front. Nothing is computed for it, and the runs stay as they are.
+    """
     from resvit_export.pipeline import Pipeline
     from resvit_export.report.gather import write_run_report
     from resvit_export.settle import settled
 
     output = Output(quiet, as_json)
+    if runs:
+        return _compare_runs(runs, out or Path("comparison.html"), flags, output)
+    if out is not None:
+        raise ResvitError("--out is for a page that compares runs.", "Name their folders: report RUN RUN --out FILE")
 
     def do(run: Run, several: bool) -> tuple[dict[str, Any], int]:
         pipeline = Pipeline(run)
@@ -283,8 +307,32 @@ def report_command(quiet: bool, as_json: bool, **flags: Any) -> int:
             click.echo(f"report: {path}")
         return {"report": str(path.resolve())}, 0
 
-    with open_runs(flags, output) as runs:
-        return each(runs, output, lambda run: do(run, len(runs) > 1))
+    with open_runs(flags, output, looks=True) as opened_runs:
+        return each(opened_runs, output, lambda run: do(run, len(opened_runs) > 1))
+
+
+def _compare_runs(runs: Sequence[Path], out: Path, flags: dict[str, Any], output: Output) -> int:
+    from resvit_engines.console import console, emit_json
+    from resvit_export.cli.output import comparison_table
+    from resvit_export.report.comparison import entries_of, pareto_front, write_comparison
+    from resvit_export.settle import settled
+
+    if given := [name for name, value in flags.items() if value not in (None, ())]:
+        raise ResvitError(
+            f"Runs are compared as they are, and {len(given)} settings were given: {', '.join(given)}.",
+            "Name nothing but the run folders, and --out.",
+        )
+    entries = entries_of(runs, settled)
+    write_comparison(entries, out)
+    if output.json:
+        front = {entry.target: [e.name for e in pareto_front([o for o in entries if o.target == entry.target])]
+                 for entry in entries}  # fmt: skip
+        emit_json({"report": str(out.resolve()), "entries": [entry.to_json() for entry in entries], "front": front})
+        return 0
+    if not output.quiet:
+        console().print(comparison_table(entries))
+    click.echo(f"report: {out}")
+    return 0
 
 
 def _report_name(run: Run, several: bool) -> str:

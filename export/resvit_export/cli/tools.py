@@ -46,8 +46,8 @@ def targets_command(quiet: bool, as_json: bool) -> None:
 
 @click.command(
     name="inspect",
-    epilog="\b\nExamples:\n  resvit-export inspect runs/demo/embed-nano.pt\n"
-    "  resvit-export inspect runs/demo/embed-nano.pt --json",
+    epilog="\b\nExamples:\n  resvit-export inspect runs/demo/embed-mini.pt\n"
+    "  resvit-export inspect runs/demo/embed-mini.pt --json",
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(

@@ -351,6 +351,12 @@ class Recipe:
         False,
         "Go on although validation rejected the model; the bundle says so.",
     )
+    even_if_slower: bool = setting(
+        _BUNDLE,
+        "validate.even_if_slower",
+        False,
+        "Go on although 8 bits are known to be no faster than FP16 on the target.",
+    )
 
     key: str | None = setting(
         _BUNDLE,

@@ -84,7 +84,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
     for artifact in found:
         versions.update(artifact.record.versions)
     return ReportData(
-        name=_title(pipeline),
+        name=_title(pipeline, _ships(pipeline, quantized)),
         prune=pruned.report if pruned else None,
         retrain=retrained.report if retrained else None,
         recover=recovered.report if recovered else None,
@@ -94,6 +94,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
         quantize=quantized.report if quantized else None,
         verdict=validated.verdict if validated else None,
         costs=predicted.costs if predicted else None,
+        speed=predicted.costs.speed(target) if predicted and target else None,
         search=searched.result if searched else None,
         engine=compiled.engine if compiled else None,
         plan=compiled.plan if compiled else None,
@@ -102,7 +103,7 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
         bundle=bundled.manifest if bundled else None,
         recipe=recipe_to_toml(pipeline.recipe),
         targets=[target] if target else [],
-        sizes=_sizes(pipeline, stages),
+        sizes=_sizes(_ships(pipeline, quantized), stages),
         versions=versions,
         digests={name: artifact.digest for name, artifact in stages.items()},
         images=_changed_images(validated) if validated else (),
@@ -114,15 +115,20 @@ def _one(artifacts: Iterable[Artifact], kind: type[A]) -> A | None:
     return next((artifact for artifact in artifacts if isinstance(artifact, kind)), None)
 
 
-def _title(pipeline: Pipeline) -> str:
+def _ships(pipeline: Pipeline, quantized: Quantized | None) -> str:
+    """What the ONNX that ships is called; as it was asked for, where there is none yet."""
+    return (pipeline.ships if quantized else pipeline.run.precision).value.upper()
+
+
+def _title(pipeline: Pipeline, precision: str) -> str:
     where = f" for {pipeline.run.target.title}" if pipeline.run.target else ""
-    return f"{pipeline.recipe.label}{where}, {pipeline.run.precision.value.upper()}"
+    return f"{pipeline.recipe.label}{where}, {precision}"
 
 
-def _sizes(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> dict[str, int]:
+def _sizes(precision: str, stages: Mapping[str, Artifact]) -> dict[str, int]:
     files = {
         "float ONNX": ("export", "model.onnx"),
-        f"{pipeline.run.precision.value.upper()} ONNX": ("quantize", "model.onnx"),
+        f"{precision} ONNX": ("quantize", "model.onnx"),
         "engine": ("compile", "engine.plan"),
     }
     return {

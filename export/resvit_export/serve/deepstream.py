@@ -98,7 +98,10 @@ def write_pipeline(subject: Subject, folder: Path) -> list[str]:
         raise _impossible(
             f"The task is {task}, and DeepStream knows classes, boxes and masks.", "Call it by a program of your own."
         )
-    _ = subject.image  # refuses what reads more than images
+    if subject.image.encoding is not None:  # and what reads more than images is refused
+        raise _impossible(
+            f"The engine reads {subject.image.dtype}, and nvinfer gives floats.", "Build it without --input-type."
+        )
     engine, scaling = subject.require_engine("DeepStream"), scaling_of(subject.preprocess)
     report = subject.manifest.engine
     assert report is not None

@@ -15,7 +15,7 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
-from resvit_engines.run.golden_files import golden_arrays
+from resvit_engines.run.golden_files import encoded, golden_arrays
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.serve.subject import FILES, Subject
 
@@ -74,7 +74,13 @@ def write_repository(subject: Subject, folder: Path, instances: int) -> list[str
     parts = [{"count": instances, "kind": Word("KIND_CPU")}]
     _write(folder / prepare, {"name": prepare, **how, "instance_group": parts})
     shutil.copyfile(FILES / "triton_preprocess.py.in", folder / prepare / "1" / "model.py")
-    said = {"preprocess": subject.preprocess.to_json(), "input": FRAMES, "output": image.name, "dtype": image.dtype}
+    said = {
+        "preprocess": subject.preprocess.to_json(),
+        "input": FRAMES,
+        "output": image.name,
+        "dtype": image.dtype,
+        "encoding": image.encoding.to_json() if image.encoding else None,
+    }
     (folder / prepare / "1" / "preprocess.json").write_bytes(pretty_json(said))
 
     _write(folder / name, _ensemble(name, (prepare, network), frames, image.name, made, most))
@@ -188,10 +194,11 @@ def _warm_batches(dynamic: bool, batches: tuple[int, int, int]) -> tuple[int, ..
 def _write_warmup(subject: Subject, folder: Path, batches: Sequence[int]) -> None:
     """One file of golden images for each batch, in the type that the network reads."""
     images, _ = golden_arrays(subject.folder, subject.manifest.golden)
+    given = encoded(images, subject.manifest)
     folder.mkdir()
     for batch in batches:
         some = np.resize(np.arange(len(images)), batch)
-        (folder / f"batch-{batch}").write_bytes(images[some].astype(subject.image.dtype or "float32").tobytes())
+        (folder / f"batch-{batch}").write_bytes(given[some].astype(subject.image.dtype or "float32").tobytes())
 
 
 def _tensor(name: str, kind: Word, dims: tuple[int, ...]) -> dict[str, Any]:

@@ -86,20 +86,20 @@ class Naming:
     file_name: str
 
 
-def naming_of(run: Run) -> Naming:
-    """As the recipe says."""
+def naming_of(run: Run, ships: Precision) -> Naming:
+    """As the recipe says, of what ships in that precision."""
     recipe = run.recipe
-    said = (recipe.settings_without_paths(), recipe.precision, recipe.quantizer)
-    return Naming(run.network, *said, run.require_target(), recipe.release, run.bundle_name)
+    said = (recipe.settings_without_paths(), ships, recipe.quantizer)
+    return Naming(run.network, *said, run.require_target(), recipe.release, run.bundle_name(ships))
 
 
-def bundle_of(run: Run, validation: ImageSet, contents: Contents) -> Bundle:
+def bundle_of(run: Run, ships: Precision, validation: ImageSet, contents: Contents) -> Bundle:
     """Of a run's finished stages; its preprocessing is what the validation images really went through.
 
     What a loader of the user's did to them is not known: it is named, so that nobody guesses.
     """
     made = {"factory": validation.factory} if validation.prepared else validation.preprocess.to_json()
-    return Bundle(naming_of(run), made, contents)
+    return Bundle(naming_of(run, ships), made, contents)
 
 
 @dataclass(frozen=True)

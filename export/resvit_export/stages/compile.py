@@ -18,7 +18,7 @@ from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.progress import Reporter
 from resvit_engines.records import Record
 from resvit_engines.targets.faults import faults_of, warnings_for
-from resvit_engines.targets.table import Target
+from resvit_engines.targets.table import Precision, Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.to_tensorrt.copy import TENSORRT_COPY, onnx_for_tensorrt
@@ -70,7 +70,7 @@ class PlannedInput:
     """What ``trtexec`` is to be told of the inputs' types, where it would not keep those of the graph."""
 
 
-def planned_input(report: ExportReport, run: Run, bound: Bound | None = None) -> PlannedInput:
+def planned_input(report: ExportReport, run: Run, ships: Precision, bound: Bound | None = None) -> PlannedInput:
     """What the export says of the graph's inputs; of an image that may have several sizes the usual one."""
     sizes = run.recipe.sizes
     name, (batch, channels, *shape) = report.input
@@ -80,7 +80,7 @@ def planned_input(report: ExportReport, run: Run, bound: Bound | None = None) ->
     # It takes an INT8 input for one in floats unless told otherwise, and then wants to be told all.
     formats = tuple(f"{_TRTEXEC_TYPES.get(dtype, dtype)}:chw" for dtype in types) if "int8" in types else ()
     fixed = (int(channels), height, width)
-    return PlannedInput(name, fixed, beside, not isinstance(batch, int), run.bundle_name, formats)
+    return PlannedInput(name, fixed, beside, not isinstance(batch, int), run.bundle_name(ships), formats)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Exported(Loaded):
         """The float ONNX."""
         return self.file(MODEL)
 
+    @property
+    def reference(self) -> str:
+        """What the float ONNX was held against."""
+        return "your ONNX" if self.record.value.get("is") == Import.__name__ else "PyTorch"
+
     @functools.cached_property
     def report(self) -> ExportReport:
         """The float ONNX in figures."""

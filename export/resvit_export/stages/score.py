@@ -293,13 +293,22 @@ def write_golden(
 
 
 def answers_of(
-    run: Run, questions: Questions, exported: Exported, pruned: Pruned | None, model: File, floating: File
+    run: Run,
+    questions: Questions,
+    exported: Exported,
+    pruned: Pruned | None,
+    model: File,
+    floating: File,
+    label: str,
 ) -> dict[str, Answered]:
-    """What every network of a run answers, by stage: what is there is read, the rest is asked together."""
+    """What every network of a run answers, by stage: what is there is read, the rest is asked together.
+
+    ``label`` is what people read of ``model``, which ships.
+    """
     asked: list[Asked] = [AskFloat(questions, exported.model)]
     asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
     asked += [AskPruned(questions, pruned.program)] if pruned else []
-    how = (run.label, exported.report.selects_rows, exported.network.sizes)
+    how = (label, exported.report.selects_rows, exported.network.sizes)
     asked.append(AskQuantized(questions, model, floating, *how))
     artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
     return {artifact.stage: artifact for artifact in artifacts}

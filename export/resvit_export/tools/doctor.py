@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ _NEEDED, _OPTIONAL = "host", "modelopt"
 _INSTALL = f"pip install '{_PACKAGE}[{_NEEDED}]'"
 _DISK_MIB, _MEMORY_MIB = 2048, 4096
 _TIMEOUT = 10.0
+_IMPORT_SECONDS = 120.0
 # torchvision 0.N is built for torch 2.(N - 15)
 _TORCHVISION_OFFSET = 15
 
@@ -130,8 +133,24 @@ def _torch_pair() -> Iterator[Check]:
     if ours[0] == 2 and theirs[0] == 0 and theirs[1] != ours[1] + _TORCHVISION_OFFSET:
         fix = f"pip install 'torchvision==0.{ours[1] + _TORCHVISION_OFFSET}.*'"
         yield Check("torch and torchvision", "fail", f"{torch} and {vision} do not belong together", fix)
+    elif problem := _import_problem("torchvision"):
+        fix = f"pip install --force-reinstall --no-deps 'torchvision=={vision.partition('+')[0]}'"
+        where = f"from the index that torch {torch} came from"
+        found = f"{torch} and {vision}: {problem}; this tool works around it, code of your own does not"
+        yield Check("torch and torchvision", "warn", found, f"{fix}, {where}")
     else:
-        yield Check("torch and torchvision", "ok", f"{torch} and {vision} belong together")
+        yield Check("torch and torchvision", "ok", f"{torch} and {vision} import together")
+
+
+@functools.cache
+def _import_problem(package: str) -> str:
+    """Why ``import package`` fails, in a process of its own: its binary may not fit. Empty where it does not."""
+    command = [sys.executable, "-c", f"import {package}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
+    if done.returncode == 0:
+        return ""
+    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+    return f"'import {package}' fails: {last.strip()}"
 
 
 def _runtime() -> Iterator[Check]:

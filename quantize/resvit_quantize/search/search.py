@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.targets.costs import Prediction
-from resvit_engines.targets.table import Builder, Precision, Target
-from resvit_engines.targets.tensorrt_rules import RATIO_ERROR
 from resvit_quantize.search.assignments import (
     Assignment,
     Problem,
@@ -28,9 +25,6 @@ from resvit_quantize.search.assignments import (
     nested_assignments,
     raised_products,
 )
-
-_NOTABLE = 1.02
-"""A predicted gain below this is none: the model is not that exact."""
 
 
 @dataclass(frozen=True)
@@ -173,49 +167,3 @@ def search_latency_budget(problem: Problem, budget: LatencyBudget) -> SearchResu
     return SearchResult(
         assignment, 0.0, accepted=None, looks=(), raised=raised, assignments=distinct_assignments(assignments)
     )
-
-
-@dataclass(frozen=True)
-class Worth:
-    """The predicted gain over FP16 as a factor, a sentence about it, and whether there is any."""
-
-    gain: float
-    faster: bool
-    sentence: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"gain": self.gain, "faster": self.faster, "sentence": self.sentence}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Worth:
-        """Read what ``to_json`` wrote; more than that is passed over."""
-        return cls(document["gain"], document["faster"], document["sentence"])
-
-
-def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
-    """Whether 8 bits are predicted to pay on ``target``, against the same network in FP16."""
-    used = {layer.precision for layer in chosen.layers} - {Precision.FP16}
-    basis = "predicted, from measured layer times" if any(layer.measured for layer in chosen.layers) else "predicted"
-    if not used:
-        sentence = f"FP16: {basis} {fp16.milliseconds:.3f} ms on {target.title}."
-        return Worth(1.0, faster=False, sentence=sentence)
-    label = " and ".join(p.value.upper() for p in Precision if p in used)
-    gain = fp16.total_us / chosen.total_us
-    detail = (
-        f"{chosen.milliseconds:.3f} against {fp16.milliseconds:.3f} ms, "
-        f"{chosen.kernels} against {fp16.kernels} kernels, "
-        f"{chosen.activation_bytes / 1e6:.1f} against {fp16.activation_bytes / 1e6:.1f} MB of activations"
-    )
-    faster = gain >= _NOTABLE
-    fixed_us = sum(layer.fixed_us for layer in fp16.layers)
-    if not faster and fixed_us > fp16.total_us / 2:
-        detail += f"; {fixed_us / 1e3:.3f} ms of FP16's are the fixed cost of kernels, which 8 bits do not change"
-    said = f"{label} is {basis} {gain:.2f}x as fast as" if faster else f"{label} is {basis} not faster than"
-    sentence = f"{said} FP16 on {target.title}: {detail}"
-    held = target.builder is not Builder.RTX and not any(layer.measured for layer in chosen.layers)
-    if held and abs(gain - 1) < RATIO_ERROR:
-        sentence += f"; of real engines this was told up to {RATIO_ERROR:.0%} wrong, so time both"
-    elif not faster:
-        sentence += "; build with --precision fp16"
-    return Worth(gain, faster=faster, sentence=f"{sentence}.")

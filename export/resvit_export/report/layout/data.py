@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from resvit_engines.builder.device_plan import DevicePlan
     from resvit_engines.builder.engine_report import EngineReport
     from resvit_engines.bundle.manifest import Manifest
+    from resvit_engines.targets.speed_verdict import SpeedVerdict
     from resvit_engines.targets.table import Target
     from resvit_export.records.costs import CostsRecord
     from resvit_export.records.device import DeviceResult
@@ -66,6 +67,8 @@ class ReportData:
     quantize: QuantizeReport | None = None
     verdict: VerdictRecord | None = None
     costs: CostsRecord | None = None
+    speed: SpeedVerdict | None = None
+    """What the costs are worth."""
     search: SearchRecord | None = None
     engine: EngineReport | None = None
     plan: DevicePlan | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from resvit_calibrate.gate.comparison import SHARE
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.targets.speed_verdict import SpeedKind, SpeedVerdict
 from resvit_export.records.verdict import ScoreRow, VerdictRecord
 from resvit_export.report.layout import wording
 from resvit_export.report.layout.data import ChangedImage, ReportData
@@ -16,6 +17,11 @@ from resvit_export.report.layout.pictures import data_uri_from_pixels, ticks_bet
 
 _SPELLING = {"pytorch": "PyTorch", "onnx": "ONNX", "tensorrt": "TensorRT"}
 _OUTCOMES = {"lost": ("lost", "worse"), "gained": ("gained", "better")}
+_SPEED = {
+    SpeedKind.FASTER: ("accepted", "Faster"),
+    SpeedKind.NOT_FASTER: ("rejected", "Not faster"),
+    SpeedKind.NOT_KNOWN: ("undecided", "Speed not known"),
+}
 _WORDS = {VerdictKind.ACCEPTED: "Accepted", VerdictKind.REJECTED: "Rejected", VerdictKind.UNDECIDED: "Undecided"}
 
 
@@ -28,6 +34,16 @@ class Hero:
     sentence: str
     notes: list[str]
     figures: list[tuple[str, str]]
+    speed: SpeedHalf | None = None
+
+
+@dataclass(frozen=True)
+class SpeedHalf:
+    """The other half of the verdict; ``kind`` is the class of its colour."""
+
+    kind: str
+    word: str
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -93,9 +109,10 @@ def spell_stage(stage: str) -> str:
 
 def hero_from_run(data: ReportData) -> Hero:
     """Say what came out, before anything else."""
+    speed = speed_half(data.speed) if data.speed else None
     if data.verdict is None:
         sentence = "The accuracy of this network has not been measured yet."
-        return Hero("open", "Not validated", sentence, [], _figures(data))
+        return Hero("open", "Not validated", sentence, [], _figures(data), speed)
     verdict = data.verdict.verdict
     sentence = _sentence(verdict.reason)
     notes = []
@@ -106,7 +123,12 @@ def hero_from_run(data: ReportData) -> Hero:
     needed = verdict.images_needed
     if needed and str(needed) not in sentence:
         notes.append(f"About {needed:,} images would settle it; {verdict.images:,} were used.")
-    return Hero(verdict.kind.value, _WORDS[verdict.kind], sentence, notes, _figures(data))
+    return Hero(verdict.kind.value, _WORDS[verdict.kind], sentence, notes, _figures(data), speed)
+
+
+def speed_half(speed: SpeedVerdict) -> SpeedHalf:
+    """What is known of the speed, and by what evidence."""
+    return SpeedHalf(*_SPEED[speed.kind], _sentence(speed.headline))
 
 
 def accuracy_from_verdict(record: VerdictRecord) -> Accuracy:
@@ -176,10 +198,20 @@ def _figures(data: ReportData) -> list[tuple[str, str]]:
                 figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
         figures.append(("Largest drop allowed", wording.number(verdict.max_drop)))
     if data.quantize:
-        what = f"Arithmetic in {data.quantize.precision.upper()}"
-        figures.append((what, wording.percent(data.quantize.macs_share, 1)))
+        if data.quantize.macs_share:
+            what = f"Arithmetic in {data.quantize.precision.upper()}"
+            figures.append((what, wording.percent(data.quantize.macs_share, 1)))
+        else:
+            figures.append(("Arithmetic", "all in FP16"))
+    if data.speed and data.costs:
+        chosen, fp16 = data.costs.chosen, data.costs.fp16
+        times = f"{wording.number(fp16.milliseconds, 3)} \N{RIGHTWARDS ARROW} {wording.number(chosen.milliseconds, 3)}"
+        figures.append(("Predicted, ms", times))
     if data.engine:
         figures.append(("Engine", wording.size(data.engine.bytes)))
+    elif data.quantize:
+        ships = data.quantize.precision.upper() if data.quantize.macs_share else "FP16"
+        figures.append((f"{ships} ONNX", wording.size(data.quantize.bytes_after)))
     return figures
 
 

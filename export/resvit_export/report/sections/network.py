@@ -178,7 +178,8 @@ def facts_from_run(data: ReportData) -> list[tuple[str, str]]:
             facts.append((what, f"{name}, {wording.shape(shape)}"))
         facts.append(("Parameters", f"{export.parameters:,}"))
         facts.append(("ONNX", f"opset {export.opset}, {wording.plural(export.nodes, 'node')}"))
-        facts.append(("ONNX against PyTorch", _errors(export.parity_max_abs, export.parity_max_rel)))
+        against = "ONNX against PyTorch" if data.fold else "Canonical form against your ONNX"
+        facts.append((against, _errors(export.parity_max_abs, export.parity_max_rel)))
     if data.fold:
         facts.append(("After folding against before", _errors(data.fold.max_abs_error, data.fold.max_rel_error)))
     if recover := data.recover:
@@ -218,7 +219,11 @@ def costs_from_run(data: ReportData) -> Costs | None:
         return None
     found = data.search
     return Costs(
-        [data.costs.worth.sentence, *_mended_cost(data), *(found.sentences if found else ())],
+        [
+            *([data.speed.sentence] if data.speed else ()),
+            *_mended_cost(data),
+            *(found.sentences if found else ()),
+        ],
         [
             (item.node, item.precision.value.upper(), wording.number(item.costs_us, 2), f"{item.saves:.1e}")
             for item in (found.raised if found else ())

@@ -1,4 +1,7 @@
-"""The stage ``predict``: the time of every layer on the target, against all FP16."""
+"""The stages ``predict`` and ``estimate``: the time of every layer on the target, against all FP16.
+
+``estimate`` needs the float network alone, so that what 8 bits gain is known before an image is calibrated on.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
     from resvit_export.records.costs import CostsRecord
-    from resvit_quantize.search.search import Worth
+    from resvit_quantize.settings import QuantizeSettings
 
 RESULT = "costs.json"
 
@@ -78,15 +81,10 @@ class Predicted(Artifact):
 
     @functools.cached_property
     def costs(self) -> CostsRecord:
-        """Both predictions, and what the difference is worth."""
+        """Both predictions."""
         from resvit_export.records.costs import CostsRecord
 
         return self.read(RESULT, CostsRecord.from_json)
-
-    @property
-    def worth(self) -> Worth:
-        """Whether quantising is predicted to be worth it."""
-        return self.costs.worth
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,31 @@ class Predict(Stage[Predicted]):
         """Write the prices of both, and what that is worth."""
         del reporter
         from resvit_export.records.costs import CostsRecord
-        from resvit_quantize.search.search import worth_it
 
         chosen, fp16 = self.pricing.of_quantised(self.quantized.path, self.precisions)
-        worth = worth_it(fp16, chosen, self.pricing.target)
-        (folder / RESULT).write_bytes(pretty_json(CostsRecord(worth, fp16, chosen).to_json()))
+        (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.pricing.target)))
+
+
+@dataclass(frozen=True)
+class Estimate(Stage[Predicted]):
+    """Price the float graph as these settings would quantise it, before its ranges are known."""
+
+    name: ClassVar[str] = "estimate"
+    artifact: ClassVar[type[Artifact]] = Predicted
+    packages: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+
+    pricing: Pricing
+    settings: QuantizeSettings
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        """Write the prices of both, and what that is worth."""
+        del reporter
+        from resvit_export.records.costs import CostsRecord
+        from resvit_quantize.qdq.unmeasured import quantise_unmeasured
+
+        scratch = folder / "unmeasured.onnx"
+        precisions = quantise_unmeasured(self.pricing.model.path, self.settings, scratch)
+        chosen, fp16 = self.pricing.of_quantised(scratch, precisions)
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.pricing.target)))
