@@ -33,7 +33,7 @@ ORDER = {
         "tasks", "data", "ranges", "answers", "readers", "observe", "gate", "images", "runtime",
     ),
     "resvit_engines": (
-        "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "trt", "plugins",
+        "__main__", "cli", "remote", "bench", "run", "install", "bundle", "builder", "ort", "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
         "terminal", "pictures", "outside", "errors",

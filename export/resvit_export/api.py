@@ -71,7 +71,10 @@ class Built:
     @property
     def predicted(self) -> Worth:
         """Whether quantising is predicted to be worth it on the target, as a factor over FP16."""
-        return self.pipeline.predicted.worth
+        from resvit_quantize.search.search import worth_measured
+
+        target = self.pipeline.run.require_target()
+        return worth_measured(target) if target.on_cpu else self.pipeline.predicted.worth
 
     @property
     def exported(self) -> ExportReport:
@@ -207,6 +210,12 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
     run.sources.require_images()
     run.signing_key()  # a key that cannot be used is refused before any work
     if device is not None:
+        if device.rehearse and run.require_target().on_cpu:
+            raise ResvitError(
+                "There is nothing to rehearse for a processor: every device has one.",
+                "Leave --rehearse out.",
+                ExitCode.IMPOSSIBLE,
+            )
         if device.rehearse and run.fuses:
             raise ResvitError(
                 f"Kernels of our own ({run.plugins.reason}) cannot be rehearsed: TensorRT for RTX takes no plugins.",

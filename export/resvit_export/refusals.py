@@ -34,6 +34,8 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             "Give --checkpoint, or leave --checkpoint-key out.",
         )
     require_sizes(recipe)
+    if target is not None and target.on_cpu:
+        require_for_cpu(recipe, target)
     require_searchable(recipe, target)
     require_prunable(recipe, target)
     if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):
@@ -47,6 +49,28 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             "Recovery was asked for, and there are no images to train on.",
             "Say --train-data with a folder of images, an .npz, fashion-mnist, or package.module:factory.",
         )
+
+
+def require_for_cpu(recipe: Recipe, target: Target) -> None:
+    """Refuse what rests on TensorRT's rules, or on times that nobody can predict of a processor.
+
+    Raises:
+        ResvitError: IMPOSSIBLE, naming the option.
+    """
+    asked = {
+        "--latency-budget": (recipe.latency_budget is not None, "no time of a processor is predicted"),
+        "--prune-latency": (recipe.prune_latency is not None, "no time of a processor is predicted"),
+        "--measured-times": (recipe.measured_times is not None, "they are for predictions, and there are none of it"),
+        "--sparsity": (recipe.sparsity is not None, "ONNX Runtime has no kernels for 2:4 sparse weights"),
+        "--quantizer modelopt": (recipe.quantizer is Quantizer.MODELOPT, "it places Q/DQ for TensorRT"),
+        "--recover": (recipe.recover is Recovery.ALWAYS, "it trains for TensorRT's grids"),
+        "--require-fused": (recipe.require_fused, "its rules are TensorRT's"),
+    }
+    for option, (given, why) in asked.items():
+        if given:
+            raise ResvitError(
+                f"{option} is not for {target.title}: {why}.", "Leave it out for this target.", ExitCode.IMPOSSIBLE
+            )
 
 
 def require_sizes(recipe: Recipe) -> None:
@@ -106,7 +130,7 @@ def require_ready(
     recipe, model = run.recipe, exported.model.path
     float_bytes = sum(file.bytes for file in exported.record.outputs.values())
     _require_room(run.folder.path, float_bytes)
-    least = float_bytes // (2 if recipe.precision is Precision.FP16 else 4)
+    least = float_bytes // {Precision.FP32: 1, Precision.FP16: 2}.get(recipe.precision, 4)
     if least > MOST_ALONE and not recipe.prunes:
         raise too_large(least)
     if recipe.quantizer is Quantizer.MODELOPT:
@@ -137,7 +161,7 @@ def _require_room(folder: Path, float_bytes: int) -> None:
 
 def recoverable(recipe: Recipe) -> bool:
     """Whether recovery and search can serve: for 8 bits by our own quantiser, of one image size."""
-    return recipe.sizes is None and recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+    return recipe.sizes is None and recipe.quantizer is Quantizer.RESVIT and recipe.precision.quantises
 
 
 def require_modelopt(recipe: Recipe) -> None:
@@ -239,8 +263,9 @@ def require_own_quantizer(recipe: Recipe) -> None:
             "Name one size with --input-shape; what it finds can be given to --exclude for the range.",
             ExitCode.IMPOSSIBLE,
         )
-    if recipe.precision is Precision.FP16:
-        raise ResvitError("FP16 has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
+    if not recipe.precision.quantises:
+        name = recipe.precision.value.upper()
+        raise ResvitError(f"{name} has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
     if recipe.quantizer is not Quantizer.RESVIT:
         raise ResvitError(
             "Sensitivity follows this tool's own placement and ranges, not ModelOpt's.",

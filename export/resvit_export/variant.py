@@ -31,5 +31,9 @@ class Variant:
         """The stages of ``ORDER`` that a run has."""
         recipe = run.recipe
         left_out = {"pruned": not recipe.prunes, "retrained": not recipe.retrains, "fused": not run.fuses}
-        left_out |= {"folded": run.network.from_onnx, "recovered": not self.recovers, "predicted": run.target is None}
+        left_out |= {
+            "folded": run.network.from_onnx,
+            "recovered": not self.recovers,
+            "predicted": run.target is None or run.target.on_cpu,
+        }
         return [name for name in ORDER if not left_out.get(name)]

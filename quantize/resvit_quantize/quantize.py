@@ -1,4 +1,4 @@
-"""Float ONNX models to quantised ones: Q/DQ where TensorRT wants it, FP16 everywhere else."""
+"""Float ONNX models to quantised ones: Q/DQ where TensorRT, or ONNX Runtime, wants it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
-from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
-from resvit_quantize.qdq.half import half_from_network
+from resvit_quantize.qdq.floors import floors_of
+from resvit_quantize.qdq.half import KeptFloat, half_from_network
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.qdq.report import QuantizeReport, SmoothedTensor, Suit, as_it_is, report_from_graph
 from resvit_quantize.qdq.wide_biases import widen_biases
-from resvit_quantize.settings import Effort, QuantizeSettings
+from resvit_quantize.settings import Effort, QuantizeSettings, Rules
+
+_REST = {Rules.TENSORRT: "FP16", Rules.ONNXRUNTIME: "FP32"}
+"""What is not quantised computes in this."""
 
 
 def quantize_model(
@@ -46,7 +49,7 @@ def quantize_model(
     images.
     """
     graph, compensation = graph_from_onnx(model), None
-    if settings.effort is Effort.BEST and settings.precision is not Precision.FP16:
+    if settings.effort is Effort.BEST and settings.precision.quantises:
         if images is None:
             raise ResvitError("--effort best learns from images, and none were given.", "Say --data.")
         from resvit_quantize.rounding.learned_plan import learned_plan
@@ -54,20 +57,23 @@ def quantize_model(
         plan, compensation = learned_plan(graph, ranges, settings, statistics, images, reporter)
     else:
         plan = plan_quantization(graph, ranges, settings, statistics)
-    network, placement, precision = plan.network, plan.placement, settings.precision
-    if not placement.edges and precision is not Precision.FP16:
-        reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in FP16.")
+    network, placement, precision, rules = plan.network, plan.placement, settings.precision, settings.rules
+    floors = floors_of(plan, ranges) if rules is Rules.ONNXRUNTIME else None
+    if not placement.edges and precision.quantises:
+        reporter.warn(f"No node is quantised to {precision.value}: the rules and patterns leave all in {_REST[rules]}.")
     if compensation is not None:
-        compensation.insert_into(network, placement, settings.bits)
+        compensation.insert_into(network, placement, settings.bits, floors)
     else:
         biases = mean_errors(plan, settings.bits) if settings.methods.bias_correction else {}
-        insert_qdq(network, placement, plan.amax, {}, settings.bits)
+        insert_qdq(network, placement, plan.amax, {}, settings.bits, floors)
         add_biases(network, biases)
     amax = plan.amax if compensation is None else compensation.amax
     moved = {item.tensor for item in plan.moved}
     clips = {n: float(clip) for (n, _), clip in sorted(amax.items()) if n in ranges.tensors and n not in moved}
-    largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
-    kept = half_from_network(network, largest)
+    kept: tuple[KeptFloat, ...] = ()
+    if rules is Rules.TENSORRT:
+        largest = {name: max(abs(r.minimum), abs(r.maximum)) for name, r in ranges.tensors.items()}
+        kept = half_from_network(network, largest)
     widen_biases(network)
     onnx_from_network(network, out)
     return report_from_graph(

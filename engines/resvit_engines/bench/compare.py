@@ -15,6 +15,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
 from resvit_engines.run.feeds import Arrays
+from resvit_engines.run.onnx_on_cpu import NOT_THE_ENGINE
 from resvit_engines.run.runner import Runner
 
 ROUNDS = 20
@@ -145,7 +146,7 @@ def verdict(ratio: Ratio, baseline: str, base: BenchReport, other: BenchReport) 
     """Whether it was worth it, in words; there is no verdict where no device was timed."""
     if base.runtime != other.runtime:
         return f"no verdict: it ran by another runtime than {baseline}, {ratio.sentence} as fast"
-    if other.gpu_ms is None:
+    if other.gpu_ms is None and other.label.endswith(NOT_THE_ENGINE):
         return (
             f"no verdict: {ratio.sentence} as fast as {baseline} on this machine's processor, "
             "which says nothing of the device"

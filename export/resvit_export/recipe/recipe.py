@@ -106,6 +106,7 @@ class Recipe:
         "target.builder",
         None,
         "tensorrt builds where the GPU is; rtx (TensorRT for RTX) builds here, for GPUs that it serves.",
+        choices=(Builder.TENSORRT, Builder.RTX),
         default_text="rtx for RTX cards, tensorrt for all others",
     )
     tensorrt: str | None = setting(
@@ -250,7 +251,7 @@ class Recipe:
         "quantize.precision",
         Precision.INT8,
         "Of the engine.",
-        choices=(Precision.INT8, Precision.FP8, Precision.FP16),
+        choices=(Precision.INT8, Precision.FP8, Precision.FP16, Precision.FP32),
     )
     calibrator: Calibrator = setting(_CALIBRATE, "quantize.calibrator", Calibrator.OUTPUT, "How ranges are chosen.")
     quantizer: Quantizer = setting(_QUANTIZE, "quantize.quantizer", Quantizer.RESVIT, "Ours, or ModelOpt's.")

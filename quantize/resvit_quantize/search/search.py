@@ -17,7 +17,7 @@ from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import Prediction
-from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.table import TENSOR_CORES, Builder, Precision, Target
 from resvit_engines.targets.tensorrt_rules import RATIO_ERROR
 from resvit_quantize.search.assignments import (
     Assignment,
@@ -193,6 +193,12 @@ class Worth:
         return cls(document["gain"], document["faster"], document["sentence"])
 
 
+def worth_measured(target: Target) -> Worth:
+    """What is said of a target whose times are measured, not predicted."""
+    sentence = f"No time is predicted for {target.title}: 'resvit-export bench' measures INT8 against FP32."
+    return Worth(1.0, faster=False, sentence=sentence)
+
+
 def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
     """Whether 8 bits are predicted to pay on ``target``, against the same network in FP16."""
     used = {layer.precision for layer in chosen.layers} - {Precision.FP16}
@@ -200,7 +206,7 @@ def worth_it(fp16: Prediction, chosen: Prediction, target: Target) -> Worth:
     if not used:
         sentence = f"FP16: {basis} {fp16.milliseconds:.3f} ms on {target.title}."
         return Worth(1.0, faster=False, sentence=sentence)
-    label = " and ".join(p.value.upper() for p in Precision if p in used)
+    label = " and ".join(p.value.upper() for p in TENSOR_CORES if p in used)
     gain = fp16.total_us / chosen.total_us
     detail = (
         f"{chosen.milliseconds:.3f} against {fp16.milliseconds:.3f} ms, "
