@@ -213,7 +213,7 @@ def test_from_build_to_run(workspace: Path, finished_run, tmp_path: Path, monkey
     del workspace
     monkeypatch.setenv("RESVIT_TRUST", str(tmp_path / "keys"))
     assert run(["keygen", str(tmp_path / "release.key")]) == 0
-    built = finished_run("cpu", "--validation-images", "500", "--max-drop", "2")
+    built = finished_run("cpu")
     record = json.loads(next(built.glob("validate-*/verdict.json")).read_text())
     assert record["verdict"] == "accepted"
     engine = json.loads(next(built.glob("compile-*/engine.json")).read_text())
@@ -247,11 +247,11 @@ def test_from_build_to_run(workspace: Path, finished_run, tmp_path: Path, monkey
 def test_a_build_ends_on_the_device_with_real_times(
     workspace: Path, finished_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(finished_run("cpu", "--validation-images", "500", "--max-drop", "2"), workspace / "runs/there")
+    shutil.copytree(finished_run("cpu"), workspace / "runs/there")
     (tmp_path / "config" / "keys").mkdir(parents=True)
     monkeypatch.setenv("RESVIT_TRUST", str(tmp_path / "config" / "keys"))
     monkeypatch.setenv(WHEELS_VARIABLE, str(WHEELS))
-    how = [*DEMO.split(), "--target", "cpu", "--validation-images", "500", "--max-drop", "2", "--run", "runs/there"]
+    how = [*DEMO.split(), "--target", "cpu", "--run", "runs/there"]
     with loopback_device(tmp_path / "device") as device:
         monkeypatch.setenv(CONFIG_VARIABLE, str(device.config))
         assert run(["build", *how, "--device", device.address, "--rehearse"]) == ExitCode.IMPOSSIBLE
@@ -263,7 +263,7 @@ def test_a_build_ends_on_the_device_with_real_times(
     found = json.loads((stage / "device.json").read_text())
     assert found["rehearsal"] is False
     assert found["engine"]["builder"] == "ONNX Runtime"
-    assert (found["images"], found["verdict"]["verdict"]) == (500, "accepted")
+    assert (found["images"], found["verdict"]["verdict"]) == (2500, "accepted")
     assert found["golden"]["sqnr_db"] is None or found["golden"]["sqnr_db"] > 20
     assert found["bench"]["latency_ms"]["p50"] > 0
     assert "not the engine" not in found["bench"]["label"]

@@ -205,11 +205,18 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
     from resvit_export.report.gather import write_run_report
     from resvit_export.settle import settled
     from resvit_export.stages.device import look_at_device
+    from resvit_export.tune import tuned
 
     run.require_target()
     run.sources.require_images()
     run.signing_key()  # a key that cannot be used is refused before any work
     if device is not None:
+        if run.recipe.tune is not None:
+            raise ResvitError(
+                "--tune times variants on this machine, and --device names another one.",
+                "Run 'resvit-export build --tune …' on that machine, or leave --tune out.",
+                ExitCode.IMPOSSIBLE,
+            )
         if device.rehearse and run.require_target().on_cpu:
             raise ResvitError(
                 "There is nothing to rehearse for a processor: every device has one.",
@@ -223,7 +230,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
                 ExitCode.IMPOSSIBLE,
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
-    pipeline = settled(Pipeline(run))
+    pipeline = tuned(settled(Pipeline(run)))
     stages: list[Artifact] = [getattr(pipeline, name) for name in pipeline.variant.order(run)]
     rejection: ResvitError | None = None
     try:

@@ -16,6 +16,7 @@ from resvit_export.recipe.choices import Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
+from resvit_export.stages.decide.tune import require_measurable
 from resvit_export.stages.export import Exported
 from resvit_quantize.settings import Effort
 
@@ -34,6 +35,8 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
             "Give --checkpoint, or leave --checkpoint-key out.",
         )
     require_sizes(recipe)
+    if recipe.tune is not None and target is not None:
+        require_measurable(target)
     if target is not None and target.on_cpu:
         require_for_cpu(recipe, target)
     require_searchable(recipe, target)
@@ -88,6 +91,7 @@ def require_sizes(recipe: Recipe) -> None:
         "--recover": recipe.recover is Recovery.ALWAYS,
         "--latency-budget": recipe.latency_budget is not None,
         "--effort best": recipe.effort is Effort.BEST,
+        "--tune": recipe.tune is not None,
         "--quantizer modelopt": recipe.quantizer is Quantizer.MODELOPT,
         "--plugins on": recipe.plugins is Plugins.ON,
         "--shape of several inputs": len(recipe.shapes) > 1 or (bool(recipe.shapes) and recipe.input_shape is not None),

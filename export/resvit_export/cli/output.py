@@ -291,6 +291,7 @@ def build_document(built: Built) -> dict[str, Any]:
         "report": str(built.report.resolve()),
         "recipe": str((built.folder / "recipe.toml").resolve()),
         "predicted": built.predicted.to_json(),
+        "tuned": list(built.pipeline.variant.tuned.lines) if built.pipeline.variant.tuned else None,
         "stages": [summarize(stage) for stage in built.stages],
     }
 
@@ -315,6 +316,8 @@ def show_build(built: Built, output: Output) -> None:
                     screen.print(item, soft_wrap=True)
     for line in pipeline.variant.search.lines if pipeline.variant.search else ():
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in pipeline.variant.tuned.lines if pipeline.variant.tuned else ():
+        screen.print(f"tune: {line}", markup=False, highlight=False, soft_wrap=True)
     screen.print(built.predicted.sentence, markup=False, highlight=False, soft_wrap=True)
     screen.print(verdict_line(built.verdict), soft_wrap=True)
     if built.bundle:

@@ -22,6 +22,7 @@ from resvit_export.recipe.choices import (
     Sparsity,
     StageName,
     TaskKind,
+    Tuning,
 )
 from resvit_export.recipe.pairs import plain_values, preprocess_values, task_values
 from resvit_export.recipe.setting import Place, setting, settings_of
@@ -261,6 +262,15 @@ class Recipe:
     )
     exclude: tuple[str, ...] = setting(
         _QUANTIZE, "quantize.exclude", (), "Keep nodes that match in FP16.", metavar="PATTERN"
+    )
+
+    tune: Tuning | None = setting(
+        _QUANTIZE,
+        "quantize.tune",
+        None,
+        "Time variants of the placement on this machine, and keep Q/DQ where they gain 2% (--target cpu).",
+        choices=tuple(Tuning),
+        default_text="off",
     )
 
     plugins: Plugins = setting(
