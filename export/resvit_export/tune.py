@@ -19,7 +19,7 @@ from resvit_export.pipeline import Pipeline
 from resvit_export.recipe.choices import Tuning
 from resvit_export.settle import measured
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES
-from resvit_export.stages.decide.tune import RegionChoice, Time, Timings, Tune, pays
+from resvit_export.stages.decide.tune import RegionChoice, TimeVariants, Timings, Tune, pays
 
 if TYPE_CHECKING:
     from resvit_quantize.search.regions import Region
@@ -94,7 +94,9 @@ def search_regions(regions: Sequence[Region], ways: Ways, passes: int, say: Call
                 f"{times.ratio(FLOAT, best).sentence} as fast."
             )
             break
-        name = min(fast, key=times.median_ms)
+        # Q/DQ that gain less than it takes are none: then the plain placement must be faster by as much.
+        plain = PLAIN in fast and (TUNED not in fast or pays(times.ratio(TUNED, PLAIN)))
+        name = PLAIN if plain else TUNED
         out = candidates[name]
         if ways.accepts(out):
             kept = ", ".join(region.name for region in regions if region.name not in out)
@@ -159,7 +161,7 @@ def tuned(pipeline: Pipeline) -> Pipeline:
         models = {name: pipeline.vary(precisions=precisions(out)).quantized.model for name, out in variants.items()}
         settings = run.build_settings
         timings = run.folder.do(
-            Time(models, run.require_target(), settings, where, effort.rounds, effort.seconds * len(models))
+            TimeVariants(models, run.require_target(), settings, where, effort.rounds, effort.seconds * len(models))
         )
         remarks.update(dict.fromkeys(timings.remarks))
         return timings

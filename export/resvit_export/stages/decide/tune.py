@@ -1,7 +1,7 @@
 """The stages ``timings`` and ``tune``: variants of the placement timed where they will run, and the choice.
 
-What measures is behind one interface, :class:`Timings`: any device that builds engines of these files and times them in
-turns could fill it. So far that is the processor of this machine.
+The search asks for times through one interface (``resvit_export.tune.Ways``): whatever builds engines of these files and
+times them in turns could answer it. So far that is the processor of this machine.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Timings(Artifact):
 
 
 @dataclass(frozen=True)
-class Time(Stage[Timings]):
+class TimeVariants(Stage[Timings]):
     """Time variants of a network in turns; ``machine`` is where, ``rounds`` how often, ``seconds`` of each in all."""
 
     name: ClassVar[str] = "timings"
