@@ -61,10 +61,14 @@ def test_a_gain_below_two_per_cent_is_none() -> None:
 
 
 def test_a_gain_that_chance_explains_is_none() -> None:
-    found = searched(Machine(noise=0.2, conv=3.0, qkv=0.0, mlp=0.0), passes=1)
-    assert {name for name, choice in found.choices.items() if choice.kept} == {"conv"}
-    assert found.choices["conv"].faster.low > 1.0
-    assert any(found.choices[name].faster.low < 1.0 < found.choices[name].faster.high for name in ("qkv", "mlp"))
+    kept = {"conv": 0, "qkv": 0, "mlp": 0}
+    for seed in range(20):
+        machine = Machine(noise=0.2, conv=3.0, qkv=0.0, mlp=0.0)
+        machine.random = np.random.default_rng(seed)
+        for name, choice in searched(machine, passes=1).choices.items():
+            kept[name] += choice.kept
+    assert kept["conv"] >= 18
+    assert max(kept["qkv"], kept["mlp"]) <= 3, kept
 
 
 def test_where_nothing_gains_the_engine_is_float_and_says_so() -> None:

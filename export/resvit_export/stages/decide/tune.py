@@ -1,7 +1,7 @@
 """The stages ``timings`` and ``tune``: variants of the placement timed where they will run, and the choice.
 
-The search asks for times through one interface (``resvit_export.tune.Ways``): whatever builds engines of these files and
-times them in turns could answer it. So far that is the processor of this machine.
+The search asks for times through one interface (``resvit_export.tune.Ways``): whatever builds engines of these files
+and times them in turns could answer it. So far that is the processor of this machine.
 """
 
 from __future__ import annotations
