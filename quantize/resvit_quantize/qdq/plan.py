@@ -96,7 +96,9 @@ def plan_quantization(
             absmax = max(abs(seen.minimum), abs(seen.maximum))
             amax[key] = _output_amax(placement, value, channels[key[0]], absmax, edge, settings)
         else:
-            estimator = settings.estimator if ranges.tensors[key[0]].amax or not by_ort else Estimator.MAX
+            # Outputs have no histogram: TensorRT reads none of them in 8 bits for their own sake.
+            plain = by_ort and key[0] in ranges.tensors and not ranges.tensors[key[0]].amax
+            estimator = Estimator.MAX if plain else settings.estimator
             amax[key] = ranges.amax(key[0], edge.precision.value, estimator)
     if methods.sparing and not by_ort:
         scales = {name: item.scale for name, item in smoothed.items()}
