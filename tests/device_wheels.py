@@ -11,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from resvit_engines.remote.wheel import REQUIREMENTS
+from resvit_engines.remote.wheel import CPU_REQUIREMENTS, REQUIREMENTS
 
 WHEELS = Path(__file__).parent.parent / "data" / "device-wheels"
 _SYSTEM = ("tensorrt-rtx-cu13-bindings>=1.7,<1.8", "onnxruntime")
@@ -40,7 +40,7 @@ def main() -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
     download = [*pip, "download", "--only-binary=:all:"]
     shutil.rmtree(WHEELS, ignore_errors=True)
-    subprocess.run([*download, "--dest", WHEELS, *REQUIREMENTS], check=True)
+    subprocess.run([*download, "--dest", WHEELS, *REQUIREMENTS, *CPU_REQUIREMENTS], check=True)
     subprocess.run([*download, "--dest", WHEELS / "packed", "--no-deps", *_SYSTEM], check=True)
     for wheel in (WHEELS / "packed").glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:

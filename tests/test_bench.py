@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -195,7 +196,11 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 def test_without_a_device_there_is_no_verdict() -> None:
     ratio = paired_ratio([2.0] * 6, [1.0] * 6)
     assert verdict(ratio, "FP16", report(), report()).startswith("faster")
-    on_cpu = report("onnxruntime", gpu=False)
+    engine = report("onnxruntime", gpu=False)
+    assert verdict(ratio, "FP32", engine, engine).startswith("faster"), (
+        "a processor's own engines are what was asked for"
+    )
+    on_cpu = dataclasses.replace(engine, label="ONNX Runtime on the CPU, not the engine")
     said = verdict(ratio, "FP16", on_cpu, on_cpu)
     assert said.startswith("no verdict")
     assert said.endswith("which says nothing of the device")

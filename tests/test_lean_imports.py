@@ -20,7 +20,7 @@ WINGS = {
 }
 ORDER = {
     "resvit_export": (
-        "__main__", "cli", "serve", "tools", "api", "settle", "report", "report.sections", "report.layout",
+        "__main__", "cli", "serve", "tools", "api", "tune", "settle", "report", "report.sections", "report.layout",
         "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage", "records",
         "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
     ),
@@ -33,8 +33,8 @@ ORDER = {
         "tasks", "data", "ranges", "answers", "readers", "observe", "gate", "images", "runtime",
     ),
     "resvit_engines": (
-        "__main__", "cli", "program", "remote", "bench", "run", "registry", "install", "bundle", "builder", "trt",
-        "plugins",
+        "__main__", "cli", "program", "remote", "bench", "run", "registry", "install", "bundle", "builder", "ort",
+        "trt", "plugins",
         "kernels.compile", "kernels.measure", "kernels.triton", "kernels", "keys", "audit", "targets", "machine",
         "records", "names", "console", "files", "process", "progress", "gpu", "rows", "version",
         "terminal", "pictures", "answers", "outside", "errors",

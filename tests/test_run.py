@@ -20,6 +20,7 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.bundle.parts import BundledFile, GoldenFiles
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
+from resvit_engines.ort import sessions
 from resvit_engines.plugins.onnx_wire import with_float32_quantizers
 from resvit_engines.records import Record
 from resvit_engines.run import golden_files, onnx_on_cpu
@@ -160,7 +161,7 @@ def test_without_onnx_runtime_it_says_what_to_install(tmp_path, monkeypatch) -> 
     def refuse(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(onnx_on_cpu.importlib, "import_module", refuse)
+    monkeypatch.setattr(sessions.importlib, "import_module", refuse)
     with pytest.raises(ResvitError) as caught:
         open_onnx(small_model(tmp_path / "model.onnx"))
     assert caught.value.code is ExitCode.MISSING

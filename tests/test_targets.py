@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.records import Record
 from resvit_engines.targets.choice import rtx_in_place, tensorrts_of, with_builder, with_tensorrt
 from resvit_engines.targets.software import CUDA_OF_TENSORRT, JETPACKS, NEWEST_TENSORRT, PTX_OF_CUDA, version_of
 from resvit_engines.targets.table import (
     RTX_SMS,
     TARGETS,
+    TENSOR_CORES,
     Builder,
     Kind,
     Precision,
@@ -35,6 +37,7 @@ KNOWN = [
     ("rtx-4090", 89, True, Builder.RTX),
     ("rtx-5090", 120, True, Builder.RTX),
     ("dgx-spark", 121, True, Builder.TENSORRT),
+    ("cpu", 0, False, Builder.ONNXRUNTIME),
 ]
 
 
@@ -43,7 +46,10 @@ def test_the_table_holds_exactly_the_known_targets() -> None:
     assert rows == KNOWN
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+GPUS = [target for target in TARGETS if not target.on_cpu]
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
 def test_each_target_is_whole(target) -> None:
     assert find_target(target.name) == target
     assert {Precision.FP16, Precision.INT8} <= target.precisions
@@ -210,7 +216,7 @@ def test_a_tensorrt_that_is_not_served_there_is_refused_with_those_that_are(name
     assert all(words in str(caught.value) for words in says)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
 def test_either_builder_can_be_chosen_where_it_has_kernels(target: Target) -> None:
     by_tensorrt = with_builder(target, Builder.TENSORRT)
     assert (by_tensorrt.builder, by_tensorrt.tensorrt in tensorrts_of(by_tensorrt)) == (Builder.TENSORRT, True)
@@ -227,9 +233,9 @@ def test_either_builder_can_be_chosen_where_it_has_kernels(target: Target) -> No
     assert "Leave --builder out" in caught.value.fix
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
 def test_peaks_match_the_precisions(target) -> None:
-    for precision in Precision:
+    for precision in TENSOR_CORES:
         assert (target.peak(precision) is not None) == (precision in target.precisions)
     speed = target.speed
     assert speed.source
@@ -238,6 +244,32 @@ def test_peaks_match_the_precisions(target) -> None:
     assert speed.fp8 is None or speed.fp8 == speed.int8
     assert 10 < speed.bandwidth < 10_000
     assert speed.kernel_us > 0
+
+
+def test_a_processor_is_asked_nothing_about_gpus() -> None:
+    cpu = find_target("cpu")
+    assert cpu.precisions == {Precision.FP32, Precision.INT8}
+    assert not any(cpu.peak(precision) for precision in Precision)
+    assert (cpu.ptx, cpu.sparsity, cpu.float_precision) == ("", False, Precision.FP32)
+    assert cpu.describe == "Processor (x86-64, aarch64) (ONNX Runtime 1.23 or newer; fp32, int8)"
+    assert Target.from_json(Record(json.loads(json.dumps(cpu.to_json())), "target")) == cpu
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda cpu: require_precision(cpu, Precision.FP8), "no fp8 kernels"),
+        (lambda cpu: require_precision(cpu, Precision.FP16), "computes in FP32 and INT8"),
+        (lambda cpu: require_precision(find_target("l4"), Precision.FP32), "FP32 is for processors"),
+        (lambda cpu: with_builder(cpu, Builder.TENSORRT), "TensorRT's are for GPUs"),
+        (lambda cpu: with_builder(find_target("l4"), Builder.ONNXRUNTIME), "L4 is a GPU"),
+        (lambda cpu: with_tensorrt(cpu, "10.13"), "TensorRT 10.13 has no part in it"),
+    ],
+)
+def test_what_is_not_for_processors_is_refused(ask, says: str) -> None:
+    with pytest.raises(ResvitError, match=says) as caught:
+        ask(find_target("cpu"))
+    assert caught.value.code is ExitCode.IMPOSSIBLE
 
 
 def test_known_peaks_are_dense() -> None:
@@ -254,15 +286,15 @@ def test_the_table_in_the_docs_is_this_one() -> None:
 
 def documented(target: Target) -> str:
     """The row of docs/targets.md."""
-    where = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is"}
+    where = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is", Builder.ONNXRUNTIME: "here or there"}
     others = ", ".join(version for version in tensorrts_of(target) if version != target.tensorrt)
     choices = others if target.builder is Builder.TENSORRT and target.jetpack else ""
     if target.builder is Builder.TENSORRT and not choices and not target.jetpack:
         choices = f"{tensorrts_of(target)[0]} to {tensorrts_of(target)[-1]}"
     cells = (
         f"`{target.name}`",
-        f"{target.sm / 10:.1f}",
-        f"{target.memory_mib / 1024:g} GiB, {target.speed.bandwidth:g} GB/s",
+        "" if target.on_cpu else f"{target.sm / 10:.1f}",
+        "" if target.on_cpu else f"{target.memory_mib / 1024:g} GiB, {target.speed.bandwidth:g} GB/s",
         target.software,
         choices,
         target.ptx,

@@ -40,6 +40,9 @@ _JETPACK_OF_L4T = (
 )
 _TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _ARCH, _VERSION = "[A-Za-z0-9_]{1,32}", "[0-9][A-Za-z0-9.+~-]{0,63}"
+_ONNXRUNTIME_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+_EIGHT_BITS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+"""Flags of processors with instructions that add up products of bytes."""
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
 # The Debian packages that hold the library, one per major version, and the Python bindings.
 _TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer11", "libnvinfer10", "libnvinfer8")
@@ -69,6 +72,8 @@ class Machine:
     oom_kills: int | None = None
     libc: str | None = None
     host: str = ""
+    onnxruntime: str | None = None
+    processor: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -102,6 +107,8 @@ class Machine:
             oom_kills=record.optional("oom_kills", record.whole),
             libc=record.optional("libc", version),
             host=record.optional("host", record.line) or "",
+            onnxruntime=record.optional("onnxruntime", version),
+            processor=record.optional("processor", record.line),
         )
 
 
@@ -137,6 +144,8 @@ def this_machine(
         oom_kills=oom_kills_from_vmstat(_text(root / "proc/vmstat")),
         libc=libc or None,
         host=platform.node(),
+        onnxruntime=_distribution(_ONNXRUNTIME_DISTRIBUTIONS) if here else None,
+        processor=processor_from_cpuinfo(_text(root / "proc/cpuinfo")),
     )
 
 
@@ -185,6 +194,16 @@ def clocks_from_devfreq(smallest: int, current: int, largest: int) -> str:
     if smallest == largest:
         return f"locked at {largest // 1_000_000} MHz"
     return f"not locked: {smallest // 1_000_000} to {largest // 1_000_000} MHz, now {current // 1_000_000}"
+
+
+def processor_from_cpuinfo(text: str) -> str | None:
+    """The processor's name, where it has one, and its instructions for 8 bits, from ``/proc/cpuinfo``."""
+    fields = dict(re.findall(r"^(model name|flags|Features)\s*: (.*)$", text, re.MULTILINE))
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    eight_bits = ", ".join(flag for flag in _EIGHT_BITS if flag in flags)
+    name = fields.get("model name", "").strip()[:100]
+    found = f"{name} ({eight_bits})" if name and eight_bits else name or eight_bits
+    return found or None
 
 
 def oom_kills_from_vmstat(text: str) -> int | None:

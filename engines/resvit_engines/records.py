@@ -96,6 +96,14 @@ class Record:
             raise self.refusal(key, f"a list of whole numbers from {least}")
         return tuple(values)
 
+    def numbers(self, key: str, least: float) -> tuple[float, ...]:
+        """A list of finite numbers from ``least``."""
+        values = self._list(key)
+        plain = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        if not plain or not all(least <= value < math.inf for value in values):
+            raise self.refusal(key, f"a list of numbers from {least:g}")
+        return tuple(float(value) for value in values)
+
     def wholes_or_none(self, key: str, length: int) -> tuple[int | None, ...]:
         """A list of so many whole numbers, any of which may be null."""
         values = self._list(key)

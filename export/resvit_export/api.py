@@ -212,13 +212,25 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
     """Do every stage for one target, and write the report; ``device`` then builds, validates and times there."""
     from resvit_export.pipeline import Pipeline
     from resvit_export.report.gather import write_run_report
-    from resvit_export.settle import settled
     from resvit_export.stages.device import look_at_device
+    from resvit_export.tune import settled
 
     run.require_target()
     run.sources.require_images()
     run.signing_key()  # a key that cannot be used is refused before any work
     if device is not None:
+        if run.recipe.tune is not None:
+            raise ResvitError(
+                "--tune times variants on this machine, and --device names another one.",
+                "Run 'resvit-export build --tune …' on that machine, or leave --tune out.",
+                ExitCode.IMPOSSIBLE,
+            )
+        if device.rehearse and run.require_target().on_cpu:
+            raise ResvitError(
+                "There is nothing to rehearse for a processor: every device has one.",
+                "Leave --rehearse out.",
+                ExitCode.IMPOSSIBLE,
+            )
         if device.rehearse and run.fuses:
             raise ResvitError(
                 f"Kernels of our own ({run.plugins.reason}) cannot be rehearsed: TensorRT for RTX takes no plugins.",

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.targets.speed_verdict import unpredicted_speed
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
 from resvit_export.loading.network_record import NetworkRecord
@@ -86,7 +87,9 @@ class Pipeline:
     @property
     def ships(self) -> Precision:
         """What the ONNX that ships is: as asked, or FP16 where the search or the rules leave nothing in 8 bits."""
-        return self.run.precision if self.quantized.eight_bit_products else Precision.FP16
+        if self.quantized.eight_bit_products:
+            return self.run.precision
+        return Precision.FP32 if self.run.target is not None and self.run.target.on_cpu else Precision.FP16
 
     @property
     def label(self) -> str:
@@ -227,7 +230,8 @@ class Pipeline:
     @cached_property
     def speed(self) -> SpeedVerdict:
         """The second half of the verdict: whether what ships is faster than FP16 on the target."""
-        return self.predicted.costs.speed(self.run.require_target())
+        target = self.run.require_target()
+        return unpredicted_speed(target) if target.on_cpu else self.predicted.costs.speed(target)
 
     def look_ahead(self) -> None:
         """Refuse at once what the network's shapes and the first images tell, and 8 bits that gain nothing there."""
@@ -235,10 +239,11 @@ class Pipeline:
         if self.recipe.data is not None and unpruned is not None and unpruned.network.outputs:
             self.run.image_sets(unpruned.network)
             self.run.task(unpruned.network, unpruned.network.outputs)
-        if self.run.target is not None and refusals.quantises_itself(self.recipe):
+        target = self.run.target
+        if target is not None and not target.on_cpu and refusals.quantises_itself(self.recipe):
             exported, settings = self._exported(unpruned), self.run.quantize_settings({})
             estimated = self.do(predict.Estimate(predict.pricing_of(self.run, exported.model), settings))
-            refusals.require_gain(estimated.costs.speed(self.run.target), self.recipe)
+            refusals.require_gain(estimated.costs.speed(target), self.recipe)
 
     @cached_property
     def compiled(self) -> engine.Compiled:

@@ -17,6 +17,7 @@ from resvit_export.recipe.choices import InputType, Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
+from resvit_export.stages.decide.tune import require_measurable
 from resvit_export.stages.export import Exported
 from resvit_quantize.settings import Effort
 
@@ -37,6 +38,10 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
         )
     require_sizes(recipe)
     require_input_type(recipe)
+    if recipe.tune is not None and target is not None:
+        require_measurable(target)
+    if target is not None and target.on_cpu:
+        require_for_cpu(recipe, target)
     require_searchable(recipe, target)
     require_prunable(recipe, target)
     if recipe.recover is Recovery.ALWAYS and not recoverable(recipe):
@@ -80,6 +85,29 @@ def pixels_of(recipe: Recipe, calibration: ImageSet, validation: ImageSet) -> Pr
     return validation.preprocess
 
 
+def require_for_cpu(recipe: Recipe, target: Target) -> None:
+    """Refuse what rests on TensorRT's rules, or on times that nobody can predict of a processor.
+
+    Raises:
+        ResvitError: IMPOSSIBLE, naming the option.
+    """
+    asked = {
+        "--latency-budget": (recipe.latency_budget is not None, "no time of a processor is predicted"),
+        "--prune-latency": (recipe.prune_latency is not None, "no time of a processor is predicted"),
+        "--measured-times": (recipe.measured_times is not None, "they are for predictions, and there are none of it"),
+        "--sparsity": (recipe.sparsity is not None, "ONNX Runtime has no kernels for 2:4 sparse weights"),
+        "--quantizer modelopt": (recipe.quantizer is Quantizer.MODELOPT, "it places Q/DQ for TensorRT"),
+        "--recover": (recipe.recover is Recovery.ALWAYS, "it trains for TensorRT's grids"),
+        "--input-type": (recipe.input_type is not InputType.FP32, "its engine reads FP32"),
+        "--require-fused": (recipe.require_fused, "its rules are TensorRT's"),
+    }
+    for option, (given, why) in asked.items():
+        if given:
+            raise ResvitError(
+                f"{option} is not for {target.title}: {why}.", "Leave it out for this target.", ExitCode.IMPOSSIBLE
+            )
+
+
 def require_sizes(recipe: Recipe) -> None:
     """Refuse what works for one image size alone, where a range of sizes is asked for.
 
@@ -95,6 +123,7 @@ def require_sizes(recipe: Recipe) -> None:
         "--recover": recipe.recover is Recovery.ALWAYS,
         "--latency-budget": recipe.latency_budget is not None,
         "--effort best": recipe.effort is Effort.BEST,
+        "--tune": recipe.tune is not None,
         "--quantizer modelopt": recipe.quantizer is Quantizer.MODELOPT,
         "--plugins on": recipe.plugins is Plugins.ON,
         "--shape of several inputs": len(recipe.shapes) > 1 or (bool(recipe.shapes) and recipe.input_shape is not None),
@@ -137,7 +166,7 @@ def require_ready(
     recipe, model = run.recipe, exported.model.path
     float_bytes = sum(file.bytes for file in exported.record.outputs.values())
     _require_room(run.folder.path, float_bytes)
-    least = float_bytes // (2 if recipe.precision is Precision.FP16 else 4)
+    least = float_bytes // {Precision.FP32: 1, Precision.FP16: 2}.get(recipe.precision, 4)
     if least > MOST_ALONE and not recipe.prunes:
         raise too_large(least)
     if recipe.quantizer is Quantizer.MODELOPT:
@@ -185,12 +214,12 @@ def _require_room(folder: Path, float_bytes: int) -> None:
 
 def quantises_itself(recipe: Recipe) -> bool:
     """Whether our own quantiser puts 8 bits into the graph: what is known of its placement holds."""
-    return recipe.quantizer is Quantizer.RESVIT and recipe.precision is not Precision.FP16
+    return recipe.quantizer is Quantizer.RESVIT and recipe.precision.quantises
 
 
 def asks_for_speed(recipe: Recipe) -> bool:
     """Whether a build that is known to be no faster than FP16 is a failure: 8 bits have no other use."""
-    return recipe.precision is not Precision.FP16 and not recipe.even_if_slower
+    return recipe.precision.quantises and not recipe.even_if_slower
 
 
 def require_gain(speed: SpeedVerdict, recipe: Recipe) -> None:
@@ -317,8 +346,9 @@ def require_own_quantizer(recipe: Recipe) -> None:
             "Name one size with --input-shape; what it finds can be given to --exclude for the range.",
             ExitCode.IMPOSSIBLE,
         )
-    if recipe.precision is Precision.FP16:
-        raise ResvitError("FP16 has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
+    if not recipe.precision.quantises:
+        name = recipe.precision.value.upper()
+        raise ResvitError(f"{name} has no sensitivity: nothing is quantised.", "Say --precision int8 or fp8.")
     if recipe.quantizer is not Quantizer.RESVIT:
         raise ResvitError(
             "Sensitivity follows this tool's own placement and ranges, not ModelOpt's.",

@@ -225,7 +225,7 @@ class Run:
     def quantize_settings(self, precisions: Mapping[str, str]) -> QuantizeSettings:
         """The recipe's part on quantising; ``precisions`` by node are what the search chose."""
         from resvit_calibrate.ranges.estimators import Estimator
-        from resvit_quantize.settings import Methods, QuantizeSettings
+        from resvit_quantize.settings import Methods, QuantizeSettings, Rules
 
         recipe = self.recipe
         at_output = recipe.calibrator is Calibrator.OUTPUT
@@ -237,6 +237,7 @@ class Run:
             include=recipe.include,
             exclude=recipe.exclude,
             precisions={node: Precision(name) for node, name in precisions.items()},
+            rules=Rules.ONNXRUNTIME if self.builder is Builder.ONNXRUNTIME else Rules.TENSORRT,
         )
 
     @property

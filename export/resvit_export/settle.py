@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resvit_quantize.search.search import Answer
 
 
-def settled(pipeline: Pipeline) -> Pipeline:
+def after_rejection(pipeline: Pipeline) -> Pipeline:
     """The pipeline, or the one that recovers or was searched, where the gate or the recipe asks for it.
 
     Does the stages up to ``validate`` where that question is open.
@@ -31,7 +31,7 @@ def settled(pipeline: Pipeline) -> Pipeline:
 def recovered_if_rejected(pipeline: Pipeline) -> Pipeline:
     """The pipeline that recovers, where ``auto`` finds that calibration alone is rejected."""
     recipe = pipeline.recipe
-    if recipe.recover is not Recovery.AUTO or recipe.train_data is None or not recoverable(recipe):
+    if recipe.recover is not Recovery.AUTO or recipe.train_data is None or not recoverable(recipe) or _on_cpu(pipeline):
         return pipeline
     verdict = pipeline.validated.verdict
     if verdict.kind is not VerdictKind.REJECTED:
@@ -40,10 +40,15 @@ def recovered_if_rejected(pipeline: Pipeline) -> Pipeline:
     return pipeline.vary(recovers=True)
 
 
+def _on_cpu(pipeline: Pipeline) -> bool:
+    """Whether the target is a processor: what is trained and searched is for TensorRT's grids and times."""
+    return pipeline.run.target is not None and pipeline.run.target.on_cpu
+
+
 def searched(pipeline: Pipeline) -> Pipeline:
     """The pipeline, or where its plain recipe is not accepted or a latency budget is set, the one that was searched."""
     recipe, reporter = pipeline.recipe, pipeline.run.reporter
-    if pipeline.run.target is None or not recoverable(recipe):
+    if pipeline.run.target is None or _on_cpu(pipeline) or not recoverable(recipe):
         return pipeline
     if recipe.latency_budget is None:
         if not recipe.search:

@@ -23,6 +23,16 @@ class Effort(str, enum.Enum):
         return str(self.value)
 
 
+class Rules(str, enum.Enum):
+    """Whose kernels Q/DQ are placed for."""
+
+    TENSORRT = "tensorrt"
+    """Q/DQ on what weighted layers read; everything else in FP16."""
+    ONNXRUNTIME = "onnxruntime"
+    """ONNX Runtime's on a processor: Q/DQ also on what 8-bit layers write, in unsigned bytes; everything else in
+    FP32."""
+
+
 @dataclass(frozen=True)
 class Methods:
     """Which accuracy methods are used; ``docs/accuracy.md`` shows what each earns."""
@@ -63,6 +73,7 @@ class QuantizeSettings:
     methods: Methods = Methods()
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     bits: int = 8
+    rules: Rules = Rules.TENSORRT
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or (self.bits < 8 and self.precision is not Precision.INT8):

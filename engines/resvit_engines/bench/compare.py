@@ -15,6 +15,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
 from resvit_engines.run.feeds import Arrays
+from resvit_engines.run.onnx_on_cpu import NOT_THE_ENGINE
 from resvit_engines.run.runner import Runner
 
 ROUNDS = 20
@@ -114,14 +115,7 @@ def compare(
             calls[name] = _calls_a_round(watches[name], settings, rounds)
         on_gpu = any(watch.on_gpu for watch in watches.values())
         before = conditions_now(on_gpu=on_gpu)
-        taken: dict[str, list[Samples]] = {name: [] for name in watches}
-        for number in reporter.track(range(rounds), "timing rounds", rounds):
-            names = list(watches)
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                # One call outside the clock: the caches still hold the other runner's weights.
-                watches[name].take(watches[name].streams)
-                taken[name].append(watches[name].take(calls[name]))
+        taken = _in_turns(watches, calls, rounds, reporter)
         after = conditions_now(on_gpu=on_gpu)
         reports = {name: report_from(watch, joined(taken[name]), before, after) for name, watch in watches.items()}
     baseline = next(iter(reports))
@@ -129,6 +123,42 @@ def compare(
     ratios = {name: paired_ratio(typical[baseline], typical[name]) for name in reports if name != baseline}
     verdicts = {name: verdict(ratio, baseline, reports[baseline], reports[name]) for name, ratio in ratios.items()}
     return Comparison(reports, ratios, verdicts, rounds)
+
+
+def rounds_in_turns(
+    runners: Mapping[str, Runner],
+    settings: BenchSettings,
+    images: Arrays | None = None,
+    rounds: int = ROUNDS,
+    reporter: Reporter = SILENT,
+) -> dict[str, tuple[float, ...]]:
+    """The time of one call of every runner in ms, by name: the median of each round, timed as ``compare`` does.
+
+    Raises:
+        ResvitError: INPUT for a batch that one of them does not take.
+    """
+    with contextlib.ExitStack() as owned:
+        watches: dict[str, Stopwatch] = {}
+        for name, runner in runners.items():
+            watches[name] = owned.enter_context(Stopwatch(runner, settings, images))
+            watches[name].warm_up()
+        calls = {name: _calls_a_round(watch, settings, rounds) for name, watch in watches.items()}
+        taken = _in_turns(watches, calls, rounds, reporter)
+    return {name: tuple(part.typical_ms for part in parts) for name, parts in taken.items()}
+
+
+def _in_turns(
+    watches: Mapping[str, Stopwatch], calls: Mapping[str, int], rounds: int, reporter: Reporter
+) -> dict[str, list[Samples]]:
+    taken: dict[str, list[Samples]] = {name: [] for name in watches}
+    for number in reporter.track(range(rounds), "timing rounds", rounds):
+        names = list(watches)
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            # One call outside the clock: the caches still hold the other runner's weights.
+            watches[name].take(watches[name].streams)
+            taken[name].append(watches[name].take(calls[name]))
+    return taken
 
 
 def paired_ratio(baseline_ms: Sequence[float] | np.ndarray[Any, Any], other_ms: Any) -> Ratio:
@@ -145,7 +175,7 @@ def verdict(ratio: Ratio, baseline: str, base: BenchReport, other: BenchReport) 
     """Whether it was worth it, in words; there is no verdict where no device was timed."""
     if base.runtime != other.runtime:
         return f"no verdict: it ran by another runtime than {baseline}, {ratio.sentence} as fast"
-    if other.gpu_ms is None:
+    if other.gpu_ms is None and other.label.endswith(NOT_THE_ENGINE):
         return (
             f"no verdict: {ratio.sentence} as fast as {baseline} on this machine's processor, "
             "which says nothing of the device"

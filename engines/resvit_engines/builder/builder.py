@@ -23,18 +23,20 @@ from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
 from resvit_engines.targets.choice import with_tensorrt
 from resvit_engines.targets.software import version_of
-from resvit_engines.targets.table import Builder, Target
+from resvit_engines.targets.table import ANY_ARCH, Builder, Target
 from resvit_engines.trt.io_tensor import io_tensors_from_json
 
-_MODULES = {Builder.RTX: "tensorrt_rtx_bindings", Builder.TENSORRT: "tensorrt"}
+_MODULES = {
+    Builder.RTX: "tensorrt_rtx_bindings", Builder.TENSORRT: "tensorrt", Builder.ONNXRUNTIME: "onnxruntime",
+}  # fmt: skip
 
 
 def builds_here(target: Target) -> bool:
-    """Whether this machine can build for ``target``: TensorRT for RTX anywhere, TensorRT where its GPU is.
+    """Whether this machine can build for ``target``: TensorRT only where its GPU is, the others anywhere.
 
     A Jetson's TensorRT is that of its image. Elsewhere several releases may be asked for, and it has to be that one.
     """
-    if target.builder is Builder.RTX:
+    if target.builder is not Builder.TENSORRT:
         return True
     if not _installed("tensorrt") or local_sm() != target.sm:
         return False
@@ -78,19 +80,20 @@ def build_engine(
     require_buildable(target, settings)
     if not onnx.is_file():
         raise ResvitError(f"There is no file {onnx}.", "Give the path of an ONNX file.")
-    if target.arch != platform.machine():
+    if target.arch not in {ANY_ARCH, platform.machine()}:
         reporter.warn(
             f"{target.title} has an {target.arch} processor and this machine is {platform.machine()}: NVIDIA does "
             "not promise that engines move between the two; if it does not load there, build it there."
         )
-    reporter.say(f"Building for {target.title} (SM {target.sm / 10:.1f}) with {TITLES[builder]}")
+    capability = "" if target.on_cpu else f" (SM {target.sm / 10:.1f})"
+    reporter.say(f"Building for {target.title}{capability} with {TITLES[builder]}")
     cache = _timing_cache_for(builder, settings, reporter)
     library = _plugin_library(settings, reporter)
     layers = engine.with_name("layers.json" if engine.stem == "engine" else f"{engine.stem}.layers.json")
     with atomic_file(engine) as partial, tempfile.TemporaryDirectory(prefix="resvit-build-") as scratch:
         described = Path(scratch) / "layers.json"
         request = {
-            "kind": "build",
+            "kind": "optimise" if target.on_cpu else "build",
             "module": _MODULES[builder],
             "onnx": str(onnx.resolve()),
             "engine": str(partial.resolve()),
@@ -146,8 +149,10 @@ def build_engine(
 
 def _built(
     request: dict[str, Any], onnx: Path, target: Target, settings: BuildSettings, scratch: Path, reporter: Reporter
-) -> tuple[dict[str, Any], int]:
+) -> tuple[dict[str, Any], int | None]:
     """Build with the workspace that fits, and with half of it where it does not; returns what it was in the end."""
+    if target.on_cpu:  # kernels take what they need when they run
+        return run_child(request, scratch, reporter, "optimising"), None
     chosen = workspace_for(target, settings.workspace_mib, onnx.stat().st_size, available_mib())
     for note in chosen.notes:
         reporter.warn(note)
@@ -205,8 +210,8 @@ def refit_engine(
 
 
 def _timing_cache_for(builder: Builder, settings: BuildSettings, reporter: Reporter) -> Path | None:
-    if settings.timing_cache is not None and builder is Builder.RTX:
-        reporter.say("TensorRT for RTX measures nothing while it builds, so there is no timing cache to keep.")
+    if settings.timing_cache is not None and builder is not Builder.TENSORRT:
+        reporter.say(f"{TITLES[builder]} measures nothing while it builds, so there is no timing cache to keep.")
         return None
     return settings.timing_cache
 
@@ -231,6 +236,12 @@ def _require_builder(target: Target) -> None:
             f"An engine for {target.title} by {target.software} cannot be built on this machine.",
             "Build it where that GPU is, with the commands of the plan.",
             ExitCode.IMPOSSIBLE,
+        )
+    if target.on_cpu and not _installed(_MODULES[target.builder]):
+        raise ResvitError(
+            "ONNX Runtime, which makes engines for processors, is not installed.",
+            "pip install onnxruntime",
+            ExitCode.MISSING,
         )
     if not _installed(_MODULES[target.builder]):
         raise ResvitError(

@@ -117,7 +117,7 @@ class EngineReport:
             target=record.text("target"),
             builder=_BUILDERS[record.text("builder", _BUILDERS)],
             builder_version=record.text("builder_version"),
-            sm=record.whole("sm", 10, 999),
+            sm=record.whole("sm", 0, 999),
             bytes=record.whole("bytes"),
             sha256=record.sha256("sha256"),
             seconds=record.optional("seconds", lambda key: record.number(key, 0)),

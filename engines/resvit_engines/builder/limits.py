@@ -25,6 +25,27 @@ _LIMITS = (
         "TensorRT for RTX takes no plugins",
     ),
     _Limit(
+        lambda settings: settings.plugins != "off",
+        lambda target: target.on_cpu,
+        "An engine with kernels of our own (--plugins)",
+        "they are for GPUs",
+    ),
+    _Limit(
+        lambda settings: settings.sparse,
+        lambda target: target.on_cpu,
+        "An engine with kernels for 2:4 sparse weights (--sparsity)",
+        "ONNX Runtime has none",
+    ),
+    *(
+        _Limit(
+            lambda settings, flag=flag: getattr(settings, flag),  # type: ignore[misc]
+            lambda target: target.on_cpu,
+            f"An engine with --{flag.replace('_', '-')}",
+            "that is an option of TensorRT",
+        )
+        for flag in ("hardware_compatible", "version_compatible", "strip_weights")
+    ),
+    _Limit(
         lambda settings: settings.hardware_compatible,
         lambda target: target.kind is Kind.JETSON,
         "An engine for several GPUs (--hardware-compatible)",

@@ -11,7 +11,7 @@ from resvit_engines.pictures.sizes import SizeRange, sizes_from_numbers
 from resvit_engines.records import Record
 from resvit_engines.targets.table import Builder
 
-TITLES = {Builder.RTX: "TensorRT for RTX", Builder.TENSORRT: "TensorRT"}
+TITLES = {Builder.RTX: "TensorRT for RTX", Builder.TENSORRT: "TensorRT", Builder.ONNXRUNTIME: "ONNX Runtime"}
 PLUGINS = ("off", "aot", "library")
 """How kernels of our own reach an engine: not at all, inside it (ahead of time), or by a library that it needs."""
 FLAGS = ("sparse", "hardware_compatible", "version_compatible", "strip_weights")

@@ -21,6 +21,7 @@ from resvit_engines.builder import timing_cache
 from resvit_engines.builder.steps import StepsToParent
 from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.files import explain_os_errors, sha256_bytes, write_atomic
+from resvit_engines.ort import sessions
 from resvit_engines.pictures.sizes import sizes_from_numbers
 from resvit_engines.plugins.nodes import PluginNode, plugin_nodes
 from resvit_engines.process import peak_memory_mib
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
     try:
         if request["kind"] == "refit":
             result = _refit(request, log)
+        elif request["kind"] == "optimise":
+            result = _optimise(request, log)
         else:
             result, engine = _build(request, log)
     except ResvitError as error:
@@ -93,6 +96,25 @@ def _build(request: dict[str, Any], log: trt_api.Log) -> tuple[dict[str, Any], A
         "notes": notes,
     }
     return result, engine
+
+
+def _optimise(request: dict[str, Any], log: trt_api.Log) -> dict[str, Any]:
+    """The graph as ONNX Runtime's optimiser leaves it: 8-bit kernels in place of Q/DQ, as one file."""
+    start = time.monotonic()
+    optimised = sessions.optimised_onnx(Path(request["onnx"]), Path(request["engine"]))
+    log.lines += [f"{kernel.type} {kernel.name}" for kernel in optimised.kernels]
+    return {
+        "version": optimised.version,
+        "seconds": time.monotonic() - start,
+        "peak_mib": peak_memory_mib(),
+        "inputs": [tensor.to_json() for tensor in optimised.inputs],
+        "outputs": [tensor.to_json() for tensor in optimised.outputs],
+        "kernels": [kernel.to_json() for kernel in optimised.kernels],
+        "warnings": [],
+        "timing_cache": None,
+        "plugin_layers": [],
+        "notes": [],
+    }
 
 
 def _prepare_plugins(trt: Any, request: dict[str, Any]) -> tuple[PluginNode, ...]:

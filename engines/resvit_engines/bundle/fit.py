@@ -10,10 +10,11 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.machine import Machine
 from resvit_engines.targets.software import version_of
-from resvit_engines.targets.table import Builder, Target
+from resvit_engines.targets.table import ANY_ARCH, Builder, Target
 
 _SPARE_MIB = 64
 """Disk that stays free beside what is unpacked."""
+_PROCESSORS = frozenset({"x86_64", "aarch64"})
 _AMPERE = 80
 """Hardware-compatible engines run from Ampere on (NVIDIA's ``HardwareCompatibilityLevel.AMPERE_PLUS``)."""
 
@@ -65,10 +66,13 @@ def _memory_mib(manifest: Manifest) -> int:
 
 def _other_device(target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
     made = f"This bundle is for {target.title}"
-    if target.arch != machine.arch:
+    if target.arch not in {ANY_ARCH, machine.arch}:
         yield f"{made} with an {target.arch} processor, and this machine is {machine.arch}."
     if engine and engine.rehearsal:
         yield f"The engine of this bundle comes from a rehearsal: it is not for {target.title}, but for a stand-in."
+    if target.on_cpu:
+        yield from _other_onnxruntime(made, target, engine, machine)
+        return
     yield from _other_gpu(made, target, engine, machine)
     jetpack = target.jetpack
     if jetpack and machine.jetpack and version_of(jetpack)[:2] != version_of(machine.jetpack)[:2]:
@@ -85,6 +89,22 @@ def _other_gpu(made: str, target: Target, engine: EngineReport | None, machine: 
             yield f"{made} or another GPU from SM 8.0 on, and this one is SM {machine.sm / 10:.1f}."
     elif machine.sm != sm:
         yield f"{made} (SM {sm / 10:.1f}), and this GPU is {machine.gpu or 'another'} (SM {machine.sm / 10:.1f})."
+
+
+def _other_onnxruntime(made: str, target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
+    """An engine is for the release that optimised it; a model to be built, for that of its target and newer ones."""
+    if machine.arch not in _PROCESSORS:
+        yield f"{made}, and this machine's processor is {machine.arch}."
+    if machine.onnxruntime is None:
+        yield f"{made} and needs ONNX Runtime, which is not installed here (pip install onnxruntime)."
+        return
+    ours = version_of(machine.onnxruntime)[:2]
+    if engine is not None and ours != version_of(engine.builder_version)[:2]:
+        yield (
+            f"{made}, made with ONNX Runtime {engine.builder_version}, and here is ONNX Runtime {machine.onnxruntime}."
+        )
+    elif engine is None and ours < version_of(target.tensorrt):
+        yield f"{made} and needs ONNX Runtime {target.tensorrt} or newer; here is {machine.onnxruntime}."
 
 
 def _other_tensorrt(made: str, target: Target, engine: EngineReport | None, machine: Machine) -> Iterator[str]:
@@ -106,6 +126,8 @@ def _other_tensorrt(made: str, target: Target, engine: EngineReport | None, mach
 
 
 def _rebuild(target: Target, machine: Machine) -> str:
+    if target.on_cpu:
+        return "Build it on this machine: 'resvit-engine build' with the bundle, or --device ssh://… from the host."
     said = f" --jetpack {machine.jetpack}" if target.jetpack and machine.jetpack else ""
     if machine.tensorrt and not target.jetpack and target.builder is Builder.TENSORRT:
         said = f" --tensorrt {'.'.join(map(str, version_of(machine.tensorrt)[:2]))}"

@@ -101,16 +101,17 @@ class Device:
             )
         return machine
 
-    def prepare(self, machine: Machine, wheels: Path | None = None) -> bool:
+    def prepare(self, machine: Machine, wheels: Path | None = None, *, on_cpu: bool = False) -> bool:
         """Install the slim wheel and what it needs there, in a virtual environment; False where it was installed.
 
         ``wheels`` is a folder on this machine that is used instead of any network. Otherwise the device's own pip is
-        tried, then the wheels are downloaded here for it.
+        tried, then the wheels are downloaded here for it. With ``on_cpu`` its processor runs the engines.
 
         Raises ``ResvitError`` MISSING with the command that mends it.
         """
         wheel, digest = self._copied_wheel()
-        mark = sha256_bytes(f"{digest} {requirements_for(machine)}".encode())
+        wanted = requirements_for(machine, on_cpu=on_cpu)
+        mark = sha256_bytes(f"{digest} {wanted}".encode())
         if self._run(f"cat {_INSTALLED}").stdout.strip() == mark:
             return False
         self.reporter.say(f"Installing the device's side on {self.connection.address}")
@@ -124,8 +125,8 @@ class Device:
                     ExitCode.MISSING,
                 )
             raise self._failed("could not make a virtual environment", made.stderr)
-        if wheels is not None or not self._pip(("--timeout", "15", "--retries", "1", *requirements_for(machine))):
-            self._install_offline(machine, wheels)
+        if wheels is not None or not self._pip(("--timeout", "15", "--retries", "1", *wanted)):
+            self._install_offline(machine, wheels, wanted)
         if not self._pip(("--no-index", "--no-deps", "--force-reinstall", wheel)):
             raise self._failed("could not install the wheel", self._pip_said)
         self._run(f"echo {mark} > {_INSTALLED}")
@@ -190,16 +191,16 @@ class Device:
         self._pip_said = answer.stderr
         return answer.code == 0
 
-    def _install_offline(self, machine: Machine, wheels: Path | None) -> None:
+    def _install_offline(self, machine: Machine, wheels: Path | None, wanted: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
             if wheels is None:
                 self.reporter.say("The device's pip finds no network: downloading its wheels here")
                 wheels = Path(scratch)
-                download_wheels(machine, wheels)
+                download_wheels(machine, wheels, wanted)
             files = sorted(wheels.glob("*.whl"))
             for file in self.reporter.track(files, "copy wheels", len(files)):
                 upload(self.connection, file, f"{ROOT}/wheels/{file.name}")
-        if not self._pip(("--no-index", "--find-links", f"{ROOT}/wheels", *requirements_for(machine))):
+        if not self._pip(("--no-index", "--find-links", f"{ROOT}/wheels", *wanted)):
             raise self._failed("could not install the wheels that were copied", self._pip_said)
 
     def _copy_images(self, job: RemoteJob, folder: str) -> None:

@@ -148,7 +148,15 @@ class _Extracted:
 
 def _key(job: Job, digest: str, machine: Machine) -> str:
     """What makes the results of a job other ones."""
-    parts = (machine.sm, machine.tensorrt, machine.rtx if job.rehearse else None, machine.arch, own_version())
+    parts = (
+        machine.sm,
+        machine.tensorrt,
+        machine.onnxruntime,
+        machine.processor,
+        machine.rtx if job.rehearse else None,
+        machine.arch,
+        own_version(),
+    )
     images = [(file.name, sha256_file(file)) for file in _images(job)]
     return sha256_bytes(canonical_json([digest, job.rehearse, *parts, images]))
 
@@ -168,6 +176,12 @@ def _build(
 ) -> EngineReport:
     target = manifest.target
     assert target is not None  # else it does not fit
+    if job.rehearse and target.on_cpu:
+        raise ResvitError(
+            "This bundle is for processors, and there is nothing to rehearse: this machine has one.",
+            "Leave --rehearse out.",
+            ExitCode.IMPOSSIBLE,
+        )
     if job.rehearse:
         target = proxy_target(target)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"

@@ -16,6 +16,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file
 from resvit_engines.machine import Machine
 from resvit_engines.plugins.library import SOURCE_FOLDER, source_files
+from resvit_engines.targets.software import OLDEST_ONNXRUNTIME
 from resvit_engines.version import own_version
 
 DISTRIBUTION = "resvit-engines"
@@ -61,9 +62,14 @@ def write_device_wheel(folder: Path) -> Path:
     return path
 
 
-def requirements_for(machine: Machine) -> tuple[str, ...]:
-    """What is installed beside the wheel on this machine."""
-    return REQUIREMENTS if machine.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
+CPU_REQUIREMENTS = (f"onnxruntime>={OLDEST_ONNXRUNTIME}",)
+"""And for engines of processors."""
+
+
+def requirements_for(machine: Machine, *, on_cpu: bool = False) -> tuple[str, ...]:
+    """What is installed beside the wheel on this machine; with ``on_cpu`` for engines that its processor runs."""
+    found = REQUIREMENTS if machine.sm is None else (*REQUIREMENTS, *GPU_REQUIREMENTS)
+    return (*found, *CPU_REQUIREMENTS) if on_cpu else found
 
 
 def pip_platforms(arch: str, libc: str | None) -> tuple[str, ...]:
@@ -98,6 +104,8 @@ def _metadata(version: str) -> str:
         "License: Apache-2.0",
         "Requires-Python: >=3.10",
         *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
+        "Provides-Extra: cpu",
+        *(f"Requires-Dist: {requirement}; extra == 'cpu'" for requirement in CPU_REQUIREMENTS),
         "Provides-Extra: device",
         *(f"Requires-Dist: {requirement}; extra == 'device'" for requirement in GPU_REQUIREMENTS),
     ]

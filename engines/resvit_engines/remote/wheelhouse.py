@@ -39,8 +39,8 @@ def chosen_wheels() -> Path | None:
     return folder
 
 
-def download_wheels(machine: Machine, folder: Path) -> None:
-    """Fill ``folder`` with everything that ``machine`` needs.
+def download_wheels(machine: Machine, folder: Path, requirements: Sequence[str] | None = None) -> None:
+    """Fill ``folder`` with everything that ``machine`` needs: ``requirements``, or those of any device.
 
     pip judges conditions such as ``python_version < '3.11'`` by the Python that runs it, also when it downloads for
     another; so they are judged here, until nothing is missing.
@@ -48,7 +48,7 @@ def download_wheels(machine: Machine, folder: Path) -> None:
     Raises ``ResvitError`` MISSING where pip cannot download.
     """
     environment = device_environment(machine)
-    wanted = needed(requirements_for(machine), environment)
+    wanted = needed(requirements or requirements_for(machine), environment)
     while wanted:
         _download(wanted, machine, folder)
         wanted = missing_requirements(folder, environment)

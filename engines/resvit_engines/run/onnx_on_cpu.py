@@ -1,14 +1,12 @@
-"""The ONNX file on this machine's processor: what stands in where there is no engine or no GPU.
+"""ONNX Runtime on this machine's processor: its own engines, and what stands in where there is no engine or no GPU.
 
-It computes what was validated (Q/DQ unfused, as calibration and validation run it), and says nothing of the device.
-ONNX Runtime is optional: it is imported when it is used.
+What stands in computes what was validated (Q/DQ unfused, as calibration and validation run it), and says nothing of
+the device. ONNX Runtime is optional: it is imported when it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import sha256_bytes
+from resvit_engines.ort.sessions import engine_options, exact_options, first_line, load_onnxruntime, open_session
 from resvit_engines.plugins.onnx_wire import with_float32_quantizers
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
 from resvit_engines.trt.running import TensorSpec
 
 RUNTIME = "onnxruntime"
+NOT_THE_ENGINE = "not the engine"
+"""How the label of what stands in for an engine ends."""
 _SOUND = (1, 32)
 """The first release that is known to quantise FP16 rightly on the CPU."""
 _ANY_BATCH = 1 << 30
@@ -42,13 +44,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 class OnnxOnCpu:
     """An ONNX Runtime session as a runner. Made by ``open_onnx``."""
 
-    def __init__(self, session: Any, version: str, optimized: bool) -> None:
+    def __init__(self, session: Any, version: str, optimized: bool, *, engine: bool = False) -> None:
         self.runtime = RUNTIME
         self.why = ""
         self.device_mib = None
         """Nothing is on a device."""
         self.optimized = optimized
-        self.label = f"ONNX Runtime {version} on the CPU, not the engine"
+        self.label = f"ONNX Runtime {version} on the CPU" + ("" if engine else f", {NOT_THE_ENGINE}")
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else -1
@@ -94,7 +96,7 @@ class OnnxOnCpu:
         except Exception as error:
             memory = isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)
             raise ResvitError(
-                "Memory ran out while the model ran." if memory else f"ONNX Runtime failed: {_first_line(error)}",
+                "Memory ran out while the model ran." if memory else f"ONNX Runtime failed: {first_line(error)}",
                 "Use a smaller batch." if memory else "Export the model again; an operator of it does not run.",
                 ExitCode.SYSTEM if memory else ExitCode.INPUT,
             ) from error
@@ -133,42 +135,38 @@ def open_onnx(model: Path, *, optimize: bool = True) -> OnnxOnCpu:
     Raises:
         ResvitError: MISSING without ONNX Runtime; INPUT for a file that it cannot load.
     """
-    ort = _onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # failures come back as exceptions
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Its result on Transpose and MatMul in FP16 ends the process, up to 1.32 at least (onnxruntime issue 28392).
-    options.add_session_config_entry("optimization.disable_specified_optimizers", "MatmulTransposeFusion")
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ort = load_onnxruntime()
     if not model.is_file():
         raise ResvitError(f"There is no model file {model}.", "Check the path.")
+    options = exact_options(ort, optimize=optimize)
     source: str | bytes = str(model)
     if _version(ort.__version__) < _SOUND:
         source = with_float32_quantizers(model.read_bytes())
         folder = str(model.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ResvitError(
-            f"ONNX Runtime {ort.__version__} cannot load {model}: {_first_line(error)}",
-            "If the file is complete, an operator or external data file is missing; export it again.",
-        ) from error
-    return OnnxOnCpu(session, ort.__version__, optimize)
+    return OnnxOnCpu(open_session(ort, source, options, model), ort.__version__, optimize)
 
 
-def _onnxruntime() -> Any:
+def open_cpu_engine(engine: Path, sha256: str, threads: int | None = None) -> OnnxOnCpu:
+    """A processor's engine as a runner, if it is the file whose digest is ``sha256``; one thread a core unless said.
+
+    Raises:
+        ResvitError: UNTRUSTED for another file, MISSING without ONNX Runtime, INPUT where it cannot load the engine.
+    """
     try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
+        content = engine.read_bytes()
+    except OSError as error:
+        raise ResvitError(f"The engine {engine} cannot be read: {error}.", "Install the bundle again.") from error
+    if sha256_bytes(content) != sha256:
         raise ResvitError(
-            "There is no engine for this machine, and ONNX Runtime, which stands in for it, is not installed.",
-            "pip install onnxruntime, or run on the device that the engine is for.",
-            ExitCode.MISSING,
-        ) from error
+            f"{engine.name} is not the engine that the manifest names: it was changed, and is not loaded.",
+            "Install the bundle again, from a copy whose signature holds.",
+            ExitCode.UNTRUSTED,
+        )
+    ort = load_onnxruntime()
+    return OnnxOnCpu(
+        open_session(ort, content, engine_options(ort, threads), engine), ort.__version__, True, engine=True
+    )
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -184,8 +182,3 @@ def _spec(tensor: Any) -> TensorSpec:
             ExitCode.IMPOSSIBLE,
         )
     return TensorSpec(tensor.name, tuple(size if isinstance(size, int) else -1 for size in tensor.shape), dtype)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -23,7 +23,7 @@ from resvit_engines.run.engine_runner import MODULES, open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, golden_output, sqnr_db
 from resvit_engines.run.npy import read_array
-from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_onnx
+from resvit_engines.run.onnx_on_cpu import RUNTIME, OnnxOnCpu, open_cpu_engine, open_onnx
 from resvit_engines.targets.table import Builder
 from resvit_engines.trt.running import TensorSpec
 
@@ -121,7 +121,7 @@ def open_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runn
     """
     if runtime not in RUNTIMES:
         raise ResvitError(f"There is no runtime {runtime!r}.", f"Use one of {', '.join(RUNTIMES)}.")
-    if runtime == RUNTIME:
+    if runtime == RUNTIME and not (manifest.engine and manifest.engine.builder is Builder.ONNXRUNTIME):
         return _onnx(folder, manifest, "ONNX Runtime was asked for")
     report = manifest.engine
     reason = why_no_engine(report, None if runtime == "auto" else Builder(runtime))
@@ -130,7 +130,14 @@ def open_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runn
     if report is None or reason is not None:
         return _onnx(folder, manifest, reason.problem.rstrip(".") if reason else "")
     onnx = folder / _ENGINE_MODEL
-    return open_engine(folder / ENGINE, manifest.digest_of(ENGINE), report, onnx if onnx.is_file() else folder / MODEL)
+    return open_built(folder / ENGINE, manifest.digest_of(ENGINE), report, onnx if onnx.is_file() else folder / MODEL)
+
+
+def open_built(engine: Path, sha256: str, report: EngineReport, onnx: Path) -> Runner:
+    """An engine of any builder's as a runner; raises as ``open_engine`` and ``open_cpu_engine``."""
+    if report.builder is Builder.ONNXRUNTIME:
+        return open_cpu_engine(engine, sha256)
+    return open_engine(engine, sha256, report, onnx)
 
 
 def why_no_engine(report: EngineReport | None, wanted: Builder | None = None) -> ResvitError | None:
@@ -158,6 +165,10 @@ def why_not_here(builder: Builder, sm: int, *, hardware_compatible: bool = False
 
     ``hardware_compatible`` is whether newer GPUs run it too. Nothing is loaded.
     """
+    if builder is Builder.ONNXRUNTIME:
+        if installed("onnxruntime"):
+            return None
+        return ResvitError("ONNX Runtime is not installed.", "pip install onnxruntime", ExitCode.MISSING)
     here = local_sm()
     if here is None:
         return ResvitError(

@@ -25,6 +25,14 @@ def with_builder(target: Target, builder: Builder | None) -> Target:
     """
     if builder is None or builder is target.builder:
         return target
+    if target.on_cpu or builder is Builder.ONNXRUNTIME:
+        raise ResvitError(
+            f"Engines for {target.title} are ONNX Runtime's, and TensorRT's are for GPUs."
+            if target.on_cpu
+            else f"ONNX Runtime makes engines for processors (--target cpu), and {target.title} is a GPU.",
+            "Leave --builder out.",
+            ExitCode.IMPOSSIBLE,
+        )
     if builder is Builder.TENSORRT:
         cuda = CUDA_OF_TENSORRT[NEWEST_TENSORRT]
         return dataclasses.replace(target, builder=builder, tensorrt=NEWEST_TENSORRT, cuda=cuda)
@@ -56,6 +64,12 @@ def with_tensorrt(target: Target, version: str) -> Target:
         ResvitError: IMPOSSIBLE for a release that is not served on this target, with those that are, and where
             TensorRT for RTX builds for it.
     """
+    if target.on_cpu:
+        raise ResvitError(
+            f"ONNX Runtime serves {target.title}, so TensorRT {version} has no part in it.",
+            "Leave --tensorrt out.",
+            ExitCode.IMPOSSIBLE,
+        )
     if target.builder is Builder.RTX:
         fix = "Leave --tensorrt out, or say --builder tensorrt to build by TensorRT where that GPU is."
         raise ResvitError(
@@ -78,6 +92,8 @@ def with_tensorrt(target: Target, version: str) -> Target:
 
 def tensorrts_of(target: Target) -> tuple[str, ...]:
     """The releases of TensorRT that can be chosen for it: on a Jetson those that its JetPack takes."""
+    if target.on_cpu:
+        return ()
     if target.jetpack is None:
         return tensorrts_for(target.sm)
     row = next(row for row in JETPACKS if row.version == target.jetpack)

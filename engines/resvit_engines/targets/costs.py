@@ -21,7 +21,7 @@ from typing import Any
 from resvit_engines.records import Record
 from resvit_engines.targets.layer_times import MeasuredTimes
 from resvit_engines.targets.layer_work import LayerKind, LayerWork, Precisions, Read
-from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.table import TENSOR_CORES, Builder, Precision, Target
 from resvit_engines.targets.tensorrt_kernels import PlacedKernel, Role, TensorRtKernels
 from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules, kernel_time
 
@@ -283,7 +283,7 @@ class CostModel:
         if self.measured is None:
             return {}
         ratios: dict[Precision, list[float]] = {}
-        for precision in Precision:
+        for precision in TENSOR_CORES:
             if self.target.peak(precision) is None:
                 continue
             assignment = {node: precision for work in self.works for node in work.nodes}
@@ -295,7 +295,7 @@ class CostModel:
                     if own > 0:  # An input of the network has no kernel of its own.
                         ratios.setdefault(precision, []).append(found / own)
         every = [ratio for some in ratios.values() for ratio in some]
-        return {p: statistics.median(ratios.get(p) or every or [1.0]) for p in Precision}
+        return {p: statistics.median(ratios.get(p) or every or [1.0]) for p in TENSOR_CORES}
 
 
 def layer_times(

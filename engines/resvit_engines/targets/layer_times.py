@@ -23,7 +23,7 @@ from pathlib import Path
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import json_from_outside, read_outside
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import TENSOR_CORES, Precision
 
 _FIX = 'Write {"device": "…", "layers": {"node name": {"fp16": microseconds, "int8": microseconds}}}.'
 
@@ -77,8 +77,8 @@ def _times(name: str, item: object, path: Path) -> dict[Precision, float]:
         raise ResvitError(f"In the measured times {path}, the layer '{name}' has no times by precision.", _FIX)
     times: dict[Precision, float] = {}
     for key, value in item.items():
-        if key not in [p.value for p in Precision]:
-            choices = ", ".join(p.value for p in Precision)
+        if key not in [p.value for p in TENSOR_CORES]:
+            choices = ", ".join(p.value for p in TENSOR_CORES)
             raise ResvitError(
                 f"In the measured times {path}, '{name}' has the precision '{key}'.", f"Choose from {choices}."
             )

@@ -84,6 +84,11 @@ def _own_target(name: str, described: Any, software: Software) -> Target:
         if not (number and value > 0 if key in _NUMBERS | _SPEEDS else isinstance(value, str)):
             raise ResvitError(f"{key} = {value!r} of the target '{name}' is of the wrong kind.", fix)
     base = software.on(find_target(described["like"], described.get("jetpack", software.jetpack)))
+    if base.on_cpu:
+        raise ResvitError(
+            f"The target '{name}' of the recipe is like 'cpu', which every processor is: there is nothing to describe.",
+            "Say --target cpu.",
+        )
     said = _TEXTS - {"jetpack"} - ({"tensorrt"} if software.tensorrt or base.builder is Builder.RTX else set())
     changes = {key: described[key] for key in said | _NUMBERS if key in described}
     if "tensorrt" in changes and base.jetpack is None:
@@ -122,17 +127,17 @@ def target_here(jetpack: str | None = None, machine: Machine | None = None) -> T
     if sm is None:
         raise ResvitError(
             "This machine has no NVIDIA GPU with a working driver, so --target auto finds nothing.",
-            "Name the device: 'resvit-export targets' lists them.",
+            "Name the device: 'resvit-export targets' lists them; --target cpu is the processor of any machine.",
             ExitCode.MISSING,
         )
-    rows = [row for row in TARGETS if row.sm == sm and row.kind is not Kind.JETSON]
+    rows = [row for row in TARGETS if row.sm == sm and row.kind not in {Kind.JETSON, Kind.CPU}]
     named = [
         row for row in rows if any(re.search(rf"\b{words}\b", name) for words in re.findall(r"[\w ]*\w", row.title))
     ]
     if named:
         return max(named, key=lambda row: len(row.title))
     if not rows:
-        served = ", ".join(sorted({f"{row.sm / 10:.1f}" for row in TARGETS}))
+        served = ", ".join(sorted({f"{row.sm / 10:.1f}" for row in TARGETS if not row.on_cpu}))
         raise ResvitError(
             f"{name or 'The GPU'} has compute capability {sm / 10:.1f}, which is not served.",
             f"Served are {served}.",

@@ -24,6 +24,9 @@ CUDA_OF_TENSORRT = {
 
 NEWEST_TENSORRT = "11.4"
 
+OLDEST_ONNXRUNTIME = "1.23"
+"""The last ONNX Runtime for Python 3.10, and the oldest that the processor's engines are tried with."""
+
 _FIRST_TENSORRT = {100: (10, 8), 103: (10, 8), 110: (10, 13), 120: (10, 8), 121: (10, 16)}
 """The first release with kernels for a compute capability, where not all have them."""
 

@@ -29,6 +29,7 @@ class Evidence(str, enum.Enum):
     LAYER_TIMES = "layer times measured on the device"
     RULES = "rules that were held to engines of TensorRT"
     PEAKS = "the device's peak rates, which no engine was held to"
+    NONE = "nothing: times of a processor are measured, not predicted"
     SAME = "what ships is FP16 itself"
 
 
@@ -103,6 +104,12 @@ def judge_speed(fp16: Prediction, chosen: Prediction, target: Target) -> SpeedVe
     sentence = f"{said}, by {evidence.value}: {detail}{advice}."
     headline = f"{said} ({times}), by {evidence.value}{doubt}"
     return SpeedVerdict(kind, gain, evidence, off_by, headline, sentence)
+
+
+def unpredicted_speed(target: Target) -> SpeedVerdict:
+    """The verdict for a target whose times are measured, and not predicted."""
+    headline = f"No time is predicted for {target.title}: 'resvit-export bench' times INT8 against FP32 there"
+    return SpeedVerdict(SpeedKind.NOT_KNOWN, 1.0, Evidence.NONE, None, headline, f"{headline}.")
 
 
 def _evidence(chosen: Prediction, target: Target) -> tuple[Evidence, float | None]:

@@ -111,5 +111,9 @@ SPEEDS: dict[str, Speed] = {
         125.0, 250.0, 250.0, 62.5, 31.0, 273.0, 48, GPU_KERNEL_US, "DGX Spark data sheet: sparse FP4 rate",
         "1000 sparse FP4 TFLOPS, halved for dense, FP8 and FP16 each; INT8 taken to be like FP8",
     ),
+    "cpu": Speed(
+        0.0, 0.0, None, None, 0.0, 0.0, 1, 0.0, "none",
+        "every processor has others: times on it are measured, and none is predicted",
+    ),
 }  # fmt: skip
 """By the target's name; where several modules share a name, the smallest, like the target's memory."""

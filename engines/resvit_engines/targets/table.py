@@ -20,6 +20,7 @@ from resvit_engines.targets.software import (
     CUDA_OF_TENSORRT,
     JETPACKS,
     NEWEST_TENSORRT,
+    OLDEST_ONNXRUNTIME,
     PTX_OF_CUDA,
     RTX_CUDA,
     RTX_VERSION,
@@ -30,8 +31,10 @@ from resvit_engines.targets.speeds import SPEEDS, Speed
 
 
 class Precision(str, enum.Enum):
-    """The number format of the quantised matrix products; everything else is FP16 in all three."""
+    """The number format of the quantised matrix products; everything else is FP16 on GPUs, and FP32 on processors."""
 
+    FP32 = "fp32"
+    """Of processors alone: on GPUs nothing is gained by it."""
     FP16 = "fp16"
     INT8 = "int8"
     FP8 = "fp8"
@@ -39,6 +42,15 @@ class Precision(str, enum.Enum):
 
     def __str__(self) -> str:
         return str(self.value)
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it is one of 8 bits."""
+        return self in {Precision.INT8, Precision.FP8}
+
+
+TENSOR_CORES = (Precision.FP16, Precision.INT8, Precision.FP8)
+"""What the matrix products of a GPU may be in."""
 
 
 class Builder(str, enum.Enum):
@@ -48,6 +60,8 @@ class Builder(str, enum.Enum):
     """TensorRT: measures kernels while it builds, so it runs where the GPU is."""
     RTX = "rtx"
     """TensorRT for RTX: builds on any Linux machine, without a GPU."""
+    ONNXRUNTIME = "onnxruntime"
+    """ONNX Runtime: for processors, x86-64 and aarch64."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -60,7 +74,12 @@ class Kind(str, enum.Enum):
     DATACENTER = "datacenter"
     """DGX Spark too, which has the software of one."""
     RTX = "rtx"
+    CPU = "cpu"
+    """A processor, without any GPU."""
 
+
+ANY_ARCH = "any"
+"""Of a target that is every machine's processor."""
 
 RTX_SMS = frozenset({75, 80, 86, 89, 120, 121})
 """What TensorRT for RTX has code generators for."""
@@ -85,11 +104,12 @@ AOT_TENSORRT = (10, 9)
 class Target:
     """A device together with the software on it.
 
-    ``sm`` is the compute capability without its dot (87 is 8.7). ``builder`` builds its engines: the one that serves
-    it best, unless another is chosen (:mod:`resvit_engines.targets.choice`). ``tensorrt`` is the version that the
-    engine is built with: of TensorRT for RTX where ``builder`` is that, of TensorRT elsewhere. ``memory_mib`` is the
-    GPU memory in MiB of the smallest module sold under this name (shared with the CPU on Jetson and DGX Spark);
-    ``workspace_mib`` is the scratch memory that the builder may plan for, unless told otherwise.
+    ``sm`` is the compute capability without its dot (87 is 8.7; 0 for a processor). ``builder`` builds its engines: the
+    one that serves it best, unless another is chosen (:mod:`resvit_engines.targets.choice`). ``tensorrt`` is the
+    version that the engine is built with: of TensorRT for RTX where ``builder`` is that, of TensorRT elsewhere; of ONNX
+    Runtime the oldest that serves. ``memory_mib`` is the GPU memory in MiB of the smallest module sold under this name
+    (shared with the CPU on Jetson and DGX Spark); ``workspace_mib`` is the scratch memory that the builder may plan
+    for, unless told otherwise. Of a processor both are placeholders.
     """
 
     name: str
@@ -110,13 +130,27 @@ class Target:
 
     @property
     def precisions(self) -> frozenset[Precision]:
-        """The precisions that its tensor cores and TensorRT have kernels for."""
+        """The precisions that its tensor cores and TensorRT, or its processor and ONNX Runtime, have kernels for."""
+        if self.on_cpu:
+            return frozenset({Precision.FP32, Precision.INT8})
         fp8 = {Precision.FP8} if self.sm in FP8_SMS else set()
         return frozenset({Precision.FP16, Precision.INT8} | fp8)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is a processor, of which nothing is asked that is about GPUs or TensorRT."""
+        return self.builder is Builder.ONNXRUNTIME
+
+    @property
+    def float_precision(self) -> Precision:
+        """What it computes in where nothing is quantised."""
+        return Precision.FP32 if self.on_cpu else Precision.FP16
 
     def peak(self, precision: Precision) -> float | None:
         """Dense tensor-core rate in TFLOPS or TOPS; ``None`` where the GPU has no such tensor cores."""
         speed = self.speed
+        if self.on_cpu:
+            return None
         return {Precision.FP16: speed.fp16, Precision.INT8: speed.int8, Precision.FP8: speed.fp8}[precision]
 
     @property
@@ -131,8 +165,8 @@ class Target:
 
     @property
     def ptx(self) -> str:
-        """The newest PTX that its driver reads."""
-        return PTX_OF_CUDA[self.cuda]
+        """The newest PTX that its driver reads; empty for a processor."""
+        return "" if self.on_cpu else PTX_OF_CUDA[self.cuda]
 
     @property
     def plugins(self) -> str:
@@ -142,6 +176,8 @@ class Target:
     @property
     def custom_kernels(self) -> str:
         """The same for people."""
+        if self.on_cpu:
+            return "none: they are for GPUs"
         if self.builder is Builder.RTX:
             return "none by TensorRT for RTX, which takes no plugins; by TensorRT ahead of time"
         return "ahead-of-time plugin or C++" if self._ahead_of_time else "C++ IPluginV3 library"
@@ -152,12 +188,16 @@ class Target:
 
     @property
     def opset(self) -> int:
-        """The newest ONNX opset that is worth writing for it: 23 keeps attention whole, 20 is for TensorRT < 10.14."""
+        """The newest ONNX opset that is worth writing for it: 23 keeps attention whole; 20 for all others."""
+        if self.on_cpu:
+            return 20
         return 23 if self.builder is Builder.RTX or version_of(self.tensorrt) >= ATTENTION_TENSORRT else 20
 
     @property
     def software(self) -> str:
         """What builds and runs the engine, for people: ``JetPack 6.2, TensorRT 10.3``."""
+        if self.on_cpu:
+            return f"ONNX Runtime {self.tensorrt} or newer"
         name = "TensorRT for RTX" if self.builder is Builder.RTX else "TensorRT"
         return f"JetPack {self.jetpack}, {name} {self.tensorrt}" if self.jetpack else f"{name} {self.tensorrt}"
 
@@ -165,7 +205,8 @@ class Target:
     def describe(self) -> str:
         """One line for people."""
         precisions = ", ".join(p.value for p in Precision if p in self.precisions)
-        return f"{self.title} (SM {self.sm / 10:.1f}; {self.software}; {precisions})"
+        capability = "" if self.on_cpu else f"SM {self.sm / 10:.1f}; "
+        return f"{self.title} ({capability}{self.software}; {precisions})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for records, manifests and the ``targets`` table."""
@@ -193,7 +234,7 @@ class Target:
         return cls(
             record.name("name"),
             record.text("title"),
-            record.whole("sm", 10, 999),
+            record.whole("sm", 0, 999),
             record.choice("kind", Kind),
             record.choice("builder", Builder),
             record.text("tensorrt"),
@@ -242,7 +283,11 @@ TARGETS: tuple[Target, ...] = (
     _gpu("rtx-4090", "GeForce RTX 4090", 89, Kind.RTX, 24576),
     _gpu("rtx-5090", "GeForce RTX 5090", 120, Kind.RTX, 32768),
     _gpu("dgx-spark", "DGX Spark (GB10)", 121, Kind.DATACENTER, 131072, _SPARK, arch="aarch64"),
-)
+    Target(
+        "cpu", "Processor (x86-64, aarch64)", 0, Kind.CPU, Builder.ONNXRUNTIME, OLDEST_ONNXRUNTIME, "", 1024, 1,
+        SPEEDS["cpu"], arch=ANY_ARCH,
+    ),
+)  # fmt: skip
 """Every target by its name, Jetsons with the JetPack that is assumed unless another is named."""
 
 
@@ -276,9 +321,9 @@ def proxy_target(target: Target) -> Target:
     """The device as TensorRT for RTX can stand in for it: the same table row, with the nearest GPU that it serves.
 
     What it compiles shows which kernels that builder fuses; it does not run on the device. A target whose builder is
-    TensorRT for RTX stays as it is.
+    TensorRT for RTX or ONNX Runtime stays as it is.
     """
-    if target.builder is Builder.RTX:
+    if target.builder is not Builder.TENSORRT:
         return target
     sm = target.sm if target.sm in RTX_SMS else PROXY_SMS[target.sm]
     return dataclasses.replace(
@@ -301,6 +346,19 @@ def require_precision(target: Target, precision: Precision) -> None:
     """
     if precision in target.precisions:
         return
+    if target.on_cpu:
+        raise ResvitError(
+            f"ONNX Runtime has no {precision.value} kernels for processors that are worth having: it computes in FP32 "
+            "and INT8 there.",
+            "Use --precision int8 or fp32 for this target.",
+            ExitCode.IMPOSSIBLE,
+        )
+    if precision is Precision.FP32:
+        raise ResvitError(
+            f"What is not quantised computes in FP16 on {target.title}; FP32 is for processors (--target cpu).",
+            "Use --precision fp16 for this target.",
+            ExitCode.IMPOSSIBLE,
+        )
     raise ResvitError(
         f"{target.title} cannot run {precision.value}: FP8 needs compute capability 8.9 or newer, "
         f"and this is {target.sm / 10:.1f}.",

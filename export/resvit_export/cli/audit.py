@@ -54,7 +54,7 @@ def audit_command(
     def do(run: Run) -> tuple[dict[str, Any], int]:
         from resvit_export.cli.output import show_stage, summarize
         from resvit_export.pipeline import Pipeline
-        from resvit_export.settle import settled
+        from resvit_export.tune import settled
 
         run.require_target()
         pipeline = settled(Pipeline(run))

@@ -62,9 +62,9 @@ def layers_command(
     For an engine whose outputs are not those that were validated: names the first layer that departs, and exits with
     11 where there is one. By Polygraphy, on a run's golden images, or on any --onnx and --input.
     """
-    from resvit_export.settle import settled
     from resvit_export.stages.score import shipped_in
     from resvit_export.tools.layer_compare import compare_layers, first_departure, input_of, optimised_runner
+    from resvit_export.tune import settled
 
     output = Output(quiet, as_json)
     if (onnx is None) != (images is None):

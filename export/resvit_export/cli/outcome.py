@@ -15,7 +15,7 @@ from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.console import Output, console, mib, table
 from resvit_engines.errors import one_line
 from resvit_engines.targets.speed_verdict import SpeedKind
-from resvit_engines.targets.table import Builder, Precision
+from resvit_engines.targets.table import Builder
 from resvit_export.cli.audit_tables import audit_lines
 from resvit_export.cli.output import (
     VERDICT_STYLE,
@@ -60,6 +60,7 @@ def build_document(built: Built) -> dict[str, Any]:
         "bundle": str(built.bundle.resolve()) if built.bundle else None,
         "report": str(built.report.resolve()),
         "recipe": str((built.folder / "recipe.toml").resolve()),
+        "tuned": list(built.pipeline.variant.tuned.lines) if built.pipeline.variant.tuned else None,
         "stages": [summarize(stage) for stage in built.stages],
     }
 
@@ -110,7 +111,10 @@ def _commands(built: Built) -> Iterator[tuple[str, str]]:
     elif built.verdict.kind is VerdictKind.UNDECIDED:
         yield from _after_doubt(built, build)
     fp16 = shlex.quote(f"{built.folder}-fp16")
-    if recipe.precision is not Precision.FP16 and built.speed.kind is not SpeedKind.FASTER:
+    target = run.require_target()
+    if target.on_cpu and built.bundle is not None:
+        yield f"resvit-export bench --run {folder}", "time INT8 against FP32 here"
+    elif recipe.precision.quantises and built.speed.kind is not SpeedKind.FASTER:
         recipe_file = shlex.quote(str(built.folder / "recipe.toml"))
         yield f"resvit-export build --recipe {recipe_file} --precision fp16 --run {fp16}", "the same in FP16"
     if built.bundle is None or built.device is not None:
@@ -164,6 +168,8 @@ def _notes(built: Built) -> Iterator[str]:
     verdict, pipeline = built.verdict, built.pipeline
     if verdict.blame:
         yield verdict.blame.sentence
+    if pipeline.variant.tuned:
+        yield from pipeline.variant.tuned.lines[:1]
     if pipeline.variant.search:
         yield from pipeline.variant.search.result.sentences[:1]
     if built.device:
@@ -221,5 +227,7 @@ def _everything(built: Built) -> Iterator[Table | str]:
             yield from audit_lines(stage.result)
     for line in pipeline.variant.search.lines if pipeline.variant.search else ():
         yield escape(line)
+    for line in pipeline.variant.tuned.lines if pipeline.variant.tuned else ():
+        yield escape(f"tune: {line}")
     yield escape(built.speed.sentence)
     yield ""

@@ -289,7 +289,7 @@ def compile_lines(compiled: Compiled) -> list[Table | str]:
     if (report := compiled.engine) is not None:
         seconds, peak = report.seconds or 0.0, report.peak_mib
         rows = [
-            ("target", f"{report.target} (SM {report.sm})"),
+            ("target", f"{report.target} (SM {report.sm})" if report.sm else report.target),
             ("builder", f"{TITLES[report.builder]} {report.builder_version}"),
             ("engine", mib(report.bytes)),
             ("kernels", str(len(report.kernels))),

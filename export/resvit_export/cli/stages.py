@@ -99,7 +99,7 @@ def _stage_command(
     def command(verbose: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
         from resvit_export.cli.output import show_stage, summarize
         from resvit_export.pipeline import Pipeline
-        from resvit_export.settle import settled
+        from resvit_export.tune import settled
 
         output = Output(quiet, as_json, verbose)
 
@@ -290,7 +290,7 @@ def report_command(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_jso
     """
     from resvit_export.pipeline import Pipeline
     from resvit_export.report.gather import write_run_report
-    from resvit_export.settle import settled
+    from resvit_export.tune import settled
 
     output = Output(quiet, as_json)
     if runs:
@@ -315,7 +315,7 @@ def _compare_runs(runs: Sequence[Path], out: Path, flags: dict[str, Any], output
     from resvit_engines.console import console, emit_json
     from resvit_export.cli.output import comparison_table
     from resvit_export.report.comparison import entries_of, pareto_front, write_comparison
-    from resvit_export.settle import settled
+    from resvit_export.tune import settled
 
     if given := [name for name, value in flags.items() if value not in (None, ())]:
         raise ResvitError(

@@ -12,7 +12,8 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.choice import tensorrts_of
 from resvit_engines.targets.table import TARGETS, Builder
 
-_BUILT = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is"}
+_BUILT = {Builder.RTX: "here", Builder.TENSORRT: "where that GPU is", Builder.ONNXRUNTIME: "here or there"}
+_RUNS = {Builder.RTX: "RTX ", Builder.TENSORRT: "", Builder.ONNXRUNTIME: "ONNX Runtime "}
 
 
 @click.command(name="targets", epilog="\b\nExamples:\n  resvit-export targets\n  resvit-export targets --json")
@@ -32,8 +33,8 @@ def targets_command(quiet: bool, as_json: bool) -> None:
             target.name,
             target.title,
             target.jetpack or "",
-            str(target.sm),
-            f"{'RTX ' if target.builder is Builder.RTX else ''}{target.tensorrt}",
+            str(target.sm or ""),
+            f"{_RUNS[target.builder]}{target.tensorrt}",
             " ".join(sorted(precision.value for precision in target.precisions)),
             str(target.opset),
             _BUILT[target.builder],

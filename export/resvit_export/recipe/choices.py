@@ -99,6 +99,16 @@ class Plugins(Choice):
     OFF = "off"
 
 
+class Tuning(Choice):
+    """How long variants of the placement are timed on the machine that runs them."""
+
+    QUICK = "quick"
+    """Every region once, in some seconds each."""
+    DEFAULT = "default"
+    THOROUGH = "thorough"
+    """Until nothing changes, in many rounds."""
+
+
 class PluginAttention(Choice):
     """What our attention kernel multiplies in."""
 

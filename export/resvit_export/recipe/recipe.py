@@ -23,6 +23,7 @@ from resvit_export.recipe.choices import (
     Sparsity,
     StageName,
     TaskKind,
+    Tuning,
 )
 from resvit_export.recipe.pairs import plain_values, preprocess_values, task_values
 from resvit_export.recipe.setting import Place, setting, settings_of
@@ -107,6 +108,7 @@ class Recipe:
         "target.builder",
         None,
         "tensorrt builds where the GPU is; rtx (TensorRT for RTX) builds here, for GPUs that it serves.",
+        choices=(Builder.TENSORRT, Builder.RTX),
         default_text="rtx for RTX cards, tensorrt for all others",
     )
     tensorrt: str | None = setting(
@@ -251,7 +253,7 @@ class Recipe:
         "quantize.precision",
         Precision.INT8,
         "Of the engine.",
-        choices=(Precision.INT8, Precision.FP8, Precision.FP16),
+        choices=(Precision.INT8, Precision.FP8, Precision.FP16, Precision.FP32),
     )
     calibrator: Calibrator = setting(_CALIBRATE, "quantize.calibrator", Calibrator.OUTPUT, "How ranges are chosen.")
     quantizer: Quantizer = setting(_QUANTIZE, "quantize.quantizer", Quantizer.RESVIT, "Ours, or ModelOpt's.")
@@ -269,6 +271,15 @@ class Recipe:
         InputType.FP32,
         "What the engine reads; int8: as the first Q wrote it; uint8: pixels. Outputs are then FP16.",
     )
+    tune: Tuning | None = setting(
+        _QUANTIZE,
+        "quantize.tune",
+        None,
+        "Time variants of the placement on this machine, and keep Q/DQ where they gain 2% (--target cpu).",
+        choices=tuple(Tuning),
+        default_text="off",
+    )
+
     plugins: Plugins = setting(
         _FUSE,
         "target.plugins",

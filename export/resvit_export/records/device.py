@@ -42,8 +42,9 @@ class DeviceResult:
     def lines(self, engine: str) -> tuple[str, ...]:
         """What came of it, for people; ``engine`` says where the engine lies."""
         machine, built, bench = self.job.machine, self.job.engine, self.job.bench
+        name = (machine.gpu if built.sm else machine.processor) or machine.host
         lines = [
-            f"device: {machine.gpu or machine.host}, {TITLES[built.builder]} {built.builder_version}: {built.bytes} "
+            f"device: {name}, {TITLES[built.builder]} {built.builder_version}: {built.bytes} "
             f"bytes in {built.seconds or 0.0:.1f} s ({engine})"
         ]
         if self.verdict:

@@ -149,14 +149,21 @@ def _entries(folder: Path, settled: Callable[[Pipeline], Pipeline]) -> Iterator[
 
 def _entry(pipeline: Pipeline, folder: Path) -> Entry:
     run = pipeline.run
-    record, speed, costs = pipeline.validated.verdict, pipeline.speed, pipeline.predicted.costs
+    record, speed = pipeline.validated.verdict, pipeline.speed
     first, last = record.rows[0], record.rows[-1]
     if first.value is None or last.value is None:
         raise ResvitError(f"{folder} has no finite {first.metric} to compare.", "Leave it out.")
-    latency, by, size = costs.chosen.milliseconds, _PREDICTED, pipeline.model.path.stat().st_size
     measured = _measured(pipeline, record)
     if measured is not None:
         latency, by, size = measured
+    elif run.require_target().on_cpu:
+        raise ResvitError(
+            f"Nothing has timed {folder}, and no time of a processor is predicted.",
+            f"Time it there: resvit-export build --run {folder} --device ssh://USER@HOST, or leave it out.",
+        )
+    else:
+        costs = pipeline.predicted.costs
+        latency, by, size = costs.chosen.milliseconds, _PREDICTED, pipeline.model.path.stat().st_size
     return Entry(
         folder.name,
         run.require_target().name,

@@ -27,7 +27,7 @@ from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
 from resvit_engines.records import record_from_file
 from resvit_engines.targets.choice import rtx_in_place
-from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.table import Builder, Target
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.stages.compile import Compiled, for_usual
@@ -39,6 +39,12 @@ from resvit_export.to_tensorrt.plugin_choice import PluginChoice
 RESULT = "audit.json"
 KERNELS = "kernels.json"
 """All kernels of what was compiled for the audit alone: ``quantized`` where no engine is built here, and ``fp16``."""
+
+
+_NOT_OF_CPUS = (
+    "the rules are those of TensorRT's kernels. What ONNX Runtime's optimiser made of the graph, node by node, is in "
+    "engine.json; 'resvit-export bench' times it against FP32."
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class Audit(Stage[Audited]):
         """The same of the engine in any folder, with its ``engine.json`` and the inspector's layer file, if any."""
         from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 
+        if self.target.on_cpu:
+            (folder / RESULT).write_bytes(pretty_json(SkippedAudit(self.target.name, _NOT_OF_CPUS).to_json()))
+            return
         batch = self.settings.batch[1]
         expectation = expectation_from_onnx(self.quantized.path, batch)
         predicted = engine is None and is_predicted(self.target)
@@ -198,7 +207,7 @@ def audit_of(
     )
     return Audit(
         quantized=(compiled.copy if own or not ours else None) or quantized.model,
-        half=None if run.precision is Precision.FP16 else half,
+        half=half if run.precision.quantises else None,
         target=target,
         settings=for_usual(settings),
         compiled=compiled if own else None,

@@ -98,12 +98,12 @@ class Compile(Stage[Compiled]):
     def libraries(self) -> tuple[str, ...]:
         """What builds, and what compiles kernels of our own."""
         plugins = ("triton",) if self.settings.plugins != "off" else ()
-        return ("tensorrt-rtx-cu13-libs", "tensorrt", *plugins)
+        return ("onnxruntime",) if self.target.on_cpu else ("tensorrt-rtx-cu13-libs", "tensorrt", *plugins)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the engine and its report, or the plan."""
         model, settings, copy = self.model.path, self.settings, folder / TENSORRT_COPY
-        if onnx_for_tensorrt(model, copy, self.target, settings.plugins):
+        if not self.target.on_cpu and onnx_for_tensorrt(model, copy, self.target, settings.plugins):
             model = copy
         faults = self._faults(model)
         if self.planned is None:

@@ -44,7 +44,7 @@ IMAGES_MIB_VARIABLE = "RESVIT_DEVICE_IMAGES_MIB"
 _IMAGES_MIB = 512
 _PIECE_MIB = 32
 _SHARE = 4  # of free memory and disk, one part in four may go to images
-KEY_FACTS = ("sm", "gpu", "tensorrt", "rtx", "jetpack", "arch", "python", "host")
+KEY_FACTS = ("sm", "gpu", "tensorrt", "rtx", "jetpack", "arch", "python", "host", "processor")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class RunOnDevice(Stage[OnDevice]):
         wheels = chosen_wheels()
         with Connection(address_from(self.address), reporter) as connection:
             device = Device(connection, reporter)
-            device.prepare(device.machine(), wheels)
+            device.prepare(device.machine(), wheels, on_cpu=self.audit.target.on_cpu)
             with tempfile.TemporaryDirectory(prefix="resvit-device-") as scratch:
                 job = self._job(Path(scratch), reporter)
                 result = device.run(job)
@@ -176,6 +176,7 @@ def describe(facts: Machine, name: str) -> str:
     """One line about a device for people."""
     parts = [
         facts.gpu or "no NVIDIA GPU",
+        facts.processor or "",
         f"JetPack {facts.jetpack}" if facts.jetpack else "",
         f"TensorRT {facts.tensorrt}" if facts.tensorrt else "",
         f"{facts.memory_available_mib} of {facts.memory_mib} MiB free",
@@ -192,6 +193,14 @@ def require_target_there(target: Target, facts: Machine, device: str) -> None:
     Raises:
         ResvitError: IMPOSSIBLE, naming what to say instead.
     """
+    if target.on_cpu:
+        if facts.arch not in {"x86_64", "aarch64"}:
+            raise ResvitError(
+                f"{device} has a {facts.arch} processor, and engines are made for x86-64 and aarch64.",
+                "Name another device.",
+                ExitCode.IMPOSSIBLE,
+            )
+        return
     if facts.sm != target.sm:
         name = f" ({facts.gpu})" if facts.gpu else ""
         found = f"compute capability {facts.sm / 10:.1f}{name}" if facts.sm else "no NVIDIA GPU with a working driver"

@@ -199,7 +199,7 @@ def _io_tensor(value: ir.Value) -> IoTensor:
 
 @dataclass(frozen=True)
 class Halve(Stage[Quantized]):
-    """The float network in FP16, by the way that ``--precision fp16`` goes: what quantised engines are held against."""
+    """The float network, by the way of ``--precision fp16`` or ``fp32``: what quantised engines are held against."""
 
     name: ClassVar[str] = "half"
     artifact: ClassVar[type[Artifact]] = Quantized
@@ -211,7 +211,7 @@ class Halve(Stage[Quantized]):
     builder: Builder | None
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
-        """Write the model in FP16."""
+        """Write the model, in FP16 or, for processors, FP32."""
         del reporter
         report = self.write(folder / MODEL)
         (folder / REPORT).write_bytes(pretty_json(report.to_json()))
@@ -221,12 +221,14 @@ class Halve(Stage[Quantized]):
         from resvit_calibrate.ranges.ranges import ranges_from_json
         from resvit_calibrate.ranges.statistics import statistics_from_npz
         from resvit_quantize.quantize import quantize_model
-        from resvit_quantize.settings import QuantizeSettings
+        from resvit_quantize.settings import QuantizeSettings, Rules
 
         return quantize_model(
             self.model.path,
             self.ranges.read(ranges_from_json),
-            QuantizeSettings(Precision.FP16),
+            QuantizeSettings(Precision.FP32, rules=Rules.ONNXRUNTIME)
+            if self.builder is Builder.ONNXRUNTIME
+            else QuantizeSettings(Precision.FP16),
             out,
             statistics=self.statistics.read(statistics_from_npz),
             suit=lambda model: suit_builder(model, self.builder),

@@ -63,7 +63,7 @@ UNREAD_BY_RTX = UNREAD | {"DeformConv"}
 
 def require_readable(operators: Iterable[str], target: Target | None) -> None:
     """Raise ``ResvitError`` (IMPOSSIBLE) for operators of the graph that the target's parser, if any, does not read."""
-    if target is None:
+    if target is None or target.on_cpu:
         return
     unread = UNREAD_BY_RTX if target.builder is Builder.RTX else UNREAD
     wrong = sorted(set(operators) & unread)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.kernels.measure.results import measured_results
-from resvit_engines.targets.table import Builder, Precision, Target
+from resvit_engines.targets.table import Builder, Target
 from resvit_export.recipe.choices import PluginAttention, Plugins
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def plugin_choice(recipe: Recipe, target: Target | None, *, here: bool) -> Plugi
             is asked for and nothing of ours is used.
     """
     choice = _choice(recipe, target, here=here)
-    eight_bits, half = recipe.plugin_attention is PluginAttention.EIGHT_BITS, recipe.precision is Precision.FP16
+    eight_bits, half = recipe.plugin_attention is PluginAttention.EIGHT_BITS, not recipe.precision.quantises
     if eight_bits and (half or choice.by is By.NOTHING):
-        why = "the build is FP16" if half else choice.reason
+        why = f"the build is {recipe.precision.value.upper()}" if half else choice.reason
         raise ResvitError(
             f"Attention in 8 bits is for our own kernels, and none is used: {why}.",
             "Say --plugins on with --precision int8 or fp8, or leave --plugin-attention out.",
@@ -61,12 +61,12 @@ def _choice(recipe: Recipe, target: Target | None, *, here: bool) -> PluginChoic
         return PluginChoice(By.NOTHING, "", "--plugins off" if target else "no target was named")
     if recipe.sizes is not None:
         return PluginChoice(By.NOTHING, "", "kernels of our own are compiled for one image size")
-    if target.builder is Builder.RTX:
-        why = "TensorRT for RTX takes no plugins"
+    if target.builder is not Builder.TENSORRT:
+        why = "they are for GPUs" if target.on_cpu else "TensorRT for RTX takes no plugins"
         if recipe.plugins is Plugins.ON:
             raise ResvitError(
                 f"Kernels of our own cannot be built into an engine for {target.title}: {why}.",
-                "Leave --plugins out, or say --builder tensorrt.",
+                "Leave --plugins out." if target.on_cpu else "Leave --plugins out, or say --builder tensorrt.",
                 ExitCode.IMPOSSIBLE,
             )
         return PluginChoice(By.NOTHING, "", why)

@@ -16,13 +16,12 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.progress import Reporter
-from resvit_engines.run.engine_runner import open_engine
 from resvit_engines.run.feeds import Array, Arrays
 from resvit_engines.run.golden_files import golden_inputs, input_name
 from resvit_engines.run.npy import read_array
 from resvit_engines.run.onnx_on_cpu import RUNTIME, open_onnx
 from resvit_engines.run.opened import BUNDLE_SUFFIX, opened
-from resvit_engines.run.runner import Runner, open_sound_onnx, why_not_here
+from resvit_engines.run.runner import Runner, open_built, open_sound_onnx, why_not_here
 from resvit_engines.targets.table import Precision
 from resvit_export.recipe.choices import Recovery
 from resvit_export.run import Sources
@@ -139,7 +138,7 @@ def finished(pipeline: Pipeline) -> Pipeline:
     Raises:
         ResvitError: INPUT where it was not quantised yet.
     """
-    from resvit_export.settle import settled
+    from resvit_export.tune import settled
 
     with pipeline.run.folder.looking_only():
         with contextlib.suppress(NotFinishedError):
@@ -155,6 +154,7 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
 
     run, recipe = pipeline.run, pipeline.recipe
     pruned = ", pruned" if recipe.prunes else ""
+    floating = (run.target.float_precision if run.target else Precision.FP16).value.upper()
     subjects = []
     if recipe.prunes:
         # Its own budget would be asked of a network that is not pruned.
@@ -163,9 +163,9 @@ def subjects_of(pipeline: Pipeline) -> list[Subject]:
             latency_budget=None, recover=Recovery.NEVER,
         )  # fmt: skip
         dense = Pipeline(Run(plain, run.folder, run.reporter, Sources(plain, run.reporter)))
-        subjects.append(_half(dense, "FP16, unpruned"))
-    if run.precision is not Precision.FP16:
-        subjects.append(_half(pipeline, f"FP16{pruned}"))
+        subjects.append(_half(dense, f"{floating}, unpruned"))
+    if run.precision.quantises:
+        subjects.append(_half(pipeline, f"{floating}{pruned}"))
     subjects.append(
         Subject(
             f"{run.precision.value.upper()}{pruned}",
@@ -201,7 +201,7 @@ def _engine_of_run(pipeline: Pipeline) -> Runner | None:
 def _opened(compiled: Compiled, model: File) -> Runner:
     engine, report = compiled.file(ENGINE), compiled.engine
     assert report is not None
-    return open_engine(engine.path, engine.digest, report, (compiled.copy or model).path)
+    return open_built(engine.path, engine.digest, report, (compiled.copy or model).path)
 
 
 def _why_no_engine(pipeline: Pipeline) -> ResvitError | None:

@@ -39,7 +39,7 @@ def _of_run(folder: Path, reporter: Reporter) -> list[Path]:
     from resvit_export.pipeline import Pipeline
     from resvit_export.recipe.file import recipe_from_toml
     from resvit_export.run import runs_for
-    from resvit_export.settle import settled
+    from resvit_export.tune import settled
 
     recipe = recipe_from_toml(folder / "recipe.toml")
     run_folder = RunFolder(folder, reporter)

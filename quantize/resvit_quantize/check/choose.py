@@ -32,7 +32,7 @@ from resvit_quantize.graph.network import MOST_ALONE
 from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
 from resvit_quantize.qdq.plan import Plan, plan_quantization
 from resvit_quantize.qdq.quantised import insert_plan
-from resvit_quantize.settings import Methods, QuantizeSettings
+from resvit_quantize.settings import Methods, QuantizeSettings, Rules
 
 FEW, MANY = 8, 16
 """Images that are judged: few of networks that take long."""
@@ -90,7 +90,7 @@ def build(
 ) -> Built:
     """Plan and quantise; raises as :func:`plan_quantization` and :func:`insert_plan` do."""
     plan = plan_quantization(graph, ranges, settings, statistics)
-    return Built(settings, plan, insert_plan(plan, settings))
+    return Built(settings, plan, insert_plan(plan, ranges, settings))
 
 
 class Check:
@@ -190,7 +190,7 @@ def _mended(
 ) -> tuple[str, QuantizeSettings, tuple[MendedLayer, ...], str]:
     """Leave layers in FP16 whose error is out of line, where the outputs keep little and that really helps them."""
     # Where the search chose precisions, it raises the worst layers itself.
-    if errors.sqnr_db >= LOW_DB or way.precisions or held.ranged is None:
+    if errors.sqnr_db >= LOW_DB or way.precisions or held.ranged is None or way.rules is not Rules.TENSORRT:
         return name, way, (), ""
     lists, note = layers_out_of_line(check.graph, check.ranges, way, held.ranged)
     taken: tuple[MendedLayer, ...] = ()

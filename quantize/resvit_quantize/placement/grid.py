@@ -71,6 +71,16 @@ def scale_from_amax(amax: np.ndarray | float, precision: Precision, bits: int = 
     return half.astype(np.float32)
 
 
+def unsigned_grid(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """The scale (float32) and zero point (uint8), both scalars, of unsigned bytes from ``low`` ≤ 0 to ``high`` ≥ 0.
+
+    Zero lies on the grid, so that what a ReLU or padding writes is exact. In FP32 alone: FP16 may lose the scale.
+    """
+    span = max(float(high) - float(low), _TINIEST)
+    scale = np.float32(span / 255.0)
+    return np.asarray(scale), np.asarray(np.clip(round(-float(low) / float(scale)), 0, 255), np.uint8)
+
+
 def is_beyond_half(scale: np.ndarray) -> bool:
     """Whether FP16 loses scales: the digits of small ones, large ones altogether."""
     return bool(((scale > 0) & (scale < SMALLEST_SCALE)).any() or (scale > LARGEST_SCALE).any())

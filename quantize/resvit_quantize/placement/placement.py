@@ -120,8 +120,8 @@ def place(
             why_not = "excluded by the recipe"
         if why_not is None and node not in wanted and own is None:
             why_not = _unwise(product, precision) or positions.get(node)
-        if used is Precision.FP16:
-            why_not = "chosen by the search" if own else "FP16 was asked for"
+        if not used.quantises:
+            why_not = "chosen by the search" if own else f"{used.value.upper()} was asked for"
         if why_not is not None:
             reasons[product.name] = why_not
             continue

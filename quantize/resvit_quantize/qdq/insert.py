@@ -11,7 +11,14 @@ import onnx_ir as ir
 
 from resvit_engines.targets.table import Precision
 from resvit_quantize.graph.network import add_initializer
-from resvit_quantize.placement.grid import StoredWeight, largest_level, quantise_weight, require_finite, scale_from_amax
+from resvit_quantize.placement.grid import (
+    StoredWeight,
+    largest_level,
+    quantise_weight,
+    require_finite,
+    scale_from_amax,
+    unsigned_grid,
+)
 from resvit_quantize.placement.placement import EdgeKey, Placement, Weight, WeightKey, edge_key, weight_key
 
 _STORED: dict[Precision, Any] = {Precision.INT8: np.int8, Precision.FP8: ml_dtypes.float8_e4m3fn}
@@ -23,6 +30,7 @@ def insert_qdq(
     amax: Mapping[EdgeKey, float],
     stored: Mapping[WeightKey, StoredWeight],
     bits: int = 8,
+    floors: Mapping[str, float] | None = None,
 ) -> None:
     """Put the placement into the graph, in place and in FP32.
 
@@ -30,6 +38,9 @@ def insert_qdq(
     ``weight_key``); a weight that it leaves out is rounded to nearest. A tensor's pair is shared by all of its
     consumers of one precision, who alone read through it. A weight's 8-bit copy is shared, its DequantizeLinear
     is not: TensorRT folds each into its consumer.
+
+    ``floors`` gives the lowest value of tensors by name, 0 or below: INT8 activations are then unsigned bytes between
+    it and the clip, and the weights stay signed.
     """
     names = {str(v.name) for v in model.graph.initializers.values()}
     zeros: dict[Precision, ir.Value] = {}
@@ -39,13 +50,19 @@ def insert_qdq(
         assert value is not None
         key = value, edge.precision
         if key not in pairs:
-            if edge.precision not in zeros:
+            low = (floors or {}).get(edge_key(edge)[0])
+            if low is None and edge.precision not in zeros:
                 zero = np.zeros((), _STORED[edge.precision])
                 zeros[edge.precision] = add_initializer(model, _new("qdq/zero", names), zero)
             alone = not any(known is value for known, _ in pairs)
             base = str(value.name) if alone else f"{value.name}/{edge.precision.value}"
             clip = amax[edge_key(edge)]
-            pairs[key] = _pair(model, value, base, clip, edge.precision, zeros[edge.precision], bits)
+            if low is None:
+                scale, zero_point = scale_from_amax(clip, edge.precision, bits), zeros[edge.precision]
+            else:
+                scale, level = unsigned_grid(low, clip)
+                zero_point = add_initializer(model, f"{base}/zero", level)
+            pairs[key] = _pair(model, value, base, scale, zero_point, bits)
         edge.node.replace_input_with(edge.index, pairs[key])
     kept: dict[WeightKey, tuple[ir.Value, ir.Value, ir.Value]] = {}
     for place in placement.weights:
@@ -88,18 +105,16 @@ def _pair(
     model: ir.Model,
     value: ir.Value,
     base: str,
-    amax: float,
-    precision: Precision,
+    scale_array: np.ndarray,
     zero: ir.Value,
     bits: int,
 ) -> ir.Value:
     """Q and DQ right behind ``value``'s producer, named after ``base``; returns the dequantised value."""
-    scale_array = scale_from_amax(amax, precision, bits)
     scale = add_initializer(model, f"{base}/scale", scale_array)
     nodes: list[ir.Node] = []
     source = value
-    if bits < 8 and precision is Precision.INT8:
-        end = scale_array * np.float32(largest_level(precision, bits))
+    if bits < 8 and zero.dtype is ir.DataType.INT8:
+        end = scale_array * np.float32(largest_level(Precision.INT8, bits))
         ends = [add_initializer(model, f"{base}/{side}", sign * end) for side, sign in (("low", -1), ("high", 1))]
         nodes.append(ir.node("Clip", [value, *ends], name=f"{base}/Clip"))
         source = nodes[0].outputs[0]
@@ -107,7 +122,7 @@ def _pair(
     quantise = ir.node("QuantizeLinear", [source, scale, zero], name=f"{base}/QuantizeLinear")
     quantise.outputs[0].name = f"{base}/q"
     quantise.outputs[0].shape = value.shape
-    quantise.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(np.dtype(_STORED[precision])))
+    quantise.outputs[0].type = ir.TensorType(zero.dtype or ir.DataType.INT8)
     back = ir.node("DequantizeLinear", [quantise.outputs[0], scale, zero], name=f"{base}/DequantizeLinear")
     _describe(back.outputs[0], f"{base}/dq", value)
     nodes += [quantise, back]

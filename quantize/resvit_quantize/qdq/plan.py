@@ -20,9 +20,10 @@ from resvit_quantize.equalize.smoothing import Moved, Reader, smooth
 from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.graph.analysis import Analysis
 from resvit_quantize.graph.network import constant
+from resvit_quantize.placement.onnxruntime import placed_for_onnxruntime
 from resvit_quantize.placement.patterns import node_matches
 from resvit_quantize.placement.placement import Edge, EdgeKey, Placement, edge_key, place
-from resvit_quantize.settings import QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings, Rules
 
 _SPARED = 0.02
 """The share of the multiply-accumulates that may stay in FP16 for accuracy's sake."""
@@ -61,13 +62,17 @@ def plan_quantization(
     graph = graph.copy()
     network, analysis = graph.network, graph.analysis
     precision, methods = settings.precision, settings.methods
-    spared = _spared(analysis, settings) if methods.sparing and precision is not Precision.FP16 else {}
+    spared = _spared(analysis, settings) if methods.sparing and precision.quantises else {}
     own = dict.fromkeys(spared, Precision.FP16) | dict(settings.precisions)
+    by_ort = settings.rules is Rules.ONNXRUNTIME
     placement = place(analysis, precision, settings.include, settings.exclude, own)
+    if by_ort:
+        placement = placed_for_onnxruntime(analysis, placement)
     placement.reasons.update({name: why for name, why in spared.items() if name not in settings.precisions})
     channels = _widened_channels(analysis, statistics) if statistics else {}
     opened: tuple[Opened, ...] = ()
-    if methods.shifting:
+    # Unsigned bytes have a zero point: there is nothing to shift for them.
+    if methods.shifting and not by_ort:
         opened = open_activations(network, placement, channels, ranges.tensors, settings.bits)
         channels |= {item.tensor: item.channels for item in opened}
     moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
@@ -91,8 +96,11 @@ def plan_quantization(
             absmax = max(abs(seen.minimum), abs(seen.maximum))
             amax[key] = _output_amax(placement, value, channels[key[0]], absmax, edge, settings)
         else:
-            amax[key] = ranges.amax(key[0], edge.precision.value, settings.estimator)
-    if methods.sparing:
+            # Outputs have no histogram: TensorRT reads none of them in 8 bits for their own sake.
+            plain = by_ort and key[0] in ranges.tensors and not ranges.tensors[key[0]].amax
+            estimator = Estimator.MAX if plain else settings.estimator
+            amax[key] = ranges.amax(key[0], edge.precision.value, estimator)
+    if methods.sparing and not by_ort:
         scales = {name: item.scale for name, item in smoothed.items()}
         placement = _without_lost_shortcuts(placement, amax, channels, scales, settings.bits)
     means = {name: entry.mean for name, entry in channels.items()}

@@ -5,21 +5,24 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from resvit_calibrate.ranges.ranges import Ranges
 from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.equalize.smoothing import Reader
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight, require_finite
+from resvit_quantize.qdq.floors import floors_of
 from resvit_quantize.qdq.insert import insert_qdq
 from resvit_quantize.qdq.plan import Plan
-from resvit_quantize.settings import QuantizeSettings
+from resvit_quantize.settings import QuantizeSettings, Rules
 
 
-def insert_plan(plan: Plan, settings: QuantizeSettings) -> ir.Model:
-    """Quantise the plan's network in place as ``--effort fast`` does; returns it.
+def insert_plan(plan: Plan, ranges: Ranges, settings: QuantizeSettings) -> ir.Model:
+    """Quantise the plan's network in place as ``--effort fast`` does; returns it. ``ranges`` are those of the plan.
 
     Raises :class:`ResvitError` for weights that are not finite.
     """
     biases = mean_errors(plan, settings.bits) if settings.methods.bias_correction else {}
-    insert_qdq(plan.network, plan.placement, plan.amax, {}, settings.bits)
+    floors = floors_of(plan, ranges) if settings.rules is Rules.ONNXRUNTIME else None
+    insert_qdq(plan.network, plan.placement, plan.amax, {}, settings.bits, floors)
     add_biases(plan.network, biases)
     return plan.network
 

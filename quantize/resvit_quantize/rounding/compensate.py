@@ -65,11 +65,13 @@ class Compensation:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By node name: the output's noise-to-signal power ratio with plain rounding, and after compensation."""
 
-    def insert_into(self, network: ir.Model, placement: Placement, bits: int) -> None:
-        """Put Q/DQ pairs, weights and biases into the network that the pass ran on."""
+    def insert_into(
+        self, network: ir.Model, placement: Placement, bits: int, floors: Mapping[str, float] | None = None
+    ) -> None:
+        """Put Q/DQ pairs, weights and biases into the network that the pass ran on; ``floors`` as ``insert_qdq``."""
         for name, array in self.fitted.items():
             network.graph.initializers[name].const_value = ir.tensor(array, name=name)
-        insert_qdq(network, placement, self.amax, self.stored, bits)
+        insert_qdq(network, placement, self.amax, self.stored, bits, floors)
         add_biases(network, self.bias)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from resvit_engines.files import canonical_json, sha256_bytes
 from resvit_engines.targets.costs import CostModel
 from resvit_engines.targets.layer_work import Precisions
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import TENSOR_CORES, Precision
 
 _PASSES = 8
 _TIE_US = 1e-9
@@ -78,7 +78,7 @@ class Assignment:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, without the assignment."""
-        counts = {p.value: sum(q is p for q in self.precisions.values()) for p in Precision}
+        counts = {p.value: sum(q is p for q in self.precisions.values()) for p in TENSOR_CORES}
         return {"digest": self.digest, "ms": self.latency_us / 1e3, "damage": self.damage, "products": counts}
 
 
@@ -119,7 +119,7 @@ def fastest_precisions(problem: Problem) -> dict[str, Precision]:
     for _ in range(_PASSES):
         before = dict(current)
         for node, allowed in problem.allowed.items():
-            changes = {p: problem.costs.change_us(current, node, p) for p in Precision if p in allowed}
+            changes = {p: problem.costs.change_us(current, node, p) for p in TENSOR_CORES if p in allowed}
             least = min(changes.values())
             if least > -_TIE_US and current[node] is not Precision.FP16:
                 continue

@@ -221,7 +221,7 @@ def _formats(
     graph: AnalysedGraph, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
 ) -> tuple[QuantizableProducts, ...]:
     wanted = [Precision(name) for name in dict.fromkeys(precisions)]
-    if not wanted or Precision.FP16 in wanted or settings.precision is Precision.FP16:
+    if not wanted or not all(p.quantises for p in (*wanted, settings.precision)):
         raise ResvitError(
             "Sensitivity is measured for int8 and fp8: FP16 is what a layer is left in.", "Say --precision int8 or fp8."
         )

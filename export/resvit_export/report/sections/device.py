@@ -34,7 +34,7 @@ def engine_facts(engine: EngineReport) -> list[tuple[str, str]]:
     moved = [size for size in known if size is not None]
     return [
         ("Target", engine.target),
-        ("Compute capability", f"SM {engine.sm}"),
+        *([("Compute capability", f"SM {engine.sm}")] if engine.sm else []),
         ("Builder", f"{TITLES[engine.builder]} {engine.builder_version}".strip()),
         ("Size", wording.size(engine.bytes)),
         ("Build time", wording.NOTHING if seconds is None else f"{wording.number(seconds, 1)} s"),
@@ -69,7 +69,7 @@ def target_rows(data: ReportData) -> list[tuple[str, str, str, str, str]]:
     return [
         (
             target.title,
-            str(target.sm),
+            str(target.sm or wording.NOTHING),
             target.jetpack or wording.NOTHING,
             target.tensorrt,
             ", ".join(sorted(precision.value.upper() for precision in target.precisions)),
@@ -115,7 +115,7 @@ def facts_from_device(device: DeviceResult) -> list[tuple[str, str]]:
     software = [f"{name} {version}" for name, version in versions if version]
     built = f"{TITLES[engine.builder]} {engine.builder_version} in {wording.number(engine.seconds, 1)} s"
     rows = [
-        ("Device", machine.gpu or machine.host),
+        ("Device", (machine.gpu if engine.sm else machine.processor) or machine.host),
         ("Software", ", ".join(software) or wording.NOTHING),
         ("Power mode, clocks", ", ".join(said or "not reported" for said in (machine.power_mode, machine.clocks))),
         ("Built by", built),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from resvit_engines.files import pretty_json
 from resvit_engines.progress import Reporter
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import TENSOR_CORES, Precision
 from resvit_export.stage import Artifact, Stage
 from resvit_export.stages.decide.predict import Pricing
 from resvit_export.stages.decide.sensitivity import Measured
@@ -119,7 +119,7 @@ class Search(Stage[Searched]):
 def _sentences(result: SearchResult, problem: Problem, fp16_us: float) -> list[str]:
     """What was found, for people."""
     chosen, plain = result.chosen, problem.plain_assignment()
-    counts = {p: sum(q is p for q in chosen.precisions.values()) for p in Precision}
+    counts = {p: sum(q is p for q in chosen.precisions.values()) for p in TENSOR_CORES}
     shares = ", ".join(f"{count} in {p.value.upper()}" for p, count in counts.items() if count)
     lines = [
         f"The search chose {shares}: predicted {chosen.latency_us / 1e3:.3f} ms, against {plain.latency_us / 1e3:.3f} "

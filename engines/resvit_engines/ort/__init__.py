@@ -1,0 +1,1 @@
+"""Every call into ONNX Runtime of the device wing: it is imported when it is used."""
