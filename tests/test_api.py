@@ -21,6 +21,7 @@ from resvit_calibrate.gate.gate import VerdictKind
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import SILENT
+from resvit_engines.targets.speed_verdict import SpeedKind
 from resvit_export import Built, build
 from resvit_export.api import recipe_from_settings
 from resvit_export.loading.source import NetworkSource
@@ -185,11 +186,17 @@ def test_an_unknown_target_and_data_are_errors_before_any_work(workspace: Path) 
         (ExitCode.UNDECIDED, True, None, ExitCode.UNDECIDED),
     ],
 )
-def test_the_exit_code_of_a_build(kind: ExitCode, allowed: bool, rejection: ExitCode | None, code: ExitCode) -> None:
+@pytest.mark.parametrize("slower", [False, True])
+def test_the_exit_code_of_a_build(
+    kind: ExitCode, allowed: bool, rejection: ExitCode | None, code: ExitCode, slower: bool
+) -> None:
     verdict = SimpleNamespace(verdict=SimpleNamespace(exit_code=kind))
-    pipeline: Any = SimpleNamespace(recipe=Recipe(allow_rejected=allowed), validated=SimpleNamespace(verdict=verdict))
+    speed = SimpleNamespace(kind=SpeedKind.NOT_FASTER if slower else SpeedKind.NOT_KNOWN)
+    validated = SimpleNamespace(verdict=verdict)
+    pipeline: Any = SimpleNamespace(recipe=Recipe(allow_rejected=allowed), validated=validated, speed=speed)
     error = ResvitError("Not everything fused.", "Leave it out.", rejection) if rejection else None
-    assert Built(pipeline, (), Path("report.html"), error).exit_code is code
+    expected = ExitCode.NOT_FASTER if slower and code is ExitCode.OK else code
+    assert Built(pipeline, (), Path("report.html"), error).exit_code is expected
 
 
 class Pictures(Dataset[Any]):

@@ -142,7 +142,7 @@ def test_a_build_ends_on_one_screen(
 
 
 def test_what_ships_is_called_what_it_is() -> None:
-    run_of = SimpleNamespace(precision=Precision.INT8)
+    run_of = SimpleNamespace(precision=Precision.INT8, target=find_target("jetson-orin"))
     for products, ships in (({"conv": Precision.INT8}, Precision.INT8), ({}, Precision.FP16)):
         pipeline: Any = SimpleNamespace(run=run_of, quantized=SimpleNamespace(eight_bit_products=products))
         assert Pipeline.ships.fget(pipeline) is ships  # type: ignore[attr-defined]

@@ -29,6 +29,8 @@ from resvit_engines.install.state import default_root
 from resvit_engines.keys.own import own_key
 from resvit_engines.keys.private import load_signing_key
 from resvit_engines.keys.public import load_trust
+from resvit_engines.registry.client import Client
+from resvit_engines.registry.reference import reference_from_text
 from resvit_engines.remote.ssh import Connection, address_from
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE, chosen_wheels
 from resvit_export.stages.device import images_that_fit
@@ -142,6 +144,7 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "RESVIT_FASHION_MNIST": lambda: __import__(
         "resvit_calibrate.readers.fashion_mnist", fromlist=["read_split"]
     ).read_split("test"),
+    "RESVIT_REGISTRY_PATIENCE": lambda: Client(reference_from_text("oci://localhost/a/b:c")),
     "RESVIT_ROOT": lambda: (status(default_root()), installed_version(default_root(), "net", load_trust())),
     "RESVIT_SIGNING_KEY": load_signing_key,
     "RESVIT_SIGNING_KEY_FILE": load_signing_key,

@@ -21,7 +21,7 @@ from resvit_engines.bundle.parts import BundledFile, GoldenFiles
 from resvit_engines.records import Record
 from resvit_engines.targets.costs import LayerTime, Prediction
 from resvit_engines.targets.layer_work import LayerKind
-from resvit_engines.targets.table import TARGETS, Precision, find_target
+from resvit_engines.targets.table import TARGETS, Precision
 from resvit_export.records.costs import CostsRecord
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.report.layout.data import ChangedImage, ReportData
@@ -35,7 +35,6 @@ from resvit_export.to_onnx.report import ExportReport
 from resvit_quantize.fold.program import FoldReport
 from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
 from resvit_quantize.qdq.report import QuantizeReport
-from resvit_quantize.search.search import worth_it
 from resvit_quantize.sensitivity.own_noise import OwnNoise
 
 VOID = {"meta", "img", "wbr", "br", "link", "hr", "input"}
@@ -472,7 +471,7 @@ def test_the_held_back_check_is_told_with_its_figures_and_what_its_layers_take()
         for name, total in (("stem.dw/Conv", 12.5), ("wide/Conv", 87.5))
     ]
     predicted = Prediction("l4", tuple(times))
-    costs = CostsRecord(worth_it(predicted, predicted, find_target("l4")), predicted, predicted)
+    costs = CostsRecord(predicted, predicted)
     held = quantize(held_back=check.to_json())
     page = html_from_run(dataclasses.replace(full(), quantize=held, costs=costs))
     section = page[page.index('id="held-back"') : page.index('id="costs"')]

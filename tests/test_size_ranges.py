@@ -21,7 +21,6 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_calibrate.runtime.runner import onnx_runner
-from resvit_engines.bench.commands import preprocess_at
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.device_plan import plan_for_device
 from resvit_engines.builder.settings import BuildSettings
@@ -34,6 +33,7 @@ from resvit_engines.run.cuda import Cuda
 from resvit_engines.run.engine_lane import open_lane
 from resvit_engines.run.golden import golden_check
 from resvit_engines.run.golden_files import sqnr_db
+from resvit_engines.run.prepared import preprocess_at
 from resvit_engines.run.runner import open_runner
 from resvit_engines.targets.table import Precision, find_target
 from resvit_engines.trt.io_tensor import IoTensor
