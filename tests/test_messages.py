@@ -93,8 +93,9 @@ _FILE = re.compile(
 )
 FOREIGN = {
     "trtexec": "exportLayerInfo profilingVerbosity exportProfile stronglyTyped noDataTransfers useSpinWait "
-    "useCudaGraph",
-    "pip": "no-index find-links force-reinstall disable-pip-version-check no-input",
+    "useCudaGraph exportTimes separateProfileRun",
+    "Triton": "backend-config",
+    "pip": "no-deps no-index find-links force-reinstall disable-pip-version-check no-input",
     "virtual environment": "system-site-packages",
     "venv": "system-site-packages clear",
     "apt-get": "reinstall",
@@ -179,7 +180,7 @@ def written_names() -> str:
     return "\n".join([*names, *(path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts)])
 
 
-_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-\w+|model-[\w-]+)\.\w+|CMakeLists\.txt")
+_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-[\w-]+|model-[\w-]+)\.\w+|CMakeLists\.txt")
 
 
 @pytest.mark.whole

@@ -23,9 +23,9 @@ def layer_time_options(function: F) -> F:
 
 @click.command(
     name="compare",
-    epilog="\b\nExamples:\n  resvit-engine compare fp16.resvit int8.resvit\n"
-    "  resvit-engine compare fp16-layers.json int8-layers.json --profile-a fp16-profile.json "
-    "--profile-b int8-profile.json",
+    epilog="\b\nExamples:\n  resvit-engine compare net-fp16.resvit net-int8.resvit\n"
+    "  resvit-engine compare net-fp16-layers.json net-int8-layers.json --profile-a net-fp16-profile.json "
+    "--profile-b net-int8-profile.json",
 )
 @click.argument("a", metavar="A", type=click.Path(path_type=Path))
 @click.argument("b", metavar="B", type=click.Path(path_type=Path))

@@ -100,7 +100,7 @@ class Judge:
     def __init__(self, model: Path, batches: Sequence[Arrays], *, sets: bool = False) -> None:
         """Ask the float ONNX ``model``; ``sets`` says that rows of outputs may change places."""
         runner = onnx_runner(model)
-        self.batches, self.sets = batches, sets
+        self.batches, self.sets, self.folder = batches, sets, model.parent
         self.expected = [runner(batch) for batch in batches]
 
     def errors(self, network: ir.Model, others: Sequence[ir.Model] = ()) -> list[Errors]:
@@ -115,7 +115,8 @@ class Judge:
         for name in names:
             value = network.graph.initializers[name]
             proto.graph.input.append(ir.serde.serialize_value(value))
-        runner = onnx_runner(proto.SerializeToString())
+        # Weights beside the file lie there still.
+        runner = onnx_runner(proto.SerializeToString(), folder=self.folder)
         own = {name: _array(network.graph.initializers[name]) for name in names}
         return [
             self._against([self._run(runner, batch, {**own, **constants}) for batch in self.batches])

@@ -114,7 +114,9 @@ def own_noise(
     own, errors = _measured(_bytes(network), feeds)
     lost = {name: _decibels(signal, error) for name, (error, signal) in zip(rounded, errors.tolist(), strict=True)}
     lossy = sorted((value, name) for name, value in lost.items() if value < noise_db - _LOSSY_DB)
-    outputs_db, under_noise_db = (_lowest(answers, each, sets) for each in (own, onnx_runner(_bytes(noisy))(feeds)))
+    outputs_db, under_noise_db = (
+        _lowest(answers, each, sets) for each in (own, onnx_runner(_bytes(noisy), folder=floating.parent)(feeds))
+    )
     return OwnNoise(outputs_db, under_noise_db, noise_db, count, tuple((name, value) for value, name in lossy))
 
 
