@@ -228,7 +228,7 @@ bundle_command = _stage_command(
         f"build --precision fp8 --target l4 {_MODEL} {_DATA} --max-drop 0.5 --run runs/l4-fp8",
         "build --run runs/l4-fp8 --json",
         f"build --target rtx-4090 --target jetson-orin {_MODEL} {_DATA} --run runs/both",
-        f"build --target jetson-orin {_MODEL} {_DATA} --max-drop 0.3 --run runs/searched",
+        f"build --target jetson-orin {_MODEL} {_DATA} --max-drop 0.5 --run runs/searched",
         "build --run runs/searched --latency-budget 1x",
         "build --recipe runs/l4-fp8/recipe.toml --precision fp16 --builder rtx --run runs/l4-fp16",
     ),
