@@ -198,11 +198,11 @@ def uneven(path: Path) -> Path:
     """A depthwise convolution of one channel that is far larger than the others, and small weights on it."""
     g = Graph("N", 16, 16, 16)
     array = (g.random.standard_normal((64, 16, 3, 3)) / 12).astype(np.float32)
-    array[:4] *= 2000.0
+    array[:16] *= 2000.0
     first = g.constant("first.scaled", array)
     value = g.op("Relu", g.op("Conv", "input", first, name="first/Conv", pads=[1] * 4), name="first/Relu")
     array = (g.random.standard_normal((64, 1, 3, 3)) / 3).astype(np.float32)
-    array[:4] /= 2000.0
+    array[:16] /= 2000.0
     depthwise = g.constant("depthwise.weight", array)
     value = g.op("Conv", value, depthwise, name="depthwise/Conv", pads=[1] * 4, group=64)
     value = g.op("Relu", g.conv(value, 64, 64, name="wide/Conv"), name="wide/Relu")

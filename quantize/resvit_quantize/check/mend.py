@@ -21,7 +21,7 @@ from resvit_quantize.settings import QuantizeSettings
 if TYPE_CHECKING:
     from resvit_quantize.sensitivity.sensitivity import Sensitivity
 
-LOW_DB = 30.0
+LOW_DB = 25.0
 """Where the outputs keep more than this, no layer is looked for."""
 BOUNDS = (0.02, 0.06)
 """Shares of the multiply-accumulates that may stay in FP16 for it: the larger one where it gains as much again."""
