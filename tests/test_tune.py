@@ -133,6 +133,7 @@ def test_tuning_is_refused_where_nothing_can_be_timed(workspace: Path, capsys, a
 @pytest.mark.whole
 def test_a_real_machine_is_tuned_and_a_killed_run_goes_on(workspace: Path, finished_run, capsys) -> None:
     shutil.copytree(finished_run("cpu"), workspace / "runs/tuned")
+    capsys.readouterr()
     how = ["build", *DEMO.split(), "--target", "cpu", "--run", "runs/tuned", "--tune", "quick"]
     assert run([*how, "--json"]) in (ExitCode.OK, ExitCode.UNDECIDED)
     told = json.loads(capsys.readouterr().out)["tuned"]
