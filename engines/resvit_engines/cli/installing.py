@@ -35,6 +35,18 @@ def root_option(function: F) -> F:
     )(function)
 
 
+def leniency_options(function: F) -> F:
+    """Add ``--allow-downgrade`` and ``--rehearse``."""
+    function = click.option(
+        "--rehearse",
+        is_flag=True,
+        help="This machine stands in for the device: processor, GPU, JetPack and TensorRT are not compared.",
+    )(function)
+    return click.option(
+        "--allow-downgrade", is_flag=True, help="Take a lower release than one that was installed before."
+    )(function)
+
+
 def golden_runtime_option(function: F) -> F:
     """Add ``--runtime``."""
     return click.option(
@@ -95,12 +107,7 @@ def verify_command(bundle: Path, trust: Path | None, quiet: bool, as_json: bool)
 @trust_option
 @root_option
 @click.option("--expect", metavar="NAME", help="Refuse a bundle of any other model.")
-@click.option("--allow-downgrade", is_flag=True, help="Take a lower release than one that was installed before.")
-@click.option(
-    "--rehearse",
-    is_flag=True,
-    help="This machine stands in for the device: processor, GPU, JetPack and TensorRT are not compared.",
-)
+@leniency_options
 @golden_runtime_option
 @output_options
 def install_command(

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from resvit_engines.cli.installing import golden_of, golden_runtime_option, root_option, show_installed, trust_option
+from resvit_engines.cli.installing import (
+    golden_of,
+    golden_runtime_option,
+    leniency_options,
+    root_option,
+    show_installed,
+    trust_option,
+)
 from resvit_engines.console import F, Output, emit_json, mib, output_options
 from resvit_engines.errors import ResvitError
 
@@ -44,12 +51,7 @@ def registry_options(function: F) -> F:
 @trust_option
 @root_option
 @click.option("--expect", metavar="NAME", help="Take no bundle of any other model.")
-@click.option("--allow-downgrade", is_flag=True, help="Take a lower release than one that was installed before.")
-@click.option(
-    "--rehearse",
-    is_flag=True,
-    help="This machine stands in for the device: processor, GPU, JetPack and TensorRT are not compared.",
-)
+@leniency_options
 @golden_runtime_option
 @registry_options
 @output_options

@@ -25,7 +25,7 @@ from resvit_export.cli.output import (
     recover_lines,
     summarize,
 )
-from resvit_export.refusals import quantises_itself, recoverable
+from resvit_export.refusals import recoverable
 from resvit_export.stages.audit import Audited
 from resvit_export.stages.compile import Compiled
 from resvit_quantize.settings import Effort
@@ -126,9 +126,9 @@ def _commands(built: Built) -> Iterator[tuple[str, str]]:
             f"resvit-export keygen release.key && resvit-export sign {bundle} --key release.key",
             ("sign it: devices take no unsigned bundle by hand"),
         )
-    if built.plan is not None and run.require_target().builder is Builder.TENSORRT:
-        yield f"{build} --device ssh://USER@HOST", f"build, validate and time it on the {run.require_target().title}"
-        yield f"resvit-engine build {shlex.quote(built.bundle.name)} --trust release.pub", "or by hand, there"
+    if built.plan is not None and target.builder is Builder.TENSORRT:
+        yield f"{build} --device ssh://USER@HOST", f"build, validate and time it on the {target.title}"
+        yield f"resvit-engine build {shlex.quote(built.bundle.name)} --trust release.pub", "build it by hand, there"
     else:
         yield f"resvit-engine install {shlex.quote(built.bundle.name)} --trust release.pub", "there"
     yield f"resvit-export audit --run {folder}", "which layers fused, and why others did not"
@@ -141,7 +141,7 @@ def _after_rejection(built: Built, build: str, folder: str) -> Iterator[tuple[st
         return
     if recoverable(recipe):
         yield f"resvit-export sensitivity --run {folder}", "which layers the loss comes from"
-    if quantises_itself(recipe) and recipe.sizes is None and recipe.effort is Effort.FAST:
+    if recoverable(recipe) and recipe.effort is Effort.FAST:
         yield f"{build} --effort best", "learn rounding and ranges from the images"
     if recoverable(recipe) and recipe.train_data is None:
         yield f"{build} --train-data IMAGES", "train the weights against the float network"

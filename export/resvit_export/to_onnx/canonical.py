@@ -137,14 +137,14 @@ def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str])
             taken.add(name)
             for other in _values(graph):
                 if other is not value and other.name == name:
-                    other.name = _unique(name, {str(each.name) for each in _values(graph)})
+                    other.name = unique(name, {str(each.name) for each in _values(graph)})
             value.name = name
     fixed = {*graph.inputs, *graph.outputs}
     taken |= {str(value.name) for value in named}
     node_names: set[str] = set()
     for node in graph:
         module = modules[node]
-        node.name = _unique(f"{module}/{node.op_type}" if module else node.op_type, node_names)
+        node.name = unique(f"{module}/{node.op_type}" if module else node.op_type, node_names)
         node.doc_string = None
         node.metadata_props.clear()
         if module:
@@ -156,10 +156,10 @@ def canonicalise(model: ir.Model, inputs: Iterable[str], outputs: Iterable[str])
                 continue
             order.append(source)
             if source not in named:
-                source.name = _unique(_constant_name(node, index), taken)
+                source.name = unique(_constant_name(node, index), taken)
         for index, value in enumerate(node.outputs):
             if value not in fixed and value.name != "":
-                value.name = _unique(f"{node.name}_output" + (f"_{index}" if index else ""), taken)
+                value.name = unique(f"{node.name}_output" + (f"_{index}" if index else ""), taken)
     order += [value for value in graph.initializers.values() if value.is_graph_output() and value not in order]
     graph.initializers.clear()
     for value in order:
@@ -232,7 +232,8 @@ def _constant_name(node: ir.Node, index: int) -> str:
     return f"{node.name}_input_{index}"
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def unique(name: str, taken: set[str]) -> str:
+    """``name``, with a number behind it where it is ``taken``; it is taken then."""
     result, number = name, 1
     while result in taken:
         result, number = f"{name}_{number}", number + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from resvit_export.loading.torch_program import (
     runner_from_program,
 )
 from resvit_export.to_onnx.branches import refuse_branches
-from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize
+from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize, unique
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.report import (
     ExportReport,
@@ -163,7 +162,5 @@ def _with_names_of_their_own(model: ir.Model) -> ir.Model:
     taken = {str(value.name) for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for node in model.graph:
         for value in node.outputs:
-            if value.name in taken:
-                value.name = next(name for i in itertools.count(1) if (name := f"{value.name}_{i}") not in taken)
-            taken.add(str(value.name))
+            value.name = unique(str(value.name), taken)
     return model
