@@ -195,14 +195,14 @@ def test_a_run_brings_what_it_is_compared_with(quantized_run, capfd, monkeypatch
         engine.write_bytes(b"engine of " + onnx.parent.name.encode())
         return engine_report(builder=Builder.RTX, sm=89)
 
-    def open_engine(engine, sha256, report, onnx):
+    def open_built(engine, sha256, report, onnx):
         opened.append((report.builder, engine.read_bytes(), sha256))
         assert onnx.name == "model.tensorrt.onnx"  # with what TensorRT alone reads, for an engine without weights
         return benching.open_onnx(small)
 
     monkeypatch.setattr(benching, "why_not_here", lambda *_, **__: None)
     monkeypatch.setattr(compiling, "build_engine", build)
-    monkeypatch.setattr(benching, "open_engine", open_engine)
+    monkeypatch.setattr(benching, "open_built", open_built)
     runners, _ = benching._open_run(quantized_run, None, "auto", SILENT)
     assert list(runners) == ["FP16, unpruned", "FP16, pruned", "INT8, pruned"]
     assert [builder for builder, _, _ in opened] == [Builder.RTX] * 3

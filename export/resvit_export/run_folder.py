@@ -41,6 +41,8 @@ class RunFolder:
         self._look_only = False
         self._told: set[str] = set()
         """Finished stages of which was said that they are there."""
+        self._done: set[str] = set()
+        """Those of them that were done by way of this object: none of these is called reused."""
 
     @contextlib.contextmanager
     def looking_only(self) -> Iterator[None]:
@@ -114,7 +116,8 @@ class RunFolder:
                 for file in {str(item.path): item for index in missing for item in inputs_of(stages[index])}.values():
                     file.require_unchanged()
                 seconds, peak_mib = round((time.monotonic() - start) / len(missing), 3), peak_memory_mib()
-                self._told |= {self._folder(keys[index]).name for index in missing}
+                self._done |= {self._folder(keys[index]).name for index in missing}
+                self._told |= self._done
                 for index, partial in zip(missing, partials, strict=True):
                     record = _recorded(keys[index], partial, seconds, peak_mib)
                     artifacts[index] = _artifact(stages[index], self._folder(keys[index]), record, reused=False)
@@ -132,7 +135,7 @@ class RunFolder:
         if not os.path.lexists(folder):
             return None
         try:
-            artifact = _artifact(stage, folder, _intact(folder, key), reused=True)
+            artifact = _artifact(stage, folder, _intact(folder, key), reused=folder.name not in self._done)
             agrees = stage.agrees(artifact)
         except ResvitError as error:
             self.reporter.warn(f"{folder} is damaged; the stage is done again. {error.problem}")

@@ -275,7 +275,7 @@ def build_command(device: str | None, rehearse: bool, verbose: bool, quiet: bool
     epilog=examples_text(
         f"report {_MODEL} {_DATA} --target jetson-orin --run runs/by-stage",
         "report --run runs/by-stage",
-        "report runs/by-stage runs/both --out runs/comparison.html",
+        "report runs/embed-mini runs/both --out runs/comparison.html",
     ),
 )
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))

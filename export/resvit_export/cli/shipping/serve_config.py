@@ -17,9 +17,9 @@ _INSTANCES = 2
 @click.command(
     name="serve-config",
     epilog="\b\nExamples:\n"
-    "  resvit-export serve-config triton net-engine.resvit --out models --trust release.pub\n"
-    "  resvit-export serve-config deepstream net-engine.resvit --out pipeline --json\n"
-    "  resvit-export serve-config ros2 net.resvit --out src/detector",
+    "  resvit-export serve-config triton runs/release.resvit --out runs/models --trust runs/robots.pub\n"
+    "  resvit-export serve-config deepstream runs/release.resvit --out runs/pipeline --trust runs/robots.pub\n"
+    "  resvit-export serve-config ros2 runs/release.resvit --out runs/robot --trust runs/robots.pub --json",
 )
 @click.argument("program", type=click.Choice(_PROGRAMS))
 @click.argument("bundle", type=click.Path(path_type=Path))
