@@ -11,11 +11,12 @@ the ratio of signal to noise of the float network's outputs where noise of 40 dB
 already, a low SQNR is the network's own. Where the SQNR is under 20 dB, "least noise" is what the float network keeps
 under the least noise that 8 bits cost, at the same places (``sensitivity/own_noise.py``), and who is to blame: the
 network, or us. "As far as" is the last stage that was run: rows of ``--until export`` are folded, exported and
-compared with PyTorch, and no more; "pruned" is ``--until prune``. What answers to prompts, text or films is no
-function of one image: refused by name, it is counted apart, and the part of it that sees has its own row. Each model
-runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is added to ``--records`` as it is
-done, and what stands there is not done again: a run can be ended at any time and gone on with on another machine,
-whose seconds are others.
+compared with PyTorch, and no more. "Pruned" (``--until prune``) is the share of the products that is left to a network
+that is pruned to half, or as far as it can be, and exported: small configurations are near their least widths. What
+answers to prompts, text or films is no function of one image: refused by name, it is counted apart, and the part of it
+that sees has its own row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is
+added to ``--records`` as it is done, and what stands there is not done again: a run can be ended at any time, and
+continued on another machine, whose seconds are others.
 """
 
 from __future__ import annotations
@@ -164,7 +165,13 @@ def furthest(rows: Mapping[tuple[str, str], dict[str, Any]], case: Case) -> dict
     """The row of ``case`` from the run that went furthest, with what pruning it came to; none where it was not run."""
     row = next((rows[until, case.name] for until in UNTIL if (until, case.name) in rows), None)
     pruned = rows.get(("prune", case.name))
-    return {**row, "pruned": outcome(pruned) if pruned else None} if row else None
+    return {**row, "pruned": pruned_cell(pruned) if pruned else None} if row else None
+
+
+def pruned_cell(row: Mapping[str, Any]) -> str:
+    """What of the products remains, where it went through to ONNX; else what became of it."""
+    remains = row.get("remains")
+    return f"{remains:.1%}" if row["code"] in GOES_ON and remains else outcome(row)
 
 
 def row_of(case: Case, folder: Path, until: str, seconds: float, memory: float) -> dict[str, Any]:
@@ -212,12 +219,27 @@ def take_through(case: Case, folder: Path, until: str) -> int:
     if until == "export":
         return run(["export", *common, "--target", TARGET])
     if until == "prune":
-        return run(["prune", *common, "--prune-macs", "0.5"])
+        return pruned_to_half(["export", *common, "--target", TARGET], folder)
     data = "fashion-mnist" if channels in (1, 3) else f"{Path(__file__).parent / 'family_models.py'}:four_channels"
     few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--allow-rejected"]
     code = run(["build", *common, "--target", TARGET, "--precision", "int8", "--data", data, "--task", "other", *few])
     for model in sorted((folder / "run").glob("export-*/model.onnx"))[:1]:
         (folder / "run" / "own_noise.json").write_text(json.dumps({"own_noise_db": own_noise(model)}))
+    return code
+
+
+def pruned_to_half(export: list[str], folder: Path) -> int:
+    """Export the network with half of its products, or with the least that is said to be possible; the exit code."""
+    from resvit_export.cli.main import run
+
+    share = "0.5"
+    code = run([*export, "--prune-macs", share])
+    sys.stderr.flush()
+    nearest = re.findall(r"Let (0\.\d+) or more remain", (folder / "log").read_text(errors="replace"))
+    if code not in GOES_ON and nearest:
+        share = nearest[-1]
+        code = run([*export, "--prune-macs", share])
+    (folder / "run" / "pruned.json").write_text(json.dumps({"remains": float(share)}))
     return code
 
 
@@ -290,6 +312,7 @@ def recorded(run: Path) -> dict[str, Any]:
         ("quantize-*/quantize.json", lambda d: {"share": d["macs_share"]}),
         ("validate-*/verdict.json", lambda d: {"sqnr_db": d["stages"][-1]["sqnr_db"], **blamed(d["blame"])}),
         ("own_noise.json", dict),
+        ("pruned.json", dict),
     ):
         for path in sorted(run.glob(pattern))[:1]:
             row |= take(json.loads(path.read_bytes()))

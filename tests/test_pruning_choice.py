@@ -294,6 +294,10 @@ def test_a_budget_out_of_reach_names_the_nearest() -> None:
         choose_widths(groups, importance, costs, Budget(macs=0.1))
     assert "At most 0.750 of the multiply-accumulates can go, and 0.900 should" in caught.value.problem
     assert "0.250" in caught.value.fix
+    assert "--prune-what" not in caught.value.fix
+    allowed = frozenset({Kind.CHANNELS, Kind.HEADS, Kind.MLP})
+    with pytest.raises(ResvitError, match=r"\(--prune-what: embed, blocks\)"):
+        choose_widths(groups, importance, costs, Budget(macs=0.1, allowed=allowed))
     assert choose_widths(groups, importance, costs, Budget(macs=0.25)).after.macs == 640
     with pytest.raises(ResvitError, match=r"At most 0\.750"):
         uniform_widths(groups, importance, costs, Budget(macs=0.1))

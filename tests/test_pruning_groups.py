@@ -339,3 +339,75 @@ def test_removing_equals_not_reading(seed: int) -> None:
                 zeroed.state_dict()[part.tensor].index_fill_(part.axis, torch.tensor(part.index[gone].ravel()), 0)
     prune(module, groups, kept)
     torch.testing.assert_close(module(image), zeroed(image), rtol=1e-3, atol=1e-4)
+
+
+class FrozenNorm(nn.Module):
+    """A BatchNorm of constants, as the convolutional trunks of detectors have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+def test_channels_go_through_a_norm_of_buffers() -> None:
+    body = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), FrozenNorm(8), nn.ReLU(), nn.Conv2d(8, 4, 3), FrozenNorm(4))
+    network = Pooled(body, 4)
+    found = find(network, (1, 8, 8))
+    first, second = found.groups
+    assert (first.name, first.units, first.exact) == ("body.0", 8, True)
+    names = ("weight", "bias", "running_mean", "running_var")
+    assert {f"body.1.{name}" for name in names} <= {part.tensor for part in first.slices}
+    assert Count("body.1", "width", 1) in first.counts
+    assert second.name == "body.3"
+    prune(network, found.groups, {"body.0": np.arange(3)})
+    assert network.body[1].running_var.shape == (3,)
+    assert network.body[1].width == 3
+
+
+class BiasedAttention(nn.Module):
+    """Attention as libraries call it: what it reads is named, the bias of each head is a table, the shares go along."""
+
+    def __init__(self, dim: int, heads: int, tokens: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.table = nn.Parameter(torch.randn(tokens * tokens, heads))
+
+    def forward(self, hidden: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
+        batch, tokens, _ = hidden.shape
+        q, k, v = (f(hidden).view(batch, tokens, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        bias = self.table.view(tokens, tokens, -1).permute(2, 0, 1)
+        shares = torch.softmax(q @ k.transpose(-2, -1) * scale + bias, dim=-1)
+        return self.out((shares @ v).transpose(1, 2).reshape(batch, tokens, -1)), shares
+
+
+class NamedCalls(nn.Module):
+    def __init__(self, *, reads: bool = True) -> None:
+        super().__init__()
+        self.reads = reads
+        self.embed, self.attention, self.head = nn.Linear(3, 16), BiasedAttention(16, 4, 5), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x)
+        made, _ = self.attention(hidden=tokens, scale=torch.full((), 0.5))
+        return self.head((tokens + made if self.reads else tokens).mean(1))
+
+
+def test_heads_of_an_attention_that_is_called_by_name_go_with_their_biases() -> None:
+    found = find(NamedCalls(), (5, 3), frozenset({Kind.HEADS}))
+    (heads,) = found.groups
+    assert (heads.units, heads.width, heads.exact) == (4, 4, True)
+    assert slices(heads)["attention.table", 1] == ("writes", [[0], [1], [2], [3]])
+    assert Count("attention", "num_heads", 1) in heads.counts
+
+
+def test_what_no_output_reads_is_left_alone() -> None:
+    found = find(NamedCalls(reads=False), (5, 3), frozenset({Kind.HEADS, Kind.MLP}))
+    assert not found.groups
+    assert "not followed to the model's outputs" in found.left_alone["attention"]

@@ -77,6 +77,7 @@ class PruneBudget:
             precision=self.precision,
             target=self.target,
             measured=measured_times_from_json(self.measured.path) if self.measured else None,
+            allowed=frozenset(self.what),
         )
 
 

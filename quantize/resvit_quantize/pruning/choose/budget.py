@@ -19,7 +19,8 @@ class Budget:
 
     ``precision`` is the one that the network will run in: widths land on its tiles. ``latency`` is by the cost model
     of ``target``, scaled by the times ``measured`` on it. ``least`` is the share of its units that every group keeps,
-    and of the blocks beside one another.
+    and of the blocks beside one another. ``allowed`` are the kinds of which groups were looked for: the others are
+    named where the budget cannot be met.
     Raises ``ResvitError`` for values that make no budget.
     """
 
@@ -30,6 +31,7 @@ class Budget:
     target: Target | None = None
     measured: MeasuredTimes | None = None
     least: float = 0.1
+    allowed: frozenset[Kind] = frozenset(Kind)
 
     def __post_init__(self) -> None:
         """Check all values."""

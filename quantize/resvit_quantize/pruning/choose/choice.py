@@ -232,10 +232,12 @@ def _check(groups: Sequence[Group], importance: Values) -> None:
 
 def _unmet(budget: Budget, nearest: float) -> ResvitError:
     shown = math.ceil(nearest * 1000) / 1000
+    others = [kind.value for kind in Kind if kind not in budget.allowed]
     return ResvitError(
         f"At most {max(0.0, 1 - shown):.3f} of the {budget.noun} can go, and {1 - budget.share:.3f} should: "
         f"every group is then at its least width.",
-        f"Let {shown:.3f} or more remain, or allow more to be pruned (--prune-what: heads, mlp, embed, blocks).",
+        f"Let {shown:.3f} or more remain"
+        + (f", or allow more kinds beside those allowed now (--prune-what: {', '.join(others)})." if others else "."),
     )
 
 

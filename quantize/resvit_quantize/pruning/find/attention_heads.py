@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.structure import number_attributes, set_tensor
@@ -63,6 +64,48 @@ class Attention:
         return found
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: what it was given, and the tensor that it made, the first where it made several."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    made: Tensor
+    alone: bool
+    """Whether it takes one tensor and nothing else, and gives one."""
+
+    @property
+    def given(self) -> Tensor:
+        """The first tensor that it was given: the token stream, or the image's features."""
+        found = first_tensor(self.args, self.kwargs)
+        assert found is not None
+        return found
+
+    def on(self, module: nn.Module) -> Tensor | None:
+        """What ``module`` makes of the same; None where that is no tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (self.args, dict(self.kwargs)))
+        return made_tensor(module(*args, **kwargs))
+
+
+def call_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> Call | None:
+    """The call as it was seen; None where no tensor comes in first, or none goes out first."""
+    made = made_tensor(output)
+    if made is None or first_tensor(args, kwargs) is None:
+        return None
+    return Call(args, kwargs, made, len(args) == 1 and not kwargs and made is output)
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor of a call's arguments; libraries name theirs."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+
+
+def made_tensor(output: object) -> Tensor | None:
+    """A module's output where it is a tensor, or the first of several, as of an attention that gives its shares too."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
 @dataclass
 class _Frame:
     path: str
@@ -87,10 +130,10 @@ def attentions(module: nn.Module, example: Tensor) -> tuple[Attention, ...]:
     done: list[_Frame] = []
     handles = []
 
-    def entering(path: str, each: nn.Module) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def enter(_: nn.Module, inputs: tuple[object, ...]) -> None:
-            first = inputs[0] if inputs else None
-            stack.append(_Frame(path, each, first.shape[0] if isinstance(first, Tensor) and first.ndim else 1))
+    def entering(path: str, each: nn.Module) -> Callable[..., None]:
+        def enter(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+            first = first_tensor(inputs, named)
+            stack.append(_Frame(path, each, first.shape[0] if first is not None and first.ndim else 1))
 
         return enter
 
@@ -101,12 +144,14 @@ def attentions(module: nn.Module, example: Tensor) -> tuple[Attention, ...]:
             for outer in stack:
                 outer.layers.append(frame.path)
         if frame.times:
-            if isinstance(output, Tensor):
-                frame.width = output.shape[1] if output.ndim == 4 else output.shape[-1]
+            made = made_tensor(output)
+            if made is not None:
+                frame.width = made.shape[1] if made.ndim == 4 else made.shape[-1]
             done.append(frame)
 
     for path, each in module.named_modules():
-        handles += [each.register_forward_pre_hook(entering(path, each)), each.register_forward_hook(leave)]
+        handles.append(each.register_forward_pre_hook(entering(path, each), with_kwargs=True))
+        handles.append(each.register_forward_hook(leave))
     try:
         with forgetting(module), _Watch(stack):
             module(example)
@@ -175,17 +220,41 @@ def _attention(module: nn.Module, frame: _Frame) -> Attention:
     return found if heads > 1 else answer("it has a single head")
 
 
-def head_counts(module: nn.Module, attention: Attention, example: Tensor) -> dict[str, int] | None:
-    """Which number attributes of the attention's module go down with its heads: {name: how much for each head}.
+@dataclass(frozen=True)
+class OfHeads:
+    """What an attention's module holds for each head, besides its layers."""
 
-    Every guess is tried on the module itself, on ``example``, its input: with a head removed it must give what it
+    counts: Mapping[str, int]
+    """Number attributes that go down with the heads: {name: how much for each head}."""
+    tensors: tuple[tuple[str, int], ...] = ()
+    """(name, axis) of what has an entry for each head, as a table of biases by relative position."""
+
+
+def found_of_heads(module: nn.Module, attention: Attention, call: Call) -> OfHeads | None:
+    """What goes with the heads of the attention's module besides the rows of its layers.
+
+    Every guess is tried on the module itself, given what it was in ``call``: with a head removed it must give what it
     gives with that head's outputs unread. None where no guess holds.
     """
     inside = copy_of(module.get_submodule(attention.path))
-    for counts in _guesses(inside, attention):
-        if _holds(inside, attention, counts, example):
-            return counts
+    tensors = _tensors_of_heads(inside, attention)
+    for of_heads in [
+        OfHeads(counts, each) for each in dict.fromkeys((tensors, ())) for counts in _guesses(inside, attention)
+    ]:
+        if _holds(inside, attention, of_heads, call):
+            return of_heads
     return None
+
+
+def _tensors_of_heads(inside: nn.Module, attention: Attention) -> tuple[tuple[str, int], ...]:
+    layers = tuple(
+        f"{each.removeprefix(attention.path + '.')}." for each in (*attention.writers, attention.reader or "")
+    )
+    return tuple(
+        (name, list(tensor.shape).index(attention.heads))
+        for name, tensor in inside.state_dict().items()
+        if not name.startswith(layers) and list(tensor.shape).count(attention.heads) == 1
+    )
 
 
 def _guesses(inside: nn.Module, attention: Attention) -> list[dict[str, int]]:
@@ -209,7 +278,7 @@ def _guesses(inside: nn.Module, attention: Attention) -> list[dict[str, int]]:
     return guesses
 
 
-def _holds(inside: nn.Module, attention: Attention, counts: Mapping[str, int], example: Tensor) -> bool:
+def _holds(inside: nn.Module, attention: Attention, of_heads: OfHeads, call: Call) -> bool:
     kept = np.arange(attention.heads)[attention.heads // 2 :]
     gone = np.arange(attention.heads)[: attention.heads // 2]
     columns = np.arange(attention.inner).reshape(attention.heads, -1)
@@ -224,18 +293,20 @@ def _holds(inside: nn.Module, attention: Attention, counts: Mapping[str, int], e
         with torch.no_grad():
             weight[:, torch.from_numpy(columns[gone].ravel())] = 0
         _take(less, reader, 1, columns[kept].ravel())
-    for name, each in counts.items():
+    for name, axis in of_heads.tensors:
+        _keep(less, name, axis, kept)
+    for name, each in of_heads.counts.items():
         setattr(less, name, getattr(less, name) - each * len(gone))
     with torch.no_grad():
-        expected = full(example)
+        expected = call.on(full)
         try:
-            found = less(example)
+            found = call.on(less)
         except Exception:  # noqa: BLE001 - whatever the user's module raises, the guess was wrong
             return False
-    if attention.reader is None and isinstance(expected, Tensor):
+    if attention.reader is None and expected is not None:
         axis = 1 if expected.ndim == 4 else -1
         expected = expected.index_select(axis, torch.from_numpy(columns[kept].ravel()).to(expected.device))
-    return isinstance(found, Tensor) and isinstance(expected, Tensor) and close(found, expected)
+    return found is not None and expected is not None and close(found, expected)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -247,15 +318,15 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _take(module: nn.Module, layer: str, axis: int, positions: npt.NDArray[np.int64]) -> None:
-    state = module.state_dict(keep_vars=True)
+    state = module.state_dict()
     for name in ("weight", "bias"):
-        tensor = state.get(f"{layer}.{name}")
-        if tensor is not None and (axis == 0 or name == "weight"):
-            set_tensor(
-                module,
-                f"{layer}.{name}",
-                tensor.detach().index_select(axis, torch.from_numpy(positions).to(tensor.device)),
-            )
+        if f"{layer}.{name}" in state and (axis == 0 or name == "weight"):
+            _keep(module, f"{layer}.{name}", axis, positions)
+
+
+def _keep(module: nn.Module, name: str, axis: int, positions: npt.NDArray[np.int64]) -> None:
+    tensor = module.state_dict()[name]
+    set_tensor(module, name, tensor.detach().index_select(axis, torch.from_numpy(positions).to(tensor.device)))
 
 
 def _width(layer: nn.Module, axis: int) -> int:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_quantize.pruning.copies import copy_of
-from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention
-from resvit_quantize.pruning.find.joins import EntangledError, Node, Part, set_maps
+from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention, Call, call_of
+from resvit_quantize.pruning.find.frozen_norms import channel_buffers, frozen_norms
+from resvit_quantize.pruning.find.joins import EntangledError, Node, Part, set_maps, unknown_joins_passed
 
 _ENTANGLED = 64
 """A group with this many times more positions than channels in one tensor went round in circles."""
@@ -76,8 +77,8 @@ class Traced:
     """Torch-Pruning's ``DependencyGraph``."""
     calls: dict[str, int]
     """How often every module with parameters of its own was called."""
-    records: dict[str, list[tuple[Tensor, Tensor]]]
-    """By path of what was asked to be watched: input and output of every call."""
+    records: dict[str, list[Call]]
+    """By path of what was asked to be watched: every call that takes and gives a tensor."""
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers and convolutions that were reached, in the order of the module's definition."""
@@ -108,7 +109,7 @@ def traced(
         cores[attention.path] = _Core(attention)
         model.get_submodule(attention.path).add_module("_resvit_core", cores[attention.path])
     calls: dict[str, int] = {}
-    records: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    records: dict[str, list[Call]] = {}
     ends: list[Any] = []
 
     def forward(model: nn.Module, inputs: Tensor) -> object:
@@ -135,15 +136,29 @@ def traced(
             assert isinstance(first, Tensor)
             return first.shape[0]
 
+    class FrozenNormPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+        """What comes in and what goes out are the same channels."""
+
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:  # noqa: ARG002
+            return layer
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return len(getattr(layer, channel_buffers(layer)[0]))
+
+        get_in_channels = get_out_channels
+
+    frozen = {type(each) for each in frozen_norms(model).values()}
     graph = torch_pruning.DependencyGraph()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unknown_joins_passed():
             warnings.simplefilter("ignore")
             graph.build_dependency(
                 model,
                 example,
                 forward_fn=forward,
-                customized_pruners={_Core: CorePruner()},
+                customized_pruners={_Core: CorePruner(), **{kind: FrozenNormPruner() for kind in frozen}},
                 verbose=False,
             )
     except ResvitError:
@@ -168,17 +183,18 @@ def _hooked(
     model: nn.Module,
     cores: dict[str, nn.Module],
     calls: dict[str, int],
-    records: dict[str, list[tuple[Tensor, Tensor]]],
+    records: dict[str, list[Call]],
     watch: frozenset[str],
 ) -> Iterator[None]:
     """Hooks that come after Torch-Pruning's own, so that it sees the layers' real outputs."""
     handles = []
 
     def counting(path: str) -> Callable[..., None]:
-        def count(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        def count(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
             calls[path] = calls.get(path, 0) + 1
-            if path in watch and isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-                records.setdefault(path, []).append((inputs[0], output))
+            call = call_of(inputs, named, output) if path in watch else None
+            if call is not None:
+                records.setdefault(path, []).append(call)
 
         return count
 
@@ -193,17 +209,16 @@ def _hooked(
     def reading(core: _Core) -> Callable[..., tuple[Tensor]]:
         return lambda _, inputs: (core(inputs[0]),)
 
-    def ending(core: _Core) -> Callable[..., Tensor]:
-        def end(_: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
+    def ending(core: _Core) -> Callable[..., object]:
+        def end(_: nn.Module, inputs: tuple[object, ...], output: object) -> object:
             del inputs
-            made: Tensor = core(output)
-            return made
+            return (core(output[0]), *output[1:]) if isinstance(output, tuple | list) else core(output)
 
         return end
 
     for path, each in model.named_modules():
-        if path in watch or any(True for _ in each.parameters(recurse=False)):
-            handles.append(each.register_forward_hook(counting(path)))
+        if path in watch or channel_buffers(each) or any(True for _ in each.parameters(recurse=False)):
+            handles.append(each.register_forward_hook(counting(path), with_kwargs=True))
     for path, core in cores.items():
         assert isinstance(core, _Core)
         handles += [model.get_submodule(each).register_forward_hook(writing(core)) for each in core.attention.writers]
@@ -223,6 +238,8 @@ def _follow(traced: Traced, root: nn.Module, width: int) -> tuple[Touched, ...]:
     from torch_pruning._helpers import _HybridIndex
 
     graph = traced.graph
+    if root not in graph.module2node:
+        raise EntangledError("what they compute is not followed to the model's outputs")
     start = graph.get_pruner_of_module(root).prune_out_channels
     first = graph.module2node[root]
     reached: dict[tuple[Node, object], dict[tuple[int, int], None]] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from resvit_engines.errors import ResvitError
-from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention, attentions, head_counts
+from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention, attentions, found_of_heads
 from resvit_quantize.pruning.find.dependencies import Touched, Traced, traced
 from resvit_quantize.pruning.find.exactness import failures, probe
 from resvit_quantize.pruning.find.joins import EntangledError
@@ -203,7 +204,7 @@ def _head_group(search: _Search, attention: Attention) -> Group:
         raise EntangledError(attention.refusal)
     calls = trace.records.get(attention.path, [])
     if len(calls) != 1:
-        raise EntangledError("its module is called more than once, or not with a single tensor")
+        raise EntangledError("its module is called more than once, or with no tensor")
     core = trace.cores[attention.path]
     for writer in attention.writers:
         layer = trace.module.get_submodule(writer)
@@ -213,9 +214,8 @@ def _head_group(search: _Search, attention: Attention) -> Group:
         others = [each for each in trace.follow(layer, width) if each.module not in known]
         if writer in search.shared or any(each.module in trace.names for each in others):
             raise EntangledError(search.shared.get(writer, f"the output of {writer} is read elsewhere as well"))
-    given = calls[0][0].detach()
-    counted = head_counts(search.module, attention, given)
-    if counted is None:
+    of_heads = found_of_heads(search.module, attention, calls[0])
+    if of_heads is None:
         raise EntangledError("with fewer heads it does not compute what it did for those that stay")
     reached = tuple(each for each in trace.follow(core, attention.inner) if each.module is not core)
     for each in reached:
@@ -226,7 +226,9 @@ def _head_group(search: _Search, attention: Attention) -> Group:
     found, channels = placed(reached, attention.inner, trace.names, attention.value_dim)
     if channels != attention.value_dim:
         raise EntangledError("what reads its heads' outputs does not keep the heads apart")
-    slices, counts = [], [Count(attention.path, name, each) for name, each in counted.items()]
+    counts = [Count(attention.path, name, each) for name, each in of_heads.counts.items()]
+    each_head = np.arange(attention.heads)[:, None]
+    slices = [Slice(f"{attention.path}.{name}", axis, each_head, Role.WRITES) for name, axis in of_heads.tensors]
     for writer, rows in attention.rows().items():
         layer = search.module.get_submodule(writer)
         tensors = [name for name in ("weight", "bias") if getattr(layer, name, None) is not None]

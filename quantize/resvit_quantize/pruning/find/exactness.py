@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.find.attention_heads import close
+from resvit_quantize.pruning.find.frozen_norms import channel_buffers
 from resvit_quantize.pruning.groups import Group, Kept, Kind, Role
 
 
@@ -23,9 +24,10 @@ def probe(module: nn.Module) -> nn.Module:
             for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
                 if not value.is_floating_point() or not value.numel():
                     continue
+                frozen = name in channel_buffers(owner)
                 if name == "running_mean" or (value.ndim <= 1 and "bias" in name):
                     value.normal_(0, 0.1)
-                elif name == "running_var" or (value.ndim <= 1 and isinstance(value, nn.Parameter)):
+                elif name == "running_var" or frozen or (value.ndim <= 1 and isinstance(value, nn.Parameter)):
                     value.uniform_(0.5, 1.5)
                 elif isinstance(value, nn.Parameter) and bool((value == value.flatten()[0]).all()):
                     value.normal_(0, 0.1)

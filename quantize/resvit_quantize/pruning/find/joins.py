@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +13,27 @@ Node: TypeAlias = Any
 
 class EntangledError(Exception):
     """The channels cannot be followed; the message says why."""
+
+
+@contextmanager
+def unknown_joins_passed() -> Iterator[None]:
+    """Torch-Pruning 1.6 adds up the channels of a ``cat`` before it looks whether it knows all: a ``TypeError``.
+
+    Its maps of joins are not kept anyway, see :func:`set_maps`.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    theirs = index_mapping.update_concat_index_mapping
+
+    def passing(graph: Any, node: Node) -> None:
+        with suppress(TypeError):
+            theirs(graph, node)
+
+    index_mapping.update_concat_index_mapping = passing
+    try:
+        yield
+    finally:
+        index_mapping.update_concat_index_mapping = theirs
 
 
 def set_maps(graph: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resvit_quantize.pruning.find.attention_heads import LAYERS
+from resvit_quantize.pruning.find.attention_heads import LAYERS, Call
 
 _KEEPS_RESIDUAL = ("Add", "Relu", "Silu", "Gelu", "Hardtanh", "Hardswish", "LeakyRelu", "Clone", "Alias")
 
@@ -23,9 +23,16 @@ def candidates(module: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def residual_blocks(records: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> tuple[str, ...]:
-    """Which of the watched modules are residual, by the autograd graph of their one call; innermost only."""
-    found = [path for path, calls in records.items() if len(calls) == 1 and _is_residual(*calls[0])]
+def residual_blocks(records: Mapping[str, Sequence[Call]]) -> tuple[str, ...]:
+    """Which of the watched modules are residual, by the autograd graph of their one call; innermost only.
+
+    One that takes more than its input cannot become the identity.
+    """
+    found = [
+        path
+        for path, calls in records.items()
+        if len(calls) == 1 and calls[0].alone and _is_residual(calls[0].given, calls[0].made)
+    ]
     return tuple(path for path in found if not any(other.startswith(f"{path}.") for other in found))
 
 

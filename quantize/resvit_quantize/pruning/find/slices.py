@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.find.attention_heads import LAYERS, close
 from resvit_quantize.pruning.find.dependencies import Touched
+from resvit_quantize.pruning.find.frozen_norms import channel_buffers
 from resvit_quantize.pruning.find.joins import EntangledError
 from resvit_quantize.pruning.groups import Count, Role, Slice
 from resvit_quantize.pruning.structure import number_attributes
@@ -64,6 +65,12 @@ def side_from_touched(touched: Touched, names: Mapping[nn.Module | nn.Parameter,
         return (
             _side(module, path, each, ("num_parameters",), True, len(module.weight)) if len(module.weight) > 1 else None
         )
+    if frozen := channel_buffers(module):
+        counted = [
+            name for name, value in number_attributes(module).items() if value == len(getattr(module, frozen[0]))
+        ]
+        own = [(name, 0) for name in frozen]
+        return _side(module, path, own, tuple(counted), True, len(getattr(module, frozen[0])))
     if path and any(True for _ in module.parameters(recurse=True)):
         raise EntangledError(f"{path} ({type(module).__name__}) ties their number to other things")
     return None
