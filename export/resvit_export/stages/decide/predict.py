@@ -70,9 +70,9 @@ class Pricing:
         return CostModel(layers, self.target, measured)
 
 
-def pricing_of(run: Run, model: File) -> Pricing:
-    """What predictions for a run depend on."""
-    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times)
+def pricing_of(run: Run, model: File, measured: File | None = None) -> Pricing:
+    """What predictions for a run depend on; ``measured`` are layer times of its own tuning, where the user has none."""
+    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times or measured)
 
 
 @dataclass(frozen=True)
