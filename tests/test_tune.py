@@ -351,3 +351,29 @@ def test_a_device_without_space_for_the_engines_is_a_sentence(
     assert "variants and their engines take" in told
     assert "2 MiB are free" in told
     assert not list((over_ssh.home / ".local/share/resvit-device").glob("jobs/*/bundles/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@needs_device
+def test_tuning_for_tensorrt_is_rehearsed_with_engines_that_are_really_built_and_decides_nothing(
+    workspace: Path, finished_run, over_ssh: LoopbackDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorRT for RTX builds every variant; the processor, which says nothing of a GPU, runs their graphs."""
+    folder = workspace / "runs/there"
+    shutil.copytree(finished_run("jetson-orin"), folder)
+    how = ["build", *DEMO.split(), "--target", "jetson-orin", "--run", "runs/there", "--device", over_ssh.address]
+    how += ["--plugins", "off", "--rehearse", "--json"]
+    assert run([*how, "--tune", "quick"]) in (ExitCode.OK, ExitCode.UNDECIDED, ExitCode.REJECTED)
+    told = json.loads(capsys.readouterr().out)["tuned"]
+    assert told[0].startswith("REHEARSAL")
+    record = json.loads(next(folder.glob("tune-*/tune.json")).read_text())
+    assert record["precisions"] == {}, "what a processor took decided where 8 bits stay on a GPU"
+    assert record["faster"] is None
+    assert not list(folder.glob("tune-*/measured-times.json"))
+    names = {name for path in folder.glob("timings-*/timings.json") for name in json.loads(path.read_text())["names"]}
+    assert len(names) > 3
+    (device,) = folder.glob("device-*/device.json")
+    assert json.loads(device.read_text())["rehearsal"] is True
+    # Nor does it count for another network there.
+    assert not list(Path(os.environ["XDG_CACHE_HOME"]).glob("resvit/tuning/*.json"))

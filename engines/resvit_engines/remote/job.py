@@ -178,12 +178,11 @@ def _build(
 ) -> EngineReport:
     target, settings = how_to_build(manifest, rehearse=job.rehearse)
     cache = settings.timing_cache
-    assert cache is not None
     onnx = next(model / name for name in MODELS if (model / name).exists())
     with atomic_directory(built) as partial:
         report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / LOG)
         engine = dataclasses.replace(report, rehearsal=job.rehearse)
-        if report.timing_cache and (cache / report.timing_cache).exists():
+        if cache and report.timing_cache and (cache / report.timing_cache).exists():
             shutil.copy(cache / report.timing_cache, partial / TIMING)
         (partial / ENGINE_REPORT).write_bytes(pretty_json(engine.to_json()))
         for name in (file.path for file in manifest.files if "/" not in file.path):
@@ -198,7 +197,7 @@ def _build(
 
 
 def how_to_build(manifest: Manifest, *, rehearse: bool) -> tuple[Target, BuildSettings]:
-    """For what and how the engine of a bundle that fits this device is built: with this device's timing cache.
+    """For what and how the engine of a bundle that fits this device is built: with its timing cache, if it keeps one.
 
     Raises:
         ResvitError: IMPOSSIBLE for what cannot be rehearsed.
@@ -212,7 +211,7 @@ def how_to_build(manifest: Manifest, *, rehearse: bool) -> tuple[Target, BuildSe
             ExitCode.IMPOSSIBLE,
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"
-    settings = dataclasses.replace(manifest.build_settings, timing_cache=cache)
+    settings = dataclasses.replace(manifest.build_settings, timing_cache=None if target.on_cpu else cache)
     if rehearse and settings.plugins != "off":
         raise ResvitError(
             "This bundle's engine has kernels of our own, and TensorRT for RTX, which rehearses, takes no plugins.",

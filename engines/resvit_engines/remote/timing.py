@@ -161,7 +161,8 @@ def _build(manifest: Any, model: Path, place: Path, reporter: Reporter, *, rehea
     target, settings = how_to_build(manifest, rehearse=rehearse)
     onnx = next(model / name for name in MODELS if (model / name).exists())
     with atomic_directory(place) as partial:
-        report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / LOG)
+        shown = SILENT if target.on_cpu else reporter  # it takes no time worth showing
+        report = build_engine(onnx, partial / ENGINE, target, settings, shown, partial / LOG)
         report = dataclasses.replace(report, rehearsal=rehearse)
         (partial / ENGINE_REPORT).write_bytes(pretty_json(report.to_json()))
         if rehearse or report.strip_weights:
