@@ -25,10 +25,13 @@ from resvit_engines.errors import ExitCode
 from resvit_engines.remote.device import ROOT
 from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, address_from
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
+from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
 from resvit_export.stages.decide.region_search import FLOAT, Start, Ways, search_regions
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.quantize import quantize_model
 from resvit_quantize.search.regions import Region, regions_of
+from resvit_quantize.settings import QuantizeSettings, Rules
 
 REGIONS = tuple(Region(name, (f"{name}.0", f"{name}.1"), 0.25) for name in ("conv", "qkv", "mlp"))
 
@@ -185,6 +188,22 @@ def test_what_is_chosen_is_faster_than_floats_and_accepted_or_it_is_floats(
         assert machine.true_ms(found.out) < 10.0 * (1 + noise)
 
 
+@pytest.mark.parametrize("rules", [Rules.TENSORRT, Rules.ONNXRUNTIME])
+def test_the_variant_in_floats_is_the_network_that_fp16_and_fp32_would_be(tmp_path: Path, rules: Rules) -> None:
+    """What everything is held against is no quantised network with its Q/DQ taken out, but the one without any."""
+    from test_cpu_target import ranges_of, residual_and_linear
+
+    path, image = tmp_path / "float.onnx", np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
+    residual_and_linear(path)
+    ranges, floats = ranges_of(path, image), Precision.FP32 if rules is Rules.ONNXRUNTIME else Precision.FP16
+    names = [product.name for product in graph_from_onnx(path).analysis.products]
+    variant = QuantizeSettings(Precision.INT8, rules=rules, precisions=dict.fromkeys(names, floats))
+    quantize_model(path, ranges, variant, tmp_path / "variant.onnx")
+    quantize_model(path, ranges, QuantizeSettings(floats, rules=rules), tmp_path / "floats.onnx")
+    assert (tmp_path / "variant.onnx").read_bytes() == (tmp_path / "floats.onnx").read_bytes()
+    assert b"QuantizeLinear" not in (tmp_path / "variant.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("effort", ["quick", "thorough"])
 @pytest.mark.parametrize("target", ["jetson-orin", "l4", "rtx-4090"])
 def test_tuning_is_refused_where_nothing_can_be_timed(workspace: Path, capsys, target: str, effort: str) -> None:
@@ -215,6 +234,21 @@ def test_a_real_machine_is_tuned_and_a_killed_run_goes_on(workspace: Path, finis
     assert run([*how, "--json"]) in (ExitCode.OK, ExitCode.UNDECIDED)
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("timings-*"))] == stamps
     assert json.loads(next(folder.glob("tune-*/tune.json")).read_text()) == record
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--target", "cpu", "--precision", "fp32"],
+        ["--target", "jetson-orin", "--precision", "fp16"],
+        ["--target", "jetson-orin", "--quantizer", "modelopt"],
+    ],
+)
+def test_where_there_are_no_8_bits_of_ours_nothing_is_tuned(workspace: Path, capsys, arguments: list[str]) -> None:
+    code = run(["build", *DEMO.split(), "--run", "runs/tuned", "--tune", "quick", *arguments])
+    assert code == ExitCode.IMPOSSIBLE
+    assert "--tune chooses which layers our own quantiser puts into 8 bits" in capsys.readouterr().err
+    assert not list((workspace / "runs/tuned").glob("export-*"))
 
 
 @pytest.fixture
@@ -270,10 +304,11 @@ def test_a_device_is_tuned_over_ssh_killed_on_both_sides_and_what_it_chose_is_in
         while not (job / "progress.log").is_file() or "timing rounds" not in (job / "progress.log").read_text():
             time.sleep(0.005)
         again.update({file.name: file.stat().st_mtime_ns for file in (job / "phases").glob("build-*")})
-        device.drop_connections()
+        dropped.append(device.drop_connections())
         device.stop()
         device.start()
 
+    dropped: list[int] = []
     again: dict[str, int] = {}
     puller = threading.Thread(target=pull)
     puller.start()
@@ -281,6 +316,7 @@ def test_a_device_is_tuned_over_ssh_killed_on_both_sides_and_what_it_chose_is_in
     puller.join()
     told = capsys.readouterr()
     assert code in (ExitCode.OK, ExitCode.UNDECIDED), told.err
+    assert dropped[0] > 0
     assert {name: again[name] for name in kept} == kept, "a finished engine was built again"
     document = json.loads(told.out)
     record = json.loads(next(folder.glob("tune-*/tune.json")).read_text())
@@ -313,6 +349,7 @@ def test_a_device_is_tuned_over_ssh_killed_on_both_sides_and_what_it_chose_is_in
     device.stop()
     assert run(["report", "--run", "runs/there", "--json"]) == 0
     device.start()
+    capsys.readouterr()
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("timings-*"))] == stamps
     # There it installs, runs and is timed by hand.
     with Connection(address_from(device.address)) as connection:

@@ -262,7 +262,7 @@ def choose_place(run: Run, device: Device | None = None) -> None:
     """
     from resvit_export.stages.decide.tune import not_measurable, place_here, place_there
 
-    if run.recipe.tune is None or not run.precision.quantises:
+    if run.recipe.tune is None:
         return
     target = run.require_target()
     if device is not None:

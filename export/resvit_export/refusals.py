@@ -37,6 +37,13 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
         )
     require_sizes(recipe)
     require_input_type(recipe)
+    if recipe.tune is not None and not quantises_itself(recipe):
+        raise ResvitError(
+            "--tune chooses which layers our own quantiser puts into 8 bits, and there are none for --precision "
+            f"{recipe.precision} by {recipe.quantizer}.",
+            "Leave --tune out, or ask for --precision int8 or fp8 and --quantizer resvit.",
+            ExitCode.IMPOSSIBLE,
+        )
     if target is not None and target.on_cpu:
         require_for_cpu(recipe, target)
     require_searchable(recipe, target)

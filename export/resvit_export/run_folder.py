@@ -42,6 +42,11 @@ class RunFolder:
         self._told: set[str] = set()
         """Finished stages of which was said that they are there."""
 
+    @property
+    def looks_only(self) -> bool:
+        """Whether stages are looked up and never computed."""
+        return self._look_only
+
     @contextlib.contextmanager
     def looking_only(self) -> Iterator[None]:
         """Within the block stages are looked up and never computed: one that is missing raises."""

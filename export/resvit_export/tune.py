@@ -19,6 +19,7 @@ from resvit_export.pipeline import Pipeline
 from resvit_export.recipe.choices import Tuning
 from resvit_export.records.patterns import keep_patterns, known_patterns
 from resvit_export.records.place import Place
+from resvit_export.run_folder import NotFinishedError
 from resvit_export.settle import after_rejection, measured
 from resvit_export.stages.decide.region_search import FLOAT, Found, Start, Ways, search_regions
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES
@@ -69,15 +70,18 @@ def tuned(pipeline: Pipeline) -> Pipeline:
     finished for the same placement at the run's place, or anywhere where that is not said, is not done again.
 
     Raises:
+        NotFinishedError: where stages are only looked up, and it was not done.
         ResvitError: IMPOSSIBLE where nothing can be timed, and what building and timing raise.
     """
     recipe, run = pipeline.recipe, pipeline.run
-    if recipe.tune is None or not recipe.precision.quantises:
+    if recipe.tune is None:
         return pipeline
     target, plain = run.require_target(), pipeline.quantized.model
     done = finished_tuning(run.folder, plain, recipe.tune.value, run.place)
     if done is not None:
         return pipeline.vary(precisions=done.precisions, tuned=done)
+    if run.folder.looks_only:
+        raise NotFinishedError(Tune.name)
     place = run.place or place_here(target)
     if place is None:
         raise not_measurable(target)
