@@ -12,8 +12,8 @@ from resvit_engines.progress import reporter
 
 @click.command(
     name="time",
-    epilog="\b\nExamples:\n  resvit-engine time fp16.resvit int8.resvit --trust release.pub\n"
-    "  resvit-engine time fp16.resvit int8.resvit other.resvit --rounds 40 --seconds 5 --json",
+    epilog="\b\nExamples:\n  resvit-engine time net-fp16.resvit net-int8.resvit --trust release.pub\n"
+    "  resvit-engine time net-fp16.resvit net-int8.resvit net-other.resvit --rounds 40 --seconds 5 --json",
 )
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Folder of the work.  [default: NAME-times by the first]")
@@ -41,7 +41,8 @@ def time_command(
 
     All are for this device and of one network, the first the baseline. Signatures are verified before anything is
     unpacked. How many times as fast each is stands with an interval of 95%; what else used the machine meanwhile, and
-    clocks that moved, are said. A killed run keeps the engines that were finished. This is what 'build --tune' does.
+    clocks that moved, are said. A killed run keeps the engines that were finished. 'resvit-export build' asks for
+    this when it tunes.
     """
     from resvit_engines.keys.public import load_trust
     from resvit_engines.remote.timing import TimingJob, run_timing
