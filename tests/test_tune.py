@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -21,13 +22,18 @@ from conftest import DEMO
 from device_wheels import WHEELS
 from loopback_device import LoopbackDevice, loopback_device, missing
 from resvit_engines.bench.compare import Ratio, paired_ratio
-from resvit_engines.errors import ExitCode
+from resvit_engines.builder.settings import BuildSettings
+from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.progress import SILENT
 from resvit_engines.remote.device import ROOT
 from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, address_from
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import Precision, find_target
 from resvit_export.cli.main import run
+from resvit_export.run_folder import RunFolder
+from resvit_export.stage import File
 from resvit_export.stages.decide.region_search import FLOAT, Start, Ways, search_regions
+from resvit_export.stages.decide.tune import Candidate, TimeVariants, Tune, finished_tuning, place_here
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.search.regions import Region, regions_of
@@ -414,3 +420,47 @@ def test_tuning_for_tensorrt_is_rehearsed_with_engines_that_are_really_built_and
     assert json.loads(device.read_text())["rehearsal"] is True
     # Nor does it count for another network there.
     assert not list(Path(os.environ["XDG_CACHE_HOME"]).glob("resvit/tuning/*.json"))
+
+
+@pytest.mark.whole
+def test_one_measurement_is_a_stage_and_a_choice_is_found_again_where_it_was_made(tmp_path: Path) -> None:
+    from test_cpu_target import quantised, residual_and_linear
+
+    residual_and_linear(tmp_path / "float.onnx")
+    image = np.random.default_rng(0).standard_normal((1, 32, 8, 8)).astype(np.float32)
+    models = {"float": tmp_path / "float.onnx", "plain": quantised(tmp_path, image)}
+    cpu, folder = find_target("cpu"), RunFolder(tmp_path / "run", SILENT)
+    here = place_here(cpu)
+    assert here is not None
+    assert here.facts["onnxruntime"]
+    candidates = {name: Candidate(File.of(path), BuildSettings()) for name, path in models.items()}
+    stage = TimeVariants(candidates, cpu, here, 6, 0.1)
+    with folder.locked():
+        timings = folder.do(stage)
+        assert timings.times.names == ("float", "plain")
+        assert timings.median_ms("plain") > 0
+        assert timings.layers_of("plain") is None
+        assert folder.do(stage).reused
+        other = dataclasses.replace(here, facts={**here.facts, "onnxruntime": "9.9"})
+        assert not folder.has(dataclasses.replace(stage, place=other))
+        ratio = timings.ratio("float", "plain").to_json()
+        made = Tune(candidates["plain"].model, "quick", here, (), {}, ("said",), ratio, (1.0, 2.0), {})
+        folder.do(made)
+        for effort, place, found in (
+            *(("quick", here, True), ("quick", None, True), ("quick", other, False)),
+            *(("thorough", here, False), ("quick", dataclasses.replace(here, address="ssh://there"), True)),
+        ):
+            choice = finished_tuning(folder, candidates["plain"].model, effort, place)
+            assert (choice is not None) == found, (effort, place)
+        assert finished_tuning(folder, candidates["float"].model, "quick", here) is None
+    choice = finished_tuning(folder, candidates["plain"].model, "quick", None)
+    assert choice is not None
+    assert choice.lines == ("said",)
+    assert choice.measured_times is None
+    assert choice.speed is not None
+    assert choice.speed[1:] == (1.0, 2.0)
+    # What was changed since is done again, not believed.
+    (choice.folder / "tune.json").write_text("{}")
+    assert finished_tuning(folder, candidates["plain"].model, "quick", None) is None
+    with pytest.raises(ResvitError):
+        _ = choice.lines

@@ -245,7 +245,9 @@ def finished_tuning(run: RunFolder, model: File, effort: str, place: Place | Non
             if place is not None:
                 wanted["place"] = plain(place)
             if {name: record.value.get(name) for name in wanted} == wanted:
-                return Tuned(folder, record, reused=True)
+                found = Tuned(folder, record, reused=True)
+                found.content(CHOICE)  # one that was changed since is none
+                return found
     return None
 
 
