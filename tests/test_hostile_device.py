@@ -19,7 +19,7 @@ from resvit_engines.records import Record, record_from_bytes
 from resvit_engines.remote import device as device_module
 from resvit_engines.remote import ssh as ssh_module
 from resvit_engines.remote.device import Device, RemoteJob, listed_results
-from resvit_engines.remote.job_result import result_from_json
+from resvit_engines.remote.job_result import JobResult, finished_result
 from resvit_engines.remote.progress_events import replay
 from resvit_engines.remote.ssh import PATIENCE_VARIABLE, Connection, UnreachableError, address_from
 from resvit_engines.remote.ssh_files import download, upload
@@ -202,7 +202,7 @@ def test_a_machine_says_only_what_a_machine_can(changes: dict[str, object]) -> N
 def test_an_error_is_never_a_success_and_its_code_is_one_of_a_job(code: object) -> None:
     document = {"error": {"problem": "p", "fix": "f", "exit_code": code}}
     with pytest.raises(ResvitError) as caught:
-        result_from_json(Record(document, "it"), "ssh://dev")
+        JobResult.from_json(finished_result(Record(document, "it"), "ssh://dev"))
     of_a_job = type(code) is int and code in (3, 6, 7, 8, 9, 10, 11, 130)
     expected = code if of_a_job else ExitCode.BUILD if code == 1 and type(code) is int else ExitCode.INPUT
     assert caught.value.code == expected
@@ -216,7 +216,7 @@ def test_an_error_is_never_a_success_and_its_code_is_one_of_a_job(code: object) 
 def test_any_result_ends_in_a_sentence(value: object, key: str) -> None:
     data = json.dumps({key: value}).encode()
     with pytest.raises(ResvitError) as caught:
-        result_from_json(record_from_bytes(data, "it"), "ssh://dev")
+        JobResult.from_json(finished_result(record_from_bytes(data, "it"), "ssh://dev"))
     assert caught.value.code not in (ExitCode.OK, ExitCode.BUG)
 
 

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import DEMO
+from engine_reports import engine_report
 from registry_standin import (
     Certificates,
     Handler,
@@ -53,6 +54,7 @@ from resvit_engines.registry.documents import (
     MODEL_TYPE,
     index_or_manifest,
 )
+from resvit_engines.registry.offer import model_config
 from resvit_engines.registry.pull import Place, Pulled, pull
 from resvit_engines.registry.push import Pushed, push
 from resvit_engines.registry.reference import reference_from_text
@@ -250,6 +252,17 @@ def test_what_fits_the_device_is_taken(registry: Registry, tmp_path: Path) -> No
     got = pulled(registry, tmp_path / "x", wishes=Wishes(precision="fp16"))
     assert got.path is not None
     assert got.path.read_bytes() == made["rtx-4090", "fp16"].read_bytes()
+    # Of a processor FP32 is what it computes in without 8 bits.
+    for precision in ("int8", "fp32"):
+        made["cpu", precision] = bundle(tmp_path, "cpu", precision=precision, content=precision.encode())
+    pushed(registry, made["cpu", "int8"], made["cpu", "fp32"], what="vision/net:cpu")
+    server = dataclasses.replace(FACTS, sm=None, onnxruntime="1.24.1")
+    got = pulled(registry, tmp_path / "f", "vision/net:cpu", server, wishes=Wishes(precision="fp32"))
+    assert got.path is not None
+    assert got.path.read_bytes() == made["cpu", "fp32"].read_bytes()
+    manifest = Manifest("net", target=find_target("cpu"), engine=engine_report(), precision="int8")
+    config = json.loads(model_config(manifest, []))["config"]
+    assert (config["format"], config["precision"]) == ("onnx", "float32,int8")
     # The same GPU with TensorRT instead of TensorRT for RTX is another target's.
     server = dataclasses.replace(FACTS, tensorrt="11.4.0", rtx=None)
     assert pulled(registry, tmp_path / "y", machine=server, wishes=Wishes(precision="int8")).chosen.offer.target == "l4"

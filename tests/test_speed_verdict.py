@@ -11,7 +11,7 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import CostModel, Prediction
 from resvit_engines.targets.layer_work import LayerKind, LayerWork, Read
-from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict, judge_speed
+from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict, judge_speed, measured_speed
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.api import Built
 from resvit_export.recipe.recipe import Recipe
@@ -117,3 +117,11 @@ def test_both_halves_are_in_the_exit_code(gain: float, accuracy: ExitCode, recip
     verdict = SimpleNamespace(verdict=SimpleNamespace(verdict=SimpleNamespace(exit_code=accuracy)))
     pipeline: Any = SimpleNamespace(recipe=recipe, validated=verdict, speed=speed_of("h100", gain))
     assert Built(pipeline, (), report=None).exit_code is code  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("gain", "kind"), [(1.5, SpeedKind.FASTER), (1.0, SpeedKind.NOT_FASTER)])
+def test_where_both_engines_were_timed_that_decides(gain: float, kind: SpeedKind) -> None:
+    found = measured_speed(gain, f"{gain:.2f}x [0.99, 1.60]", (2.0, 2.0 * gain), "INT8", find_target("cpu"))
+    assert (found.kind, found.evidence) == (kind, Evidence.ENGINES)
+    assert f"INT8 was measured {gain:.2f}x" in found.headline
+    assert "as fast as FP32" in found.headline

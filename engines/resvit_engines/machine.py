@@ -120,7 +120,7 @@ def this_machine(
     ``run`` runs a program and returns what it printed, an empty text where there is none or it fails; no program but
     ``nvpmodel`` and ``nvidia-smi`` is run.
     """
-    run = run or _printed
+    run = run or printed
     here = root == Path("/")
     l4t = l4t_from_release(_text(root / "etc/nv_tegra_release"))
     packages = versions_from_dpkg(_text(root / "var/lib/dpkg/status"))
@@ -263,7 +263,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _printed(command: Sequence[str]) -> str:
+def printed(command: Sequence[str]) -> str:
+    """What a program prints; an empty text where there is none, it fails, or it takes 20 seconds."""
     # nvpmodel lies in /usr/sbin, which a session that is no login often lacks.
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     program = shutil.which(command[0], path=path)

@@ -219,12 +219,6 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
     run.sources.require_images()
     run.signing_key()  # a key that cannot be used is refused before any work
     if device is not None:
-        if run.recipe.tune is not None:
-            raise ResvitError(
-                "--tune times variants on this machine, and --device names another one.",
-                "Run 'resvit-export build --tune …' on that machine, or leave --tune out.",
-                ExitCode.IMPOSSIBLE,
-            )
         if device.rehearse and run.require_target().on_cpu:
             raise ResvitError(
                 "There is nothing to rehearse for a processor: every device has one.",
@@ -238,6 +232,7 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
                 ExitCode.IMPOSSIBLE,
             )
         look_at_device(device.address, run.require_target(), device.rehearse, run.reporter)
+    choose_place(run, device)
     pipeline = Pipeline(run)
     pipeline.look_ahead()
     pipeline = settled(pipeline)
@@ -257,6 +252,25 @@ def build_run(run: Run, *, report: str = "report.html", device: Device | None = 
             raise
         rejection = error
     return Built(pipeline, tuple(stages), write_run_report(pipeline, report), rejection)
+
+
+def choose_place(run: Run, device: Device | None = None) -> None:
+    """Say where variants are timed, where the recipe asks for that: on the device, else here.
+
+    Raises:
+        ResvitError: IMPOSSIBLE where this machine is not the target, no device is named, and nothing was timed before.
+    """
+    from resvit_export.stages.decide.tune import not_measurable, place_here, place_there
+
+    if run.recipe.tune is None:
+        return
+    target = run.require_target()
+    if device is not None:
+        run.place = place_there(device.address, target, run.reporter, rehearse=device.rehearse)
+        return
+    run.place = place_here(target)
+    if run.place is None and next(run.folder.records("tune"), None) is None:
+        raise not_measurable(target)
 
 
 def _on_device(pipeline: Pipeline, device: Device) -> RunOnDevice:

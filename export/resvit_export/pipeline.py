@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.targets.speed_verdict import unpredicted_speed
+from resvit_engines.targets.speed_verdict import measured_speed, unpredicted_speed
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
 from resvit_export.loading.network_record import NetworkRecord
@@ -224,13 +224,18 @@ class Pipeline:
     @cached_property
     def predicted(self) -> predict.Predicted:
         """The time of every layer on the target, against all FP16."""
-        pricing = predict.pricing_of(self.run, self.float_model)
+        measured = self.variant.tuned.measured_times if self.variant.tuned else None
+        pricing = predict.pricing_of(self.run, self.float_model, measured)
         return self.do(predict.Predict(pricing, self.quantized.model, self.quantized.eight_bit_products))
 
     @cached_property
     def speed(self) -> SpeedVerdict:
         """The second half of the verdict: whether what ships is faster than FP16 on the target."""
-        target = self.run.require_target()
+        target, tuned = self.run.require_target(), self.variant.tuned
+        if tuned is not None and tuned.speed is not None:
+            ratio, *ms = tuned.speed
+            label = self.run.precision.value.upper()
+            return measured_speed(ratio.value, ratio.sentence, (ms[0], ms[1]), label, target)
         return unpredicted_speed(target) if target.on_cpu else self.predicted.costs.speed(target)
 
     def look_ahead(self) -> None:

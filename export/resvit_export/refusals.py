@@ -17,7 +17,6 @@ from resvit_export.recipe.choices import InputType, Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
-from resvit_export.stages.decide.tune import require_measurable
 from resvit_export.stages.export import Exported
 from resvit_quantize.settings import Effort
 
@@ -38,8 +37,13 @@ def refuse_impossible(recipe: Recipe, target: Target | None) -> None:
         )
     require_sizes(recipe)
     require_input_type(recipe)
-    if recipe.tune is not None and target is not None:
-        require_measurable(target)
+    if recipe.tune is not None and not quantises_itself(recipe):
+        raise ResvitError(
+            "--tune chooses which layers our own quantiser puts into 8 bits, and there are none for --precision "
+            f"{recipe.precision} by {recipe.quantizer}.",
+            "Leave --tune out, or ask for --precision int8 or fp8 and --quantizer resvit.",
+            ExitCode.IMPOSSIBLE,
+        )
     if target is not None and target.on_cpu:
         require_for_cpu(recipe, target)
     require_searchable(recipe, target)
@@ -218,8 +222,11 @@ def quantises_itself(recipe: Recipe) -> bool:
 
 
 def asks_for_speed(recipe: Recipe) -> bool:
-    """Whether a build that is known to be no faster than FP16 is a failure: 8 bits have no other use."""
-    return recipe.precision.quantises and not recipe.even_if_slower
+    """Whether a build that is known to be no faster than FP16 is a failure: 8 bits have no other use.
+
+    Where placements are timed, an engine in floats is a result like others.
+    """
+    return recipe.precision.quantises and not recipe.even_if_slower and recipe.tune is None
 
 
 def require_gain(speed: SpeedVerdict, recipe: Recipe) -> None:

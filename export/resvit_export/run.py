@@ -25,6 +25,7 @@ from resvit_export.loading.source import NetworkSource, metric_identity
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.recipe.choices import Calibrator, TaskKind
 from resvit_export.recipe.recipe import Recipe
+from resvit_export.records.place import Place
 from resvit_export.run_folder import RunFolder
 from resvit_export.stage import File
 from resvit_export.task_choice import TaskChoice
@@ -173,6 +174,8 @@ class Run:
             require_precision(self.target, self.precision)
             require_buildable(self.target, self.build_settings)
         self.plugins: PluginChoice = plugin_choice(recipe, self.target, here=self.builds_here)
+        self.place: Place | None = None
+        """Where variants are timed for ``--tune``; None where that is not said: wherever it was done."""
         self._told: set[str] = set()
 
     @property

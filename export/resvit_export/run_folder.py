@@ -44,6 +44,11 @@ class RunFolder:
         self._done: set[str] = set()
         """Those of them that were done by way of this object: none of these is called reused."""
 
+    @property
+    def looks_only(self) -> bool:
+        """Whether stages are looked up and never computed."""
+        return self._look_only
+
     @contextlib.contextmanager
     def looking_only(self) -> Iterator[None]:
         """Within the block stages are looked up and never computed: one that is missing raises."""

@@ -1,139 +1,60 @@
-"""Where Q/DQ pay on this machine: regions are left in FP32 in turn, and stay so where that is no slower.
+"""Where Q/DQ pay on the device: regions are left in floats in turn, and stay so where that is no slower.
 
 Latency and accuracy are searched together: of what is fast enough only what the gate does not reject is taken, and
 where it rejects, the region that hurts most for what it gains goes first. Every measurement is a finished stage, so
-that a killed search goes on where it stopped.
+that a killed search goes on where it stopped. What it measures of regions is kept for the next network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import VerdictKind
-from resvit_engines.bench.compare import Ratio
-from resvit_engines.machine import this_machine
-from resvit_engines.targets.table import Precision
+from resvit_engines.errors import ResvitError
+from resvit_engines.targets.table import Target
 from resvit_export.pipeline import Pipeline
 from resvit_export.recipe.choices import Tuning
+from resvit_export.records.patterns import keep_patterns, known_patterns
+from resvit_export.records.place import Place
+from resvit_export.run_folder import NotFinishedError
 from resvit_export.settle import after_rejection, measured
+from resvit_export.stages.decide.region_search import FLOAT, Found, Start, Ways, search_regions
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES
-from resvit_export.stages.decide.tune import RegionChoice, TimeVariants, Timings, Tune, pays
+from resvit_export.stages.decide.tune import (
+    Candidate,
+    TimeVariants,
+    Timings,
+    Tune,
+    finished_tuning,
+    not_measurable,
+    place_here,
+)
+from resvit_export.to_tensorrt.plugin_choice import By
 
 if TYPE_CHECKING:
     from resvit_quantize.search.regions import Region
 
-FLOAT, PLAIN, TUNED = "float", "plain", "tuned"
-
-
-class Times(Protocol):
-    """What a device says of variants that it timed in turns."""
-
-    def ratio(self, slower: str, faster: str) -> Ratio:
-        """How many times as fast ``faster`` is."""
-        ...
-
-    def median_ms(self, name: str) -> float:
-        """Of one call."""
-        ...
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How the search asks about variants, each named by its regions in FP32; that of none is the plain placement.
-
-    ``timed`` times variants by name in turns, ``accepts`` says whether the gate lets one pass, and ``damage`` how much
-    a region hurts in 8 bits.
-    """
-
-    timed: Callable[[Mapping[str, frozenset[str]]], Times]
-    accepts: Callable[[frozenset[str]], bool]
-    damage: Callable[[Region], float]
-
-
-@dataclass
-class Found:
-    """What the search chose: the regions in FP32, what was measured of each region, and sentences for people."""
-
-    out: frozenset[str] = frozenset()
-    choices: dict[str, RegionChoice] = field(default_factory=dict)
-    sentences: list[str] = field(default_factory=list)
-
-
-def search_regions(regions: Sequence[Region], ways: Ways, passes: int, say: Callable[[str], None]) -> Found:
-    """Choose which ``regions`` are quantised.
-
-    In each of the ``passes`` every region that is left is timed in FP32 beside the variant so far, all in one
-    measurement; those without which it is no slower go. What remains is held against FP32 and the plain placement, and
-    against the gate. It ends in FP32 where nothing else is faster and accepted.
-    """
-    found, every = Found(), frozenset(region.name for region in regions)
-    for number in range(passes):
-        left = [region for region in regions if region.name not in found.out]
-        if not left:
-            break
-        times = ways.timed({PLAIN: found.out} | {region.name: found.out | {region.name} for region in left})
-        dropped = set()
-        for region in left:
-            ratio = times.ratio(region.name, PLAIN)
-            found.choices[region.name] = RegionChoice(region.name, region.nodes, region.share, ratio, pays(ratio))
-            dropped |= set() if pays(ratio) else {region.name}
-        if not dropped:
-            break
-        found.out |= dropped
-        say(f"tune: pass {number + 1} leaves {', '.join(sorted(dropped))} in FP32")
-    candidates = {TUNED: found.out, PLAIN: frozenset()}
-    while candidates := {name: out for name, out in candidates.items() if out != every}:
-        times = ways.timed({FLOAT: every, **candidates})
-        fast = [name for name in candidates if pays(times.ratio(FLOAT, name))]
-        if not fast:
-            best = min(candidates, key=times.median_ms)
-            found.sentences.append(
-                "No placement of Q/DQ gains 2% on FP32 on this processor; the best is "
-                f"{times.ratio(FLOAT, best).sentence} as fast."
-            )
-            break
-        # Q/DQ that gain less than it takes are none: then the plain placement must be faster by as much.
-        plain = PLAIN in fast and (TUNED not in fast or pays(times.ratio(TUNED, PLAIN)))
-        name = PLAIN if plain else TUNED
-        out = candidates[name]
-        if ways.accepts(out):
-            kept = ", ".join(region.name for region in regions if region.name not in out)
-            found.sentences.append(
-                f"Q/DQ stay in {kept}: {times.median_ms(name):.3f} ms on this processor, "
-                f"{times.ratio(FLOAT, name).sentence} as fast as FP32 ({times.median_ms(FLOAT):.3f} ms)."
-            )
-            found.out = out
-            return found
-        worst = max((region for region in regions if region.name not in out), key=lambda r: _price(r, found, ways))
-        found.sentences.append(f"The gate rejects the fastest placement: {worst.name} goes back to FP32.")
-        say(f"tune: {found.sentences[-1]}")
-        candidates = {TUNED: out | {worst.name}}
-    found.out = every
-    found.sentences.append("The engine computes in FP32: nothing that was tried gains and is accepted.")
-    return found
-
-
-def _price(region: Region, found: Found, ways: Ways) -> float:
-    """The damage of a region for each part that it gains."""
-    gain = found.choices[region.name].faster.value - 1.0 if region.name in found.choices else 0.0
-    return ways.damage(region) / max(gain, 1e-3)
-
 
 @dataclass(frozen=True)
 class _Effort:
-    """How often regions are gone through, rounds of a measurement, and seconds of each variant in it."""
+    """How often regions are gone through, rounds of a measurement, and seconds that each variant is timed in it.
+
+    With ``trusts`` what was measured of the same pattern in another network is not measured again.
+    """
 
     passes: int
     rounds: int
     seconds: float
+    trusts: bool = False
 
 
 _EFFORTS = {
-    Tuning.QUICK: _Effort(1, 12, 0.5),
-    Tuning.DEFAULT: _Effort(2, 20, 1.5),
-    Tuning.THOROUGH: _Effort(4, 40, 4.0),
+    Tuning.QUICK: _Effort(1, 12, 2.5, trusts=True),
+    Tuning.DEFAULT: _Effort(2, 20, 6.0),
+    Tuning.THOROUGH: _Effort(4, 40, 16.0),
 }
 
 
@@ -145,45 +66,163 @@ def settled(pipeline: Pipeline) -> Pipeline:
 def tuned(pipeline: Pipeline) -> Pipeline:
     """The pipeline, or where the recipe asks for it the one whose Q/DQ were measured to pay.
 
-    Does the stages up to ``quantize`` of every variant, and up to ``validate`` of those that are fast enough.
+    Does the stages up to ``quantize`` of every variant, and up to ``validate`` of those that are fast enough. What was
+    finished for the same placement at the run's place, or anywhere where that is not said, is not done again.
+
+    Raises:
+        NotFinishedError: where stages are only looked up, and it was not done.
+        ResvitError: IMPOSSIBLE where nothing can be timed, and what building and timing raise.
     """
-    from resvit_quantize.graph.analysed import graph_from_onnx
-    from resvit_quantize.search.regions import regions_of
-
     recipe, run = pipeline.recipe, pipeline.run
-    if recipe.tune is None or not recipe.precision.quantises:
+    if recipe.tune is None:
         return pipeline
-    effort, machine = _EFFORTS[recipe.tune], this_machine()
-    where = {"processor": machine.processor, "host": machine.host, "onnxruntime": machine.onnxruntime}
-    analysis = graph_from_onnx(pipeline.float_model.path).analysis
-    regions = regions_of(analysis, set(pipeline.quantized.eight_bit_products))
-    remarks: dict[str, None] = {}
+    target, plain = run.require_target(), pipeline.quantized.model
+    done = finished_tuning(run.folder, plain, recipe.tune.value, run.place)
+    if done is not None:
+        return pipeline.vary(precisions=done.precisions, tuned=done)
+    if run.folder.looks_only:
+        raise NotFinishedError(Tune.name)
+    place = run.place or place_here(target)
+    if place is None:
+        raise not_measurable(target)
+    return _Tuning(pipeline, place).done()
 
-    def precisions(out: frozenset[str]) -> dict[str, str]:
-        return {node: Precision.FP32.value for region in regions if region.name in out for node in region.nodes}
 
-    def timed(variants: Mapping[str, frozenset[str]]) -> Timings:
-        models = {name: pipeline.vary(precisions=precisions(out)).quantized.model for name, out in variants.items()}
-        settings = run.build_settings
-        timings = run.folder.do(
-            TimeVariants(models, run.require_target(), settings, where, effort.rounds, effort.seconds * len(models))
+@dataclass
+class _Tuning:
+    """One search: the pipeline of the plain placement, where it is timed, and what was timed so far."""
+
+    pipeline: Pipeline
+    place: Place
+    remarks: dict[str, None] = field(default_factory=dict)
+    held: tuple[Timings, Mapping[str, frozenset[str]]] | None = None
+    """The last measurement in which floats were timed, and its variants."""
+
+    @functools.cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """What is quantised together or not at all."""
+        from resvit_quantize.graph.analysed import graph_from_onnx
+        from resvit_quantize.search.regions import regions_of
+
+        analysis = graph_from_onnx(self.pipeline.float_model.path).analysis
+        return regions_of(analysis, set(self.pipeline.quantized.eight_bit_products))
+
+    @property
+    def target(self) -> Target:
+        """What it is for."""
+        return self.pipeline.run.require_target()
+
+    def done(self) -> Pipeline:
+        """Search, write the choice down, and keep what was measured for other networks."""
+        pipeline, run, place = self.pipeline, self.pipeline.run, self.place
+        assert pipeline.recipe.tune is not None
+        effort, plain = _EFFORTS[pipeline.recipe.tune], pipeline.quantized.model
+        known = known_patterns(place, plain.digest, run.reporter)
+        by_name = {r.name: known[self.pattern(r)].faster for r in self.regions if self.pattern(r) in known}
+        if by_name:
+            run.reporter.say(f"tune: {len(by_name)} of {len(self.regions)} regions are known of other networks there")
+        where = "this processor" if place.address is None and self.target.on_cpu else f"the {place.title}"
+        floating = self.target.float_precision.value.upper()
+        ways = Ways(self.timed, self.accepts, self.damage, floating, where)
+        found = search_regions(self.regions, ways, effort.passes, run.reporter.say, Start(by_name, effort.trusts))
+        chosen = self.precisions(found.out)
+        if place.rehearse:
+            chosen = dict(pipeline.variant.precisions)
+            found.sentences.insert(0, "REHEARSAL: a processor's times decide nothing for a GPU; Q/DQ stay as placed.")
+        regions_json = tuple(choice.to_json() for choice in found.choices.values())
+        faster = found.faster if not place.rehearse else None
+        record = run.folder.do(
+            Tune(
+                plain=plain,
+                effort=pipeline.recipe.tune.value,
+                place=place,
+                regions=regions_json,
+                precisions=chosen,
+                sentences=(*found.sentences, *self._lines(found, floating), *self.remarks),
+                faster=faster.to_json() if faster and found.ms else None,
+                ms=found.ms if faster else None,
+                layer_times=self.layer_times(),
+            )
         )
-        remarks.update(dict.fromkeys(timings.remarks))
+        if not place.rehearse:
+            fresh = {self.pattern(r): found.choices[r.name] for r in self.regions if r.name in found.choices}
+            ratios = {pattern: choice.faster for pattern, choice in fresh.items() if not choice.known}
+            keep_patterns(place, plain.digest, ratios, run.reporter)
+        return pipeline.vary(precisions=chosen, tuned=record)
+
+    def _lines(self, found: Found, floating: str) -> Iterator[str]:
+        for choice in found.choices.values():
+            what = "kept" if choice.kept else f"left in {floating}"
+            source = ", as another network of this device told" if choice.known else ""
+            yield f"{choice.name}: {choice.faster.sentence} as fast in 8 bits, {what}{source}."
+        yield f"Timed on {self.place.title}."
+
+    def pattern(self, region: Region) -> str:
+        """Of a region, with all that makes its time another one."""
+        recipe = self.pipeline.recipe
+        return f"{recipe.precision.value}, batch {recipe.batch_range[1]}, {region.pattern}"
+
+    def precisions(self, out: frozenset[str]) -> dict[str, str]:
+        """By product, what is chosen for it: what was before, and floats for the regions that are ``out``."""
+        floats = {node: self.target.float_precision.value for r in self.regions if r.name in out for node in r.nodes}
+        return {**self.pipeline.variant.precisions, **floats}
+
+    def varied(self, out: frozenset[str]) -> Pipeline:
+        """The pipeline with these regions in floats."""
+        return self.pipeline.vary(precisions=self.precisions(out)) if out else self.pipeline
+
+    def timed(self, variants: Mapping[str, frozenset[str]]) -> Timings:
+        """Time variants where they will run."""
+        assert self.pipeline.recipe.tune is not None
+        run, effort = self.pipeline.run, _EFFORTS[self.pipeline.recipe.tune]
+        candidates = {name: self._candidate(self.varied(out)) for name, out in variants.items()}
+        timings = run.folder.do(TimeVariants(candidates, self.target, self.place, effort.rounds, effort.seconds))
+        self.remarks.update(dict.fromkeys(timings.remarks))
+        if FLOAT in variants:
+            self.held = timings, variants
         return timings
 
-    def accepts(out: frozenset[str]) -> bool:
-        return pipeline.vary(precisions=precisions(out)).validated.verdict.kind is not VerdictKind.REJECTED
+    def _candidate(self, pipeline: Pipeline) -> Candidate:
+        """What would ship; kernels of ours that are chosen by time are not in it: they are added where they gain."""
+        run = pipeline.run
+        if run.plugins.by is By.TIME:
+            return Candidate(pipeline.quantized.model, run.build_settings)
+        return Candidate(pipeline.model, pipeline.engine_settings)
 
-    def damage(region: Region) -> float:
-        layers = measured(pipeline, SENSITIVITY_IMAGES).sensitivity.layers
-        return sum(layer.damage.get(Precision.INT8.value, 0.0) for layer in layers if layer.node in region.nodes)
+    def accepts(self, out: frozenset[str]) -> bool:
+        """Whether the gate lets it pass."""
+        return self.varied(out).validated.verdict.kind is not VerdictKind.REJECTED
 
-    found = search_regions(regions, Ways(timed, accepts, damage), effort.passes, run.reporter.say)
-    lines = [
-        f"{choice.name}: {choice.faster.sentence} as fast in INT8, {'kept' if choice.kept else 'left in FP32'}."
-        for choice in found.choices.values()
-    ]
-    chosen = precisions(found.out)
-    regions_json = tuple(choice.to_json() for choice in found.choices.values())
-    record = run.folder.do(Tune(regions_json, chosen, (*found.sentences, *lines, *remarks)))
-    return pipeline.vary(precisions=chosen, tuned=record)
+    def damage(self, region: Region) -> float:
+        """What the region's layers lose in 8 bits, each alone."""
+        layers, precision = measured(self.pipeline, SENSITIVITY_IMAGES).sensitivity.layers, self.pipeline.run.precision
+        return sum(layer.damage.get(precision.value, 0.0) for layer in layers if layer.node in region.nodes)
+
+    def layer_times(self) -> dict[str, dict[str, float]]:
+        """Microseconds by layer and precision, where the engines' layers were told."""
+        from resvit_export.to_tensorrt.measured_layers import listed_engine, times_of_layers
+        from resvit_quantize.graph.fused_layers import layers_from_graph
+        from resvit_quantize.graph.network import network_from_onnx
+
+        found: dict[str, dict[str, float]] = {}
+        if self.held is None or self.place.rehearse:
+            return found
+        timings, variants = self.held
+        told = {name: (layers, profile) for name, profile in timings.times.profiles.items()
+                if (layers := timings.layers_of(name)) is not None}  # fmt: skip
+        if not told:
+            return found
+        works = layers_from_graph(
+            network_from_onnx(self.pipeline.float_model.path), self.pipeline.recipe.batch_range[1]
+        )
+        for name, (layers, profile) in told.items():
+            layers.require_unchanged()
+            try:
+                engine = listed_engine(layers.path, profile)
+            except ResvitError as error:
+                self.pipeline.run.reporter.warn(f"Layer times of the variant {name} are not used: {error.problem}")
+                continue
+            products = self.varied(variants[name]).quantized.eight_bit_products
+            for layer, (precision, us) in times_of_layers(works, engine, products).items():
+                found.setdefault(layer, {}).setdefault(precision.value, round(us, 3))
+        return found

@@ -10,6 +10,7 @@ from resvit_engines.version import own_version
 _COMMANDS = {
     "facts": "resvit_engines.cli.building",
     "build": "resvit_engines.cli.building",
+    "time": "resvit_engines.cli.timing",
     "plugin": "resvit_engines.cli.plugins",
     "verify": "resvit_engines.cli.installing",
     "pull": "resvit_engines.cli.registry",

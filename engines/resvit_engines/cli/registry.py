@@ -47,7 +47,9 @@ def registry_options(function: F) -> F:
     help="File or folder for the bundle.  [default: NAME.resvit here; with --install it is not kept]",
 )
 @click.option("--target", metavar="NAME", help="Take the bundle for this target, where several fit.")
-@click.option("--precision", type=click.Choice(["int8", "fp8", "fp16"]), help="Take this one, where several fit.")
+@click.option(
+    "--precision", type=click.Choice(["int8", "fp8", "fp16", "fp32"]), help="Take this one, where several fit."
+)
 @trust_option
 @root_option
 @click.option("--expect", metavar="NAME", help="Take no bundle of any other model.")

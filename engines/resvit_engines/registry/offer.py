@@ -9,16 +9,22 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from resvit_engines.builder.settings import TITLES
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json
 from resvit_engines.machine import Machine
 from resvit_engines.records import Record
 from resvit_engines.registry.documents import TITLE, VERSION
-from resvit_engines.targets.table import Builder, Precision
+from resvit_engines.targets.table import ANY_ARCH, Builder, Precision
 
 _PREFIX = "ai.resvit."
-_PRECISIONS = {Precision.FP16: "float16", Precision.INT8: "float16,int8", Precision.FP8: "float16,float8_e4m3"}
+_PRECISIONS = {
+    Precision.FP32: "float32",
+    Precision.FP16: "float16",
+    Precision.INT8: "int8",
+    Precision.FP8: "float8_e4m3",
+}
 _OUTPUTS = {"segmentation": "image", "depth": "image", "embedding": "embedding", "text": "text"}
 
 
@@ -66,22 +72,29 @@ class Offer:
     @property
     def describe(self) -> str:
         """One line for people."""
-        sm = f"{self.sm[:-1]}.{self.sm[-1:]}"
+        gpu = "" if self.on_cpu else f"SM {self.sm[:-1]}.{self.sm[-1:]}, "
         software = f"{self.builder_title} {self.tensorrt}" + (f", JetPack {self.jetpack}" if self.jetpack else "")
         return (
-            f"{self.name} (release {self.release}, {self.target}, SM {sm}, {software}, {self.precision}, "
+            f"{self.name} (release {self.release}, {self.target}, {gpu}{software}, {self.precision}, "
             f"{self.verdict or 'no verdict'}, {self.holds})"
         )
 
     @property
     def builder_title(self) -> str:
         """What builds, for people."""
-        return "TensorRT for RTX" if self.builder == Builder.RTX.value else "TensorRT"
+        return next((title for builder, title in TITLES.items() if builder.value == self.builder), "TensorRT")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor runs it."""
+        return self.builder == Builder.ONNXRUNTIME.value
 
     def may_fit(self, machine: Machine) -> bool:
-        """Whether the bundle is worth a look on this machine: its processor and its GPU."""
-        if self.arch != machine.arch or machine.sm is None:
+        """Whether the bundle is worth a look on this machine: its processor and its GPU, where it wants one."""
+        if self.arch not in {ANY_ARCH, machine.arch}:
             return False
+        if self.on_cpu or machine.sm is None:
+            return self.on_cpu
         return self.sm == str(machine.sm) or (self.from_sm.isdigit() and int(self.from_sm[:4]) <= machine.sm)
 
 
@@ -136,21 +149,29 @@ def model_config(manifest: Manifest, diff_ids: list[str]) -> bytes:
 
     ``diff_ids`` are the digests of the layers, which are not compressed.
     """
-    offer = offer_of(manifest)
-    known = {item.value: item for item in Precision}
+    offer, on_cpu = offer_of(manifest), manifest.target is not None and manifest.target.on_cpu
     task = manifest.verdict.task if manifest.verdict else ""
     return canonical_json(
         {
             "descriptor": {"name": offer.name, "version": offer.release, "title": f"{offer.name} for {offer.target}"},
             "config": {
-                "format": "tensorrt" if manifest.engine else "onnx",
-                "precision": _PRECISIONS[known[offer.precision]] if offer.precision in known else offer.precision,
+                "format": "tensorrt" if manifest.engine and not on_cpu else "onnx",
+                "precision": _precision(offer.precision, on_cpu=on_cpu),
                 **({"quantization": manifest.quantizer} if manifest.quantizer else {}),
                 "capabilities": {"inputTypes": ["image"], "outputTypes": [_OUTPUTS.get(task, "other")]},
             },
             "modelfs": {"type": "layers", "diffIds": diff_ids},
         }
     )
+
+
+def _precision(text: str, *, on_cpu: bool) -> str:
+    """In ModelPack's words: what a network computes in, floats first; a precision that we do not know as it is."""
+    precision = next((known for known in Precision if known.value == text), None)
+    if precision is None:
+        return text
+    floats = _PRECISIONS[Precision.FP32 if on_cpu else Precision.FP16]
+    return f"{floats},{_PRECISIONS[precision]}" if precision.quantises else _PRECISIONS[precision]
 
 
 def _key(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 import time
@@ -10,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import sha256_bytes, sha256_file, write_atomic
+from resvit_engines.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from resvit_engines.machine import Machine
 from resvit_engines.progress import SILENT, Reporter
-from resvit_engines.records import record_from_bytes, shown
-from resvit_engines.remote.job_result import JobResult, result_from_json
+from resvit_engines.records import Record, record_from_bytes, shown
+from resvit_engines.remote.job_result import JobResult, finished_result
 from resvit_engines.remote.progress_events import replay
 from resvit_engines.remote.ssh import Answer, Connection, quoted
 from resvit_engines.remote.ssh_files import download, upload
+from resvit_engines.remote.timing import LAYERS, VARIANTS, TimingResult, too_large
 from resvit_engines.remote.wheel import requirements_for, write_device_wheel
 from resvit_engines.remote.wheelhouse import download_wheels
 from resvit_engines.targets.software import version_of
@@ -26,6 +28,7 @@ ROOT = ".local/share/resvit-device"
 """Of everything that is put on a device, from the home folder of its user; installed versions lie elsewhere."""
 _PYTHON = f"{ROOT}/venv/bin/python"
 _INSTALLED = f"{ROOT}/venv/.resvit-wheel"
+_BUNDLES = "bundles"
 _POLL = 1.0  # seconds
 _PIECE = 1 << 20
 _RESULTS = {
@@ -66,6 +69,27 @@ class RemoteJob:
         return f"{ROOT}/jobs/{sha256_file(self.bundle)[:16]}{'-rehearsal' if self.rehearse else ''}"
 
 
+@dataclass(frozen=True)
+class RemoteTiming:
+    """Which signed bundles are built and timed on a device, the first the baseline; see ``remote.timing.TimingJob``.
+
+    ``key`` is the public key (the text of its file) that signed all of them.
+    """
+
+    bundles: Sequence[Path]
+    key: str
+    rounds: int
+    seconds: float
+    rehearse: bool = False
+
+    @functools.cached_property
+    def folder(self) -> str:
+        """Of the job on the device: the same bundles, timed in the same way, go on where they were."""
+        parts = [sha256_file(path) for path in self.bundles]
+        digest = sha256_bytes(canonical_json([parts, self.rounds, self.seconds]))
+        return f"{ROOT}/jobs/tune-{digest[:16]}{'-rehearsal' if self.rehearse else ''}"
+
+
 class Device:
     """What can be done on the other end of a connection. Every method can be done again after it was interrupted."""
 
@@ -74,14 +98,16 @@ class Device:
         self.reporter = reporter
         self._wheel: tuple[str, str] | None = None
 
-    def machine(self) -> Machine:
+    def machine(self, *, installed: bool = False) -> Machine:
         """Ask what the device is; before anything is installed there, from the wheel that is copied for it.
+
+        Once ``prepare`` has been there (``installed``), what it installed counts too.
 
         Raises ``ResvitError`` MISSING without Python, IMPOSSIBLE where it is older than 3.10.
         """
         wheel, _ = self._copied_wheel()
         code = f"import sys; sys.path.insert(0, {wheel!r}); from resvit_engines.machine import main; main()"
-        answer = self._run(f"python3 -c {quoted(code)}")
+        answer = self._run(f"{_PYTHON if installed else 'python3'} -c {quoted(code)}")
         if answer.code == 127:
             raise ResvitError(
                 f"{self.connection.address} has no python3.", "On the device: sudo apt install python3 python3-venv.",
@@ -140,14 +166,62 @@ class Device:
             ResvitError: what the job raised there, or BUILD where it ended without a word.
         """
         folder = job.folder
-        with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
-            key = Path(scratch) / "trust.pub"
-            write_atomic(key, job.key.encode())
-            upload(self.connection, key, f"{folder}/trust.pub")
-            upload(self.connection, job.bundle, f"{folder}/bundle.resvit", self.reporter, "copy the bundle")
+        self._copy_key(job.key, folder)
+        upload(self.connection, job.bundle, f"{folder}/bundle.resvit", self.reporter, "copy the bundle")
         if self._state(folder, 0)[0] != "alive":
             self._copy_images(job, folder)
-        started = self._run(_start_script(folder, job.rehearse)).stdout.strip()
+        record = self._done(folder, _command("build", ("bundle.resvit",), rehearse=job.rehearse))
+        return JobResult.from_json(record)
+
+    def time(self, job: RemoteTiming) -> TimingResult:
+        """Build and time variants there, as ``run`` builds a bundle; whatever is interrupted goes on.
+
+        Raises:
+            UnreachableError: the device stays away; the job goes on there, and the same call picks it up.
+            ResvitError: SYSTEM without space for the engines, what the job raised there, or BUILD where it ended
+                without a word.
+        """
+        folder = job.folder
+        if self._state(folder, 0)[0] != "alive" and not self._run(f"ls {folder}/{_BUNDLES}").stdout.strip():
+            free = self._run(f"df -Pk {ROOT} | tail -n 1").stdout.split()
+            if len(free) > 3 and free[3].isdigit():
+                sizes = [path.stat().st_size for path in job.bundles]
+                if (error := too_large(sizes, int(free[3]) >> 10, str(self.connection.address))) is not None:
+                    raise error
+        self._copy_key(job.key, folder)
+        names = [f"{_BUNDLES}/{path.name}" for path in job.bundles]
+        pairs = list(zip(job.bundles, names, strict=True))
+        for path, name in self.reporter.track(pairs, "copy variants", len(pairs)):
+            upload(self.connection, path, f"{folder}/{name}")
+        how = ("--rounds", str(job.rounds), "--seconds", repr(job.seconds))
+        record = self._done(folder, _command("time", (*names, *how), rehearse=job.rehearse))
+        return TimingResult.from_json(record)
+
+    def fetch_layers(self, job: RemoteTiming, into: Path) -> tuple[Path, ...]:
+        """Bring TensorRT's lists of layers of a finished timing here, ``NAME.json`` by variant."""
+        names = self._run(f"ls {job.folder}/{LAYERS}").stdout.split("\n")
+        listed = [path.with_suffix(".json").name for path in job.bundles]
+        found = []
+        for name in (name for name in listed if name in names):
+            download(
+                self.connection, f"{job.folder}/{LAYERS}/{name}", into / name, self.reporter, _RESULTS["layers.json"]
+            )
+            found.append(into / name)
+        return tuple(found)
+
+    def forget(self, job: RemoteTiming) -> None:
+        """Remove the bundles and engines of a timing that is over: times are all that is wanted of them."""
+        self._run(f"cd {job.folder} && rm -rf {_BUNDLES} {VARIANTS} phases")
+
+    def _copy_key(self, key: str, folder: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="resvit-") as scratch:
+            file = Path(scratch) / "trust.pub"
+            write_atomic(file, key.encode())
+            upload(self.connection, file, f"{folder}/trust.pub")
+
+    def _done(self, folder: str, command: str) -> Record:
+        """Start a job unless it runs, follow it to its end, and return its result."""
+        started = self._run(_START.format(folder=folder, command=command)).stdout.strip()
         if started == "running":
             self.reporter.say("The job is running there already: following it")
         try:
@@ -213,7 +287,7 @@ class Device:
         if stale := [f"{folder}/{name}" for name in copied if _IMAGES.fullmatch(name) and name not in kept]:
             self._run(f"rm -f {quoted(*stale)}")
 
-    def _follow(self, folder: str) -> JobResult:
+    def _follow(self, folder: str) -> Record:
         replay(self._lines(folder), self.reporter)
         answer = self._run(f"cat {folder}/result.json")
         if answer.code != 0:
@@ -228,7 +302,7 @@ class Device:
             )
         address = str(self.connection.address)
         record = record_from_bytes(answer.stdout.encode(), f"the result of the job on {address}")
-        return result_from_json(record, address)
+        return finished_result(record, address)
 
     def _endless(self, why: str) -> ResvitError:
         return ResvitError(
@@ -319,13 +393,15 @@ tail -c +{begin} progress.log 2>/dev/null | head -c {piece}
 """
 
 
-def _start_script(folder: str, rehearse: bool) -> str:
-    flags = "--quiet --rehearse" if rehearse else "--quiet"
-    return f"""cd {folder} && touch .lock || exit 1
+def _command(name: str, arguments: Sequence[str], *, rehearse: bool) -> str:
+    flags = ("--job", ".", "--trust", "trust.pub", "--quiet", *(("--rehearse",) if rehearse else ()))
+    return f'"$HOME/{_PYTHON}" -m resvit_engines {quoted(name, *arguments, *flags)}'
+
+
+_START = """cd {folder} && touch .lock || exit 1
 flock -n .lock true || {{ echo running; exit; }}
 rm -f state.json result.json progress.log
-setsid nohup "$HOME/{_PYTHON}" -m resvit_engines build bundle.resvit --job . --trust trust.pub {flags} \
-> output.txt 2>&1 < /dev/null &
+setsid nohup {command} > output.txt 2>&1 < /dev/null &
 echo $! > pid
 echo started
 """

@@ -22,6 +22,7 @@ import numpy as np
 from resvit_engines.bench.bench import BenchReport, BenchSettings, measure
 from resvit_engines.builder.builder import build_engine
 from resvit_engines.builder.engine_report import EngineReport
+from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.bundle import TrustedBundle, trusted_bundle, write_bundle
 from resvit_engines.bundle.fit import require_fit
 from resvit_engines.bundle.manifest import MANIFEST, SIGNATURE, Manifest
@@ -56,14 +57,14 @@ from resvit_engines.remote.job_result import (
 from resvit_engines.run.golden import GoldenReport, golden_check
 from resvit_engines.run.golden_files import encoded, input_name
 from resvit_engines.run.runner import Runner, open_runner
-from resvit_engines.targets.table import proxy_target
+from resvit_engines.targets.table import Target, proxy_target
 from resvit_engines.version import own_version
 
 ENGINE, ENGINE_REPORT, LOG, TIMING = "engine.plan", "engine.json", "build.log", "timing.cache"
 IMAGES = "images-*.npy"
 REHEARSAL = "REHEARSAL: TensorRT for RTX stood in for TensorRT; this engine is not for the device."
 _NOT_PACKED = (MANIFEST, SIGNATURE, "plan.json", "README.txt")
-_MODELS = ("model.tensorrt.onnx", "model.onnx")
+MODELS = ("model.tensorrt.onnx", "model.onnx")
 _AT_ONCE = 32
 """Images that are in memory at once while answering."""
 _SECONDS, _REHEARSED_SECONDS = 5.0, 0.5
@@ -146,17 +147,18 @@ class _Extracted:
         return cls(record.texts("files"))
 
 
-def _key(job: Job, digest: str, machine: Machine) -> str:
-    """What makes the results of a job other ones."""
-    parts = (
-        machine.sm,
-        machine.tensorrt,
-        machine.onnxruntime,
-        machine.processor,
-        machine.rtx if job.rehearse else None,
-        machine.arch,
+def software_of(machine: Machine, *, rehearse: bool) -> tuple[object, ...]:
+    """What of a machine makes the results of a job other ones."""
+    rtx = machine.rtx if rehearse else None
+    return (
+        *(machine.sm, machine.tensorrt, machine.onnxruntime, machine.processor, rtx, machine.arch),
         own_version(),
     )
+
+
+def _key(job: Job, digest: str, machine: Machine) -> str:
+    """What makes the results of a job other ones."""
+    parts = software_of(machine, rehearse=job.rehearse)
     images = [(file.name, sha256_file(file)) for file in _images(job)]
     return sha256_bytes(canonical_json([digest, job.rehearse, *parts, images]))
 
@@ -174,29 +176,13 @@ def _extract(bundle: TrustedBundle, model: Path) -> _Extracted:
 def _build(
     job: Job, model: Path, built: Path, manifest: Manifest, digest: str, machine: Machine, reporter: Reporter
 ) -> EngineReport:
-    target = manifest.target
-    assert target is not None  # else it does not fit
-    if job.rehearse and target.on_cpu:
-        raise ResvitError(
-            "This bundle is for processors, and there is nothing to rehearse: this machine has one.",
-            "Leave --rehearse out.",
-            ExitCode.IMPOSSIBLE,
-        )
-    if job.rehearse:
-        target = proxy_target(target)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"
-    settings = dataclasses.replace(manifest.build_settings, timing_cache=cache)
-    onnx = next(model / name for name in _MODELS if (model / name).exists())
-    if job.rehearse and settings.plugins != "off":
-        raise ResvitError(
-            "This bundle's engine has kernels of our own, and TensorRT for RTX, which rehearses, takes no plugins.",
-            "Rehearse with a bundle that was built with --plugins off.",
-            ExitCode.IMPOSSIBLE,
-        )
+    target, settings = how_to_build(manifest, rehearse=job.rehearse)
+    cache = settings.timing_cache
+    onnx = next(model / name for name in MODELS if (model / name).exists())
     with atomic_directory(built) as partial:
         report = build_engine(onnx, partial / ENGINE, target, settings, reporter, partial / LOG)
         engine = dataclasses.replace(report, rehearsal=job.rehearse)
-        if report.timing_cache and (cache / report.timing_cache).exists():
+        if cache and report.timing_cache and (cache / report.timing_cache).exists():
             shutil.copy(cache / report.timing_cache, partial / TIMING)
         (partial / ENGINE_REPORT).write_bytes(pretty_json(engine.to_json()))
         for name in (file.path for file in manifest.files if "/" not in file.path):
@@ -208,6 +194,31 @@ def _build(
             pretty_json(_manifest_of(manifest, engine, digest, machine).described())
         )
     return engine
+
+
+def how_to_build(manifest: Manifest, *, rehearse: bool) -> tuple[Target, BuildSettings]:
+    """For what and how the engine of a bundle that fits this device is built: with its timing cache, if it keeps one.
+
+    Raises:
+        ResvitError: IMPOSSIBLE for what cannot be rehearsed.
+    """
+    target = manifest.target
+    assert target is not None  # else it does not fit
+    if rehearse and target.on_cpu:
+        raise ResvitError(
+            "This bundle is for processors, and there is nothing to rehearse: this machine has one.",
+            "Leave --rehearse out.",
+            ExitCode.IMPOSSIBLE,
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"
+    settings = dataclasses.replace(manifest.build_settings, timing_cache=None if target.on_cpu else cache)
+    if rehearse and settings.plugins != "off":
+        raise ResvitError(
+            "This bundle's engine has kernels of our own, and TensorRT for RTX, which rehearses, takes no plugins.",
+            "Rehearse with a bundle that was built with --plugins off.",
+            ExitCode.IMPOSSIBLE,
+        )
+    return proxy_target(target) if rehearse else target, settings
 
 
 def _manifest_of(manifest: Manifest, engine: EngineReport, digest: str, machine: Machine) -> Manifest:

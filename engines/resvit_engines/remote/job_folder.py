@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.errors import ExitCode, ResvitError
@@ -31,19 +31,11 @@ from resvit_engines.files import (
 )
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record, record_from_file
-from resvit_engines.remote.job_result import JobResult, document_of
+from resvit_engines.remote.job_result import Written, document_of
 from resvit_engines.remote.progress_events import EventLog
 
 STATE, PROGRESS, RESULT, LOCK = "state.json", "progress.log", "result.json", ".lock"
 _TRIES = 20
-
-
-class Written(Protocol):
-    """The result of a phase, which can be written."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        ...
 
 
 T = TypeVar("T", bound=Written)
@@ -101,7 +93,7 @@ class JobFolder:
         """Forget finished phases that were done for another ``key``: another bundle, device or software."""
         known = self.path / "key"
         if not known.exists() or known.read_text() != key:
-            for name in ("phases", "model", "built", "outputs"):
+            for name in ("phases", "model", "built", "outputs", "variants"):
                 remove(self.path / name)
             write_atomic(known, key.encode())
         self._before = sha256_bytes(key.encode())
@@ -179,7 +171,7 @@ class JobFolder:
             files[named] = BundledFile(named, path.stat().st_size, sha256_file(path))
         return files
 
-    def finish(self, result: JobResult) -> None:
+    def finish(self, result: Written) -> None:
         """Write the result: the job is done."""
         write_atomic(self.path / RESULT, pretty_json(document_of(result)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from resvit_engines.bench.bench import BenchReport
 from resvit_engines.builder.engine_report import EngineReport
@@ -15,6 +15,14 @@ from resvit_engines.run.golden import GoldenReport
 _ENDS = ("INPUT", "IMPOSSIBLE", "MISSING", "BUILD", "SYSTEM", "UNTRUSTED", "MISMATCH", "INTERRUPTED")
 _CODES = {**{ExitCode[name]: ExitCode[name] for name in _ENDS}, ExitCode.BUG: ExitCode.BUILD}
 """How a job can end in an error, and the exit code of that here: what is a bug there is none of this program here."""
+
+
+class Written(Protocol):
+    """What a phase or a job came to, which can be written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,15 +134,15 @@ def bench_from_json(record: Record) -> BenchReport | Skipped:
     return BenchReport.from_json(record) if why is None else Skipped(why)
 
 
-def document_of(result: JobResult | ResvitError) -> dict[str, Any]:
+def document_of(result: Written | ResvitError) -> dict[str, Any]:
     """How a job ended, as ``result.json`` holds it."""
-    if isinstance(result, JobResult):
-        return {"result": result.to_json()}
-    return {"error": {"problem": result.problem, "fix": result.fix, "exit_code": int(result.code)}}
+    if isinstance(result, ResvitError):
+        return {"error": {"problem": result.problem, "fix": result.fix, "exit_code": int(result.code)}}
+    return {"result": result.to_json()}
 
 
-def result_from_json(record: Record, device: str) -> JobResult:
-    """What ``document_of`` wrote on ``device``.
+def finished_result(record: Record, device: str) -> Record:
+    """The result in what ``document_of`` wrote on ``device``.
 
     Raises:
         ResvitError: the error that ended the job there; INPUT, naming the key, where the document is malformed.
@@ -145,4 +153,4 @@ def result_from_json(record: Record, device: str) -> JobResult:
         if code not in _CODES:
             raise error.refusal("exit_code", f"one of {', '.join(str(int(known)) for known in _CODES)}")
         raise ResvitError(f"On {device}: {error.text('problem')}", error.text("fix"), _CODES[ExitCode(code)])
-    return JobResult.from_json(record.record("result"))
+    return record.record("result")

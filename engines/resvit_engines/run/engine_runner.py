@@ -20,7 +20,7 @@ from resvit_engines.targets.table import Builder
 from resvit_engines.trt.api import Log, load_tensorrt, logger_into, said_by
 from resvit_engines.trt.engine import engine_from_bytes, refit_from_onnx
 from resvit_engines.trt.plugin_library import load_plugin_library
-from resvit_engines.trt.running import EngineTensors, TensorSpec, tensors_of_engine
+from resvit_engines.trt.running import EngineTensors, TensorSpec, profile, tensors_of_engine
 
 MODULES = {Builder.TENSORRT: "tensorrt", Builder.RTX: "tensorrt_rtx_bindings"}
 """By what built an engine, the Python module that runs it."""
@@ -38,7 +38,7 @@ class EngineRunner:
             self.label += ", a rehearsal"
         self.device_mib: float | None = None
         """By how many MiB the GPU's free memory had shrunk with the first lane; None before it has run."""
-        self._cuda, self._engine, self._log = cuda, engine, log
+        self._trt, self._cuda, self._engine, self._log = trt, cuda, engine, log
         self._free_before = free_before
         self._owned = contextlib.ExitStack()
         self._lane: EngineLane | None = None
@@ -76,6 +76,32 @@ class EngineRunner:
         require_batch(batch, self.batch, "The engine")
         with self._opened(batch, cuda_graph) as lane:
             yield lane
+
+    def layer_times(self, feeds: Arrays, calls: int) -> tuple[tuple[str, float], ...]:
+        """The mean time of every layer in microseconds, in the engine's order, over ``calls`` runs with a profiler.
+
+        A name that several layers have stands there as often, as TensorRT reports it.
+
+        Raises:
+            ResvitError: INPUT for a batch outside the engine's range, SYSTEM where memory is short or the run fails.
+        """
+        told: list[tuple[str, float]] = []
+        batch = len(next(iter(feeds.values())))
+        with self.lane(batch) as lane:
+            lane.load(feeds)
+            lane.submit()
+            lane.wait()
+            keeper = profile(self._trt, lane.context, lambda name, ms: told.append((name, 1e3 * ms)))
+            for _ in range(calls):
+                lane.submit()
+                lane.wait()
+            del keeper
+        layers = len(told) // calls
+        names = [name for name, _ in told[:layers]]
+        runs = [told[begin : begin + layers] for begin in range(0, layers * calls, layers)] if layers else []
+        if any([name for name, _ in run] != names for run in runs):
+            return ()  # it left some out of a run: their times would be those of others
+        return tuple((name, sum(run[place][1] for run in runs) / calls) for place, name in enumerate(names))
 
     def close(self) -> None:
         """Give everything back; the runner cannot be used afterwards."""

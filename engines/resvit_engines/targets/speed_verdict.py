@@ -26,6 +26,7 @@ class SpeedKind(str, enum.Enum):
 class Evidence(str, enum.Enum):
     """What a verdict on speed rests on."""
 
+    ENGINES = "both engines, timed on the device in turns"
     LAYER_TIMES = "layer times measured on the device"
     RULES = "rules that were held to engines of TensorRT"
     PEAKS = "the device's peak rates, which no engine was held to"
@@ -104,6 +105,17 @@ def judge_speed(fp16: Prediction, chosen: Prediction, target: Target) -> SpeedVe
     sentence = f"{said}, by {evidence.value}: {detail}{advice}."
     headline = f"{said} ({times}), by {evidence.value}{doubt}"
     return SpeedVerdict(kind, gain, evidence, off_by, headline, sentence)
+
+
+def measured_speed(gain: float, within: str, ms: tuple[float, float], label: str, target: Target) -> SpeedVerdict:
+    """The verdict where both were timed: ``ms`` of the quantised engine and of the one in floats.
+
+    ``within`` is the gain with its interval in words; ``label`` what was timed, such as ``INT8``.
+    """
+    floats = target.float_precision.value.upper()
+    kind = SpeedKind.FASTER if gain >= _NOTABLE else SpeedKind.NOT_FASTER
+    headline = f"{label} was measured {within} as fast as {floats} ({ms[0]:.3f} against {ms[1]:.3f} ms)"
+    return SpeedVerdict(kind, gain, Evidence.ENGINES, 0.0, headline, f"{headline}, {Evidence.ENGINES.value}.")
 
 
 def unpredicted_speed(target: Target) -> SpeedVerdict:

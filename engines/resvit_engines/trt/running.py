@@ -5,7 +5,7 @@ The same names in TensorRT 10.3 to 11.4 and in TensorRT for RTX; they stand in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,24 @@ def bind(context: Any, name: str, address: int) -> None:
 def enqueue(context: Any, stream: Any) -> bool:
     """Put one run on ``stream``; False where TensorRT refuses, with its reason in the log."""
     return bool(context.execute_async_v3(int(stream)))
+
+
+def profile(trt: Any, context: Any, report: Callable[[str, float], None]) -> Any:
+    """Have ``report`` told the name of every layer and its time in ms, after each run of the context.
+
+    Runs are slower then, and cannot be recorded as a CUDA graph. Returns what must live as long as the context is used.
+    """
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(str(layer_name), float(ms))
+
+    found = Profiler()
+    context.profiler = found
+    return found
 
 
 def _dtype(name: str, dtype: Any) -> np.dtype[Any]:

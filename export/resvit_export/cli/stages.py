@@ -97,6 +97,7 @@ def _stage_command(
     @verbose_option
     @recipe_options(last)
     def command(verbose: bool, quiet: bool, as_json: bool, **flags: Any) -> int:
+        from resvit_export.api import choose_place
         from resvit_export.cli.output import show_stage, summarize
         from resvit_export.pipeline import Pipeline
         from resvit_export.tune import settled
@@ -104,8 +105,10 @@ def _stage_command(
         output = Output(quiet, as_json, verbose)
 
         def do(run: Run) -> tuple[dict[str, Any], int]:
-            pipeline = Pipeline(run)
-            pipeline = settled(pipeline) if name in ("validate", "compile", "bundle") else pipeline
+            settles = name in ("validate", "compile", "bundle")
+            if settles:
+                choose_place(run)
+            pipeline = settled(Pipeline(run)) if settles else Pipeline(run)
             artifact = take(pipeline)
             show_stage(artifact, output)
             return summarize(artifact), _exit_code(pipeline) if name == "validate" else 0

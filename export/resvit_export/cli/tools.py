@@ -48,7 +48,8 @@ def targets_command(quiet: bool, as_json: bool) -> None:
 @click.command(
     name="inspect",
     epilog="\b\nExamples:\n  resvit-export inspect runs/demo/embed-mini.pt\n"
-    "  resvit-export inspect runs/demo/embed-mini.pt --json",
+    "  resvit-export inspect runs/demo/embed-mini.pt --json\n"
+    "  resvit-export inspect model.onnx --dla",
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
@@ -56,13 +57,21 @@ def targets_command(quiet: bool, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Public key, or folder of them, to verify a bundle's signature by.  [default: those trusted on this machine]",
 )
+@click.option(
+    "--dla", is_flag=True, help="Of an ONNX: which layers the DLA of a Jetson AGX Orin would run, by NVIDIA's table."
+)
 @output_options
-def inspect_command(file: Path, trust: Path | None, quiet: bool, as_json: bool) -> None:
+def inspect_command(file: Path, trust: Path | None, dla: bool, quiet: bool, as_json: bool) -> None:
     """Say what a checkpoint, program, ONNX, engine or bundle is: sizes, precisions, layers, and who signed it.
 
-    As signer only a key is named whose signature was verified.
+    As signer only a key is named whose signature was verified. --dla looks layers up in a table; 'build' puts none
+    there.
     """
     from resvit_engines.console import console, emit_json
+
+    if dla:
+        _show_dla(file, Output(quiet, as_json))
+        return
     from resvit_export.tools.inspect import describe_file, render
 
     description = describe_file(file, trust)
@@ -71,6 +80,26 @@ def inspect_command(file: Path, trust: Path | None, quiet: bool, as_json: bool) 
     else:
         for item in render(description, brief=quiet):
             console().print(item)
+
+
+def _show_dla(file: Path, output: Output) -> None:
+    from resvit_engines.console import console, emit_json, table
+    from resvit_export.to_tensorrt.dla import DEVICE, dla_fit_of
+
+    fit = dla_fit_of(file)
+    if output.json:
+        emit_json(fit.to_json())
+        return
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer in fit.layers:
+        groups.setdefault((layer.op, layer.why_not), []).append(layer.macs)
+    total = sum(layer.macs for layer in fit.layers) or 1
+    rows = [(op, str(len(macs)), f"{sum(macs) / total:.1%}", "DLA" if not why else f"GPU: {why}")
+            for (op, why), macs in sorted(groups.items(), key=lambda item: -sum(item[1]))]  # fmt: skip
+    if not output.quiet:
+        console().print(table(DEVICE, ("operator", "layers", "products", "runs on"), rows, left=1))
+    click.echo(f"{fit.share:.1%} of the products would run on the DLA, in {fit.loadables} pieces. {fit.sentence}")
+    click.echo("'build' puts nothing there: no engine was ever held to this table.")
 
 
 @click.command(

@@ -275,7 +275,7 @@ class Recipe:
         _QUANTIZE,
         "quantize.tune",
         None,
-        "Time variants of the placement on this machine, and keep Q/DQ where they gain 2% (--target cpu).",
+        "Time variants of the placement on --device, or here, and keep Q/DQ where they gain 2%.",
         choices=tuple(Tuning),
         default_text="off",
     )

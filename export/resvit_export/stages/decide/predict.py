@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,13 @@ class Pricing:
         eight = layers_from_graph(graph.model, self.batch, edges=graph.edges)
         return self._priced(eight).predict(precisions), costs.predict({})
 
+    def write(self, folder: Path, quantised: Path, precisions: Mapping[str, Precision]) -> None:
+        """Write ``costs.json`` of a quantised graph: the prices of both, and what that is worth; raises likewise."""
+        from resvit_export.records.costs import CostsRecord
+
+        chosen, fp16 = self.of_quantised(quantised, precisions)
+        (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.target)))
+
     def _priced(self, layers: Sequence[LayerWork]) -> CostModel:
         measured = measured_times_from_json(self.measured.path) if self.measured else None
         if measured is not None:
@@ -70,9 +78,9 @@ class Pricing:
         return CostModel(layers, self.target, measured)
 
 
-def pricing_of(run: Run, model: File) -> Pricing:
-    """What predictions for a run depend on."""
-    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times)
+def pricing_of(run: Run, model: File, measured: File | None = None) -> Pricing:
+    """What predictions for a run depend on; ``measured`` are layer times of its own tuning, where the user has none."""
+    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times or measured)
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,7 @@ class Predict(Stage[Predicted]):
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the prices of both, and what that is worth."""
         del reporter
-        from resvit_export.records.costs import CostsRecord
-
-        chosen, fp16 = self.pricing.of_quantised(self.quantized.path, self.precisions)
-        (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.pricing.target)))
+        self.pricing.write(folder, self.quantized.path, self.precisions)
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,9 @@ class Estimate(Stage[Predicted]):
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the prices of both, and what that is worth."""
         del reporter
-        from resvit_export.records.costs import CostsRecord
         from resvit_quantize.qdq.unmeasured import quantise_unmeasured
 
-        scratch = folder / "unmeasured.onnx"
-        precisions = quantise_unmeasured(self.pricing.model.path, self.settings, scratch)
-        chosen, fp16 = self.pricing.of_quantised(scratch, precisions)
-        for file in folder.iterdir():
-            file.unlink()
-        (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.pricing.target)))
+        with tempfile.TemporaryDirectory(prefix="resvit-estimate-") as scratch:
+            unmeasured = Path(scratch) / "unmeasured.onnx"
+            precisions = quantise_unmeasured(self.pricing.model.path, self.settings, unmeasured)
+            self.pricing.write(folder, unmeasured, precisions)

@@ -1,141 +1,178 @@
 """The stages ``timings`` and ``tune``: variants of the placement timed where they will run, and the choice.
 
-The search asks for times through one interface (``resvit_export.tune.Ways``): whatever builds engines of these files
-and times them in turns could answer it. So far that is the processor of this machine.
+The search asks for times through one interface (``resvit_export.tune.Ways``). It is answered by this machine, where it
+is the target, or by a device over SSH; both build an engine of every variant and time all of them in turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from resvit_engines.bench.bench import BenchSettings
-from resvit_engines.bench.compare import Ratio, paired_ratio, rounds_in_turns
-from resvit_engines.builder.builder import build_engine
+from resvit_engines.bench.compare import Ratio
+from resvit_engines.bench.variants import Opening, VariantTimes, time_variants
+from resvit_engines.builder.builder import build_engine, builds_here
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.errors import ResvitError
+from resvit_engines.bundle.bundle import write_bundle
+from resvit_engines.bundle.manifest import Manifest
+from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
+from resvit_engines.keys.own import own_key
+from resvit_engines.machine import this_machine
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
-from resvit_engines.run.runner import open_built
+from resvit_engines.run.runner import Runner, open_built, why_not_here
 from resvit_engines.targets.table import Target
-from resvit_export.stage import Artifact, File, Stage
+from resvit_export.records.place import Place
+from resvit_export.run_folder import RunFolder, read_record
+from resvit_export.stage import Artifact, File, Stage, plain
+from resvit_export.to_tensorrt.copy import onnx_for_tensorrt
 
 RESULT = "timings.json"
 CHOICE = "tune.json"
-WORTH = 1.02
-"""Q/DQ stay in a region, and in a network, only where it is measured to be this many times as fast with them."""
-_DRIFT = 1.25
-"""A machine whose baseline moved further than this from one third of the rounds to the last is said to be uneven."""
+MEASURED = "measured-times.json"
+_WARM_UP = 0.1
 
 
 @dataclass(frozen=True)
 class Timings(Artifact):
-    """``timings.json``: ms a call of every variant, one number a round, and how busy the machine was."""
+    """``timings.json``: ms a call of every variant round by round, and how the machine stood.
+
+    ``layers-N.json`` is TensorRT's own list of the layers of variant N, where the engine was built by it.
+    """
 
     @functools.cached_property
-    def rounds(self) -> Mapping[str, tuple[float, ...]]:
-        """The medians of the rounds in ms by variant; those of one round belong together."""
-        record = Record(self.json(RESULT), RESULT).record("ms")
-        return {name: tuple(record.numbers(name, 0)) for name in record.names}
+    def times(self) -> VariantTimes:
+        """What was measured, by the variants' names."""
+        record = Record(self.json(RESULT), RESULT)
+        return VariantTimes.from_json(record.record("times")).renamed(
+            {f"v{number}": name for number, name in enumerate(record.texts("names"))}
+        )
+
+    def layers_of(self, name: str) -> File | None:
+        """TensorRT's list of a variant's layers; None where there is none."""
+        number = Record(self.json(RESULT), RESULT).texts("names").index(name)
+        return self.file(f"layers-{number}.json") if self.has(f"layers-{number}.json") else None
 
     def ratio(self, slower: str, faster: str) -> Ratio:
         """How many times as fast ``faster`` is, with its interval of 95%."""
-        return paired_ratio(self.rounds[slower], self.rounds[faster])
+        return self.times.ratio(slower, faster)
 
     def median_ms(self, name: str) -> float:
         """The median over rounds."""
-        ordered = sorted(self.rounds[name])
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return self.times.median_ms(name)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What speaks against trusting them."""
-        return Record(self.json(RESULT), RESULT).texts("remarks")
+        """How clocks stood, where anything tells, and what speaks against trusting the times."""
+        clocks = self.times.before
+        said = (f"Clocks: {clocks.sentence}.",) if clocks.sm_mhz or clocks.locked is not None else ()
+        return (*said, *self.times.remarks)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant: the ONNX that would ship, and how its engine is built."""
+
+    model: File
+    settings: BuildSettings
 
 
 @dataclass(frozen=True)
 class TimeVariants(Stage[Timings]):
-    """Time variants of a network in turns; ``machine`` is where, ``rounds`` how often, ``seconds`` of each in all."""
+    """Time variants of a network in turns, the first the baseline.
+
+    ``place`` is where, ``rounds`` how often, and ``seconds`` how long each is timed in all rounds together.
+    """
 
     name: ClassVar[str] = "timings"
     artifact: ClassVar[type[Artifact]] = Timings
-    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
-    variants: Mapping[str, File]
+    variants: Mapping[str, Candidate]
     target: Target
-    settings: BuildSettings
-    machine: Mapping[str, Any]
+    place: Place
     rounds: int
     seconds: float
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Build an engine of every variant, time all of them, and keep the numbers alone."""
-        scratch = folder / "engines"
-        scratch.mkdir()
-        before = os.getloadavg()[0]
-        with contextlib.ExitStack() as owned:
-            runners = {}
-            for number, (name, model) in enumerate(self.variants.items()):
-                model.require_unchanged()
-                engine = scratch / f"{number}.plan"
-                report = build_engine(model.path, engine, self.target, self.settings, SILENT)
-                runners[name] = owned.enter_context(open_built(engine, report.sha256, report, model.path))
-            bench = BenchSettings(batch=self.settings.batch[1], seconds=self.seconds, warmup=0.1)
-            taken = rounds_in_turns(runners, bench, rounds=self.rounds, reporter=reporter)
-        for file in scratch.iterdir():
-            file.unlink()
-        scratch.rmdir()
-        load = max(before, os.getloadavg()[0])
-        document = {"ms": {name: list(ms) for name, ms in taken.items()}, "load": round(load, 2)}
-        (folder / RESULT).write_bytes(pretty_json({**document, "remarks": _remarks(taken, load)}))
+        with tempfile.TemporaryDirectory(prefix="resvit-tune-") as scratch:
+            models = dict(self._models(Path(scratch)))
+            if self.place.address is None:
+                times = self._timed_here(models, Path(scratch), folder, reporter)
+            else:
+                times = self._timed_there(models, Path(scratch), folder, reporter)
+        document = {"names": list(self.variants), "times": times.to_json()}
+        (folder / RESULT).write_bytes(pretty_json(document))
+
+    def _models(self, scratch: Path) -> Iterator[tuple[str, tuple[Path, BuildSettings]]]:
+        """What the builder reads of each variant, by number."""
+        for number, variant in enumerate(self.variants.values()):
+            variant.model.require_unchanged()
+            model, copy, plugins = variant.model.path, scratch / f"v{number}.onnx", variant.settings.plugins
+            if not self.target.on_cpu and onnx_for_tensorrt(model, copy, self.target, plugins):
+                model = copy
+            yield f"v{number}", (model, variant.settings)
+
+    def _timed_here(
+        self, models: Mapping[str, tuple[Path, BuildSettings]], scratch: Path, folder: Path, reporter: Reporter
+    ) -> VariantTimes:
+        openings: dict[str, Opening] = {}
+        for number, (name, (model, settings)) in enumerate(models.items()):
+            engine = scratch / f"{name}.plan"
+            if not self.target.on_cpu:
+                reporter.say(f"Variant {number + 1} of {len(models)}")
+            report = build_engine(model, engine, self.target, settings, SILENT if self.target.on_cpu else reporter)
+            openings[name] = functools.partial(_opened, engine, report, model)
+            if report.layers is not None:
+                (folder / f"layers-{number}.json").write_bytes((scratch / report.layers).read_bytes())
+        return time_variants(openings, self._bench(), self.rounds, reporter, on_gpu=not self.target.on_cpu)
+
+    def _timed_there(
+        self, models: Mapping[str, tuple[Path, BuildSettings]], scratch: Path, folder: Path, reporter: Reporter
+    ) -> VariantTimes:
+        """Send every variant as a bundle that this machine's own key signs, for this one job."""
+        from resvit_engines.remote.device import Device, RemoteTiming
+        from resvit_engines.remote.ssh import Connection, address_from
+
+        key, bundles = own_key(), []
+        for name, (model, settings) in models.items():
+            bundles.append(scratch / f"{name}.resvit")
+            write_bundle(bundles[-1], Manifest(name, target=self.target, build=settings), {"model.onnx": model}, key)
+        job = RemoteTiming(bundles, key.public.to_text(), self.rounds, self.seconds, self.place.rehearse)
+        with Connection(address_from(str(self.place.address)), reporter) as connection:
+            device = Device(connection, reporter)
+            result = device.time(job)
+            for file in device.fetch_layers(job, scratch):
+                (folder / f"layers-{file.stem.removeprefix('v')}.json").write_bytes(file.read_bytes())
+            device.forget(job)
+        if set(result.times.names) != set(models):
+            raise ResvitError(
+                f"{self.place.address} timed {len(result.times.names)} of {len(models)} variants.",
+                "Nothing of it was used. Run the same command again.",
+            )
+        return result.times
+
+    def _bench(self) -> BenchSettings:
+        batch = next(iter(self.variants.values())).settings.batch[1]
+        return BenchSettings(batch=batch, seconds=self.seconds, warmup=_WARM_UP)
 
 
-def _remarks(taken: Mapping[str, tuple[float, ...]], load: float) -> list[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = []
-    if load > cores:
-        found.append(f"Other programs ran beside it: a load of {load:.1f} on {cores} cores.")
-    first = next(iter(taken.values()))
-    third = max(1, len(first) // 3)
-    early, late = sorted(first[:third])[third // 2], sorted(first[-third:])[third // 2]
-    if max(early, late) > _DRIFT * min(early, late):
-        found.append(
-            f"The machine's speed moved while it was timed: {early:.3f} ms at first, {late:.3f} ms at the end."
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class RegionChoice:
-    """One region: its products, and how many times as fast the network is with it in 8 bits; kept where that pays."""
-
-    name: str
-    nodes: tuple[str, ...]
-    share: float
-    faster: Ratio
-    kept: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "name": self.name,
-            "nodes": list(self.nodes),
-            "share": round(self.share, 4),
-            "faster": self.faster.to_json(),
-            "kept": self.kept,
-        }
+@contextlib.contextmanager
+def _opened(engine: Path, report: Any, model: Path) -> Iterator[Runner]:
+    with open_built(engine, report.sha256, report, model) as runner:
+        yield runner
 
 
 @dataclass(frozen=True)
 class Tuned(Artifact):
-    """``tune.json``."""
+    """``tune.json``, and ``measured-times.json`` where the device told the time of every layer."""
 
     @property
     def precisions(self) -> Mapping[str, str]:
@@ -147,37 +184,100 @@ class Tuned(Artifact):
         """What was found, for people."""
         return Record(self.json(CHOICE), CHOICE).texts("sentences")
 
+    @property
+    def speed(self) -> tuple[Ratio, float, float] | None:
+        """How many times as fast as in floats it was measured to be, and the ms of both; None where it is in floats."""
+        record = Record(self.json(CHOICE), CHOICE)
+        faster = record.optional("faster", record.record)
+        if faster is None:
+            return None
+        chosen, floats = record.numbers("ms", 0)
+        return Ratio.from_json(faster), chosen, floats
+
+    @property
+    def measured_times(self) -> File | None:
+        """Layer times, as ``--measured-times`` takes them; None where none were told."""
+        return self.file(MEASURED) if self.has(MEASURED) else None
+
 
 @dataclass(frozen=True)
 class Tune(Stage[Tuned]):
-    """Write down what was chosen, and what it rests on; ``sentences`` are for people."""
+    """Write down what was chosen for the ``plain`` placement, and what it rests on; ``sentences`` are for people.
+
+    ``faster`` is how many times as fast as in floats it is, and ``ms`` what both take; None where it is in floats.
+    ``layer_times`` are microseconds by layer and precision, empty where the runtime tells none.
+    """
 
     name: ClassVar[str] = "tune"
     artifact: ClassVar[type[Artifact]] = Tuned
 
+    plain: File
+    effort: str
+    place: Place
     regions: tuple[Mapping[str, Any], ...]
     precisions: Mapping[str, str]
     sentences: tuple[str, ...]
+    faster: Mapping[str, float] | None
+    ms: tuple[float, float] | None
+    layer_times: Mapping[str, Mapping[str, float]]
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
-        """Write ``tune.json``."""
+        """Write ``tune.json``, and the times of layers."""
         del reporter
-        document = {"regions": list(self.regions), "precisions": dict(self.precisions)}
+        document: dict[str, Any] = {
+            "regions": list(self.regions),
+            "precisions": dict(self.precisions),
+            "place": self.place.facts,
+        }
+        document |= {"faster": self.faster, "ms": self.ms}
         (folder / CHOICE).write_bytes(pretty_json({**document, "sentences": list(self.sentences)}))
+        if self.layer_times:
+            measured = {"device": self.place.title, "layers": self.layer_times}
+            (folder / MEASURED).write_bytes(pretty_json(measured))
 
 
-def pays(ratio: Ratio) -> bool:
-    """Whether 8 bits are measured to gain what they must: in the median, and chance is excluded."""
-    return ratio.value >= WORTH and ratio.faster
+def finished_tuning(run: RunFolder, model: File, effort: str, place: Place | None) -> Tuned | None:
+    """The newest choice for a plain placement, by this effort; at ``place``, or wherever it was made where None."""
+    for folder in sorted(run.path.glob("tune-*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ResvitError):
+            record = read_record(folder)
+            wanted = {"plain": plain(model), "effort": effort}
+            if place is not None:
+                wanted["place"] = plain(place)
+            if {name: record.value.get(name) for name in wanted} == wanted:
+                found = Tuned(folder, record, reused=True)
+                found.content(CHOICE)  # one that was changed since is none
+                return found
+    return None
 
 
-def require_measurable(target: Target) -> None:
-    """Refuse to tune where nothing can be timed from here; raises ``ResvitError`` IMPOSSIBLE."""
-    from resvit_engines.errors import ExitCode
+def place_here(target: Target) -> Place | None:
+    """This machine, where it is the target and can run its engines; None elsewhere."""
+    if not builds_here(target) or why_not_here(target.builder, target.sm) is not None:
+        return None
+    return Place.of(this_machine(), target)
 
-    if not target.on_cpu:
-        raise ResvitError(
-            f"--tune times variants of the engine on this machine, and so far only for processors, not {target.title}.",
-            "Leave --tune out, or say --target cpu.",
-            ExitCode.IMPOSSIBLE,
-        )
+
+def place_there(address: str, target: Target, reporter: Reporter, *, rehearse: bool) -> Place:
+    """The device at ``address``, with what it takes to build and time engines there installed.
+
+    Raises:
+        ResvitError: as connecting and installing do.
+    """
+    from resvit_engines.remote.device import Device
+    from resvit_engines.remote.ssh import Connection, address_from
+    from resvit_engines.remote.wheelhouse import chosen_wheels
+
+    with Connection(address_from(address), reporter) as connection:
+        device = Device(connection, reporter)
+        device.prepare(device.machine(), chosen_wheels(), on_cpu=target.on_cpu)
+        return Place.of(device.machine(installed=True), target, address, rehearse=rehearse)
+
+
+def not_measurable(target: Target) -> ResvitError:
+    """Why nothing is tuned where nothing can be timed."""
+    return ResvitError(
+        f"--tune times variants of the engine on the {target.title} itself, and this machine is none.",
+        "Say --device ssh://USER@HOST, or leave --tune out.",
+        ExitCode.IMPOSSIBLE,
+    )
