@@ -16,6 +16,8 @@ _COMMANDS = {
     "install": "resvit_engines.cli.installing",
     "rollback": "resvit_engines.cli.installing",
     "status": "resvit_engines.cli.installing",
+    "health": "resvit_engines.cli.fleet",
+    "claim": "resvit_engines.cli.fleet",
     "run": "resvit_engines.cli.running",
     "bench": "resvit_engines.cli.running",
     "compare": "resvit_engines.cli.comparing",

@@ -15,7 +15,7 @@ from resvit_engines.files import canonical_json
 from resvit_engines.machine import Machine
 from resvit_engines.records import Record
 from resvit_engines.registry.documents import TITLE, VERSION
-from resvit_engines.targets.table import Builder, Precision
+from resvit_engines.targets.table import ANY_ARCH, Builder, Precision
 
 _PREFIX = "ai.resvit."
 _PRECISIONS = {Precision.FP16: "float16", Precision.INT8: "float16,int8", Precision.FP8: "float16,float8_e4m3"}
@@ -80,6 +80,8 @@ class Offer:
 
     def may_fit(self, machine: Machine) -> bool:
         """Whether the bundle is worth a look on this machine: its processor and its GPU."""
+        if self.arch == ANY_ARCH:  # what any processor runs
+            return True
         if self.arch != machine.arch or machine.sm is None:
             return False
         return self.sm == str(machine.sm) or (self.from_sm.isdigit() and int(self.from_sm[:4]) <= machine.sm)
