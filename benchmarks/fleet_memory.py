@@ -99,8 +99,9 @@ class MemorySession:
             raise ResvitError(f"{self.name} is claimed by another fleet, not {fleet}.", "Take it out of one of both.")
         self.device.holder = holder
 
-    def take_keys(self, path: Path) -> None:
+    def take_keys(self, path: Path, root: Path | None) -> None:
         """Taken."""
+        del root
         self._step(f"keys {path.name}")
 
     def installed(self) -> Mapping[str, Running]:

@@ -16,6 +16,7 @@ _COMMANDS = {
     "install": "resvit_engines.cli.installing",
     "rollback": "resvit_engines.cli.installing",
     "status": "resvit_engines.cli.installing",
+    "keys": "resvit_engines.cli.keys",
     "health": "resvit_engines.cli.fleet",
     "claim": "resvit_engines.cli.fleet",
     "run": "resvit_engines.cli.running",

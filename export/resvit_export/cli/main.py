@@ -25,6 +25,7 @@ _COMMANDS = {
     "bench": "resvit_export.cli.bench",
     "compare": "resvit_export.cli.compare",
     "keygen": "resvit_export.cli.shipping.keys",
+    "keylist": "resvit_export.cli.shipping.keylist",
     "sign": "resvit_export.cli.shipping.keys",
     "push": "resvit_export.cli.shipping.push",
     "fleet": "resvit_export.cli.shipping.fleet",

@@ -69,14 +69,15 @@ class ReleaseSource:
     """Where the release is: ``bundles`` (run folders and files), or the registry's ``reference``.
 
     ``key`` names what signs engines that were built on a device for others; ``keys`` a signed list of keys that goes to
-    each device before the bundle. ``ca`` and ``plain_http`` are the registry's, as of 'resvit-engine pull'; ``ca`` is a
-    path on the devices.
+    each device before the bundle, and ``root`` the public key that signed the first one. ``ca`` is the certificate of
+    the registry's CA, which is copied to the devices, and ``plain_http`` as of 'resvit-engine pull'.
     """
 
     bundles: tuple[str, ...] = ()
     registry: str | None = None
     key: str | None = None
     keys: str | None = None
+    root: str | None = None
     ca: str | None = None
     plain_http: bool = False
 
@@ -168,7 +169,7 @@ def fleet_from_document(document: Mapping[str, Any], path: Path) -> Fleet:
         name,
         folder / (state or f"{name}.fleet"),
         types,
-        _release(top.table("release", ("bundles", "registry", "key", "keys", "ca", "plain_http")), folder),
+        _release(top.table("release", ("bundles", "registry", "key", "keys", "root", "ca", "plain_http")), folder),
         _rollout(top.table("rollout", _ROLLOUT, missing={})),
         _health(top.table("health", _HEALTH, missing={})),
     )
@@ -325,13 +326,14 @@ def _release(table: _Table, folder: Path) -> ReleaseSource:
         raise ResvitError(
             f"{table.where} names a key to sign with, and what comes out of a registry is signed.", "Leave it out."
         )
-    key, keys = table.maybe("key", table.line), table.maybe("keys", table.path)
+    key, keys, root = table.maybe("key", table.line), table.maybe("keys", table.path), table.maybe("root", table.path)
+    if root is not None and keys is None:
+        raise ResvitError(f"{table.where} names the root of a list of keys, and no list.", "Say release.keys too.")
     if key is not None and key != "agent" and not key.startswith("agent:"):
         key = str(folder / expanded(key))
-    return ReleaseSource(
-        bundles, registry, key, str(folder / keys) if keys else None, table.maybe("ca", table.line),
-        table.maybe("plain_http", table.flag) or False,
-    )  # fmt: skip
+    ca = table.maybe("ca", table.path)
+    keys, root, ca = (str(folder / path) if path else None for path in (keys, root, ca))
+    return ReleaseSource(bundles, registry, key, keys, root, ca, table.maybe("plain_http", table.flag) or False)
 
 
 def _rollout(table: _Table) -> Rollout:

@@ -59,6 +59,7 @@ class Release:
     packages: Mapping[str, Package]
     key: SigningKey | None = None
     keys: Path | None = None
+    root: Path | None = None
     pinned: str | None = None
 
 
@@ -198,4 +199,5 @@ def _release(
     keys = Path(source.keys) if source.keys else None
     if keys is not None:
         said.append(["keys", sha256_file(keys), None])
-    return Release(sha256_bytes(canonical_json(said)), label, packages, key, keys, held)
+    root = Path(source.root) if source.root else None
+    return Release(sha256_bytes(canonical_json(said)), label, packages, key, keys, root, held)

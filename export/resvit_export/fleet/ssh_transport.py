@@ -69,11 +69,15 @@ class SshSession:
         more = ["--take-over"] if take_over else []
         self._engine("claim", "--fleet", fleet, "--holder", holder, "--device", self.device, *more)
 
-    def take_keys(self, path: Path) -> None:
-        """Copy the list of keys and have it taken."""
+    def take_keys(self, path: Path, root: Path | None) -> None:
+        """Copy the list of keys, and the root's public key where there is one, and have it taken."""
         remote = f"{_FOLDER}/{sha256_file(path)[:16]}.keys"
         upload(self.connection, path, remote)
-        self._engine("keys", remote)
+        more = []
+        if root is not None:
+            upload(self.connection, root, f"{_FOLDER}/root.pub")
+            more = ["--root", f"{_FOLDER}/root.pub"]
+        self._engine("keys", remote, *more)
 
     def installed(self) -> Mapping[str, Running]:
         """What ``resvit-engine status`` lists; what does not read there is left out."""

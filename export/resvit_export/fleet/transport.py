@@ -56,8 +56,11 @@ class Session(Protocol):
         """Claim it for a fleet; raises ``ResvitError`` where another has it."""
         ...
 
-    def take_keys(self, path: Path) -> None:
-        """Hand over a signed list of keys; raises UNTRUSTED where the device does not take it."""
+    def take_keys(self, path: Path, root: Path | None) -> None:
+        """Hand over a signed list of keys, with the root's public key for a device's first.
+
+        Raises UNTRUSTED where the device does not take it.
+        """
         ...
 
     def installed(self) -> Mapping[str, Running]:

@@ -95,7 +95,7 @@ class Visitor:
         session.prepare(machine, on_cpu=package.on_cpu)
         session.claim(self.fleet.name, self.holder, take_over=self.take_over)
         if self.release is not None and self.release.keys is not None:
-            session.take_keys(self.release.keys)
+            session.take_keys(self.release.keys, self.release.root)
         there = session.installed().get(package.name)
         if self._give(name, package, machine, there, session) and self.fleet.rollout.after is not None:
             self._run(name, self.fleet.rollout.after, self.fleet.rollout.after_seconds, "after the switch", session)
