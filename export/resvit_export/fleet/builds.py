@@ -15,6 +15,7 @@ from resvit_engines.files import canonical_json, explain_os_errors, make_folder,
 from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import TrustStore, read_public_key
 from resvit_engines.machine import Machine
+from resvit_engines.remote.job import ENGINE, ENGINE_REPORT, LOG, TIMING
 from resvit_export.fleet.release import Package
 from resvit_export.fleet.state import Built, FleetState
 from resvit_export.fleet.transport import EngineThere, Session
@@ -126,10 +127,12 @@ def _require_same(package: Package, built: Manifest, device: str) -> None:
     assert package.path is not None
 
     def bare(manifest: Manifest) -> Manifest:
-        return dataclasses.replace(manifest, engine=None, plan=None, built=None, files=(), other={})
+        return dataclasses.replace(manifest, engine=None, plan=None, built=None, files=())
 
     signed = {file.path: file.sha256 for file in original.files}
-    other = [file.path for file in built.files if signed.get(file.path, file.sha256) != file.sha256]
+    library = built.engine.plugin_library if built.engine else None
+    made = {ENGINE, ENGINE_REPORT, LOG, TIMING, built.engine.layers if built.engine else "", library and library.name}
+    other = [file.path for file in built.files if signed.get(file.path) != file.sha256 and file.path not in made]
     from_this = built.built is not None and built.built.bundle == sha256_file(package.path)
     if other or not from_this or built.engine is None or bare(built) != bare(original):
         what = (

@@ -10,6 +10,7 @@ import click
 
 from resvit_engines.console import Output, console, emit_json, output_options, table
 from resvit_engines.errors import ExitCode
+from resvit_export.cli.stages import examples_text
 
 if TYPE_CHECKING:
     from resvit_export.fleet.commands import Seen
@@ -21,8 +22,7 @@ _file = click.argument("file", type=click.Path(path_type=Path))
 
 @click.group(
     name="fleet",
-    epilog="\b\nExamples:\n  resvit-export fleet apply fleet.toml\n  resvit-export fleet status fleet.toml\n"
-    "  resvit-export fleet rollback fleet.toml",
+    epilog=examples_text("fleet apply --help", "fleet status --help", "fleet rollback --help"),
 )
 def fleet_command() -> None:
     """Bring a release to many devices, in waves that failures stop and take back.

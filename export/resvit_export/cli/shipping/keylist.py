@@ -9,15 +9,17 @@ import click
 
 from resvit_engines.console import emit_json, output_options
 from resvit_engines.errors import ResvitError
+from resvit_export.cli.stages import examples_text
 
 _DAYS = 180
 
 
 @click.command(
     name="keylist",
-    epilog="\b\nExamples:\n  resvit-export keylist keys-1.json --root root.key --key release.pub\n"
-    "  resvit-export keylist keys-2.json --after keys-1.json --root root.key --key next.pub --retire KEYID\n"
-    "  resvit-export keylist keys-2.json --cosign --root second.key --json",
+    epilog=examples_text(
+        "keylist runs/keys-1.json --root runs/robots.key --key runs/release.pub",
+        "keylist runs/keys-2.json --after runs/keys-1.json --root runs/robots.key --days 90 --json",
+    ),
 )
 @click.argument("out", metavar="LIST", type=click.Path(path_type=Path))
 @click.option(
