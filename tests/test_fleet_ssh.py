@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from device_wheels import WHEELS
 from fleet_devices import Devices, devices
 from loopback_device import missing
+from registry_standin import logged_in
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.bundle import read_manifest, write_bundle
 from resvit_engines.bundle.manifest import Manifest
@@ -26,6 +29,7 @@ from resvit_engines.targets.table import find_target
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
 from resvit_export.fleet.state import opened_state
+from test_registry_docker import PROGRAM, Running, registry  # noqa: F401  (a fixture)
 from test_remote_job import small_network
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
@@ -163,6 +167,7 @@ def test_wrong_golden_outputs_stop_at_the_device_that_builds(
     assert "SQNR" in said["devices"][0]["problem"]
 
 
+@pytest.mark.slow
 def test_devices_that_are_gone_full_late_or_taken(
     three: Devices, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,17 +220,60 @@ def test_a_device_that_vanishes_while_it_is_checked(
 ) -> None:
     monkeypatch.setenv("RESVIT_SSH_PATIENCE", "0.5")
     device = three.all[1]
-    # The user's own command ends the connection, and the server with it, the first time.
-    kill = f"test -e back.flag || {{ touch back.flag; kill -9 {device.server_pid} $(ps -o ppid= -p $PPID); }}"
-    file = file_of(tmp_path, three.addresses[1:2], 1, f"[health]\ncommand = {json.dumps(kill)}\n")
+    slow = "test -e here.flag || { touch here.flag; sleep 60; }"
+    file = file_of(tmp_path, [device.address], 1, f"[health]\ncommand = {json.dumps(slow)}\n")
+
+    def vanish() -> None:
+        while not (device.home / "here.flag").exists():
+            time.sleep(0.02)
+        device.vanish()
+
+    away = threading.Thread(target=vanish)
+    away.start()
     code, said = told(capsys, "apply", file)
+    away.join()
     assert code == ExitCode.PARTIAL, said
-    assert said["devices"][0]["status"] == "unreachable"
-    device.stop()
+    assert (said["devices"][0]["status"], said["devices"][0]["may_run"]) == ("unreachable", True)
     device.start()
     code, said = told(capsys, "apply", file)
     assert code == 0, said
     assert runs(device) == 1
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="docker-registry is not installed: sudo apt-get install docker-registry")
+def test_devices_pull_and_take_the_keys_before(
+    three: Devices, registry: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The engine that one device built is pushed, and all pull it; they trust it by a list of keys that comes first."""
+    file = file_of(tmp_path, three.addresses[:1], 1)
+    assert told(capsys, "apply", file)[0] == 0
+    (built,) = (tmp_path / "fleet.fleet" / "engines").glob("*.resvit")
+    monkeypatch.setenv("DOCKER_CONFIG", str(logged_in(tmp_path / "docker", f"127.0.0.1:{registry.port}")))
+    registry.push("fleet/small:1", built)
+    make_key_pair(tmp_path / "root.key", tmp_path / "root.pub", lambda raw: PublicKey(raw, "root"))
+    made_list = ["keylist", str(tmp_path / "keys.json"), "--root", str(tmp_path / "root.key")]
+    assert run([*made_list, "--key", str(tmp_path / "release.pub"), "--quiet"]) == 0
+    for device in three.all:
+        (device.trust / "release.pub").unlink()
+        logged_in(device.home / ".docker", f"127.0.0.1:{registry.port}")
+    pulled = tmp_path / "pulled.toml"
+    pulled.write_text(
+        f'name = "pulled"\n[release]\nregistry = "{registry.reference("fleet/small:1")}"\n'
+        f'ca = "{registry.certificates.ca}"\nkeys = "keys.json"\nroot = "root.pub"\n'
+        f'[types.box]\ntarget = "cpu"\ndevices = {json.dumps(three.addresses[1:])}\n'
+    )
+    try:
+        capsys.readouterr()
+        code, said = told(capsys, "apply", str(pulled))
+        assert code == 0, said
+        assert [runs(device) for device in three.all] == [1, 1, 1]
+        assert "@sha256:" in said["release"]["pinned"]
+        for device in three.all[1:]:
+            assert (device.trust / "keys.json").read_bytes() == (tmp_path / "keys.json").read_bytes()
+    finally:
+        for device in three.all:
+            (device.trust / "keys.json").unlink(missing_ok=True)
 
 
 @pytest.mark.slow

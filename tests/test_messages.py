@@ -180,7 +180,10 @@ def written_names() -> str:
     return "\n".join([*names, *(path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts)])
 
 
-_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-[\w-]+|model-[\w-]+)\.\w+|CMakeLists\.txt")
+_EXAMPLE = re.compile(
+    r"(?:FILE|KEY|NAME|ROOT|table|logits|images|release|root|net|net-[\w-]+|model-[\w-]+|keys-\d|fleet)\.\w+"
+    r"|CMakeLists\.txt"
+)
 
 
 @pytest.mark.whole

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @click.command(
     name="keys",
-    epilog="\b\nExamples:\n  resvit-engine keys\n  resvit-engine keys new.json --root root.pub\n"
-    "  resvit-engine keys newer.json --json",
+    epilog="\b\nExamples:\n  resvit-engine keys\n  resvit-engine keys keys-1.json --root root.pub\n"
+    "  resvit-engine keys keys-2.json --json",
 )
 @click.argument("new", metavar="[LIST]", required=False, type=click.Path(path_type=Path))
 @click.option(
