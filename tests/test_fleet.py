@@ -16,6 +16,8 @@ import pytest
 
 from engine_reports import engine_report
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.registry.client import Client
+from resvit_engines.registry.offer import Offer
 from resvit_engines.remote.ssh import UnreachableError
 from resvit_engines.targets.table import Builder
 from resvit_export.fleet import commands
@@ -180,6 +182,20 @@ def test_failures_that_are_allowed_stop_nothing(ten: Yard) -> None:
     assert (outcome.code, outcome.release.phase) == (ExitCode.PARTIAL, Phase.GOING_OUT)
     assert ten.releases() == [2] * 5 + [1] + [2] * 4
     assert ten.states(2)["ssh://cam-05"].status is Status.BACK
+
+
+def test_a_first_device_that_fails_within_what_may_is_replaced(ten: Yard) -> None:
+    ten.apply(1)
+    ten.said.update(rollout={"max_failures": 1}, health={"command": "true"})
+    ten.devices["ssh://cam-00"].command_code = 3
+    assert ten.apply(2).code is ExitCode.PARTIAL
+    assert ten.releases() == [1] + [2] * 9
+    assert [ten.states(2)[f"ssh://cam-0{n}"].wave for n in (0, 1, 2)] == [1, 1, 3]
+    # One more, and nobody after it is asked.
+    ten.devices["ssh://cam-01"].command_code = 3
+    outcome = ten.apply(3)
+    assert (outcome.release.phase, outcome.release.wave) == (Phase.STOPPED, 1)
+    assert ten.releases() == [1] + [2] * 9
 
 
 def test_to_stop_without_going_back(ten: Yard) -> None:
@@ -376,6 +392,73 @@ def test_a_type_that_nobody_built_for(ten: Yard) -> None:
     assert ten.releases() == [None] * 10
 
 
+# Out of a registry
+
+
+@dataclasses.dataclass
+class Tag:
+    """What a registry says of a tag."""
+
+    digest: str
+    offers: list[Offer]
+
+
+@pytest.fixture
+def tag(ten: Yard, monkeypatch: pytest.MonkeyPatch) -> Tag:
+    offer = Offer("net", "1", "rtx-4090", "x86_64", "89", "rtx", "1.7", "", "fp16", "accepted", "engine")
+    found = Tag("sha256:" + "1" * 64, [offer])
+
+    def offered_in(client: Client, where: str) -> tuple[None, str, list[tuple[Offer, str]]]:
+        del where
+        digest = client.reference.digest or found.digest
+        return None, digest, [(offer, digest) for offer in found.offers]
+
+    monkeypatch.setattr("resvit_engines.registry.choice.offered_in", offered_in)
+    return found
+
+
+def pulled(place: Yard) -> Fleet:
+    said = {"name": "cameras", "release": {"registry": "oci://registry.example/net:stable"}, **place.said}
+    return fleet_from_document(said, place.folder / "fleet.toml")
+
+
+def test_a_tag_that_moves_meanwhile_changes_nothing(ten: Yard, tag: Tag) -> None:
+    ten.devices["ssh://cam-04"].away = True
+    outcome, seen = commands.apply(pulled(ten), ten.transport)
+    assert outcome.code is ExitCode.PARTIAL
+    tag.digest = "sha256:" + "2" * 64
+    ten.devices["ssh://cam-04"].away = False
+    outcome, seen = commands.apply(pulled(ten), ten.transport)
+    assert outcome.code is ExitCode.OK
+    assert {device.digest for device in seen.devices} == {"1" * 64}
+    # It went out: what the tag leads to now is the next release.
+    outcome, seen = commands.apply(pulled(ten), ten.transport)
+    assert {device.digest for device in seen.devices} == {"2" * 64}
+    assert outcome.release.pinned == "oci://registry.example/net:stable@sha256:" + "2" * 64
+    assert commands.rollback(pulled(ten), ten.transport)[0].code is ExitCode.OK
+    assert {device.history["net"][-1].digest for device in ten.devices.values()} == {"1" * 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"holds": "model"}, ExitCode.INPUT, "holds no engine"),
+        ({"target": "l4"}, ExitCode.IMPOSSIBLE, "Nobody built"),
+        ({"release": "x"}, ExitCode.INPUT, "says release 'x'"),
+    ],
+)
+def test_what_a_registry_may_not_hold(ten: Yard, tag: Tag, changes: dict[str, str], code: ExitCode, says: str) -> None:
+    tag.offers = [dataclasses.replace(tag.offers[0], **changes)]
+    assert says in refused(commands.apply, pulled(ten), ten.transport, code=code)
+    assert ten.releases() == [None] * 10
+
+
+def test_two_bundles_for_one_type(ten: Yard, tag: Tag) -> None:
+    tag.offers.append(dataclasses.replace(tag.offers[0], name="net-8", precision="int8"))
+    said = refused(commands.apply, pulled(ten), ten.transport, code=ExitCode.INPUT)
+    assert "types.camera.precision" in said
+
+
 # Rollback
 
 
@@ -519,6 +602,22 @@ def test_asking_finds_what_changed_behind_the_fleets_back(ten: Yard) -> None:
     assert commands.status(ten.fleet(2), ten.transport).devices[2].problem == ""
     assert ten.apply(2).code is ExitCode.OK
     assert ten.releases() == [2] * 10
+
+
+def test_looking_meanwhile_shows_who_is_worked_on(ten: Yard) -> None:
+    seen: list[Status] = []
+    ten.devices["ssh://cam-00"].at = lambda step: seen.append(ten.states()["ssh://cam-00"].status)
+    ten.apply(1)
+    assert set(seen) == {Status.AT_WORK}
+
+
+@pytest.mark.whole
+def test_the_simulation_of_the_benchmark() -> None:
+    from fleet import simulated
+
+    row = simulated(120)
+    assert set(row) == {"devices", "seconds", "peak_mib", "state_bytes", "page_bytes"}
+    assert row["state_bytes"] < 120 * 1000 + 50_000
 
 
 # The page and the command line

@@ -299,7 +299,7 @@ def test_fifty_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         for device in fifty.all[:3]:
             (device.home / "bad.flag").touch()
         code, said = told(capsys, "apply", file_of(tmp_path, fifty.addresses, 2, more))
-        assert (code, said["release"]["wave"]) == (ExitCode.STOPPED, 2)
+        assert (code, said["release"]["wave"]) == (ExitCode.STOPPED, 1)
         assert [runs(device) for device in fifty.all] == [1] * 50
-        assert sum(device["status"] == "waiting" for device in said["devices"]) >= 45
+        assert sum(device["status"] == "waiting" for device in said["devices"]) == 47
         assert (tmp_path / "fleet.fleet" / "fleet.html").stat().st_size > 10_000

@@ -87,6 +87,8 @@ def claim(root: Path, fleet: str, holder: str, device: str, *, take_over: bool =
 
 def release(root: Path) -> Claim | None:
     """Take the claim away, whoever has it; returns what it was, None where there was none that reads."""
+    if not os.path.lexists(root / _FILE):
+        return None
     with _held(root):
         try:
             there = claimed(root)

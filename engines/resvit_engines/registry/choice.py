@@ -77,8 +77,9 @@ def choose(client: Client, trust: TrustStore, machine: Machine, wishes: Wishes) 
     """The one bundle under the client's reference that is for this machine.
 
     Those whose annotations say that they may fit are looked at: manifest and signature are fetched, the signature is
-    checked, and the signed manifest decides. Of several that fit, those that were accepted go before others, an engine
-    before what is built here, and the machine's own target before another of the same GPU.
+    checked, and the signed manifest decides. Of several that fit, those for a GPU go before those for processors, those
+    that were accepted before others, an engine before what is built here, and the machine's own target before another
+    of the same GPU.
 
     Raises:
         ResvitError: UNTRUSTED for a signature that does not hold, IMPOSSIBLE where nothing fits, with all that is
@@ -166,8 +167,9 @@ def _best(fits: Sequence[Chosen], machine: Machine, where: str) -> Chosen:
     with contextlib.suppress(ResvitError):
         own = target_here(machine=machine).name
 
-    def rank(one: Chosen) -> tuple[bool, bool, bool]:
-        return (one.offer.verdict == "accepted", one.offer.holds == "engine", one.offer.target == own)
+    def rank(one: Chosen) -> tuple[bool, bool, bool, bool]:
+        offer = one.offer
+        return (offer.sm_title != "", offer.verdict == "accepted", offer.holds == "engine", offer.target == own)
 
     best = max(map(rank, fits))
     first = [one for one in fits if rank(one) == best]

@@ -9,16 +9,22 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from resvit_engines.builder.settings import TITLES
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json
 from resvit_engines.machine import Machine
 from resvit_engines.records import Record
 from resvit_engines.registry.documents import TITLE, VERSION
-from resvit_engines.targets.table import ANY_ARCH, Builder, Precision
+from resvit_engines.targets.table import ANY_ARCH, Precision
 
 _PREFIX = "ai.resvit."
-_PRECISIONS = {Precision.FP16: "float16", Precision.INT8: "float16,int8", Precision.FP8: "float16,float8_e4m3"}
+_PRECISIONS = {
+    Precision.FP32: "float32",
+    Precision.FP16: "float16",
+    Precision.INT8: "float16,int8",
+    Precision.FP8: "float16,float8_e4m3",
+}
 _OUTPUTS = {"segmentation": "image", "depth": "image", "embedding": "embedding", "text": "text"}
 
 
@@ -66,17 +72,23 @@ class Offer:
     @property
     def describe(self) -> str:
         """One line for people."""
-        sm = f"{self.sm[:-1]}.{self.sm[-1:]}"
+        sm = f"SM {self.sm_title}" if self.sm_title else "any processor"
         software = f"{self.builder_title} {self.tensorrt}" + (f", JetPack {self.jetpack}" if self.jetpack else "")
         return (
-            f"{self.name} (release {self.release}, {self.target}, SM {sm}, {software}, {self.precision}, "
+            f"{self.name} (release {self.release}, {self.target}, {sm}, {software}, {self.precision}, "
             f"{self.verdict or 'no verdict'}, {self.holds})"
         )
 
     @property
+    def sm_title(self) -> str:
+        """The compute capability for people, such as 8.7; empty of what processors run."""
+        return "" if self.arch == ANY_ARCH else f"{self.sm[:-1]}.{self.sm[-1:]}"
+
+    @property
     def builder_title(self) -> str:
         """What builds, for people."""
-        return "TensorRT for RTX" if self.builder == Builder.RTX.value else "TensorRT"
+        titles = {builder.value: title for builder, title in TITLES.items()}
+        return titles.get(self.builder, self.builder)
 
     def may_fit(self, machine: Machine) -> bool:
         """Whether the bundle is worth a look on this machine: its processor and its GPU."""
@@ -139,20 +151,25 @@ def model_config(manifest: Manifest, diff_ids: list[str]) -> bytes:
     ``diff_ids`` are the digests of the layers, which are not compressed.
     """
     offer = offer_of(manifest)
-    known = {item.value: item for item in Precision}
     task = manifest.verdict.task if manifest.verdict else ""
     return canonical_json(
         {
             "descriptor": {"name": offer.name, "version": offer.release, "title": f"{offer.name} for {offer.target}"},
             "config": {
-                "format": "tensorrt" if manifest.engine else "onnx",
-                "precision": _PRECISIONS[known[offer.precision]] if offer.precision in known else offer.precision,
+                "format": "tensorrt" if manifest.engine and offer.arch != ANY_ARCH else "onnx",
+                "precision": _precision_of(offer),
                 **({"quantization": manifest.quantizer} if manifest.quantizer else {}),
                 "capabilities": {"inputTypes": ["image"], "outputTypes": [_OUTPUTS.get(task, "other")]},
             },
             "modelfs": {"type": "layers", "diffIds": diff_ids},
         }
     )
+
+
+def _precision_of(offer: Offer) -> str:
+    """ModelPack's word for the numbers of a bundle: those that are quantised, and those of everything else."""
+    found = {item.value: words for item, words in _PRECISIONS.items()}.get(offer.precision, offer.precision)
+    return found.replace("float16", "float32") if offer.arch == ANY_ARCH else found
 
 
 def _key(name: str) -> str:

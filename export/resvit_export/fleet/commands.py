@@ -12,7 +12,7 @@ from resvit_export.fleet.page import write_page
 from resvit_export.fleet.plan import Fleet
 from resvit_export.fleet.release import release_of
 from resvit_export.fleet.rollout import Outcome, Rollout
-from resvit_export.fleet.state import DeviceState, FleetState, ReleaseState, Status, opened_state
+from resvit_export.fleet.state import DeviceState, FleetState, Phase, ReleaseState, Status, opened_state
 from resvit_export.fleet.transport import Transport
 
 PAGE = "fleet.html"
@@ -93,14 +93,12 @@ def _asked(name: str, state: FleetState, transport: Transport) -> DeviceState:
 
 
 def _pinned(fleet: Fleet, state: FleetState) -> str | None:
-    """What the tag led to when this release began, as long as it has not gone out: a tag that moves changes nothing."""
-    from resvit_export.fleet.state import Phase
-
+    """What the tag led to when this release began, as long as it is under way: a tag that moves changes nothing."""
     release = state.release
     if release is None or release.pinned is None or fleet.release.registry is None:
         return None
     same = release.pinned.startswith(fleet.release.registry.partition("@")[0] + "@")
-    return release.pinned if same and release.phase is Phase.GOING_OUT else None
+    return release.pinned if same and release.phase in (Phase.GOING_OUT, Phase.GOING_BACK) else None
 
 
 def _page(fleet: Fleet, state: FleetState) -> Path:

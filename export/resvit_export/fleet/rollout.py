@@ -23,8 +23,10 @@ from resvit_export.fleet.visit import Visitor
 
 _NAMED = 5
 _REPLACED_MOST = 20
-"""Unreachable devices of a type that one wave replaces, and as many as it wants besides."""
+"""Devices of a type that one wave replaces, and as many as it wants besides."""
 _SETTLED = frozenset({Status.RUNS, Status.FAILED, Status.BACK, Status.BLOCKED})
+_COUNTED = frozenset({Status.RUNS, Status.BLOCKED})
+"""What fills a place in a wave: a blocked device does, so that what is in its way is looked at first."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Outcome:
 
 @dataclass
 class _Queue:
-    """One type in one wave: how many devices it wants, how many are settled, and which may be asked."""
+    """One type in one wave: how many devices it wants, how many places are filled, and which may be asked."""
 
     goal: int
     settled: int
@@ -164,7 +166,7 @@ class Rollout:
         self.state.begin(ReleaseState(release.id, release.label, Phase.GOING_OUT, 0, now(), pinned=release.pinned))
 
     def _wave(self, number: int, visitor: Visitor) -> None:
-        """Work until each type has as many settled devices as the wave wants; unreachable ones are replaced."""
+        """Work until each type has as many devices as the wave wants; unreachable and failed ones are replaced."""
         self._now(wave=number)
         queues = {kind.name: self._queue(kind, number) for kind in self.fleet.types}
         came: list[str] = []
@@ -173,7 +175,7 @@ class Rollout:
         while batch := [name for queue in queues.values() for name in queue.next()]:
             work = self.each(batch, lambda name: visitor.bring(name, number))
             for device in self.reporter.track(work, what, len(batch)):
-                queues[device.type].settled += device.status in _SETTLED
+                queues[device.type].settled += device.status in _COUNTED
                 came += [device.name] if device.status is Status.RUNS else []
                 self._judge(device)
             if self._stop.is_set():
@@ -191,7 +193,8 @@ class Rollout:
         if number > 1 and not any(device.status is Status.RUNS for device in devices):
             return _Queue(0, 0, deque())
         ahead = deque(device.name for device in devices if self._to_ask(device))
-        return _Queue(goal, len(devices) - len(ahead), ahead)
+        counted = sum(device.status in _COUNTED and not self._to_ask(device) for device in devices)
+        return _Queue(goal, counted, ahead)
 
     def _to_ask(self, device: DeviceState) -> bool:
         """Whether a device is asked in this wave; one that could not take the release, once by each command."""

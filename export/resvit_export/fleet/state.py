@@ -290,13 +290,12 @@ class FleetState:
                 else:
                     self._connection.executemany(statement, rows)
 
-    def _load(self) -> None:
+    def _load(self, alone: bool) -> None:
         with _explained(self.folder):
             rows = self._connection.execute("SELECT record FROM devices ORDER BY place").fetchall()
         for (text,) in rows:
             device = DeviceState.from_json(record_from_bytes(str(text).encode(), self._where))
-            # Whoever worked on it was killed.
-            if device.status is Status.AT_WORK:
+            if alone and device.status is Status.AT_WORK:  # whoever worked on it was killed
                 device = dataclasses.replace(device, status=Status.WAITING)
             self._devices[device.name] = device
 
@@ -336,7 +335,7 @@ def opened_state(folder: Path, *, alone: bool) -> Iterator[FleetState]:
                 "Use the version that wrote it, or name another folder as the fleet's state.",
             )
         state = FleetState(folder, connection)
-        state._load()
+        state._load(alone)
         yield state
 
 
