@@ -264,6 +264,28 @@ def test_a_device_that_fails_while_the_wave_is_watched_goes_back(ten: Yard) -> N
     assert ten.releases() == [1] * 10
 
 
+def test_whoever_is_killed_while_a_wave_is_watched_watches_it_again(ten: Yard) -> None:
+    ten.said.update(rollout={"soak_seconds": 5, "waves": [1, "100%"]}, health={"command": "true"})
+    fleet, waited = ten.fleet(1), []
+
+    def applied(pause: Callable[[float], object]) -> Outcome:
+        with opened_state(fleet.state, alone=True) as state:
+            release = commands.release_of(fleet, fleet.state, commands.SILENT)
+            return commands.Rollout(fleet, state, ten.transport, pause=pause).apply(release)
+
+    def die(seconds: float) -> None:
+        raise KilledError(seconds)
+
+    with pytest.raises(KilledError):
+        applied(die)
+    assert ten.releases() == [1] + [None] * 9
+    assert applied(waited.append).code is ExitCode.OK
+    assert waited == [5.0, 5.0]
+    assert applied(waited.append).code is ExitCode.OK
+    assert waited == [5.0, 5.0], "what was watched is not watched again"
+    assert ten.devices["ssh://cam-00"].steps.count("health") == 2
+
+
 def test_the_command_after_the_switch_runs_once_and_after_going_back(ten: Yard) -> None:
     ten.said.update(rollout={"after": "systemctl restart camera"}, health={"command": "true"})
     ten.apply(1)

@@ -180,11 +180,23 @@ class Rollout:
                 self._judge(device)
             if self._stop.is_set():
                 return
-        if came and self.fleet.rollout.soak_seconds:
-            self.reporter.say(f"Waiting {self.fleet.rollout.soak_seconds:g} s before the wave is asked once more")
+        if self.fleet.rollout.soak_seconds:
+            self._soak(number, came, visitor)
+
+    def _soak(self, number: int, came: Sequence[str], visitor: Visitor) -> None:
+        """Leave the devices that came in this wave alone for a while, and check them once more."""
+        release = self.state.release
+        assert release is not None
+        if release.soaked < number:  # whoever was killed meanwhile knows only the wave
+            here = (number, Status.RUNS)
+            came = [device.name for device in self.state.devices if (device.wave, device.status) == here]
+        if came:
+            self.reporter.say(f"Waiting {self.fleet.rollout.soak_seconds:g} s before the wave is checked once more")
             self.pause(self.fleet.rollout.soak_seconds)
             for device in self.each(came, visitor.check):
                 self._judge(device)
+        if not self._stop.is_set():
+            self._now(soaked=max(number, release.soaked))
 
     def _queue(self, kind: DeviceType, number: int) -> _Queue:
         """What a wave asks of a type: nothing where no device of it ran the release after the wave before."""

@@ -107,7 +107,8 @@ class DeviceState:
 class ReleaseState:
     """The release that goes out: its digest ``id``, a ``label`` for people, and how far it is.
 
-    ``pinned`` is the registry's reference held to its content, where it comes from one.
+    ``pinned`` is the registry's reference held to its content, where it comes from one; ``soaked`` counts the waves
+    that were checked once more.
     """
 
     id: str
@@ -117,6 +118,7 @@ class ReleaseState:
     started: str
     reason: str = ""
     pinned: str | None = None
+    soaked: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -133,6 +135,7 @@ class ReleaseState:
             record.text("started"),
             record.text("reason"),
             record.optional("pinned", record.line),
+            record.whole("soaked", 0, 1000),
         )
 
 
