@@ -15,6 +15,7 @@ from resvit_engines.files import canonical_json, explain_os_errors, make_folder,
 from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import TrustStore, read_public_key
 from resvit_engines.machine import Machine
+from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.remote.job import ENGINE, ENGINE_REPORT, LOG, TIMING
 from resvit_export.fleet.release import Package
 from resvit_export.fleet.state import Built, FleetState
@@ -38,8 +39,8 @@ class Engine:
 class Builds:
     """The engines of one release. Its one method may be called by several threads."""
 
-    def __init__(self, state: FleetState, key: SigningKey) -> None:
-        self._state, self._key = state, key
+    def __init__(self, state: FleetState, key: SigningKey, reporter: Reporter = SILENT) -> None:
+        self._state, self._key, self._reporter = state, key, reporter
         self._folder = state.folder / ENGINES
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -71,6 +72,7 @@ class Builds:
     def _build(self, key: str, package: Package, machine: Machine, device: str, session: Session) -> Engine:
         assert package.path is not None
         require_disk(device, machine, package.bytes * _TIMES_THE_BUNDLE, "Building")
+        self._reporter.say(f"{device} builds the engine of {package.name} for all devices like it")
         with explain_os_errors(self._folder):
             make_folder(self._folder)
             with tempfile.TemporaryDirectory(prefix=".build.", suffix=".tmp", dir=self._folder) as scratch:

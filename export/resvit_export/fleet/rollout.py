@@ -98,7 +98,7 @@ class Rollout:
         self._begin(release, again)
         visitor = Visitor(
             self.fleet, release, self.state, self.transport,
-            Builds(self.state, release.key) if release.key else None, take_over,
+            Builds(self.state, release.key, self.reporter) if release.key else None, take_over,
         )  # fmt: skip
         self._failed = {
             device.name: device.problem
