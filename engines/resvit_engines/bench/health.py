@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.bench.bench import BenchSettings, measure
-from resvit_engines.bench.commands import golden_feeds
 from resvit_engines.install.install import installed_version
 from resvit_engines.keys.public import TrustStore
 from resvit_engines.records import Record
@@ -17,7 +16,7 @@ from resvit_engines.run.runner import open_runner
 
 @dataclass(frozen=True)
 class Health:
-    """Of an installed version: its digest, the golden check, and the median latency in ms of the smallest batch.
+    """Of an installed version: its digest, the golden check, and the median latency in ms of the usual batch.
 
     ``golden`` and ``latency_ms`` are None where they were not asked for.
     """
@@ -65,6 +64,8 @@ def health_of(
     latency = None
     if seconds > 0:
         with open_runner(found.folder, found.manifest, runtime) as runner:
-            settings = BenchSettings(runner.batch[0], seconds, warmup=min(1.0, seconds))
-            latency = measure(runner, settings, golden_feeds(found.folder, found.manifest, runner)).latency_ms["p50"]
+            # As the device that built the engine was timed, so that both can be compared.
+            build = found.manifest.build
+            batch = min(max(build.batch[1], runner.batch[0]), runner.batch[1]) if build else runner.batch[0]
+            latency = measure(runner, BenchSettings(batch, seconds, min(1.0, seconds))).latency_ms["p50"]
     return Health(name, found.digest, found.manifest.release, report, latency)
