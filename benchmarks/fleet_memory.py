@@ -29,7 +29,8 @@ MACHINE = Machine(
 
 @dataclass
 class MemoryDevice:
-    """One device. ``away`` is unreachable; ``bad`` are digests whose golden outputs are wrong there.
+    """One device. ``away`` is unreachable; ``bad`` are digests whose golden outputs are wrong there; ``why`` is why the
+    engine itself does not run.
 
     ``at`` is called with the name of each step before it is done, and may raise.
     """
@@ -39,6 +40,7 @@ class MemoryDevice:
     away: bool = False
     bad: frozenset[str] = frozenset()
     latency_ms: float = 4.0
+    why: str = ""
     command_code: int = 0
     holder: str | None = None
     history: dict[str, list[Running]] = field(default_factory=dict)
@@ -134,7 +136,7 @@ class MemorySession:
         """The golden outputs and the latency."""
         self._step("health")
         runs = self.device.history[name][-1]
-        report = GoldenReport(4, 0.0, None, 1.0, 20.0, "in memory") if golden else None
+        report = GoldenReport(4, 0.0, None, 1.0, 20.0, "in memory", self.device.why) if golden else None
         return Health(name, runs.digest, runs.release, report, self.device.latency_ms if seconds else None)
 
     def command(self, text: str, seconds: float) -> tuple[int, str]:

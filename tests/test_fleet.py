@@ -236,6 +236,15 @@ def test_a_device_that_is_too_slow_goes_back(ten: Yard, health: dict[str, object
     assert ten.releases() == [1] * 10
 
 
+def test_a_device_that_answers_without_its_engine_goes_back(ten: Yard) -> None:
+    ten.apply(1)
+    ten.devices["ssh://cam-00"].why = "cuda-bindings is not installed"
+    outcome = ten.apply(2)
+    assert outcome.release.phase is Phase.STOPPED
+    assert "not answered by the engine: cuda-bindings" in outcome.release.reason
+    assert ten.releases() == [1] * 10
+
+
 def test_a_first_release_that_fails_has_nothing_to_go_back_to(ten: Yard) -> None:
     ten.said["health"] = {"command": "true"}
     ten.devices["ssh://cam-00"].command_code = 1

@@ -163,6 +163,12 @@ class Visitor:
                     "Something else installs there: find out what.",
                     ExitCode.MISMATCH,
                 )
+            if found.golden is not None and found.golden.why:
+                raise UnwellError(
+                    f"On {name} the golden images were not answered by the engine: {found.golden.why}.",
+                    "Install there what it names, and apply again with --again.",
+                    ExitCode.MISMATCH,
+                )
             latency = found.latency_ms
             if latency is not None:
                 self._require_fast(name, found.digest, latency, checks)
