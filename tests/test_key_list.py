@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_roots_change_by_the_old_ones_and_the_new(folder: Path, tmp_path: Path) 
     twice = SignedList(doubled.keys, doubled.payload, doubled.signatures * 2)
     (tmp_path / "twice.json").write_bytes(twice.to_bytes())
     assert "form" in refused(take_list, folder, tmp_path / "twice.json", now=NOW, code=ExitCode.UNTRUSTED)
+
+
+def test_a_root_that_has_expired_or_was_revoked_signs_no_list(tmp_path: Path) -> None:
+    ending = SigningKey(dataclasses.replace(ROOT.public, expires=TODAY), ROOT.sign)
+    place = tmp_path / "new"
+    take_list(place, written(tmp_path, keys(roots=(ending,)), ending), [ending.public], NOW)
+    second = written(tmp_path, keys(2, roots=(ending,)), ending)
+    said = refused(take_list, place, second, now=NOW + timedelta(days=1), code=ExitCode.UNTRUSTED)
+    assert "signed by 0" in said
+    assert "expired on 2026-11-30" in said
+    take_list(place, second, now=NOW)
+    gone = dataclasses.replace(ROOT.public, revoked=True)
+    first = written(tmp_path, keys())
+    assert "was revoked" in refused(take_list, tmp_path / "other", first, [gone], NOW, code=ExitCode.UNTRUSTED)
 
 
 def test_the_first_list_needs_a_root_that_somebody_brought(tmp_path: Path) -> None:

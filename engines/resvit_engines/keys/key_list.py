@@ -76,11 +76,17 @@ class SignedList:
                 found.append(root)
         return found
 
-    def require_signed(self, roots: Sequence[PublicKey], threshold: int, where: str) -> None:
-        """Refuse with UNTRUSTED a list that fewer than ``threshold`` of ``roots`` signed."""
-        found = self.signed_by(roots)
+    def require_signed(
+        self, roots: Sequence[PublicKey], threshold: int, where: str, now: datetime | None = None
+    ) -> None:
+        """Refuse with UNTRUSTED a list that fewer than ``threshold`` of ``roots`` signed, of those good ``now``."""
+        today = now.astimezone(timezone.utc).date() if now else date.min
+        ended = {root.keyid for root in roots if root.expires is not None and root.expires < today}
+        found = self.signed_by([root for root in roots if root.keyid not in ended])
         if len(found) < threshold:
-            names = ", ".join(root.name for root in roots)
+            names = ", ".join(
+                f"{root.name} (expired on {root.expires})" if root.keyid in ended else root.name for root in roots
+            )
             raise untrusted(
                 f"{where} is signed by {len(found)} of the root keys {names}, and {threshold} are needed.",
                 "Have it signed by those who hold them: resvit-export keylist LIST --cosign --root ROOT.key",

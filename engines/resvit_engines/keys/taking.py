@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
@@ -44,9 +44,12 @@ def take_list(folder: Path, path: Path, roots: Sequence[PublicKey] = (), now: da
             "Get the newest list: an old one may trust keys that were withdrawn since.",
         )
     before, threshold = (old.roots, old.threshold) if old is not None else (tuple(roots), len({r.keyid for r in roots}))
-    new.require_signed(before, threshold, str(path))
-    new.require_signed(new.keys.roots, new.keys.threshold, str(path))
+    for root in before:
+        if root.revoked:
+            raise untrusted(f"The root key {root.name} was revoked.", "Bring the public key of a root that is in use.")
     require_fresh(new.keys, str(path), now)
+    new.require_signed(before, threshold, str(path), now or datetime.now(timezone.utc))
+    new.require_signed(new.keys.roots, new.keys.threshold, str(path), now or datetime.now(timezone.utc))
     with explain_os_errors(there):
         make_folder(folder, OPEN_FOLDER)
         require_guarded(folder)
