@@ -6,6 +6,8 @@ A parser is a function of a file (or of a folder, with one file in it changed) t
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import gzip
 import io
 import json
@@ -238,6 +240,8 @@ def _records() -> dict[str, Parser]:
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.audit.inspector import layers_from_file
     from resvit_engines.targets.layer_times import measured_times_from_json
+    from resvit_export.fleet.plan import fleet_from_toml
+    from resvit_export.fleet.state import DATABASE, Built, Phase, ReleaseState, opened_state
     from resvit_export.loading.network_record import NetworkRecord
     from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
     from resvit_export.recipe.recipe import Recipe
@@ -249,6 +253,38 @@ def _records() -> dict[str, Parser]:
         Recipe(model="resvit:embed-nano", targets=("l4",), data="fashion-mnist", task_options={"classes": 10})
     ).encode()
     recipe = tomllib.loads(text.decode())
+
+    fleet = {
+        "name": "cameras",
+        "release": {"bundles": ["net.resvit"], "key": "agent", "keys": "keys.json"},
+        "rollout": {
+            "waves": [1, "10%", "100%"],
+            "parallel": 4,
+            "max_failures": "5%",
+            "soak_seconds": 1.5,
+            "after": "a",
+        },
+        "health": {"golden": True, "latency": 1.5, "command": "true"},
+        "types": {"camera": {"target": "l4", "precision": "int8", "devices": ["ssh://u@a-[01..03]:22", "ssh://[::1]"]}},
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        with opened_state(folder, alone=True) as begun:
+            begun.set_devices([("ssh://a", "camera"), ("ssh://b", "camera")])
+            begun.begin(ReleaseState("a" * 64, "net release 1", Phase.GOING_OUT, 0, "2026-11-30T00:00:00+00:00"))
+            begun.keep_built("b" * 64, Built("b.resvit", "c" * 64, "d" * 64, "ssh://a", 1.5))
+        state = (folder / DATABASE).read_bytes()
+
+    def change_fleet(content: bytes, dice: random.Random) -> bytes:
+        if dice.random() < 0.3:
+            return mutants.of_bytes(content, dice)
+        with contextlib.suppress(TypeError, ValueError):
+            return tomli_w.dumps(mutants.of_document(fleet, dice, _TOML)).encode(errors="replace")
+        return content
+
+    def read_state(folder: Path) -> None:
+        with opened_state(folder, alone=True) as found:
+            _ = found.holder, found.release, found.devices, found.built("b" * 64), found.latency_of("d" * 64)
 
     def change_recipe(content: bytes, dice: random.Random) -> bytes:
         if dice.random() < 0.5:
@@ -293,6 +329,8 @@ def _records() -> dict[str, Parser]:
         "record of images": _one(read_documents, "a.json", json.dumps(images.to_json()).encode(), mutants.of_json),
         "measured times": _one(measured_times_from_json, "t.json", json.dumps(times).encode(), mutants.of_json),
         "layers of an engine": _one(layers_from_file, "l.json", json.dumps(layers).encode(), mutants.of_json),
+        "fleet": _one(fleet_from_toml, "fleet.toml", tomli_w.dumps(fleet).encode(), change_fleet),
+        "state of a fleet": Parser(read_state, {DATABASE: state}, {DATABASE: mutants.of_bytes}, whole=True),
     }
 
 
@@ -316,15 +354,35 @@ def _trust() -> dict[str, Parser]:
 
     from resvit_engines.bundle.bundle import extract_bundle, write_bundle
     from resvit_engines.bundle.bundle import read_manifest as manifest_of
-    from resvit_engines.keys.private import load_signing_key
+    from resvit_engines.files import pretty_json
+    from resvit_engines.keys.key_list import KeyList, SignedList, list_from_bytes, sign_list
+    from resvit_engines.keys.private import SigningKey, load_signing_key
     from resvit_engines.keys.public import load_trust
+    from resvit_engines.keys.public_key import PublicKey, public_key_from_bytes
     from resvit_export.tools.inspect import describe_file
 
+    days = datetime.date(2026, 11, 30), datetime.date(2027, 11, 30)
+    raw = public_key_from_bytes(KEY_FILE, Path("a.pub")).raw
+    root, release = SigningKey(PublicKey(SIGNING.public.raw, "root"), SIGNING.sign), PublicKey(raw, "release")
+    trusted = (release,) if raw != root.public.raw else ()
+    signed_list = sign_list(KeyList(3, *days, (root.public,), 1, trusted, frozenset({"a" * 64})), root)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "b.resvit"
         files = {"model.onnx": b"onnx" * 8, "golden_input.npy": b"g" * 9, "golden_output.npy": b"h" * 9}
         write_bundle(path, A_MANIFEST, files, SIGNING)
         bundle = path.read_bytes()
+
+    def read_signed_list(data: bytes) -> None:
+        list_from_bytes(data, "keys.json").require_signed([root.public], 1, "keys.json")
+
+    def change_list(data: bytes, dice: random.Random) -> bytes:
+        """Its bytes, or what is signed, in its form and with a signature that holds."""
+        if dice.random() < 0.3:
+            return mutants.of_bytes(data, dice)
+        payload = mutants.of_json(signed_list.payload, dice)
+        with contextlib.suppress(ValueError, UnicodeError):
+            payload = pretty_json(json.loads(payload))
+        return SignedList(signed_list.keys, payload, ()).cosigned(root).to_bytes()
 
     def read_private(path: Path) -> None:
         path.chmod(0o600)
@@ -349,6 +407,7 @@ def _trust() -> dict[str, Parser]:
     return {
         "key file": _one(of(read_key), "a.pub", KEY_FILE, mutants.of_bytes),
         "list of revoked keys": _one(of(read_list), "revoked", LIST, mutants.of_bytes),
+        "signed list of keys": _one(of(read_signed_list), "keys.json", signed_list.to_bytes(), change_list),
         "folder of keys": Parser(
             read_trust,
             {"keys/a.pub": KEY_FILE, "keys/revoked": LIST},

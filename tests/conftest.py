@@ -38,6 +38,7 @@ LONGEST = (
     "test_pipeline",
     "test_export",
     "test_remote_job",
+    "test_fleet_ssh",
     "test_fusion_models",
     "test_readme",
     "test_hugging_face",

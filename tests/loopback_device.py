@@ -49,6 +49,7 @@ class LoopbackDevice:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self._server: subprocess.Popen[bytes] | None = None
+        # By SHLVL bash takes itself for an inner shell, and leaves out the ~/.bashrc of whoever runs the tests.
         (root / "sshd_config").write_text(
             f"""Port {self.port}
 ListenAddress 127.0.0.1
@@ -61,6 +62,7 @@ PasswordAuthentication yes
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 ForceCommand {root}/enter
+SetEnv SHLVL=2
 """
         )
         host = (root / "host_key.pub").read_text().split(None, 2)
@@ -95,6 +97,12 @@ ForceCommand {root}/enter
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
                 return
             time.sleep(0.02)
+
+    @property
+    def server_pid(self) -> int:
+        """The process that listens."""
+        assert self._server is not None
+        return self._server.pid
 
     def drop_connections(self) -> int:
         """Kill the server's processes of every open connection, as a cut cable would end them; returns how many."""

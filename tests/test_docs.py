@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 WINGS = {wing: ROOT / wing / f"resvit_{wing}" for wing in ("export", "quantize", "calibrate", "engines")}
@@ -53,3 +59,20 @@ def test_modules_that_documents_name_exist(page: Path) -> None:
         # The last part may be what a module holds.
         ways = (place.joinpath(*parts), place.joinpath(*parts[:-1]))
         assert any(way.with_suffix(".py").exists() or (way / "__init__.py").exists() for way in ways), name
+
+
+def test_the_tests_that_the_page_on_threats_names_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
+def test_the_fleet_of_the_page_on_fleets_reads() -> None:
+    from resvit_export.fleet.plan import fleet_from_document
+
+    text = (ROOT / "docs" / "fleets.md").read_text()
+    block = text.partition("```toml\n")[2].partition("```")[0]
+    for commented in (block, re.sub(r"^# (\w+ = )", r"\1", block, flags=re.MULTILINE)):
+        fleet = fleet_from_document(tomllib.loads(commented), ROOT / "fleet.toml")
+        assert (fleet.name, fleet.devices) == ("cameras", 122)

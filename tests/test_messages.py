@@ -78,9 +78,9 @@ def commands(program: str) -> dict[str, frozenset[str]]:
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         assert command is not None
-        found[name] = frozenset(option for item in command.params for option in (*item.opts, *item.secondary_opts)) | {
-            "--help"
-        }
+        inner = list(command.commands.values()) if isinstance(command, click.Group) else []
+        params = [item for one in (command, *inner) for item in one.params]
+        found[name] = frozenset(option for item in params for option in (*item.opts, *item.secondary_opts)) | {"--help"}
     return found
 
 
@@ -180,7 +180,10 @@ def written_names() -> str:
     return "\n".join([*names, *(path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts)])
 
 
-_EXAMPLE = re.compile(r"(?:FILE|KEY|NAME|table|logits|images|release|net|net-[\w-]+|model-[\w-]+)\.\w+|CMakeLists\.txt")
+_EXAMPLE = re.compile(
+    r"(?:FILE|KEY|NAME|ROOT|table|logits|images|release|root|net|net-[\w-]+|model-[\w-]+|keys-\d|fleet)\.\w+"
+    r"|CMakeLists\.txt"
+)
 
 
 @pytest.mark.whole

@@ -46,7 +46,8 @@ PARSERS = functools.cache(parsers.parsers)
 NAMES = (
     *("checkpoint", "checkpoint before PyTorch 1.6", "checkpoint of safetensors", "checkpoint of NumPy", "ONNX"),
     *("ONNX with weights beside it", "recipe", "record of a stage", "record of a network", "record of images"),
-    *("measured times", "layers of an engine", "key file", "list of revoked keys", "folder of keys", "private key"),
+    *("measured times", "layers of an engine", "fleet", "state of a fleet", "key file", "list of revoked keys"),
+    *("signed list of keys", "folder of keys", "private key"),
     *("signature", "manifest", "bundle", "what a device is", "error of a device", "result of a device"),
     *("progress of a device", "files of a device", "ranges", "statistics", "array", "COCO", "list of classes"),
     *("classes in JSON", "NPZ with labels", "NPZ with masks", "NPZ with boxes", "Fashion-MNIST"),

@@ -277,6 +277,19 @@ def test_what_fits_the_device_is_taken(registry: Registry, tmp_path: Path) -> No
     assert not (tmp_path / "z").exists()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_bundle_for_processors_goes_where_no_gpu_is(registry: Registry, tmp_path: Path, precision: str) -> None:
+    made = bundle(tmp_path, "cpu", precision=precision), bundle(tmp_path, "rtx-4090")
+    pushed(registry, *made)
+    plain = dataclasses.replace(FACTS, sm=None, gpu=None, rtx=None, onnxruntime="1.30.0", arch="aarch64")
+    got = pulled(registry, tmp_path / "x", machine=plain)
+    assert got.chosen.offer.target == "cpu"
+    assert "any processor" in got.chosen.offer.describe
+    # Where a GPU is, what is for it goes first.
+    both = dataclasses.replace(FACTS, onnxruntime="1.30.0")
+    assert pulled(registry, tmp_path / "y", machine=both).chosen.offer.target == "rtx-4090"
+
+
 def test_what_was_accepted_goes_before_what_was_not(registry: Registry, tmp_path: Path) -> None:
     rejected = dataclasses.replace(ACCEPTED, verdict="rejected")
     worse = bundle(tmp_path, "rtx-4090", precision="fp8", verdict=rejected)

@@ -18,7 +18,10 @@ import pytest
 from conftest import ROOT
 from resvit_engines.errors import ExitCode
 
-PAGES = ("index.md", "guide.md", "tasks.md", "models.md", "device.md", "errors.md", "troubleshooting.md")
+PAGES = (
+    *("index.md", "guide.md", "tasks.md", "models.md", "device.md", "fleets.md"),
+    *("errors.md", "troubleshooting.md"),
+)
 
 
 def commands_of(page: str) -> list[list[str]]:

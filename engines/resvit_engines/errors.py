@@ -62,6 +62,10 @@ class ExitCode(enum.IntEnum):
     """An engine computes something else than what was validated."""
     NOT_FASTER = 12
     """Accurate, but known to be no faster than FP16 on the target."""
+    STOPPED = 13
+    """A release was stopped on its way to a fleet, since devices failed."""
+    PARTIAL = 14
+    """Some devices of a fleet are not where they were to be: unreachable, or something there is in the way."""
     INTERRUPTED = 130
 
 

@@ -143,12 +143,17 @@ def install_command(
     "  resvit-engine rollback net-jetson-orin-int8 --root engines --json",
 )
 @click.argument("name")
+@click.option(
+    "--leave",
+    metavar="DIGEST",
+    help="Leave that version, by the digest of its manifest; where another runs, nothing is done.",
+)
 @trust_option
 @root_option
 @golden_runtime_option
 @output_options
 def rollback_command(
-    name: str, trust: Path | None, root: Path | None, runtime: str, quiet: bool, as_json: bool
+    name: str, leave: str | None, trust: Path | None, root: Path | None, runtime: str, quiet: bool, as_json: bool
 ) -> None:
     """Return to the version that ran before the current one, after checking it as 'install' does."""
     from resvit_engines.install.install import rollback
@@ -157,7 +162,8 @@ def rollback_command(
     from resvit_engines.progress import reporter
 
     quietly = reporter(quiet or as_json)
-    done = rollback(root or default_root(), name, load_trust(trust), check=golden_of(runtime), reporter=quietly)
+    where, trusted = root or default_root(), load_trust(trust)
+    done = rollback(where, name, trusted, check=golden_of(runtime), leave=leave, reporter=quietly)
     # What was rolled back is no version to return to any more: only its bundle brings it back.
     show_installed(done, "runs again", "to return to it, install its bundle again", Output(quiet, as_json))
 

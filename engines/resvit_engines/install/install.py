@@ -121,10 +121,13 @@ def install_bundle(
     )
 
 
-def rollback(root: Path, name: str, trust: TrustStore, *, check: Check, reporter: Reporter = SILENT) -> Installed:
+def rollback(
+    root: Path, name: str, trust: TrustStore, *, check: Check, leave: str | None = None, reporter: Reporter = SILENT
+) -> Installed:
     """Return to the version that ran before the current one, after checking it as an installation does.
 
-    The release that was rolled back still counts: an installation needs that one or a higher one.
+    The release that was rolled back still counts: an installation needs that one or a higher one. ``leave`` is the
+    digest of the one version that is left: where another runs, nothing is done, so that the same can be asked twice.
 
     Raises:
         ResvitError: INPUT where there is nothing to return to, UNTRUSTED or MISMATCH where the previous version does
@@ -135,6 +138,8 @@ def rollback(root: Path, name: str, trust: TrustStore, *, check: Check, reporter
         clean(folder)
         state = read_state(folder)
         previous = state.previous
+        if leave is not None and state.running is not None and state.running.digest != leave:
+            return Installed(name, folder / "versions" / state.running.version, state.running, None, (), None)
         if previous is None:
             raise ResvitError(
                 f"{name} has no earlier version to return to.", "resvit-engine status lists what is there."

@@ -19,7 +19,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import OPEN_FILE, explain_os_errors, make_folder, write_atomic
 from resvit_engines.keys.guarded import read_small
 from resvit_engines.keys.key_file import KEY_FILE_MOST
-from resvit_engines.keys.public import PublicKey, public_key_from_bytes
+from resvit_engines.keys.public_key import PublicKey, public_key_from_bytes
 from resvit_engines.keys.ssh_agent import AgentKey, agent_keys, sign_by_agent
 from resvit_engines.outside import expanded
 

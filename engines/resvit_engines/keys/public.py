@@ -1,93 +1,45 @@
-"""Public keys, and the folder of those that a device trusts.
+"""The folder of public keys that a device trusts.
 
 What their files look like stands in ``key_file``; who may write to them in ``guarded``. ``Revoked: yes`` in a key's
-file, or its key id in the file ``revoked`` beside it, withdraws it.
+file, or its key id in the file ``revoked`` beside it, withdraws it. Where a signed list of keys (``key_list``) lies in
+the folder, the keys in it and the machine's own are trusted, and no others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import os
 from dataclasses import dataclass
-from datetime import date, datetime, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from resvit_engines.errors import ResvitError
-from resvit_engines.keys.guarded import read_guarded, read_small, require_guarded, untrusted
-from resvit_engines.keys.key_file import KEY_FILE_MOST, LIST_MOST, NAME_MOST, key_file_from_bytes, revoked_from_bytes
+from resvit_engines.keys.guarded import read_guarded, require_guarded, untrusted
+from resvit_engines.keys.key_file import KEY_FILE_MOST, LIST_MOST, revoked_from_bytes
+from resvit_engines.keys.key_list import LIST_FILE_MOST, KeyList, list_from_bytes, require_fresh
+from resvit_engines.keys.public_key import PublicKey, public_key_from_bytes, read_public_key
 from resvit_engines.outside import expanded
+
+__all__ = ("PublicKey", "TrustStore", "load_trust", "public_key_from_bytes", "read_public_key")
 
 TRUST_VARIABLE = "RESVIT_TRUST"
 REVOKED = "revoked"
+KEY_LIST, OWN = "keys.json", "own.pub"
+"""The signed list of keys that was taken, and the machine's own key, in the folder of trusted ones."""
 _SUFFIXES = (".pub", ".pem")
 
 
 @dataclass(frozen=True)
-class PublicKey:
-    """An Ed25519 key (32 bytes) and what its file says of it; it is good until the end of the day ``expires`` (UTC)."""
-
-    raw: bytes
-    name: str
-    created: date | None = None
-    expires: date | None = None
-    revoked: bool = False
-
-    @functools.cached_property
-    def keyid(self) -> str:
-        """SHA-256 of the raw key, 64 hexadecimal digits."""
-        return hashlib.sha256(self.raw).hexdigest()
-
-    def verifies(self, signature: bytes, data: bytes) -> bool:
-        """Whether ``signature`` (64 bytes) over ``data`` is by this key."""
-        try:
-            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, data)
-        except InvalidSignature:
-            return False
-        return True
-
-    def to_text(self) -> str:
-        """The content of its file."""
-        key = Ed25519PublicKey.from_public_bytes(self.raw)
-        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-        printed = "".join(char if char.isprintable() else " " for char in self.name)
-        name = " ".join(printed.split())[:NAME_MOST].strip() or None
-        headers = [("Name", name), ("Created", self.created), ("Expires", self.expires)]
-        headers += [("Revoked", "yes")] if self.revoked else []
-        return "".join(f"{title}: {value}\n" for title, value in headers if value is not None) + pem
-
-
-def read_public_key(path: Path) -> PublicKey:
-    """Read a key file, whoever may write to it.
-
-    Raises:
-        ResvitError: UNTRUSTED where it is none in the form of ``key_file``.
-    """
-    return public_key_from_bytes(read_small(path, KEY_FILE_MOST)[0], path)
-
-
-def public_key_from_bytes(data: bytes, path: Path) -> PublicKey:
-    """Parse the content of a key file; ``path`` is for messages, and names a key that has no other name.
-
-    Raises:
-        ResvitError: UNTRUSTED where it is none in the form of ``key_file``.
-    """
-    said = key_file_from_bytes(data, path)
-    return PublicKey(said.raw, said.name or said.comment or path.stem, said.created, said.expires, said.revoked)
-
-
-@dataclass(frozen=True)
 class TrustStore:
-    """The public keys that are trusted here. ``source`` is the folder or file that they are from, for messages."""
+    """The public keys that are trusted here. ``source`` is the folder or file that they are from, for messages.
+
+    ``listed`` is the signed list that most of them are from, where there is one: it is good until its own end.
+    """
 
     keys: tuple[PublicKey, ...]
     revoked: frozenset[str] = frozenset()
     source: str = "the trust folder"
+    listed: KeyList | None = None
 
     @property
     def withdrawn(self) -> frozenset[str]:
@@ -120,6 +72,8 @@ class TrustStore:
                 f"If you know its maker, put the maker's .pub file into {self.source}.",
             )
         if not expired_ok:
+            if self.listed is not None and keyid in {key.keyid for key in self.listed.keys}:
+                require_fresh(self.listed, f"The list of keys in {self.source}", now)
             for key in found:
                 _require_unexpired(key, what, now or datetime.now(timezone.utc))
         return found[0]
@@ -128,6 +82,7 @@ class TrustStore:
 def load_trust(path: Path | None = None) -> TrustStore:
     """Read the trusted keys: ``.pub`` and ``.pem`` files of a folder, or one file; without those that are revoked.
 
+    Where a signed list lies in the folder, the trusted keys are those of the list and the machine's own.
     ``path`` falls back to ``$RESVIT_TRUST``, then ``/etc/resvit/keys`` for root and ``~/.config/resvit/keys`` for
     others; that the fallback is absent shows when a signature is checked. Revoked is a key by its own file, by the list
     ``revoked`` in the folder, or beside the file and beside what a link to it leads to, and by the keys and the list of
@@ -151,6 +106,12 @@ def load_trust(path: Path | None = None) -> TrustStore:
         if other != chosen and os.path.lexists(other):
             store = dataclasses.replace(store, revoked=store.revoked | _stored(other).withdrawn)
     return store
+
+
+def trust_folder(path: Path | None = None) -> Path:
+    """Where trusted keys are read from: ``path``, else ``$RESVIT_TRUST``, else the usual folder."""
+    value = os.environ.get(TRUST_VARIABLE)
+    return expanded(path or (Path(value) if value else default_trust_folder()))
 
 
 def default_trust_folder() -> Path:
@@ -194,7 +155,29 @@ def _stored(path: Path) -> TrustStore:
                 "Rename it, or take it away.",
             )
     keys = tuple(map(_trusted_key, (file for file in files if _is_key(file.name))))
-    return TrustStore(keys, _listed(path / REVOKED), str(path))
+    revoked = _listed(path / REVOKED)
+    taken = taken_list(path)
+    if taken is None:
+        return TrustStore(keys, revoked, str(path))
+    own = {file.name: key for file, key in zip(filter(lambda file: _is_key(file.name), files), keys, strict=True)}
+    withdrawn = revoked | taken.revoked | {key.keyid for key in keys if key.revoked}
+    trusted = (*taken.keys, *([own[OWN]] if OWN in own else []))
+    return TrustStore(trusted, withdrawn, str(path), taken)
+
+
+def taken_list(folder: Path) -> KeyList | None:
+    """The signed list of keys in a folder of trusted ones; None where there is none.
+
+    Raises:
+        ResvitError: UNTRUSTED for one that is not in its form, that its own roots did not sign, or that others on this
+            machine may write to.
+    """
+    path = folder / KEY_LIST
+    if not os.path.lexists(path):
+        return None
+    signed = list_from_bytes(read_guarded(path, LIST_FILE_MOST), str(path))
+    signed.require_signed(signed.keys.roots, signed.keys.threshold, str(path))
+    return signed.keys
 
 
 def _is_key(name: str) -> bool:

@@ -13,6 +13,7 @@ from datetime import datetime
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
+from resvit_engines.keys.dsse import pae
 from resvit_engines.keys.private import SigningKey
 from resvit_engines.keys.public import PublicKey, TrustStore
 
@@ -23,12 +24,6 @@ _SIGN = (
     "Its maker signs it: resvit-export keygen release.key, then resvit-export sign BUNDLE --key release.key "
     "(or build with --key); release.pub goes to the device."
 )
-
-
-def pae(payload_type: str, payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding: the bytes that are signed."""
-    kind = payload_type.encode()
-    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
 def envelope_from_manifest(manifest: bytes, key: SigningKey) -> bytes:

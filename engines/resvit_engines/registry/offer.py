@@ -72,12 +72,17 @@ class Offer:
     @property
     def describe(self) -> str:
         """One line for people."""
-        gpu = "" if self.on_cpu else f"SM {self.sm[:-1]}.{self.sm[-1:]}, "
+        gpu = f"SM {self.sm_title}, " if self.sm_title else ""
         software = f"{self.builder_title} {self.tensorrt}" + (f", JetPack {self.jetpack}" if self.jetpack else "")
         return (
             f"{self.name} (release {self.release}, {self.target}, {gpu}{software}, {self.precision}, "
             f"{self.verdict or 'no verdict'}, {self.holds})"
         )
+
+    @property
+    def sm_title(self) -> str:
+        """The compute capability for people, such as 8.7; empty of what processors run."""
+        return "" if self.on_cpu else f"{self.sm[:-1]}.{self.sm[-1:]}"
 
     @property
     def builder_title(self) -> str:

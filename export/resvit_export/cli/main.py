@@ -25,8 +25,10 @@ _COMMANDS = {
     "bench": "resvit_export.cli.bench",
     "compare": "resvit_export.cli.compare",
     "keygen": "resvit_export.cli.shipping.keys",
+    "keylist": "resvit_export.cli.shipping.keylist",
     "sign": "resvit_export.cli.shipping.keys",
     "push": "resvit_export.cli.shipping.push",
+    "fleet": "resvit_export.cli.shipping.fleet",
     "layers": "resvit_export.cli.layers",
     "serve-config": "resvit_export.cli.shipping.serve_config",
     "wheel": "resvit_export.cli.shipping.wheel",
@@ -53,7 +55,8 @@ Examples:
 Exit codes: 0 done, 2 misspelt command, 3 unusable model, data or recipe, 4 accuracy rejected, 5 accuracy
 undecided, 6 impossible on that target, 7 something missing, 8 engine build failed, 9 disk, memory or
 permissions, 10 signature or trust, 11 the engine's outputs are not those that were validated, 12 accurate but no
-faster than FP16, 130 interrupted, 1 a bug of ours.""",  # noqa: E501
+faster than FP16, 13 a release was stopped in a fleet, 14 devices of a fleet are missing, 130 interrupted, 1 a
+bug of ours.""",  # noqa: E501
 )
 @click.version_option(package_name="resvit-export")
 def cli() -> None:

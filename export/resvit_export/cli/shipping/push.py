@@ -91,7 +91,7 @@ def _show(offers: Sequence[Offer]) -> None:
         (
             offer.name,
             offer.target,
-            f"{offer.sm[:-1]}.{offer.sm[-1:]}",
+            offer.sm_title,
             f"{offer.builder_title} {offer.tensorrt}",
             offer.jetpack,
             offer.precision,

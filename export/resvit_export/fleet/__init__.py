@@ -1,0 +1,1 @@
+"""A release for many devices: in waves, watched, stopped and taken back."""
