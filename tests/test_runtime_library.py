@@ -471,6 +471,9 @@ def test_keys_of_files_and_folders(harness: Harness, installed: tuple[Path, Path
     answers = harness([f"open {folder} {path}" for path in named])
     assert all(answer.startswith("error 10 ") for answer in answers), answers
     assert harness([f"open {folder} {tmp_path / 'absent.pub'}"])[0].startswith("error 3 ")
+    # Withdrawn at the usual place, and so under any name.
+    (answer,) = harness([f"open {folder} {key}"], RESVIT_TRUST=str(withdrawn))
+    assert "revoked" in answer
     expired = tmp_path / "expired.pub"
     expired.write_text("Created: 2020-01-01\nExpires: 2021-01-01\n" + key.read_text())
     several = tmp_path / "several"

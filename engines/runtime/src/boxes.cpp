@@ -215,7 +215,7 @@ Answers boxes_from(const TaskOptions& options, const Tensors& outputs, const Pla
   }
   Answers found;
   for (std::size_t image = 0; image < places.size(); ++image) {
-    found.push_back(reader.read(image, places[image], least_score.value_or(static_cast<float>(options.shown))));
+    found.emplace_back(reader.read(image, places[image], least_score.value_or(static_cast<float>(options.shown))));
   }
   return found;
 }

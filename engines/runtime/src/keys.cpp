@@ -145,6 +145,12 @@ std::string environment(const char* name) {
   return found == nullptr ? "" : found;
 }
 
+std::string usual_folder() {
+  if (geteuid() == 0) return "/etc/resvit/keys";
+  const std::string config = environment("XDG_CONFIG_HOME");
+  return (config.empty() ? environment("HOME") + "/.config" : config) + "/resvit/keys";
+}
+
 }  // namespace
 
 PublicKey PublicKey::from_file(const std::string& path) {
@@ -214,7 +220,7 @@ bool PublicKey::verifies(const std::vector<std::uint8_t>& signature, const std::
                           reinterpret_cast<const unsigned char*>(data.data()), data.size()) == 1;
 }
 
-Trust Trust::from(const std::string& path) {
+Trust Trust::stored(const std::string& path) {
   return guarded([&] {
     Trust trust;
     trust.source_ = path;
@@ -253,11 +259,24 @@ Trust Trust::from(const std::string& path) {
   });
 }
 
+Trust Trust::from(const std::string& path) {
+  Trust trust = stored(path);
+  // What was withdrawn on this machine is so under whatever name it comes.
+  for (const std::string& other : {environment("RESVIT_TRUST"), usual_folder()}) {
+    struct stat there {};
+    if (other.empty() || other == path || lstat(other.c_str(), &there) != 0) continue;
+    const Trust more = stored(other);
+    trust.revoked_.insert(trust.revoked_.end(), more.revoked_.begin(), more.revoked_.end());
+    for (const PublicKey& key : more.keys_) {
+      if (key.revoked()) trust.revoked_.push_back(key.keyid());
+    }
+  }
+  return trust;
+}
+
 Trust Trust::usual() {
-  const std::string named = environment("RESVIT_TRUST"), config = environment("XDG_CONFIG_HOME");
-  if (!named.empty()) return from(named);
-  if (geteuid() == 0) return from("/etc/resvit/keys");
-  return from((config.empty() ? environment("HOME") + "/.config" : config) + "/resvit/keys");
+  const std::string named = environment("RESVIT_TRUST");
+  return from(named.empty() ? usual_folder() : named);
 }
 
 const PublicKey& Trust::require(const std::string& keyid) const {

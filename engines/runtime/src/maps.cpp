@@ -180,7 +180,7 @@ Answers masks_from(const TaskOptions& options, const Tensors& outputs, const Pla
         labels.push_back(static_cast<std::int16_t>(fits ? static_cast<std::int32_t>(number) : 0));
       }
     }
-    found.push_back(Mask{places[image].frame, labels_in(labels, places[image]), options.names});
+    found.emplace_back(Mask{places[image].frame, labels_in(labels, places[image]), options.names});
   }
   return found;
 }
@@ -205,7 +205,7 @@ Answers depths_from(const TaskOptions& options, const Tensors& outputs, const Pl
       if (options.inverted) depth = 1.0f / std::max(depth, least);
       depth = std::min(std::max(depth, nearest), farthest);
     }
-    found.push_back(Depths{places[image].frame, values_in(depths, places[image])});
+    found.emplace_back(Depths{places[image].frame, values_in(depths, places[image])});
   }
   return found;
 }

@@ -47,6 +47,18 @@ void require_finite(const Tensors& outputs) {
   }
 }
 
+// A caller's own placement must not lead out of a map.
+void require_place(const Placement& place, Size size) {
+  constexpr std::int64_t kMost = 1 << 16;
+  bool fits = place.size.height == size.height && place.size.width == size.width;
+  for (const std::int64_t side : {place.frame.height, place.frame.width, size.height, size.width}) {
+    fits = fits && side >= 1 && side <= kMost;
+  }
+  if (!fits || place.placed.height < 1 || place.placed.width < 1) {
+    throw input_error("The places of the frames are none of one network's input.", "Take them from Preprocess::place.");
+  }
+}
+
 // Softmax of one image's scores; what are probabilities already, stay.
 std::vector<float> probabilities_of(const float* scores, std::size_t count) {
   const auto [least, most] = std::minmax_element(scores, scores + count);
@@ -77,7 +89,7 @@ Answers classes_from(const TaskOptions& options, const Tensors& outputs, const P
   const auto count = static_cast<std::size_t>(logits->shape[1]);
   Answers found;
   for (std::size_t image = 0; image < places.size(); ++image) {
-    found.push_back(Classification{probabilities_of(values.data() + image * count, count), options.names});
+    found.emplace_back(Classification{probabilities_of(values.data() + image * count, count), options.names});
   }
   return found;
 }
@@ -98,7 +110,7 @@ Answers vectors_from(const TaskOptions& options, const Tensors& outputs, const P
   Answers found;
   for (std::int64_t image = 0; image < output.shape[0]; ++image) {
     const float* first = values.data() + image * output.shape[1];
-    found.push_back(Embedding{{first, first + output.shape[1]}});
+    found.emplace_back(Embedding{{first, first + output.shape[1]}});
   }
   return found;
 }
@@ -112,7 +124,7 @@ Answers as_they_are(const Tensors& outputs, const Places& places) {
       answer.tensors.push_back(batched ? rows_of(one, image, image + 1) : one);
       if (batched) answer.tensors.back().shape.erase(answer.tensors.back().shape.begin());
     }
-    found.push_back(std::move(answer));
+    found.emplace_back(std::move(answer));
   }
   return found;
 }
@@ -163,8 +175,9 @@ std::vector<Answer> Reading::answers(const std::vector<Tensor>& outputs, const s
         throw input_error("The output " + one.name + " does not hold what its shape " + shown(one.shape) + " says.");
       }
     }
-    require_finite(outputs);
     if (places.empty()) return {};
+    for (const Placement& one : places) require_place(one, places.front().size);
+    require_finite(outputs);
     switch (options.task) {
       case TaskOptions::Task::Classification: return classes_from(options, outputs, places);
       case TaskOptions::Task::Detection: return boxes_from(options, outputs, places, least_score);

@@ -92,7 +92,7 @@ Answers lines_from(const TaskOptions& options, const Tensors& outputs, const Pla
       if (!decoder.ctc || (best != last && best != decoder.silent)) text += decoder.classes[static_cast<std::size_t>(best)];
       last = best;
     }
-    found.push_back(Line{std::move(text)});
+    found.emplace_back(Line{std::move(text)});
   }
   return found;
 }

@@ -227,7 +227,8 @@ class PublicKey {
 // The keys that are trusted here: those of one file, or of a folder, less what the list `revoked` beside them withdraws.
 class Trust {
  public:
-  // Throws Error(Untrusted) for a key or list that is malformed or that others may write to.
+  // Keys that are withdrawn at the usual places of this machine are so here too.
+  // Throws Error(Untrusted) for a key or list that is malformed or that others may write to, Error(Input) for no such path.
   static Trust from(const std::string& path);
   // $RESVIT_TRUST, else /etc/resvit/keys for root and ~/.config/resvit/keys for others.
   static Trust usual();
@@ -236,6 +237,7 @@ class Trust {
   const PublicKey& require(const std::string& keyid) const;
 
  private:
+  static Trust stored(const std::string& path);
   void add_revoked(const std::string& folder);
   std::vector<PublicKey> keys_;
   std::vector<std::string> revoked_;
