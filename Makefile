@@ -33,7 +33,7 @@ setup: .venv/.ready
 	@# torch first and by itself: what comes after it must not choose another build of it.
 	$(BIN)/pip install --progress-bar off --constraint constraints.txt torch | $(EACH_FILE)
 	$(BIN)/pip install --progress-bar off --constraint constraints.txt \
-	  --editable '.[device,host,hf,datasets,video,modelopt,docs,dev]' | $(EACH_FILE)
+	  --editable '.[device,host,hf,datasets,video,modelopt,ray,docs,dev]' | $(EACH_FILE)
 	@touch $@
 
 data:

@@ -20,9 +20,10 @@ WINGS = {
 }
 ORDER = {
     "resvit_export": (
-        "__main__", "cli", "serve", "tools", "api", "tune", "settle", "report", "report.sections", "report.layout",
-        "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage", "records",
-        "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training", "models",
+        "__main__", "cli", "sweep", "serve", "tools", "api", "tune", "settle", "report", "report.sections",
+        "report.layout", "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage",
+        "records", "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training",
+        "models",
     ),
     "resvit_quantize": (
         "quantize", "check", "rounding", "recovery", "sensitivity", "search", "pruning.distill", "pruning.sparsity",

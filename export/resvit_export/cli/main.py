@@ -24,6 +24,7 @@ _COMMANDS = {
     "report": "resvit_export.cli.stages",
     "bench": "resvit_export.cli.bench",
     "compare": "resvit_export.cli.compare",
+    "sweep": "resvit_export.cli.sweep",
     "keygen": "resvit_export.cli.shipping.keys",
     "sign": "resvit_export.cli.shipping.keys",
     "push": "resvit_export.cli.shipping.push",
