@@ -93,6 +93,13 @@ def test_what_cannot_be_is_an_outcome_and_not_the_end(tmp_path: Path, capsys: py
     assert said["report"] is None
 
 
+@pytest.mark.parametrize("address", ["banana", "127.0.0.1:6379", "ray://", "ray://head", "ray://head:port"])
+def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ResvitError, match="There is no Ray cluster") as refused:
+        list(outcomes_by_ray((), tmp_path, address))
+    assert refused.value.code is ExitCode.INPUT
+
+
 def test_without_ray_it_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResvitError, match="Ray is not installed") as refused:

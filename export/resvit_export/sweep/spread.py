@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from resvit_export.sweep.plan import Task
 from resvit_export.sweep.work import Outcome, task_done
 
 LOCAL = "local"
+_CLUSTER = re.compile(r"ray://[A-Za-z0-9._\[\]:-]+:[0-9]{1,5}")
 _AGAIN = 2
 """How often a task is begun anew whose worker died: what it had finished lies in its run folder."""
 
@@ -30,8 +32,13 @@ def outcomes_by_ray(tasks: Sequence[Task], root: Path, address: str) -> Iterator
     All workers see ``root`` under the same path. A worker that dies costs its task alone, which is begun again.
 
     Raises:
-        ResvitError: MISSING without Ray or where no cluster answers, INPUT for a cluster with another version of ours.
+        ResvitError: MISSING without Ray or where no cluster answers, INPUT for an address that is none and for a
+            cluster with another version of ours.
     """
+    if address != LOCAL and not _CLUSTER.fullmatch(address):
+        raise ResvitError(
+            f"There is no Ray cluster {address!r}.", "Name it as ray://HOST:PORT, port 10001 as a rule, or say local."
+        )
     if importlib.util.find_spec("ray") is None:
         raise ResvitError("Ray is not installed.", "pip install 'resvit-export[ray]'", ExitCode.MISSING)
     import ray
@@ -41,8 +48,9 @@ def outcomes_by_ray(tasks: Sequence[Task], root: Path, address: str) -> Iterator
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         raise ResvitError(
-            f"The Ray cluster {address} cannot be used: {(str(error).splitlines() or ['it gives no reason'])[0]}.",
-            "Begin one with 'ray start --head', with the same versions of Python and Ray, or use --on local.",
+            f"The Ray cluster {address} cannot be used: {_first_line(error)}.",
+            "Begin one with 'ray start --head', with the same Python and Ray, and set RAY_AUTH_MODE=token where it asks "
+            "for a token; or use --on local.",
             ExitCode.MISSING,
         ) from error
     try:
@@ -64,7 +72,7 @@ def _taken(ray: Any, ready: Any, task: Task) -> Outcome:
             raise cause from error
         return Outcome(task.name, (), 0.0, f"{type(cause).__name__}: {cause}")
     except ray.exceptions.RayError as error:
-        return Outcome(task.name, (), 0.0, (str(error).splitlines() or [type(error).__name__])[0])
+        return Outcome(task.name, (), 0.0, _first_line(error))
     return outcome
 
 
@@ -79,3 +87,7 @@ def _on_a_worker(task: Task, root: Path, version: str) -> Outcome:
             f"A worker does not see the folder {root}.", "Name a folder with --out that all machines share."
         )
     return task_done(task, root)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
