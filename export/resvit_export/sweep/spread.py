@@ -49,8 +49,8 @@ def outcomes_by_ray(tasks: Sequence[Task], root: Path, address: str) -> Iterator
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         raise ResvitError(
             f"The Ray cluster {address} cannot be used: {_first_line(error)}.",
-            "Begin one with 'ray start --head', with the same Python and Ray, and set RAY_AUTH_MODE=token where it asks "
-            "for a token; or use --on local.",
+            "Begin one with 'ray start --head', with the same Python and Ray, and set RAY_AUTH_MODE=token where it "
+            "asks for a token; or use --on local.",
             ExitCode.MISSING,
         ) from error
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file, write_atomic
 from resvit_engines.progress import SILENT
 from resvit_export.sweep.plan import Task
@@ -113,4 +113,4 @@ def _built(task: Task, folder: RunFolder, targets: list[str]) -> Iterator[Target
 
 
 def _refused(target: str, error: ResvitError) -> TargetOutcome:
-    return TargetOutcome(target, int(error.code or ExitCode.BUG), error.problem)
+    return TargetOutcome(target, int(error.code), error.problem)
