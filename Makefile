@@ -18,7 +18,7 @@ CHECKPOINT := $(DEMO)/embed-mini.pt
 # A line for each file that pip downloads, with its size, in place of minutes of silence.
 EACH_FILE := sed -un '/^ *\(Downloading\|Installing\)/p'
 
-.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry
+.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry cpp-tools
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -33,7 +33,7 @@ setup: .venv/.ready
 	@# torch first and by itself: what comes after it must not choose another build of it.
 	$(BIN)/pip install --progress-bar off --constraint constraints.txt torch | $(EACH_FILE)
 	$(BIN)/pip install --progress-bar off --constraint constraints.txt \
-	  --editable '.[device,host,hf,datasets,video,modelopt,docs,dev]' | $(EACH_FILE)
+	  --editable '.[device,host,hf,datasets,video,modelopt,ray,docs,dev]' | $(EACH_FILE)
 	@touch $@
 
 data:
@@ -52,7 +52,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # TESTS= also runs the full forms of tests that are shortened otherwise.
 TESTS := not slow
 
-test: setup data bindings device-wheels sshd registry lint
+test: setup data bindings device-wheels sshd registry cpp-tools lint
 	$(PYTEST) -m "$(TESTS)"
 
 check: setup data bindings lint
@@ -83,6 +83,12 @@ registry:
 	@[ -x /usr/bin/docker-registry ] && command -v skopeo >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends docker-registry skopeo; } || \
 	  echo "Without a registry the tests that need one are skipped: sudo apt-get install docker-registry skopeo"
+
+cpp-tools:
+	@command -v cmake >/dev/null && command -v g++ >/dev/null && [ -f /usr/include/openssl/evp.h ] && \
+	  [ -f /usr/include/nlohmann/json.hpp ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends g++ cmake make libssl-dev nlohmann-json3-dev; } || \
+	  echo "Without a compiler the C++ runtime is not tested: sudo apt-get install g++ cmake libssl-dev nlohmann-json3-dev"
 
 lint: setup
 	$(BIN)/ruff check .

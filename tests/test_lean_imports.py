@@ -20,7 +20,7 @@ WINGS = {
 }
 ORDER = {
     "resvit_export": (
-        "__main__", "cli", "fleet", "serve", "tools", "api", "tune", "settle", "report", "report.sections",
+        "__main__", "cli", "fleet", "sweep", "serve", "tools", "api", "tune", "settle", "report", "report.sections",
         "report.layout", "pipeline", "variant", "refusals", "stages", "stages.decide", "run", "run_folder", "stage",
         "records", "golden_choice", "task_choice", "to_tensorrt", "recipe", "to_onnx", "loading", "models.training",
         "models",

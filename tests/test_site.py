@@ -98,6 +98,7 @@ def test_wheel_and_sdist_are_built_and_the_wheel_serves_a_new_environment(tmp_pa
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
         inside = archive.namelist()
         packed = {name.partition("/")[2] for name in source.getnames()}
+    assert {"engines/runtime/CMakeLists.txt", "engines/runtime/include/resvit/runtime.hpp"} <= packed
     assert not [name for name in inside if "__pycache__" in name or name.startswith("tests")]
     modules = {name for name in inside if name.endswith((".py", ".j2", ".css", ".js"))}
     assert {name.partition("/")[2] for name in packed if name.startswith("export/")} >= {

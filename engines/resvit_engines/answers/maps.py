@@ -111,18 +111,19 @@ def map_at(values: Array, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     """One map [h, w], interpolated in the same way to ``size`` (height, width)."""
     if values.shape == size:
         return values.astype(np.float32)
-    down, across = _weights(values.shape[0], size[0]), _weights(values.shape[1], size[1])
-    return np.asarray(down @ values.astype(np.float32) @ across.T)
+    rows, columns = ((np.arange(large) + 0.5) * small / large for small, large in zip(values.shape, size, strict=True))
+    return between(between(values.astype(np.float32), rows, 0), columns, 1)
 
 
-def _weights(small: int, large: int) -> npt.NDArray[np.float32]:
-    """Row i holds what each of ``small`` cells gives to pixel i of ``large``: [large, small]."""
-    place = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
-    lower = np.minimum(np.floor(place).astype(np.int64), max(small - 2, 0))
-    upper = np.minimum(lower + 1, small - 1)
-    share = (place - lower).astype(np.float32)
-    weights = np.zeros((large, small), np.float32)
-    rows = np.arange(large)
-    np.add.at(weights, (rows, lower), 1 - share)
-    np.add.at(weights, (rows, upper), share)
-    return weights
+def between(values: npt.NDArray[np.float32], places: Array, axis: int) -> npt.NDArray[np.float32]:
+    """Rows or columns at ``places``, of which a cell's centre is a half, from the two nearest.
+
+    Each element by itself, and not by a product of matrices, whose rounding differs from machine to machine: a device,
+    in Python and in C++, gives what was validated.
+    """
+    at = np.clip(places - 0.5, 0, values.shape[axis] - 1)
+    low = np.minimum(at.astype(np.int64), max(values.shape[axis] - 2, 0))
+    high = np.minimum(low + 1, values.shape[axis] - 1)
+    share = (at - low).astype(np.float32)
+    share = share[:, None] if axis == 0 else share[None]
+    return np.asarray(np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share, np.float32)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from resvit_engines.answers.maps import between
 from resvit_engines.errors import ResvitError
 from resvit_engines.pictures.preprocess import PicturePreprocess
 from resvit_engines.pictures.sizes import MOST_PIXELS
@@ -99,8 +100,8 @@ class Placement:
     def values(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """A map of numbers of the input as one of the frame, interpolated bilinearly; NaN where the input ends."""
         (rows, seen), (columns, across) = (self._places(axis) for axis in (0, 1))
-        tall = _between(values, rows, 0)
-        found = _between(tall, columns, 1)
+        tall = between(values, rows, 0)
+        found = between(tall, columns, 1)
         return np.asarray(np.where(seen[:, None] & across[None], found, np.nan), np.float32)
 
     def _places(self, axis: int) -> tuple[Array, npt.NDArray[np.bool_]]:
@@ -108,13 +109,3 @@ class Placement:
         step = self.placed[axis] / self.frame[axis]
         at = (np.arange(self.frame[axis]) + 0.5) * step + self.corner[axis]
         return at, (at >= 0) & (at < self.size[axis])
-
-
-def _between(values: npt.NDArray[np.float32], places: Array, axis: int) -> npt.NDArray[np.float32]:
-    """Rows or columns at ``places``, of which a cell's centre is a half, from the two nearest."""
-    at = np.clip(places - 0.5, 0, values.shape[axis] - 1)
-    low = np.minimum(at.astype(np.int64), max(values.shape[axis] - 2, 0))
-    high = np.minimum(low + 1, values.shape[axis] - 1)
-    share = (at - low).astype(np.float32)
-    share = share[:, None] if axis == 0 else share[None]
-    return np.asarray(np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share, np.float32)

@@ -85,7 +85,7 @@ def choose(client: Client, trust: TrustStore, machine: Machine, wishes: Wishes) 
             there, INPUT where several fit equally well, or what is there are no bundles.
     """
     where = str(client.reference)
-    found, digest, offered = _offered(client, where)
+    found, digest, offered = offered_in(client, where)
     wanted = [(offer, at) for offer, at in offered if wishes.allow(offer)]
     if not wanted:
         raise ResvitError(
@@ -107,8 +107,14 @@ def choose(client: Client, trust: TrustStore, machine: Machine, wishes: Wishes) 
     return _best(fits, machine, where)
 
 
-def _offered(client: Client, where: str) -> tuple[Index | ModelManifest, str, list[tuple[Offer, str]]]:
-    """What the reference leads to, its digest, and each bundle's annotations with the digest of its manifest."""
+def offered_in(client: Client, where: str) -> tuple[Index | ModelManifest, str, list[tuple[Offer, str]]]:
+    """What the client's reference leads to, its digest, and each bundle's annotations with its manifest's digest.
+
+    ``where`` names it in errors.
+
+    Raises:
+        ResvitError: INPUT where there is nothing of ours.
+    """
     fetched = client.manifest(client.reference.wanted, ACCEPTED)
     found = index_or_manifest(fetched.data, fetched.media_type, where)
     if isinstance(found, Index):

@@ -24,6 +24,7 @@ _COMMANDS = {
     "report": "resvit_export.cli.stages",
     "bench": "resvit_export.cli.bench",
     "compare": "resvit_export.cli.compare",
+    "sweep": "resvit_export.cli.sweep",
     "keygen": "resvit_export.cli.shipping.keys",
     "keylist": "resvit_export.cli.shipping.keylist",
     "sign": "resvit_export.cli.shipping.keys",

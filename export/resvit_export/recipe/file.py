@@ -35,14 +35,27 @@ def recipe_from_toml(path: Path) -> Recipe:
 
     Raises ``ResvitError`` for a missing or malformed file, an unknown key or a value that its setting refuses.
     """
+    return recipe_from_document(document_from_toml(path, "recipe", "Check the path given to --recipe."), path)
+
+
+def document_from_toml(path: Path, what: str, if_absent: str) -> dict[str, Any]:
+    """The content of a TOML file, ``what`` it should be; ``if_absent`` is what to do where there is none.
+
+    Raises ``ResvitError`` for a missing or malformed file.
+    """
     if not os.path.lexists(path):
-        raise ResvitError(f"There is no recipe at {path}.", "Check the path given to --recipe.")
-    name = f"The recipe {path}"
+        raise ResvitError(f"There is no {what} at {path}.", if_absent)
+    name = f"The {what} {path}"
     text = text_from_outside(read_outside(path, _RECIPE_MOST, name), name, "Give a UTF-8 TOML file.")
     try:
-        document = tomllib.loads(text)
+        document: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so are dates that do not exist
         raise ResvitError(f"{name} is not valid TOML: {error}.", "Mend that line.") from error
+    return document
+
+
+def recipe_from_document(document: Mapping[str, Any], path: Path) -> Recipe:
+    """The recipe of a document's tables; ``path`` is the file that they are from. Raises as ``recipe_from_toml``."""
     return Recipe(**_settings_from_document(document, path))
 
 

@@ -96,7 +96,7 @@ protected:
 
 class ILogger {
 public:
-    enum class Severity : int32_t { kINTERNAL_ERROR, kERROR };
+    enum class Severity : int32_t { kINTERNAL_ERROR, kERROR, kWARNING, kINFO, kVERBOSE };
     virtual void log(Severity, char const*) noexcept = 0;
     virtual ~ILogger() = default;
 };
