@@ -46,7 +46,7 @@ class Cutter(Silent):
         self.device, self.after, self.times = device, after, times
         self.seen: list[int] = []
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         self.seen.append(total)
         for number, item in enumerate(items):
             if number == self.after and self.times:
@@ -234,7 +234,7 @@ def test_a_device_that_stays_away_gives_a_sentence(device: LoopbackDevice, tmp_p
     with Connection(address_from(device.address), patience=0.3) as connection:
 
         class Gone(Silent):
-            def track(self, items, what, total, weight=1):
+            def track(self, items, what, total, weight=1, before=0):
                 for number, item in enumerate(items):
                     if number == 10:
                         device.stop()
@@ -262,7 +262,7 @@ def test_a_full_disk_there_is_named(device: LoopbackDevice, tmp_path: Path) -> N
 
 def test_progress_crosses_a_file(tmp_path: Path) -> None:
     class Shown(Heard):
-        def track(self, items, what, total, weight=1):
+        def track(self, items, what, total, weight=1, before=0):
             self.lines.append(f"{what} 0/{total}")
             count = sum(1 for _ in items)
             self.lines.append(f"{what} {count * weight}/{total}")

@@ -142,6 +142,23 @@ class ImageSet(abc.ABC):
             yield batch.first(count)
             count -= len(batch.images)
 
+    def batches_behind(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Stream what ``batches`` gives behind its first ``count`` images, which end a batch."""
+        seen = 0
+        for batch in self.batches(batch_size):
+            if seen >= count:
+                yield batch
+            seen += len(batch.images)
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        """The images that broke while they were decoded, by their place in ``contents``, each with the reason."""
+        return {}
+
+    def leave_out(self, broken: Mapping[int, str]) -> None:
+        """Take it that these images break, as ``left_out`` said of the same set before."""
+        del broken
+
     def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
         """Stream all images in order, batch by batch in another one of ``sizes`` (height, width).
 
