@@ -120,6 +120,8 @@ class ImageSet(abc.ABC):
     looks: Sequence[Look] = ()
     factory: str | None = None
     doubt: str = ""
+    shared: int = 0
+    """Of validation images: how many of them were among the calibration images too, and were left out there."""
 
     @property
     def prepared(self) -> bool:
@@ -192,6 +194,11 @@ class ImageSet(abc.ABC):
         """Read one image for people to look at: uint8 [H, W, 1 or 3], or None where there is none."""
         del index
         return None
+
+    def pictures(self, places: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """Read several images for people to look at, in order: as ``image``, None too where one breaks."""
+        for place in places:
+            yield self.image(place)
 
     def target(self, index: int) -> Target | None:
         """What is in ``image(index)``, in that image's own pixels, or None where there is no such thing."""
