@@ -242,10 +242,12 @@ class Pipeline:
 
     def look_ahead(self) -> None:
         """Refuse at once what the network's shapes and the first images tell, and 8 bits that gain nothing there."""
-        unpruned = None if self.run.network.from_onnx else self.do(fold.Fold(self.run.network))
-        if self.recipe.data is not None and unpruned is not None and unpruned.network.outputs:
-            self.run.image_sets(unpruned.network)
-            self.run.task(unpruned.network, unpruned.network.outputs)
+        source, unpruned = self.run.network, None
+        if not source.from_onnx:
+            folding = fold.Fold(source)
+            if not self.run.folder.has(folding):  # what is wrong with the data is told before the network is folded
+                refusals.require_answerable(self.run, source.network(self.run.reporter))
+            unpruned = self.do(folding)
         target = self.run.target
         if target is not None and not target.on_cpu and refusals.quantises_itself(self.recipe):
             exported, settings = self._exported(unpruned), self.run.quantize_settings({})
