@@ -18,7 +18,7 @@ CHECKPOINT := $(DEMO)/embed-mini.pt
 # A line for each file that pip downloads, with its size, in place of minutes of silence.
 EACH_FILE := sed -un '/^ *\(Downloading\|Installing\)/p'
 
-.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry
+.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry browser
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -52,7 +52,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # TESTS= also runs the full forms of tests that are shortened otherwise.
 TESTS := not slow
 
-test: setup data bindings device-wheels sshd registry lint
+test: setup data bindings device-wheels sshd registry browser lint
 	$(PYTEST) -m "$(TESTS)"
 
 check: setup data bindings lint
@@ -83,6 +83,11 @@ registry:
 	@[ -x /usr/bin/docker-registry ] && command -v skopeo >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends docker-registry skopeo; } || \
 	  echo "Without a registry the tests that need one are skipped: sudo apt-get install docker-registry skopeo"
+
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "Without Chromium the tests that look at pages are skipped: sudo apt-get install chromium"
 
 lint: setup
 	$(BIN)/ruff check .
