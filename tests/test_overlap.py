@@ -84,7 +84,7 @@ def test_grey_and_colour_are_compared_as_pictures(tmp_path) -> None:
 
 
 def test_of_many_validation_images_some_are_looked_at(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "CANDIDATES", 10)
+    monkeypatch.setattr(module, "LOOKED_AT", 10)
     validation = [coded(scene(seed)) for seed in range(200, 241)]
     found = overlap_of(*opened(folders(tmp_path, [coded(scene(0))], validation)))
     assert found.looked == 9  # every fifth of 41

@@ -85,6 +85,7 @@ class Parts:
         those images are asked again.
         """
         found: list[tuple[PartRecord, Any]] = []
+        same: dict[str, str] = {}
         end = 0
         while (place := self._record_at(end)).exists():
             try:
@@ -92,8 +93,9 @@ class Parts:
                 data = read_outside(self._answers_at(end), _PART_MOST)
                 if record.key != self.key or record.first != end or sha256_bytes(data) != record.sha256:
                     break
-                if changed_since(record.reads) is not None:
+                if changed_since({name: d for name, d in record.reads.items() if same.get(name) != d}) is not None:
                     break
+                same |= record.reads
                 answers = load(data, str(self._answers_at(end)))
             except ResvitError:
                 break

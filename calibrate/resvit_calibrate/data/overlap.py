@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.images.image_set import ImageSet
-from resvit_calibrate.readers.video.evenly import CANDIDATES, DIFFERENT, GRID, SAME, mean_colours
+from resvit_calibrate.readers.video.evenly import DIFFERENT, GRID, SAME, mean_colours
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
 
+LOOKED_AT = 1024
+"""Validation images that are decoded for this: of large pictures each takes a tenth of a second."""
 _COARSE = 4
 """Cells along each side of the grid by which most pairs are told apart."""
 
@@ -56,14 +58,14 @@ class Overlap:
 def overlap_of(calibration: ImageSet, validation: ImageSet, reporter: Reporter = SILENT) -> Overlap:
     """Compare pictures as films' frames are compared, by the mean colours of a grid of cells.
 
-    Of many validation images about ``CANDIDATES`` are looked at, evenly spread. Of images that are no pictures, ready
+    Of many validation images at most ``LOOKED_AT`` are looked at, evenly spread. Of images that are no pictures, ready
     arrays of the user's loader, none is.
     """
     known = _marks(calibration, len(calibration), "compare calibration images", reporter)
     nothing = Overlap(validation.shared, 0, 0, len(known))
     if not len(known):
         return nothing
-    seen = _marks(validation, CANDIDATES, "compare validation images", reporter)
+    seen = _marks(validation, LOOKED_AT, "compare validation images", reporter)
     coarse = _coarse(known)
     near = sum(_alike(mark, known, coarse) for mark in seen)
     return Overlap(validation.shared, near, len(seen), len(known))
