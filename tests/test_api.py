@@ -236,15 +236,15 @@ def test_data_sets_in_memory_are_data(workspace: Path, monkeypatch: pytest.Monke
 
 
 class Stopped(Silent):
-    """Interrupts the work that begins so; notes what is said."""
+    """Interrupts the work that begins so behind some of its steps; notes what is said."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, behind: int = 1) -> None:
+        self.what, self.behind = what, behind
         self.lines: list[str] = []
 
     def track(self, items, what, total, weight=1, before=0):
         for number, item in enumerate(items):
-            if what.startswith(self.what) and number == 1:
+            if what.startswith(self.what) and number == self.behind:
                 raise KeyboardInterrupt
             yield item
 
@@ -262,7 +262,7 @@ def test_an_interrupted_notebook_goes_on_where_it_stopped(workspace: Path, seede
             build("resvit:embed-nano", "fashion-mnist", "rtx-4090", reporter=reporter, **settings)
         return str(caught.value)
 
-    assert asked(Stopped("calibrate")) == "what is finished is kept in runs/mine: the same call goes on there"
+    assert asked(Stopped("calibrate", behind=0)) == "what is finished is kept in runs/mine: the same call goes on there"
     first = Stopped("validate")
     asked(first)
     assert not any(line.startswith("validate goes on") for line in first.lines)
