@@ -18,7 +18,7 @@ CHECKPOINT := $(DEMO)/embed-mini.pt
 # A line for each file that pip downloads, with its size, in place of minutes of silence.
 EACH_FILE := sed -un '/^ *\(Downloading\|Installing\)/p'
 
-.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry cpp-tools
+.PHONY: help setup data demo test check docs lint clean bindings device-wheels sshd registry cpp-tools browser
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -52,7 +52,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 # TESTS= also runs the full forms of tests that are shortened otherwise.
 TESTS := not slow
 
-test: setup data bindings device-wheels sshd registry cpp-tools lint
+test: setup data bindings device-wheels sshd registry cpp-tools browser lint
 	$(PYTEST) -m "$(TESTS)"
 
 check: setup data bindings lint
@@ -89,6 +89,11 @@ cpp-tools:
 	  [ -f /usr/include/nlohmann/json.hpp ] || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends g++ cmake make libssl-dev nlohmann-json3-dev; } || \
 	  echo "Without a compiler the C++ runtime is not tested: sudo apt-get install g++ cmake libssl-dev nlohmann-json3-dev"
+
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "Without Chromium the tests that look at pages are skipped: sudo apt-get install chromium"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -547,6 +547,16 @@ def _images(count: int = 6) -> dict[str, bytes]:
     return files
 
 
+def _segments() -> bytes:
+    """A PNG of the segments 258 and 5, and pixels of none, of the size of the pictures."""
+    from PIL import Image
+
+    colours, out = np.zeros((9, 10, 3), np.uint8), io.BytesIO()
+    colours[:4], colours[4:8] = (2, 1, 0), (5, 0, 0)
+    Image.fromarray(colours).save(out, "PNG")
+    return out.getvalue()
+
+
 def _opened(**more: Any) -> Callable[[Path], object]:
     """Open what a path names as data, and read all of its images."""
     from resvit_calibrate.data.image_sets import open_image_sets
@@ -584,6 +594,19 @@ def _data() -> dict[str, Parser]:
         "categories": [{"id": 1, "name": "a", "supercategory": "b"}, {"id": 2, "name": "b"}],
     }
 
+    segments = {f"panoptic_all/{name}": _segments() for name in pictures}
+    panoptic = {
+        **coco,
+        "annotations": [
+            {
+                "image_id": number,
+                "file_name": name,
+                "segments_info": [{"id": 258, "category_id": 1}, {"id": 5, "category_id": 2}],
+            }
+            for number, name in enumerate(pictures)
+        ],
+    }
+
     def archive(**arrays: Any) -> bytes:
         out = io.BytesIO()
         np.savez(out, images=np.random.default_rng(1).integers(0, 256, (8, 9, 10, 3), np.uint8), **arrays)
@@ -616,6 +639,12 @@ def _data() -> dict[str, Parser]:
             _opened(),
             {**pictures, "annotations.json": json.dumps(coco).encode()},
             {"annotations.json": mutants.of_json},
+            whole=True,
+        ),
+        "COCO's panoptic format": Parser(
+            _opened(),
+            {**pictures, **segments, "panoptic_all.json": json.dumps(panoptic).encode()},
+            {"panoptic_all.json": mutants.of_json, "panoptic_all/0.png": mutants.of_bytes},
             whole=True,
         ),
         "list of classes": _one(class_list_from_file, "classes.txt", b"cat\ndog\nowl\n", mutants.of_bytes),

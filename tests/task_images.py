@@ -21,6 +21,7 @@ class Images:
     def __init__(self, targets: Sequence[Target] | None, labels=None, count=None, classes=None, ids=()) -> None:
         self.targets, self.known, self.num_classes, self.class_ids = targets, labels, classes, tuple(ids)
         self.count = count or len(targets if targets is not None else labels)
+        self.contents = tuple(number.to_bytes(4, "big") for number in range(self.count))
 
     def __len__(self) -> int:
         return self.count
@@ -34,7 +35,8 @@ class Images:
             targets = None if self.targets is None else tuple(self.targets[i] for i in numbers)
             yield Batch(pixels, labels, targets)
 
-    first = ImageSet.first
+    first, batches_behind = ImageSet.first, ImageSet.batches_behind
+    left_out, leave_out = ImageSet.left_out, ImageSet.leave_out
 
 
 def network(**outputs: np.ndarray):

@@ -20,7 +20,7 @@ from conftest import CHECKPOINT, ROOT
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.progress import SILENT
+from resvit_engines.progress import SILENT, Silent
 from resvit_engines.targets.speed_verdict import SpeedKind
 from resvit_export import Built, build
 from resvit_export.api import recipe_from_settings
@@ -232,3 +232,41 @@ def test_data_sets_in_memory_are_data(workspace: Path, monkeypatch: pytest.Monke
     again = recipe_from_settings({"model": "resvit:embed-nano", "data": "object:Pictures"})
     with pytest.raises(ResvitError, match="were an object in Python"):
         Sources(again, SILENT).require_images()
+
+
+class Stopped(Silent):
+    """Interrupts the work that begins so behind some of its steps; notes what is said."""
+
+    def __init__(self, what: str, behind: int = 1) -> None:
+        self.what, self.behind = what, behind
+        self.lines: list[str] = []
+
+    def track(self, items, what, total, weight=1, before=0):
+        for number, item in enumerate(items):
+            if what.startswith(self.what) and number == self.behind:
+                raise KeyboardInterrupt
+            yield item
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.slow
+def test_an_interrupted_notebook_goes_on_where_it_stopped(workspace: Path, seeded: Callable[..., str]) -> None:
+    folder = seeded("runs/mine", "rtx-4090", stages=("fold", "export"))
+    settings = {"checkpoint": "runs/demo/embed-nano.pt", "run": folder, **FEW}
+
+    def asked(reporter: Stopped) -> str:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            build("resvit:embed-nano", "fashion-mnist", "rtx-4090", reporter=reporter, **settings)
+        return str(caught.value)
+
+    assert asked(Stopped("calibrate", behind=0)) == "what is finished is kept in runs/mine: the same call goes on there"
+    first = Stopped("validate")
+    asked(first)
+    assert not any(line.startswith("validate goes on") for line in first.lines)
+    again = Stopped("validate")
+    asked(again)  # the folder is free again, and what was answered is there
+    assert "calibrate: unchanged" in again.lines
+    assert any(line.startswith("validate goes on where it was stopped") for line in again.lines)
+    assert not list(Path(folder).glob(".*.tmp"))

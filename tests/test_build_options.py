@@ -170,7 +170,7 @@ class Follower(Silent):
         self.interrupt = interrupt
         self.seen: list[int] = []
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         assert (what, total, weight) == ("building (percent)", 100, 1)
         if self.interrupt:
             raise KeyboardInterrupt

@@ -253,7 +253,7 @@ def test_the_page_holds_every_operator_and_runs_nothing(tmp_path: Path) -> None:
     found = compared(tmp_path, RESNET50[1], RESNET50[2])
     write_comparison_page(tmp_path / "page.html", found)
     text = (tmp_path / "page.html").read_text()
-    assert text.count('data-label="operator"') == len(found.rows)
+    assert text.count('data-label="kernel in A"') == len(found.rows)
     assert "Where the time went" in text
     assert "http" not in text.replace("http-equiv", "")
 

@@ -226,7 +226,7 @@ class Counted(Silent):
     def __init__(self) -> None:
         self.steps, self.said, self.depth, self.deepest = 0, 0, 0, 0
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         self.depth += 1
         self.deepest = max(self.deepest, self.depth)
         for item in items:

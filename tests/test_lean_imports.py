@@ -43,7 +43,8 @@ ORDER = {
 }  # fmt: skip
 """Rooms and modules of each wing, from roof to ground: each imports only what stands below it."""
 GROUND = {
-    f"resvit_engines.{name}" for name in ("answers", "errors", "files", "outside", "pictures", "progress", "rows")
+    f"resvit_engines.{name}"
+    for name in ("answers", "errors", "files", "outside", "pictures", "progress", "records", "rows")
 }
 BETWEEN = {
     "resvit_export": {"resvit_quantize", "resvit_calibrate", "resvit_engines"},

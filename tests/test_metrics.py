@@ -10,10 +10,11 @@ import pytest
 from resvit_calibrate.answers.classes import Predictions, changed_answers, compare, sqnr
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.gate.intervals import normal_quantile, paired_difference, score, share
-from resvit_calibrate.images.image_set import Batch, DataSpec
+from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.errors import ResvitError
+from task_images import Images
 
 
 def predictions(answers: list[int], labels: list[int], classes: int = 4) -> Predictions:
@@ -238,14 +239,5 @@ def test_outputs_that_are_not_logits(images, runner, said):
 
 
 def test_unlabelled_images_cannot_be_scored(images):
-    class Unlabelled:
-        description = "a set"
-
-        def __len__(self) -> int:
-            return 2
-
-        def batches(self, size):
-            yield Batch(np.zeros((2, 1, 4, 4), np.float32), None)
-
     with pytest.raises(ResvitError, match="no labels"):
-        Classification({}).answers(three, Unlabelled(), 8)
+        Classification({}).answers(three, Images(None, count=2), 8)

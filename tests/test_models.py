@@ -250,7 +250,7 @@ class Killed(Silent):
     def __init__(self, epoch):
         self.epoch = epoch
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         if what.startswith(f"epoch {self.epoch}/"):
             raise KeyboardInterrupt
         return super().track(items, what, total, weight)

@@ -207,3 +207,55 @@ def test_what_ends_a_run_is_said_before_anything_is_pruned(
     got, said = refused(capfd, "build", *NORMAL, "--prune-macs", "0.5", *arguments)
     assert got == code, said
     assert any(word in said for word in words.split("|")), said
+
+
+BEFORE_FOLD = """
+def ten_boxes():
+    class Boxes(Net):
+        def forward(self, x):
+            return {"boxes": x.new_zeros(len(x), 5, 4) + x.mean(), "scores": x.new_ones(len(x), 5, 3) + x.mean()}
+    return Boxes(nn.Conv2d(3, 8, 3))
+
+
+def large(classes=10):
+    class Large(Net):
+        input_shape = (3, 16, 16)
+    return Large(*make(classes))
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "net.py:make", "--model-arg", "classes=7"], "10 classes|label 9"),
+        (["--model", "net.py:make", "--task", "detection"], "Detection reads|Detection needs"),
+        (["--model", "net.py:make", "--task", "segmentation"], "masks|[B, K, h, w]"),
+        (["--model", "net.py:ten_boxes", "--task", "detection"], "needs boxes for every image"),
+        (["--model", "net.py:coupled", "--batch", "1:2:4"], "other images"),
+        (["--model", "net.py:make", "--task", "other", "--metric", "metric.py:fails"], "no such output"),
+        (["--model", "net.py:make", "--data", "unlabelled.npz", "--task", "classification"], "no labels"),
+        (["--model", "net.py:make", "--data", "loader.py:wrong_size"], "8, 8"),
+    ],
+)
+def test_what_data_and_outputs_tell_is_said_before_the_network_is_folded(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    def too_late(*_: object, **__: object) -> Any:
+        raise AssertionError("a long stage began")
+
+    monkeypatch.setattr("resvit_export.stages.fold.Fold.fill", too_late)
+    with Path("net.py").open("a") as code:
+        code.write(BEFORE_FOLD)
+    with np.load(DATA) as arrays:
+        np.savez(folder / "unlabelled.npz", images=arrays["images"])
+    Path("loader.py").write_text(
+        "import numpy as np\n"
+        "def wrong_size(split):\n"
+        "    for i in range(8):\n"
+        "        yield np.full((2, 3, 9, 9), i + 0.5 * (split == 'validation'), np.float32), np.arange(2)\n"
+    )
+    got, said = refused(capfd, "build", *NORMAL, *arguments)
+    assert got == ExitCode.INPUT, said
+    assert any(word in said for word in words.split("|")), said
+    assert not list(Path("r").glob("fold-*"))

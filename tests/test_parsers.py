@@ -49,8 +49,8 @@ NAMES = (
     *("measured times", "layers of an engine", "fleet", "state of a fleet", "key file", "list of revoked keys"),
     *("signed list of keys", "folder of keys", "private key"),
     *("signature", "manifest", "bundle", "what a device is", "error of a device", "result of a device"),
-    *("progress of a device", "files of a device", "ranges", "statistics", "array", "COCO", "list of classes"),
-    *("classes in JSON", "NPZ with labels", "NPZ with masks", "NPZ with boxes", "Fashion-MNIST"),
+    *("progress of a device", "files of a device", "ranges", "statistics", "array", "COCO", "COCO's panoptic format"),
+    *("list of classes", "classes in JSON", "NPZ with labels", "NPZ with masks", "NPZ with boxes", "Fashion-MNIST"),
     *("YOLO's boxes", "YOLO's data.yaml", "VOC's XML", "texts: gt.txt", "texts: labels.txt", "texts: metadata.csv"),
     *("texts: metadata.jsonl", "classes: val.txt", "classes: labels.csv", "classes: shares.csv"),
     *(

@@ -244,7 +244,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path: Path) -> N
     said: list[str] = []
 
     class Listener:
-        def track(self, items: Iterator[Batch], what: str, total: int, weight: int = 1) -> Iterator[Batch]:
+        def track(
+            self, items: Iterator[Batch], what: str, total: int, weight: int = 1, before: int = 0
+        ) -> Iterator[Batch]:
             yield from items
 
         def say(self, text: str) -> None: ...

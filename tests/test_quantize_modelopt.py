@@ -28,7 +28,7 @@ class Heard:
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         yield from items
 
 

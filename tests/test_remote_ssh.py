@@ -46,7 +46,7 @@ class Cutter(Silent):
         self.device, self.after, self.times = device, after, times
         self.seen: list[int] = []
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         self.seen.append(total)
         for number, item in enumerate(items):
             if number == self.after and self.times:
@@ -234,7 +234,7 @@ def test_a_device_that_stays_away_gives_a_sentence(device: LoopbackDevice, tmp_p
     with Connection(address_from(device.address), patience=0.3) as connection:
 
         class Gone(Silent):
-            def track(self, items, what, total, weight=1):
+            def track(self, items, what, total, weight=1, before=0):
                 for number, item in enumerate(items):
                     if number == 10:
                         device.stop()
@@ -262,14 +262,15 @@ def test_a_full_disk_there_is_named(device: LoopbackDevice, tmp_path: Path) -> N
 
 def test_progress_crosses_a_file(tmp_path: Path) -> None:
     class Shown(Heard):
-        def track(self, items, what, total, weight=1):
-            self.lines.append(f"{what} 0/{total}")
+        def track(self, items, what, total, weight=1, before=0):
+            self.lines.append(f"{what} {before}/{total}")
             count = sum(1 for _ in items)
-            self.lines.append(f"{what} {count * weight}/{total}")
+            self.lines.append(f"{what} {before + count * weight}/{total}")
             yield from ()
 
     log = EventLog(tmp_path / "log", Silent())
     log.say("begin")
+    list(log.track(range(3), "resumed", 70, 10, 40))
     for number in log.track(range(3), "outer", 6, 2):
         if number == 1:
             list(log.track(range(2), "inner", 2))
@@ -280,7 +281,7 @@ def test_progress_crosses_a_file(tmp_path: Path) -> None:
     replay(iter(["no json", *(tmp_path / "log").read_text().splitlines()]), shown)
     assert shown.lines[0] == "begin"
     assert shown.lines[-1] == "warning: done"
-    assert {"outer 6/6", "inner 2/2", "at 2"} <= set(shown.lines)
+    assert {"outer 6/6", "inner 2/2", "at 2", "resumed 40/70", "resumed 70/70"} <= set(shown.lines)
 
 
 @pytest.mark.whole

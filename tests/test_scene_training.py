@@ -24,7 +24,7 @@ SMALL = {"dim": 32, "depth": 1, "stage_widths": (16, 16, 16, 16)}
 class Killed(Silent):
     """Interrupts the training in its second epoch."""
 
-    def track(self, items, what, total, weight=1):
+    def track(self, items, what, total, weight=1, before=0):
         if what.startswith("epoch 2/"):
             raise KeyboardInterrupt
         return super().track(items, what, total, weight)

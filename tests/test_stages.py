@@ -59,6 +59,7 @@ WHOLE = {
 
 
 for name in (
+    "resvit_calibrate.data.overlap",
     "resvit_calibrate.data.training_images",
     "resvit_calibrate.images.image_set",
     "resvit_engines.keys.private",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resvit_calibrate.answers.maps import step_for
-from resvit_calibrate.answers.raw import RawKeeper
+from resvit_calibrate.answers.raw import joined_raw, raw_of
 from resvit_calibrate.gate.gate import VerdictKind, judge
 from resvit_calibrate.images.targets import BoxTarget, MaskTarget
 from resvit_calibrate.tasks.kinds import task_named
@@ -174,9 +174,7 @@ def test_memory_is_bounded():
     assert step_for(100, (512, 512)) == 1
     step = step_for(5000, (1024, 1024))
     assert 5000 * (1024 // step) ** 2 * 2 <= 256 << 20
-    keeper = RawKeeper(4, 4000)
-    for _ in range(3):
-        keeper.add({"a": np.ones((3, 10, 100), np.float16), "b": np.ones((3, 7), np.int64)}, 3)
-    raw = keeper.taken()
+    outputs = {"a": np.ones((3, 10, 100), np.float16), "b": np.ones((3, 7), np.int64)}
+    raw = joined_raw([raw_of(outputs, 3, before, 4, 4000) for before in (0, 3, 6)])
     assert list(raw.outputs) == ["a"]
     assert raw.outputs["a"].shape == (4, 250)

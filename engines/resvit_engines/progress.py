@@ -25,8 +25,11 @@ _PATIENCE = 10.0
 class Reporter(Protocol):
     """Where long work says how far it is: on standard error, since standard output is for results."""
 
-    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
-        """Pass ``items`` through, counting each as ``weight`` of ``total`` units (images, for batches)."""
+    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1, before: int = 0) -> Iterator[T]:
+        """Pass ``items`` through, counting each as ``weight`` of ``total`` units (images, for batches).
+
+        ``before`` units were done in an earlier process, and are no part of the rate.
+        """
         ...
 
     def say(self, text: str) -> None:
@@ -63,9 +66,9 @@ def detail(reporter: Reporter, text: str) -> None:
 class Silent:
     """Says nothing: the default of library calls."""
 
-    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1, before: int = 0) -> Iterator[T]:
         """Pass ``items`` through."""
-        del what, total, weight
+        del what, total, weight, before
         yield from items
 
     def say(self, text: str) -> None:
@@ -102,17 +105,17 @@ class Lines(Quiet):
         finally:
             timer.cancel()
 
-    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1, before: int = 0) -> Iterator[T]:
         """Pass ``items`` through, printing a line every ``interval`` seconds."""
         start = last = time.monotonic()
-        done = 0
+        done = min(before, total)
         for item in items:
             yield item
             done = min(done + weight, total)
             now = time.monotonic()
             if now - last >= self.interval and done < total:
                 last = now
-                rate = done / (now - start)
+                rate = (done - before) / (now - start)
                 self.say(f"{what}: {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
         _say_at_the_end(self, what, done, total, time.monotonic() - start, self.verbose or last > start)
 
@@ -138,7 +141,7 @@ class Terminal:
         finally:
             self.console.control(Control((ControlType.ERASE_IN_LINE, 2)))
 
-    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1, before: int = 0) -> Iterator[T]:
         """Pass ``items`` through under a bar with count, rate and time left."""
         start = time.monotonic()
         columns = (
@@ -149,12 +152,12 @@ class Terminal:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(escape(one_line(what)), total=total, rate=0.0)
-            done = 0
+            done = min(before, total)
+            task = bar.add_task(escape(one_line(what)), total=total, completed=done, rate=0.0)
             for item in items:
                 yield item
                 done = min(done + weight, total)
-                bar.update(task, completed=done, rate=done / max(time.monotonic() - start, 1e-9))
+                bar.update(task, completed=done, rate=(done - before) / max(time.monotonic() - start, 1e-9))
         _say_at_the_end(self, what, done, total, time.monotonic() - start, self.verbose)
 
     def say(self, text: str) -> None:

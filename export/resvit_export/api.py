@@ -150,6 +150,9 @@ def build(
     gate does not accept is no error: see ``Built.verdict`` and ``Built.rejection``.
     ``run`` is ``runs/MODEL`` where it is not said, with the name of the module's class.
 
+    Interrupted, it leaves ``run`` free and what is finished in it, and says so as the text of the
+    ``KeyboardInterrupt``; the same call goes on where it stopped.
+
     Raises:
         ResvitError: where model, data or a setting cannot be used, with the sentence that the command line prints.
     """
@@ -165,8 +168,13 @@ def build(
     }
     recipe = recipe_from_settings({"model": name, "targets": (target,), **settings, **names})
     folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
-    with opened(recipe, folder, runs_for(recipe, folder, reporter, module, objects)) as runs:
-        return build_run(runs[0])
+    try:
+        with opened(recipe, folder, runs_for(recipe, folder, reporter, module, objects)) as runs:
+            return build_run(runs[0])
+    except KeyboardInterrupt as interrupt:
+        # A notebook shows its text as the last line: what to do next belongs there.
+        interrupt.args = interrupt.args or (f"what is finished is kept in {folder.path}: the same call goes on there",)
+        raise
 
 
 def _named(value: Any, objects: dict[str, Any]) -> str:

@@ -17,13 +17,14 @@ from resvit_export.stage import File
 from resvit_export.stages import audit, bundle, calibrate, export, fold, fuse, load, prune, quantize, retrain, score
 from resvit_export.stages import compile as engine
 from resvit_export.stages import validate as gate
-from resvit_export.stages.decide import predict, preprocessing, recover, times
+from resvit_export.stages.decide import overlap, predict, preprocessing, recover, times
 from resvit_export.task_choice import Questions
 from resvit_export.to_tensorrt.parser import require_readable
 from resvit_export.to_tensorrt.plugin_choice import By
 from resvit_export.variant import Variant
 
 if TYPE_CHECKING:
+    from resvit_calibrate.data.overlap import Overlap
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
     from resvit_engines.targets.speed_verdict import SpeedVerdict
@@ -164,9 +165,15 @@ class Pipeline:
         return self.images[1].doubt or seen.doubt
 
     @cached_property
+    def overlap(self) -> Overlap:
+        """How many images calibration and validation share."""
+        calibration, validation = self.images
+        return self.do(overlap.SeeOverlap(calibration, validation, validation.shared)).overlap
+
+    @cached_property
     def calibrated(self) -> calibrate.Calibrated:
         """The ranges of all activations, from one pass over the calibration images."""
-        self.doubt  # noqa: B018  (data that cannot be validated on, or are fed wrongly, are told before the pass)
+        self.doubt, self.overlap  # noqa: B018  (what is wrong with the data is told before the pass)
         how = (self.images[0], self.preprocess, self.network.images_per_call, self.network.sizes)
         stage = calibrate.Calibrate(self.float_model, *how, holds_back=True)
         if not self.run.folder.has(stage):
@@ -218,7 +225,7 @@ class Pipeline:
         """The answers of the ONNX that ships held against the original network's, and judged."""
         clips = (self.float_model, self.calibrated.statistics, self.quantized, self.exported.report.selects_rows)
         limit, images = (self.recipe.max_drop, self.variant.confidence), self.images[1]
-        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, self.doubt)
+        how = (*gate.sides(self.answered), *clips, *limit, images.class_names, self.doubt, self.overlap)
         return self.do(gate.Validate(self.questions, self.label, *how))
 
     @cached_property
@@ -240,10 +247,12 @@ class Pipeline:
 
     def look_ahead(self) -> None:
         """Refuse at once what the network's shapes and the first images tell, and 8 bits that gain nothing there."""
-        unpruned = None if self.run.network.from_onnx else self.do(fold.Fold(self.run.network))
-        if self.recipe.data is not None and unpruned is not None and unpruned.network.outputs:
-            self.run.image_sets(unpruned.network)
-            self.run.task(unpruned.network, unpruned.network.outputs)
+        source, unpruned = self.run.network, None
+        if not source.from_onnx:
+            folding = fold.Fold(source)
+            if not self.run.folder.has(folding):  # what is wrong with the data is told before the network is folded
+                refusals.require_answerable(self.run, source.network(self.run.reporter))
+            unpruned = self.do(folding)
         target = self.run.target
         if target is not None and not target.on_cpu and refusals.quantises_itself(self.recipe):
             exported, settings = self._exported(unpruned), self.run.quantize_settings({})

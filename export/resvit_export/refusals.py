@@ -17,12 +17,13 @@ from resvit_export.recipe.choices import InputType, Plugins, Quantizer, Recovery
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.verdict import VerdictRecord
 from resvit_export.run import MOST_IMAGES, RECOVERY_IMAGES, Run
-from resvit_export.stages.export import Exported
+from resvit_export.stages.export import Exported, batch_of, require_batch
 from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_export.loading.load import Network
 
 _STILL_WRITTEN = 3
 """Bytes for each byte of the float ONNX: the quantised one, its engine or plan, and the bundle of both."""
@@ -188,6 +189,24 @@ def require_ready(
         run.training_images(network, MOST_IMAGES)
     elif recipe.recover is Recovery.ALWAYS:
         run.training_images(network, RECOVERY_IMAGES)
+
+
+def require_answerable(run: Run, loaded: Network) -> None:
+    """Refuse what a network in PyTorch and its first images tell, before it is folded: seconds after the start.
+
+    That are its batch, its input beside the images', its outputs against the task, the classes against the labels, and
+    whether the task can judge what it answers on two validation images.
+
+    Raises:
+        ResvitError: as the stage that would have come upon it.
+    """
+    network = loaded.record()
+    require_batch(network, batch_of(run.recipe))
+    if run.recipe.data is None:
+        return
+    pixels_of(run.recipe, *run.image_sets(network))
+    task = run.task(network, network.outputs)
+    task.task().require_answers(loaded.runner(), run.image_sets(network)[1])
 
 
 def _require_int8_image(model: Path, run: Run) -> None:

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, open_lock, pretty_json, sha256_file
@@ -22,6 +23,9 @@ from resvit_engines.progress import Reporter, detail, working
 from resvit_engines.records import record_from_file
 from resvit_export.recipe.choices import StageName
 from resvit_export.stage import RECORD, A, Key, Output, Record, Stage, inputs_of
+
+UNFINISHED = "unfinished"
+"""The folder of what stages have done so far that take long."""
 
 
 class NotFinishedError(ResvitError):
@@ -84,6 +88,11 @@ class RunFolder:
             yield self
         finally:
             os.close(lock)
+
+    def unfinished(self, stage: Stage[Any]) -> tuple[Path, str]:
+        """Where a stage may keep what it has done so far, for a process that goes on after a kill, and its key."""
+        key = Key.of(stage)
+        return self.path / UNFINISHED / self._folder(key).name, key.digest
 
     def do(self, stage: Stage[A]) -> A:
         """The finished stage: as it stands, if it is intact, else done now."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import io
 import itertools
+import time
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.answers.classes import INPUT
+from resvit_calibrate.answers.parts import Parts
 from resvit_calibrate.gate.comparison import Comparison
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget, DepthTarget, MaskTarget, Target, TextTarget
@@ -27,9 +31,8 @@ if TYPE_CHECKING:
     from resvit_calibrate.runtime.runner import Runner
 
 _T = TypeVar("_T", bound=Target)
-Seen: TypeAlias = tuple[Batch, dict[str, Array]]
-"""A batch and a network's outputs for it."""
-Keeping: TypeAlias = Generator[None, "Seen | None", Any]
+PART_SECONDS = 30.0
+"""So much work is lost at most when a validation is killed."""
 _TRIED = 2
 _KINDS = {BoxTarget: "boxes", MaskTarget: "masks", DepthTarget: "depths", TextTarget: "texts"}
 
@@ -47,6 +50,14 @@ class Answers(Protocol):
         """Keep the first ``count`` images only."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a batch is in its set: ``before`` images come before it, and the set was opened with ``count``."""
+
+    before: int
+    count: int
+
+
 class Task(abc.ABC):
     """One kind of network: its outputs, its metrics, what counts as agreement, and what changed.
 
@@ -60,11 +71,19 @@ class Task(abc.ABC):
     """What code of the user's has read while it had a part in the answers; None where it has none."""
 
     @abc.abstractmethod
-    def keeping(self, image_set: ImageSet) -> Keeping:
-        """Keep what comparing needs of one network: sent each batch with its outputs, then ``None``, returns answers.
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Any:
+        """What comparing needs of one network's outputs for one batch: answers about its images.
 
         Raises ``ResvitError`` for outputs that are not the task's, and images of which the task needs to know more.
         """
+
+    @abc.abstractmethod
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """One or more answers about parts of a set, in order, as the answers about all of it."""
+
+    def require_judgeable(self, answers: Any, image_set: ImageSet) -> None:
+        """Refuse answers about a whole set of which nothing can be measured; raises ``ResvitError``."""
+        del answers, image_set
 
     def answers_of(
         self,
@@ -72,34 +91,51 @@ class Task(abc.ABC):
         image_set: ImageSet,
         batch_size: int,
         reporter: Reporter = SILENT,
+        stores: Mapping[str, Parts] | None = None,
     ) -> dict[str, Any]:
-        """The answers of several networks by name, each image decoded once for all of them; raises as ``keeping``."""
-        keepers = {name: self.keeping(image_set) for name in runners}
-        for keeper in keepers.values():
-            next(keeper)
-        what = f"validate ({', '.join(runners)})"
-        any_image = False
-        for batch in reporter.track(image_set.batches(batch_size), what, len(image_set), batch_size):
-            any_image = True
-            for name, runner in runners.items():
-                keepers[name].send((batch, _outputs(runner, batch)))
-        if not any_image:
+        """The answers of several networks by name, each image decoded once for all of them.
+
+        What lies in ``stores``, by the same names, is not asked again; there the answers are kept every
+        ``PART_SECONDS``, and when the asking ends early. They say the same, to the byte, as those of one go. Raises as
+        ``kept`` and ``require_judgeable``.
+        """
+        asked = {name: _Asked(self, image_set, (stores or {}).get(name)) for name in runners}
+        start = min(one.end for one in asked.values())
+        what, total = f"validate ({', '.join(runners)})", len(image_set)
+        if start:
+            reporter.say(f"validate goes on where it was stopped: {start:,} of {total:,} images are answered")
+        before, kept_at = start, time.monotonic()
+        try:
+            batches = image_set.batches_behind(start, batch_size)
+            for batch in reporter.track(batches, what, total, batch_size, start):
+                place = Place(before, len(image_set.contents))
+                for name, one in asked.items():
+                    if one.end <= before:
+                        one.ask(runners[name], batch, place)
+                before += len(batch.images)
+                if time.monotonic() - kept_at >= PART_SECONDS:
+                    for one in asked.values():
+                        one.keep()
+                    kept_at = time.monotonic()
+        except BaseException:
+            for one in asked.values():
+                with contextlib.suppress(Exception):  # what ended the asking is what is told
+                    one.keep()
+            raise
+        if not before:
             raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
-        return {name: _returned(keeper) for name, keeper in keepers.items()}
+        return {name: one.all() for name, one in asked.items()}
 
     def require_answers(self, runner: Runner, image_set: ImageSet) -> None:
         """Ask a network about one batch of ``_TRIED`` images and keep nothing, before anything depends on its answers.
 
-        Raises as ``keeping``.
+        Raises as ``kept``.
         """
-        keeper = self.keeping(image_set)
-        next(keeper)
         for batch in itertools.islice(image_set.batches(_TRIED), 1):
-            keeper.send((batch, _outputs(runner, batch)))
-        keeper.close()
+            self.kept(batch, _outputs(runner, batch), image_set, Place(0, len(image_set.contents)))
 
     def answers(self, runner: Runner, image_set: ImageSet, batch_size: int) -> Any:
-        """The answers of one network; raises as ``keeping``."""
+        """The answers of one network; raises as ``answers_of``."""
         return self.answers_of({"outputs": runner}, image_set, batch_size)["outputs"]
 
     @abc.abstractmethod
@@ -135,6 +171,44 @@ class Task(abc.ABC):
         return {}
 
 
+class _Asked:
+    """One network that is asked about a set of images: what it has answered, in memory and in its store."""
+
+    def __init__(self, task: Task, image_set: ImageSet, store: Parts | None) -> None:
+        self.task, self.images, self.store = task, image_set, store
+        self._parts: list[Any] = []
+        self._new: list[Any] = []
+        self.end = 0
+        """How many images it has answered."""
+        for record, answers in store.read(task.load) if store else ():
+            image_set.leave_out(record.left_out)
+            if task.reads is not None:
+                task.reads.digests.update(record.reads)
+                task.reads.unseen.update(record.unseen)
+            self._parts.append(answers)
+            self.end = record.last
+
+    def ask(self, runner: Runner, batch: Batch, place: Place) -> None:
+        """Ask it about the next batch."""
+        self._new.append(self.task.kept(batch, _outputs(runner, batch), self.images, place))
+        self.end += len(batch.images)
+
+    def keep(self) -> None:
+        """Write what is new into the store; raises as ``Parts.write``."""
+        if not self._new or self.store is None:
+            return
+        part = self.task.joined(self._new)
+        self.store.write(part, self.end - len(part), self.images.left_out, self.task.reads)
+        self._parts.append(part)
+        self._new = []
+
+    def all(self) -> Any:
+        """The answers to all images."""
+        found = self.task.joined([*self._parts, *self._new])
+        self.task.require_judgeable(found, self.images)
+        return found
+
+
 def _outputs(runner: Runner, batch: Batch) -> dict[str, Array]:
     """The network's outputs, in which an image more or less than in the batch is refused."""
     outputs = {name: np.asarray(value) for name, value in runner(batch.feeds(INPUT)).items()}
@@ -145,15 +219,6 @@ def _outputs(runner: Runner, batch: Batch) -> dict[str, Array]:
                 "Every output must have one entry for each image, along its first axis.",
             )
     return outputs
-
-
-def _returned(keeper: Keeping) -> Any:
-    """What a keeper returns once there is no more."""
-    try:
-        keeper.send(None)
-    except StopIteration as done:
-        return done.value
-    raise RuntimeError("a task keeps asking behind its last batch")
 
 
 def targets_of(batch: Batch, kind: type[_T], task: str, image_set: ImageSet) -> list[_T]:

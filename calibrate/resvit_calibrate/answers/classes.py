@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,29 +159,22 @@ class ClassComparison(Comparison):
         }
 
 
-def predictions_kept(image_set: ImageSet) -> Generator[None, tuple[Batch, Arrays] | None, Predictions]:
-    """Keep logits and labels of what is sent: batches with a network's ``logits``, or its only output, [B, K].
+def predictions_of(batch: Batch, outputs: Arrays, image_set: ImageSet) -> Predictions:
+    """Logits and labels of one batch with a network's ``logits``, or its only output, [B, K].
 
     Raises ``ResvitError`` for outputs that are not [B, K], and labels that are missing or not below K.
     """
-    logits: list[npt.NDArray[np.float32]] = []
-    labels: list[npt.NDArray[np.int64]] = []
-    while (seen := (yield)) is not None:
-        batch, outputs = seen
-        if batch.labels is None:
-            raise ResvitError(
-                f"The images have no labels ({image_set.description}).", "Validation needs labelled images."
-            )
-        logits.append(logits_of(outputs, len(batch.images)))
-        labels.append(batch.labels)
-        classes = logits[-1].shape[1]
-        wrong = labels[-1][(labels[-1] >= classes) | (labels[-1] < 0)]
-        if len(wrong):
-            raise ResvitError(
-                f"The data has the label {wrong.max()}, but the network knows classes 0 to {classes - 1}.",
-                "Use the data that the network was trained for; its classes must be in the same order.",
-            )
-    return Predictions(np.concatenate(logits), np.concatenate(labels))
+    if batch.labels is None:
+        raise ResvitError(f"The images have no labels ({image_set.description}).", "Validation needs labelled images.")
+    logits = logits_of(outputs, len(batch.images))
+    classes = logits.shape[1]
+    wrong = batch.labels[(batch.labels >= classes) | (batch.labels < 0)]
+    if len(wrong):
+        raise ResvitError(
+            f"The data has the label {wrong.max()}, but the network knows classes 0 to {classes - 1}.",
+            "Use the data that the network was trained for; its classes must be in the same order.",
+        )
+    return Predictions(logits, batch.labels)
 
 
 def compare(reference: Predictions, candidate: Predictions, confidence: float = 0.95) -> ClassComparison:

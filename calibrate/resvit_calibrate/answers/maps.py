@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.answers.base import Answers, load_arrays, save_arrays
-from resvit_calibrate.answers.raw import Raw
+from resvit_calibrate.answers.raw import Raw, joined_raw
 from resvit_engines.answers.options import Array
 from resvit_engines.errors import ResvitError
 
@@ -47,6 +48,13 @@ class Maps(Answers):
         """Keep the first ``count`` images only."""
         kept = {name: getattr(self, name)[:count] for name in self._per_image()}
         return dataclasses.replace(self, raw=self.raw.first(count), **kept)
+
+    @classmethod
+    def joined(cls: type[_M], parts: Sequence[_M]) -> _M:
+        """The answers of several parts of a set, in order; their arrays are of the same sizes but for the images."""
+        names = (*cls._per_image(), *cls.together)
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(parts[0], raw=joined_raw([part.raw for part in parts]), **arrays)
 
     @classmethod
     def load(cls: type[_M], data: bytes, where: str) -> _M:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,29 +58,21 @@ class Raw:
         return cls({str(name): arrays[f"raw_{i}"] for i, name in enumerate(arrays["raw_names"])})
 
 
-class RawKeeper:
-    """Collects ``Raw`` while a network runs."""
+def raw_of(
+    outputs: Mapping[str, Array], count: int, before: int, images: int = IMAGES, most_bytes: int = _BYTES
+) -> Raw:
+    """What is kept of one batch's outputs [``count``, …], behind ``before`` images of the set.
 
-    def __init__(self, images: int = IMAGES, most_bytes: int = _BYTES) -> None:
-        self._images, self._bytes, self._seen = images, most_bytes, 0
-        self._parts: dict[str, list[Array]] = {}
-        self._step = 1
+    Behind the first ``images`` nothing is kept. All that is kept of a whole set takes at most ``most_bytes``.
+    """
+    wanted = {name: value for name, value in outputs.items() if value.ndim and value.dtype.kind == "f"}
+    each = sum(4 * value[0].size for value in wanted.values())
+    step, left = max(1, -(-each * images // most_bytes)), min(max(images - before, 0), count)
+    with np.errstate(over="ignore"):
+        return Raw({n: v[:left].reshape(left, v[0].size)[:, ::step].astype(np.float32) for n, v in wanted.items()})
 
-    def add(self, outputs: Mapping[str, Array], count: int) -> None:
-        """Keep what is wanted of one batch's outputs [B, …]."""
-        wanted = {name: value for name, value in outputs.items() if value.ndim and value.dtype.kind == "f"}
-        if not self._seen:
-            each = sum(4 * value[0].size for value in wanted.values())
-            self._step = max(1, -(-each * self._images // self._bytes))
-        left = self._images - self._seen
-        self._seen += count
-        if left <= 0:
-            return
-        for name, value in wanted.items():
-            flat = value[:left].reshape(min(left, count), -1)[:, :: self._step]
-            with np.errstate(over="ignore"):
-                self._parts.setdefault(name, []).append(flat.astype(np.float32))
 
-    def taken(self) -> Raw:
-        """All that was kept."""
-        return Raw({name: np.concatenate(parts) for name, parts in self._parts.items()})
+def joined_raw(parts: Sequence[Raw]) -> Raw:
+    """The outputs of several parts of a set, in order."""
+    kept = [part for part in parts if any(len(value) for value in part.outputs.values())] or list(parts[:1])
+    return Raw({name: np.concatenate([part.outputs[name] for part in kept]) for name in kept[0].outputs})

@@ -73,9 +73,10 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
         )
     found = len(calibration)
     calibration = calibration.without(frozenset(validation.contents))
-    if len(calibration) < found:
+    validation.shared = found - len(calibration)
+    if validation.shared:
         reporter.warn(
-            f"{found - len(calibration)} of {found} calibration images are also among the validation images "
+            f"{validation.shared} of {found} calibration images are also among the validation images "
             "and were left out of calibration"
         )
     if not len(calibration):

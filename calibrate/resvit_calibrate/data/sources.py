@@ -13,7 +13,14 @@ from resvit_calibrate.data.naming import KINDS, Kind, existing, is_factory, kind
 from resvit_calibrate.images.pixels import ArrayPixels, FilePixels, Pixels
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
 from resvit_calibrate.readers import depth, fashion_mnist, masks
-from resvit_calibrate.readers.boxes.coco import annotation_files, open_coco, open_coco_masks, unused_files
+from resvit_calibrate.readers.boxes.coco import (
+    annotation_files,
+    open_coco,
+    open_coco_masks,
+    open_panoptic,
+    unused_files,
+)
+from resvit_calibrate.readers.boxes.panoptic import panoptic_file
 from resvit_calibrate.readers.boxes.table import with_classes_of_both
 from resvit_calibrate.readers.boxes.voc import pixels_from_voc
 from resvit_calibrate.readers.boxes.yolo import yolo_file, yolo_from_file, yolo_from_folder
@@ -75,7 +82,7 @@ def open_source(
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(_coco(path, options), None)
     if path is not None and kind == "masks" and path.suffix.lower() == ".json":
-        return Pools(open_coco_masks(path, options), None)
+        return Pools(open_panoptic(path, options) if panoptic_file(path) else open_coco_masks(path, options), None)
     if path is not None and (kind in ("csv", "text") or (kind is None and path.suffix.lower() in LISTS)):
         return _listed_pools(path, kind)
     if path is not None and kind is None and path.suffix.lower() in TABLES:
@@ -141,7 +148,8 @@ def _coco_pools(root: Path, options: TargetOptions, *, any_name: bool) -> Pools:
     found = annotation_files(root, any_name=any_name)
     if found is None:
         raise ResvitError(
-            f"{root} holds no annotations.json and no instances_*.json.", "Name the file itself: `coco:FILE.json`."
+            f"{root} holds no annotations.json, no instances_*.json and no panoptic_*.json.",
+            "Name the file itself: `coco:FILE.json`.",
         )
     train = _coco(found[0], options)
     if found[1] is None:
@@ -151,6 +159,8 @@ def _coco_pools(root: Path, options: TargetOptions, *, any_name: bool) -> Pools:
 
 
 def _coco(path: Path, options: TargetOptions) -> Pixels:
+    if panoptic_file(path):
+        return open_panoptic(path, options)
     return open_coco_masks(path, options) if options.outlines else open_coco(path)
 
 

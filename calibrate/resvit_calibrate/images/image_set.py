@@ -120,6 +120,8 @@ class ImageSet(abc.ABC):
     looks: Sequence[Look] = ()
     factory: str | None = None
     doubt: str = ""
+    shared: int = 0
+    """Of validation images: how many of them were among the calibration images too, and were left out there."""
 
     @property
     def prepared(self) -> bool:
@@ -141,6 +143,23 @@ class ImageSet(abc.ABC):
                 return
             yield batch.first(count)
             count -= len(batch.images)
+
+    def batches_behind(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Stream what ``batches`` gives behind its first ``count`` images, which end a batch."""
+        seen = 0
+        for batch in self.batches(batch_size):
+            if seen >= count:
+                yield batch
+            seen += len(batch.images)
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        """The images that broke while they were decoded, by their place in ``contents``, each with the reason."""
+        return {}
+
+    def leave_out(self, broken: Mapping[int, str]) -> None:
+        """Take it that these images break, as ``left_out`` said of the same set before."""
+        del broken
 
     def batches_in_sizes(self, sizes: Sequence[Size], batch_size: int) -> Iterator[Batch]:
         """Stream all images in order, batch by batch in another one of ``sizes`` (height, width).
@@ -175,6 +194,11 @@ class ImageSet(abc.ABC):
         """Read one image for people to look at: uint8 [H, W, 1 or 3], or None where there is none."""
         del index
         return None
+
+    def pictures(self, places: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """Read several images for people to look at, in order: as ``image``, None too where one breaks."""
+        for place in places:
+            yield self.image(place)
 
     def target(self, index: int) -> Target | None:
         """What is in ``image(index)``, in that image's own pixels, or None where there is no such thing."""

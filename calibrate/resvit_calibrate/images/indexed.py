@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -123,18 +123,39 @@ class IndexedImageSet(ImageSet):
         """Read one image: uint8 [H, W, 1 or 3]."""
         return self._read(self._alive()[index])
 
+    def pictures(self, places: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """Read several images, on all cores; None for one that breaks."""
+        alive = self._alive()
+        for _, picture in _in_threads(self._read, [alive[place] for place in places]):
+            yield None if isinstance(picture, BrokenImage) else picture
+
     def target(self, index: int) -> Target | None:
         """What is in ``image(index)``, in that image's own pixels, or None."""
         number = self._alive()[index]
         height, width = self._read(number).shape[:2]
         return self._pixels.target(number, height, width, self._looks[number])
 
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        """The images that broke while they were decoded, by their place in ``contents``, each with the reason."""
+        return {place: self._skipped[index] for place, index in enumerate(self._looks) if index in self._skipped}
+
+    def leave_out(self, broken: Mapping[int, str]) -> None:
+        """Take it that these images break; places that the set does not have are passed over."""
+        numbers = list(self._looks)
+        self._skipped |= {numbers[place]: reason for place, reason in broken.items() if place < len(numbers)}
+        self._require_whole()
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Stream all images in order; memory holds about two batches and the images being decoded."""
+        return self.batches_behind(0, batch_size)
+
+    def batches_behind(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Stream all images behind the first ``count``, which are not read."""
         if batch_size < 1:
             raise ResvitError(f"A batch size of {batch_size} cannot be used.", "Choose 1 or more.")
         ready: list[_Prepared] = []
-        for index, image in _in_threads(self._prepared, self._alive(), block=batch_size):
+        for index, image in _in_threads(self._prepared, self._alive()[count:], block=batch_size):
             if isinstance(image, BrokenImage):
                 self._skipped[index] = str(image)
                 self._require_whole()

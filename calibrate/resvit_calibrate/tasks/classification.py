@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from resvit_calibrate.answers.base import Keeping, Task
-from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predictions_kept
+import numpy as np
+
+from resvit_calibrate.answers.base import Place, Task
+from resvit_calibrate.answers.classes import ClassComparison, Predictions, changed_answers, compare, predictions_of
 from resvit_calibrate.gate.comparison import SHARE
-from resvit_calibrate.images.image_set import ImageSet
-from resvit_engines.answers.options import options_from
+from resvit_calibrate.images.image_set import Batch, ImageSet
+from resvit_engines.answers.options import Array, options_from
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,14 @@ class Classification(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         options_from(_Options, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Predictions:
         """Logits and labels of every image."""
-        return predictions_kept(image_set)
+        del place
+        return predictions_of(batch, dict(outputs), image_set)
+
+    def joined(self, parts: Sequence[Predictions]) -> Predictions:
+        """All logits and labels."""
+        return Predictions(np.concatenate([p.logits for p in parts]), np.concatenate([p.labels for p in parts]))
 
     def load(self, data: bytes, where: str) -> Predictions:
         """Read ``Predictions``."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from resvit_calibrate.answers.base import Keeping, Task, finite_images, require_finite, require_same_images, targets_of
+from resvit_calibrate.answers.base import Place, Task, finite_images, require_finite, require_same_images, targets_of
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
-from resvit_calibrate.answers.raw import RawKeeper
+from resvit_calibrate.answers.raw import raw_of
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import UNKNOWN_DEPTH, DepthTarget
 from resvit_engines.answers.maps import DepthOptions, as_depths, depths_name, map_at
 from resvit_engines.answers.options import Array, options_from, stated
@@ -52,33 +52,37 @@ class Depth(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(DepthOptions, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Depths:
         """Depth maps of every image and their errors."""
-        maps, rows, finite, digests, keeper, step = [], [], [], [], RawKeeper(), 0
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            output = self._output(outputs)
-            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-            step = step or step_for(len(image_set), size)
-            fine = finite_images({"output": output}, len(output))
-            keeper.add({"output": output}, len(output))
-            targets = targets_of(batch, DepthTarget, self.name, image_set)
-            for one, target, whole in zip(output, targets, fine, strict=True):
-                found, row = self._scored(map_at(one, size) if whole else None, target.depth)
-                rows.append(row)
-                with np.errstate(over="ignore"):
-                    maps.append(found[::step, ::step].astype(np.float16))
-                digests.append(hashlib.sha256(target.depth.tobytes()).digest())
-            finite.append(fine)
+        output = self._output(outputs)
+        size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+        step = step_for(place.count, size)
+        fine = finite_images({"output": output}, len(output))
+        maps, rows, digests = [], [], []
+        targets = targets_of(batch, DepthTarget, self.name, image_set)
+        for one, target, whole in zip(output, targets, fine, strict=True):
+            found, row = self._scored(map_at(one, size) if whole else None, target.depth)
+            rows.append(row)
+            with np.errstate(over="ignore"):
+                maps.append(found[::step, ::step].astype(np.float16))
+            digests.append(hashlib.sha256(target.depth.tobytes()).digest())
         digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
         scores = np.array([row[:2] for row in rows], np.float64).reshape(-1, 2)
-        if not np.isfinite(scores[:, 0]).any():
+        raw = raw_of({"output": output}, len(output), place.before)
+        sample = np.stack([row[2] for row in rows])
+        return Depths(np.stack(maps), step, fine, digest, raw, scores[:, 0], scores[:, 1], sample)
+
+    def joined(self, parts: Sequence[Depths]) -> Depths:
+        """All of them."""
+        return Depths.joined(parts)
+
+    def require_judgeable(self, answers: Depths, image_set: ImageSet) -> None:
+        """Refuse images of which no pixel has a known depth; raises ``ResvitError``."""
+        if not np.isfinite(answers.abs_rel).any():
             raise ResvitError(
                 f"No pixel has a known depth ({image_set.description}).",
                 "Check --task-option depth_scale, min_depth and max_depth.",
             )
-        kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
-        return Depths(*kept, scores[:, 0], scores[:, 1], np.stack([row[2] for row in rows]))
 
     def load(self, data: bytes, where: str) -> Depths:
         """Read what ``Depths.save`` wrote."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from resvit_calibrate.answers.average_precision import Matched, matched
 from resvit_calibrate.answers.base import (
     Answers,
-    Keeping,
+    Place,
     Task,
     finite_images,
     load_arrays,
@@ -26,11 +26,11 @@ from resvit_calibrate.answers.base import (
     targets_of,
 )
 from resvit_calibrate.answers.boxes import agreeing, pairs_of, stored_boxes
-from resvit_calibrate.answers.raw import Raw, RawKeeper
+from resvit_calibrate.answers.raw import Raw, joined_raw, raw_of
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.gate.numbering import other_numbering
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import BoxTarget
 from resvit_engines.answers.boxes import NO_BOXES, Boxes, BoxReader, DetectionOptions
 from resvit_engines.answers.options import Array, options_from, stated
@@ -93,28 +93,32 @@ class Detection(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(DetectionOptions, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Detections:
         """The best boxes of every image, with the known ones."""
-        found: list[Boxes] = []
-        known: list[BoxTarget] = []
-        finite, keeper, reader = [], RawKeeper(), None
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            reader = reader or BoxReader(self.options, outputs, image_set.num_classes)
-            targets = targets_of(batch, BoxTarget, self.name, image_set)
-            known += [self.numbered(target, image_set.class_ids, reader.classes) for target in targets]
-            boxes, scores = outputs[reader.boxes], outputs[reader.scores]
-            both = {reader.boxes: boxes, reader.scores: scores}
-            fine = finite_images(both, len(boxes))
-            keeper.add(both, len(boxes))
-            finite.append(fine)
-            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-            found += [reader.read(boxes[i], scores[i], size) if fine[i] else NO_BOXES for i in range(len(boxes))]
-        if not any((~target.crowd).any() for target in known):
+        reader = BoxReader(self.options, outputs, image_set.num_classes)
+        targets = targets_of(batch, BoxTarget, self.name, image_set)
+        known = tuple(self.numbered(target, image_set.class_ids, reader.classes) for target in targets)
+        boxes, scores = outputs[reader.boxes], outputs[reader.scores]
+        both = {reader.boxes: boxes, reader.scores: scores}
+        fine = finite_images(both, len(boxes))
+        size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+        found = tuple(reader.read(boxes[i], scores[i], size) if fine[i] else NO_BOXES for i in range(len(boxes)))
+        return Detections(found, known, fine, raw_of(both, len(boxes), place.before))
+
+    def joined(self, parts: Sequence[Detections]) -> Detections:
+        """All of them."""
+        known = tuple(target for part in parts for target in part.known)
+        found = tuple(boxes for part in parts for boxes in part.found)
+        return Detections(
+            found, known, np.concatenate([part.finite for part in parts]), joined_raw([part.raw for part in parts])
+        )
+
+    def require_judgeable(self, answers: Detections, image_set: ImageSet) -> None:
+        """Refuse images of which none has a box; raises ``ResvitError``."""
+        if not any((~target.crowd).any() for target in answers.known):
             raise ResvitError(
                 f"No image has a box ({image_set.description}).", "Detection is measured on images with objects."
             )
-        return Detections(tuple(found), tuple(known), np.concatenate(finite), keeper.taken())
 
     def load(self, data: bytes, where: str) -> Detections:
         """Read what ``Detections.save`` wrote."""

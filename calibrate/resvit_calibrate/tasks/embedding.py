@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Keeping,
+    Place,
     Task,
     finite_images,
     load_arrays,
@@ -23,7 +23,7 @@ from resvit_calibrate.answers.base import (
 from resvit_calibrate.answers.classes import sqnr
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.answers.vectors import EmbeddingOptions, vectors_of
 from resvit_engines.errors import ResvitError
@@ -94,30 +94,31 @@ class Embedding(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(EmbeddingOptions, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Embeddings:
         """Vectors and labels of every image."""
-        vectors, labels = [], []
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            if batch.labels is None:
-                raise ResvitError(
-                    f"The images have no labels ({image_set.description}): whether images of one class are found "
-                    "cannot be told.",
-                    "Give one folder for each class (or person, or product), or compare the vectors alone: "
-                    "--task other.",
-                )
-            output = vectors_of(self.options, outputs)
-            fine = finite_images({"output": output}, len(output))
-            with np.errstate(over="ignore"):
-                vectors.append(np.where(fine[:, None], output, np.nan).astype(np.float32))
-            labels.append(batch.labels)
-        found = Embeddings(np.concatenate(vectors), np.concatenate(labels))
-        if not _counts(found.labels).any():
+        del place
+        if batch.labels is None:
+            raise ResvitError(
+                f"The images have no labels ({image_set.description}): whether images of one class are found "
+                "cannot be told.",
+                "Give one folder for each class (or person, or product), or compare the vectors alone: --task other.",
+            )
+        output = vectors_of(self.options, outputs)
+        fine = finite_images({"output": output}, len(output))
+        with np.errstate(over="ignore"):
+            return Embeddings(np.where(fine[:, None], output, np.nan).astype(np.float32), batch.labels)
+
+    def joined(self, parts: Sequence[Embeddings]) -> Embeddings:
+        """All of them."""
+        return Embeddings(np.concatenate([p.vectors for p in parts]), np.concatenate([p.labels for p in parts]))
+
+    def require_judgeable(self, answers: Embeddings, image_set: ImageSet) -> None:
+        """Refuse classes of which none has two images; raises ``ResvitError``."""
+        if not _counts(answers.labels).any():
             raise ResvitError(
                 f"No class has two images ({image_set.description}), so that none can be found by another.",
                 "Give at least two images of each class.",
             )
-        return found
 
     def load(self, data: bytes, where: str) -> Embeddings:
         """Read what ``Embeddings.save`` wrote."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Keeping,
+    Place,
     Task,
     finite_images,
     load_arrays,
@@ -21,7 +21,7 @@ from resvit_calibrate.answers.base import (
     require_same_images,
     save_arrays,
 )
-from resvit_calibrate.answers.raw import Raw, RawKeeper
+from resvit_calibrate.answers.raw import Raw, joined_raw, raw_of
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
@@ -147,27 +147,28 @@ class Other(Task):
         self.metric = "SQNR" if metric is None else metric.rpartition(":")[2]
         self.unit = "dB" if metric is None else POINTS
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Outputs:
         """The user's scores of every image, and outputs."""
         del image_set
-        keeper = RawKeeper(_IMAGES, _BYTES)
-        scores, finite, decisions, seen_before = [], [], [], 0
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            if not any(value.ndim and value.dtype.kind == "f" for value in outputs.values()):
-                raise ResvitError(
-                    f"The network has no output of floating-point numbers: {shapes_of(outputs)}.",
-                    "Give its outputs before the classes are chosen.",
-                )
-            fine = finite_images(outputs, len(batch.images))
-            keeper.add(outputs, len(batch.images))
-            finite.append(fine)
-            decisions.append(_largest(outputs, len(batch.images))[: max(0, _IMAGES - seen_before)])
-            seen_before += len(batch.images)
-            if self.function:
-                scores.append(self._scores(self.function, outputs, batch, fine))
-        every = np.concatenate(scores) if scores else np.zeros(0)
-        return Outputs(every, np.concatenate(finite), keeper.taken(), np.concatenate(decisions))
+        outputs, count = dict(outputs), len(batch.images)
+        if not any(value.ndim and value.dtype.kind == "f" for value in outputs.values()):
+            raise ResvitError(
+                f"The network has no output of floating-point numbers: {shapes_of(outputs)}.",
+                "Give its outputs before the classes are chosen.",
+            )
+        fine = finite_images(outputs, count)
+        scores = self._scores(self.function, outputs, batch, fine) if self.function else np.zeros(0)
+        decisions = _largest(outputs, count)[: max(0, _IMAGES - place.before)]
+        return Outputs(scores, fine, raw_of(outputs, count, place.before, _IMAGES, _BYTES), decisions)
+
+    def joined(self, parts: Sequence[Outputs]) -> Outputs:
+        """All of them."""
+        return Outputs(
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.finite for part in parts]),
+            joined_raw([part.raw for part in parts]),
+            np.concatenate([part.decisions for part in parts]),
+        )
 
     def load(self, data: bytes, where: str) -> Outputs:
         """Read what ``Outputs.save`` wrote."""

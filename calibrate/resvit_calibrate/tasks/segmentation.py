@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from resvit_calibrate.answers.base import Keeping, Task, finite_images, require_finite, require_same_images, targets_of
+from resvit_calibrate.answers.base import Place, Task, finite_images, require_finite, require_same_images, targets_of
 from resvit_calibrate.answers.maps import Maps, outcome_of, step_for
 from resvit_calibrate.answers.mask_counts import commonest, counts, dice, ious, mean_iou, pairs_in_map
-from resvit_calibrate.answers.raw import RawKeeper
+from resvit_calibrate.answers.raw import raw_of
 from resvit_calibrate.gate.bootstrap import Floats, resampled
 from resvit_calibrate.gate.comparison import POINTS, Chance, Resampled
 from resvit_calibrate.gate.numbering import Pairs, other_numbering
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import IGNORED, MaskTarget
 from resvit_engines.answers.maps import SegmentationOptions, label_map, masks_name, require_masks
 from resvit_engines.answers.options import Array, options_from, stated
@@ -47,6 +47,12 @@ class Masks(Maps):
         """Keep the first ``count`` images only."""
         return replace(super().first(count), pairs=self.pairs[self.pairs[:, 0] < count])
 
+    def with_classes(self, classes: int) -> Masks:
+        """The same with room for so many classes: those that are added have no pixel."""
+        more = ((0, 0), (0, classes - self.shared.shape[1]))
+        wider: dict[str, Any] = {name: np.pad(getattr(self, name), more) for name in ("shared", "answered", "known")}
+        return replace(self, **wider)
+
 
 class Segmentation(Task):
     """Scores [B, K, h, w] on the input's grid or a coarser one of the same proportions, or class numbers [B, h, w]."""
@@ -58,34 +64,32 @@ class Segmentation(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(SegmentationOptions, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Masks:
         """Label maps of every image and their counts against the known masks."""
+        output = self.output_of(outputs)
+        size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+        require_masks(output, size)
+        classes = output.shape[1] if output.ndim == 4 else image_set.num_classes or 0
+        step, fine = step_for(place.count, size), finite_images({"output": output}, len(output))
         rows: list[tuple[Array, Array, Array]] = []
-        pairs: list[Array] = []
-        maps, finite, digests, keeper = [], [], [], RawKeeper()
-        step = classes = 0
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            output = self.output_of(outputs)
-            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-            require_masks(output, size)
-            classes = output.shape[1] if output.ndim == 4 else max(classes, image_set.num_classes or 0)
-            step = step or step_for(len(image_set), size)
-            targets = targets_of(batch, MaskTarget, self.name, image_set)
-            fine = finite_images({"output": output}, len(output))
-            keeper.add({"output": output}, len(output))
-            for one, target, whole in zip(output, targets, fine, strict=True):
-                classes = _classes(classes, output.ndim, one if whole else np.zeros(1), target)
-                found = label_map(one, size) if whole else np.full(size, IGNORED, np.int16)
-                pairs.append(pairs_in_map(len(rows), found, target.classes))
-                rows.append(counts(found, target.classes, classes))
-                maps.append(found[::step, ::step].copy())
-                digests.append(hashlib.sha256(target.classes.tobytes()).digest())
-            finite.append(fine)
+        pairs, maps, digests = [], [], []
+        targets = targets_of(batch, MaskTarget, self.name, image_set)
+        for one, target, whole in zip(output, targets, fine, strict=True):
+            classes = _classes(classes, output.ndim, one if whole else np.zeros(1), target)
+            found = label_map(one, size) if whole else np.full(size, IGNORED, np.int16)
+            pairs.append(pairs_in_map(place.before + len(rows), found, target.classes))
+            rows.append(counts(found, target.classes, classes))
+            maps.append(found[::step, ::step].copy())
+            digests.append(hashlib.sha256(target.classes.tobytes()).digest())
         shared, answered, known = (_stacked([row[i] for row in rows], classes) for i in range(3))
         digest = np.frombuffer(b"".join(digests), np.uint8).reshape(len(maps), -1)
-        kept = (np.stack(maps), step, np.concatenate(finite), digest, keeper.taken())
-        return Masks(*kept, shared, answered, known, np.concatenate(pairs))
+        raw = raw_of({"output": output}, len(output), place.before)
+        return Masks(np.stack(maps), step, fine, digest, raw, shared, answered, known, np.concatenate(pairs))
+
+    def joined(self, parts: Sequence[Masks]) -> Masks:
+        """All of them, with as many classes as the part that has most."""
+        classes = max(part.shared.shape[1] for part in parts)
+        return Masks.joined([part.with_classes(classes) for part in parts])
 
     def load(self, data: bytes, where: str) -> Masks:
         """Read what ``Masks.save`` wrote."""

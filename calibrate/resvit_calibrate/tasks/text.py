@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.answers.base import (
     Answers,
-    Keeping,
+    Place,
     Task,
     finite_images,
     load_arrays,
@@ -21,10 +21,10 @@ from resvit_calibrate.answers.base import (
     save_arrays,
     targets_of,
 )
-from resvit_calibrate.answers.raw import Raw, RawKeeper
+from resvit_calibrate.answers.raw import Raw, joined_raw, raw_of
 from resvit_calibrate.gate.bootstrap import resampled
 from resvit_calibrate.gate.comparison import SHARE, Chance, Resampled
-from resvit_calibrate.images.image_set import ImageSet
+from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.images.targets import TextTarget
 from resvit_engines.answers.options import Array, options_from, stated
 from resvit_engines.answers.texts import NOTHING, Decoder, TextOptions, decoders_for, scores_of
@@ -84,21 +84,25 @@ class Text(Task):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options_from(TextOptions, self.name, options)
 
-    def keeping(self, image_set: ImageSet) -> Keeping:
+    def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Readings:
         """The likeliest class of every position, and what is written."""
-        classes, texts, finite, keeper, count = [], [], [], RawKeeper(), 0
-        while (seen := (yield)) is not None:
-            batch, outputs = seen
-            output = scores_of(self.options, outputs)
-            count = output.shape[2]
-            fine = finite_images({"output": output}, len(output))
-            keeper.add({"output": output}, len(output))
-            with np.errstate(invalid="ignore"):
-                likeliest = np.where(fine[:, None], output.argmax(axis=2), NOTHING)
-            classes.append(likeliest.astype(np.int32))
-            texts += [target.text for target in targets_of(batch, TextTarget, self.name, image_set)]
-            finite.append(fine)
-        return Readings(np.concatenate(classes), tuple(texts), count, np.concatenate(finite), keeper.taken())
+        output = scores_of(self.options, outputs)
+        fine = finite_images({"output": output}, len(output))
+        with np.errstate(invalid="ignore"):
+            likeliest = np.where(fine[:, None], output.argmax(axis=2), NOTHING)
+        texts = tuple(target.text for target in targets_of(batch, TextTarget, self.name, image_set))
+        raw = raw_of({"output": output}, len(output), place.before)
+        return Readings(likeliest.astype(np.int32), texts, output.shape[2], fine, raw)
+
+    def joined(self, parts: Sequence[Readings]) -> Readings:
+        """All of them."""
+        return Readings(
+            np.concatenate([part.classes for part in parts]),
+            tuple(text for part in parts for text in part.texts),
+            parts[0].count,
+            np.concatenate([part.finite for part in parts]),
+            joined_raw([part.raw for part in parts]),
+        )
 
     def load(self, data: bytes, where: str) -> Readings:
         """Read what ``Readings.save`` wrote."""

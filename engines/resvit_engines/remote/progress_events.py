@@ -28,12 +28,12 @@ class EventLog:
         self._shown = shown
         self._stream = path.open("w", encoding="utf-8")
 
-    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int, weight: int = 1, before: int = 0) -> Iterator[T]:
         """Pass ``items`` through, writing how many went."""
-        self._write({"begin": what, "total": total, "weight": weight})
+        self._write({"begin": what, "total": total, "weight": weight, **({"before": before} if before else {})})
         pending, last = 0, time.monotonic()
         try:
-            for item in self._shown.track(items, what, total, weight):
+            for item in self._shown.track(items, what, total, weight, before):
                 yield item
                 pending += 1
                 if time.monotonic() - last >= _INTERVAL:
@@ -73,12 +73,13 @@ def replay(lines: Iterator[str], reporter: Reporter) -> None:
 
 @dataclass(frozen=True)
 class _Event:
-    """One line: ``count`` is the total of a bar that begins, or how many steps it went."""
+    """One line: ``count`` is the total of a bar that begins at ``before``, or how many steps it went."""
 
     kind: str
     text: str = ""
     count: int = 0
     weight: int = 1
+    before: int = 0
 
     @classmethod
     def from_json(cls, record: Record) -> _Event:
@@ -89,13 +90,15 @@ class _Event:
         text = record.text(kind)
         if kind != "begin":
             return cls(kind, text)
-        return cls(kind, text, record.whole("total", most=_TOTAL_MOST), record.whole("weight", 1, _TOTAL_MOST))
+        total, weight = record.whole("total", most=_TOTAL_MOST), record.whole("weight", 1, _TOTAL_MOST)
+        before = record.whole("before", most=total) if "before" in record.names else 0
+        return cls(kind, text, total, weight, before)
 
 
 def _show(event: _Event, events: Iterator[_Event], reporter: Reporter, bars: int) -> None:
     if event.kind == "begin" and bars < _BARS_MOST:
-        steps = _steps(events, reporter, -(-event.count // event.weight), bars + 1)
-        for _ in reporter.track(steps, event.text, event.count, event.weight):
+        steps = _steps(events, reporter, -(-(event.count - event.before) // event.weight), bars + 1)
+        for _ in reporter.track(steps, event.text, event.count, event.weight, event.before):
             pass
     elif event.kind == "say":
         reporter.say(event.text)

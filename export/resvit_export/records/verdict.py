@@ -12,6 +12,7 @@ from resvit_engines.bundle.parts import GoldenFiles
 from resvit_engines.records import Record
 
 if TYPE_CHECKING:
+    from resvit_calibrate.data.overlap import Overlap
     from resvit_calibrate.gate.comparison import Comparison
     from resvit_quantize.sensitivity.own_noise import OwnNoise
 
@@ -98,6 +99,8 @@ class VerdictRecord:
     """How a device reads the outputs: see ``Manifest.answers``."""
     blame: OwnNoise | None = None
     """Where the outputs have a low SQNR: whether the network or its quantisation is to blame."""
+    overlap: Overlap | None = None
+    """How many images calibration and validation share."""
 
     @property
     def kind(self) -> VerdictKind:
@@ -125,6 +128,7 @@ class VerdictRecord:
             "changed": [item.to_json() for item in self.changed],
             "reading": self.reading,
             "blame": None if self.blame is None else self.blame.to_json(),
+            "overlap": None if self.overlap is None else self.overlap.to_json(),
         }
 
     @classmethod
@@ -144,6 +148,7 @@ class VerdictRecord:
             changed=tuple(ChangedAnswer.from_json(item) for item in document["changed"]),
             reading=document.get("reading"),
             blame=_blame_from_json(document.get("blame")),
+            overlap=_overlap_from_json(document.get("overlap")),
         )
 
 
@@ -153,3 +158,11 @@ def _blame_from_json(document: Mapping[str, Any] | None) -> OwnNoise | None:
     from resvit_quantize.sensitivity.own_noise import OwnNoise
 
     return OwnNoise.from_json(document)
+
+
+def _overlap_from_json(document: Mapping[str, Any] | None) -> Overlap | None:
+    if document is None:
+        return None
+    from resvit_calibrate.data.overlap import Overlap
+
+    return Overlap.from_json(document)

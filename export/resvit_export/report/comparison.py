@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 640, 360
 """Units of the picture's inside."""
+_LEFT = 108
+"""And of the room for the numbers beside it, in a phone's large type."""
 _MEASURED, _PREDICTED = "measured", "predicted"
 _EMPTY = 0.08
 """Of an axis, on either side of the outermost points."""
@@ -123,6 +125,7 @@ def write_comparison(entries: Sequence[Entry], path: Path) -> None:
         metric=entries[0].metric,
         picture=_picture(entries, fronts),
         box=(WIDTH, HEIGHT),
+        left=_LEFT,
         size=wording.size,
         number=wording.number,
     )

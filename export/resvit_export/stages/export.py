@@ -15,6 +15,7 @@ from resvit_engines.progress import Reporter
 from resvit_export.loading.inputs import ShapeWish
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.source import NetworkSource
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 from resvit_export.stages.fold import Folded
@@ -80,13 +81,7 @@ class Export(Stage[Exported]):
         from resvit_export.loading.pt2 import program_from_pt2
         from resvit_export.to_onnx.export import onnx_from_program
 
-        if self.network.coupled and self.batch != 1:
-            raise ResvitError(
-                "The network's answers for an image depend on the other images of its batch, and "
-                f"{'a dynamic batch' if self.batch is None else f'batch {self.batch}'} was asked for. A view with a "
-                "hard-coded batch of 1, or statistics over the batch, do this.",
-                "Build it for --batch 1, or mend its forward.",
-            )
+        require_batch(self.network, self.batch)
         with quiet_libraries():
             program = program_from_pt2(self.program.path)
             report = onnx_from_program(
@@ -94,6 +89,26 @@ class Export(Stage[Exported]):
             )
         write_network_record(folder, self.network)
         _write_reports(folder, report)
+
+
+def require_batch(network: NetworkRecord, batch: int | None) -> None:
+    """Refuse another batch than 1 for a network that mixes the images of one; ``batch`` None is a dynamic one.
+
+    Raises:
+        ResvitError: INPUT, with the remedy.
+    """
+    if network.coupled and batch != 1:
+        raise ResvitError(
+            "The network's answers for an image depend on the other images of its batch, and "
+            f"{'a dynamic batch' if batch is None else f'batch {batch}'} was asked for. A view with a "
+            "hard-coded batch of 1, or statistics over the batch, do this.",
+            "Build it for --batch 1, or mend its forward.",
+        )
+
+
+def batch_of(recipe: Recipe) -> int | None:
+    """The batch that is exported for; None for a dynamic one."""
+    return None if recipe.dynamic_batch else recipe.batch_range[0]
 
 
 def export_of(run: Run, folded: Folded | None) -> Export | Import:
@@ -106,8 +121,7 @@ def export_of(run: Run, folded: Folded | None) -> Export | Import:
         )
     # What cannot be validated here is not exported.
     opset = target.opset if target and target.opset <= scorable_opset() else OLDEST_OPSET
-    batch = None if recipe.dynamic_batch else recipe.batch_range[0]
-    return Export(folded.program, folded.network, opset, batch)
+    return Export(folded.program, folded.network, opset, batch_of(recipe))
 
 
 @dataclass(frozen=True)

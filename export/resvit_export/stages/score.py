@@ -30,6 +30,7 @@ from resvit_export.task_choice import Questions, TaskChoice
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Answers
+    from resvit_calibrate.answers.parts import Parts
     from resvit_calibrate.runtime.runner import OnnxRunner, Runner
     from resvit_calibrate.runtime.sessions import Arrays
 
@@ -75,16 +76,21 @@ class Asked(Stage[Answered]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Ask this network alone."""
-        ask_together([(self, folder)], reporter)
+        ask_together([(self, folder)], reporter, {})
 
 
-def ask_together(missing: Sequence[tuple[Stage[Answered], Path]], reporter: Reporter) -> None:
-    """Ask several networks the same questions, each batch decoded once; write each one's answers into its folder."""
+def ask_together(
+    missing: Sequence[tuple[Stage[Answered], Path]], reporter: Reporter, stores: Mapping[str, Parts]
+) -> None:
+    """Ask several networks the same questions, each batch decoded once; write each one's answers into its folder.
+
+    ``stores`` by title hold what was answered before a kill, and get what is answered now.
+    """
     asked = [(stage, folder) for stage, folder in missing if isinstance(stage, Asked)]
     questions = asked[0][0].questions
     runners = {stage.title: stage.runner(folder, reporter) for stage, folder in asked}
     task = questions.task.task()
-    answers = task.answers_of(runners, questions.images, questions.batch_size, reporter)
+    answers = task.answers_of(runners, questions.images, questions.batch_size, reporter, stores)
     for stage, folder in asked:
         answers[stage.title].save(folder / ANSWERS)
         if task.reads is not None:
@@ -305,12 +311,17 @@ def answers_of(
 
     ``label`` is what people read of ``model``, which ships.
     """
+    from resvit_calibrate.answers.parts import Parts
+
     asked: list[Asked] = [AskFloat(questions, exported.model)]
     asked += [] if run.network.from_onnx else [AskReference(questions, run.network)]
     asked += [AskPruned(questions, pruned.program)] if pruned else []
     how = (label, exported.report.selects_rows, exported.network.sizes)
     asked.append(AskQuantized(questions, model, floating, *how))
-    artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter))
+    stores = {stage.title: Parts(*run.folder.unfinished(stage)) for stage in asked}
+    artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter, stores))
+    for store in stores.values():
+        store.remove()
     return {artifact.stage: artifact for artifact in artifacts}
 
 

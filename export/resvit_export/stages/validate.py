@@ -22,6 +22,7 @@ from resvit_export.task_choice import Questions
 
 if TYPE_CHECKING:
     from resvit_calibrate.answers.base import Task
+    from resvit_calibrate.data.overlap import Overlap
     from resvit_calibrate.images.image_set import ImageSet
     from resvit_calibrate.ranges.diagnostics import Diagnostic
     from resvit_calibrate.runtime.sessions import Array
@@ -77,6 +78,8 @@ class Validate(Stage[Validated]):
     class_names: tuple[str, ...]
     doubt: str
     """Why the images tell nothing, where something does."""
+    overlap: Overlap
+    """How many images calibration and validation share."""
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the verdict and the changed images."""
@@ -121,6 +124,7 @@ class Validate(Stage[Validated]):
                 "class_ids": list(images.class_ids),
             },
             blame=blame,
+            overlap=self.overlap,
         )
         (folder / VERDICT).write_bytes(pretty_json(record.to_json()))
         pictures = _pictures(task, images, original, candidate, shown, self.questions.batch_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from resvit_calibrate.images.targets import TargetOptions
 from resvit_calibrate.readers.boxes.coco_file import read_coco
 from resvit_calibrate.readers.boxes.coco_masks import CocoMasks, coco_masks_from
+from resvit_calibrate.readers.boxes.panoptic import PREFIX, PanopticMasks, panoptic_from
 from resvit_calibrate.readers.boxes.table import BoxPixels
 from resvit_calibrate.readers.folders import VALIDATION_NAMES, note_of_unused, split_folders
 from resvit_engines.errors import ResvitError
@@ -32,11 +33,19 @@ def open_coco_masks(path: Path, options: TargetOptions) -> CocoMasks:
     return masks
 
 
+def open_panoptic(path: Path, options: TargetOptions) -> PanopticMasks:
+    """Read a panoptic file, and find its images. Raises ``ResvitError`` where either fails."""
+    masks = panoptic_from(path, path.parent, options)
+    masks.root = _folder_of_images(path, tuple(masks.files))
+    return masks
+
+
 def annotation_files(root: Path, *, any_name: bool = False) -> tuple[Path, Path | None] | None:
     """Find a folder's annotations: one file, or one for training and one for validation; None where there are none.
 
-    Known are ``annotations.json``, ``instances_*.json`` in the folder or in ``annotations`` below it, and one of
-    those in each of ``train`` and ``val``; with ``any_name`` any other ``.json`` there.
+    Known are ``annotations.json``, ``instances_*.json`` in the folder or in ``annotations`` below it, where there is
+    none ``panoptic_*.json`` there, and one of those in each of ``train`` and ``val``; with ``any_name`` any other
+    ``.json`` there.
 
     Raises ``ResvitError`` where there are several that are no such pair.
     """
@@ -72,13 +81,14 @@ def _files_in(root: Path, *, any_name: bool) -> list[Path]:
     found = [root / name for name in _NAMES if (root / name).is_file()]
     found += sorted(root.glob(f"{_PREFIX}*.json")) + sorted(below.glob(f"{_PREFIX}*.json"))
     found += [below / name for name in _NAMES if (below / name).is_file()]
+    found = found or sorted(root.glob(f"{PREFIX}*.json")) + sorted(below.glob(f"{PREFIX}*.json"))
     if not found and any_name:
         found = sorted(root.glob("*.json")) + sorted(below.glob("*.json"))
     return found
 
 
 def _tag(file: Path) -> str:
-    return file.stem.removeprefix(_PREFIX)
+    return file.stem.removeprefix(_PREFIX).removeprefix(PREFIX)
 
 
 def _folder_of_images(path: Path, names: tuple[str, ...]) -> Path:

@@ -26,7 +26,7 @@ FIX = (
 )
 _OUTSIDE = 0.5
 _LARGEST = 2**53
-_MOST_BYTES = 8 << 30
+MOST_BYTES = 8 << 30
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,15})(\.0*)?")
 _DECIMAL = re.compile(r"-?[0-9]{1,16}(\.[0-9]{0,30})?([eE][-+]?[0-9]{1,2})?")
 
@@ -95,7 +95,7 @@ def read_coco(path: Path) -> BoxTable:
 def parsed(path: Path, kept: Callable[[dict[str, Any]], Any]) -> dict[str, list[Any]]:
     """The three lists of a file, each object as ``kept`` leaves it. Raises ``ResvitError`` where one is missing."""
     try:
-        text = text_from_outside(read_outside(path, _MOST_BYTES), str(path), FIX)
+        text = text_from_outside(read_outside(path, MOST_BYTES), str(path), FIX)
         found = json.loads(text, object_hook=kept)
     except json.JSONDecodeError as error:
         raise ResvitError(

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from resvit_engines.pictures.decode import pillow
+
 _T = TypeVar("_T")
 
 GRID = 32
@@ -19,6 +21,15 @@ LEAST = 8
 CANDIDATES = 4096
 """About so many frames are compared, whatever the length of the film."""
 SAME = f"no cell of a {GRID}x{GRID} grid of mean colours differs by more than {DIFFERENT} of 255"
+
+_BOX = 4
+"""Pillow's number for the mean of all pixels in a cell."""
+
+
+def mean_colours(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Mean colours uint8 [GRID, GRID, 3] of the cells of a picture uint8 [H, W, 1 or 3]."""
+    picture = pillow().fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
+    return np.asarray(picture.resize((GRID, GRID), _BOX), np.uint8)
 
 
 class Evenly(Generic[_T]):

@@ -5,18 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from resvit_calibrate.images.pixels import BrokenImage, FilePixels
 from resvit_calibrate.readers.folders import pixels_from_folder
-from resvit_calibrate.readers.video.evenly import CANDIDATES, GRID, LEAST, MOST, SAME, Evenly
+from resvit_calibrate.readers.video.evenly import CANDIDATES, LEAST, MOST, SAME, Evenly, mean_colours
 from resvit_engines.errors import ResvitError
-from resvit_engines.pictures.decode import pillow
 from resvit_engines.progress import SILENT, Reporter
-
-_BOX = 4
-"""Pillow's number for the mean of all pixels in a cell."""
 
 
 def pixels_from_frames(root: Path, reporter: Reporter = SILENT) -> FilePixels:
@@ -37,7 +30,7 @@ def pixels_from_frames(root: Path, reporter: Reporter = SILENT) -> FilePixels:
         if not even.wants(place):
             continue
         try:
-            small = _mean_colours(every.read(number))
+            small = mean_colours(every.read(number))
         except BrokenImage as error:
             broken.append(f"{every.files[number]}: {error}")
             continue
@@ -56,11 +49,6 @@ def pixels_from_frames(root: Path, reporter: Reporter = SILENT) -> FilePixels:
             "Give more of the film, or leave `frames:` out to take all pictures as they are.",
         )
     return FilePixels(root.name, root, files, None, notes=(*every.notes, *notes))
-
-
-def _mean_colours(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    picture = pillow().fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
-    return np.asarray(picture.resize((GRID, GRID), _BOX), np.uint8)
 
 
 def _by_value(name: str) -> list[tuple[int, int, str]]:

@@ -120,6 +120,8 @@ def hero_from_run(data: ReportData) -> Hero:
         notes.append("Check the data, the labels and the preprocessing: no drop can be measured from guesses.")
     if data.verdict.blame is not None:
         notes.append(data.verdict.blame.sentence)
+    if data.verdict.overlap is not None and data.verdict.overlap.sentence:
+        notes.append(_sentence(data.verdict.overlap.sentence))
     needed = verdict.images_needed
     if needed and str(needed) not in sentence:
         notes.append(f"About {needed:,} images would settle it; {verdict.images:,} were used.")
