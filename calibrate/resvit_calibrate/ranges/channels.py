@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +166,7 @@ def shifted(channels: ChannelStatistics, centre: Floats, small: float, sign: flo
     )
 
 
+@functools.lru_cache(maxsize=4)
 def _signed(channels: ChannelStatistics, small: float, sign: float) -> tuple[Floats, Floats]:
     """Values and how many of each, both [C, 2·96 + 2]: towards ``sign``, against it, exact zeros, and the largest."""
     spread = spread_of(channels, 2)

@@ -159,18 +159,19 @@ def _centred(
     """The shift [C] with the least error at the readers' outputs, and the statistics of what is left."""
     sign = 1.0 if extent.maximum >= -extent.minimum else -1.0
     low = min(sign * extent.minimum, sign * extent.maximum)
+    small = abs(float(low))
     largest = seen.absmax.astype(np.float64)
     lower = np.maximum(low, -largest)
     best: tuple[float, np.ndarray] | None = None
     for share in _REACHES:
-        upper = np.maximum(largest * share, np.minimum(np.abs(low), largest))
+        upper = np.maximum(largest * share, np.minimum(small, largest))
         centre = (sign * (upper + lower) / 2.0).astype(np.float32).astype(np.float64)
         clip = max(float((upper - lower).max()) / 2.0, 1e-12)
-        error = float(shift_error(seen, centre, np.abs(low), sign, clip, bits) @ energy)
+        error = float(shift_error(seen, centre, small, sign, clip, bits) @ energy)
         if best is None or error < best[0]:
             best = error, centre
     assert best is not None
-    return best[1], shifted(seen, best[1], np.abs(low), sign)
+    return best[1], shifted(seen, best[1], small, sign)
 
 
 def _behind(model: ir.Model, node: ir.Node, op_type: str, value: ir.Value, name: str, array: np.ndarray) -> ir.Node:
