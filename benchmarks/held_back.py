@@ -166,11 +166,11 @@ def page(rows: dict[str, Any]) -> str:
             f"**{name}**: ranges from {row['ranges']} images, {check['images']} {how}; {row['images']} test images.",
             "",
         ]
-        lines += ["| tried | SQNR | arg-max alike | against what stood |", "|---|---|---|---|"]
+        lines += ["| tried | images | SQNR | arg-max alike | gained over all methods |", "|---|---|---|---|---|"]
         for index, item in enumerate(check["tried"]):
             same = "—" if item["agreement"] is None else f"{item['agreement']:.1%}"
             gained = f"{float(item['gain_db']):+.1f} ± {float(item['noise_db']):.1f} dB" if index else ""
-            lines.append(f"| {item['what']} | {float(item['sqnr_db']):.1f} | {same} | {gained} |")
+            lines.append(f"| {item['what']} | {item['images']} | {float(item['sqnr_db']):.1f} | {same} | {gained} |")
         mended = ", ".join(f"{item['node']} ({item['noise']:.0%})" for item in check["mended"])
         lines += ["", f"In FP16, with the share of the predicted noise: {mended}.", ""] if mended else [""]
     return "\n".join(lines)

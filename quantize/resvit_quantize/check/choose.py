@@ -3,10 +3,10 @@
 Every method of ours serves on most networks, and none on all: factors that fit the calibration images may cut what
 other images hold. So the outputs of the quantised graph are held against the float network's on a few held-back images,
 and so are those of the same graph with plain ranges, by the maximum and by the percentile. Where a first look at four
-images leaves no doubt that ours is ahead, that is all. Else all of the images are asked, and where ours is not clearly
+images leaves no doubt that ours is ahead, that is all. Else all of the images are asked, and where ours is not likely
 ahead even then, its methods are left out one at a time, and those together whose leaving out helped. Of all ways that
-saw all images the best is taken, and ours where no other is better than the noise of these images. Then layers whose
-error is out of line are left in FP16, where the outputs keep little (see ``mend``).
+saw all images the best is taken, and ours where no other is better by more than one standard error over these images.
+Then layers whose error is out of line are left in FP16, where the outputs keep little (see ``mend``).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def checked(
     if not all(contest.gain(OURS, other, first=True).beyond(SURE) for other in plain):
         best = max(plain, key=lambda other: contest.errors(other).sqnr_db)
         contest.rest(*(other for other in plain if other != best))
-        if not contest.gain(OURS, best).is_real:
+        if not contest.gain(OURS, best).beyond(LIKELY):
             _without_methods(contest)
         name = contest.winner()
     name, layers, note = _mended(contest, name, held)
@@ -110,8 +110,8 @@ def _without_methods(contest: Contest) -> None:
             continue
         what = _called([switch])
         contest.enter({what: replace(settings, methods=replace(settings.methods, **{switch: False}))})
-        # What does not help four images is not asked about the others.
-        if contest.gain(what, OURS, first=True).gain_db > 0.0 and contest.gain(what, OURS).beyond(LIKELY):
+        # What the first look rules out is not asked about the other images.
+        if contest.gain(what, OURS, first=True).is_possible and contest.gain(what, OURS).beyond(LIKELY):
             helped.append(switch)
         contest.rest(what)
     if len(helped) > 1:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
-from resvit_quantize.check.judge import FEWEST, LIKELY, Answers, Errors, Gain, Judge, gain, joined
+from resvit_quantize.check.judge import FEWEST, Answers, Errors, Gain, Judge, best_of, gain, joined
 from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.qdq.held_back import OURS, Tried
 from resvit_quantize.qdq.plan import Plan, plan_quantization
@@ -107,11 +107,7 @@ class Contest:
 
     def winner(self) -> str:
         """The way that none beats that saw all images: ours where it is as good, by the noise of these images."""
-        whole = [name for name, way in self._ways.items() if False in way.seen]
-        name = OURS
-        while better := [other for other in whole if other != name and self.gain(other, name).beyond(LIKELY)]:
-            name = max(better, key=lambda other: self.errors(other).sqnr_db)
-        return name
+        return best_of({name: way.seen[False] for name, way in self._ways.items() if False in way.seen}, OURS)
 
     def tried(self) -> tuple[Tried, ...]:
         """What was compared, in its order; what was dropped at the first look with what it showed there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,11 @@ class Gain:
         """Whether it is beyond the noise of these images."""
         return self.beyond(REAL)
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether more images may show one: a standard error more would be worth a change."""
+        return self.gain_db + self.noise_db > _LEAST_DB
+
 
 def gain(before: Errors, after: Errors) -> Gain:
     """What ``after`` gains over ``before`` on the same images; the error is the jackknife's."""
@@ -109,6 +114,15 @@ def gain(before: Errors, after: Errors) -> Gain:
         lost = before.alike - after.alike
         disagrees = float(lost.mean()) > REAL * float(lost.std(ddof=1)) / math.sqrt(count)
     return Gain(value, noise, disagrees, alone)
+
+
+def best_of(ways: Mapping[str, Errors], standing: str) -> str:
+    """The way that none of the others beats, by more than one standard error; ``standing`` where it is as good."""
+    name = standing
+    # What beats another keeps more at the outputs, so that this ends.
+    while better := [other for other in ways if other != name and gain(ways[name], ways[other]).beyond(LIKELY)]:
+        name = max(better, key=lambda other: ways[other].sqnr_db)
+    return name
 
 
 class Judge:
@@ -203,10 +217,14 @@ class Answers:
         runner = self._runner
         assert runner is not None
         feeds = {n: np.ascontiguousarray(batch[n], dtype=d) if d else batch[n] for n, d in runner.dtypes.items()}
+        images = len(next(iter(feeds.values())))
         parts: list[Arrays] = []
-        for piece, size in pieces(feeds, runner.batch or len(next(iter(feeds.values())))):
+        for piece, size in pieces(feeds, runner.batch or images):
             values = run_session(runner.session, list(runner.outputs), {**piece, **self._constants})
-            parts.append({n: v[:size] if v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
+            padded = size < len(next(iter(piece.values())))
+            parts.append({n: v[:size] if padded and v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
+        if len(parts) == 1:
+            return parts[0]
         return {n: np.concatenate([part[n] for part in parts]) if parts[0][n].ndim else parts[0][n] for n in parts[0]}
 
 
