@@ -133,17 +133,14 @@ def _mended(contest: Contest, name: str, held: HeldBack) -> tuple[str, tuple[Men
     lists, note = layers_out_of_line(contest.graph, contest.ranges, way, held.ranged)
     taken: tuple[MendedLayer, ...] = ()
     base, standing = name, name
-    for layers in lists.values():
-        if not layers or layers == taken:
-            continue
+    for layers in filter(None, dict.fromkeys(lists.values())):
         share = sum(item.macs for item in layers)
         what = f"{base}, {len(layers)} layers ({share:.1%} of the multiply-accumulates) in FP16"
         own = dict.fromkeys((item.node for item in layers), Precision.FP16)
         contest.enter({what: replace(way, precisions={**way.precisions, **own})}, against=standing)
         gained = contest.gain(what, standing)
-        if not gained.is_real or gained.gain_db < WORTH_DB:
-            break
-        standing, taken = what, layers
+        if gained.beyond(LIKELY) and gained.gain_db >= WORTH_DB:
+            standing, taken = what, layers
     return standing, taken, note
 
 
