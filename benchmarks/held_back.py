@@ -138,7 +138,7 @@ def near(model: Path, batches: list[Any], expected: list[Any], *, lines: bool = 
         whole.append(same.all(1))
         if lines:
             pairs = zip(true[name].argmax(-1), own[name].argmax(-1), strict=True)
-            read += [np.array_equal(_read(one), _read(other)) for one, other in pairs]
+            read += [np.array_equal(read_line(one), read_line(other)) for one, other in pairs]
     ratios = [10.0 * np.log10(signal[name] / max(noise[name], 1e-30)) for name in signal]
     return {
         "sqnr_db": float(min(ratios)),
@@ -148,7 +148,7 @@ def near(model: Path, batches: list[Any], expected: list[Any], *, lines: bool = 
     }
 
 
-def _read(classes: np.ndarray) -> np.ndarray:
+def read_line(classes: np.ndarray) -> np.ndarray:
     """The characters of one line [T], by CTC."""
     first = np.concatenate([[True], classes[1:] != classes[:-1]])
     return classes[first & (classes != 0)]

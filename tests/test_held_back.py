@@ -268,6 +268,28 @@ def test_a_layer_out_of_line_stays_in_fp16_and_its_cost_is_told(tmp_path: Path) 
     assert "depthwise/Conv" not in {item.node for item in kept.held_back.mended}
 
 
+def test_the_larger_bound_is_tried_where_the_smaller_one_gains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = uneven(tmp_path / "float.onnx")
+    images = np.random.default_rng(0).standard_normal((48, 16, 16, 16)).astype(np.float32)
+    small = (MendedLayer("last/Conv", 0.02, 0.01),)
+    large = (*small, MendedLayer("depthwise/Conv", 0.9, 0.01))
+    told = {0.02: small, 0.06: large}
+    monkeypatch.setattr("resvit_quantize.check.choose.layers_out_of_line", lambda *_: (told, ""))
+    settings = replace(INT8, methods=Methods(smoothing=False, shifting=False))
+    held = HeldBack(source(images[32:]), ranged=source(images[:32]))
+    check = quantized(path, tmp_path / "mended.onnx", images[:32], held, settings).held_back
+    assert check is not None
+    assert check.mended == large
+    tried = {item.what: item.gain_db for item in check.tried if "in FP16" in item.what}
+    assert list(tried) == [
+        f"{check.taken.split(',')[0]}, {count} layers ({share}% of the multiply-accumulates) in FP16"
+        for count, share in ((1, "1.0"), (2, "2.0"))
+    ]
+    assert tried[check.taken] > 3.0
+
+
 # The record.
 
 
