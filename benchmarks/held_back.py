@@ -4,12 +4,13 @@
     python benchmarks/held_back.py runs/rec runs/lite0 --images 200
 
 Each argument is the folder of a run that `resvit-export calibrate` has finished. What it calibrated is quantised to
-INT8 as `--effort fast` did it without the check, with plain ranges and no method, and as it ships, and held against the
-float ONNX on validation images that took no part. A cell has the SQNR of the outputs, pooled over all images, the share
-of positions whose arg-max is the float network's (along axis 1 of vectors and maps, the last axis of sequences) and the
-share of images of which every position's is. Seconds and CPU seconds are those of quantising without and with
-the check, on whatever else the machine had to do. Rows are kept in `results/held-back.json` and written anew where a
-run is given again.
+INT8 as `--effort fast` did it without the check, with plain ranges and no method, and as it ships, and held against
+the float ONNX on validation images that took no part. A cell has the SQNR of the outputs, pooled over all images, the
+share of positions whose arg-max is the float network's (along axis 1 of vectors and maps, the last axis of sequences)
+and the share of images of which every position's is. With `--lines`, for recognisers of text whose blank is class 0,
+it ends with the share of lines that read the same, repeats and blanks taken out. Seconds and CPU seconds are those of
+quantising without and with the check, on whatever else the machine had to do. Rows are kept in
+`results/held-back.json` and written anew where a run is given again.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ _BATCH = 8
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--images", default=200, show_default=True, help="Validation images.")
-def main(*, runs: tuple[Path, ...], images: int) -> None:
+@click.option("--lines", is_flag=True, help="The first output is CTC's, [N, positions, classes], with the blank first.")
+def main(*, runs: tuple[Path, ...], images: int, lines: bool) -> None:
     """Measure each run, and write the table of all that are known."""
     kept = RESULTS / "held-back.json"
     for run in runs:
         click.echo(run.name, err=True)
-        row = measured(run, images)
+        row = measured(run, images, lines=lines)
         rows: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
         rows[run.name] = row
         write_atomic(kept, (json.dumps(rows, indent=1) + "\n").encode())
@@ -85,7 +87,7 @@ def image_sets(run: Path, images: int) -> tuple[ImageSet, ImageSet]:
     return open_image_sets(spec, preprocess_from(network, recipe.preprocess, recipe.data))
 
 
-def measured(run: Path, images: int) -> dict[str, Any]:
+def measured(run: Path, images: int, *, lines: bool = False) -> dict[str, Any]:
     """One network's row."""
     (model,) = run.glob("export-*/model.onnx")
     (stored,) = run.glob("calibrate-*/ranges.json")
@@ -111,18 +113,18 @@ def measured(run: Path, images: int) -> dict[str, Any]:
             held = held_back if way == "shipped" else None
             report = quantize_model(model, ranges, settings, out, statistics=statistics, held_back=held)
             row["seconds"][way] = [time.perf_counter() - start, time.process_time() - used]
-            row["cells"][way] = {**near(out, batches, expected), "macs": report.macs_share}
+            row["cells"][way] = {**near(out, batches, expected, lines=lines), "macs": report.macs_share}
             if report.held_back:
                 row["check"] = report.held_back.to_json()
     return row
 
 
-def near(model: Path, batches: list[Any], expected: list[Any]) -> dict[str, float]:
+def near(model: Path, batches: list[Any], expected: list[Any], *, lines: bool = False) -> dict[str, float]:
     """SQNR of the lowest output, and how much of the decisions of the first output are the float network's."""
     runner = onnx_runner(model)
     noise: dict[str, float] = {}
     signal: dict[str, float] = {}
-    positions, whole = [], []
+    positions, whole, read = [], [], []
     for batch, true in zip(batches, expected, strict=True):
         own = runner(batch)
         for name, value in true.items():
@@ -134,12 +136,22 @@ def near(model: Path, batches: list[Any], expected: list[Any]) -> dict[str, floa
         same = (true[name].argmax(axis) == own[name].argmax(axis)).reshape(len(true[name]), -1)
         positions.append(same.mean(1))
         whole.append(same.all(1))
+        if lines:
+            pairs = zip(true[name].argmax(-1), own[name].argmax(-1), strict=True)
+            read += [np.array_equal(read_line(one), read_line(other)) for one, other in pairs]
     ratios = [10.0 * np.log10(signal[name] / max(noise[name], 1e-30)) for name in signal]
     return {
         "sqnr_db": float(min(ratios)),
         "positions": float(np.concatenate(positions).mean()),
         "samples": float(np.concatenate(whole).mean()),
+        **({"lines": float(np.mean(read))} if lines else {}),
     }
+
+
+def read_line(classes: np.ndarray) -> np.ndarray:
+    """The characters of one line [T], by CTC."""
+    first = np.concatenate([[True], classes[1:] != classes[:-1]])
+    return classes[first & (classes != 0)]
 
 
 def page(rows: dict[str, Any]) -> str:
@@ -166,18 +178,19 @@ def page(rows: dict[str, Any]) -> str:
             f"**{name}**: ranges from {row['ranges']} images, {check['images']} {how}; {row['images']} test images.",
             "",
         ]
-        lines += ["| tried | SQNR | arg-max alike | against what stood |", "|---|---|---|---|"]
+        lines += ["| tried | images | SQNR | arg-max alike | gained over all methods |", "|---|---|---|---|---|"]
         for index, item in enumerate(check["tried"]):
             same = "—" if item["agreement"] is None else f"{item['agreement']:.1%}"
             gained = f"{float(item['gain_db']):+.1f} ± {float(item['noise_db']):.1f} dB" if index else ""
-            lines.append(f"| {item['what']} | {float(item['sqnr_db']):.1f} | {same} | {gained} |")
+            lines.append(f"| {item['what']} | {item['images']} | {float(item['sqnr_db']):.1f} | {same} | {gained} |")
         mended = ", ".join(f"{item['node']} ({item['noise']:.0%})" for item in check["mended"])
         lines += ["", f"In FP16, with the share of the predicted noise: {mended}.", ""] if mended else [""]
     return "\n".join(lines)
 
 
 def _cell(cell: dict[str, float]) -> str:
-    return f"{cell['sqnr_db']:.1f} dB · {cell['positions']:.1%} · {cell['samples']:.1%} ({cell['macs']:.1%} MACs)"
+    read = f" · {cell['lines']:.1%}" if "lines" in cell else ""
+    return f"{cell['sqnr_db']:.1f} dB · {cell['positions']:.1%} · {cell['samples']:.1%}{read} ({cell['macs']:.1%} MACs)"
 
 
 if __name__ == "__main__":

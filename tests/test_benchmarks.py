@@ -216,6 +216,13 @@ def test_our_own_row_quantises(name: str, tmp_path: Path) -> None:
     assert "QuantizeLinear" in [node.op_type for node in onnx.load(job.out).graph.node]
 
 
+def test_a_line_is_read_without_repeats_and_blanks() -> None:
+    from held_back import read_line
+
+    assert read_line(np.array([0, 5, 5, 0, 5, 7, 7, 0])).tolist() == [5, 5, 7]
+    assert read_line(np.zeros(4, int)).tolist() == []
+
+
 def row(name: str, agreement: float, *, share: float = 1.0, drop: float = 0.0, status: str = "ok") -> dict[str, Any]:
     numbers = {"top1": 0.9, "interval": [-0.1, 0.1], "sqnr_db": 41.0, "seconds": 1.0, "peak_mib": 100.0}
     known = {"name": name, "label": name.title(), "precision": "int8", "bits": 8, "status": status, "reason": "it fell"}

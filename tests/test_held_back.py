@@ -20,7 +20,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.choose import HeldBack
-from resvit_quantize.check.judge import Errors, gain
+from resvit_quantize.check.judge import Errors, best_of, gain
 from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
@@ -112,6 +112,19 @@ def test_a_gain_that_costs_decisions_is_not_taken() -> None:
     assert not gain(errors(noise, np.full(8, 0.9)), errors(noise / 2, np.linspace(0.5, 0.6, 8))).is_real
 
 
+def test_the_best_of_all_ways_is_taken_and_ours_where_none_is_better_by_more_than_noise() -> None:
+    steady = np.linspace(0.9, 1.1, 8) * 0.1
+    uneven = steady * np.array([0.4, 2.4, 0.5, 2.2, 0.4, 2.0, 0.5, 0.3])
+    ways = {OURS: errors(steady), "plain max": errors(steady / 1.5), "without smoothing": errors(steady / 2.5)}
+    assert best_of(ways, OURS) == "without smoothing"
+    assert best_of({**ways, "without shifting": errors(steady / 2.6)}, OURS) == "without shifting"
+    assert best_of({OURS: errors(steady), "plain max": errors(uneven)}, OURS) == OURS
+    assert best_of({OURS: errors(uneven), "plain max": errors(steady)}, OURS) == OURS
+    # More signal is kept, but fewer decisions.
+    lost = errors(steady / 2.0, np.linspace(0.5, 0.6, 8))
+    assert best_of({OURS: errors(steady, np.full(8, 0.9)), "plain max": lost}, OURS) == OURS
+
+
 def test_three_images_tell_nothing_and_numbers_that_are_not_finite_lose() -> None:
     noise = np.full(8, 0.1)
     assert not gain(errors(noise[:3]), errors(noise[:3] / 100)).is_real
@@ -161,7 +174,20 @@ def test_a_method_that_hurts_on_held_back_images_is_left_out(tmp_path: Path) -> 
     assert not report.smoothed
     assert (check.images, check.by_halves) == (16, False)
     assert [item.what for item in check.tried[:3]] == [OURS, "plain max", "plain percentile"]
+    assert {item.images for item in check.tried} <= {4, 16}
     assert f"Taken: {check.taken}" in check.sentence
+
+
+def test_outputs_that_do_not_tell_images_apart_are_judged_image_by_image(tmp_path: Path) -> None:
+    g = Graph("N", 32, 32)
+    hidden = g.op("Relu", g.linear("input", 32, 64, "fc1"), name="fc1/Relu")
+    summed = g.op("ReduceSum", g.linear(hidden, 64, 48, "fc2"), g.ints(0), name="sum", keepdims=0)
+    path = g.save(tmp_path / "float.onnx", summed)
+    images = features(24, 0, 1.0)
+    check = quantized(path, tmp_path / "out.onnx", images[:8], HeldBack(source(images[8:]))).held_back
+    assert check is not None
+    assert check.images in (4, 16)
+    assert all(math.isfinite(item.noise_db) for item in check.tried)
 
 
 def test_methods_that_serve_are_kept_and_the_file_is_the_same(tmp_path: Path) -> None:
@@ -181,7 +207,7 @@ def test_of_few_images_each_half_judges_the_other_and_the_same_comes_out_again(t
     assert reports[0] == reports[1]
     check = reports[0].held_back
     assert check is not None
-    assert (check.images, check.by_halves) == (8, True)
+    assert (check.images, check.by_halves) == (4, True)  # which leave no doubt
 
 
 def test_too_few_images_are_said(tmp_path: Path) -> None:
@@ -242,11 +268,33 @@ def test_a_layer_out_of_line_stays_in_fp16_and_its_cost_is_told(tmp_path: Path) 
     assert "depthwise/Conv" not in {item.node for item in kept.held_back.mended}
 
 
+def test_the_larger_bound_is_tried_where_the_smaller_one_gains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = uneven(tmp_path / "float.onnx")
+    images = np.random.default_rng(0).standard_normal((48, 16, 16, 16)).astype(np.float32)
+    small = (MendedLayer("last/Conv", 0.02, 0.01),)
+    large = (*small, MendedLayer("depthwise/Conv", 0.9, 0.01))
+    told = {0.02: small, 0.06: large}
+    monkeypatch.setattr("resvit_quantize.check.choose.layers_out_of_line", lambda *_: (told, ""))
+    settings = replace(INT8, methods=Methods(smoothing=False, shifting=False))
+    held = HeldBack(source(images[32:]), ranged=source(images[:32]))
+    check = quantized(path, tmp_path / "mended.onnx", images[:32], held, settings).held_back
+    assert check is not None
+    assert check.mended == large
+    tried = {item.what: item.gain_db for item in check.tried if "in FP16" in item.what}
+    assert list(tried) == [
+        f"{check.taken.split(',')[0]}, {count} layers ({share}% of the multiply-accumulates) in FP16"
+        for count, share in ((1, "1.0"), (2, "2.0"))
+    ]
+    assert tried[check.taken] > 3.0
+
+
 # The record.
 
 
 def test_the_record_comes_back_as_it_was() -> None:
-    tried = (Tried(OURS, math.inf, None), Tried("plain max", 20.5, 0.98, -1.0, math.inf))
+    tried = (Tried(OURS, math.inf, None, images=16), Tried("plain max", 20.5, 0.98, -1.0, math.inf, 4))
     check = HeldBackCheck(16, False, tried, OURS, (MendedLayer("conv", 0.3, 0.01),), "Nothing else.")
     assert HeldBackCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
-    assert "plain max 20.5 dB (98.0% of the arg-max alike)" in check.sentence
+    assert "plain max 20.5 dB (98.0% of the arg-max alike) on 4 of them" in check.sentence

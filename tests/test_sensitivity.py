@@ -127,6 +127,26 @@ def test_a_fixed_batch_is_filled_up_and_estimates_the_same(tmp_path: Path) -> No
 
 
 @pytest.mark.whole
+def test_one_image_that_makes_most_of_the_noise_says_little_where_all_count_evenly(tmp_path: Path) -> None:
+    model, x = linear_chain(tmp_path / "model.onnx"), images(12, 3, 8, 8)
+    ranges = ranges_of(model, x)
+    odd = x.copy()
+    odd[0] *= 30.0  # far beyond the ranges
+    settings = replace(INT8, include=("*",))
+
+    def shares(pixels: np.ndarray, evenly: bool) -> list[float]:
+        found = measure_sensitivity(
+            graph_from_onnx(model), ranges, settings, batches(pixels), precisions=("int8",), evenly=evenly
+        )
+        if evenly:
+            assert sum(layer.damage["int8"] for layer in found.layers) == pytest.approx(1.0)
+        return [layer.damage["int8"] / sum(each.damage["int8"] for each in found.layers) for layer in found.layers]
+
+    usual, even, pooled = shares(x, True), shares(odd, True), shares(odd, False)
+    assert np.abs(np.subtract(even, usual)).max() < 0.15
+    assert np.abs(np.subtract(pooled, usual)).max() > 0.3
+
+
 def test_the_same_seed_gives_the_same_and_another_nearly(tmp_path: Path) -> None:
     model, x = hybrid(tmp_path / "model.onnx"), images(8, 3, 16, 16)
     ranges = ranges_of(model, x)

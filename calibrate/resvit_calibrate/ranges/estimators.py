@@ -115,7 +115,11 @@ def squared_error_integral(steps: Floats, precision: str, bits: int = 8) -> Floa
 def rounded(steps: Floats, precision: str, bits: int = 8) -> Floats:
     """The level nearest to each of ``steps`` ≥ 0, of any shape."""
     levels, midpoints, _ = _grid(precision, bits)
-    nearest: Floats = levels[np.searchsorted(midpoints, steps)]
+    nearest: Floats
+    if precision == "int8":
+        nearest = np.minimum(np.rint(steps), levels[-1])
+    else:
+        nearest = levels[np.searchsorted(midpoints, steps)]
     return nearest
 
 

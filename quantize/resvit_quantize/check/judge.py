@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.runtime.runner import onnx_runner, pieces
+from resvit_calibrate.runtime.runner import OnnxRunner, onnx_runner, pieces
 from resvit_calibrate.runtime.sessions import Array, Arrays, run_session
 from resvit_engines.rows import paired_rows
 
-_FEWEST = 4
-"""Images below which nothing can be told from noise."""
-_BEYOND = 2.0
-"""Standard errors that a difference must exceed."""
+FEWEST = 4
+"""Images below which nothing can be told from noise; the first look is at so many."""
+LIKELY, REAL, SURE = 1.0, 2.0, 3.0
+"""Standard errors that a difference must exceed: to be taken among ways that cost the same, to be worth a cost, and to
+be told from the first look alone."""
 _LEAST_DB = 0.2
 """A gain that is worth a change."""
 _MOST_DB = 20.0
 """What one image alone can count for."""
 _HUGE = 1e12
 _CLASSES = 3
+_GRIDS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,16 @@ class Errors:
         return None if self.alike is None else float(self.alike.mean())
 
 
+def joined(parts: Sequence[Errors]) -> Errors:
+    """Those of all images."""
+    alike = [part.alike for part in parts if part.alike is not None]
+    return Errors(
+        np.concatenate([part.noise for part in parts]),
+        np.concatenate([part.signal for part in parts]),
+        np.concatenate(alike) if len(alike) == len(parts) else None,
+    )
+
+
 @dataclass(frozen=True)
 class Gain:
     """How much better one way is than another, in dB, with its standard error over images."""
@@ -64,15 +76,24 @@ class Gain:
     noise_db: float
     disagrees: bool
     """Whether its decisions are worse beyond what images differ."""
-    steady: bool = False
-    """Whether images taken alone gain, beyond what they differ: where a few images hold most of the noise, their sum
-    tells little, and the others much."""
+    alone: float = 0.0
+    """What images taken alone gain on average, in its standard errors: where a few images hold most of the noise, their
+    sum tells little, and the others much."""
+
+    def beyond(self, errors: float) -> bool:
+        """Whether it exceeds so many standard errors, together or each alone, and no decisions are lost."""
+        clear = self.alone > errors or self.gain_db > errors * self.noise_db
+        return self.gain_db > _LEAST_DB and clear and not self.disagrees
 
     @property
     def is_real(self) -> bool:
-        """Whether it is beyond the noise of these images, together or each alone, and no decisions are lost."""
-        beyond = self.steady or self.gain_db > _BEYOND * self.noise_db
-        return self.gain_db > _LEAST_DB and beyond and not self.disagrees
+        """Whether it is beyond the noise of these images."""
+        return self.beyond(REAL)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether more images may show one: a standard error more would be worth a change."""
+        return self.gain_db + self.noise_db > _LEAST_DB
 
 
 def gain(before: Errors, after: Errors) -> Gain:
@@ -81,74 +102,170 @@ def gain(before: Errors, after: Errors) -> Gain:
     count = len(one)
     tiny = 1e-30
     value = 10.0 * math.log10((one.sum() + tiny) / (other.sum() + tiny))
-    if count < _FEWEST:
+    if count < FEWEST:
         return Gain(value, math.inf, False)
     without = 10.0 * np.log10((one.sum() - one + tiny).clip(tiny) / (other.sum() - other + tiny).clip(tiny))
     noise = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
-    alone = (10.0 * np.log10((one + tiny) / (other + tiny))).clip(-_MOST_DB, _MOST_DB)
-    steady = float(alone.mean()) > _BEYOND * float(alone.std(ddof=1)) / math.sqrt(count)
+    each = (10.0 * np.log10((one + tiny) / (other + tiny))).clip(-_MOST_DB, _MOST_DB)
+    spread = float(each.std(ddof=1)) / math.sqrt(count)
+    alone = float(each.mean()) / max(spread, tiny)
     disagrees = False
     if before.alike is not None and after.alike is not None:
         lost = before.alike - after.alike
-        disagrees = float(lost.mean()) > _BEYOND * float(lost.std(ddof=1)) / math.sqrt(count)
-    return Gain(value, noise, disagrees, steady)
+        disagrees = float(lost.mean()) > REAL * float(lost.std(ddof=1)) / math.sqrt(count)
+    return Gain(value, noise, disagrees, alone)
+
+
+def best_of(ways: Mapping[str, Errors], standing: str) -> str:
+    """The way that none of the others beats, by more than one standard error; ``standing`` where it is as good."""
+    name = standing
+    # What beats another keeps more at the outputs, so that this ends.
+    while better := [other for other in ways if other != name and gain(ways[name], ways[other]).beyond(LIKELY)]:
+        name = max(better, key=lambda other: ways[other].sqnr_db)
+    return name
 
 
 class Judge:
-    """The float network's answers to a few images."""
+    """The float network's answers to a few images, asked for as they are needed."""
 
     def __init__(self, model: Path, batches: Sequence[Arrays], *, sets: bool = False) -> None:
-        """Ask the float ONNX ``model``; ``sets`` says that rows of outputs may change places."""
-        runner = onnx_runner(model)
-        self.batches, self.sets, self.folder = batches, sets, model.parent
-        self.expected = [runner(batch) for batch in batches]
+        """Judge by the float ONNX ``model`` on one batch or more.
 
-    def errors(self, network: ir.Model, others: Sequence[ir.Model] = ()) -> list[Errors]:
-        """The errors of ``network``, and of ``others`` that differ from it in constants alone, in one session.
-
-        Raises :class:`ResvitError` for what does not run.
+        ``sets`` says that rows of outputs may change places. Where outputs do not tell the images of a batch apart,
+        each is asked for alone.
         """
-        differing = [_differing(network, other) for other in others]
-        names = sorted({name for constants in differing for name in constants})
+        self.sets, self.folder = sets, model.parent
+        runner = onnx_runner(model)
+        self.batches = cut(batches, max(FEWEST, runner.batch or 1))
+        self._expected = [runner(self.batches[0])]
+        if not self._apart(self.batches[0], self._expected[0]):
+            self.batches = cut(batches, 1)
+            self._expected = [runner(self.batches[0])]
+        self._float: OnnxRunner | None = runner
+        self._open: list[tuple[ir.Model, OnnxRunner]] = []
+
+    def expected(self, at: int) -> Arrays:
+        """The answers to batch ``at``, once all before it are there."""
+        while len(self._expected) <= at:
+            assert self._float is not None
+            self._expected.append(self._float(self.batches[len(self._expected)]))
+        if len(self._expected) == len(self.batches):
+            self._float = None
+        return self._expected[at]
+
+    def answers(self, network: ir.Model) -> Answers:
+        """Open ``network`` to be asked; one that differs from another in the scales of activations shares its session.
+
+        Raises :class:`ResvitError` for what does not load.
+        """
+        scales = _scales(network)
+        for other, runner in self._open:
+            if same_graph(other, network):
+                return Answers(self, runner, {name: _array(network.graph.initializers[name]) for name in scales})
         proto = ir.serde.serialize_model(network)
-        # A constant that is an input as well can be fed, and stays what it is otherwise.
-        for name in names:
-            value = network.graph.initializers[name]
-            proto.graph.input.append(ir.serde.serialize_value(value))
+        # A constant that is an input as well can be fed.
+        for name in scales:
+            proto.graph.input.append(ir.serde.serialize_value(network.graph.initializers[name]))
         # Weights beside the file lie there still.
         runner = onnx_runner(proto.SerializeToString(), folder=self.folder)
-        own = {name: _array(network.graph.initializers[name]) for name in names}
-        return [
-            self._against([self._run(runner, batch, {**own, **constants}) for batch in self.batches])
-            for constants in ({}, *differing)
-        ]
+        self._open.append((network, runner))
+        return Answers(self, runner, {name: _array(network.graph.initializers[name]) for name in scales})
 
-    def _run(self, runner, batch: Arrays, constants: Arrays) -> Arrays:  # type: ignore[no-untyped-def]
+    def close(self, runner: OnnxRunner) -> None:
+        """Let a session go."""
+        self._open = [item for item in self._open if item[1] is not runner]
+
+    def against(self, at: int, found: Arrays) -> Errors:
+        """The errors of answers to batch ``at``."""
+        batch, expected = self.batches[at], self.expected(at)
+        answer = dict(paired_rows(expected, found)) if self.sets else found
+        names = _floats(expected)
+        rows = len(next(iter(batch.values()))) if self._apart(batch, expected) else 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            pairs = [(_rows(expected[n], rows), _rows(answer[n], rows)) for n in names]
+            noise = np.stack([np.square(true - own).sum(1) for true, own in pairs], 1)
+            signal = np.stack([np.square(true).sum(1) for true, _ in pairs], 1)
+        shares = list(_alike(expected, answer, names, rows))
+        return Errors(noise, signal, np.mean(shares, axis=0) if shares else None)
+
+    def _apart(self, batch: Arrays, expected: Arrays) -> bool:
+        images = len(next(iter(batch.values())))
+        return all(expected[name].ndim and len(expected[name]) == images for name in _floats(expected))
+
+
+class Answers:
+    """What one quantised network answers, asked of more images as they are wanted."""
+
+    def __init__(self, judge: Judge, runner: OnnxRunner, constants: Arrays) -> None:
+        self._judge, self._constants = judge, constants
+        self._runner: OnnxRunner | None = runner
+        self._known: list[Errors] = []
+
+    def errors(self, batches: int) -> list[Errors]:
+        """Of the first so many batches. Raises :class:`ResvitError` for what does not run."""
+        for at in range(len(self._known), batches):
+            self._known.append(self._judge.against(at, self._ask(self._judge.batches[at])))
+        return self._known[:batches]
+
+    def close(self) -> None:
+        """Let the session go; errors that are known stay."""
+        if self._runner is not None:
+            self._judge.close(self._runner)
+            self._runner = None
+
+    def _ask(self, batch: Arrays) -> Arrays:
+        runner = self._runner
+        assert runner is not None
         feeds = {n: np.ascontiguousarray(batch[n], dtype=d) if d else batch[n] for n, d in runner.dtypes.items()}
+        images = len(next(iter(feeds.values())))
         parts: list[Arrays] = []
-        for piece, size in pieces(feeds, runner.batch or len(next(iter(feeds.values())))):
-            values = run_session(runner.session, list(runner.outputs), {**piece, **constants})
-            parts.append({n: v[:size] if v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
+        for piece, size in pieces(feeds, runner.batch or images):
+            values = run_session(runner.session, list(runner.outputs), {**piece, **self._constants})
+            padded = size < len(next(iter(piece.values())))
+            parts.append({n: v[:size] if padded and v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
+        if len(parts) == 1:
+            return parts[0]
         return {n: np.concatenate([part[n] for part in parts]) if parts[0][n].ndim else parts[0][n] for n in parts[0]}
 
-    def _against(self, answers: Sequence[Arrays]) -> Errors:
-        noise, signal, alike = [], [], []
-        for batch, expected, found in zip(self.batches, self.expected, answers, strict=True):
-            images = len(next(iter(batch.values())))
-            answer = dict(paired_rows(expected, found)) if self.sets else found
-            names = [name for name, value in expected.items() if value.dtype.kind == "f"]
-            apart = all(expected[name].ndim and len(expected[name]) == images for name in names)
-            rows = images if apart else 1
-            with np.errstate(over="ignore", invalid="ignore"):
-                pairs = [(_rows(expected[n], rows), _rows(answer[n], rows)) for n in names]
-                noise.append(np.stack([np.square(true - own).sum(1) for true, own in pairs], 1))
-                signal.append(np.stack([np.square(true).sum(1) for true, _ in pairs], 1))
-            shares = list(_alike(expected, answer, names, rows))
-            alike.append(np.mean(shares, axis=0) if shares else None)
-        every = [share for share in alike if share is not None]
-        return Errors(
-            np.concatenate(noise), np.concatenate(signal), np.concatenate(every) if len(every) == len(alike) else None
-        )
+
+def cut(batches: Sequence[Arrays], most: int) -> list[Arrays]:
+    """The same images in batches of at most so many."""
+    return [
+        {name: value[at : at + most] for name, value in batch.items()}
+        for batch in batches
+        for at in range(0, len(next(iter(batch.values()))), most)
+    ]
+
+
+def same_graph(one: ir.Model, other: ir.Model) -> bool:
+    """Whether two networks differ in the scales of activations alone."""
+    if [node.name for node in one.graph] != [node.name for node in other.graph]:
+        return False
+    if set(one.graph.initializers) != set(other.graph.initializers):
+        return False
+    scales = set(_scales(one))
+    for name, value in one.graph.initializers.items():
+        mine, theirs = _array(value), _array(other.graph.initializers[name])
+        if mine is theirs or (name in scales and mine.shape == theirs.shape and mine.dtype == theirs.dtype):
+            continue
+        if not np.array_equal(mine, theirs):
+            return False
+    return scales == set(_scales(other))
+
+
+def _scales(network: ir.Model) -> list[str]:
+    """The scales of activations, by name: constants of one number that nodes of grids read, and nothing else does."""
+    names = []
+    for name, value in network.graph.initializers.items():
+        uses = list(value.uses())
+        alone = all(use.node.op_type in _GRIDS and use.idx == 1 for use in uses)
+        if uses and alone and value.dtype is ir.DataType.FLOAT and _array(value).ndim == 0:
+            names.append(name)
+    return names
+
+
+def _floats(answers: Arrays) -> list[str]:
+    return [name for name, value in answers.items() if value.dtype.kind == "f"]
 
 
 def _rows(value: Array, rows: int) -> Array:
@@ -168,29 +285,6 @@ def _alike(expected: Arrays, found: Arrays, names: Sequence[str], rows: int) -> 
                 continue
             same = np.nan_to_num(own, nan=-np.inf).argmax(axis) == true.argmax(axis)
             yield same.reshape(rows, -1).mean(1)
-
-
-def _differing(network: ir.Model, other: ir.Model) -> Arrays:
-    """The constants of ``other`` that ``network`` has with other values."""
-    found = {}
-    for name, value in other.graph.initializers.items():
-        mine, theirs = _array(network.graph.initializers[name]), _array(value)
-        if mine is not theirs and not np.array_equal(mine, theirs):
-            found[name] = theirs
-    return found
-
-
-def same_graph(one: ir.Model, other: ir.Model) -> bool:
-    """Whether two networks differ in the values of scalar constants alone."""
-    if [node.name for node in one.graph] != [node.name for node in other.graph]:
-        return False
-    if set(one.graph.initializers) != set(other.graph.initializers):
-        return False
-    for name, value in one.graph.initializers.items():
-        mine, theirs = _array(value), _array(other.graph.initializers[name])
-        if mine.shape != theirs.shape or (mine.size > 1 and not np.array_equal(mine, theirs)):
-            return False
-    return True
 
 
 def _array(value: ir.Value) -> Array:

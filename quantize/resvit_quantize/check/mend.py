@@ -2,7 +2,8 @@
 
 Where the outputs keep little, one pass with gradients over a few images tells what the error of each layer makes at the
 outputs. A layer is out of line if its share of that noise is far larger than its share of the arithmetic: depthwise
-convolutions, whose few products average nothing out, above all.
+convolutions, whose few products average nothing out, above all. Every image counts as much: of a few images one may
+make more noise than all others together, and what hurts there says little of the rest.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def layers_out_of_line(
     precision = settings.precision.value
     try:
         found = measure_sensitivity(
-            graph, ranges, settings, images(SENSED), total=SENSED, precisions=(precision,), probes=2
+            graph, ranges, settings, images(SENSED), total=SENSED, precisions=(precision,), probes=2, evenly=True
         )
     except ResvitError as error:
         return {}, f"Which layers are out of line was not told: {error.problem}"

@@ -63,19 +63,20 @@ class Flow:
     """The variable of each channel [C] of the tensors that were asked for, by name."""
 
 
-def channel_flow(model: ir.Model, wanted: Mapping[ir.Value, int]) -> Flow:
-    """Follow all channels of a float graph with known shapes.
+def channel_flow(
+    model: ir.Model, wanted: Mapping[ir.Value, int], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Flow:
+    """Follow all channels of a float graph with known shapes: ``shapes`` for one image, or what the graph tells.
 
     ``wanted`` are the tensors to tell the channels of, with the axis that they run along. Where one cannot be told,
     what it holds is fixed.
     """
-    return _Follower(model).flow(wanted)
+    return _Follower(model, static_shapes(model) if shapes is None else shapes).flow(wanted)
 
 
 class _Follower:
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        self.shapes = static_shapes(model)
+    def __init__(self, model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.model, self.shapes = model, shapes
         self.parent: list[int] = [0]
         self.fixed: list[bool] = [True]
         self.labels: dict[ir.Value, Labels] = {}

@@ -10,6 +10,7 @@ part of its convolution's kernel, and stays as it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
-from resvit_calibrate.ranges.channels import channel_error, shifted
+from resvit_calibrate.ranges.channels import shift_error, shifted
+from resvit_calibrate.ranges.known import digest_of, known
 from resvit_calibrate.ranges.ranges import TensorRange
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.biases import add_biases
@@ -140,7 +142,8 @@ def _open(
         and all(_takes_shift(edge.node) for edge in edges)
     ):
         energy = np.sum([reader.energy() for reader in readers], axis=0)
-        centre, moved = _centred(seen, extent, energy, bits)
+        key = "centred", digest_of(energy), extent.minimum, extent.maximum, bits
+        centre, moved = known(seen, key, functools.partial(_centred, seen, extent, energy, bits))
         shift = (-centre).astype(np.float32).reshape(count, *spatial)
         last = _behind(model, factor, "Add", factor.outputs[0], f"{name}/shift", shift)
         add_biases(model, {str(r.node.name): r.mean_output(centre).astype(np.float32) for r in readers})
@@ -156,19 +159,19 @@ def _centred(
     """The shift [C] with the least error at the readers' outputs, and the statistics of what is left."""
     sign = 1.0 if extent.maximum >= -extent.minimum else -1.0
     low = min(sign * extent.minimum, sign * extent.maximum)
+    small = abs(float(low))
     largest = seen.absmax.astype(np.float64)
     lower = np.maximum(low, -largest)
-    best: tuple[float, np.ndarray, ChannelStatistics] | None = None
+    best: tuple[float, np.ndarray] | None = None
     for share in _REACHES:
-        upper = np.maximum(largest * share, np.minimum(np.abs(low), largest))
+        upper = np.maximum(largest * share, np.minimum(small, largest))
         centre = (sign * (upper + lower) / 2.0).astype(np.float32).astype(np.float64)
-        moved = shifted(seen, centre, np.abs(low), sign)
         clip = max(float((upper - lower).max()) / 2.0, 1e-12)
-        error = float((channel_error(moved, clip, "int8", bits=bits, parts=2) @ energy)[0])
+        error = float(shift_error(seen, centre, small, sign, clip, bits) @ energy)
         if best is None or error < best[0]:
-            best = error, centre, moved
+            best = error, centre
     assert best is not None
-    return best[1:]
+    return best[1], shifted(seen, best[1], small, sign)
 
 
 def _behind(model: ir.Model, node: ir.Node, op_type: str, value: ir.Value, name: str, array: np.ndarray) -> ir.Node:

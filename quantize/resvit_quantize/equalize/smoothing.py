@@ -10,8 +10,6 @@ be cut off in every image where it is not.
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from resvit_calibrate.observe.histogram import ChannelStatistics
-from resvit_calibrate.ranges.channels import BEYOND, channel_error
+from resvit_calibrate.ranges.channels import BEYOND
+from resvit_calibrate.ranges.known import digest_of, known
+from resvit_calibrate.ranges.reaches import reach_errors
 from resvit_engines.targets.table import Precision
 from resvit_quantize.equalize.channel_flow import Flow, channel_flow
 from resvit_quantize.graph.network import add_initializer, constant, int_attribute
@@ -93,11 +93,16 @@ class Reader:
 
 
 def smooth(
-    model: ir.Model, placement: Placement, channels: Mapping[str, ChannelStatistics], bits: int = 8
+    model: ir.Model,
+    placement: Placement,
+    channels: Mapping[str, ChannelStatistics],
+    bits: int = 8,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Moved, ...]:
     """Move scales in place, for every group of channels that gains by it; the network's outputs stay the same.
 
-    ``channels`` are the calibration's statistics by tensor name.
+    ``channels`` are the calibration's statistics by tensor name, and ``shapes`` all tensors' for one image where they
+    are known already.
     """
     if not placement.edges or not channels:
         return ()
@@ -107,7 +112,7 @@ def smooth(
         if value is not None and value not in wanted:
             rank = len(value.shape) if value.shape is not None else 0
             wanted[value] = 1 if edge.node.op_type not in _LINEAR and rank == 4 else -1
-    flow = channel_flow(model, wanted)
+    flow = channel_flow(model, wanted, shapes)
     for value in wanted:
         variables = flow.tensors.get(str(value.name))
         seen = channels.get(str(value.name))
@@ -252,11 +257,6 @@ def _seen_by(seen: ChannelStatistics) -> tuple[ChannelStatistics, ...]:
     return (seen, *seen.halves) if seen.halves else (seen,) * _SETS
 
 
-_KNOWN: dict[tuple[int, bytes, Precision, int, int], tuple[weakref.ref[ChannelStatistics], tuple[float, float]]] = {}
-"""Errors that were computed, by statistics and factors: a network that is quantised in several ways asks again."""
-_MOST_KNOWN = 1 << 14
-
-
 def _least_error(
     seen: ChannelStatistics,
     energy: np.ndarray,
@@ -270,11 +270,13 @@ def _least_error(
     ``scales`` [3, C] are by all images and by each half. A clip is a share of the largest value of one half, and its
     error that of the other half's values.
     """
-    numbers = hashlib.blake2b(np.ascontiguousarray(energy).tobytes() + np.ascontiguousarray(scales).tobytes()).digest()
-    key = (id(seen), numbers, precision, bits, candidates)
-    known = _KNOWN.get(key)
-    if known is not None and known[0]() is seen:
-        return known[1]
+    key = "least error", digest_of(energy, scales), precision, bits, candidates
+    return known(seen, key, lambda: _searched(seen, energy, scales, precision, bits, candidates))
+
+
+def _searched(
+    seen: ChannelStatistics, energy: np.ndarray, scales: np.ndarray, precision: Precision, bits: int, candidates: int
+) -> tuple[float, float]:
     largest = [float((own.extent / scale).max()) for own, scale in zip(_seen_by(seen), scales, strict=True)]
     # Fewer levels want more clipping; a factor of four is enough at 8 bits.
     shares = np.geomspace(0.25 if bits == 8 else 1.0 / 16.0, 1.0, candidates)
@@ -282,14 +284,10 @@ def _least_error(
     if seen.halves and min(largest) > 0.0:
         shares = np.append(shares, np.geomspace(1.0, BEYOND, candidates // 2 + 1)[1:])
         pairs = list(zip(reversed(seen.halves), largest[1:], scales[1:], strict=True))
-    errors = [channel_error(each, shares * reach, precision.value, own, bits, parts=2) for each, reach, own in pairs]
+    errors = [reach_errors(each, precision.value, bits)((shares * reach)[:, None] * own) for each, reach, own in pairs]
     weighed = np.mean(errors, axis=0) @ energy
     best = int(weighed.argmin())
-    found = float(weighed[best]), float(shares[best] * largest[0])
-    if len(_KNOWN) >= _MOST_KNOWN:
-        _KNOWN.clear()
-    _KNOWN[key] = weakref.ref(seen), found
-    return found
+    return float(weighed[best]), float(shares[best] * largest[0])
 
 
 def _weight_error(seen: ChannelStatistics, reader: Reader, scale: np.ndarray, precision: Precision, bits: int) -> float:

@@ -22,6 +22,8 @@ _RANDOM = frozenset(
 )
 _FOLD_LIMIT = 1 << 20
 """Elements; a constant expression that grows beyond this (an Expand) stays an expression."""
+_SMALL = 1 << 10
+"""Elements of constants that are as quickly read from the file's own form."""
 
 
 def network_from_onnx(path: Path) -> ir.Model:
@@ -56,8 +58,21 @@ def named_model(path: Path) -> ir.Model:
         )
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveInitializersFromInputsPass()(model)
+    _decode_weights(model)
     _name_nodes(model)
     return model
+
+
+def _decode_weights(model: ir.Model) -> None:
+    """Turn what the file holds of large float constants into arrays: a look at one is no copy of its bytes then."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if (
+            isinstance(tensor, ir.serde.TensorProtoTensor)
+            and tensor.dtype is ir.DataType.FLOAT
+            and tensor.size > _SMALL
+        ):
+            value.const_value = ir.tensor(tensor.numpy(), name=tensor.name, doc_string=tensor.doc_string)
 
 
 def opset_of(model: ir.Model) -> int:

@@ -20,9 +20,11 @@ class Tried:
     agreement: float | None
     """The share of positions, 0 to 1, at which the outputs' arg-max is the float network's; None without classes."""
     gain_db: float = 0.0
-    """How much better than what stood before."""
+    """How much better than our methods on the same images; with layers in FP16, than the same without."""
     noise_db: float = 0.0
     """The standard error of that gain, over images."""
+    images: int = 0
+    """How many it was judged on: fewer where the first look told enough."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class HeldBackCheck:
     """Our methods beside plain ranges, by the error at the outputs on images that no range was taken from."""
 
     images: int
+    """As many as the way was judged on that saw most."""
     by_halves: bool
     """Whether each half of the images was judged by ranges of the other, there being too few to hold any back."""
     tried: tuple[Tried, ...]
@@ -62,7 +65,10 @@ class HeldBackCheck:
         on = f"{self.images} calibration images" + (
             ", each half judged by ranges of the other" if self.by_halves else " that no range was taken from"
         )
-        figures = ", ".join(f"{item.what} {figure(item)}" for item in self.tried)
+        figures = ", ".join(
+            f"{item.what} {figure(item)}" + (f" on {item.images} of them" if item.images < self.images else "")
+            for item in self.tried
+        )
         note = f" {self.note}" if self.note else ""
         return f"Held-back check, on {on}: {figures}. Taken: {self.taken}.{note}"
 
@@ -81,6 +87,7 @@ class HeldBackCheck:
                 None if item["agreement"] is None else float(item["agreement"]),
                 float(item["gain_db"]),
                 float(item["noise_db"]),
+                int(item["images"]),
             )
             for item in document["tried"]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from resvit_calibrate.observe.histogram import ChannelStatistics
 from resvit_calibrate.ranges.channels import amax_for_output, channel_error
 from resvit_calibrate.ranges.estimators import Estimator
+from resvit_calibrate.ranges.known import known
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.targets.table import Precision
@@ -75,7 +77,11 @@ def plan_quantization(
     if methods.shifting and not by_ort:
         opened = open_activations(network, placement, channels, ranges.tensors, settings.bits)
         channels |= {item.tensor: item.channels for item in opened}
-    moved = smooth(network, placement, channels, settings.bits) if methods.smoothing else ()
+    shapes = dict(analysis.shapes)
+    for item in opened:
+        if item.source in shapes:
+            shapes |= dict.fromkeys([str(item.factor.outputs[0].name), item.tensor], shapes[item.source])
+    moved = smooth(network, placement, channels, settings.bits, shapes) if methods.smoothing else ()
     close_activations(network, opened)
     smoothed = {item.tensor: item for item in moved}
     shifted = {item.tensor for item in opened}
@@ -119,9 +125,14 @@ def _widened_channels(analysis: Analysis, statistics: Statistics) -> dict[str, C
         if (seen := entry.channels) is None:
             continue
         values = math.prod(analysis.shapes.get(name, ())) * statistics.images / max(len(seen.count), 1)
-        halves = tuple(replace(half, reach=_widest(half, values / 2, entry.absmax)) for half in seen.halves)
-        found[name] = replace(seen, absmax=_widest(seen, values, entry.absmax), halves=halves)
+        key = "widened", values, entry.absmax
+        found[name] = known(seen, key, functools.partial(_widened, seen, values, entry.absmax))
     return found
+
+
+def _widened(seen: ChannelStatistics, values: float, absmax: float) -> ChannelStatistics:
+    halves = tuple(replace(half, reach=_widest(half, values / 2, absmax)) for half in seen.halves)
+    return replace(seen, absmax=_widest(seen, values, absmax), halves=halves)
 
 
 def _widest(seen: ChannelStatistics, values: float, largest: float) -> np.ndarray:

@@ -61,9 +61,16 @@ class DamageEstimate:
     """Sums over images, for formats that share one float network."""
 
     def __init__(
-        self, formats: Sequence[QuantizableProducts], bits: int, probes: int, seed: int, loss: TaskLoss | None = None
+        self,
+        formats: Sequence[QuantizableProducts],
+        bits: int,
+        probes: int,
+        seed: int,
+        loss: TaskLoss | None = None,
+        *,
+        evenly: bool = False,
     ) -> None:
-        self.formats, self.bits, self.loss = formats, bits, loss
+        self.formats, self.bits, self.loss, self.evenly = formats, bits, loss, evenly
         network = formats[0].plan.network
         self.graph = TorchGraph(network)
         self.batch = _fixed_batch(network)
@@ -94,6 +101,8 @@ class DamageEstimate:
         clean = self._measured(self._forward_with_errors(feeds, dots), batch)
         for name, value in clean.items():
             self.signal[name] += _power(value.detach())
+        own: dict[str, dict[_Key, float]] = {name: {} for name in self.outputs}
+        probed = dict.fromkeys(self.outputs, 0)
         # A loss of one image at a time has one direction, and needs no probes to find its length.
         for left in reversed(range(self.probes if self.loss is None else 1)):
             name = self.outputs[self.turn % len(self.outputs)]
@@ -101,9 +110,15 @@ class DamageEstimate:
             dots.clear()
             signs = torch.randint(0, 2, clean[name].shape, generator=self.generator) * 2.0 - 1.0
             torch.autograd.backward([clean[name]], [signs], retain_graph=left > 0)
-            self.probed[name] += count
+            probed[name] += count
             for key, dot in dots.items():
-                self.moved[name][key] += dot**2
+                own[name][key] = own[name].get(key, 0.0) + dot**2
+        for name, squares in own.items():
+            self.probed[name] += probed[name]
+            total = sum(squares.values())
+            factor = count / total if self.evenly and total > 0.0 else 1.0
+            for key, square in squares.items():
+                self.moved[name][key] += square * factor
         for each in self.formats:
             with torch.no_grad():
                 noisy = self._measured(self.graph(feeds, self._quantized_reading(each)), batch)
@@ -119,16 +134,17 @@ class DamageEstimate:
         return {_LOSS: self.loss({name: value[:count] for name, value in outputs.items()}, batch)[:, None]}
 
     def damage(self) -> dict[str, dict[str, float]]:
-        """Noise-to-signal power by precision and product."""
+        """Noise-to-signal power by precision and product; shares of the noise where images count evenly."""
         found: dict[str, dict[str, float]] = {
             each.precision.value: dict.fromkeys(each.products, 0.0) for each in self.formats
         }
         for name in self.outputs:
             if not (self.signal[name] and self.probed[name]):
                 continue
-            mean_signal = self.signal[name] / self.images
+            # Evenly, all layers together make 1 of every image.
+            whole = self.images if self.evenly else self.probed[name] * self.signal[name] / self.images
             for (precision, product), moved in self.moved[name].items():
-                found[precision][product] += moved / self.probed[name] / mean_signal
+                found[precision][product] += moved / whole
         return found
 
     def together(self) -> dict[str, float]:

@@ -161,11 +161,14 @@ def measure_sensitivity(
     probes: int = 4,
     seed: int = 0,
     loss: TaskLoss | None = None,
+    evenly: bool = False,
 ) -> Sensitivity:
     """Estimate all damages in one pass over ``images``, in batches of any size (``total`` of them, for the progress).
 
     With ``loss``, the images have their targets, and a damage is ``E[(g·d)²] / E[L²]``: the squared
     change of an image's loss to first order, against the loss itself; ``g`` is its gradient at the layer's output.
+
+    ``evenly``, every image counts as much, however much noise it makes: then shares of layers are told, and no ratios.
 
     ``probes`` backward passes are made for an image. The same seed gives the same result on the same machine.
     Memory is that of one image's forward and backward pass, or of the batch that the model is fixed to. Raises
@@ -175,7 +178,9 @@ def measure_sensitivity(
     from resvit_quantize.sensitivity.one_pass import DamageEstimate, threads_for
 
     formats = _formats(graph, ranges, settings, precisions)
-    estimates = [DamageEstimate(group, settings.bits, probes, seed, loss) for group in sharing_a_network(formats)]
+    estimates = [
+        DamageEstimate(group, settings.bits, probes, seed, loss, evenly=evenly) for group in sharing_a_network(formats)
+    ]
     count = 0
     size = estimates[0].batch
     with threads_for(sum(product.macs for product in formats[0].plan.analysis.products)):

@@ -120,7 +120,7 @@ def held_back_from_quantize(quantize: QuantizeReport) -> HeldBackRows | None:
         return None
     rows = [
         (
-            item.what,
+            item.what if item.images == check.images else f"{item.what} (the first {item.images} images)",
             f"{item.sqnr_db:.1f} dB",
             "" if item.agreement is None else wording.percent(item.agreement, 1),
             "" if not index else f"{item.gain_db:+.1f} ± {item.noise_db:.1f} dB",
