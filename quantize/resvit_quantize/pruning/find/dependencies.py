@@ -149,7 +149,8 @@ def traced(
 
         get_in_channels = get_out_channels
 
-    frozen = {type(each) for each in frozen_norms(model).values()}
+    pruners: dict[type[nn.Module], Any] = {_Core: CorePruner()}
+    pruners |= {type(each): FrozenNormPruner() for each in frozen_norms(model).values()}
     graph = torch_pruning.DependencyGraph()
     try:
         with warnings.catch_warnings(), unknown_joins_passed():
@@ -158,7 +159,7 @@ def traced(
                 model,
                 example,
                 forward_fn=forward,
-                customized_pruners={_Core: CorePruner(), **{kind: FrozenNormPruner() for kind in frozen}},
+                customized_pruners=pruners,
                 verbose=False,
             )
     except ResvitError:
