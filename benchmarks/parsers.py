@@ -425,7 +425,7 @@ def _device() -> dict[str, Parser]:
     from resvit_engines.machine import Machine
     from resvit_engines.records import record_from_bytes
     from resvit_engines.remote.device import listed_results
-    from resvit_engines.remote.job_result import Answers, DeviceBundle, Skipped, result_from_json
+    from resvit_engines.remote.job_result import Answers, DeviceBundle, JobResult, Skipped, finished_result
     from resvit_engines.remote.progress_events import replay
 
     machine = {
@@ -490,7 +490,7 @@ def _device() -> dict[str, Parser]:
         return mutants.of_bytes(content, dice)
 
     def read_result(path: Path) -> None:
-        result_from_json(record_from_bytes(path.read_bytes(), "the result"), "ssh://dev")
+        JobResult.from_json(finished_result(record_from_bytes(path.read_bytes(), "the result"), "ssh://dev"))
 
     return {
         "what a device is": _one(

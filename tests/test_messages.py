@@ -100,6 +100,7 @@ FOREIGN = {
     "venv": "system-site-packages clear",
     "apt-get": "reinstall",
     "sha256sum": "check",
+    "ray start": "head",
     "date": "set",
     "benchmarks/kernels.py": "record",
 }
@@ -181,7 +182,7 @@ def written_names() -> str:
 
 
 _EXAMPLE = re.compile(
-    r"(?:FILE|KEY|NAME|ROOT|table|logits|images|release|root|net|net-[\w-]+|model-[\w-]+|keys-\d|fleet)\.\w+"
+    r"(?:FILE|KEY|NAME|ROOT|table|logits|images|release|root|net|net-[\w-]+|model-[\w-]+|keys-\d|fleet|sweep)\.\w+"
     r"|CMakeLists\.txt"
 )
 

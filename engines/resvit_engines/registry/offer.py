@@ -72,10 +72,10 @@ class Offer:
     @property
     def describe(self) -> str:
         """One line for people."""
-        gpu = f"SM {self.sm_title}, " if self.sm_title else ""
+        runs = f"SM {self.sm_title}" if self.sm_title else "any processor"
         software = f"{self.builder_title} {self.tensorrt}" + (f", JetPack {self.jetpack}" if self.jetpack else "")
         return (
-            f"{self.name} (release {self.release}, {self.target}, {gpu}{software}, {self.precision}, "
+            f"{self.name} (release {self.release}, {self.target}, {runs}, {software}, {self.precision}, "
             f"{self.verdict or 'no verdict'}, {self.holds})"
         )
 

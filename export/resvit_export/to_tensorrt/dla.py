@@ -1,8 +1,8 @@
 """Which layers of a graph the DLA of a Jetson AGX Orin would run, by NVIDIA's table of supported layers.
 
 From "DLA Supported Layers and Restrictions" of TensorRT's documentation: of 11.4, and for pooling, padding, Resize and
-Softmax of earlier releases. TensorRT has had no DLA from 10.8 to 11.3; 11.4.1 has it on AGX Orin, for the strongly typed
-graphs that are used here. No engine was held to this table.
+Softmax of earlier releases. TensorRT has had no DLA from 10.8 to 11.3; 11.4.1 has it on AGX Orin, for the strongly
+typed graphs that are used here. No engine was held to this table.
 """
 
 from __future__ import annotations
