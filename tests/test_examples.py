@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -55,10 +56,24 @@ def test_a_command_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.
     command.make_context(name, arguments).close()
 
 
+SWEEP = """targets = ["jetson-orin"]
+precisions = ["fp16"]
+
+[models.nano]
+model = { name = "resvit:embed-nano", checkpoint = "runs/demo/embed-nano.pt" }
+
+[recipe]
+data = { images = "fashion-mnist", validation_images = 600, calibration_images = 64 }
+"""
+
+
 @pytest.mark.slow
 def test_the_examples_of_every_help_run(workspace: Path) -> None:
+    Path("sweep.toml").write_text(SWEEP)
     for command in ("", *_COMMANDS):
         for line in examples(command):
+            if "inspect model.onnx" in line:
+                shutil.copy(next(Path("runs/by-stage").glob("export-*/model.onnx")), "model.onnx")
             # What serves an engine of TensorRT's says so of a bundle without one: that is made where the GPU is.
             without_engine = line.startswith(("resvit-export serve-config triton", "resvit-export serve-config deep"))
             expected = ExitCode.IMPOSSIBLE if without_engine else 0

@@ -22,7 +22,7 @@ _COLUMNS = ("run", "target", "said", "exit")
 
 @click.command(
     name="sweep",
-    epilog=examples_text("sweep sweep.toml", "sweep sweep.toml --on local", "sweep sweep.toml --on ray://head:10001"),
+    epilog=examples_text("sweep sweep.toml", "sweep sweep.toml --on local --json"),
 )
 @click.argument("plan", metavar="SWEEP.toml", type=click.Path(path_type=Path))
 @click.option("--on", "address", metavar="local|ray://HOST:PORT", help="Ray cluster; local: of this machine's cores.")
