@@ -138,3 +138,10 @@ def test_a_clean_stream_is_wrapped_once() -> None:
             assert sys.stdout is first
         assert isinstance(first, CleanStream)
     assert not isinstance(sys.stdout, CleanStream)
+
+
+def test_a_closed_stream_is_no_terminal() -> None:
+    """Libraries that colour output ask at exit, when what is behind may be closed."""
+    behind = io.StringIO()
+    behind.close()
+    assert not CleanStream(behind).isatty()

@@ -58,8 +58,8 @@ class CleanStream(io.TextIOBase):
             raise NobodyReadsError from error
 
     def isatty(self) -> bool:
-        """Whether a terminal is behind."""
-        return self.raw.isatty()
+        """Whether a terminal is behind; libraries ask at exit too, when the stream behind may be closed."""
+        return not self.raw.closed and self.raw.isatty()
 
     def fileno(self) -> int:
         """The file descriptor behind."""
