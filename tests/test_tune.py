@@ -445,7 +445,7 @@ def test_one_measurement_is_a_stage_and_a_choice_is_found_again_where_it_was_mad
         assert timings.times.names == ("float", "plain")
         assert timings.median_ms("plain") > 0
         assert timings.layers_of("plain") is None
-        assert folder.do(stage).reused
+        assert RunFolder(tmp_path / "run", SILENT).do(stage).reused
         other = dataclasses.replace(here, facts={**here.facts, "onnxruntime": "9.9"})
         assert not folder.has(dataclasses.replace(stage, place=other))
         ratio = timings.ratio("float", "plain").to_json()
