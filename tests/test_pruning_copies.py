@@ -213,3 +213,29 @@ def test_a_module_that_refuses_is_named() -> None:
     with pytest.raises(ResvitError, match="one of a kind") as caught:
         copy_of(nn.Sequential(Stubborn()))
     assert caught.value.code is ExitCode.INPUT
+
+
+class Hooked(Keeping):
+    """Sets a hook in its first run, and remembers that it did, as transformers collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.first.register_forward_hook(lambda *_: self.calls.append(1))
+            self.hooked = True
+        self.calls.clear()
+        answer = super().forward(image)
+        return answer * len(self.calls)
+
+
+def test_hooks_that_a_run_set_are_set_once() -> None:
+    network, image = Hooked().eval(), torch.zeros(1, 3, 8, 8)
+    for _ in range(2):
+        with forgetting(network):
+            network(image)
+    assert not network.first._forward_hooks
+    network(image)
+    assert len(network.calls) == 1

@@ -30,16 +30,22 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @contextlib.contextmanager
 def forgetting(module: nn.Module) -> Iterator[None]:
-    """Take out of ``module``, on leaving, what runs inside left in attributes, buffers and containers of its parts.
+    """Take out of ``module``, on leaving, what runs inside left in attributes, buffers, containers and hooks.
 
-    In training mode all stays: running statistics are meant to move.
+    In training mode all stays: running statistics are meant to move. Hooks go with the attribute that says that they
+    are there, or the next run would set them again, beside themselves (transformers' collectors of hidden states).
     """
     before = [(table, copy.copy(table)) for table in _tables(module)]
+    hooks = [(registry, set(registry)) for registry in _hooks(module)]
     try:
         yield
     finally:
-        for table, content in before if not module.training else ():
-            _put_back(table, content)
+        if not module.training:
+            for table, content in before:
+                _put_back(table, content)
+            for registry, known in hooks:
+                for key in set(registry) - known:
+                    del registry[key]
 
 
 def copy_of(module: _Module) -> _Module:
@@ -133,6 +139,13 @@ def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.Functi
     made.__kwdefaults__ = function.__kwdefaults__
     made.__dict__.update(function.__dict__)
     return made
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """Where the parts of a module keep what is called around their forward."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    beside = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+    return [getattr(part, name) for part in module.modules() for name in (*names, *beside)]
 
 
 def _tables(module: nn.Module, kept: frozenset[str] = _KEPT) -> list[Any]:
