@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -168,6 +169,22 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held_lock(path: Path, mode: int) -> Iterator[None]:
+    """Hold the file of :func:`open_lock`; waits for whoever has it. Raises as that does."""
+    lock = open_lock(path, mode)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def cache_folder(name: str) -> Path:
+    """Where things of one kind are kept that cost nothing but time when they are removed."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / name
 
 
 def open_lock(path: Path, mode: int) -> int:

@@ -7,7 +7,6 @@ step under a lock, so that builds side by side add to it; a file of another devi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resvit_engines.errors import ResvitError
-from resvit_engines.files import explain_os_errors, make_folder, open_lock, sha256_bytes, write_atomic
+from resvit_engines.files import explain_os_errors, held_lock, make_folder, sha256_bytes, write_atomic
 from resvit_engines.outside import json_from_outside, read_outside
 
 
@@ -95,9 +94,5 @@ def locked(folder: Path, owner: Owner) -> Iterator[None]:
     path = folder / f"{owner.file_name}.lock"
     with explain_os_errors(path):
         make_folder(folder)
-        lock = open_lock(path, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held_lock(path, 0o666):
         yield
-    finally:
-        os.close(lock)

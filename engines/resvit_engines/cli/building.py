@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from resvit_engines.cli.installing import maker_option
 from resvit_engines.console import Output, console, emit_json, mib, output_options, table
 from resvit_engines.progress import reporter
 
@@ -34,12 +35,7 @@ def facts_command(quiet: bool, as_json: bool) -> None:
 @click.option(
     "--job", type=click.Path(path_type=Path), help="Folder of the work.  [default: NAME-engine by the bundle]"
 )
-@click.option(
-    "--trust",
-    type=click.Path(path_type=Path),
-    help="Public key of the maker, or a folder of such.  [default: $RESVIT_TRUST, else /etc/resvit/keys for root and "
-    "~/.config/resvit/keys, which hold this device's own key too]",
-)
+@maker_option
 @click.option("--rehearse", is_flag=True, help="Let TensorRT for RTX stand in for TensorRT, and say so everywhere.")
 @output_options
 def build_command(

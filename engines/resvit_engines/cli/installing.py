@@ -25,6 +25,16 @@ def trust_option(function: F) -> F:
     )(function)
 
 
+def maker_option(function: F) -> F:
+    """Add ``--trust`` of what builds here: the folders that it falls back to hold this device's own key too."""
+    return click.option(
+        "--trust",
+        type=click.Path(path_type=Path),
+        help="Public key of the maker, or a folder of such.  [default: $RESVIT_TRUST, else /etc/resvit/keys for "
+        "root and ~/.config/resvit/keys, which hold this device's own key too]",
+    )(function)
+
+
 def root_option(function: F) -> F:
     """Add ``--root``."""
     return click.option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from resvit_engines.cli.installing import maker_option
 from resvit_engines.console import Output, console, emit_json, output_options, table
 from resvit_engines.progress import reporter
 
@@ -17,12 +18,7 @@ from resvit_engines.progress import reporter
 )
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), help="Folder of the work.  [default: NAME-times by the first]")
-@click.option(
-    "--trust",
-    type=click.Path(path_type=Path),
-    help="Public key of the maker, or a folder of such.  [default: $RESVIT_TRUST, else /etc/resvit/keys for root and "
-    "~/.config/resvit/keys, which hold this device's own key too]",
-)
+@maker_option
 @click.option("--rounds", type=click.IntRange(6, 1000), default=20, show_default=True, help="How often all are timed.")
 @click.option(
     "--seconds",

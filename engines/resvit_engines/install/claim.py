@@ -7,7 +7,6 @@ each other; it keeps nobody out who may write there.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from resvit_engines.files import (
     OPEN_FILE,
     OPEN_FOLDER,
     explain_os_errors,
+    held_lock,
     make_folder,
-    open_lock,
     pretty_json,
     write_atomic,
 )
@@ -117,9 +116,5 @@ def _taken(there: Claim, wanted: Claim) -> ResvitError:
 def _held(root: Path) -> Iterator[None]:
     with explain_os_errors(root):
         make_folder(root, OPEN_FOLDER)
-        lock = open_lock(root / _LOCK, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held_lock(root / _LOCK, 0o600):
         yield
-    finally:
-        os.close(lock)

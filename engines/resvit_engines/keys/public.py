@@ -94,7 +94,7 @@ def load_trust(path: Path | None = None) -> TrustStore:
     """
     own = [Path(value)] if (value := os.environ.get(TRUST_VARIABLE)) else []
     named = path or (own[0] if own else None)
-    chosen = expanded(named or default_trust_folder())
+    chosen = trust_folder(path)
     if not os.path.lexists(chosen):
         if named:
             raise ResvitError(
@@ -154,14 +154,14 @@ def _stored(path: Path) -> TrustStore:
                 f"{file} looks like a list of revoked keys, and only one that is called '{REVOKED}' is read.",
                 "Rename it, or take it away.",
             )
-    keys = tuple(map(_trusted_key, (file for file in files if _is_key(file.name))))
+    by_file = {file.name: _trusted_key(file) for file in files if _is_key(file.name)}
+    keys = tuple(by_file.values())
     revoked = _listed(path / REVOKED)
     taken = taken_list(path)
     if taken is None:
         return TrustStore(keys, revoked, str(path))
-    own = {file.name: key for file, key in zip(filter(lambda file: _is_key(file.name), files), keys, strict=True)}
     withdrawn = revoked | taken.revoked | {key.keyid for key in keys if key.revoked}
-    trusted = (*taken.keys, *([own[OWN]] if OWN in own else []))
+    trusted = (*taken.keys, *([by_file[OWN]] if OWN in by_file else []))
     return TrustStore(trusted, withdrawn, str(path), taken)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.files import atomic_file, sha256_bytes
+from resvit_engines.files import atomic_file, cache_folder, sha256_bytes
 
 LIBRARY = "libresvit_plugins.so"
 """Its file name, in the cache and beside an engine that needs it."""
@@ -107,9 +107,8 @@ def cached_library(headers: Headers | None = None) -> Path:
         ResvitError: as ``find_headers`` and ``library_from_source``.
     """
     headers = headers or find_headers()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "plugins"
     name = f"{sha256_bytes(_source().read_bytes())[:16]}-tensorrt-{headers.version}-{platform.machine()}"
-    path = cache / name / LIBRARY
+    path = cache_folder("plugins") / name / LIBRARY
     return path if path.is_file() else library_from_source(path, headers)
 
 

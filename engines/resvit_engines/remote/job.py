@@ -32,6 +32,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import (
     atomic_directory,
     atomic_file,
+    cache_folder,
     canonical_json,
     make_folder,
     pretty_json,
@@ -210,8 +211,8 @@ def how_to_build(manifest: Manifest, *, rehearse: bool) -> tuple[Target, BuildSe
             "Leave --rehearse out.",
             ExitCode.IMPOSSIBLE,
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "timing"
-    settings = dataclasses.replace(manifest.build_settings, timing_cache=None if target.on_cpu else cache)
+    cache = None if target.on_cpu else cache_folder("timing")
+    settings = dataclasses.replace(manifest.build_settings, timing_cache=cache)
     if rehearse and settings.plugins != "off":
         raise ResvitError(
             "This bundle's engine has kernels of our own, and TensorRT for RTX, which rehearses, takes no plugins.",

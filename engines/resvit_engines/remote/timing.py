@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from resvit_engines.run.runner import Runner, open_built, open_sound_onnx
 VARIANTS, LAYERS = "variants", "layers"
 """Folders of the job: what was built, and of each variant's engine TensorRT's own list of layers (``NAME.json``)."""
 _WARM_UP = 0.1
+_SPARE_MIB = 256
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,10 @@ def _build(manifest: Any, model: Path, place: Path, reporter: Reporter, *, rehea
     return report
 
 
-@contextlib.contextmanager
-def _opened(place: Path, report: EngineReport, *, rehearse: bool) -> Iterator[Runner]:
+def _opened(place: Path, report: EngineReport, *, rehearse: bool) -> Runner:
     """The engine just built; in a rehearsal its graph on the processor, since nothing else is there to run it."""
     model = place / MODELS[-1]
-    runner: Runner = open_sound_onnx(model) if rehearse else open_built(place / ENGINE, report.sha256, report, model)
-    with runner:
-        yield runner
+    return open_sound_onnx(model) if rehearse else open_built(place / ENGINE, report.sha256, report, model)
 
 
 def forget_engines(folder: Path) -> None:
@@ -197,6 +195,3 @@ def too_large(bundles: Sequence[int], free_mib: int, device: str) -> ResvitError
         "Free some space there and run the same command again, or say --tune quick, which builds fewer.",
         ExitCode.SYSTEM,
     )
-
-
-_SPARE_MIB = 256

@@ -6,7 +6,6 @@ One file for each kind of device below ``$XDG_CACHE_HOME/resvit/tuning``; removi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 from resvit_engines.bench.compare import Ratio
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import (
+    cache_folder,
     canonical_json,
     explain_os_errors,
+    held_lock,
     make_folder,
-    open_lock,
     pretty_json,
     sha256_bytes,
     write_atomic,
@@ -40,15 +40,11 @@ class KnownPattern:
     network: str
 
 
-def tuning_folder() -> Path:
-    """Where the files lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resvit" / "tuning"
-
-
 def patterns_file(place: Place) -> Path:
     """The file of a kind of device: its hardware, and the versions of what builds and runs engines there."""
     name = "".join(c if c.isalnum() else "-" for c in str(place.kind.get("gpu") or place.kind.get("processor") or ""))
-    return tuning_folder() / f"{name[:40].strip('-') or 'device'}-{sha256_bytes(canonical_json(place.kind))[:12]}.json"
+    kind = sha256_bytes(canonical_json(place.kind))[:12]
+    return cache_folder("tuning") / f"{name[:40].strip('-') or 'device'}-{kind}.json"
 
 
 def known_patterns(place: Place, without: str, reporter: Reporter) -> dict[str, KnownPattern]:
@@ -101,9 +97,5 @@ def _read(file: Path) -> dict[str, KnownPattern]:
 def _locked(file: Path) -> Iterator[None]:
     with explain_os_errors(file):
         make_folder(file.parent)
-        lock = open_lock(file.with_suffix(".lock"), 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held_lock(file.with_suffix(".lock"), 0o600):
         yield
-    finally:
-        os.close(lock)

@@ -1,6 +1,6 @@
 """The stages ``timings`` and ``tune``: variants of the placement timed where they will run, and the choice.
 
-The search asks for times through one interface (``resvit_export.tune.Ways``). It is answered by this machine, where it
+The search asks for times through one interface (``region_search.Ways``). It is answered by this machine, where it
 is the target, or by a device over SSH; both build an engine of every variant and time all of them in turns.
 """
 
@@ -27,7 +27,7 @@ from resvit_engines.keys.own import own_key
 from resvit_engines.machine import this_machine
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.records import Record
-from resvit_engines.run.runner import Runner, open_built, why_not_here
+from resvit_engines.run.runner import open_built, why_not_here
 from resvit_engines.targets.table import Target
 from resvit_export.records.place import Place
 from resvit_export.run_folder import RunFolder, read_record
@@ -129,7 +129,7 @@ class TimeVariants(Stage[Timings]):
             if not self.target.on_cpu:
                 reporter.say(f"Variant {number + 1} of {len(models)}")
             report = build_engine(model, engine, self.target, settings, SILENT if self.target.on_cpu else reporter)
-            openings[name] = functools.partial(_opened, engine, report, model)
+            openings[name] = functools.partial(open_built, engine, report.sha256, report, model)
             if report.layers is not None:
                 (folder / f"layers-{number}.json").write_bytes((scratch / report.layers).read_bytes())
         return time_variants(openings, self._bench(), self.rounds, reporter, on_gpu=not self.target.on_cpu)
@@ -162,12 +162,6 @@ class TimeVariants(Stage[Timings]):
     def _bench(self) -> BenchSettings:
         batch = next(iter(self.variants.values())).settings.batch[1]
         return BenchSettings(batch=batch, seconds=self.seconds, warmup=_WARM_UP)
-
-
-@contextlib.contextmanager
-def _opened(engine: Path, report: Any, model: Path) -> Iterator[Runner]:
-    with open_built(engine, report.sha256, report, model) as runner:
-        yield runner
 
 
 @dataclass(frozen=True)
@@ -228,9 +222,11 @@ class Tune(Stage[Tuned]):
             "regions": list(self.regions),
             "precisions": dict(self.precisions),
             "place": self.place.facts,
+            "faster": self.faster,
+            "ms": self.ms,
+            "sentences": list(self.sentences),
         }
-        document |= {"faster": self.faster, "ms": self.ms}
-        (folder / CHOICE).write_bytes(pretty_json({**document, "sentences": list(self.sentences)}))
+        (folder / CHOICE).write_bytes(pretty_json(document))
         if self.layer_times:
             measured = {"device": self.place.title, "layers": self.layer_times}
             (folder / MEASURED).write_bytes(pretty_json(measured))

@@ -21,13 +21,13 @@ def probe(module: nn.Module) -> nn.Module:
     made = copy_of(module).eval()
     with torch.no_grad():
         for owner in made.modules():
+            frozen = channel_buffers(owner)
             for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
                 if not value.is_floating_point() or not value.numel():
                     continue
-                frozen = name in channel_buffers(owner)
                 if name == "running_mean" or (value.ndim <= 1 and "bias" in name):
                     value.normal_(0, 0.1)
-                elif name == "running_var" or frozen or (value.ndim <= 1 and isinstance(value, nn.Parameter)):
+                elif name == "running_var" or name in frozen or (value.ndim <= 1 and isinstance(value, nn.Parameter)):
                     value.uniform_(0.5, 1.5)
                 elif isinstance(value, nn.Parameter) and bool((value == value.flatten()[0]).all()):
                     value.normal_(0, 0.1)

@@ -66,11 +66,9 @@ def side_from_touched(touched: Touched, names: Mapping[nn.Module | nn.Parameter,
             _side(module, path, each, ("num_parameters",), True, len(module.weight)) if len(module.weight) > 1 else None
         )
     if frozen := channel_buffers(module):
-        counted = [
-            name for name, value in number_attributes(module).items() if value == len(getattr(module, frozen[0]))
-        ]
-        own = [(name, 0) for name in frozen]
-        return _side(module, path, own, tuple(counted), True, len(getattr(module, frozen[0])))
+        size = len(getattr(module, frozen[0]))
+        counted = tuple(name for name, value in number_attributes(module).items() if value == size)
+        return _side(module, path, [(name, 0) for name in frozen], counted, True, size)
     if path and any(True for _ in module.parameters(recurse=True)):
         raise EntangledError(f"{path} ({type(module).__name__}) ties their number to other things")
     return None
