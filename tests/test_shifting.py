@@ -128,6 +128,19 @@ def test_padding_with_zeros_forbids_a_shift(tmp_path: Path, size: int, pads: int
     assert ("Add" in ops(plan)) is shifts
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-8])
+def test_a_shift_of_what_fp16_cannot_hold_is_computed_in_fp32(tmp_path: Path, size: float) -> None:
+    # Gates of ½ at images of nothing: behind a dozen blocks without norms, signals may be as small as that.
+    g = Graph("batch", *SHAPE[1:])
+    small = g.op("Mul", g.linear("input", 32, 48, "fc1"), g.constant("size", np.float32(size)), name="small")
+    gate = g.op("Sigmoid", g.linear(small, 48, 48, "gate"), name="open")
+    value = g.op("Mul", g.op("Relu", small, name="relu"), gate, name="act")
+    weight = g.weight("fc2.weight", 48, 16)
+    path, images = g.save(tmp_path / "float.onnx", g.op("MatMul", value, weight, name="fc2")), images_of(*SHAPE)
+    assert "Add" in ops(planned(path, images))
+    assert quantised_db(path, images, INT8) > 30.0
+
+
 def test_other_readers_read_the_activation_itself(tmp_path: Path) -> None:
     g = Graph("batch", *SHAPE[1:])
     value = g.op("Gelu", g.linear("input", 32, 48, "fc1"), name="act")
