@@ -42,7 +42,7 @@ from resvit_export.loading.torch_program import (
     sizes_of,
 )
 from resvit_export.loading.user_code import told_as_user_errors, user_error
-from resvit_export.loading.weights.drawn import draw_heads
+from resvit_export.loading.weights.drawn import draw_heads, keep_signals_alive
 from resvit_export.models.config import HybridConfig
 
 if TYPE_CHECKING:
@@ -129,9 +129,11 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
 def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter) -> Network:
     notes: list[str] = []
     _refuse_lazy(module, spec.model)
+    named = spec.model.startswith(("timm:", "resvit:", "torchvision."))
+    untrained = spec.checkpoint is None and (named or getattr(module, "random_weights", False))
     if spec.checkpoint is not None:
         notes += load_checkpoint(module, spec.checkpoint, spec.checkpoint_key, reporter)
-    elif spec.model.startswith(("timm:", "resvit:", "torchvision.")) or getattr(module, "random_weights", False):
+    elif untrained:
         reporter.warn(
             f"{spec.model} has random weights: no --checkpoint was given. Speed and size will be right, accuracy not."
         )
@@ -142,6 +144,8 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
     notes += cast
     require_finite(module, str(spec.checkpoint or spec.model))
     inputs = _inputs(module, spec)
+    if untrained and keep_signals_alive(module, [size for size in inputs if isinstance(size, int)]):
+        notes.append("signals died out or grew without bounds under its own random weights: others were drawn")
     try:
         program, trace_notes = program_from_module(module, inputs, spec.sizes)
     except ResvitError as error:

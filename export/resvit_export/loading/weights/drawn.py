@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from resvit_quantize.pruning.copies import forgetting
+
 _AROUND_ITS_BIAS = 1e-4
 """For a layer that begins as zero with a bias that says something: the grid of points that deformable attention samples
 at. Drawn as others are, points lie anywhere, each layer multiplies what rounding moves, and no two runs agree."""
+_ALIVE = 1e-4, 1e4
+"""Outputs that reach less far than the first have come through layers whose own are below FP16's smallest normal
+number; beyond the second, they are on their way to its end."""
+_IMAGES = 4
+"""Enough for a variance over images where a layer answers with one position each."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -33,6 +41,52 @@ def draw_weights(model: nn.Module) -> None:
                 weight.normal_(0.0, math.sqrt(gain / weight[0].numel()), generator=random)
             elif weight.ndim == 1:
                 weight.fill_(1.0)
+
+
+def keep_signals_alive(model: nn.Module, image: Sequence[int]) -> bool:
+    """Give ``model`` other random weights where signals die out in it, or grow beyond bounds; returns whether it did.
+
+    Weights are drawn as by :func:`draw_weights`; where that is not enough, as where branches add up, the batch norms
+    take mean and variance of images [C, H, W] of noise. A model that takes no such image, or fails on it, stays as it
+    is: who traces it says why.
+    """
+    if len(image) != 3:
+        return False
+    noise = torch.randn(_IMAGES, *image, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    changed = False
+    for change in (draw_weights, lambda one: _measure_norms(one, noise)):
+        try:
+            with forgetting(model), torch.no_grad():
+                reach = _reach(model(noise[:1]))
+                if reach is None or _ALIVE[0] <= reach <= _ALIVE[1]:
+                    return changed
+                change(model)
+                changed = True
+        except Exception:  # the user's own code runs here
+            return changed
+    return changed
+
+
+def _reach(answer: object) -> float | None:
+    """The largest magnitude in what a model answered with; none where there are no numbers, and infinity for NaN."""
+    floats = [x for x in torch.utils._pytree.tree_leaves(answer) if torch.is_tensor(x) and x.is_floating_point()]
+    found = [float(x.abs().max()) for x in floats if x.numel()]
+    return max((math.inf if math.isnan(each) else each for each in found), default=None)
+
+
+def _measure_norms(model: nn.Module, images: torch.Tensor) -> None:
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    try:
+        model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
 
 def draw_heads(model: nn.Module) -> None:
