@@ -18,6 +18,8 @@ from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
+from resvit_calibrate.runtime.sessions import OutOfMemoryError
+from resvit_engines.errors import ExitCode
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.choose import HeldBack
 from resvit_quantize.check.judge import Errors, best_of, gain
@@ -215,6 +217,25 @@ def test_too_few_images_are_said(tmp_path: Path) -> None:
     check = quantized(path, tmp_path / "out.onnx", seen, HeldBack(source(seen), apart=False)).held_back
     assert check is not None
     assert check.sentence == "Held-back check: none (there are 3 images, and it takes 4)."
+
+
+def test_where_memory_does_not_reach_nothing_is_compared_and_the_build_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = unlike(tmp_path / "float.onnx"), []
+
+    def full(*_: object, frugal: bool) -> None:
+        asked.append(frugal)
+        raise OutOfMemoryError("Memory ran out.", "Close what takes it.", ExitCode.SYSTEM)
+
+    seen = features(64, 1, 1.0)
+    quantized(path, tmp_path / "unchecked.onnx", seen, None)
+    monkeypatch.setattr("resvit_quantize.check.judge.run_session", full)
+    check = quantized(path, tmp_path / "checked.onnx", seen, HeldBack(source(features(16, 2, 1.0)))).held_back
+    assert asked == [True]
+    assert check is not None
+    assert check.sentence == "Held-back check: none (memory ran out)."
+    assert (tmp_path / "unchecked.onnx").read_bytes() == (tmp_path / "checked.onnx").read_bytes()
 
 
 # Layers.

@@ -14,6 +14,7 @@ from resvit_calibrate.runtime import runner as runtime
 from resvit_calibrate.runtime import selftest
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.selftest import runtime_note, self_test
+from resvit_calibrate.runtime.sessions import OutOfMemoryError, run_session
 from resvit_engines.errors import ExitCode, ResvitError
 
 
@@ -181,3 +182,23 @@ def test_failures_say_what_to_do(tmp_path):
         runner({"image": np.ones((1, 2), np.float32)})
     with pytest.raises(ResvitError, match=r"float32\[1, 3\]"):
         runner({"x": np.ones((1, 3), np.float32)})
+
+
+class Full:
+    """A session whose activations do not fit."""
+
+    def run(self, outputs, feeds, options):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 4096")
+
+
+@pytest.mark.parametrize(("images", "fix"), [(1, "Close what"), (4, "Use a smaller batch size, close what")])
+def test_memory_that_runs_out_is_said_in_few_words(images, fix):
+    feeds = {"input": np.zeros((images, 3, 8, 8), np.float32)}
+    feeds |= {f"block.{number}/scale": np.zeros((), np.float32) for number in range(99)}
+    with pytest.raises(OutOfMemoryError, match=r"ran on input float32\[\d, 3, 8, 8\]\.\n") as raised:
+        run_session(Full(), ["logits"], feeds, frugal=True)
+    assert raised.value.fix.startswith(fix)
+    assert raised.value.code == ExitCode.SYSTEM
+    feeds = {f"input.{number}": np.zeros(1, np.float32) for number in range(99)}
+    with pytest.raises(OutOfMemoryError, match=r"input\.7 float32\[1\], …\.\n"):
+        run_session(Full(), ["logits"], feeds)

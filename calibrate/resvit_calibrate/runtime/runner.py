@@ -70,6 +70,8 @@ class OnnxRunner:
     """How prepared images become what the first input reads, where that is no float."""
     narrow: bool = False
     """Whether the outputs are FP16 for the engine's sake: they come back as FP32."""
+    frugal: bool = False
+    """Whether it gives its memory back after each run (:func:`run_session`)."""
 
     def __call__(self, arrays: Arrays) -> Arrays:
         """Run one batch. Raises ResvitError for missing inputs, wrong shapes and failures of the runtime."""
@@ -105,7 +107,8 @@ class OnnxRunner:
         return feeds
 
     def _run(self, feeds: Arrays) -> Arrays:
-        found = zip(self.outputs, run_session(self.session, list(self.outputs), feeds), strict=True)
+        values = run_session(self.session, list(self.outputs), feeds, frugal=self.frugal)
+        found = zip(self.outputs, values, strict=True)
         if not self.narrow:
             return dict(found)
         return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found}

@@ -17,6 +17,9 @@ Arrays: TypeAlias = dict[str, Array]
 INTERNAL = "resvit."
 """How the names of what this project adds to a graph begin; no message shows them."""
 
+_MOST_SHOWN = 8
+"""Inputs that a message lists."""
+
 
 def cpu_count() -> int:
     """CPU cores that this process may run on."""
@@ -71,28 +74,47 @@ def add_weight_folder(options: Any, folder: Path | None) -> None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
 
 
-def run_session(session: Any, outputs: list[str], feeds: Arrays) -> list[Array]:
-    """Run a session, its failures told as ResvitError."""
+class OutOfMemoryError(ResvitError):
+    """A model's activations did not fit into memory."""
+
+
+def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool = False) -> list[Array]:
+    """Run a session, its failures told as ResvitError.
+
+    A ``frugal`` run gives the memory of its activations back at its end: sessions that are open side by side and run
+    in turn take no more than one of them.
+    """
     try:
-        values: list[Array] = session.run(outputs, feeds)
+        values: list[Array] = session.run(outputs, feeds, _shrinking() if frugal else None)
     except Exception as error:
-        shapes = ", ".join(
-            f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items() if not name.startswith(INTERNAL)
-        )
+        shown = [
+            f"{name} {value.dtype}{list(value.shape)}"
+            for name, value in feeds.items()
+            if not name.startswith(INTERNAL) and value.ndim
+        ]
+        shapes = ", ".join([*shown[:_MOST_SHOWN], *(["…"] if len(shown) > _MOST_SHOWN else [])])
         if "allocate" in str(error) or "bad_alloc" in str(error) or isinstance(error, MemoryError):
-            raise ResvitError(
+            several = any(value.ndim and len(value) > 1 for value in feeds.values())
+            raise OutOfMemoryError(
                 f"Memory ran out while the model ran on {shapes}.",
-                "Use a smaller batch size.",
+                f"{'Use a smaller batch size, close' if several else 'Close'} what else takes memory, use smaller "
+                "images (--input-shape), or a machine with more memory.",
                 ExitCode.SYSTEM,
             ) from error
         wanted = ", ".join(
-            f"{i.name} {i.type}{i.shape}" for i in session.get_inputs() if not i.name.startswith(INTERNAL)
+            f"{i.name} {i.type}{i.shape}" for i in session.get_inputs() if not i.name.startswith(INTERNAL) and i.shape
         )
         raise ResvitError(
             f"ONNX Runtime could not run the model on {shapes}: {first_line(error)}",
             f"The model declares {wanted}; check the image size, the channels and the batch size.",
         ) from error
     return values
+
+
+def _shrinking() -> Any:
+    options = onnxruntime_module().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def fixed_batch(session: Any) -> int | None:

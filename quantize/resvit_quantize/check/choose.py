@@ -20,6 +20,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
+from resvit_calibrate.runtime.sessions import OutOfMemoryError
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.contest import Built, Contest, Fold, build
 from resvit_quantize.check.judge import LIKELY, SURE, Judge, cut
@@ -79,13 +80,21 @@ def checked(
     ``model`` is the file of ``graph``. Raises as :func:`build` does, and for images that the model cannot run on.
     """
     shipped = build(graph, ranges, settings, statistics)
-    folds: list[Fold] = []
-    why_not = "nothing is quantised"
-    if shipped.plan.placement.edges:
+    if not shipped.plan.placement.edges:
+        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note="nothing is quantised")
+    try:
         why_not, folds = _folds(model, graph, ranges, statistics, held)
-    if why_not:
-        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note=why_not)
-    contest = Contest(graph, folds, ranges, statistics, shipped)
+        if why_not:
+            return shipped, HeldBackCheck(0, not held.apart, (), OURS, note=why_not)
+        return _best(Contest(graph, folds, ranges, statistics, shipped), held)
+    except OutOfMemoryError:
+        # The float network alone did run: calibration has. Our own way is what it would be without images.
+        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note="memory ran out")
+
+
+def _best(contest: Contest, held: HeldBack) -> tuple[Built, HeldBackCheck]:
+    """Plain ranges beside our way, then less of our methods, then layers in FP16, as far as there is doubt."""
+    settings = contest.settings(OURS)
     plain = {PLAIN.get(e, f"plain {e.value}"): _plain(settings, e) for e in _estimators(settings)}
     contest.enter(plain)
     name = OURS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class Judge:
         each is asked for alone.
         """
         self.sets, self.folder = sets, model.parent
-        runner = onnx_runner(model)
+        runner = dataclasses.replace(onnx_runner(model), frugal=True)
         self.batches = cut(batches, max(FEWEST, runner.batch or 1))
         self._expected = [runner(self.batches[0])]
         if not self._apart(self.batches[0], self._expected[0]):
@@ -220,7 +221,7 @@ class Answers:
         images = len(next(iter(feeds.values())))
         parts: list[Arrays] = []
         for piece, size in pieces(feeds, runner.batch or images):
-            values = run_session(runner.session, list(runner.outputs), {**piece, **self._constants})
+            values = run_session(runner.session, list(runner.outputs), {**piece, **self._constants}, frugal=True)
             padded = size < len(next(iter(piece.values())))
             parts.append({n: v[:size] if padded and v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
         if len(parts) == 1:

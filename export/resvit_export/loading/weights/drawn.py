@@ -63,7 +63,7 @@ def keep_signals_alive(model: nn.Module, image: Sequence[int]) -> bool:
                     return changed
                 change(model)
                 changed = True
-        except Exception:  # the user's own code runs here
+        except Exception:  # noqa: BLE001 the user's own code runs here
             return changed
     return changed
 
