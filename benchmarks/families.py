@@ -12,7 +12,7 @@ already, a low SQNR is the network's own. Where the SQNR is under 20 dB, "least 
 under the least noise that 8 bits cost, at the same places (``sensitivity/own_noise.py``), and who is to blame: the
 network, or us. "As far as" is the last stage that was run: rows of ``--until export`` are folded, exported and
 compared with PyTorch, and no more. "Pruned" (``--until prune``) is the share of the products that is left to a network
-that is pruned to half, or as far as it can be, and exported: small configurations are near their least widths. What
+that is pruned to half, or as far as it can be, and folded: small configurations are near their least widths. What
 answers to prompts, text or films is no function of one image: refused by name, it is counted apart, and the part of it
 that sees has its own row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is
 added to ``--records`` as it is done, and what stands there is not done again: a run can be ended at any time, and
@@ -169,7 +169,7 @@ def furthest(rows: Mapping[tuple[str, str], dict[str, Any]], case: Case) -> dict
 
 
 def pruned_cell(row: Mapping[str, Any]) -> str:
-    """What of the products remains, where it went through to ONNX; else what became of it."""
+    """What of the products remains, where it went through; else what became of it."""
     remains = row.get("remains")
     return f"{remains:.1%}" if row["code"] in GOES_ON and remains else outcome(row)
 
@@ -219,7 +219,7 @@ def take_through(case: Case, folder: Path, until: str) -> int:
     if until == "export":
         return run(["export", *common, "--target", TARGET])
     if until == "prune":
-        return pruned_to_half(["export", *common, "--target", TARGET], folder)
+        return pruned_to_half(["fold", *common], folder)
     data = "fashion-mnist" if channels in (1, 3) else f"{Path(__file__).parent / 'family_models.py'}:four_channels"
     few = ["--calibration-images", "8", "--validation-images", "8", "--no-search", "--allow-rejected"]
     code = run(["build", *common, "--target", TARGET, "--precision", "int8", "--data", data, "--task", "other", *few])
@@ -228,17 +228,17 @@ def take_through(case: Case, folder: Path, until: str) -> int:
     return code
 
 
-def pruned_to_half(export: list[str], folder: Path) -> int:
-    """Export the network with half of its products, or with the least that is said to be possible; the exit code."""
+def pruned_to_half(fold: list[str], folder: Path) -> int:
+    """Fold the network with half of its products, or with the least that is said to be possible; the exit code."""
     from resvit_export.cli.main import run
 
     share = "0.5"
-    code = run([*export, "--prune-macs", share])
+    code = run([*fold, "--prune-macs", share])
     sys.stderr.flush()
     nearest = re.findall(r"Let (0\.\d+) or more remain", (folder / "log").read_text(errors="replace"))
     if code not in GOES_ON and nearest:
         share = nearest[-1]
-        code = run([*export, "--prune-macs", share])
+        code = run([*fold, "--prune-macs", share])
     (folder / "run" / "pruned.json").write_text(json.dumps({"remains": float(share)}))
     return code
 
