@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
 from resvit_engines.errors import ExitCode
 from resvit_export.cli.main import _COMMANDS, cli, run
@@ -67,6 +69,13 @@ data = { images = "fashion-mnist", validation_images = 600, calibration_images =
 """
 
 
+def write_openssf_key(path: Path) -> None:
+    """A private EC key in PEM."""
+    secret = generate_private_key(SECP256R1())
+    form = serialization.PrivateFormat.TraditionalOpenSSL
+    path.write_bytes(secret.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+
+
 @pytest.mark.slow
 def test_the_examples_of_every_help_run(workspace: Path) -> None:
     Path("sweep.toml").write_text(SWEEP)
@@ -74,6 +83,8 @@ def test_the_examples_of_every_help_run(workspace: Path) -> None:
         for line in examples(command):
             if "inspect model.onnx" in line:
                 shutil.copy(next(Path("runs/by-stage").glob("export-*/model.onnx")), "model.onnx")
+            if "--openssf" in line:
+                write_openssf_key(Path("runs/openssf.pem"))
             # What serves an engine of TensorRT's says so of a bundle without one: that is made where the GPU is.
             without_engine = line.startswith(("resvit-export serve-config triton", "resvit-export serve-config deep"))
             expected = ExitCode.IMPOSSIBLE if without_engine else 0

@@ -147,9 +147,9 @@ class _Conversion:
             grid = 128.0 if producer.inputs[0] and producer.inputs[0].dtype == ir.DataType.INT8 else 448.0
             largest = 0.0 if scale is None else float(scale.max()) * grid
             return f"is clipped at {largest:.4g}; FP16 ends at 65504" if largest > FP16_MAX else None
-        largest = self.largest.get(str(value.name))
-        if largest is None:  # made since the images were seen, as what shifts a tensor: its Q knows
+        if str(value.name) not in self.largest:  # made since images were seen, as what shifts a tensor: its Q knows
             return next(filter(None, (_scale_loss(use.node) for use in value.uses() if use.idx == 0)), None)
+        largest = self.largest[str(value.name)]
         if largest * HEADROOM > FP16_MAX:
             return f"reaches {largest:.4g}; FP16 ends at 65504, and other images may reach {HEADROOM:g}x further"
         return f"stays within {largest:.3g}, where FP16 loses digits" if 0 < largest < FP16_TINY else None

@@ -71,34 +71,56 @@ def keygen_command(
 @click.command(
     name="sign",
     epilog="\b\nExamples:\n  resvit-export sign runs/l4-fp16 --key runs/release.key --out runs/release.resvit\n"
-    "  resvit-export sign runs/release.resvit --key runs/robots.key --json",
+    "  resvit-export sign runs/release.resvit --key runs/robots.key --json\n"
+    "  resvit-export sign runs/release.resvit --openssf runs/openssf.pem",
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="File for the signed bundle.  [default: BUNDLE itself]")
 @option_of(SETTINGS["key"])
+@click.option(
+    "--openssf",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Private EC key (PEM): write BUNDLE.sig too, in the format of OpenSSF Model Signing.",
+)
 @output_options
-def sign_command(bundle: Path, out: Path | None, key: str | None, quiet: bool, as_json: bool) -> None:
+def sign_command(
+    bundle: Path, out: Path | None, key: str | None, openssf: Path | None, quiet: bool, as_json: bool
+) -> None:
     """Sign a bundle that exists, after checking every byte of it; its signature takes the place of any before.
 
     BUNDLE is a .resvit file, or a folder that holds one. 'build' and 'bundle' sign at once when they are given a key.
+    With --openssf alone the bundle stays as it is. Devices ask for the signature inside, whatever lies beside it.
     """
-    from resvit_engines.bundle.bundle import sign_bundle
+    from resvit_engines.bundle.bundle import sign_bundle, verify_bundle
     from resvit_engines.keys.private import load_signing_key
+    from resvit_export.tools.openssf import sign_as_openssf
 
     signing = load_signing_key(key)
-    if signing is None:
+    if signing is None and openssf is None:
         raise ResvitError(
             "There is no key to sign with.",
             "Make one with: resvit-export keygen release.key, then add --key release.key",
         )
     bundle = _bundle_in(bundle)
-    manifest = sign_bundle(bundle, signing, out)
+    if signing is not None:
+        manifest = sign_bundle(bundle, signing, out)
+    elif out is not None:
+        raise ResvitError("--openssf signs beside the bundle, which is not written again.", "Leave --out away.")
+    else:
+        manifest = verify_bundle(bundle)
     bundle = out or bundle
+    beside = sign_as_openssf(bundle, openssf) if openssf is not None else None
     if as_json:
-        signed_by = {"name": signing.public.name, "keyid": signing.public.keyid}
-        emit_json({"bundle": str(bundle), "name": manifest.name, "signed_by": signed_by})
+        document: dict[str, object] = {"bundle": str(bundle), "name": manifest.name}
+        if signing is not None:
+            document["signed_by"] = {"name": signing.public.name, "keyid": signing.public.keyid}
+        emit_json({**document, **({"openssf": str(beside)} if beside else {})})
     elif not quiet:
-        click.echo(f"{bundle} is signed by {signing.public.name} ({signing.public.keyid[:16]}…).")
+        if signing is not None:
+            click.echo(f"{bundle} is signed by {signing.public.name} ({signing.public.keyid[:16]}…).")
+        if beside is not None:
+            click.echo(f"{beside}: the same, as OpenSSF Model Signing has it.")
 
 
 def _bundle_in(path: Path) -> Path:
