@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,3 +264,67 @@ def test_damaged_bytes_are_refused_in_one_way(
         taken(bytes(data[:end]), tmp_path_factory.mktemp("damaged"))
     except ResvitError as error:
         assert error.code in (ExitCode.INPUT, ExitCode.IMPOSSIBLE)  # noqa: PT017
+
+
+def unknown(proto: onnx.ModelProto, value: str, *axes: int) -> onnx.ModelProto:
+    """With sizes of -1, as exporters write them that know no names for what is free."""
+    for each in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for axis in axes if each.name == value else ():
+            each.type.tensor_type.shape.dim[axis].dim_value = -1
+    return proto
+
+
+def test_sizes_of_minus_one_are_free(tmp_path: Path) -> None:
+    proto = unknown(unknown(model_of(), "x", 0), "y", 0, 1)
+    network, out = taken(proto, tmp_path)
+    assert network.input_shape == (3, 8, 8)
+    images = np.random.default_rng(1).standard_normal((3, 3, 8, 8), dtype=np.float32)
+    before = onnx_runner(tmp_path / "theirs.onnx")({"x": images})["y"]
+    np.testing.assert_allclose(onnx_runner(out)({"input": images})["logits"], before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes"), [((0, 2, 3), "1x3x224x224"), ((0, 3), "1x3x8x224"), ((3,), "1x3x8x224"), ((2,), "1x3x224x8")]
+)
+def test_free_sizes_are_asked_for_beside_those_that_are_known(
+    axes: tuple[int, ...], sizes: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ResvitError, match=f"--shape x={sizes}, or") as raised:
+        taken(unknown(model_of(), "x", *axes), tmp_path)
+    assert raised.value.code is ExitCode.INPUT
+    for size in (0, -2):
+        with pytest.raises(ResvitError, match=f"has a size of {size}"):
+            taken(model_of(image=(TensorProto.FLOAT, ["batch", 3, size, 8])), tmp_path)
+
+
+SEQUENCE = [
+    helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1] * 4, strides=[8, 1]),
+    helper.make_node("Squeeze", ["a", "height"], ["s"], name="lines"),
+    helper.make_node("Transpose", ["s"], ["t"], name="steps", perm=[2, 0, 1]),
+    helper.make_node("MatMul", ["t", "fc"], ["y"], name="head"),
+]
+"""A recogniser of text as many are written: a step, an image, a character [T, B, K]."""
+
+
+@pytest.mark.parametrize("batch", ["batch", 1, 4])
+def test_a_batch_behind_the_steps_is_brought_to_the_front(batch: str | int, tmp_path: Path) -> None:
+    proto = model_of(SEQUENCE, image=(TensorProto.FLOAT, [batch, 3, 8, 8]), weights={"height": np.array([2], np.int64)})
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, batch, 5]))
+    network, out = taken(proto, tmp_path)
+    assert "output output: its batch stood elsewhere and was brought to the front" in network.notes
+    count = 4 if batch == "batch" else batch
+    images = np.random.default_rng(1).standard_normal((count, 3, 8, 8), dtype=np.float32)
+    theirs = onnxruntime.InferenceSession(tmp_path / "theirs.onnx", providers=["CPUExecutionProvider"])
+    (before,) = theirs.run(None, {"x": images})
+    assert before.shape == (8, count, 5)
+    after = onnx_runner(out)({"input": images})["output"]
+    np.testing.assert_allclose(after, before.transpose(1, 0, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_without_a_batch_is_refused(tmp_path: Path) -> None:
+    proto = model_of([*SEQUENCE[:3], helper.make_node("ReduceSum", ["t", "one"], ["r"], keepdims=0),
+                      helper.make_node("MatMul", ["r", "fc"], ["y"], name="head")],
+                     weights={"height": np.array([2], np.int64), "one": np.array([1], np.int64)})  # fmt: skip
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, 5]))
+    with pytest.raises(ResvitError, match="not one entry for each image"):
+        taken(proto, tmp_path)

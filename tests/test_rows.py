@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,20 @@ def test_a_network_that_rounding_throws_about_passes_with_no_translation() -> No
     wrong = differences(chaotic, lambda arrays: {"output": -chaotic(arrays)["output"]}, feeds)["output"]
     assert wrong.allowed == pytest.approx(0.01 * wrong.largest)
     assert not wrong.same
+
+
+def test_what_is_nearly_nothing_may_differ_by_units_of_one_where_rounding_moves_it_as_far() -> None:
+    # A detector's map of an image with nothing on it, by a sigmoid that is exact to some units in the last place of 1.
+    feeds = {"input": np.random.default_rng(0).standard_normal((1, 3, 8, 8), dtype=np.float32)}
+
+    def near(shift: float, unit: float) -> Callable[[dict], dict]:
+        return lambda arrays: {"output": unit * np.round(2.0 + np.sin(1e8 * arrays["input"] + shift))}
+
+    assert differences(near(0.0, 6e-8), near(1.0, 6e-8), feeds)["output"].same
+    assert not differences(near(0.0, 6e-6), near(1.0, 6e-6), feeds)["output"].same
+    still = lambda arrays: {"output": 1e-7 * np.ones_like(arrays["input"])}  # noqa: E731
+    moved = lambda arrays: {"output": 2e-7 * np.ones_like(arrays["input"])}  # noqa: E731
+    assert not differences(still, moved, feeds)["output"].same
 
 
 def test_parity_of_sets_does_not_see_their_order() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,6 +72,8 @@ class OnnxRunner:
     """Whether the outputs are FP16 for the engine's sake: they come back as FP32."""
     frugal: bool = False
     """Whether it gives its memory back after each run (:func:`run_session`)."""
+    batch_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Outputs that come with their batch along another axis than the first; it is brought to the front."""
 
     def __call__(self, arrays: Arrays) -> Arrays:
         """Run one batch. Raises ResvitError for missing inputs, wrong shapes and failures of the runtime."""
@@ -108,10 +110,11 @@ class OnnxRunner:
 
     def _run(self, feeds: Arrays) -> Arrays:
         values = run_session(self.session, list(self.outputs), feeds, frugal=self.frugal)
-        found = zip(self.outputs, values, strict=True)
+        found = dict(zip(self.outputs, values, strict=True))
+        found |= {name: np.moveaxis(found[name], axis, 0) for name, axis in self.batch_axes.items()}
         if not self.narrow:
-            return dict(found)
-        return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found}
+            return found
+        return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found.items()}
 
 
 def pieces(feeds: Arrays, batch: int) -> Iterator[tuple[Arrays, int]]:

@@ -22,6 +22,7 @@ from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.pictures.sizes import MOST_PIXELS, SizeRange
+from resvit_export.loading.batch_axis import BROUGHT, batch_axis, with_batch_first
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
 from resvit_export.loading.open_sizes import makes_numbers, require_open_program, sizes_stay_free, step_of_module
 from resvit_export.loading.user_code import KnownBuffers, is_library, left_out_note, tensors_alone, user_error
@@ -138,11 +139,12 @@ def _exported(
     why = "the network works for one batch size only; it is exported for batch 1"
     try:
         program = _export(module, *_examples(several, alone, 2), dynamic=True, sizes=sizes, numbers=numbers)
+        said = _batch_first(program)
         _require_batched(program)
         _require_float32(program)
         if has_dynamic_batch(program):
             if coupling_of(program) is None:
-                return program, ()
+                return program, said
             why = COUPLED
     except ResvitError:
         raise
@@ -153,9 +155,23 @@ def _exported(
         program = _export(module, *_examples(several, alone, 1), dynamic=False, sizes=sizes, numbers=numbers)
     except Exception as error:
         raise _not_exportable(error) from error
+    said = _batch_first(program)
     _require_batched(program)
     _require_float32(program)
-    return program, (why,)
+    return program, (*said, why)
+
+
+def _batch_first(program: ExportedProgram) -> tuple[str, ...]:
+    """Bring the batch of every output to the front; returns a note for each that had it elsewhere."""
+    sizes = {_known(value.shape[0]) for value in _input_values(program).values()}
+    if len(sizes) != 1:
+        return ()
+    axes = [batch_axis(shape, next(iter(sizes))) for shape in output_shapes(program)]
+    if not any(axes):
+        return ()
+    names = [name for name, axis in zip(output_names(program), axes, strict=True) if axis]
+    with_batch_first(program, axes)
+    return tuple(f"output {name}: {BROUGHT}" for name in names)
 
 
 def _require_batched(program: ExportedProgram) -> None:

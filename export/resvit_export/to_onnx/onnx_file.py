@@ -36,6 +36,7 @@ _LARGE = 1024
 """Bytes of a weight that no conversion of an operator has to read: sizes, scales and axes are smaller."""
 _LONGEST_NAME = 4096
 _IR_VERSION = 10
+_UNKNOWN = -1
 """What our own export writes."""
 _STANDARD = ("", "ai.onnx")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
@@ -126,6 +127,7 @@ def bounded_model(path: Path) -> onnx.ModelProto:
     """
     proto = proto_from_file(path)
     with reading(path):
+        _free_unknown_sizes(proto)
         _require_bounded(proto, path)
     return proto
 
@@ -244,6 +246,17 @@ def _require_few_nodes(proto: onnx.ModelProto, path: Path) -> None:
                                           for function in proto.functions), 0)  # fmt: skip
     if total > MOST_NODES:
         raise invalid(path, f"written out, its functions are {total:,} operators; {MOST_NODES:,} are read")
+
+
+def _free_unknown_sizes(proto: onnx.ModelProto) -> None:
+    """Let sizes be free that are written as -1, as exporters of before ONNX had names for them do; the first is N."""
+    for values in (proto.graph.input, proto.graph.output, proto.graph.value_info):
+        for value in values:
+            for axis, size in enumerate(value.type.tensor_type.shape.dim):
+                if size.HasField("dim_value") and size.dim_value == _UNKNOWN:
+                    size.ClearField("dim_value")
+                    if values is proto.graph.input:
+                        size.dim_param = f"{value.name}_{axis}" if axis else "batch"
 
 
 def _require_sane_inputs(proto: onnx.ModelProto, path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from onnx_ir.passes import common
 
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_blind, refuse_random
-from resvit_calibrate.runtime.runner import Runner, onnx_runner
+from resvit_calibrate.runtime.runner import OnnxRunner, Runner, onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.pictures.sizes import SizeRange
+from resvit_export.loading.batch_axis import BROUGHT, batch_axis, to_the_front
 from resvit_export.loading.inputs import IMAGE, NetworkInput, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
@@ -84,13 +86,14 @@ def import_onnx(
         if sizes is not None:
             _keep_open(model, sizes)
         _require_known_shapes(model, path)
+        axes = _batch_first(model, notes)
         _require_batched(model, path)
         write_model(model, out)
     batch = shape_of(model.graph.inputs[0])[0]
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     inputs, sets = inputs_of_graph(model), selects_rows(model)
     with reading(path, "cannot be computed"):
-        original = onnx_runner(runnable(path), folder=path.parent)
+        original = _original(path, axes)
         written, before = onnx_runner(out), entrance.before()
 
     def reference(arrays: Arrays) -> Arrays:
@@ -355,6 +358,33 @@ def _make_printable(model: ir.Model) -> None:
 
 def _printable(name: str | None) -> str | None:
     return name and "".join(letter if letter.isprintable() else "_" for letter in name)
+
+
+def _original(path: Path, axes: Mapping[int, int]) -> OnnxRunner:
+    """The file as it is, but for the batch of outputs by number that lies along other axes than the first."""
+    runner = onnx_runner(runnable(path), folder=path.parent)
+    return dataclasses.replace(runner, batch_axes={runner.outputs[number]: axis for number, axis in axes.items()})
+
+
+def _batch_first(model: ir.Model, notes: list[str]) -> dict[int, int]:
+    """Bring the batch of every output to the front, in place; returns where it was, by the output's number."""
+    batch = shape_of(model.graph.inputs[0])[0]
+    axes: dict[int, int] = {}
+    for index, value in enumerate(model.graph.outputs):
+        axis = batch_axis(shape_of(value), batch) if value.producer() is not None else None
+        if axis is not None and value.shape is not None:
+            name = str(value.name)
+            permutation = to_the_front(axis, len(value.shape))
+            value.name = f"{name}/own"
+            node = ir.node("Transpose", [value], {"perm": permutation}, name=f"{name}/Transpose")
+            turned = node.outputs[0]
+            turned.name, turned.type = name, value.type
+            turned.shape = ir.Shape([value.shape[each] for each in permutation])
+            model.graph.append(node)
+            model.graph.outputs[index] = turned
+            axes[index] = axis
+            notes.append(f"output {name}: {BROUGHT}")
+    return axes
 
 
 def _require_batched(model: ir.Model, path: Path) -> None:

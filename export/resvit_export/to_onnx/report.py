@@ -151,10 +151,18 @@ def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
             raise ResvitError(
                 f"The input {value.name} is {value.dtype} {list(sizes)}: all sizes but the batch must be fixed, and "
                 f"the type one of {', '.join(_TYPES.values())}.",
-                f"Say its size, for example --shape {value.name}=1x3x224x224, or export the network for one size.",
+                f"Say its size, for example --shape {value.name}={_example_of(sizes)}, or export the network for one "
+                "size.",
             )
         found.append(NetworkInput(str(value.name), fixed, dtype))
     return tuple(found)
+
+
+def _example_of(sizes: Sequence[int | str]) -> str:
+    """Sizes for one image, those that are known among them."""
+    usual = (1, 3, 224, 224)
+    known = [size if isinstance(size, int) else usual[min(axis, 3)] for axis, size in enumerate(sizes or usual)]
+    return "x".join(map(str, [1, *known[1:]]))
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:
