@@ -16,7 +16,7 @@ from torch import nn
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
-from resvit_export.loading.load import load_network
+from resvit_export.loading.load import load_network, network_from_module
 from resvit_export.loading.pt2 import program_from_pt2
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.torch_program import has_dynamic_batch, program_from_module
@@ -318,3 +318,35 @@ def test_a_class_whose_file_is_not_among_the_loaded_modules(monkeypatch: pytest.
     monkeypatch.setattr(CountsByLen, "__module__", "made.elsewhere")
     program, _ = program_from_module(CountsByLen().eval(), (3, 8, 8))
     assert program.graph is not None
+
+
+class Stem(nn.Module):
+    """As timm's: a configuration beside the layers, and a convolution that may stand behind a rearrangement."""
+
+    def __init__(self, first: int, named: str | tuple[str, ...]) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(64, 8, 1)
+        self.first = nn.Conv2d(first, 8, 3)
+        self.pretrained_cfg = {"input_size": (3, 32, 32), "first_conv": named}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        blocks = torch.nn.functional.pixel_unshuffle(images, int((self.first.in_channels // images.shape[1]) ** 0.5))
+        return self.first(blocks).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("first", "named", "arguments", "channels"),
+    [
+        (3, "first", {}, 3),
+        (1, "first", {}, 1),
+        (4, ("first", "second"), {}, 4),
+        (48, "first", {}, 3),
+        (3, (), {}, 3),
+        (16, "first", {"in_chans": 1}, 1),
+    ],
+)
+def test_the_channels_of_timms_networks(
+    first: int, named: str | tuple[str, ...], arguments: dict[str, int], channels: int
+) -> None:
+    network = network_from_module(Stem(first, named), ModelSpec("object:Stem", model_args=arguments))
+    assert network.input_shape == (channels, 32, 32)

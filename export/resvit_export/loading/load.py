@@ -25,7 +25,7 @@ from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
 from resvit_export.loading.inputs import NetworkInput
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.spec import ModelSpec
+from resvit_export.loading.spec import ModelSpec, Scalar
 from resvit_export.loading.torch_program import (
     COUPLED,
     coupling_of,
@@ -310,7 +310,7 @@ def _inputs(module: nn.Module, spec: ModelSpec) -> tuple[int, int, int] | tuple[
     Raises:
         ResvitError: for a name that the forward does not have, a parameter that nothing is said of, and no image size.
     """
-    image = spec.input_shape or _own_input_shape(module)
+    image = spec.input_shape or _own_input_shape(module, spec.model_args)
     _require_channels_first(image, spec.model)
     if image is not None and spec.sizes:
         for size in spec.sizes.all:
@@ -421,7 +421,7 @@ def _as_float32(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return module.float(), (f"the network is in {names}; it is computed in float32",)
 
 
-def _own_input_shape(module: nn.Module) -> tuple[int, int, int] | None:
+def _own_input_shape(module: nn.Module, arguments: Mapping[str, Scalar]) -> tuple[int, int, int] | None:
     config = getattr(module, "config", None)
     if config is not None and hasattr(config, "image_size") and hasattr(config, "in_channels"):
         height, width = _pair(config.image_size)
@@ -432,12 +432,26 @@ def _own_input_shape(module: nn.Module) -> tuple[int, int, int] | None:
         # Arguments override what the pretrained weights were trained with.
         embed = getattr(module, "patch_embed", None)
         height, width = _pair(getattr(embed, "img_size", None) or (height, width))
-        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        return (first.in_channels if first is not None else channels), height, width
+        asked = arguments.get("in_chans")
+        channels = asked if isinstance(asked, int) else _own_channels(module, known, channels)
+        return channels, height, width
     own = getattr(module, "input_shape", None)
     if own is None and isinstance(getattr(module, "image_size", None), int):
         own = (3, module.image_size, module.image_size)  # torchvision's ViT
     return tuple(int(size) for size in own) if isinstance(own, (tuple, list)) and len(own) == 3 else None  # type: ignore[return-value]
+
+
+def _own_channels(module: nn.Module, config: Mapping[str, Any], usual: int) -> int:
+    """The image's channels by timm's first convolution, where its configuration names one that reads the image itself.
+
+    One that reads a multiple of the ``usual`` channels stands behind a rearrangement of pixels into channels.
+    """
+    named = config.get("first_conv") or ()
+    names = [named] if isinstance(named, str) else list(named)
+    for name, part in module.named_modules():
+        if name in names and isinstance(part, nn.Conv2d):
+            return usual if part.in_channels % usual == 0 else part.in_channels
+    return usual
 
 
 def _pair(size: Any) -> tuple[int, int]:
