@@ -149,6 +149,35 @@ def test_parts_that_see_are_rows_of_their_own(families: Any) -> None:
         assert hasattr(transformers, architecture), (kind, architecture)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("ConvNextV2ForImageClassification", {"mlp", "embed"}),  # hidden channels that a parameter of their own scales
+        ("CvtForImageClassification", {"mlp", "embed"}),  # a class token that is split off and joined again
+        ("HieraForImageClassification", {"mlp", "heads", "embed"}),  # queries that a pool takes from more tokens
+    ],
+)
+def test_what_can_be_pruned_is_found_and_what_is_not_followed_is_said(
+    families: Any, name: str, kinds: set[str], tmp_path: Path
+) -> None:
+    import torch
+    from family_models import SMALL, write_folder
+
+    from resvit_export.loading.load import load_network
+    from resvit_export.loading.spec import ModelSpec
+    from resvit_quantize.pruning.find.discover import groups_from_module
+    from resvit_quantize.pruning.groups import Kind
+
+    (case,) = [case for case in families.cases() if case.name == name]
+    small = SMALL.get(case.kind)
+    shape = (small.channels, *small.size) if small is not None and small.size is not None else None
+    network = load_network(ModelSpec(f"hf:{write_folder(case.kind, name, tmp_path)}", input_shape=shape))
+    found = groups_from_module(network.module, torch.zeros(1, *network.input_shape), frozenset(Kind) - {Kind.BLOCKS})
+    assert {group.kind.value for group in found.groups} == kinds
+    assert all(why.strip() for why in found.left_alone.values())
+
+
 SAMPLE = (
     "RTDetrV2ForObjectDetection",
     "DFineForObjectDetection",

@@ -235,6 +235,14 @@ def _hooked(
             handle.remove()
 
 
+def _mapped(mapping: Callable[[list[Any]], list[Any]], indices: list[Any]) -> list[tuple[int, int]]:
+    """The channels behind an operator by Torch-Pruning's map of it, which not every shape agrees with."""
+    try:
+        return [(each.idx, each.root_idx) for each in mapping(indices)]
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise EntangledError("they pass a view or an expansion that is not followed") from error
+
+
 def _follow(traced: Traced, root: nn.Module, width: int) -> tuple[Touched, ...]:
     from torch_pruning._helpers import _HybridIndex
 
@@ -263,7 +271,7 @@ def _follow(traced: Traced, root: nn.Module, width: int) -> tuple[Touched, ...]:
                 if isinstance(mapping, Part):
                     new = mapping(new)
                 elif mapping is not None:
-                    new = [(each.idx, each.root_idx) for each in mapping([_HybridIndex(*each) for each in new])]
+                    new = _mapped(mapping, [_HybridIndex(*each) for each in new])
             if new:
                 stack.append((edge.target, edge.handler, sorted(set(new))))
     return tuple(

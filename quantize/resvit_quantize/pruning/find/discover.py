@@ -138,10 +138,12 @@ def _kind(trace: Traced, found: list[Placed]) -> Kind:
     writers = [each for each in found if each.side.writes and isinstance(each.module, LAYERS)]
     tokens = {path for each in trace.cores.values() for path in _around(each)}
     attended = any(isinstance(each.module, nn.Linear) and trace.names[each.module] in tokens for each in found)
-    norms = any(isinstance(each.module, nn.LayerNorm | nn.Parameter) for each in found)
+    norms = any(isinstance(each.module, nn.LayerNorm) for each in found)
+    # Positions and class tokens stand in the stream; what scales one layer's hidden channels does not make it one.
+    parameters = any(isinstance(each.module, nn.Parameter) for each in found)
     linear = any(isinstance(each.module, nn.Linear) for each in writers)
     convolutions = any(isinstance(each.module, CONVOLUTIONS) for each in writers)
-    if attended or (linear and (norms or (len(writers) > 1 and not convolutions))):
+    if attended or (linear and (norms or (len(writers) > 1 and (parameters or not convolutions)))):
         return Kind.EMBED
     return Kind.CHANNELS if convolutions else Kind.MLP
 

@@ -19,6 +19,7 @@ class EntangledError(Exception):
 def unknown_joins_passed() -> Iterator[None]:
     """Torch-Pruning 1.6 adds up the channels of a ``cat`` before it looks whether it knows all: a ``TypeError``.
 
+    What comes by several ways from a ``split`` it counts as more parts than there are: an ``IndexError``.
     Its maps of joins are not kept anyway, see :func:`set_maps`.
     """
     from torch_pruning.dependency import index_mapping
@@ -26,7 +27,7 @@ def unknown_joins_passed() -> Iterator[None]:
     theirs = index_mapping.update_concat_index_mapping
 
     def passing(graph: Any, node: Node) -> None:
-        with suppress(TypeError):
+        with suppress(TypeError, IndexError):
             theirs(graph, node)
 
     index_mapping.update_concat_index_mapping = passing
