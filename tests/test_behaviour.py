@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from onnx import TensorProto, helper
 from torch import nn
 from torch.export import Dim, export
 
+from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.load import load_network
 from resvit_export.loading.spec import ModelSpec
@@ -25,9 +28,11 @@ from resvit_export.loading.torch_program import (
     fixed_batch_of,
     output_names,
     program_from_module,
+    reading_nodes,
     runner_from_program,
 )
 from resvit_export.loading.user_code import left_out_note, tensors_alone
+from resvit_export.to_onnx.export import onnx_from_program
 from resvit_export.to_onnx.own_onnx import import_onnx
 
 SHAPE = (3, 8, 8)
@@ -193,6 +198,46 @@ def test_what_is_no_tensor_is_left_out_and_named(
     assert "forward" not in vars(module)
 
 
+@dataclasses.dataclass
+class Found:
+    scores: torch.Tensor
+    maps: list[torch.Tensor]
+    loss: torch.Tensor | None = None
+
+
+class Own(dict[str, Any]):
+    """As libraries have them for answers."""
+
+
+@pytest.mark.parametrize(
+    ("behind", "names"),
+    [
+        (lambda maps: Pair(maps.mean((2, 3)), maps.mean(1)), ["scores", "loss"]),
+        (lambda maps: Found(maps.mean((2, 3)), [maps, maps + 1]), ["scores", "maps_0", "maps_1"]),
+        (lambda maps: Own(scores=maps.mean((2, 3)), more=Pair(maps, maps + 1)), ["scores", "more_0", "more_1"]),
+        (lambda maps: maps.flatten(1).max(1, keepdim=True), ["output_0", "output_1"]),
+    ],
+)
+def test_answers_with_names_are_saved_and_read_again(
+    behind: Callable[[torch.Tensor], Any], names: list[str], tmp_path: Path
+) -> None:
+    """A program that answers with a class of the user's cannot be saved: the fold's own file failed."""
+    program, _ = program_from_module(Net(behind), SHAPE)
+    assert output_names(program) == names
+    torch.export.save(program, tmp_path / "net.pt2")
+    again = load_network(ModelSpec(str(tmp_path / "net.pt2"))).program
+    assert output_names(again) == names
+    images = np.random.default_rng(0).standard_normal((2, *SHAPE), dtype=np.float32)
+    for name, expected in runner_from_program(program)({"input": images}).items():
+        np.testing.assert_array_equal(runner_from_program(again)({"input": images})[name], expected)
+
+
+def test_an_answer_of_no_known_structure_is_refused_by_its_name() -> None:
+    with pytest.raises(ResvitError, match="returns a SimpleNamespace as b") as caught:
+        program_from_module(Net(lambda maps: {"a": maps, "b": SimpleNamespace(c=maps)}), SHAPE)
+    assert "dataclasses" in caught.value.fix
+
+
 def test_tensors_alone_stay_the_very_object() -> None:
     answer = {"a": torch.zeros(2, 3), "b": [torch.zeros(2), (torch.zeros(2),)]}
     module = Net(lambda maps: answer)
@@ -260,3 +305,98 @@ def test_a_forward_that_branches_on_its_image_is_still_refused() -> None:
 
     with pytest.raises(ResvitError, match="depends on values"):
         program_from_module(Branching(), (3, 8, 8))
+
+
+class Reading(nn.Module):
+    """Takes numbers out of its own weights and buffers, as CLIP's temperature and old scale layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.temperature = nn.Conv2d(3, 4, 3), nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.conv(x) * self.scale.item()
+        return maps.mean((2, 3)) * self.temperature.exp().item() + float(self.conv.bias.sum())
+
+
+@pytest.mark.whole
+def test_numbers_of_small_weights_are_constant(tmp_path: Path) -> None:
+    module = Reading().eval()
+    program, notes = program_from_module(module, SHAPE)
+    assert notes == ()
+    assert reading_nodes(program) == []
+    images = np.random.default_rng(0).standard_normal((3, *SHAPE), dtype=np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    onnx_from_program(program, tmp_path / "net.onnx")
+    np.testing.assert_allclose(onnx_runner(tmp_path / "net.onnx")({"input": images})["logits"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("behind", "problem", "fix"),
+    [
+        (lambda maps: torch.complex(maps, maps), "output output is complex", "view_as_real"),
+        (
+            lambda maps: torch.sparse.mm(torch.eye(4).to_sparse(), maps.mean((2, 3)).T).T,
+            r"computes with sparse_coo tensors \(test_behaviour.py",
+            "to_dense",
+        ),
+    ],
+)
+def test_numbers_that_no_engine_has(behind: Callable[[torch.Tensor], Any], problem: str, fix: str) -> None:
+    with pytest.raises(ResvitError, match=problem) as caught:
+        program_from_module(Net(behind), SHAPE)
+    assert fix in caught.value.fix
+
+
+def factory(tmp_path: Path, source: str) -> ModelSpec:
+    file = tmp_path / "net.py"
+    file.write_text(f"import torch\nfrom torch import nn\ndef make():\n    {source}\n")
+    return ModelSpec(f"{file}:make", input_shape=SHAPE)
+
+
+CONV = "nn.Conv2d(3, 4, 2)"
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (f"return torch.jit.script({CONV})", "it is TorchScript"),
+        (f"return torch.jit.trace({CONV}, torch.zeros(1, 3, 8, 8))", "it is TorchScript"),
+        (f"return nn.Sequential(nn.ReLU(), torch.jit.script({CONV}))", "its part 1 is TorchScript"),
+    ],
+)
+def test_torchscript_is_refused_with_what_to_do(source: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ResvitError, match=problem) as caught:
+        load_network(factory(tmp_path, source))
+    assert "dynamo=False" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("m.train(); q.prepare_qat(m, inplace=True)", "is a .*FakeQuantize"),
+        ("m.train(); q.prepare_qat(m, inplace=True); m.eval(); q.convert(m, inplace=True)", "is a Conv2d"),
+        ("m.eval(); q.prepare(m, inplace=True)", "is a HistogramObserver"),
+    ],
+)
+def test_a_network_that_is_quantised_already_is_refused(how: str, problem: str, tmp_path: Path) -> None:
+    source = (
+        f"import torch.ao.quantization as q; m = nn.Sequential({CONV}); "
+        f"m.qconfig = q.get_default_qat_qconfig('x86') if 'qat' in {how!r} else q.get_default_qconfig('x86'); "
+        f"{how}; return m"
+    )
+    with pytest.raises(ResvitError, match=f"quantised already, or prepared for it: .*{problem}") as caught:
+        load_network(factory(tmp_path, source))
+    assert "float network" in caught.value.fix
+
+
+def test_a_float_network_that_can_be_quantised_is_none(tmp_path: Path) -> None:
+    """torchvision's ``quantization.models`` hold stubs, and sums as modules."""
+    source = (
+        "import torch.ao.quantization as q; import torch.ao.nn.quantized as nnq; m = nn.Sequential(q.QuantStub(), "
+        f"{CONV}, nn.Flatten(), q.DeQuantStub()); m[1].add = nnq.FloatFunctional(); return m"
+    )
+    assert load_network(factory(tmp_path, source)).program is not None

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import functools
 import io
+import json
 import os
 import re
 import tempfile
@@ -25,6 +27,7 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.load import network_from_module
+from resvit_export.loading.source import model_identity
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.weights.file import read_checkpoint
 from resvit_export.loading.weights.places import WRAPPER_SEGMENTS
@@ -419,6 +422,92 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, weights: dict[str, to
         with pytest.raises(ResvitError, match=why) as caught:
             load_checkpoint(net(), tmp_path / name)
         assert fix in caught.value.fix
+
+
+def in_shards(folder: Path, kind: str, whole: dict[str, torch.Tensor]) -> Path:
+    """The weights in two files, and the index beside them."""
+    weights = list(whole.items())
+    write = save_file if kind == "safetensors" else torch.save
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    index: dict[str, str] = {}
+    for number, part in enumerate((weights[:2], weights[2:]), 1):
+        name = f"{stem}-{number:05}-of-00002.{kind}"
+        write(dict(part), folder / name)
+        index |= {key: name for key, _ in part}
+    path = folder / f"{stem}.{kind}.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files(kind: str, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    index, module = in_shards(tmp_path, kind, weights), net()
+    assert not same(module, weights)
+    assert load_checkpoint(module, index) == ()
+    assert same(module, weights)
+    before = model_identity(ModelSpec("object:Net", checkpoint=index))
+    first = next(tmp_path.glob(f"*00001*.{kind}"))
+    with pytest.raises(ResvitError, match="one of several files") as caught:
+        load_checkpoint(net(), first)
+    assert "index" in caught.value.fix
+    with pytest.raises(ResvitError, match="is a folder") as caught:
+        load_checkpoint(net(), tmp_path)
+    assert caught.value.fix == f"Give the file in it: {index.name}."
+    first.write_bytes(next(tmp_path.glob(f"*-00002-of*.{kind}")).read_bytes())
+    assert model_identity(ModelSpec("object:Net", checkpoint=index)) != before  # the index itself is unchanged
+    with pytest.raises(ResvitError, match="does not hold"):
+        load_checkpoint(net(), index)
+    first.unlink()
+    with pytest.raises(ResvitError, match="does not exist"):
+        load_checkpoint(net(), index)
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        ("{", "does not read as JSON"),
+        ("[]", "which weights are in which file"),
+        ('{"weight_map": {}}', "which weights are in which file"),
+        ('{"weight_map": {"a": 3}}', "which weights are in which file"),
+        ('{"weight_map": {"a": "../a.bin"}}', "no file of its own folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "no file of its own folder"),
+        ('{"weight_map": {"a": ""}}', "no file of its own folder"),
+        ('{"weight_map": {"a": "a.bin.index.json"}}', "no known checkpoint format"),
+    ],
+)
+def test_indexes_that_name_no_weights(document: str, problem: str, tmp_path: Path) -> None:
+    index = tmp_path / "a.bin.index.json"
+    index.write_text(document)
+    with pytest.raises(ResvitError, match=problem):
+        load_checkpoint(net(), index)
+    assert "checkpoint_files" not in model_identity(ModelSpec("object:Net", checkpoint=index)) or "known" in problem
+
+
+def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
+    """Checkpoints from before PyTorch 0.4.1, and those that other libraries' weights were made into."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    weights = {name: value for name, value in module.state_dict().items() if "num_batches" not in name}
+    torch.save({"state_dict": weights}, tmp_path / "old.pth")
+    load_checkpoint(module, tmp_path / "old.pth")
+    del weights["1.running_var"]
+    torch.save({"state_dict": weights}, tmp_path / "old.pth")
+    with pytest.raises(ResvitError, match=r"1 missing .1.running_var"):
+        load_checkpoint(module, tmp_path / "old.pth")
+
+
+def test_arrays_in_place_of_weights_are_called_so(tmp_path: Path) -> None:
+    torch.save({"model": {name: value.numpy() for name, value in net().state_dict().items()}}, tmp_path / "a.pth")
+    with pytest.raises(ResvitError, match="arrays of NumPy in place of weights") as caught:
+        load_checkpoint(net(), tmp_path / "a.pth")
+    assert "from_numpy" in caught.value.fix
+
+
+def test_dates_beside_the_weights(tmp_path: Path) -> None:
+    when = datetime.datetime(2024, 5, 1, 12, 30, tzinfo=datetime.UTC)
+    settings_ = {"at": when.replace(tzinfo=None), "day": when.date(), "took": datetime.timedelta(hours=3)}
+    torch.save({"state_dict": net().state_dict(), "run": settings_}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth")["run"] == settings_
+    load_checkpoint(net(), tmp_path / "a.pth")
 
 
 def test_lazy_layers_are_refused_with_what_to_do() -> None:

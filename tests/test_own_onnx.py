@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
@@ -226,6 +227,230 @@ def test_every_product_is_counted(tmp_path: Path) -> None:
     _, out = taken(model_of(nodes, weights=weights), tmp_path)
     macs = sorted(p.macs for p in graph_from_onnx(out).analysis.products if p.weight is not None)
     assert macs == sorted([16 * 16 * 27, 8 * 16 * 16, 8 * 16 * 8, 16 * 5])
+
+
+def compared(folder: Path, out: Path, image: np.ndarray) -> float:
+    """The largest difference of what was written from the file as it came, over the largest answer."""
+    theirs = onnx_runner(folder / "theirs.onnx")({"x": image})["y"]
+    ours = onnx_runner(out)({"input": image})["logits"]
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(("opset", "values"), [(18, 4), (20, 4), (21, 16), (23, 16)])
+def test_behind_a_group_norm_layers_have_shapes(opset: int, values: int, tmp_path: Path) -> None:
+    """ONNX infers no shape behind one: nothing was counted, and calibration failed."""
+    nodes = [
+        CONV,
+        helper.make_node("GroupNormalization", ["a", "s", "b"], ["n"], name="norm", num_groups=4, epsilon=0.01),
+        helper.make_node("Conv", ["n", "w2"], ["c"], name="second", pads=[1] * 4),
+        helper.make_node("GroupNormalization", ["c", "s", "b"], ["m"], num_groups=4),
+        helper.make_node("GlobalAveragePool", ["m"], ["p"]),
+        *TAIL[1:],
+    ]
+    random = np.random.default_rng(0)
+    weights = {
+        "w2": random.standard_normal((16, 16, 3, 3), dtype=np.float32),
+        "s": random.standard_normal(values, dtype=np.float32),
+        "b": random.standard_normal(values, dtype=np.float32),
+    }
+    _, out = taken(model_of(nodes, weights=weights, opset=opset), tmp_path)
+    macs = sorted(p.macs for p in graph_from_onnx(out).analysis.products)
+    assert macs == sorted([16 * 16 * 27, 16 * 16 * 144, 16 * 5])
+    assert compared(tmp_path, out, random.standard_normal((2, 3, 8, 8), dtype=np.float32)) < 1e-5
+    assert np.isfinite(onnx_runner(out)({"input": np.zeros((1, 3, 8, 8), np.float32)})["logits"]).all()
+
+
+@pytest.mark.parametrize("opset", [7, 9, 13, 24, 25])
+def test_opsets_of_others(opset: int, tmp_path: Path) -> None:
+    nodes = TAIL
+    if opset < 13:  # Flatten of the first axes, Gemm with its bias
+        head = helper.make_node("Gemm", ["f", "fc", "zero"], ["y"])
+        nodes = [*TAIL[:2], head]
+    proto = model_of([CONV, *nodes], opset=opset, weights={"zero": np.zeros(5, np.float32)})
+    _, out = taken(proto, tmp_path)
+    image = np.random.default_rng(1).standard_normal((2, 3, 8, 8), dtype=np.float32)
+    assert compared(tmp_path, out, image) < 1e-5
+
+
+def test_what_a_newer_opset_alone_has_is_named(tmp_path: Path) -> None:
+    swish = helper.make_node("Swish", ["a"], ["r"])
+    nodes = [CONV, swish, helper.make_node("GlobalAveragePool", ["r"], ["p"]), *TAIL[1:]]
+    with pytest.raises(ResvitError, match="uses ONNX opset 24") as refusal:
+        taken(model_of(nodes, opset=24), tmp_path)
+    assert "opset_version=23" in refusal.value.fix
+
+
+def test_a_size_of_minus_one_is_open(tmp_path: Path) -> None:
+    proto = model_of(image=(TensorProto.FLOAT, [-1, 3, 8, 8]))
+    proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = -1
+    _, out = taken(proto, tmp_path)
+    graph = onnx.load(out).graph
+    for value in (graph.input[0], graph.output[0]):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_an_output_without_a_shape(tmp_path: Path) -> None:
+    """What people add to see a layer: a name, or a name and a type."""
+    proto = model_of()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    proto.graph.output.append(onnx.ValueInfoProto(name="a"))
+    _, out = taken(proto, tmp_path)
+    shapes = [[size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+              for value in onnx.load(out).graph.output]  # fmt: skip
+    assert shapes == [["batch", 5], ["batch", 16, 4, 4]]
+
+
+@pytest.mark.parametrize("opset", [9, 14, 20])
+def test_a_network_as_it_trains(opset: int, tmp_path: Path) -> None:
+    old = opset < 14
+    outputs = ["n", "m2", "v2", *(["m3", "v3"] if old else [])]
+    norm = helper.make_node("BatchNormalization", ["a", "s", "b", "m", "v"], outputs, name="norm")
+    if not old:
+        norm.attribute.append(helper.make_attribute("training_mode", 1))
+    weights = {name: np.ones(16, np.float32) for name in "sbmv"}
+    nodes = [CONV, norm, helper.make_node("GlobalAveragePool", ["n"], ["p"]), *TAIL[1:]]
+    with pytest.raises(ResvitError, match="as in training: BatchNormalization 'norm'") as refusal:
+        taken(model_of(nodes, opset=opset, weights=weights), tmp_path)
+    assert "model.eval()" in refusal.value.fix
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_dropout(trains: bool, tmp_path: Path) -> None:
+    drop = helper.make_node("Dropout", ["a", "share", "trains"], ["d"], name="drop")
+    nodes = [CONV, drop, helper.make_node("GlobalAveragePool", ["d"], ["p"]), *TAIL[1:]]
+    proto = model_of(nodes, weights={"share": np.array(0.5, np.float32), "trains": np.array(trains)})
+    if trains:
+        with pytest.raises(ResvitError, match="as in training: Dropout 'drop'"):
+            taken(proto, tmp_path)
+        return
+    _, out = taken(proto, tmp_path)
+    assert "Dropout" not in {node.op_type for node in onnx.load(out).graph.node}
+
+
+@pytest.mark.parametrize("shape", [["batch", 2], []])
+def test_inputs_that_nothing_reads(shape: list[int | str], tmp_path: Path) -> None:
+    """``orig_size`` of detectors, ``keep_prob`` of frozen graphs: the data would have to give them."""
+    proto = model_of()
+    proto.graph.input.append(helper.make_tensor_value_info("idle", TensorProto.INT64, shape))
+    record, out = taken(proto, tmp_path)
+    assert record.notes == ("nothing reads the input idle; it is left out",)
+    assert [value.name for value in onnx.load(out).graph.input] == ["input"]
+
+
+@pytest.mark.parametrize("batch", [1, "batch"])
+def test_as_many_rows_as_an_image_gives(batch: int | str, tmp_path: Path) -> None:
+    """A batch of one was no exception: the first row was taken for the only one."""
+    nodes = [
+        CONV,
+        helper.make_node("Greater", ["a", "zero"], ["g"]),
+        helper.make_node("NonZero", ["g"], ["z"]),
+        helper.make_node("Transpose", ["z"], ["t"], perm=[1, 0]),
+        helper.make_node("GatherND", ["a", "t"], ["y"]),
+    ]
+    proto = model_of(nodes, image=(TensorProto.FLOAT, [batch, 3, 8, 8]), weights={"zero": np.array(0, np.float32)})
+    proto.graph.output[0].type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto())
+    proto.graph.output[0].type.tensor_type.shape.dim.add().dim_param = "n"
+    with pytest.raises(ResvitError, match=r"its output y is \[\d+\] for 1 image and") as refusal:
+        taken(proto, tmp_path)
+    assert "TopK" in refusal.value.fix
+
+
+def test_sequences_that_are_decided(tmp_path: Path) -> None:
+    """What the TorchScript exporter writes for ``split`` and ``cat`` of a list."""
+    nodes = [
+        CONV,
+        helper.make_node("SplitToSequence", ["a", "eight"], ["q"], axis=1),
+        helper.make_node("SequenceAt", ["q", "first"], ["a0"]),
+        helper.make_node("SequenceAt", ["q", "second"], ["a1"]),
+        helper.make_node("SequenceConstruct", ["a1", "a0"], ["r"]),
+        helper.make_node("ConcatFromSequence", ["r"], ["c"], axis=1),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        *TAIL[1:],
+    ]
+    weights = {"eight": np.array(8), "first": np.array(0), "second": np.array(1)}
+    _, out = taken(model_of(nodes, weights=weights), tmp_path)
+    assert not any("Sequence" in node.op_type for node in onnx.load(out).graph.node)
+    assert compared(tmp_path, out, np.random.default_rng(1).standard_normal((2, 3, 8, 8), dtype=np.float32)) < 1e-5
+
+
+def test_a_sequence_that_an_image_decides_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        CONV,
+        helper.make_node("SplitToSequence", ["a", "eight"], ["q"], axis=1),
+        helper.make_node("ReduceMax", ["a"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "zero"], ["g"]),
+        helper.make_node("Cast", ["g"], ["i"], to=TensorProto.INT64),
+        helper.make_node("SequenceAt", ["q", "i"], ["a0"]),
+        helper.make_node("Concat", ["a0", "a0"], ["c"], axis=1),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        *TAIL[1:],
+    ]
+    with pytest.raises(ResvitError, match=r"holds a list of tensors .*no engine"):
+        taken(model_of(nodes, weights={"eight": np.array(8), "zero": np.array(0, np.float32)}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("domain", "what", "fix"),
+    [
+        ("", "BatchedNMS_TRT", "in front of them"),
+        ("mmdeploy", "mmdeploy.BatchedNMS_TRT", "in front of them"),
+        ("com.microsoft", "com.microsoft.BatchedNMS_TRT", "ONNX Runtime's optimiser"),
+        ("ai.onnx.ml", "ai.onnx.ml.BatchedNMS_TRT", "what a network's numbers are called"),
+    ],
+)
+def test_operators_of_others(domain: str, what: str, fix: str, tmp_path: Path) -> None:
+    nodes = [CONV, *TAIL, helper.make_node("BatchedNMS_TRT", ["y"], ["z"], domain=domain, name="last")]
+    with pytest.raises(ResvitError, match=f"holds {what} .'last'., which is no standard ONNX operator") as refusal:
+        taken(model_of(nodes), tmp_path)
+    assert fix in refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "problem", "fix"),
+    [
+        (TensorProto.UINT8, [8, 8, 3], "is uint8", "with its batch"),
+        (TensorProto.FLOAT, [], "is a single number", "its first axis"),
+        (TensorProto.FLOAT, ["batch", 5, "n"], "must be fixed", "--shape other=1x5x224"),
+    ],
+)
+def test_inputs_that_no_engine_reads(kind: int, shape: list[int | str], problem: str, fix: str, tmp_path: Path) -> None:
+    """Each is told what is wrong with it, and a remedy that fits."""
+    read = helper.make_node("Shape", ["other"], ["s"])
+    add = helper.make_node("ReduceMax", ["s"], ["r"], keepdims=0)
+    cast = helper.make_node("Cast", ["r"], ["c"], to=TensorProto.FLOAT)
+    nodes = [read, add, cast, CONV, helper.make_node("Mul", ["a", "c"], ["m"]),
+             helper.make_node("GlobalAveragePool", ["m"], ["p"]), *TAIL[1:]]  # fmt: skip
+    proto = model_of(nodes)
+    proto.graph.input.append(helper.make_tensor_value_info("other", kind, shape))
+    with pytest.raises(ResvitError, match=f"input other .*{problem}") as refusal:
+        taken(proto, tmp_path)
+    assert fix in refusal.value.fix
+
+
+def test_calibration_behind_what_no_shape_is_inferred_of(tmp_path: Path) -> None:
+    """A tensor of unknown rank was measured in one row and read as one a batch long."""
+    nodes = [
+        CONV,
+        helper.make_node("MeanVarianceNormalization", ["a"], ["n"], axes=[2, 3]),
+        helper.make_node("Conv", ["n", "w2"], ["c"], pads=[1] * 4),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        *TAIL[1:],
+    ]
+    random = np.random.default_rng(0)
+    _, out = taken(model_of(nodes, weights={"w2": random.standard_normal((16, 16, 3, 3), dtype=np.float32)}), tmp_path)
+    images = random.standard_normal((6, 3, 8, 8), dtype=np.float32)
+    statistics = collect_statistics(out, [{"input": images[:4]}, {"input": images[4:]}])
+    assert statistics.images == 6
+    second = next(node for node in onnx.load(out).graph.node if node.op_type == "Conv" and node.input[0] != "input")
+    assert second.input[0] in statistics.tensors
+
+
+def test_texts_are_refused_as_texts(tmp_path: Path) -> None:
+    names = numpy_helper.from_array(np.array(["cat", "dog"], object), "names")
+    proto = model_of()
+    proto.graph.initializer.append(names)
+    with pytest.raises(ResvitError, match=r"holds texts .'names'.*no engine"):
+        taken(proto, tmp_path)
 
 
 def test_what_the_target_cannot_read_is_said_at_export() -> None:

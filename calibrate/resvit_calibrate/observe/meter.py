@@ -62,7 +62,7 @@ class Meter:
         sizes = np.array([math.prod(shapes[name]) for name in self.observed.sampled], np.int64)
         self.sizes = np.maximum(sizes // (fixed or 1), 1)
         # Where a batch is fixed, only a first axis as long as the batch can be told to be the images.
-        rows = {name: shapes[name][0] if shapes[name] else 1 for name in self.observed.by_row}
+        rows = self._rows(shapes)
         self.rows_per_image = {name: 1 if fixed and fixed == count else count for name, count in rows.items()}
 
     def placement(self, batch: int) -> Arrays:
@@ -118,6 +118,11 @@ class Meter:
         self.taken += real
         return True
 
+    def _rows(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """How many rows each tensor's extremes are put out in."""
+        whole = self.observed.in_one_row
+        return {name: 1 if name in whole or not shapes[name] else shapes[name][0] for name in self.observed.by_row}
+
     def _shapes(self, shapes: Array, ranks: Array) -> dict[str, tuple[int, ...]]:
         ends = np.cumsum(ranks)[:-1]
         parts = np.split(shapes, ends)
@@ -159,7 +164,7 @@ class Meter:
         return mapping if mapping is not None and 0 < mapping.channels <= _MOST_CHANNELS else None
 
     def _take_rows(self, rows: Array, real: int) -> None:
-        lengths = {name: self.shapes[name][0] if self.shapes[name] else 1 for name in self.observed.by_row}
+        lengths = self._rows(self.shapes)
         ends = dict(zip(lengths, np.cumsum([*lengths.values()]).tolist(), strict=True))
         highs, lows = np.split(rows, 2)
         for name, parts in self.images.items():

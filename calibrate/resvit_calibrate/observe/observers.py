@@ -62,6 +62,8 @@ class ObservedModel:
     """Tensors whose shapes are put out."""
     by_row: tuple[str, ...]
     """Measured tensors whose extremes are put out by row."""
+    in_one_row: frozenset[str]
+    """Those of them of no rank, or of one that nobody knows: they are one row."""
 
     def extremes(self, values: Array) -> tuple[Array, Array, Array]:
         """Take minima [M], maxima [M] and sums [≤ M] out of the output VALUES, masks left out."""
@@ -128,6 +130,7 @@ def observed_model(path: Path, *, sum_all: bool = False) -> ObservedModel:
         channel_axes=plan.channel_axes,
         shaped=writer.shaped,
         by_row=writer.by_row,
+        in_one_row=frozenset(name for name in writer.by_row if not ranks.get(name, 0)),
     )
 
 

@@ -81,7 +81,11 @@ class OnnxRunner:
         if self.batch is None or not all(map(len, feeds.values())):
             return self._run(feeds)
         results = [
-            {name: value[:size] if value.ndim else value for name, value in self._run(piece).items()}
+            # What has no entry for each image stays whole, so that whoever counts the entries finds it.
+            {
+                name: value[:size] if value.ndim and len(value) == self.batch else value
+                for name, value in self._run(piece).items()
+            }
             for piece, size in pieces(feeds, self.batch)
         ]
         if len(results) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ STRUCTURE = "resvit_structure"
 """Key under which a pruned checkpoint records its shapes."""
 
 _NAMED = 3
+_COUNTER = ".num_batches_tracked"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def load_checkpoint(
@@ -43,6 +46,9 @@ def load_checkpoint(
     found = places_for(flat, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     place = place_named(found, flat, key, path) if key else found[0] if found else None
     names = place.names if place else {}
+    if place and not any(name.endswith(_COUNTER) for name in names):
+        # Counts of batches came with PyTorch 0.4.1, and nothing of another library has them; no answer needs one.
+        expected = {name: tensor for name, tensor in expected.items() if not name.endswith(_COUNTER)}
     weights = {name: flat.tensors[full] for name, full in names.items()}
     if odd := [f"{names[name]} {why}" for name in names if (why := _oddity(weights[name], expected[name]))]:
         raise ResvitError(
@@ -109,6 +115,12 @@ def _misfit(
     # A place with a few layers of the network's sizes is another network's.
     likely = [other for other in found if other is not place and 2 * other.fitting >= len(expected)]
     others = [f"'{other.key}' ({other.fitting} of {len(expected)} tensors)" for other in likely]
+    if _SHARD.search(path.name):
+        return ResvitError(
+            f"{path} is one of several files, and does not hold all of the model's {len(expected)} tensors: "
+            f"{'; '.join(findings)}.",
+            "Give the index beside it, such as model.safetensors.index.json.",
+        )
     return ResvitError(
         f"The weights in {path}{where} do not fit the model, which has {len(expected)} tensors: {'; '.join(findings)}.",
         "Give the model and the arguments that this checkpoint was trained with (num_classes, image size, variant)"

@@ -124,7 +124,7 @@ def in_order(inputs: Sequence[NetworkInput]) -> tuple[NetworkInput, ...]:
     if image is None:
         raise ResvitError(
             f"None of the network's inputs is an image: {', '.join(map(str, inputs)) or 'it has none'}.",
-            "One must be float32 [B, C, H, W].",
+            "One must be float32 [B, C, H, W], with the batch as its first axis.",
         )
     others = [item for item in inputs if item is not image]
     if any(item.name == IMAGE for item in others):

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 _FEW = 4
 """Channels of an image, at most, where nothing else tells its layout."""
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.quantizable")
+_FLOAT_ALL_THE_SAME = ("FloatFunctional",)
+"""What stands among quantised modules, and in float networks that were written to be quantised."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter =
 def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter) -> Network:
     notes: list[str] = []
     _refuse_lazy(module, spec.model)
+    _refuse_compiled(module, spec.model)
+    _refuse_quantised(module, spec.model)
     named = spec.model.startswith(("timm:", "resvit:", "torchvision."))
     untrained = spec.checkpoint is None and (named or getattr(module, "random_weights", False))
     if spec.checkpoint is not None:
@@ -391,6 +396,34 @@ def _refuse_lazy(module: nn.Module, name: str) -> None:
             raise ResvitError(
                 f"{name} has lazy layers, whose sizes are not known yet.",
                 "Let the factory run one image through the network before it returns it.",
+            )
+
+
+def _refuse_compiled(module: nn.Module, name: str) -> None:
+    """Refuse TorchScript, as a whole or in a part: it is code of its own, which no trace goes into."""
+    found = next((key for key, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if found is None:
+        return
+    what = f"its part {found} is" if found else "it is"
+    raise ResvitError(
+        f"{name} cannot be traced: {what} TorchScript (torch.jit.script, trace or load).",
+        "Let the factory return the network in Python, with the weights of the TorchScript's state_dict(); or write it "
+        "as ONNX by torch.onnx.export(..., dynamo=False) and give that file.",
+    )
+
+
+def _refuse_quantised(module: nn.Module, name: str) -> None:
+    """Refuse what quantises already, or is trained to bear it: quantising is done, and compared with float, here."""
+    from torch.ao.quantization import FakeQuantizeBase, ObserverBase
+
+    for key, part in module.named_modules():
+        kind = type(part)
+        quantised = kind.__module__.startswith(_QUANTISED) and kind.__name__ not in _FLOAT_ALL_THE_SAME
+        if quantised or isinstance(part, (FakeQuantizeBase, ObserverBase)):
+            raise ResvitError(
+                f"{name} is quantised already, or prepared for it: {key or 'it'} is a {kind.__name__}.",
+                "Give the float network, which may have the weights that were trained with fake quantisation: "
+                "quantising is what is done here.",
             )
 
 

@@ -16,6 +16,7 @@ from resvit_engines.outside import expanded, leads_to_folder
 from resvit_engines.progress import SILENT, Reporter
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.loading.weights.regular_file import require_file
+from resvit_export.loading.weights.shards import shard_files
 
 _LIBRARIES = ("timm", "torchvision", "transformers")
 """What builds networks by name, and is told apart by its version."""
@@ -133,6 +134,8 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
         "checkpoint": _file_digest("checkpoint", spec.checkpoint) if spec.checkpoint else None,
         **({"checkpoint_key": spec.checkpoint_key} if spec.checkpoint_key else {}),
     }
+    if spec.checkpoint and (shards := shard_files(spec.checkpoint)):
+        identity["checkpoint_files"] = {name: sha256_file(file) for name, file in shards.items()}
     head, colon, factory = spec.model.rpartition(":")
     library = "transformers" if spec.model.startswith("hf:") else head.partition(".")[0]
     if library in _LIBRARIES:

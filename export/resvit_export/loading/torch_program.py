@@ -25,7 +25,7 @@ from resvit_engines.pictures.sizes import MOST_PIXELS, SizeRange
 from resvit_export.loading.batch_axis import BROUGHT, batch_axis, with_batch_first
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
 from resvit_export.loading.open_sizes import makes_numbers, require_open_program, sizes_stay_free, step_of_module
-from resvit_export.loading.user_code import KnownBuffers, is_library, left_out_note, tensors_alone, user_error
+from resvit_export.loading.user_code import KnownValues, is_library, left_out_note, tensors_alone, user_error
 from resvit_quantize.pruning.copies import forgetting
 
 _PRODUCTS = frozenset(
@@ -141,7 +141,7 @@ def _exported(
         program = _export(module, *_examples(several, alone, 2), dynamic=True, sizes=sizes, numbers=numbers)
         said = _batch_first(program)
         _require_batched(program)
-        _require_float32(program)
+        _require_dense_float32(program)
         if has_dynamic_batch(program):
             if coupling_of(program) is None:
                 return program, said
@@ -157,7 +157,7 @@ def _exported(
         raise _not_exportable(error) from error
     said = _batch_first(program)
     _require_batched(program)
-    _require_float32(program)
+    _require_dense_float32(program)
     return program, (*said, why)
 
 
@@ -176,7 +176,14 @@ def _batch_first(program: ExportedProgram) -> tuple[str, ...]:
 
 def _require_batched(program: ExportedProgram) -> None:
     """Refuse outputs that never have one entry for each image, such as anchors that are alike for all."""
-    for name, shape in zip(output_names(program), output_shapes(program), strict=True):
+    nodes = program.graph.output_node().args[0]
+    assert isinstance(nodes, (tuple, list))
+    for name, shape, node in zip(output_names(program), output_shapes(program), nodes, strict=True):
+        if isinstance(node, torch.fx.Node) and node.meta["val"].is_complex():
+            raise ResvitError(
+                f"The network's output {name} is complex, and no engine answers in complex numbers.",
+                "Let its forward return torch.view_as_real of it, or its magnitude.",
+            )
         if isinstance(shape[0], int) and shape[0] != (fixed_batch_of(program) or 1):
             raise ResvitError(
                 f"The network's output {name} is {list(shape)} whatever the batch: there is no entry for each image.",
@@ -245,7 +252,7 @@ def refuse_random_program(program: ExportedProgram, name: str) -> None:
     drawing = drawing_nodes(program)
     where = ""
     if drawing:
-        where = f": {drawing[0].target} draws random numbers{_line_of(drawing[0])}"
+        where = f": {drawing[0].target} draws random numbers{line_of(drawing[0])}"
     refuse_random(runner_from_program(program), _drawn(program), name, batch=fixed_batch_of(program) or 1, drawn=where)
 
 
@@ -259,22 +266,28 @@ def refuse_blind_program(program: ExportedProgram, name: str) -> None:
     refuse_blind(run, _drawn(program), name, batch=fixed_batch_of(program) or 1, whole=whole)
 
 
-def _line_of(node: torch.fx.Node) -> str:
+def line_of(node: torch.fx.Node) -> str:
     """The line of the user's that a node came from, in brackets; empty where it is not known."""
     lines = re.findall(r'File "(.*)", line (\d+), in \w+\n\s*(.*)', str(node.meta.get("stack_trace", "")))
     lines = [line for line in lines if not is_library(line[0])] or lines
     return f" ({Path(lines[-1][0]).name}, line {lines[-1][1]}: {lines[-1][2]})" if lines else ""
 
 
-def _require_float32(program: ExportedProgram) -> None:
-    """Refuse products in another precision: which is used where is chosen here, and compared with float32."""
+def _require_dense_float32(program: ExportedProgram) -> None:
+    """Refuse sparse tensors, and products in another precision: that is chosen here, and compared with float32."""
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):  # what autocasts has one of its own
         value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise ResvitError(
+                f"The network computes with {str(value.layout).removeprefix('torch.')} tensors{line_of(node)}, and no "
+                "engine has any but dense ones.",
+                "Write that part with dense tensors (to_dense()).",
+            )
         product = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _PRODUCTS
         if product and isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
             raise ResvitError(
-                f"The network computes {node.target} in {str(value.dtype).removeprefix('torch.')}{_line_of(node)}.",
+                f"The network computes {node.target} in {str(value.dtype).removeprefix('torch.')}{line_of(node)}.",
                 "Leave torch.autocast and casts out of its forward: precisions are chosen here, against float32.",
             )
 
@@ -565,15 +578,29 @@ def _export(
     shapes: Any = None
     if free:
         shapes = tuple(free for _ in positional) if positional else dict.fromkeys(named, free)
+    made: ExportedProgram | None = None
     with torch.no_grad(), sizes_stay_free(module, numbers=numbers), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+            made = export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+            if reading_nodes(made) == []:
+                return made
         except Exception as error:
             if not _branches_on_values(error):
                 raise
-        with KnownBuffers(module):
-            return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+        try:
+            with KnownValues(module):
+                return export(module, positional, named or None, dynamic_shapes=shapes, strict=False)
+        except Exception:
+            if made is None:
+                raise
+            return made
+
+
+def reading_nodes(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The nodes that take a number out of a tensor while the network runs, which no ONNX graph can hand on."""
+    readers = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    return [node for node in program.graph.nodes if node.target in readers]
 
 
 def _branches_on_values(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import traceback
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from resvit_calibrate.readers.user.code import is_users
 from resvit_engines.errors import ResvitError
 
 _SMALL = 64
-"""Numbers in a buffer on which a forward may branch."""
+"""Numbers in a weight or buffer whose values a forward may read."""
 _NUMBERS = frozenset({"__bool__", "__int__", "__float__", "__index__", "item", "tolist"})
 _HERE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
@@ -96,21 +97,22 @@ def tensors_alone(module: nn.Module) -> Iterator[list[str]]:
             del module.forward
 
 
-class KnownBuffers(torch.overrides.TorchFunctionMode):
-    """While a module is traced, let its forward branch on its own small buffers: they are constants once it is trained.
+class KnownValues(torch.overrides.TorchFunctionMode):
+    """While a module is traced, let its forward read its own small weights and buffers: they are constant then.
 
-    A flag that a layer sets at its first batch, or a list of which layers mask, has a value; tracing forgets it, and
-    ``if self.ready:`` fails. What is computed from such buffers alone is computed beside the trace, and handed out
-    where Python asks for a number.
+    A flag that a layer sets at its first batch, a temperature that it learns, or a list of which layers mask, has a
+    value; tracing forgets it, and ``if self.ready:`` and ``self.scale.item()`` fail. What is computed from such tensors
+    alone is computed beside the trace, and handed out where Python asks for a number.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._buffers = [
-            (owner._buffers, name, buffer.detach().clone())
+        self._own = [
+            (place, name, tensor.detach().clone())
             for owner in module.modules()
-            for name, buffer in owner.named_buffers(recurse=False)
-            if 0 < buffer.numel() <= _SMALL
+            for place in (owner._buffers, owner._parameters)
+            for name, tensor in place.items()
+            if tensor is not None and 0 < tensor.numel() <= _SMALL
         ]
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -139,7 +141,7 @@ class KnownBuffers(torch.overrides.TorchFunctionMode):
         if id(tensor) in self._known:
             return self._known[id(tensor)][1]
         # Tracing puts other tensors in the place of the module's own.
-        for place, name, real in self._buffers:
+        for place, name, real in self._own:
             if place.get(name) is tensor:
                 self._known[id(tensor)] = (tensor, real)
                 return real
@@ -158,27 +160,48 @@ def left_out_note(left_out: list[str]) -> tuple[str, ...]:
 
 
 def _pruned(value: Any, place: str, left_out: list[str]) -> Any:
-    """``value`` without what is no tensor, the very object where it is tensors alone; None where nothing is left."""
+    """``value`` without what is no tensor, in lists, tuples and dictionaries alone; None where nothing is left.
+
+    It is the very object where it holds nothing else. Named tuples, dataclasses and dictionaries of a library's own
+    become plain dictionaries with the same names: a program that is saved knows no other classes.
+    """
     if isinstance(value, torch.Tensor) and value.dim():
         return value
-    fields = getattr(value, "_fields", None)
-    if isinstance(value, Mapping) or fields:
-        items = dict(zip(fields, value, strict=True)) if fields else dict(value)
-        kept = {key: _pruned(item, f"{place}.{key}" if place else str(key), left_out) for key, item in items.items()}
-        kept = {key: item for key, item in kept.items() if item is not None}
-        if kept and all(key in kept and kept[key] is item for key, item in items.items()):
+    if (named := _by_name(value)) is not None:
+        items = {key: _pruned(item, f"{place}.{key}" if place else str(key), left_out) for key, item in named.items()}
+        kept = {key: item for key, item in items.items() if item is not None}
+        whole = len(kept) == len(named) and all(kept[key] is item for key, item in named.items())
+        if kept and whole and type(value) in (dict, OrderedDict):
             return value
-        return (OrderedDict(kept) if isinstance(value, OrderedDict) else kept) or None
+        return (OrderedDict(kept) if type(value) is OrderedDict else kept) or None
     if isinstance(value, (list, tuple)):
         parts = [_pruned(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]
-        if parts and all(part is item and part is not None for part, item in zip(parts, value, strict=True)):
-            return value
         left = [part for part in parts if part is not None]
+        whole = len(left) == len(value) and all(one is two for one, two in zip(parts, value, strict=True))
+        if left and whole and type(value) in (list, tuple):
+            return value
         return (left if isinstance(value, list) else tuple(left)) or None
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.Tensor, torch.SymInt, torch.SymFloat)):
         left_out.append(f"{place or 'the answer'} ({_told(value)})")
         return None
-    return value
+    leaves = torch.utils._pytree.tree_leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:  # no structure that PyTorch knows
+        raise ResvitError(
+            f"The network returns a {type(value).__name__}{f' as {place}' if place else ''}, and no graph can.",
+            "Let its forward return tensors [B, …], or lists, tuples, dictionaries or dataclasses of them.",
+        )
+    return _pruned(leaves, place, left_out)
+
+
+def _by_name(value: Any) -> dict[Any, Any] | None:
+    """The parts of a dictionary, a named tuple or a dataclass by their names; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if fields := getattr(value, "_fields", None):
+        return dict(zip(fields, value, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
 
 
 def _told(value: Any) -> str:

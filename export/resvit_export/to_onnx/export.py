@@ -19,7 +19,9 @@ from resvit_export.loading.torch_program import (
     fixed_batch_of,
     input_names,
     inputs_of,
+    line_of,
     output_names,
+    reading_nodes,
     runner_from_program,
 )
 from resvit_export.to_onnx.branches import refuse_branches
@@ -143,6 +145,12 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
+            if reading := reading_nodes(program):
+                raise ResvitError(
+                    f"The network takes a number out of a tensor while it runs{line_of(reading[0])}, which the image "
+                    "may change, and no graph can.",
+                    "Leave out .item(), float() and int() there, and compute with the tensor.",
+                ) from error
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
             raise ResvitError(
                 f"The network cannot be written as ONNX opset {opset}: {reason}",

@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 import onnx.inliner
+import onnx_ir as ir
 from onnx import AttributeProto, TensorProto
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -26,6 +27,7 @@ from resvit_export.loading.weights.onnx_proto import (
     proto_from_file,
     tensors_of,
 )
+from resvit_export.to_onnx.foreign.group_norms import replace_withdrawn_group_norms
 
 MOST_NODES = 100_000
 """With all functions written out; the largest hybrids have some 10,000."""
@@ -36,12 +38,20 @@ _LARGE = 1024
 """Bytes of a weight that no conversion of an operator has to read: sizes, scales and axes are smaller."""
 _LONGEST_NAME = 4096
 _IR_VERSION = 10
-_UNKNOWN = -1
 """What our own export writes."""
 _STANDARD = ("", "ai.onnx")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
-_NO_TENSOR = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence", "String", "Regex")
+_SEQUENCES = ("Sequence", "SplitToSequence", "ConcatFromSequence")
+_NO_TENSOR = (*_SEQUENCES, "Optional", "String", "Regex")
+_TRAINS_BY_ATTRIBUTE = 14
+"""The opset from which BatchNormalization says by an attribute that it trains; before, more outputs than one did."""
+_FOREIGN = {
+    "com.microsoft": "Give the model from before ONNX Runtime's optimiser, which writes such operators.",
+    "ai.onnx.ml": "Leave that part out: what a network's numbers are called is said outside of it.",
+    "": "Export the model without operators of one runtime's or library's own, or end it in front of them.",
+}
+"""What to do about operators of a domain, by how that begins."""
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _PLAIN = (
     TensorProto.FLOAT,
@@ -127,24 +137,34 @@ def bounded_model(path: Path) -> onnx.ModelProto:
     """
     proto = proto_from_file(path)
     with reading(path):
-        _free_unknown_sizes(proto)
+        _open_unknown_sizes(proto)
         _require_bounded(proto, path)
     return proto
 
 
-def runnable(path: Path) -> Path | bytes:
+def _open_unknown_sizes(proto: onnx.ModelProto) -> None:
+    """Leave a size of -1 open, as the exporters of MXNet, Keras and Paddle meant it and ONNX Runtime reads it."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if size.HasField("dim_value") and size.dim_value == -1:
+                size.ClearField("dim_value")
+
+
+def runnable(path: Path, unread: Collection[str] = ()) -> Path | bytes:
     """The model at ``path`` as ONNX Runtime takes it, which allows no two nodes of one name: then without their names.
 
-    Raises as ``bounded_model``.
+    ``unread`` are inputs that it is to do without. Raises as ``bounded_model``.
     """
     proto = bounded_model(path)
+    if unread:
+        _replace(proto.graph.input, [value for value in proto.graph.input if value.name not in unread])
     twice = False
     for graph in graphs_of(proto, path):
         names = [node.name for node in graph.node if node.name]
         twice = twice or len(set(names)) < len(names)
-    if not twice:
+    if not twice and not unread:
         return path
-    for node in _nodes(proto, path):
+    for node in _nodes(proto, path) if twice else ():
         node.name = ""
     return bytes(proto.SerializeToString())
 
@@ -248,17 +268,6 @@ def _require_few_nodes(proto: onnx.ModelProto, path: Path) -> None:
         raise invalid(path, f"written out, its functions are {total:,} operators; {MOST_NODES:,} are read")
 
 
-def _free_unknown_sizes(proto: onnx.ModelProto) -> None:
-    """Let sizes be free that are written as -1, as exporters of before ONNX had names for them do; the first is N."""
-    for values in (proto.graph.input, proto.graph.output, proto.graph.value_info):
-        for value in values:
-            for axis, size in enumerate(value.type.tensor_type.shape.dim):
-                if size.HasField("dim_value") and size.dim_value == _UNKNOWN:
-                    size.ClearField("dim_value")
-                    if values is proto.graph.input:
-                        size.dim_param = f"{value.name}_{axis}" if axis else "batch"
-
-
 def _require_sane_inputs(proto: onnx.ModelProto, path: Path) -> None:
     weights = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:
@@ -285,8 +294,9 @@ def require_fits(elements: int, what: str) -> None:
 
 
 def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse what is quantised, in half precision or random, wherever it stands, and operators that are not ONNX's."""
+    """Refuse what is quantised, in half precision, random or in training, and operators that are not ONNX's."""
     functions = {(function.domain, function.name) for function in proto.functions}
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in _STANDARD), default=0)
     for node in _nodes(proto, path):
         standard = node.domain in _STANDARD
         if standard and (node.op_type in _QUANTISED or node.op_type.startswith("QLinear")):
@@ -294,28 +304,60 @@ def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path} is quantised already: it holds {node.op_type} ('{node.name}').",
                 "Give the float model; quantising is what is done here.",
             )
-        if not standard and (node.domain, node.op_type) not in functions:
+        known = onnx.defs.has(node.op_type) if standard else (node.domain, node.op_type) in functions
+        if not known:
             raise ResvitError(
-                f"{path} holds {node.domain}.{node.op_type} ('{node.name}'), which is no standard ONNX operator.",
-                "Export the model without runtime-specific optimisation.",
+                f"{path} holds {'.'.join(filter(None, (node.domain, node.op_type)))} ('{node.name}'), which is no "
+                "standard ONNX operator.",
+                next((fix for start, fix in _FOREIGN.items() if node.domain.startswith(start)), _FOREIGN[""]),
             )
         if standard and node.op_type in _RANDOM:
             raise ResvitError(
                 f"{path} draws random numbers: {node.op_type} ('{node.name}').",
                 "Export the network for inference (model.eval()), so that the same image gets the same answer.",
             )
-        if standard and node.op_type.startswith(_NO_TENSOR):
-            raise ResvitError(
-                f"{path} holds {node.op_type} ('{node.name}'): sequences, optionals and text are in no engine.",
-                "Export the network so that all of its values are tensors.",
-            )
+        if standard and node.op_type.startswith(_NO_TENSOR) and not node.op_type.startswith(_SEQUENCES):
+            raise _no_tensor(path, node.op_type, node.name)
+        if standard and node.op_type == "BatchNormalization" and _trains(node, opset):
+            raise in_training(path, node.op_type, node.name)
     for tensor in tensors_of(proto, path):
+        if tensor.data_type == TensorProto.STRING:
+            raise _no_tensor(path, "texts", tensor.name)
         if tensor.data_type in _HALF and len(tensor.dims) > 1:
             raise _half(path, tensor.name)
         if tensor.data_type not in _PLAIN:
             names = {number: name for name, number in TensorProto.DataType.items()}
             kind = names.get(tensor.data_type, f"type {tensor.data_type}")
             raise invalid(path, f"the weights {tensor.name} are of {kind}, not of float32", "Give the float32 model.")
+
+
+def refuse_sequences(model: ir.Model, path: Path) -> None:
+    """Refuse lists of tensors that are still in a graph once its constants are folded; raises ``ResvitError``."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain in _STANDARD and node.op_type.startswith(_SEQUENCES):
+            raise _no_tensor(path, "a list of tensors that only its images decide", str(node.name))
+
+
+def _no_tensor(path: Path, what: str, name: str) -> ResvitError:
+    return ResvitError(
+        f"{path} holds {what} ('{name}'): sequences, optionals and text are in no engine.",
+        "Export the network so that all of its values are tensors of numbers.",
+    )
+
+
+def _trains(norm: onnx.NodeProto, opset: int) -> bool:
+    if opset < _TRAINS_BY_ATTRIBUTE:
+        return sum(map(bool, norm.output)) > 1
+    return any(attribute.name == "training_mode" and attribute.i for attribute in norm.attribute)
+
+
+def in_training(path: Path, what: str, name: str) -> ResvitError:
+    """That a file was exported as the network trains."""
+    return ResvitError(
+        f"{path} computes as in training: {what} '{name}' takes the batch's own statistics, or draws random numbers.",
+        "Export the network for inference: model.eval() first, and no training=TrainingMode.TRAINING. A norm of each "
+        "image's own statistics is InstanceNormalization.",
+    )
 
 
 def _half(path: Path, name: str) -> ResvitError:
@@ -393,6 +435,10 @@ def _is_sane(value: onnx.ValueInfoProto) -> bool:
 def _checked(proto: onnx.ModelProto, weights: Collection[str], path: Path) -> onnx.ModelProto:
     """The model as ONNX's checker accepts it, without what only repeats or contradicts the rest."""
     proto.ir_version = max(proto.ir_version, _IR_VERSION)
+    for value in proto.graph.output:
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.ClearField("type")  # then its shape is inferred
+    replace_withdrawn_group_norms(proto)
     if any(value.type.WhichOneof("value") is None for value in proto.graph.output):
         proto = onnx.shape_inference.infer_shapes(proto)
     told = [value for value in proto.graph.value_info if value.name not in weights and _is_sane(value)]

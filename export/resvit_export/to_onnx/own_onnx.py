@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from resvit_calibrate.images.preprocess import Preprocess
-from resvit_calibrate.runtime.behaviour import coupled_error, couples_images, refuse_blind, refuse_random
+from resvit_calibrate.runtime.behaviour import Draw, coupled_error, couples_images, refuse_blind, refuse_random
 from resvit_calibrate.runtime.runner import OnnxRunner, Runner, onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
@@ -24,9 +25,18 @@ from resvit_export.loading.batch_axis import BROUGHT, batch_axis, to_the_front
 from resvit_export.loading.inputs import IMAGE, NetworkInput, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
-from resvit_export.to_onnx.canonical import canonicalise, image_first, infer_shapes, optimize
+from resvit_export.to_onnx.canonical import BATCH, canonicalise, image_first, infer_shapes, optimize
+from resvit_export.to_onnx.foreign.group_norms import write_out_group_norms
 from resvit_export.to_onnx.image_input import ImageEntrance, take_image
-from resvit_export.to_onnx.onnx_file import light, model_from_file, reading, require_fits, runnable
+from resvit_export.to_onnx.onnx_file import (
+    in_training,
+    light,
+    model_from_file,
+    reading,
+    refuse_sequences,
+    require_fits,
+    runnable,
+)
 from resvit_export.to_onnx.report import (
     ExportReport,
     inputs_of_graph,
@@ -66,34 +76,18 @@ def import_onnx(
     proto = _converted(model_from_file(path), path, notes)
     with reading(path):
         model = ir.serde.deserialize_model(proto)
+        unread = _leave_out_unread(model, notes)
+        wishes = [wish for wish in wishes if wish.input.name not in unread]
         own, entrance = _take_inputs(model, path, wishes, image, notes)
-        sizes = sizes_of_graph(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        _require_finite(model, path)
-        _infer_anew(model)
-        _require_float32(model, path)
-        _require_small(model, path)
+    sizes = sizes_of_graph(model)
+    axes = _bring_into_form(model, path, list(own.values()), notes)
     with reading(path, "cannot be brought into the form that this tool works on"):
-        optimize(model)
-        if take_known_branches(model):
-            optimize(model)
-        refuse_branches(model)
-        _require_small(model, path)
-        _require_float32(model, path)
-        _make_printable(model)
-        canonicalise(model, list(own.values()), _output_names(model))
-        image_first(model)
-        if sizes is not None:
-            _keep_open(model, sizes)
-        _require_known_shapes(model, path)
-        axes = _batch_first(model, notes)
-        _require_batched(model, path)
         write_model(model, out)
     batch = shape_of(model.graph.inputs[0])[0]
     batches = (batch,) if isinstance(batch, int) else (1, 2)
     inputs, sets = inputs_of_graph(model), selects_rows(model)
     with reading(path, "cannot be computed"):
-        original = _original(path, axes)
+        original = _original(path, unread, axes)
         written, before = onnx_runner(out), entrance.before()
 
     def reference(arrays: Arrays) -> Arrays:
@@ -104,6 +98,7 @@ def import_onnx(
         draw = functools.partial(random_feeds, inputs)
         if sizes is not None:
             notes.append(_require_sizes(reference, inputs[0], sizes, path))
+        _require_entries(reference, draw, batches, path)
         refuse_random(reference, draw, path.name, batch=batches[0])
         moved = couples_images(reference, draw, batch=batch if isinstance(batch, int) else None, sets=sets)
         if moved is not None:
@@ -137,6 +132,41 @@ def import_onnx(
     return record, report
 
 
+def _bring_into_form(model: ir.Model, path: Path, inputs: Sequence[str], notes: list[str]) -> dict[int, int]:
+    """Bring a graph whose inputs are ours already into canonical form, in place; raises as ``import_onnx``.
+
+    Returns where the batch of outputs by number was, where it was not in front.
+    """
+    sizes = sizes_of_graph(model)
+    with reading(path):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _require_finite(model, path)
+        _refuse_dropout(model, path)
+        _infer_anew(model)
+        write_out_group_norms(model)
+        _require_float32(model, path)
+        _require_small(model, path)
+    with reading(path, "cannot be brought into the form that this tool works on"):
+        optimize(model)
+        if take_known_branches(model):
+            write_out_group_norms(model)
+            optimize(model)
+        refuse_branches(model)
+        refuse_sequences(model, path)
+        _require_small(model, path)
+        _require_float32(model, path)
+        _make_printable(model)
+        canonicalise(model, inputs, _output_names(model))
+        image_first(model)
+        _name_batches(model)
+        if sizes is not None:
+            _keep_open(model, sizes)
+        _require_known_shapes(model, path)
+        axes = _batch_first(model, notes)
+        _require_batched(model, path)
+    return axes
+
+
 def _preprocess(entrance: ImageEntrance, channels: int, height: int, width: int) -> Preprocess | None:
     """What feeds a network that normalises the image itself: the numbers of the picture as they are."""
     if entrance.pixels is None or channels not in (1, 3):
@@ -153,17 +183,35 @@ def _preprocess(entrance: ImageEntrance, channels: int, height: int, width: int)
 
 def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.ModelProto:
     version = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if version > NEWEST_OPSET:
-        raise ResvitError(
-            f"{path} uses ONNX opset {version}; up to {NEWEST_OPSET} can be read.",
-            f"Export it again with opset_version={NEWEST_OPSET} or less.",
-        )
-    if version >= OLDEST_OPSET:
+    if OLDEST_OPSET <= version <= NEWEST_OPSET:
         return proto
-    with reading(path, f"(opset {version}) cannot be converted to opset {OLDEST_OPSET}"):
-        converted = light(proto, lambda part: onnx.version_converter.convert_version(part, OLDEST_OPSET))
-    notes.append(f"converted from opset {version} to {OLDEST_OPSET}")
+    wanted = min(max(version, OLDEST_OPSET), NEWEST_OPSET)
+    try:
+        with reading(path, f"(opset {version}) cannot be converted to opset {wanted}"):
+            converted = light(proto, lambda part: onnx.version_converter.convert_version(part, wanted))
+    except ResvitError as error:
+        if version < OLDEST_OPSET:
+            raise
+        raise ResvitError(
+            f"{path} uses ONNX opset {version}; up to {NEWEST_OPSET} can be read, and it holds what that has not "
+            f"({error.problem.rpartition(': ')[2]}).",
+            f"Export it again with opset_version={NEWEST_OPSET} or less.",
+        ) from error
+    notes.append(f"converted from opset {version} to {wanted}")
     return converted
+
+
+def _leave_out_unread(model: ir.Model, notes: list[str]) -> tuple[str, ...]:
+    """Take out inputs that nothing reads, unless they look like the image; returns their names."""
+    unread = [
+        value
+        for value in model.graph.inputs
+        if not list(value.uses()) and not value.is_graph_output() and (value.shape is None or len(value.shape) != 4)
+    ]
+    for value in unread:
+        model.graph.inputs.remove(value)
+        notes.append(f"nothing reads the input {value.name}; it is left out")
+    return tuple(str(value.name) for value in unread)
 
 
 def _take_inputs(
@@ -270,12 +318,52 @@ def _require_sizes(reference: Runner, image: NetworkInput, sizes: SizeRange, pat
     return f"it takes images of {sizes} pixels (height x width)"
 
 
+def _require_entries(reference: Runner, draw: Draw, batches: Sequence[int], path: Path) -> None:
+    """Refuse outputs of as many rows as there is something to find: they have no entry for each image, or no size.
+
+    Raises:
+        ResvitError: INPUT.
+    """
+    random = np.random.default_rng(3)
+    for batch in batches:
+        one, other = ({name: array.shape for name, array in reference(draw(batch, random)).items()} for _ in range(2))
+        for name, shape in one.items():
+            if not shape or shape[0] != batch or shape != other[name]:
+                images = f"{batch} image{'s' if batch > 1 else ''}"
+                raise ResvitError(
+                    f"{path}: its output {name} is {list(shape)} for {images} and {list(other[name])} for {images} "
+                    "more: an engine's outputs have one entry for each image, and one size.",
+                    "End the network in front of what finds a varying number of things (NonMaxSuppression, NonZero), "
+                    "or let it give as many for every image (TopK).",
+                )
+
+
+def _refuse_dropout(model: ir.Model, path: Path) -> None:
+    """Refuse a Dropout that drops: it would be left out by one runtime, and be random in another."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type != "Dropout" or node.domain or len(node.inputs) < 3:
+            continue
+        share, trains = (value.const_value.numpy() if value is not None and value.const_value is not None else None
+                         for value in node.inputs[1:3])  # fmt: skip
+        if trains is not None and trains.any() and (share is None or share.any()):
+            raise in_training(path, node.op_type, str(node.name))
+
+
 def _output_names(model: ir.Model) -> list[str]:
     """What the outputs are called: as those of our own export."""
     outputs = [shape_of(value) if value.shape is not None else () for value in model.graph.outputs]
     if len(outputs) > 1:
         return [f"output_{index}" for index in range(len(outputs))]
     return ["logits" if len(outputs[0]) == 2 else "output"]
+
+
+def _name_batches(model: ir.Model) -> None:
+    """Call the first size of an output the batch where inference cannot tell; what runs is held to it afterwards."""
+    if isinstance(shape_of(model.graph.inputs[0])[0], int):
+        return
+    for value in model.graph.outputs:
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape([BATCH, *list(value.shape)[1:]])
 
 
 def _keep_open(model: ir.Model, sizes: SizeRange) -> None:
@@ -308,6 +396,7 @@ def _infer_anew(model: ir.Model) -> None:
     """Fill in all shapes; what the file says of inner values and outputs stays only where nothing else tells."""
     values = [*model.graph.outputs, *(value for node in model.graph for value in node.outputs)]
     told = {value: value.shape for value in values}
+    free = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     for value in told:
         value.shape = None
     infer_shapes(model)
@@ -315,9 +404,14 @@ def _infer_anew(model: ir.Model) -> None:
         if value.shape is None:
             value.shape = shape
         elif shape is not None and len(shape) == len(value.shape):
-            sizes = zip(value.shape, shape, strict=True)
-            value.shape = ir.Shape([own if isinstance(own, int) or isinstance(file, int) else file
-                                    for own, file in sizes])  # fmt: skip
+            pairs = zip(value.shape, shape, strict=True)
+            value.shape = ir.Shape([_better_known(own, file, free) for own, file in pairs])
+
+
+def _better_known(own: int | ir.SymbolicDim, file: int | ir.SymbolicDim, free: Collection[str | None]) -> Any:
+    """Of one size, what inference tells where that is a number or a free size of an input, else what the file says."""
+    inferred = isinstance(own, int) or own.value in free
+    return own if inferred or isinstance(file, int) or file.value is None else file
 
 
 def _require_float32(model: ir.Model, path: Path) -> None:
@@ -360,9 +454,9 @@ def _printable(name: str | None) -> str | None:
     return name and "".join(letter if letter.isprintable() else "_" for letter in name)
 
 
-def _original(path: Path, axes: Mapping[int, int]) -> OnnxRunner:
-    """The file as it is, but for the batch of outputs by number that lies along other axes than the first."""
-    runner = onnx_runner(runnable(path), folder=path.parent)
+def _original(path: Path, unread: Collection[str], axes: Mapping[int, int]) -> OnnxRunner:
+    """The file without the inputs that are ``unread``, the batch of outputs by number brought to the front."""
+    runner = onnx_runner(runnable(path, unread), folder=path.parent)
     return dataclasses.replace(runner, batch_axes={runner.outputs[number]: axis for number, axis in axes.items()})
 
 

@@ -147,10 +147,21 @@ def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
             sizes = (*sizes[:2], *(usual.get(str(size), size) for size in sizes[2:]))
         dtype = _TYPES.get(value.dtype) if value.dtype is not None else None
         fixed = tuple(size for size in sizes[1:] if isinstance(size, int))
-        if not sizes or dtype is None or len(fixed) != len(sizes) - 1:
+        if dtype is None:
+            kind = value.dtype.name.lower() if value.dtype is not None else "of no type"
             raise ResvitError(
-                f"The input {value.name} is {value.dtype} {list(sizes)}: all sizes but the batch must be fixed, and "
-                f"the type one of {', '.join(_TYPES.values())}.",
+                f"The input {value.name} is {kind} {list(sizes)}; read are {', '.join(_TYPES.values())}, and pixels as "
+                "whole numbers.",
+                "An image is [B, C, H, W] or [B, H, W, C], with its batch; another input needs one of those types.",
+            )
+        if not sizes:
+            raise ResvitError(
+                f"The input {value.name} is a single number, with no entry for each image.",
+                "Make it a constant of the network, or give it the batch as its first axis.",
+            )
+        if len(fixed) != len(sizes) - 1:
+            raise ResvitError(
+                f"The input {value.name} is {dtype} {list(sizes)}: all sizes but the batch must be fixed.",
                 f"Say its size, for example --shape {value.name}={_example_of(sizes)}, or export the network for one "
                 "size.",
             )

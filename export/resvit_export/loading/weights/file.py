@@ -6,6 +6,7 @@ Whatever is wrong with a file, it ends here as one kind of error that says what 
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import pathlib
 import pickle
@@ -21,6 +22,7 @@ import torch
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.weights.pickle_bounds import PickleBoundsError, require_bounded_pickle
 from resvit_export.loading.weights.regular_file import require_file
+from resvit_export.loading.weights.shards import ENDING, read_shards
 
 _LEGACY_PICKLES = 5
 """Magic number, protocol, the machine, the content, and the order of the storages: before PyTorch 1.6, one by one."""
@@ -49,7 +51,7 @@ def _number(dtype: object, data: object) -> int | float | bool | None:
     return value
 
 
-class _Array:
+class LostArray:
     """Stands for NumPy's arrays, such as a confusion matrix: weights are tensors, and nothing of it is kept."""
 
     def __init__(self, *_: object) -> None: ...
@@ -60,9 +62,10 @@ class _Array:
 
 _SETTINGS: tuple[Any, ...] = (
     *(argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta),
     *((_number, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
-    *((_Array, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
-    *((_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), _Dtype, _Array),
+    *((LostArray, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+    *((_Dtype, "numpy.dtype"), (LostArray, "numpy.ndarray"), _Dtype, LostArray),
 )
 """What training scripts save beside the weights; these only keep what they are given."""
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -84,6 +87,8 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
 def read_checkpoint(path: Path) -> Any:
     """The content of a file of safetensors or ``torch.save``, told apart by how they begin, never by their names.
 
+    Of an index (``.index.json``) the content of all files that it names.
+
     Tensors and plain values come back; besides those namespaces, paths and NumPy's numbers are let through, since
     training scripts save their settings and scores beside the weights. Nothing in a file is run.
 
@@ -93,8 +98,9 @@ def read_checkpoint(path: Path) -> Any:
     """
     require_file(path, "checkpoint", "--checkpoint")
     try:
-        with path.open("rb") as stream:
-            return _read(path, stream)
+        if path.name.endswith(ENDING):
+            return read_shards(path, _read_file)
+        return _read_file(path)
     except PermissionError as error:
         raise ResvitError(
             f"{path} cannot be read: permission denied.", "Change its permissions.", ExitCode.SYSTEM
@@ -105,6 +111,12 @@ def read_checkpoint(path: Path) -> Any:
         raise _holds_code(path, error) if _is_about_code(error) else _unreadable(path, error) from error
     except Exception as error:  # what readers of damaged bytes raise has no end
         raise _unreadable(path, error) from error
+
+
+def _read_file(path: Path) -> Any:
+    require_file(path, "checkpoint", "--checkpoint")
+    with path.open("rb") as stream:
+        return _read(path, stream)
 
 
 def _read(path: Path, stream: IO[bytes]) -> Any:

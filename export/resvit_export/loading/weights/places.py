@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from resvit_engines.errors import ResvitError
+from resvit_export.loading.weights.file import LostArray
 
 WRAPPER_SEGMENTS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module", "_fpw_module"}
@@ -102,6 +103,11 @@ def flattened(content: Any, path: Path) -> Flat:
                 below.append((f"{name}.", (*around, id(value)), value))
         waiting += reversed(below)  # in the file's own order
     keys = tuple(str(key)[:60] for key in content) if isinstance(content, Mapping) else ()
+    if not tensors and any(isinstance(value, LostArray) for value in _values_of(content)):
+        raise ResvitError(
+            f"{path} holds arrays of NumPy in place of weights.",
+            "Save them as tensors: torch.save({name: torch.from_numpy(array) for name, array in found.items()}, path).",
+        )
     if not tensors:
         found = f"the keys {', '.join(keys[:8])}" if keys else f"a {type(content).__name__}"
         raise ResvitError(
@@ -109,6 +115,12 @@ def flattened(content: Any, path: Path) -> Flat:
             "Give a file with the network's state_dict() in it, at the top or below any keys.",
         )
     return Flat(tensors, holders, keys)
+
+
+def _values_of(content: Any) -> Iterator[Any]:
+    """What a dictionary holds, and dictionaries in it."""
+    for value in content.values() if isinstance(content, Mapping) else ():
+        yield from value.values() if isinstance(value, Mapping) else (value,)
 
 
 def places_for(flat: Flat, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:

@@ -28,7 +28,9 @@ def require_file(path: Path, what: str, option: str) -> None:
             f"The {what} {path} cannot be read: {error.strerror}.", f"Check the path given to {option}."
         ) from error
     if stat.S_ISDIR(mode):
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+        kinds = (".safetensors", ".pt", ".pth", ".bin")
+        inside = sorted(file.name for file in path.iterdir() if file.name.endswith(".index.json"))
+        inside = inside or sorted(file.name for file in path.iterdir() if file.suffix in kinds)
         raise ResvitError(
             f"The {what} {path} is a folder.",
             f"Give the file in it: {', '.join(inside[:5])}." if inside else "Give a file.",

@@ -1,0 +1,1 @@
+"""What exporters of others write, as our own export writes it."""
