@@ -453,7 +453,7 @@ def test_weights_in_several_files(kind: str, weights: dict[str, torch.Tensor], t
     with pytest.raises(ResvitError, match="is a folder") as caught:
         load_checkpoint(net(), tmp_path)
     assert caught.value.fix == f"Give the file in it: {index.name}."
-    first.write_bytes(next(tmp_path.glob(f"*00002*.{kind}")).read_bytes())
+    first.write_bytes(next(tmp_path.glob(f"*-00002-of*.{kind}")).read_bytes())
     assert model_identity(ModelSpec("object:Net", checkpoint=index)) != before  # the index itself is unchanged
     with pytest.raises(ResvitError, match="does not hold"):
         load_checkpoint(net(), index)

@@ -58,7 +58,11 @@ class Recipe:
         place=_REFERENCE,
     )
     checkpoint: str | None = setting(
-        _PRUNE, "model.checkpoint", None, "Trained weights: .pt, .pth, .safetensors, or the .index.json of several.", place=_REFERENCE
+        _PRUNE,
+        "model.checkpoint",
+        None,
+        "Trained weights: .pt, .pth, .safetensors, or the .index.json of several.",
+        place=_REFERENCE,
     )
     checkpoint_key: str | None = setting(
         _PRUNE,
