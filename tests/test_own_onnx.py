@@ -22,6 +22,7 @@ from resvit_export.to_onnx.foreign.measured_shapes import measure_shapes
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_tensorrt.parser import UNREAD_BY_RTX, require_readable
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.placement.placement import _impossible
 
 CONV = helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1] * 4, strides=[2, 2])
 TAIL = [
@@ -529,6 +530,49 @@ def test_a_size_that_an_image_decides_is_not_measured(tmp_path: Path) -> None:
     half[:, 0] = 0
     theirs = onnx_runner(tmp_path / "theirs.onnx")({"x": half})["y"]
     np.testing.assert_allclose(onnx_runner(out)({"input": half})["logits"], theirs, rtol=1e-4)
+
+
+def test_a_scan_is_called_a_loop(tmp_path: Path) -> None:
+    state = helper.make_tensor_value_info("s", TensorProto.FLOAT, None)
+    one = helper.make_tensor_value_info("i", TensorProto.FLOAT, None)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("n", "o")]
+    steps = [helper.make_node("Add", ["s", "i"], ["n"]), helper.make_node("Identity", ["n"], ["o"])]
+    body = helper.make_graph(steps, "body", [state, one], ends)
+    nodes = [
+        CONV,
+        helper.make_node("ReduceMean", ["a", "axis"], ["start"], keepdims=0),
+        helper.make_node("Transpose", ["a"], ["rows"], perm=[2, 0, 1, 3]),
+        helper.make_node("Scan", ["start", "rows"], ["end", "sums"], name="scan", body=body, num_scan_inputs=1),
+        helper.make_node("Unsqueeze", ["end", "axis"], ["u"]),
+        helper.make_node("GlobalAveragePool", ["u"], ["p"]),
+        *TAIL[1:],
+    ]
+    with pytest.raises(ResvitError, match="a loop over one of its axes: Scan 'scan'"):
+        taken(model_of(nodes, weights={"axis": np.array([2])}), tmp_path)
+
+
+def test_a_convolution_whose_weight_an_image_makes_is_no_attention(tmp_path: Path) -> None:
+    nodes = [
+        CONV,
+        helper.make_node("ReduceMean", ["a", "axes"], ["m"], keepdims=0),
+        helper.make_node("Gemm", ["m", "kernels"], ["k"]),
+        helper.make_node("Reshape", ["k", "sizes"], ["kernel"]),
+        helper.make_node("Conv", ["a", "kernel"], ["y"], pads=[1] * 4),
+    ]
+    random = np.random.default_rng(0)
+    weights = {
+        "axes": np.array([2, 3]),
+        "kernels": random.standard_normal((16, 16 * 9), dtype=np.float32),
+        "sizes": np.array([1, 16, 3, 3]),
+    }
+    proto = model_of(nodes, image=(TensorProto.FLOAT, [1, 3, 8, 8]), weights=weights)
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    for size in (1, 1, 4, 4):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_value = size
+    _, out = taken(proto, tmp_path)
+    network = graph_from_onnx(out)
+    last = next(product for product in network.analysis.products if product.weight is None)
+    assert _impossible(last) == "its weight is computed from the image"
 
 
 def test_texts_are_refused_as_texts(tmp_path: Path) -> None:

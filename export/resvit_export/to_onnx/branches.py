@@ -57,9 +57,15 @@ def refuse_branches(model: ir.Model) -> None:
     """Raise ``ResvitError`` where control flow is left in the graph."""
     for node in model.graph:
         if any(value.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for value in node.attributes.values()):
+            if node.op_type == "Scan":
+                raise ResvitError(
+                    f"The graph holds a loop over one of its axes: Scan '{_name(node)}'.",
+                    "Export the network with operations on whole tensors in its place, or as an LSTM or GRU where it "
+                    "is one.",
+                )
             raise ResvitError(
                 f"The graph holds control flow that depends on values: {node.op_type} '{_name(node)}'.",
-                "Export the network again with torch.onnx.export(dynamo=True), or give the PyTorch network itself.",
+                "Let the network compute both ways and choose by torch.where, or decide before it is exported.",
             )
 
 

@@ -52,7 +52,9 @@ def measure_shapes(model: ir.Model) -> int:
         if value not in one or value not in other or len(one[value]) != len(other[value]):
             continue
         pairs = zip(one[value], other[value], strict=True)
-        dims = [free if free and pair == _BATCHES else pair[0] if pair[0] == pair[1] else None for pair in pairs]
+        dims: list[int | str | ir.SymbolicDim | None] = [
+            free if free and pair == _BATCHES else pair[0] if pair[0] == pair[1] else None for pair in pairs
+        ]
         old = list(value.shape) if value.shape is not None else None
         if old is not None and len(old) == len(dims):
             dims = [new if new is not None else had for new, had in zip(dims, old, strict=True)]
