@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from hypothesis import given, settings
@@ -18,9 +19,11 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.table import find_target
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.to_onnx.foreign.measured_shapes import measure_shapes
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_tensorrt.parser import UNREAD_BY_RTX, require_readable
 from resvit_quantize.graph.analysed import graph_from_onnx
+from resvit_quantize.placement.placement import _impossible
 
 CONV = helper.make_node("Conv", ["x", "w"], ["a"], name="conv", pads=[1] * 4, strides=[2, 2])
 TAIL = [
@@ -443,6 +446,134 @@ def test_calibration_behind_what_no_shape_is_inferred_of(tmp_path: Path) -> None
     assert statistics.images == 6
     second = next(node for node in onnx.load(out).graph.node if node.op_type == "Conv" and node.input[0] != "input")
     assert second.input[0] in statistics.tensors
+
+
+def sizes_computed(source: str, parts: list[str | None]) -> list[onnx.NodeProto]:
+    """``sizes`` [4] of a Reshape, as the old exporter writes them: two computed, by Shape, Gather and Div."""
+    nodes = [helper.make_node("Shape", [source], ["shape"])]
+    for index, part in enumerate(parts):
+        if part is not None:
+            nodes += [
+                helper.make_node("Gather", ["shape", part], [f"g{index}"]),
+                helper.make_node("Mul", [f"g{index}", "two"], [f"m{index}"]),
+                helper.make_node("Div", [f"m{index}", "two"], [f"d{index}"]),
+                helper.make_node("Unsqueeze", [f"d{index}", "first"], [f"u{index}"]),
+            ]
+    names = [f"u{index}" if part is not None else "minus" for index, part in enumerate(parts)]
+    return [*nodes, helper.make_node("Concat", names, ["sizes"], axis=0)]
+
+
+COMPUTED = {
+    "zero": np.array(0), "one": np.array(1), "two": np.array(2), "three": np.array(3),
+    "first": np.array([0]), "minus": np.array([-1]), "axis": np.array([3]), "last": np.array([2]),
+}  # fmt: skip
+
+
+def test_a_test_of_a_size_behind_computed_sizes_is_decided(tmp_path: Path) -> None:
+    """``squeeze`` behind a view by sizes of a tensor, as in torch's local_response_norm: it was "values decide"."""
+    then = helper.make_graph([helper.make_node("Squeeze", ["r", "axis"], ["t"])], "then", [], [
+        helper.make_tensor_value_info("t", TensorProto.FLOAT, None)])  # fmt: skip
+    other = helper.make_graph([helper.make_node("Identity", ["r"], ["e"])], "else", [], [
+        helper.make_tensor_value_info("e", TensorProto.FLOAT, None)])  # fmt: skip
+    nodes = [
+        CONV,
+        helper.make_node("ReduceMean", ["a", "axis"], ["v"], keepdims=1),
+        *sizes_computed("v", ["zero", "one", None, "three"]),
+        helper.make_node("Reshape", ["v", "sizes"], ["r"]),
+        helper.make_node("Shape", ["r"], ["rs"]),
+        helper.make_node("Gather", ["rs", "three"], ["rg"]),
+        helper.make_node("Equal", ["rg", "one"], ["is"]),
+        helper.make_node("If", ["is"], ["s"], name="choice", then_branch=then, else_branch=other),
+        helper.make_node("ReduceMean", ["s", "last"], ["f"], keepdims=0),
+        TAIL[-1],
+    ]
+    _, out = taken(model_of(nodes, weights=COMPUTED), tmp_path)
+    operators = [node.op_type for node in onnx.load(out).graph.node]
+    assert not {"If", "Shape", "Gather", "Div"} & set(operators)
+    assert compared(tmp_path, out, np.random.default_rng(1).standard_normal((3, 3, 8, 8), dtype=np.float32)) < 1e-5
+
+
+def test_outputs_of_computed_sizes_say_them(tmp_path: Path) -> None:
+    nodes = [CONV, *sizes_computed("a", ["zero", None, "two"]), helper.make_node("Reshape", ["a", "sizes"], ["y"])]
+    proto = model_of(nodes, weights=COMPUTED)
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    for name in ("batch", "many", "width"):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_param = name
+    _, out = taken(proto, tmp_path)
+    dims = onnx.load(out).graph.output[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 64, 4]
+
+
+def test_a_size_that_an_image_decides_is_not_measured(tmp_path: Path) -> None:
+    """Of noise every run gives as many; of a picture not."""
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["z"]),
+        helper.make_node("Shape", ["z"], ["c"]),
+        helper.make_node("ReduceSum", ["c"], ["n"], keepdims=0),
+        helper.make_node("Cast", ["n"], ["share"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "share"], ["m"]),
+        helper.make_node("Conv", ["m", "w"], ["a"], pads=[1] * 4, strides=[2, 2]),
+        *TAIL,
+    ]
+    path = tmp_path / "net.onnx"
+    onnx.save(model_of(nodes, image=(TensorProto.FLOAT, [1, 3, 8, 8])), path)
+    model = ir.load(path)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    measure_shapes(model)
+    known = {str(value.name): value.shape for node in model.graph for value in node.outputs}
+    assert known["z"] is None
+    assert known["m"] is not None
+    assert "NonZero" in {node.op_type for node in model.graph}
+    _, out = taken(model_of(nodes, image=(TensorProto.FLOAT, [1, 3, 8, 8])), tmp_path)
+    half = np.random.default_rng(1).standard_normal((1, 3, 8, 8), dtype=np.float32)
+    half[:, 0] = 0
+    theirs = onnx_runner(tmp_path / "theirs.onnx")({"x": half})["y"]
+    np.testing.assert_allclose(onnx_runner(out)({"input": half})["logits"], theirs, rtol=1e-4)
+
+
+def test_a_scan_is_called_a_loop(tmp_path: Path) -> None:
+    state = helper.make_tensor_value_info("s", TensorProto.FLOAT, None)
+    one = helper.make_tensor_value_info("i", TensorProto.FLOAT, None)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("n", "o")]
+    steps = [helper.make_node("Add", ["s", "i"], ["n"]), helper.make_node("Identity", ["n"], ["o"])]
+    body = helper.make_graph(steps, "body", [state, one], ends)
+    nodes = [
+        CONV,
+        helper.make_node("ReduceMean", ["a", "axis"], ["start"], keepdims=0),
+        helper.make_node("Transpose", ["a"], ["rows"], perm=[2, 0, 1, 3]),
+        helper.make_node("Scan", ["start", "rows"], ["end", "sums"], name="scan", body=body, num_scan_inputs=1),
+        helper.make_node("Unsqueeze", ["end", "axis"], ["u"]),
+        helper.make_node("GlobalAveragePool", ["u"], ["p"]),
+        *TAIL[1:],
+    ]
+    with pytest.raises(ResvitError, match="a loop over one of its axes: Scan 'scan'"):
+        taken(model_of(nodes, weights={"axis": np.array([2])}), tmp_path)
+
+
+def test_a_convolution_whose_weight_an_image_makes_is_no_attention(tmp_path: Path) -> None:
+    nodes = [
+        CONV,
+        helper.make_node("ReduceMean", ["a", "axes"], ["m"], keepdims=0),
+        helper.make_node("Gemm", ["m", "kernels"], ["k"]),
+        helper.make_node("Reshape", ["k", "sizes"], ["kernel"]),
+        helper.make_node("Conv", ["a", "kernel"], ["y"], pads=[1] * 4),
+    ]
+    random = np.random.default_rng(0)
+    weights = {
+        "axes": np.array([2, 3]),
+        "kernels": random.standard_normal((16, 16 * 9), dtype=np.float32),
+        "sizes": np.array([1, 16, 3, 3]),
+    }
+    proto = model_of(nodes, image=(TensorProto.FLOAT, [1, 3, 8, 8]), weights=weights)
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    for size in (1, 1, 4, 4):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_value = size
+    _, out = taken(proto, tmp_path)
+    network = graph_from_onnx(out)
+    last = next(product for product in network.analysis.products if product.weight is None)
+    assert _impossible(last) == "its weight is computed from the image"
 
 
 def test_texts_are_refused_as_texts(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ input size the outcome is known. What does depend on values stays, and is refuse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -19,10 +21,11 @@ _MOST_NODES = 100_000
 _ROUNDS = 64
 
 
-def take_known_branches(model: ir.Model) -> int:
+def take_known_branches(model: ir.Model, more_shapes: Callable[[ir.Model], int] | None = None) -> int:
     """Replace in place every If and Loop that no image decides by what it computes; returns how many.
 
-    Those inside the taken branch follow. Shapes are inferred anew after each round.
+    Those inside the taken branch follow. Shapes are inferred anew after each round; where they decide nothing any
+    more, ``more_shapes`` is asked to fill in others.
     """
     from resvit_export.to_onnx.canonical import infer_shapes
 
@@ -40,19 +43,29 @@ def take_known_branches(model: ir.Model) -> int:
             else:
                 _unroll(model.graph, node, int(decided.item()))
             count += 1
-        if not known:
-            return count
         infer_shapes(model)
+        if not known and (more_shapes is None or not _has_branches(model.graph) or not more_shapes(model)):
+            return count
     return count
+
+
+def _has_branches(graph: ir.Graph) -> bool:
+    return any(node.op_type in ("If", "Loop") and not node.domain for node in graph)
 
 
 def refuse_branches(model: ir.Model) -> None:
     """Raise ``ResvitError`` where control flow is left in the graph."""
     for node in model.graph:
         if any(value.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for value in node.attributes.values()):
+            if node.op_type == "Scan":
+                raise ResvitError(
+                    f"The graph holds a loop over one of its axes: Scan '{_name(node)}'.",
+                    "Export the network with operations on whole tensors in its place, or as an LSTM or GRU where it "
+                    "is one.",
+                )
             raise ResvitError(
                 f"The graph holds control flow that depends on values: {node.op_type} '{_name(node)}'.",
-                "Export the network again with torch.onnx.export(dynamo=True), or give the PyTorch network itself.",
+                "Let the network compute both ways and choose by torch.where, or decide before it is exported.",
             )
 
 

@@ -27,6 +27,7 @@ from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
 from resvit_export.to_onnx.canonical import BATCH, canonicalise, image_first, infer_shapes, optimize
 from resvit_export.to_onnx.foreign.group_norms import write_out_group_norms
+from resvit_export.to_onnx.foreign.measured_shapes import measure_shapes
 from resvit_export.to_onnx.image_input import ImageEntrance, take_image
 from resvit_export.to_onnx.onnx_file import (
     in_training,
@@ -148,7 +149,9 @@ def _bring_into_form(model: ir.Model, path: Path, inputs: Sequence[str], notes: 
         _require_small(model, path)
     with reading(path, "cannot be brought into the form that this tool works on"):
         optimize(model)
-        if take_known_branches(model):
+        if measure_shapes(model):
+            optimize(model)
+        if take_known_branches(model, measure_shapes):
             write_out_group_norms(model)
             optimize(model)
         refuse_branches(model)

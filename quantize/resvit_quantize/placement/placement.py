@@ -145,6 +145,8 @@ def _impossible(product: Product) -> str | None:
     """Why a product cannot be quantised at all."""
     node = product.node
     if product.weight is None:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+            return "its weight is computed from the image"
         return "attention matrix products stay in FP16"
     if not product.is_layer:
         left = product.weight is node.inputs[0]
