@@ -338,6 +338,8 @@ def test_numbers_of_small_weights_are_constant(tmp_path: Path) -> None:
     ("behind", "problem", "fix"),
     [
         (lambda maps: torch.complex(maps, maps), "output output is complex", "view_as_real"),
+        (lambda maps: maps[maps > 0.1], "output output holds as much as an image happens to give", "topk"),
+        (lambda maps: (maps, (maps > 0).nonzero()), "output output_1 holds as much", "topk"),
         (
             lambda maps: torch.sparse.mm(torch.eye(4).to_sparse(), maps.mean((2, 3)).T).T,
             r"computes with sparse_coo tensors \(test_behaviour.py",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from resvit_calibrate.runtime.behaviour import couples_images, refuse_blind, refuse_random
 from resvit_calibrate.runtime.runner import Runner, pieces
@@ -183,6 +184,13 @@ def _require_batched(program: ExportedProgram) -> None:
             raise ResvitError(
                 f"The network's output {name} is complex, and no engine answers in complex numbers.",
                 "Let its forward return torch.view_as_real of it, or its magnitude.",
+            )
+        if isinstance(node, torch.fx.Node) and free_unbacked_symbols(node.meta["val"].shape):
+            raise ResvitError(
+                f"The network's output {name} holds as much as an image happens to give: an engine's outputs have one "
+                "entry for each image, and one size.",
+                "End the network in front of what finds a varying number of things (nonzero, NMS, a mask as index), or "
+                "let it give as many for every image (topk).",
             )
         if isinstance(shape[0], int) and shape[0] != (fixed_batch_of(program) or 1):
             raise ResvitError(
