@@ -84,7 +84,7 @@ CALIBRATE = (
     ),
     Mutation(
         "calibrate/resvit_calibrate/runtime/parity.py",
-        "min(_ROUNDINGS * moved[name], _MOST_MOVED * largest)",
+        "min(_ROUNDINGS * moved[name], max(_MOST_MOVED * largest, _NEAR_NOTHING))",
         "_ROUNDINGS * moved[name]",
         "a network that rounding throws about passes parity, however wrong its translation is",
         ("tests/test_rows.py", "tests/test_export.py"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_export.loading.batch_axis import batch_axis, to_the_front
+from resvit_export.loading.axes.batch_axis import batch_axis, to_the_front
 from resvit_export.loading.load import Network, network_from_module
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.to_onnx.export import onnx_from_program

@@ -23,9 +23,9 @@ from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
 from resvit_engines.pictures.sizes import MOST_PIXELS, SizeRange
-from resvit_export.loading.batch_axis import BROUGHT, batch_axis, with_batch_first
+from resvit_export.loading.axes.batch_axis import BROUGHT, batch_axis, with_batch_first
+from resvit_export.loading.axes.open_sizes import makes_numbers, require_open_program, sizes_stay_free, step_of_module
 from resvit_export.loading.inputs import IMAGE, TYPES, NetworkInput, in_order, random_feeds
-from resvit_export.loading.open_sizes import makes_numbers, require_open_program, sizes_stay_free, step_of_module
 from resvit_export.loading.user_code import KnownValues, is_library, left_out_note, tensors_alone, user_error
 from resvit_quantize.pruning.copies import forgetting
 

@@ -21,7 +21,7 @@ from resvit_calibrate.runtime.sessions import Arrays
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import sha256_file
 from resvit_engines.pictures.sizes import SizeRange
-from resvit_export.loading.batch_axis import BROUGHT, batch_axis, to_the_front
+from resvit_export.loading.axes.batch_axis import BROUGHT, batch_axis, to_the_front
 from resvit_export.loading.inputs import IMAGE, NetworkInput, ShapeWish, in_order, random_feeds
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.to_onnx.branches import refuse_branches, take_known_branches
