@@ -14,7 +14,13 @@ from resvit_calibrate.runtime import runner as runtime
 from resvit_calibrate.runtime import selftest
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.selftest import runtime_note, self_test
-from resvit_calibrate.runtime.sessions import OutOfMemoryError, run_session
+from resvit_calibrate.runtime.sessions import (
+    OutOfMemoryError,
+    onnxruntime_module,
+    open_session,
+    run_session,
+    session_options,
+)
 from resvit_engines.errors import ExitCode, ResvitError
 
 
@@ -202,3 +208,16 @@ def test_memory_that_runs_out_is_said_in_few_words(images, fix):
     feeds = {f"input.{number}": np.zeros(1, np.float32) for number in range(99)}
     with pytest.raises(OutOfMemoryError, match=r"input\.7 float32\[1\], …\.\n"):
         run_session(Full(), ["logits"], feeds)
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded_is_no_fault_of_its_file(monkeypatch, tmp_path):
+    def full(*arguments, **named):
+        raise RuntimeError(
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
+        )
+
+    monkeypatch.setattr(onnxruntime_module(), "InferenceSession", full)
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(OutOfMemoryError, match="ran out while ONNX Runtime loaded .*model.onnx") as raised:
+        open_session(tmp_path / "model.onnx", session_options())
+    assert raised.value.code == ExitCode.SYSTEM

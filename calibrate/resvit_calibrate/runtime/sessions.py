@@ -47,10 +47,15 @@ def session_options(*, float_math: bool = True, optimize: bool = True) -> Any:
     return options
 
 
+class OutOfMemoryError(ResvitError):
+    """A model, or what it computes, did not fit into memory."""
+
+
 def open_session(model: Path | bytes, options: Any, *, folder: Path | None = None) -> Any:
     """Open a CPU session; ``folder`` is where the external data of a model given as bytes lies.
 
-    Raises ResvitError when the file is missing, is no ONNX model, or holds what this runtime cannot run.
+    Raises ResvitError when the file is missing, is no ONNX model, or holds what this runtime cannot run, and
+    OutOfMemoryError.
     """
     ort = onnxruntime_module()
     if isinstance(model, Path) and not model.is_file():
@@ -61,6 +66,12 @@ def open_session(model: Path | bytes, options: Any, *, folder: Path | None = Non
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         what = str(model) if isinstance(model, Path) else "the model"
+        if _is_memory(error):
+            raise OutOfMemoryError(
+                f"Memory ran out while ONNX Runtime loaded {what}.",
+                "Close what else takes memory, or use a machine with more.",
+                ExitCode.SYSTEM,
+            ) from error
         raise ResvitError(
             f"ONNX Runtime {ort.__version__} cannot load {what}: {first_line(error)}",
             "If the file is complete and passes onnx.checker, an operator or external data file is missing; "
@@ -72,10 +83,6 @@ def add_weight_folder(options: Any, folder: Path | None) -> None:
     """Say in a session's options where the external data of a model given as bytes lies, if it has any."""
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-
-
-class OutOfMemoryError(ResvitError):
-    """A model's activations did not fit into memory."""
 
 
 def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool = False) -> list[Array]:
@@ -93,7 +100,7 @@ def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool
             if not name.startswith(INTERNAL) and value.ndim
         ]
         shapes = ", ".join([*shown[:_MOST_SHOWN], *(["…"] if len(shown) > _MOST_SHOWN else [])])
-        if "allocate" in str(error) or "bad_alloc" in str(error) or isinstance(error, MemoryError):
+        if _is_memory(error):
             several = any(value.ndim and len(value) > 1 for value in feeds.values())
             raise OutOfMemoryError(
                 f"Memory ran out while the model ran on {shapes}.",
@@ -109,6 +116,10 @@ def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool
             f"The model declares {wanted}; check the image size, the channels and the batch size.",
         ) from error
     return values
+
+
+def _is_memory(error: Exception) -> bool:
+    return "allocate" in str(error) or "bad_alloc" in str(error) or isinstance(error, MemoryError)
 
 
 def _shrinking() -> Any:

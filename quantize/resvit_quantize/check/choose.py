@@ -87,7 +87,7 @@ def checked(
         if why_not:
             return shipped, HeldBackCheck(0, not held.apart, (), OURS, note=why_not)
         return _best(Contest(graph, folds, ranges, statistics, shipped), held)
-    except OutOfMemoryError:
+    except (OutOfMemoryError, MemoryError):
         # The float network alone did run: calibration has. Our own way is what it would be without images.
         return shipped, HeldBackCheck(0, not held.apart, (), OURS, note="memory ran out")
 
