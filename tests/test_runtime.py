@@ -218,6 +218,6 @@ def test_memory_that_runs_out_while_a_model_is_loaded_is_no_fault_of_its_file(mo
 
     monkeypatch.setattr(onnxruntime_module(), "InferenceSession", full)
     (tmp_path / "model.onnx").write_bytes(b"x")
-    with pytest.raises(OutOfMemoryError, match="ran out while ONNX Runtime loaded .*model.onnx") as raised:
+    with pytest.raises(OutOfMemoryError, match=r"ran out while ONNX Runtime loaded .*model\.onnx") as raised:
         open_session(tmp_path / "model.onnx", session_options())
     assert raised.value.code == ExitCode.SYSTEM
