@@ -18,8 +18,7 @@ from resvit_calibrate.images.image_set import Batch, DataSpec, ImageSet
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
-from resvit_calibrate.runtime.sessions import OutOfMemoryError
-from resvit_engines.errors import ExitCode
+from resvit_engines.errors import ExitCode, OutOfMemoryError
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.choose import HeldBack
 from resvit_quantize.check.judge import Errors, best_of, gain

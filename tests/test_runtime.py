@@ -15,13 +15,12 @@ from resvit_calibrate.runtime import selftest
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_calibrate.runtime.selftest import runtime_note, self_test
 from resvit_calibrate.runtime.sessions import (
-    OutOfMemoryError,
     onnxruntime_module,
     open_session,
     run_session,
     session_options,
 )
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 
 
 def qdq_model(real=np.float16, grid=np.int8, scale=0.037, batch=None):

@@ -92,4 +92,9 @@ class ResvitError(Exception):
 
 
 class OutOfMemoryError(ResvitError):
-    """A build ended for want of memory; with a smaller workspace it may succeed."""
+    """A build ended for want of memory, with a smaller workspace it may succeed; or a model did not fit."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python's or of ONNX Runtime says that memory ran out."""
+    return isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, is_out_of_memory
 
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
@@ -47,10 +47,6 @@ def session_options(*, float_math: bool = True, optimize: bool = True) -> Any:
     return options
 
 
-class OutOfMemoryError(ResvitError):
-    """A model, or what it computes, did not fit into memory."""
-
-
 def open_session(model: Path | bytes, options: Any, *, folder: Path | None = None) -> Any:
     """Open a CPU session; ``folder`` is where the external data of a model given as bytes lies.
 
@@ -66,7 +62,7 @@ def open_session(model: Path | bytes, options: Any, *, folder: Path | None = Non
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         what = str(model) if isinstance(model, Path) else "the model"
-        if _is_memory(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(
                 f"Memory ran out while ONNX Runtime loaded {what}.",
                 "Close what else takes memory, or use a machine with more.",
@@ -100,7 +96,7 @@ def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool
             if not name.startswith(INTERNAL) and value.ndim
         ]
         shapes = ", ".join([*shown[:_MOST_SHOWN], *(["…"] if len(shown) > _MOST_SHOWN else [])])
-        if _is_memory(error):
+        if is_out_of_memory(error):
             several = any(value.ndim and len(value) > 1 for value in feeds.values())
             raise OutOfMemoryError(
                 f"Memory ran out while the model ran on {shapes}.",
@@ -116,10 +112,6 @@ def run_session(session: Any, outputs: list[str], feeds: Arrays, *, frugal: bool
             f"The model declares {wanted}; check the image size, the channels and the batch size.",
         ) from error
     return values
-
-
-def _is_memory(error: Exception) -> bool:
-    return "allocate" in str(error) or "bad_alloc" in str(error) or isinstance(error, MemoryError)
 
 
 def _shrinking() -> Any:

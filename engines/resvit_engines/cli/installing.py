@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +16,23 @@ if TYPE_CHECKING:
     from resvit_engines.install.state import State, Version
 
 
-def trust_option(function: F) -> F:
-    """Add ``--trust``."""
+def _trust(what: str, beside: str = "") -> Callable[[F], F]:
     return click.option(
         "--trust",
         type=click.Path(path_type=Path),
-        help="A .pub file, or a folder of them, that is trusted.  [default: $RESVIT_TRUST, else /etc/resvit/keys for "
-        "root and ~/.config/resvit/keys]",
-    )(function)
+        help=f"{what}  [default: $RESVIT_TRUST, else /etc/resvit/keys for root and ~/.config/resvit/keys{beside}]",
+    )
+
+
+def trust_option(function: F) -> F:
+    """Add ``--trust``."""
+    return _trust("A .pub file, or a folder of them, that is trusted.")(function)
 
 
 def maker_option(function: F) -> F:
     """Add ``--trust`` of what builds here: the folders that it falls back to hold this device's own key too."""
-    return click.option(
-        "--trust",
-        type=click.Path(path_type=Path),
-        help="Public key of the maker, or a folder of such.  [default: $RESVIT_TRUST, else /etc/resvit/keys for "
-        "root and ~/.config/resvit/keys, which hold this device's own key too]",
-    )(function)
+    own = ", which hold this device's own key too"
+    return _trust("Public key of the maker, or a folder of such.", own)(function)
 
 
 def root_option(function: F) -> F:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, is_out_of_memory
 from resvit_engines.files import sha256_bytes
 from resvit_engines.ort.sessions import engine_options, exact_options, first_line, load_onnxruntime, open_session
 from resvit_engines.plugins.onnx_wire import with_float32_quantizers
@@ -99,7 +99,7 @@ class OnnxOnCpu:
         try:
             return dict(zip(names, self._session.run(names, feeds), strict=True))
         except Exception as error:
-            memory = isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)
+            memory = is_out_of_memory(error)
             raise ResvitError(
                 "Memory ran out while the model ran." if memory else f"ONNX Runtime failed: {first_line(error)}",
                 "Use a smaller batch." if memory else "Export the model again; an operator of it does not run.",

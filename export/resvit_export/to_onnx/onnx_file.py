@@ -296,7 +296,7 @@ def require_fits(elements: int, what: str) -> None:
 def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse what is quantised, in half precision, random or in training, and operators that are not ONNX's."""
     functions = {(function.domain, function.name) for function in proto.functions}
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in _STANDARD), default=0)
+    opset = standard_opset(proto)
     for node in _nodes(proto, path):
         standard = node.domain in _STANDARD
         if standard and (node.op_type in _QUANTISED or node.op_type.startswith("QLinear")):
@@ -329,6 +329,11 @@ def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
             names = {number: name for name, number in TensorProto.DataType.items()}
             kind = names.get(tensor.data_type, f"type {tensor.data_type}")
             raise invalid(path, f"the weights {tensor.name} are of {kind}, not of float32", "Give the float32 model.")
+
+
+def standard_opset(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that a model is written in; 0 where it does not say."""
+    return max((entry.version for entry in proto.opset_import if entry.domain in _STANDARD), default=0)
 
 
 def refuse_sequences(model: ir.Model, path: Path) -> None:
@@ -438,7 +443,7 @@ def _checked(proto: onnx.ModelProto, weights: Collection[str], path: Path) -> on
     for value in proto.graph.output:
         if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
             value.ClearField("type")  # then its shape is inferred
-    replace_withdrawn_group_norms(proto)
+    replace_withdrawn_group_norms(proto, standard_opset(proto))
     if any(value.type.WhichOneof("value") is None for value in proto.graph.output):
         proto = onnx.shape_inference.infer_shapes(proto)
     told = [value for value in proto.graph.value_info if value.name not in weights and _is_sane(value)]

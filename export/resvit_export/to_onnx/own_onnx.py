@@ -37,6 +37,7 @@ from resvit_export.to_onnx.onnx_file import (
     refuse_sequences,
     require_fits,
     runnable,
+    standard_opset,
 )
 from resvit_export.to_onnx.report import (
     ExportReport,
@@ -81,7 +82,7 @@ def import_onnx(
         wishes = [wish for wish in wishes if wish.input.name not in unread]
         own, entrance = _take_inputs(model, path, wishes, image, notes)
     sizes = sizes_of_graph(model)
-    axes = _bring_into_form(model, path, list(own.values()), notes)
+    axes = _bring_into_form(model, path, list(own.values()), sizes, notes)
     with reading(path, "cannot be brought into the form that this tool works on"):
         write_model(model, out)
     batch = shape_of(model.graph.inputs[0])[0]
@@ -133,12 +134,13 @@ def import_onnx(
     return record, report
 
 
-def _bring_into_form(model: ir.Model, path: Path, inputs: Sequence[str], notes: list[str]) -> dict[int, int]:
+def _bring_into_form(
+    model: ir.Model, path: Path, inputs: Sequence[str], sizes: SizeRange | None, notes: list[str]
+) -> dict[int, int]:
     """Bring a graph whose inputs are ours already into canonical form, in place; raises as ``import_onnx``.
 
     Returns where the batch of outputs by number was, where it was not in front.
     """
-    sizes = sizes_of_graph(model)
     with reading(path):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _require_finite(model, path)
@@ -185,7 +187,7 @@ def _preprocess(entrance: ImageEntrance, channels: int, height: int, width: int)
 
 
 def _converted(proto: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.ModelProto:
-    version = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    version = standard_opset(proto)
     if OLDEST_OPSET <= version <= NEWEST_OPSET:
         return proto
     wanted = min(max(version, OLDEST_OPSET), NEWEST_OPSET)

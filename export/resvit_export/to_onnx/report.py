@@ -172,7 +172,7 @@ def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
 def _example_of(sizes: Sequence[int | str]) -> str:
     """Sizes for one image, those that are known among them."""
     usual = (1, 3, 224, 224)
-    known = [size if isinstance(size, int) else usual[min(axis, 3)] for axis, size in enumerate(sizes or usual)]
+    known = [size if isinstance(size, int) else usual[min(axis, 3)] for axis, size in enumerate(sizes)]
     return "x".join(map(str, [1, *known[1:]]))
 
 

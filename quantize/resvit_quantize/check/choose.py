@@ -20,7 +20,7 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.ranges.ranges import Ranges, ranges_from
 from resvit_calibrate.ranges.statistics import Statistics
-from resvit_calibrate.runtime.sessions import OutOfMemoryError
+from resvit_engines.errors import OutOfMemoryError
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.contest import Built, Contest, Fold, build
 from resvit_quantize.check.judge import LIKELY, SURE, Judge, cut
@@ -80,16 +80,20 @@ def checked(
     ``model`` is the file of ``graph``. Raises as :func:`build` does, and for images that the model cannot run on.
     """
     shipped = build(graph, ranges, settings, statistics)
+
+    def unchecked(why: str) -> tuple[Built, HeldBackCheck]:
+        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note=why)
+
     if not shipped.plan.placement.edges:
-        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note="nothing is quantised")
+        return unchecked("nothing is quantised")
     try:
         why_not, folds = _folds(model, graph, ranges, statistics, held)
         if why_not:
-            return shipped, HeldBackCheck(0, not held.apart, (), OURS, note=why_not)
+            return unchecked(why_not)
         return _best(Contest(graph, folds, ranges, statistics, shipped), held)
     except (OutOfMemoryError, MemoryError):
         # The float network alone did run: calibration has. Our own way is what it would be without images.
-        return shipped, HeldBackCheck(0, not held.apart, (), OURS, note="memory ran out")
+        return unchecked("memory ran out")
 
 
 def _best(contest: Contest, held: HeldBack) -> tuple[Built, HeldBackCheck]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import FILE_MOST, TEXT_MOST, kind_of_file
+from resvit_export.loading.weights.shards import ENDING
 
 _MOST = {".onnx": 2 << 30, ".py": TEXT_MOST}
 """Bytes by ending; protobuf ends below 2 GiB."""
@@ -29,7 +30,7 @@ def require_file(path: Path, what: str, option: str) -> None:
         ) from error
     if stat.S_ISDIR(mode):
         kinds = (".safetensors", ".pt", ".pth", ".bin")
-        inside = sorted(file.name for file in path.iterdir() if file.name.endswith(".index.json"))
+        inside = sorted(file.name for file in path.iterdir() if file.name.endswith(ENDING))
         inside = inside or sorted(file.name for file in path.iterdir() if file.suffix in kinds)
         raise ResvitError(
             f"The {what} {path} is a folder.",

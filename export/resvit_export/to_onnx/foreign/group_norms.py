@@ -19,9 +19,8 @@ _PER_CHANNEL = 21
 """The opset from which weight and bias are per channel; they were per group before, in an operator now withdrawn."""
 
 
-def replace_withdrawn_group_norms(proto: onnx.ModelProto) -> None:
+def replace_withdrawn_group_norms(proto: onnx.ModelProto, opset: int) -> None:
     """Write out in place those of opset 18 to 20, which ONNX's checker refuses by now."""
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     if opset >= _PER_CHANNEL or all(node.op_type != _NAME for node in proto.graph.node):
         return
     nodes: list[onnx.NodeProto] = []
