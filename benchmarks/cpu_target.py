@@ -1,15 +1,18 @@
-"""INT8 against FP32 on this machine's processor, and against ONNX Runtime's own quantiser: latency and agreement.
+"""INT8 against FP32 on this machine's processor, and against three other quantisers: latency and agreement in one run.
 
     python benchmarks/cpu_target.py
     python benchmarks/cpu_target.py --only resvit:embed-nano --rounds 40
 
-Every row of a network starts from one float ONNX (opset as exported, batch 1) and the same calibration images. FP32 and
-ours are the engines that ``--target cpu`` builds; ONNX Runtime's are what ``quantize_static`` writes, opened as it is:
-U8S8 and S8S8 with Q/DQ and weights per channel, min-max ranges, with and without attention's products. All sessions are
-open at once and timed in turns, in rounds whose order turns; a ratio is the median over rounds of FP32 over the row,
-with a bootstrap interval of 95%. With one thread the CPU time of the calling thread is reported too: what others do on
-the machine does not count in it. Agreement is the share of test images with the answer of the float graph, SQNR that of
-the logits, by the very sessions that are timed. Networks with random weights are there for their latency alone.
+Every row of a network starts from one float ONNX (opset as exported, batch 1) and the same calibration images. FP32
+and ours are the engines that ``--target cpu`` builds. ONNX Runtime's are what ``quantize_static`` writes: U8S8 and
+S8S8 with Q/DQ and weights per channel, min-max ranges, with and without attention's products. NNCF's are for
+transformers, with fast bias correction. ModelOpt's are by its ONNX quantiser, everything or weighted layers alone,
+the rest in FP32. Peers' files are opened with ONNX Runtime's usual options. All sessions are open at once and timed
+in turns, in rounds whose order turns; a ratio is the median over rounds of FP32 over the row, with a bootstrap
+interval of 95%. With one thread the CPU time of the calling thread is reported too: what others do on the machine
+does not count in it. Agreement is the share of test images with the answer of the float graph (the class, or the text
+of a line), SQNR that of the logits, by the very sessions that are timed. What the networks know of the images,
+``cpu_networks.py`` says.
 
 Prints Markdown and keeps it in ``results/cpu-target.md`` and ``.json``.
 """
@@ -19,8 +22,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
+from cpu_networks import HYBRIDS, KNOWS, NETWORKS, Images, decisions, exported, image_sets
 from machine import RESULTS, write_result
 
 from resvit_engines.bench.compare import paired_ratio
@@ -38,17 +39,14 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.machine import this_machine
 from resvit_engines.ort.sessions import engine_options, load_onnxruntime, open_session, optimised_onnx
 
-ASSETS = Path(__file__).parents[1] / "tests" / "assets"
-NETWORKS = (
-    "resvit:embed-nano",
-    "resvit:dual-nano",
-    "resvit:fpn-nano",
-    "resvit:mobile-nano",
-    "timm:resnet50",
-    "timm:vit_small_r26_s32_224",
-)
 FLOAT, OURS = "FP32", "resvit INT8"
-Images = npt.NDArray[np.float32]
+PEERS = {
+    "nncf": "NNCF",
+    "modelopt-cpu-max": "ModelOpt ONNX, max",
+    "modelopt-cpu-weighted-max": "ModelOpt ONNX, Conv/MatMul/Gemm without attention, max",
+}
+_LIMIT = 900.0
+"""Seconds after which a peer is ended."""
 
 
 @dataclass(frozen=True)
@@ -66,29 +64,6 @@ class Row:
     agreement: float | None
     sqnr_db: float | None
     note: str = ""
-
-
-def exported(network: str, runs: Path) -> Path:
-    """The folder of the float ONNX; what is there from last time is not done again."""
-    name = network.partition(":")[2]
-    command = [sys.executable, "-m", "resvit_export", "export", "--model", network, "--run", str(runs / name), "--json"]
-    if network.startswith("resvit:"):
-        command += ["--checkpoint", str(ASSETS / f"{name}.pt")]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    return Path(json.loads(done.stdout)["folder"])
-
-
-def image_sets(folder: Path, calibration: int, test: int) -> tuple[Images, Images]:
-    """Fashion-MNIST as the network reads it: float32 [N, C, H, W] to calibrate and to test with."""
-    from resvit_calibrate.data.image_sets import open_image_sets
-    from resvit_calibrate.images.image_set import DataSpec
-    from resvit_calibrate.images.preprocess import Preprocess
-    from resvit_engines.progress import SILENT
-
-    preprocess = Preprocess.from_json(json.loads((folder / "network.json").read_bytes())["preprocess"])
-    sets = open_image_sets(DataSpec("fashion-mnist", None, calibration, test), preprocess, SILENT)
-    first, second = (np.concatenate([batch.images for batch in each.batches(32)]) for each in sets)
-    return first, second
 
 
 def ours(model: Path, calibration: Images, out: Path) -> None:
@@ -146,14 +121,14 @@ class Subject:
     note: str = ""
 
 
-def subjects(model: Path, calibration: Images, folder: Path) -> Iterator[Subject]:
-    """The float engine, ours, and what ONNX Runtime's quantiser makes."""
+def subjects(model: Path, calibration: Images, folder: Path, *, signed: bool) -> Iterator[Subject]:
+    """The float engine, ours, and what the peers make; ``signed`` asks for ONNX Runtime's signed activations too."""
     optimised_onnx(model, folder / "float.plan")
     yield Subject(FLOAT, folder / "float.plan")
     ours(model, calibration, folder / "ours.onnx")
     optimised_onnx(folder / "ours.onnx", folder / "ours.plan")
     yield Subject(OURS, folder / "ours.plan")
-    for unsigned in (True, False):
+    for unsigned in (True, False) if signed else (True,):
         for attention in (True, False):
             kind = "U8S8" if unsigned else "S8S8"
             method = f"ONNX Runtime {kind}" + ("" if attention else ", without attention")
@@ -164,10 +139,28 @@ def subjects(model: Path, calibration: Images, folder: Path) -> Iterator[Subject
                 yield Subject(method, file, str(error).splitlines()[0][:120])
                 continue
             yield Subject(method, file)
+    yield from by_peers(model, calibration, folder)
+
+
+def by_peers(model: Path, calibration: Images, folder: Path) -> Iterator[Subject]:
+    """What NNCF and ModelOpt make, each in a process of its own."""
+    from peers.children import Task, missing, run_child
+    from peers.images import store_array
+
+    store_array(calibration, folder / "calibration")
+    for name, title in PEERS.items():
+        out = folder / name
+        if lacking := missing(name):
+            yield Subject(title, out, f"not installed: {', '.join(lacking)}")
+            continue
+        paths = [str(path) for path in (folder / "calibration", folder / "calibration", folder / "none")]
+        task = Task(name, "int8", 8, 8, str(model), "", None, *paths, batch=1, folder=str(out))
+        made = run_child("make", task, _LIMIT)
+        yield Subject(title, out / "model.onnx", made.get("failed", "")[:160])
 
 
 def answers(session: Any, images: Images) -> Images:
-    """The logits [N, K], an image at a time: the graphs' batch is 1."""
+    """The first output, [N, K] or [N, T, K], an image at a time: the graphs' batch is 1."""
     return np.concatenate([session.run(None, {"input": image[None]})[0] for image in images])
 
 
@@ -198,14 +191,25 @@ def timed(sessions: dict[str, Any], image: Images, rounds: int, seconds: float) 
     return taken
 
 
+def usual(ort: Any, threads: int) -> Any:
+    """Options of a session as ONNX Runtime has them: the peers' files were made for those."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return options
+
+
 def rows_of(network: str, runs: Path, rounds: int, seconds: float, calibration: int, test: int) -> list[Row]:
     """Every row of one network, at one and two threads."""
-    ort, folder = load_onnxruntime(), exported(network, runs)
-    trained = network.startswith("resvit:")
-    first, second = image_sets(folder, calibration if trained else 8, test if trained else 8)
+    ort, model = load_onnxruntime(), exported(network, runs)
+    if network not in HYBRIDS:  # ten to a hundred times the work
+        calibration, test = min(calibration, 64 if network in KNOWS else 16), min(test, 200)
+    first, second = image_sets(network, model, calibration, test)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        made = list(subjects(folder / "model.onnx", first, Path(scratch)))
+        # Signed activations have no 8-bit convolutions here, which the small networks show.
+        made = list(subjects(model, first, Path(scratch), signed=network in HYBRIDS))
         known: dict[str, tuple[float, float]] = {}
         for threads in (1, 2):
             sessions = {}
@@ -213,16 +217,17 @@ def rows_of(network: str, runs: Path, rounds: int, seconds: float, calibration: 
                 if item.note:
                     continue
                 try:
-                    options = engine_options(ort, threads)
+                    options = engine_options(ort, threads) if item.method in (FLOAT, OURS) else usual(ort, threads)
                     sessions[item.method] = open_session(ort, str(item.file), options, item.file.name)
                 except ResvitError as error:
-                    made[made.index(item)] = replace(item, note=f"does not open: {error.problem[-90:]}")
-            if threads == 1 and trained:
+                    made[made.index(item)] = replace(item, note=f"does not open: {error.problem[:160]}")
+            if threads == 1:
                 expected = answers(sessions[FLOAT], second)
                 for name, session in sessions.items():
                     found = answers(session, second)
                     noise = max(float(np.linalg.norm(found - expected)), 1e-12)
-                    same = float((found.argmax(1) == expected.argmax(1)).mean())
+                    pairs = zip(decisions(found), decisions(expected), strict=True)
+                    same = float(np.mean([ours == theirs for ours, theirs in pairs]))
                     known[name] = same, min(120.0, 20 * float(np.log10(np.linalg.norm(expected) / noise)))
             taken = timed(sessions, second[:1], rounds, seconds)
             for item in made:
@@ -247,6 +252,10 @@ def markdown(rows: list[Row], facts: dict[str, Any]) -> str:
         "",
         f"{facts['processor']}, {facts['cores']} cores, ONNX Runtime {facts['onnxruntime']}; {facts['rounds']} rounds, "
         f"in turns; batch 1. Load of the machine while it was measured (1 minute): {facts['load']}.",
+        "",
+        "Agreement means accuracy where a network was trained for the images it sees, else fidelity alone: "
+        + "; ".join(f"{name}: {KNOWS.get(name, 'random weights')}" for name in dict.fromkeys(r.network for r in rows))
+        + ".",
         "",
         "| network | quantiser | threads | ms | times as fast as FP32 | by CPU time | agreement | SQNR |",
         "|---|---|---|---|---|---|---|---|",

@@ -5,18 +5,18 @@
     python benchmarks/families.py --until prune --only levit
 
 Weights cannot be had everywhere, architectures can. Those of transformers are built small (``family_models.py``),
-timm's as they are. Images are Fashion-MNIST, and outputs are compared as they are (task ``other``): a network of
-random weights has no accuracy. Engines are TensorRT for RTX's for an RTX 4090, built without a GPU. "Own noise" is
-the ratio of signal to noise of the float network's outputs where noise of 40 dB lies on its images: where that is low
-already, a low SQNR is the network's own. Where the SQNR is under 20 dB, "least noise" is what the float network keeps
-under the least noise that 8 bits cost, at the same places (``sensitivity/own_noise.py``), and who is to blame: the
-network, or us. "As far as" is the last stage that was run: rows of ``--until export`` are folded, exported and
-compared with PyTorch, and no more. "Pruned" (``--until prune``) is the share of the products that is left to a network
-that is pruned to half, or as far as it can be, and folded: small configurations are near their least widths. What
-answers to prompts, text or films is no function of one image: refused by name, it is counted apart, and the part of it
-that sees has its own row. Each model runs in a process of its own, within ``--memory`` and ``--seconds``. Every row is
-added to ``--records`` as it is done, and what stands there is not done again: a run can be ended at any time, and
-continued on another machine, whose seconds are others.
+timm's as they are (three at 224 or 256 pixels instead of 546 and 768). Images are Fashion-MNIST, and outputs are
+compared as they are (task ``other``): a network of random weights has no accuracy. Engines are TensorRT for RTX's for
+an RTX 4090, built without a GPU. "Own noise" is the ratio of signal to noise of the float network's outputs where
+noise of 40 dB lies on its images: where that is low already, a low SQNR is the network's own. Where the SQNR is under
+20 dB, "least noise" is what the float network keeps under the least noise that 8 bits cost, at the same places
+(``sensitivity/own_noise.py``), and who is to blame: the network, or us. "As far as" is the last stage that was run:
+rows of ``--until export`` are folded, exported and compared with PyTorch, and no more. "Pruned" (``--until prune``)
+is the share of the products that is left to a network that is pruned to half, or as far as it can be, and folded:
+small configurations are near their least widths. What answers to prompts, text or films is no function of one image:
+refused by name, it is counted apart, and the part of it that sees has its own row. Each model runs in a process of
+its own, within ``--memory`` and ``--seconds``. Every row is added to ``--records`` as it is done, and what stands
+there is not done again: a run can be ended at any time, and continued on another machine, whose seconds are others.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ _ONCE = ("torch._dynamo", "torchvision", "torch.onnx._internal.exporter._core", 
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture: in which list it stands, and how it is named on the command line."""
+    """One architecture: in which list it stands, how it is named on the command line, and the side of its images."""
 
     name: str
     listed: str
     kind: str
     model: str | None = None
+    side: int | None = None
 
 
 def cases() -> list[Case]:
@@ -108,8 +109,8 @@ def transformers_cases() -> Iterator[Case]:
 
 def timm_cases() -> Iterator[Case]:
     """timm's, by family."""
-    for name in TIMM:
-        yield Case(f"timm:{name}", "timm", name, f"timm:{name}")
+    for name, *side in TIMM:
+        yield Case(f"timm:{name}", "timm", name, f"timm:{name}", int(side[0]) if side else None)
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
@@ -206,7 +207,7 @@ def take_through(case: Case, folder: Path, until: str) -> int:
     from resvit_export.cli.main import run
 
     small = SMALL.get(case.kind)
-    channels, sizes = 3, None
+    channels, sizes = 3, (case.side, case.side) if case.side else None
     reference = case.model
     if reference is None:
         reference = f"hf:{write_folder(case.kind, case.name, folder / 'model')}"

@@ -501,8 +501,9 @@ TOWERS = (
 )
 """The parts that see, of what reads prompts or text besides: the kind of the whole, and the class of the part."""
 
-TIMM = (Path(__file__).parent / "family_timm.txt").read_text(encoding="utf-8").split()
-"""By family, the smallest of each; then those of which a family has several kinds."""
+TIMM = [line.split(":") for line in (Path(__file__).parent / "family_timm.txt").read_text(encoding="utf-8").split()]
+"""By family, the smallest of each; then those of which a family has several kinds. Behind a name, the side of the image
+where one of the network's own size takes a minute."""
 
 
 def write_folder(kind: str, architecture: str, folder: Path) -> Path:

@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 from machine import describe_machine
+from peers.lines import read_line
 
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.images.held_back import held_apart
@@ -38,7 +39,7 @@ from resvit_engines.targets.table import Precision
 from resvit_export.loading.network_record import NetworkRecord
 from resvit_export.loading.preprocessing import preprocess_from
 from resvit_export.recipe.file import recipe_from_toml
-from resvit_quantize.check.choose import HeldBack
+from resvit_quantize.check.choose import held_back_of
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import Methods, QuantizeSettings
 
@@ -95,13 +96,7 @@ def measured(run: Path, images: int, *, lines: bool = False) -> dict[str, Any]:
     ranges = ranges_from_json(stored.read_bytes(), str(stored))
     statistics = statistics_from_npz(counted.read_bytes(), str(counted))
     calibration, validation = image_sets(run, images)
-    apart = held_apart(calibration)
-    judged = apart.held or apart.ranges
-    held_back = HeldBack(
-        lambda count: judged.first(count, _BATCH),
-        apart.held is not None,
-        ranged=lambda count: apart.ranges.first(count, _BATCH),
-    )
+    held_back = held_back_of(held_apart(calibration), _BATCH)
     batches = [batch.feeds() for batch in validation.batches(_BATCH)]
     floating = onnx_runner(model)
     expected = [floating(batch) for batch in batches]
@@ -138,7 +133,7 @@ def near(model: Path, batches: list[Any], expected: list[Any], *, lines: bool = 
         whole.append(same.all(1))
         if lines:
             pairs = zip(true[name].argmax(-1), own[name].argmax(-1), strict=True)
-            read += [np.array_equal(read_line(one), read_line(other)) for one, other in pairs]
+            read += [read_line(one) == read_line(other) for one, other in pairs]
     ratios = [10.0 * np.log10(signal[name] / max(noise[name], 1e-30)) for name in signal]
     return {
         "sqnr_db": float(min(ratios)),
@@ -146,12 +141,6 @@ def near(model: Path, batches: list[Any], expected: list[Any], *, lines: bool = 
         "samples": float(np.concatenate(whole).mean()),
         **({"lines": float(np.mean(read))} if lines else {}),
     }
-
-
-def read_line(classes: np.ndarray) -> np.ndarray:
-    """The characters of one line [T], by CTC."""
-    first = np.concatenate([[True], classes[1:] != classes[:-1]])
-    return classes[first & (classes != 0)]
 
 
 def page(rows: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ A parser is a function of a file (or of a folder, with one file in it changed) t
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import gzip
@@ -20,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -755,11 +757,138 @@ def _lists() -> dict[str, Parser]:
         dict.fromkeys(colour_rows, mutants.of_bytes),
         whole=True,
     )
+    found.update(_labelled(pictures))
     found["shard"] = _one(_opened(), "a.tar", _shard(pictures), mutants.of_bytes)
     found["synsets in order"] = Parser(
         _opened(), {**synsets, **lines}, dict.fromkeys(lines, mutants.of_bytes), whole=True
     )
     return found
+
+
+def _labelled(pictures: Mapping[str, bytes]) -> dict[str, Parser]:
+    """What tools for labelling write, read for masks where it has outlines; pictures are 9 by 10."""
+    from resvit_calibrate.images.targets import TargetOptions
+
+    names, size = list(pictures), {"height": 9, "width": 10}
+    outline = [[1, 1], [8, 1], [8, 8]]
+    patch = _packed_mask()
+    shapes = [
+        {"label": "a", "points": outline, "group_id": 1, "shape_type": "polygon"},
+        {"label": "a", "points": [[1, 2], [4, 5]], "group_id": 1, "shape_type": "rectangle"},
+        {"label": "b", "points": [[3, 3], [5, 3]], "shape_type": "circle"},
+        {"label": "b", "points": [[0, 0], [3, 2]], "shape_type": "mask", "mask": patch[0]},
+    ]
+    labelme = {
+        f"{Path(name).stem}.json": {
+            "shapes": shapes,
+            "imagePath": name,
+            "imageData": base64.b64encode(pictures[name]).decode(),
+            "imageHeight": 9,
+            "imageWidth": 10,
+        }
+        for name in names
+    }
+    regions = [
+        {
+            "shape_attributes": {"name": "rect", "x": 1, "y": 1, "width": 4, "height": 4},
+            "region_attributes": {"c": "a"},
+        },
+        {
+            "shape_attributes": {"name": "polygon", "all_points_x": [1, 8, 8], "all_points_y": [1, 1, 8]},
+            "region_attributes": {"c": {"b": True}},
+        },
+        {
+            "shape_attributes": {"name": "ellipse", "cx": 5, "cy": 5, "rx": 2, "ry": 1, "theta": 1},
+            "region_attributes": {"c": "a"},
+        },
+    ]
+    via = {name: {"filename": name, "regions": regions} for name in names}
+    box = {"label": "a", "coordinates": {"x": 5, "y": 4, "width": 4, "height": 3}}
+    hole = [[5, 2], [7, 2], [7, 5]]
+    objects = [
+        {"classTitle": "a", "geometryType": "rectangle", "points": {"exterior": [[1, 1], [5, 5]], "interior": []}},
+        {"classTitle": "a", "geometryType": "polygon", "points": {"exterior": outline, "interior": [hole]}},
+        {"classTitle": "b", "geometryType": "bitmap", "bitmap": {"data": patch[1], "origin": [2, 3]}},
+    ]
+    supervisely = {f"ds/ann/{name}.json": {"size": size, "objects": objects} for name in names}
+    common = {"from_name": "a", "to_name": "b", "original_height": 9, "original_width": 10}
+    results = [
+        {"type": kind, **common, "value": {"x": 10, "y": 10, "rotation": 9, kind: ["a"], **more}}
+        for kind, more in (
+            ("rectanglelabels", {"width": 30, "height": 40}),
+            ("polygonlabels", {"points": [[10, 10], [80, 10], [80, 80]]}),
+            ("ellipselabels", {"radiusX": 5, "radiusY": 9}),
+        )
+    ]
+    studio = [{"data": {"image": f"/x/{name}"}, "annotations": [{"result": results}]} for name in names]
+    drawn = (
+        '<box label="a" xtl="1" ytl="1" xbr="5" ybr="5" rotation="9"/><polygon label="a" points="1,1;8,1;8,8"/>'
+        '<ellipse label="b" cx="5" cy="5" rx="2" ry="1"/>'
+        '<mask label="b" rle="2,3,1" left="1" top="1" width="3" height="2"/>'
+    )
+    images = "".join(f'<image name="{name}" width="10" height="9">{drawn}</image>' for name in names)
+    labels = "<meta><task><labels><label><name>a</name></label><label><name>b</name></label></labels></task></meta>"
+    kitti = b"Car 0.00 0 -1.58 1.0 1.0 5.0 5.0 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59\n"
+    boxes = "".join(f"{name},10,9,{'ab'[number % 2]},1,1,5,5\n" for number, name in enumerate(names))
+    shares = "".join(f"{Path(name).stem},/m/1,0.1,0.5,0.1,0.5,0\n" for name in names)
+    csv = "".join(
+        f'{name},"{json.dumps(one["shape_attributes"]).replace(chr(34), chr(34) * 2)}",'
+        f'"{json.dumps(one["region_attributes"]).replace(chr(34), chr(34) * 2)}"\n'
+        for name in names
+        for one in regions
+    )
+
+    def parser(
+        files: Mapping[str, Any], change: Mutator, beside: Mapping[str, bytes] = pictures, *, outlined: bool = True
+    ) -> Parser:
+        contents = {
+            name: held if isinstance(held, bytes) else json.dumps(held).encode() for name, held in files.items()
+        }
+        read = _opened(reading=TargetOptions(outlines=True)) if outlined else _opened()
+        return Parser(read, {**beside, **contents}, dict.fromkeys(contents, change), whole=True)
+
+    beside = {f"ds/img/{name}": data for name, data in pictures.items()}
+    left = {f"image_2/{name}": data for name, data in pictures.items()}
+    return {
+        "labelme": parser(labelme, mutants.of_json),
+        "labelme with its pictures inside": parser(labelme, mutants.of_bytes, {}, outlined=False),
+        "VIA": parser({"via.json": via}, mutants.of_json),
+        "VIA's CSV": parser(
+            {"via.csv": f"filename,region_shape_attributes,region_attributes\n{csv}".encode()}, mutants.of_bytes
+        ),
+        "CreateML": parser(
+            {"a.json": [{"image": name, "annotations": [box]} for name in names]}, mutants.of_json, outlined=False
+        ),
+        "CVAT's XML": parser(
+            {"annotations.xml": f"<annotations>{labels}{images}</annotations>".encode()}, mutants.of_bytes
+        ),
+        "KITTI": parser(
+            {f"label_2/{Path(name).stem}.txt": kitti for name in names}, mutants.of_bytes, left, outlined=False
+        ),
+        "Supervisely": parser(supervisely, mutants.of_json, beside),
+        "Label Studio": parser({"a.json": studio}, mutants.of_json),
+        "list of boxes": parser(
+            {"boxes.csv": f"filename,width,height,class,xmin,ymin,xmax,ymax\n{boxes}".encode()},
+            mutants.of_bytes,
+            outlined=False,
+        ),
+        "Open Images": parser(
+            {
+                "boxes.csv": f"ImageID,LabelName,XMin,XMax,YMin,YMax,IsGroupOf\n{shares}".encode(),
+                "class-descriptions-boxable.csv": b"/m/1,a\n",
+            },
+            mutants.of_bytes,
+            outlined=False,
+        ),
+    }
+
+
+def _packed_mask() -> tuple[str, str]:
+    """A small mask as labelme and as Supervisely keep one: a PNG in base64, and one that zlib packed before."""
+    from PIL import Image
+
+    data = _encoded(Image.fromarray(np.eye(3, 4, dtype=np.uint8) * 255))
+    return base64.b64encode(data).decode(), base64.b64encode(zlib.compress(data)).decode()
 
 
 def _mask_of_colours() -> bytes:

@@ -44,7 +44,7 @@ from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import Reporter, reporter
 from resvit_engines.targets.table import Precision
 from resvit_export.loading.checkpoint import load_checkpoint
-from resvit_export.loading.torch_program import program_from_module
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.models.reference import resvit_config, resvit_model
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program

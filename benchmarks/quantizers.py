@@ -3,6 +3,7 @@
     python benchmarks/quantizers.py --model resvit:embed-nano
     python benchmarks/quantizers.py --model elpv --bits 8
     python benchmarks/quantizers.py --model timm:vit_small_r26_s32_224 --weights perturbed --images 128
+    python benchmarks/quantizers.py --model rec.onnx --data runs/lines/train-lines.npz ...
 
 Prints Markdown tables and keeps them in ``results/quantizers-MODEL.json`` and ``.md``. Each quantiser runs in a
 process of its own; one that fails or is not installed (``benchmarks/requirements.txt``) is a row with its reason. All
@@ -27,7 +28,7 @@ import click
 from machine import RESULTS, write_result
 from peers.cases import PERTURBED, RANDOM, Case, Wish, case_from
 from peers.children import Task, missing, reference_into, run_child
-from peers.methods import BY_NAME, INT8, Method, rows_of
+from peers.methods import COMPARED, INT8, Method, rows_of
 from peers.table import goals, markdown, notes
 
 from resvit_engines.errors import ResvitError
@@ -37,7 +38,7 @@ from resvit_engines.progress import reporter
 HERE = Path(__file__).resolve().parent
 RUN = uuid.uuid4().hex
 """A failure is not tried again at every number of bits, but is in the next run."""
-SHARED = ("children.py", "coarsen.py", "coverage.py", "images.py")
+SHARED = ("children.py", "coarsen.py", "coverage.py", "images.py", "lines.py")
 
 
 def task_of(case: Case, method: Method, precision: str, bits: int, folder: Path, batch: int) -> Task:
@@ -57,6 +58,7 @@ def task_of(case: Case, method: Method, precision: str, bits: int, folder: Path,
         reference=str(folder / "float.npz"),
         batch=batch,
         folder=str(folder / f"{method.name}-{precision}-{made}"),
+        lines=case.lines,
     )
 
 
@@ -65,7 +67,7 @@ def digests(case: Case, method: Method, task: Task) -> tuple[str, str]:
     sources = [HERE / "peers" / f"{method.module}.py"]
     if method.module == "ours":
         wings = [HERE.parent / wing for wing in ("quantize/resvit_quantize", "calibrate/resvit_calibrate")]
-        sources += sorted(path for wing in wings for path in wing.glob("*.py"))
+        sources += sorted(path for wing in wings for path in wing.rglob("*.py"))
     made = {
         "method": method.name,
         "settings": dict(method.settings),
@@ -160,8 +162,14 @@ def compute(
 @click.option("--model", default="resvit:embed-nano", show_default=True, help="resvit:NAME, elpv, timm:NAME, …")
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="[tests/assets/NAME.pt]")
 @click.option("--data", help="As resvit-export takes it. [fashion-mnist; elpv's photographs for elpv and timm]")
+@click.option("--test-data", help="Test images, where --data has no part for it.")
+@click.option(
+    "--export", multiple=True, help="A further option of `resvit-export export`, as OPTION=VALUE (ONNX files)."
+)
+@click.option("--texts", type=click.Path(path_type=Path, exists=True), help="JSON list of what the test lines say.")
+@click.option("--characters", type=click.Path(path_type=Path, exists=True), help="The recogniser's, one to a line.")
 @click.option("--weights", type=click.Choice([RANDOM, PERTURBED]), default=RANDOM, help="Without checkpoint (timm).")
-@click.option("--only", multiple=True, type=click.Choice(list(BY_NAME)), help="Only these rows.")
+@click.option("--only", multiple=True, type=click.Choice([method.name for method in COMPARED]), help="Only these rows.")
 @click.option("--ablation", is_flag=True, help="Add ours with one accuracy method less at a time.")
 @click.option("--bits", multiple=True, type=click.IntRange(3, 8), default=(8, 6, 5), show_default=True)
 @click.option("--images", type=click.IntRange(1), help="Test images. [all]")
@@ -174,6 +182,10 @@ def main(
     model: str,
     checkpoint: Path | None,
     data: str | None,
+    test_data: str | None,
+    export: tuple[str, ...],
+    texts: Path | None,
+    characters: Path | None,
     weights: str,
     only: tuple[str, ...],
     ablation: bool,
@@ -186,25 +198,31 @@ def main(
     again: bool,
 ) -> None:
     """Compare the quantisers."""
-    wish = Wish(model, checkpoint, data, weights, calibration_images, images)
+    options = tuple(part for option in export for part in (f"--{option.partition('=')[0]}", option.partition("=")[2]))
+    wish = Wish(model, checkpoint, data, weights, calibration_images, images, test_data, options, texts, characters)
     folder = (work / wish.label).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         case = case_from(wish, folder, reporter(quiet=True))
         batch = batch or (32 if max(case.test.shape[2:]) <= 128 else 8)
-        reference = reference_into(case.model, case.test, batch, folder / "float.npz")
+        top1 = None if case.lines else float_top1(case, batch, folder)
     except ResvitError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(int(error.code)) from None
-    top1 = float((reference.answers == reference.labels).mean())
     name = f"quantizers-{wish.label}"
     known = finished_rows(RESULTS / f"{name}.json")
     plan = rows_of(only, bits, ablation)
     order = rows_of((), (8, 7, 6, 5, 4, 3), ablation=True)
     rows = still_valid(case, folder, order, known, batch)
-    facts = {**case.facts(), "batch": batch, "float_top1": round(top1, 6) if case.accurate else None}
+    facts = {
+        **case.facts(),
+        "batch": batch,
+        "float_top1": round(top1, 6) if top1 is not None and case.accurate else None,
+    }
     for row in compute(case, folder, plan, known, batch=batch, limit=limit, again=again):
         rows[row["name"], row["precision"], row["bits"]] = row
+        if case.lines and case.accurate and row["status"] == "ok":
+            facts["float_top1"] = round(row["reference_top1"], 6)
         click.echo(f"{row['name']} {row['precision']} {row['bits']}: {row['status']} {row.get('reason', '')}", err=True)
         ordered = [rows[key] for m, *rest in order if (key := (m.name, *rest)) in rows]
         path = write_result(name, {**facts, "goals": goals(ordered), "rows": ordered})
@@ -213,9 +231,16 @@ def main(
     click.echo(text)
 
 
+def float_top1(case: Case, batch: int, folder: Path) -> float:
+    """The float network's accuracy, 0 to 1; its answers are kept for the rows."""
+    reference = reference_into(case.model, case.test, batch, folder / "float.npz")
+    return float((reference.answers == reference.labels).mean())
+
+
 def document(case: Case, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The tables with what is needed to read them."""
-    top1 = f"Float top-1 {100 * facts['float_top1']:.2f}%. " if case.accurate else ""
+    top1 = f"Float top-1 {100 * facts['float_top1']:.2f}%. " if facts["float_top1"] is not None else ""
+    top1 += "A line that is read counts as one answer: right where every character is. " if case.lines else ""
     warning = "" if case.accurate else f"Weights are {case.weights}: this is fidelity, not accuracy. "
     return (
         f"# {case.name}\n\n{top1}{warning}{facts['calibration']['images']} calibration images "

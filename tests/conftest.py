@@ -39,6 +39,7 @@ LONGEST = (
     "test_export",
     "test_remote_job",
     "test_fleet_ssh",
+    "test_last_mile",
     "test_fusion_models",
     "test_readme",
     "test_hugging_face",

@@ -117,6 +117,14 @@ def hybrid(path: Path, opset: int = 20) -> Path:
     return g.save(path, head)
 
 
+def offset_convolutions(path: Path) -> Path:
+    """Three convolutions, and an offset of the outputs that all images share."""
+    g = Graph("batch", 3, 8, 8)
+    hidden = g.op("Relu", g.conv(g.op("Relu", g.conv("input", 32, 3, name="first")), 32, 32, name="second"))
+    last = g.conv(hidden, 32, 32, name="last")
+    return g.save(path, g.op("Add", last, g.constant("offset", np.array(50.0, np.float32))))
+
+
 def outputs_of(path: Path, images: np.ndarray, every: bool = False, optimize: bool = True) -> dict[str, np.ndarray]:
     """Run a model in ONNX Runtime with Q/DQ unfused; ``every`` returns all float values.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,15 +23,18 @@ from conftest import CHECKPOINT, ROOT
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.progress import SILENT, Silent
+from resvit_engines.progress import SILENT, Reporter, Silent
 from resvit_engines.targets.speed_verdict import SpeedKind
 from resvit_export import Built, build
-from resvit_export.api import recipe_from_settings
+from resvit_export.api import opened, recipe_from_settings
 from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.models.reference import resvit_model
+from resvit_export.recipe.file import recipe_from_toml, recipe_to_toml
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.run import Sources
+from resvit_export.run_folder import RunFolder
+from resvit_export.stage import RECORD, Artifact, Record, Stage
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +42,53 @@ else:
     import tomli as tomllib
 
 FEW = {"validation_images": 600, "calibration_images": 64, "search": False}
+
+
+class Nothing(Artifact):
+    """Of ``Step``."""
+
+
+@dataclass(frozen=True)
+class Step(Stage[Nothing]):
+    """A stage that does nothing."""
+
+    name: ClassVar[str] = "step"
+    artifact: ClassVar[type[Artifact]] = Nothing
+
+    def fill(self, folder: Path, reporter: Reporter) -> None:
+        del reporter
+        (folder / "done").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("code", "judged", "works", "within", "kept"),
+    [
+        (ExitCode.INPUT, True, False, "before", "before"),
+        (ExitCode.IMPOSSIBLE, True, False, "before", "before"),
+        (ExitCode.INPUT, True, True, "now", "now"),  # so that a kill is gone on from
+        (ExitCode.INPUT, False, False, "now", "now"),
+        (ExitCode.NOT_FASTER, True, False, "before", "now"),
+        (None, True, False, "before", "now"),
+        (None, True, True, "now", "now"),
+    ],
+)
+def test_what_is_refused_before_any_work_does_not_become_the_recipe_of_a_finished_run(
+    tmp_path: Path, code: ExitCode | None, judged: bool, works: bool, within: str, kept: str
+) -> None:
+    recipes = {name: Recipe(model="resvit:embed-nano", data=name) for name in ("before", "now")}
+    folder = RunFolder(tmp_path, SILENT)
+    (tmp_path / "recipe.toml").write_text(recipe_to_toml(recipes["before"]))
+    if judged:
+        (tmp_path / "validate-0123").mkdir()
+        record = Record("validate", "0" * 64, {}, {}, {}, 1.0, 1)
+        (tmp_path / "validate-0123" / RECORD).write_text(json.dumps(record.to_json()))
+    with contextlib.suppress(ResvitError), opened(recipes["now"], folder, []):
+        if works:
+            folder.do(Step())
+        assert recipe_from_toml(tmp_path / "recipe.toml").data.endswith(within)
+        if code is not None:
+            raise ResvitError("cannot be used", "", code)
+    assert recipe_from_toml(tmp_path / "recipe.toml").data.endswith(kept)
 
 
 def example() -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resvit_export.loading.torch_program import program_from_module
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_quantize.fold.program import fold_program
 

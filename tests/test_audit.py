@@ -166,6 +166,8 @@ def test_the_fp16_engine_stands_beside_it() -> None:
     int8 = [kernel("a", "gemm", "Int8", "Int8"), kernel("b", "gemm", "Int8", "Half")]
     better = sentences_of(audit(*int8, fp16=half))[1]
     assert "2 kernels move 0.0005 MB" in better
+    # A prediction of the same network counts more of the one and less of the other, and says so too.
+    assert "as an engine lists kernels and whole tensors" in better
     assert "the FP16 engine's 2 move 0.0008 MB (0.62 times as much)" in better
     worse = sentences_of(audit(*half, kernel("c", "gemm", "Half", "Half"), fp16=half))[1]
     assert "1.50 times as much; what 8 bits gain is in the products and weights alone" in worse

@@ -23,8 +23,8 @@ from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
 from resvit_export.loading.load import Network, load_network, network_from_module
+from resvit_export.loading.program.facts import output_names
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import output_names
 from resvit_export.to_onnx import onnx_file, own_onnx
 from resvit_export.to_onnx.own_onnx import import_onnx
 from resvit_export.to_onnx.report import write_model

@@ -22,15 +22,11 @@ from torch.export import Dim, export
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.loading.load import load_network
+from resvit_export.loading.program.check import COUPLED
+from resvit_export.loading.program.facts import fixed_batch_of, output_names, reading_nodes
+from resvit_export.loading.program.run import runner_from_program
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import (
-    COUPLED,
-    fixed_batch_of,
-    output_names,
-    program_from_module,
-    reading_nodes,
-    runner_from_program,
-)
 from resvit_export.loading.user_code import left_out_note, tensors_alone
 from resvit_export.to_onnx.export import onnx_from_program
 from resvit_export.to_onnx.own_onnx import import_onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from quantize_graphs import Graph
+from resvit_engines.errors import ResvitError
 
 ROOT = Path(__file__).parent.parent
 
@@ -184,6 +186,16 @@ def test_stored_images_come_back_as_they_were(tmp_path: Path) -> None:
     assert len(stored_images(tmp_path / "s", 5)) == 5
 
 
+def test_stored_images_without_some_are_the_others(tmp_path: Path) -> None:
+    images = stored_images(tmp_path / "s", 7)
+    others = images.without(frozenset(images.contents[:2] + images.contents[4:5]))
+    assert [int(label) for label in others.labels] == [2, 0, 2, 0]
+    every, kept = (np.concatenate([batch.images for batch in some.batches(3)]) for some in (images, others))
+    assert np.array_equal(kept, every[[2, 3, 5, 6]])
+    assert others.digest != images.digest
+    assert others.contents == tuple(images.contents[at] for at in (2, 3, 5, 6))
+
+
 def test_a_reader_gives_every_image_once_whole_or_in_ranges(tmp_path: Path) -> None:
     from peers.images import Reader
 
@@ -217,10 +229,37 @@ def test_our_own_row_quantises(name: str, tmp_path: Path) -> None:
 
 
 def test_a_line_is_read_without_repeats_and_blanks() -> None:
-    from held_back import read_line
+    from peers.lines import read_line
 
-    assert read_line(np.array([0, 5, 5, 0, 5, 7, 7, 0])).tolist() == [5, 5, 7]
-    assert read_line(np.zeros(4, int)).tolist() == []
+    assert read_line(np.array([0, 5, 5, 0, 5, 7, 7, 0])) == [5, 5, 7]
+    assert read_line(np.zeros(4, int)) == []
+
+
+def test_lines_are_compared_with_the_float_ones_and_with_their_texts(tmp_path: Path) -> None:
+    from peers.lines import compare_lines, store_texts
+
+    images = stored_images(tmp_path / "s", 4)
+    (tmp_path / "texts.json").write_text('["ab", "a b", "b", "a", "more"]')
+    (tmp_path / "characters.txt").write_text("a\nb\n")
+    store_texts(tmp_path / "texts.json", tmp_path / "characters.txt", tmp_path / "s", 4)
+    assert json.loads((tmp_path / "s" / "texts.json").read_text()) == [[1, 2], [1, 3, 2], [2], [1]]
+    read = [[1, 0, 2], [1, 3, 2], [2, 2, 0], [0, 0, 0]]
+
+    def answers(feeds: dict[str, np.ndarray], wrong: bool) -> dict[str, np.ndarray]:
+        rows = [read[int(image[0, 0, 0] * 255) // 16] for image in feeds["input"]]
+        logits = np.eye(4, dtype=np.float32)[np.array(rows)]
+        return {"out": logits[:, ::-1] if wrong else logits}
+
+    compared = compare_lines(lambda feeds: answers(feeds, False), lambda feeds: answers(feeds, True), images,
+                             tmp_path / "s", 3)  # fmt: skip
+    assert (compared["agreement"], compared["reference_top1"], compared["top1"], compared["drop"]) == (
+        0.5,
+        0.75,
+        0.25,
+        50,
+    )
+    with pytest.raises(ResvitError, match=r"lacks e m o r\."):
+        store_texts(tmp_path / "texts.json", tmp_path / "characters.txt", tmp_path / "s", 5)
 
 
 def row(name: str, agreement: float, *, share: float = 1.0, drop: float = 0.0, status: str = "ok") -> dict[str, Any]:
@@ -287,3 +326,74 @@ def test_perturbed_weights_are_the_same_every_time_and_uneven() -> None:
 
     assert torch.equal(gains(), gains())
     assert float(gains().max()) > 5 * float(gains().median())
+
+
+def test_attention_in_fp8_rounds_what_its_products_read_and_nothing_else(tmp_path: Path) -> None:
+    import onnx_ir as ir
+    from attention_fp8 import SHIPPED, WAYS, answers, blocks_of, insert
+
+    from quantize_graphs import batches, hybrid
+    from resvit_calibrate.ranges.collect import collect_statistics
+    from resvit_calibrate.runtime.runner import onnx_runner
+    from resvit_quantize.graph.network import network_from_onnx
+
+    path = hybrid(tmp_path / "float.onnx")
+    images = np.random.default_rng(0).standard_normal((40, 3, 16, 16)).astype(np.float32)
+    statistics = collect_statistics(path, batches(images))
+    blocks = blocks_of(network_from_onnx(path))
+    runners, scales = {SHIPPED: onnx_runner(path)}, {}
+    for name, way in WAYS.items():
+        network = ir.load(path)
+        insert(network, path, statistics, way)
+        pairs = [node for node in network.graph if node.op_type == "QuantizeLinear"]
+        rounded = (way.shares is not None) + 3 * (way.others is not None)
+        assert len(pairs) == rounded * len(blocks) > 0
+        scales[name] = {str(node.name).split("/")[-2]: float(node.inputs[1].const_value.numpy()) for node in pairs}
+        runners[name] = onnx_runner(bytes(ir.serde.serialize_model(network).SerializeToString()))
+    assert scales["ModelOpt's: shares at 1/448"]["shares"] == pytest.approx(1 / 448, rel=1e-3)
+    assert scales["ModelOpt's for diffusion: shares at 1"]["shares"] == 1.0
+    assert scales["shares alone, at 1/448"].keys() == {"shares"}
+    feeds = [{"input": images[at : at + 8]} for at in range(0, 40, 8)]
+    found = answers(onnx_runner(path), runners, feeds, lines=False)
+    assert found[SHIPPED].errors.sqnr_db > 100
+    assert all(answer.same.shape == (40,) for answer in found.values())
+    for name in WAYS:
+        cell = found[name].cell(found[SHIPPED])
+        assert 15 < cell["sqnr_db"] < 80
+        assert cell["less_points"] == pytest.approx(100 * (1 - cell["same"]))
+
+
+def test_decisions_are_classes_or_texts() -> None:
+    from cpu_networks import decisions
+
+    assert decisions(np.array([[0.1, 0.9], [0.8, 0.2]])) == [1, 0]
+    steps = np.eye(4)[[[1, 1, 0, 1, 3, 3]]]  # [N, T, K]: a letter said twice, a blank, the same letter, another one
+    assert decisions(steps) == [(1, 1, 3)]
+
+
+def test_an_input_of_another_name_is_renamed_beside_the_file(network: Path) -> None:
+    from cpu_networks import _with_input
+
+    assert _with_input(network, "input") == network
+    renamed = _with_input(network, "pixels")
+    graph = onnx.load(renamed).graph
+    assert [value.name for value in graph.input] == ["pixels"]
+    assert not any("input" in node.input for node in graph.node)
+    onnx.checker.check_model(renamed)
+
+
+def test_the_peers_of_the_processor_are_methods_and_no_rows_of_the_other_comparison() -> None:
+    from cpu_target import PEERS
+    from peers.methods import BY_NAME, rows_of
+
+    assert PEERS.keys() <= BY_NAME.keys()
+    shown = {method.name for method, _, _ in rows_of((), (8,), ablation=True)}
+    assert not {name for name in PEERS if "cpu" in name} & shown
+
+
+def test_an_array_is_stored_as_the_peers_read_it(tmp_path: Path) -> None:
+    from peers.images import Reader, store_array
+
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.float32).reshape(2, 3, 4, 4)
+    reader = Reader(store_array(images, tmp_path / "images"), "input", 1)
+    assert np.array_equal(np.concatenate([reader.get_next()["input"] for _ in range(2)]), images)

@@ -31,6 +31,7 @@ from resvit_engines.pictures.preprocess import PicturePreprocess
 from resvit_engines.records import Record
 from resvit_engines.run.golden import golden_check
 from resvit_engines.run.onnx_on_cpu import open_onnx
+from resvit_engines.targets.choice import with_tensorrt
 from resvit_engines.targets.table import find_target
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.cli.main import run
@@ -235,6 +236,26 @@ def test_trtexec_is_told_of_int8() -> None:
     assert any("--inputIOFormats=int8:chw,int64:chw" in command for command in plan.commands)
     plan = plan_for_device(target, BuildSettings((1, 1, 1)), (3, 8, 8), dynamic_batch=False)
     assert not any("IOFormats" in command for command in plan.commands)
+
+
+@pytest.mark.parametrize("tensorrt", ["10.3", "10.7", "11.4"])
+def test_a_plan_names_the_image_s_tensorrt_and_where_another_comes_from(tensorrt: str) -> None:
+    target, image = find_target("jetson-orin"), "10.3"
+    if tensorrt == "11.4":
+        target, image = find_target("jetson-orin", "7.2"), "10.16"
+    target = with_tensorrt(target, tensorrt)
+    plan = plan_for_device(target, BuildSettings((1, 1, 1)), (3, 8, 8), dynamic_batch=False)
+    words = " ".join(plan.notes)
+    assert f"JetPack {target.jetpack} carries TensorRT {image}" in plan.why
+    assert ("Use the TensorRT of the JetPack image" in words) == (tensorrt == image)
+    assert (f"TensorRT {tensorrt} was chosen in its place" in plan.why) == (tensorrt != image)
+    assert plan.commands[-1].startswith("/usr/src/tensorrt/bin/trtexec") == (tensorrt == image)
+    if tensorrt == "10.7":
+        assert "TensorRT-10.7.*.l4t.aarch64-gnu.cuda-12.6.tar.gz" in words
+        assert "nv-tensorrt-local-tegra-repo-ubuntu2204-10.7.*" in words
+    if tensorrt == "11.4":
+        assert "SBSA" in words
+        assert "l4t" not in words
 
 
 @pytest.mark.whole

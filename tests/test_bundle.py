@@ -241,7 +241,7 @@ def test_foreign_files_are_told_from_damaged_ones(tmp_path) -> None:
     text.write_text("hello" * 100)
     assert "not a whole bundle" in refused(read_manifest, text)
     assert "There is no bundle" in refused(read_manifest, tmp_path / "absent.resvit")
-    assert "There is no bundle" in refused(read_manifest, tmp_path)
+    assert "is a folder, and no bundle" in refused(read_manifest, tmp_path)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     assert "no bundle" in refused(verify_bundle, tmp_path / "other.zip")

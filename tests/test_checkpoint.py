@@ -135,7 +135,8 @@ def test_weights_are_found_however_they_are_wrapped(
 @pytest.mark.parametrize(
     ("averaged", "plain"),
     [("ema.module", "model"), ("state_dict_ema", "state_dict"), ("teacher.backbone", "student.backbone"),
-     ("state_dict.ema_model", "state_dict.model"), ("swa", "last")],
+     ("state_dict.ema_model", "state_dict.model"), ("swa", "last"),
+     ("ema_state_dict.ema_model", "ema_state_dict.online_model"), ("state_dict.ema_student", "state_dict.student")],
 )  # fmt: skip
 def test_averaged_weights_go_first_and_both_can_be_chosen(
     tmp_path: Path, weights: dict[str, torch.Tensor], averaged: str, plain: str
@@ -162,6 +163,31 @@ def test_averaged_weights_go_first_and_both_can_be_chosen(
     with pytest.raises(ResvitError, match="has nothing below 'nowhere'") as caught:
         load_checkpoint(module, file, "nowhere")
     assert averaged in caught.value.fix
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor * 1.0, lambda tensor: tensor.half()])
+def test_counts_of_batches_that_an_average_made_floats_of_are_taken(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    file, module = tmp_path / "w.pt", nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    own = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    own[1].num_batches_tracked += 7
+    torch.save({"ema": {name: change(tensor) for name, tensor in own.state_dict().items()}}, file)
+    load_checkpoint(module, file)
+    assert int(module[1].num_batches_tracked) == 7
+    assert torch.allclose(module[0].weight, own[0].weight, atol=1e-3)
+
+
+def test_averages_of_the_parameters_alone_are_told_and_not_used(tmp_path: Path) -> None:
+    file, told = tmp_path / "w.pt", Told()
+    own = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    torch.save({"model": own.state_dict(), "ema": {name: p.data + 1 for name, p in own.named_parameters()}}, file)
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    notes = load_checkpoint(module, file, None, told)
+    assert torch.equal(module[0].weight, own[0].weight)
+    (said,) = [note for note in notes if "averaged over training" in note]
+    assert "4 of the network's 7 tensors" in said
+    assert "1.running_mean" in said
 
 
 def test_two_places_that_fit_equally_are_a_warning_unless_they_are_equal(
@@ -558,6 +584,7 @@ def test_damaged_bytes_end_in_one_kind_of_error(kind: str, damage: list[tuple[fl
 def test_nan_is_named_and_masks_may_be_infinite() -> None:
     module = net()
     module.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    module.register_buffer("bound", torch.tensor(torch.inf))
     require_finite(module, "net")
     module.state_dict()["1.weight"][0, 1] = torch.nan
     with pytest.raises(ResvitError, match=r"1\.weight holds 1 NaN or infinite values \(of 3\)"):

@@ -5,11 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
+import torch
+from google.protobuf.message import DecodeError, EncodeError
 
-from resvit_engines.errors import ExitCode
+from resvit_engines.console import run_command
+from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import refused
 from resvit_export.cli.main import _COMMANDS, run
 
@@ -136,6 +142,52 @@ def test_whatever_the_system_refuses_is_named_with_a_remedy(number: int) -> None
     assert told.fix
     assert told.code == ExitCode.SYSTEM
     assert "[Errno" not in refused(OSError(number, os.strerror(number))).problem
+
+
+def numpy_runs_out() -> None:
+    np.empty(1 << 50)
+
+
+def torch_runs_out() -> None:
+    torch.empty(1 << 50)
+
+
+def protobuf_runs_out() -> None:
+    try:
+        raise DecodeError("Error parsing message with type 'onnx.ModelProto': Arena alloc failed")
+    except DecodeError as error:
+        raise ValueError("the file is none") from error
+
+
+def protobuf_runs_out_writing() -> None:
+    raise EncodeError("Failed to serialize proto")
+
+
+@pytest.mark.parametrize("runs_out", [torch_runs_out, protobuf_runs_out, protobuf_runs_out_writing])
+def test_a_want_of_memory_that_nobody_told_is_no_bug(
+    runs_out: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = click.Group(commands={"read": click.Command("read", callback=runs_out)})
+    assert run_command(group, "tool", ["read"], missing="") == ExitCode.SYSTEM
+    assert "Memory ran out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runs_out", [numpy_runs_out, torch_runs_out, protobuf_runs_out])
+def test_a_want_of_memory_is_no_fault_of_the_file(
+    runs_out: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def read() -> None:
+        try:
+            runs_out()
+        except Exception as error:
+            raise ResvitError("m.onnx cannot be read.", "Export it again.") from error
+
+    group = click.Group(commands={"read": read})
+    assert run_command(group, "tool", ["read"], missing="") == ExitCode.SYSTEM
+    said = capsys.readouterr().err
+    assert "Memory ran out: m.onnx cannot be read." in said
+    assert "a machine with more memory" in said
 
 
 def test_errors_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

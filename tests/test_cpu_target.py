@@ -23,7 +23,8 @@ from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.cli.main import run as engine_run
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import sha256_file
-from resvit_engines.machine import processor_from_cpuinfo, this_machine
+from resvit_engines.machine import bytes_saturate, processor_from_cpuinfo, this_machine
+from resvit_engines.ort import sessions
 from resvit_engines.remote.ssh import CONFIG_VARIABLE
 from resvit_engines.remote.wheel import CPU_REQUIREMENTS, requirements_for
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
@@ -267,3 +268,78 @@ def test_a_build_ends_on_the_device_with_real_times(
     assert found["golden"]["sqnr_db"] is None or found["golden"]["sqnr_db"] > 20
     assert found["bench"]["latency_ms"]["p50"] > 0
     assert "not the engine" not in found["bench"]["label"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx2 avx512f", True), ("fpu avx512_vnni amx_int8", False), ("avx2 avx_vnni", False), ("", True)],
+)
+def test_what_adds_four_products_of_bytes_does_not_saturate(flags: str, expected: bool) -> None:
+    assert bytes_saturate(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n") is expected
+    assert bytes_saturate("Features\t: asimddp\n") is True
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_weights_stay_signed_where_nothing_saturates(
+    tmp_path: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch, saturates: bool
+) -> None:
+    """Unsigned ones take three to four times as long on processors with VNNI."""
+    monkeypatch.setattr(sessions, "bytes_saturate", lambda: saturates)
+    residual_and_linear(tmp_path / "float.onnx")
+    sessions.optimised_onnx(quantised(tmp_path, image), tmp_path / "engine.plan")
+    graph = onnx.load(tmp_path / "engine.plan").graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    weights = {types[node.input[3]] for node in graph.node if node.op_type == "QLinearConv"}
+    if saturates:  # ONNX Runtime decides it then, by the processor
+        assert weights <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    else:
+        assert weights == {onnx.TensorProto.INT8}
+
+
+def test_the_largest_sums_are_exact_on_this_processor() -> None:
+    """All bytes at their ends, for every number of rows that a kernel takes at once, and more."""
+    ort = sessions.load_onnxruntime()
+    for rows in (1, 5, 16, 33, 64):
+        for columns in (16, 40):
+            values = [numpy_helper.from_array(np.full((96, columns), 127, np.int8), "w")]
+            values += [numpy_helper.from_array(np.uint8(0), "za"), numpy_helper.from_array(np.int8(0), "zb")]
+            nodes = [helper.make_node("MatMulInteger", ["x", "w", "za", "zb"], ["y"])]
+            ends = [
+                helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, [rows, 96]),
+                helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [rows, columns]),
+            ]
+            model = helper.make_model(
+                helper.make_graph(nodes, "g", ends[:1], ends[1:], values),
+                opset_imports=[helper.make_opsetid("", 20)], ir_version=9,
+            )  # fmt: skip
+            session = sessions.open_session(ort, model.SerializeToString(), sessions.engine_options(ort, 1), "graph")
+            found = session.run(None, {"x": np.full((rows, 96), 255, np.uint8)})[0]
+            assert (found == 255 * 127 * 96).all(), (rows, columns)
+
+
+def test_a_pooling_computes_in_fp32(tmp_path: Path, image: np.ndarray) -> None:
+    """ONNX Runtime's MaxPool of bytes is many times as slow; left alone it moves Q/DQ over it."""
+    values = [
+        numpy_helper.from_array((0.1 * RNG.standard_normal((32, 32, 3, 3))).astype(np.float32), name)
+        for name in ("w1", "w2")
+    ]
+    nodes = [
+        helper.make_node("Conv", ["input", "w1"], ["c1"], "c1", pads=[1] * 4),
+        helper.make_node("Relu", ["c1"], ["a1"], "a1"),
+        helper.make_node("MaxPool", ["a1"], ["p1"], "p1", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+        helper.make_node("Conv", ["p1", "w2"], ["c2"], "c2", pads=[1] * 4),
+        helper.make_node("Sigmoid", ["c2"], ["s2"], "s2"),
+    ]
+    inputs = [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1, 32, 8, 8])]
+    outputs = [helper.make_tensor_value_info("s2", onnx.TensorProto.FLOAT, None)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs, values),
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=9,
+    )  # fmt: skip
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "float.onnx")
+    build_engine(quantised(tmp_path, image), tmp_path / "engine.plan", CPU)
+    graph = onnx.load(tmp_path / "engine.plan").graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    (pool,) = (node for node in graph.node if node.op_type == "MaxPool")
+    assert made[pool.input[0]] == "DequantizeLinear"
+    assert sum(node.op_type == "QLinearConv" for node in graph.node) == 2

@@ -179,7 +179,7 @@ def test_key_points_are_dropped_and_boxes_beyond_the_edge_cut(tmp_path: Path) ->
         ("0 0.5 0.5 -0.2 0.2", "negative size"),
         ("cat 0.5 0.5 0.2 0.2", "is no box"),
         ("-1 0.5 0.5 0.2 0.2", "is no box"),
-        ("7 0.5 0.5 0.2 0.2", "has class 7, and there are 3 names"),
+        ("7 0.5 0.5 0.2 0.2", "has class 7, and there are 3 classes"),
         ("0 0.5 0.5 0.2 1e999", "without bounds"),
         ("0 0.5 0..5 0.2 0.2", "is no box"),
     ],
@@ -224,7 +224,7 @@ BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>
         (f"<annotation><object><name>yak</name>{BOX}</object></annotation>", "classes.txt does not have: yak"),
         ("<annotation><object>", "is no XML"),
         ('<!DOCTYPE a [<!ENTITY x "y">]><annotation>&x;</annotation>', "declares entities"),
-        ("<a>" * 99 + "</a>" * 99, "deeper or longer"),
+        ("<a>" * 99 + "</a>" * 99, "deeper than any"),
         (f"<annotation><object><name>cat</name>{BOX.replace('9', 'nan')}</object></annotation>", "xmax is 'nan'"),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions
+from resvit_calibrate.readers.labelled.formats import Labels
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import run
+from test_data_labelled import FORMATS
 
 COUNT = 12
 NAMES = ("cat", "dog", "owl")
@@ -223,8 +226,12 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "parquet": (parquet, "hf-dataset", "classification"),
     "films": (films, "video", None),
     "unlabelled": (flat, "folder", None),
+    **{name: (make, kind, "detection") for name, (make, kind) in FORMATS.items()},
 }
-KINDS = ("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "video", "frames")
+KINDS = (
+    *("folder", "csv", "coco", "yolo", "voc", "masks", "depth", "text", "tar", "hf-dataset", "video", "frames"),
+    *get_args(Labels),
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -251,7 +258,7 @@ def test_no_layout_is_taken_for_another_of_its_own_accord(layout: str, tmp_path:
     for other in KINDS:
         # Who says `folder:` says that they are classes, and `text:` that text files beside pictures hold texts.
         # Who says `frames:` says that nothing is known of them.
-        if other in (kind, "folder") or (layout, other) in (("darknet", "text"), ("darknet", "frames")):
+        if other in (kind, "folder", "frames") or (layout, other) == ("darknet", "text"):
             continue
         try:
             pools = open_source(f"{other}:{tmp_path}", AS_USUAL)

@@ -438,7 +438,6 @@ def test_json_that_is_not_coco(tmp_path):
         ("annotations", {"bbox": [1, 2, 3]}, "not four numbers"),
         ("annotations", {"bbox": [1, 2, 3, "four"]}, "not four numbers"),
         ("annotations", {"bbox": [1, 2, 3, None]}, "not four numbers"),
-        ("annotations", {"bbox": None}, "not four numbers"),
         ("annotations", {"iscrowd": 2}, "iscrowd is 2"),
         ("categories", {"id": 10**400}, "no whole number"),
         ("annotations", {"bbox": {"x": 1}}, "not four numbers"),
@@ -460,9 +459,9 @@ def test_entries_that_are_no_objects(tmp_path, part):
     assert f"{part}[1]" in refused(tmp_path, content)
 
 
-def test_annotations_without_boxes_are_refused(tmp_path):
+def test_annotations_without_boxes_and_outlines_are_refused(tmp_path):
     content = plain(4)
-    del content["annotations"][0]["bbox"]
+    del content["annotations"][0]["bbox"], content["annotations"][0]["segmentation"]
     assert "annotations[0]" in refused(tmp_path, content)
 
 

@@ -18,7 +18,7 @@ from resvit_calibrate.data.sources import Pools, open_source
 from resvit_calibrate.images.image_set import DataSpec
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import IGNORED, TargetOptions
-from resvit_calibrate.readers.boxes.coco_masks import CocoMasks
+from resvit_calibrate.readers.boxes.outlines import DrawnMasks
 from resvit_engines.errors import ExitCode, ResvitError
 
 OUTLINES = TargetOptions(outlines=True)
@@ -55,14 +55,14 @@ def packed(covered: np.ndarray) -> dict[str, Any]:
     return {"size": [HEIGHT, WIDTH], "counts": found["counts"].decode()}
 
 
-def masks_in(root: Path) -> CocoMasks:
+def masks_in(root: Path) -> DrawnMasks:
     pools = open_source(str(root), OUTLINES)
     assert isinstance(pools, Pools)
-    assert isinstance(pools.calibration, CocoMasks)
+    assert isinstance(pools.calibration, DrawnMasks)
     return pools.calibration
 
 
-def target(pixels: CocoMasks, index: int) -> np.ndarray:
+def target(pixels: DrawnMasks, index: int) -> np.ndarray:
     found = pixels.target(index, HEIGHT, WIDTH)
     return found.classes  # type: ignore[union-attr]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def test_whatever_classes_are_called(tmp_path_factory: pytest.TempPathFactory, c
         ("file,cat,dog\n0.png,1,1\n1.png,1,0\n", "Line 2 of .* has 2 classes: cat, dog"),
         ("0.png 1 2\n1.png 1 3\n", "Line 1 of .* has several classes: 1 2"),
         ("0.png,1,2\n", "has 3 columns .* and nothing says what each is"),
-        ("file,age,dx\n0.png,50,cat\n", "Nothing says which column .* is the class: file, age, dx"),
+        ("file,age,kind\n0.png,50,cat\n", "Nothing says which column .* is the class: file, age, kind"),
         ("file,text\n0.png,hello\n", "a text, and no class"),
         ("0.png\n1.png\n", "pictures alone, and no class"),
         ("", "lists no picture"),
@@ -320,3 +322,79 @@ def test_names_alone_are_pictures_of_which_nothing_is_known(tmp_path: Path) -> N
     pixels = opened(tmp_path / "calibration.txt").calibration
     assert (pixels.task, len(pixels)) == (None, 2)
     assert any("zz.png" in note for note in pixels.notes)
+
+
+ATTRIBUTES = ("Male", "Smiling", "Young")
+CELEBA_NAMES = [f"{number:06}.jpg" for number in range(1, 13)]
+
+
+def celeba(root: Path, ending: str = ".txt") -> None:
+    below = "img_align_celeba" if ending == ".txt" else "img_align_celeba/img_align_celeba"
+    pictures(root / below, CELEBA_NAMES)
+    rows = [
+        [name, *(1 if (number + place) % 3 else -1 for place in range(3))] for number, name in enumerate(CELEBA_NAMES)
+    ]
+    parts = [[name, number % 3] for number, name in enumerate(CELEBA_NAMES)]
+    if ending == ".txt":
+        head = f"{len(rows)}\n{' '.join(ATTRIBUTES)} \n"
+        (root / "list_attr_celeba.txt").write_text(head + "".join(f"{' '.join(map(str, row))}\n" for row in rows))
+        (root / "list_eval_partition.txt").write_text("".join(f"{name} {part}\n" for name, part in parts))
+        (root / "identity_CelebA.txt").write_text(
+            "".join(f"{name} {7 + n % 3}\n" for n, name in enumerate(CELEBA_NAMES))
+        )
+    else:
+        table(root / "list_attr_celeba.csv", [["image_id", *ATTRIBUTES], *rows])
+        table(root / "list_eval_partition.csv", [["image_id", "partition"], *parts])
+
+
+@pytest.mark.skipif(shutil.which("awk") is None, reason="the command that is told is awk's")
+@pytest.mark.parametrize("ending", [".txt", ".csv"])
+def test_celebas_lists_are_named_with_a_command_that_makes_classes_of_them(ending: str, tmp_path: Path) -> None:
+    celeba(tmp_path, ending)
+    with pytest.raises(ResvitError, match=r"CelebA's lists \(list_attr_celeba.* no picture one class") as refused:
+        kind_of_folder(tmp_path)
+    command = refused.value.fix.split("`")[3]
+    subprocess.run(["sh", "-c", command], check=True)
+    pools = open_source(f"csv:{tmp_path / 'smiling.csv'}", AS_USUAL)
+    assert isinstance(pools, Pools)
+    assert pools.calibration.labels is not None
+    assert pools.calibration.labels.tolist() == [int((number + 1) % 3 > 0) for number in range(12)]
+
+
+@pytest.mark.parametrize("name", ["list_attr_celeba.txt", "list_eval_partition.txt"])
+@pytest.mark.parametrize("prefix", ["", "csv:"])
+def test_celebas_parts_and_attributes_are_never_taken_for_classes(prefix: str, name: str, tmp_path: Path) -> None:
+    celeba(tmp_path)
+    with pytest.raises(ResvitError, match="CelebA's lists"):
+        open_source(f"{prefix}{tmp_path / name}", AS_USUAL)
+    with pytest.raises(ResvitError, match="CelebA's lists"):
+        open_source(f"{prefix}{tmp_path}", AS_USUAL)
+
+
+def test_celebas_identities_are_classes(tmp_path: Path) -> None:
+    celeba(tmp_path)
+    pools = open_source(f"csv:{tmp_path / 'identity_CelebA.txt'}", AS_USUAL)
+    assert isinstance(pools, Pools)
+    assert pools.calibration.labels is not None
+    assert set(pools.calibration.labels.tolist()) == {7, 8, 9}
+
+
+def test_a_list_whose_class_nothing_says_is_refused_also_without_endings(tmp_path: Path) -> None:
+    pictures(tmp_path / "images", [f"{number}.jpg" for number in range(12)])
+    rows = [[number, "Men", "Apparel", "Shirts"] for number in range(12)]
+    table(tmp_path / "styles.csv", [["id", "gender", "masterCategory", "articleType"], *rows])
+    with pytest.raises(ResvitError, match=r"Nothing says which column of .*styles.csv is the class: id, gender"):
+        kind_of_folder(tmp_path)
+
+
+def test_ham10000_is_read_by_its_list_and_its_pieces_are_no_classes(tmp_path: Path) -> None:
+    rows = [[f"HAM_{n}", f"ISIC_{n}", ("nv", "mel")[n % 2], "histo", 50] for n in range(12)]
+    pictures(tmp_path / "images", [f"ISIC_{number}.jpg" for number in range(12)])
+    table(tmp_path / "HAM10000_metadata.csv", [["lesion_id", "image_id", "dx", "dx_type", "age"], *rows])
+    pools = open_source(str(tmp_path), AS_USUAL)
+    assert isinstance(pools, Pools)
+    assert pools.calibration.class_names == ("mel", "nv")
+    for part in (1, 2):
+        pictures(tmp_path / "pieces" / f"HAM10000_images_part_{part}", [f"ISIC_{part}{n}.jpg" for n in range(6)])
+    with pytest.raises(ResvitError, match="these are pieces of one folder and no classes"):
+        open_source(str(tmp_path / "pieces"), AS_USUAL)

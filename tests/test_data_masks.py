@@ -156,14 +156,24 @@ def test_unknown_labels_are_refused_with_the_values_found(tmp_path):
         opened(tmp_path / "again", reading=TargetOptions(classes=4, ignore=()))
 
 
-def test_masks_of_black_and_white_are_explained(tmp_path):
+def test_masks_of_black_and_white_are_two_classes(tmp_path):
     masks(tmp_path, 6)
     for file in (tmp_path / "masks").iterdir():
         Image.fromarray((mask_of(1) > 1).astype(np.uint8) * 255).save(file)
+    heard = Heard()
+    calibration, validation = opened(tmp_path, heard)
+    assert calibration.num_classes == validation.num_classes == 2
+    assert (validation.target(0).classes == (mask_of(1) > 1)).all()
+    assert any("0 is read as the background, 255 as the object" in warning for warning in heard.warnings)
+
+
+def test_masks_of_black_alone_are_explained(tmp_path):
+    masks(tmp_path, 6)
+    for file in (tmp_path / "masks").iterdir():
+        Image.fromarray(np.zeros((10, 14), np.uint8)).save(file)
     with pytest.raises(ResvitError, match="one class") as caught:
         opened(tmp_path)
-    assert "write 0 and 1" in caught.value.fix
-    assert opened(tmp_path, reading=TargetOptions(classes=2))[1].num_classes == 2
+    assert "write 0 and 1" in str(caught.value)
 
 
 def test_deeper_folders_pair_by_path(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from resvit_calibrate.images.indexed import IndexedImageSet
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL
 from resvit_calibrate.readers.user.loader import Factory, StreamImageSet
+from resvit_calibrate.readers.user.objects import peeked
 from resvit_engines.errors import ResvitError
 
 COUNT = 20
@@ -185,6 +187,43 @@ def test_training_takes_both() -> None:
         assert sum(len(batch.images) for batch in images.batches_at(positions, 3)) == len(images)
 
 
+class Endless(IterableDataset[Any]):
+    """A stream that goes on, and says how often it gave something."""
+
+    given = 0
+
+    def __iter__(self) -> Any:
+        for number in itertools.count():
+            self.given += 1
+            yield {"image": Image.fromarray(PICTURES[number % COUNT] ^ (number // COUNT)), "label": number % 4}
+
+
+def test_of_a_stream_of_pictures_the_first_are_taken_once() -> None:
+    notes, stream = Notes(), Endless()
+    calibration, validation = opened(stream, notes, validation_images=30)
+    assert (len(calibration), len(validation), calibration.prepared) == (8, 30, False)
+    assert stream.given <= 40  # the first to tell what it is, then each once
+    for images in (calibration, validation):
+        for batch in images.batches(7):
+            assert batch.images.shape[1:] == (3, 8, 8)
+    assert stream.given <= 40
+    assert sorted(calibration.labels.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]  # type: ignore[union-attr]
+    assert any("the first 38 pictures, for more are not asked, of a stream (Endless)" in note for note in notes.said)
+    again, _ = opened(Endless(), validation_images=30)
+    assert again.digest == calibration.digest
+    before = stream.given
+    assert not gives_prepared("object:x", {"object:x": stream})
+    assert stream.given == before + 1
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes", "depths"])
+def test_what_a_stream_knows_of_pictures(kind: str) -> None:
+    depths = [(image, np.full(image.shape[:2], n + 1, np.float32)) for n, image in enumerate(PICTURES)]
+    items = {"masks": masks(), "boxes": boxes(), "depths": depths}[kind]
+    streamed, kept = (opened(made(items)) for made in (Stream, Items))
+    assert [images.digest for images in streamed] == [images.digest for images in kept]
+
+
 def boxes() -> list[Any]:
     """As torchvision's detectors have them: corners in the picture's pixels."""
     return [(image, {"boxes": [[n % 4, 1, 8, 9]], "labels": [n % 2]}) for n, image in enumerate(PICTURES)]
@@ -254,8 +293,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown keys": (lambda: Items([{"x": 1, "y": 2}] * 4), "a dictionary with x, y, and no image"),
     "paths": (lambda: Items(["a.png", "b.png"]), "Item 0 of object:x is a str, and no image"),
     "pairs of paths": (lambda: Items([("a.png", 1)] * 4), "is of type <U5 and shape"),
-    "texts as labels": (lambda: Items([(image, "cat") for image in PICTURES]), "a label that is a str"),
-    "shares as labels": (lambda: Items([(image, np.eye(4)[0]) for image in PICTURES]), r"label that is of shape \[4\]"),
+    "texts as labels": (lambda: Items([(image, "cat") for image in PICTURES]), "gives its class as a text, 'cat'"),
+    "shares as labels": (
+        lambda: Items([(image, np.eye(4)[0]) for image in PICTURES]),
+        r"a label of 4 numbers, one of which is 1 \(one-hot\)",
+    ),
+    "floats as labels": (lambda: Items([(image, 1.0) for image in PICTURES]), "as a number with a point, 1"),
     "boxes without classes": (
         lambda: Items([(image, {"boxes": [[0, 0, 4, 4]]}) for image in PICTURES]),
         "Item 0 of object:x gave boxes without their `classes`",
@@ -280,10 +323,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "pictures then floats": (lambda: Items([(PICTURES[0], 0), (READY[0], 1)]), "is of type float32, where others are"),
     "floats then pictures": (lambda: Items([(READY[0], 0), (PICTURES[0], 1)]), "is a picture, and not the network"),
     "channels in the middle": (lambda: Items([(np.zeros((8, 3, 8), np.uint8), 0)] * 4), r"the shape \[8, 3, 8\]"),
-    "a stream of pictures": (
-        lambda: Stream(list(zip(PICTURES, LABELS, strict=True))),
-        "is a picture, and not the netw",
-    ),
+    "an empty stream": (lambda: Stream([]), "a stream that ends before its first item"),
+    "a stream of pictures, then floats": (lambda: Stream([(PICTURES[0], 0), (READY[0], 1)]), "is of type float32, whe"),
+    "a stream of floats, then pictures": (lambda: Stream([(READY[0], 0), (PICTURES[0], 1)]), "is a picture, and not"),
+    "a stream that fails": (lambda: Stream(Items([PICTURES[0], lambda: 1 / 0])), "object:x failed: ZeroDivisionError"),
     "nothing in it": (lambda: Items([]), "a Dataset without any item"),
     "a failing item": (lambda: Items([lambda: 1 / 0]), "Item 0 of object:x failed: ZeroDivisionError"),
     "a text": (lambda: "photos", "gave a str, which is no images"),
@@ -358,3 +401,30 @@ def test_a_data_set_of_hugging_faces_in_memory() -> None:
     calibration, validation = opened(made)
     assert validation.class_names == ("a", "b", "c", "d")
     assert sorted(calibration.labels.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("form", ["PIL", "array"])
+def test_a_list_and_a_generator_of_pictures_are_pictures(form: str) -> None:
+    rows = list(zip(FORMS[form], LABELS, strict=True))
+    notes = Notes()
+    wanted = opened(Items(rows))
+    for made in (rows, tuple(rows), (row for row in rows), iter(rows)):
+        for images, same in zip(opened(made, notes), wanted, strict=True):
+            assert len(images) == len(same)
+            assert images.labels is not None
+            assert same.labels is not None
+            assert images.labels.tolist() == same.labels.tolist()
+            for batch, other in zip(images.batches(4), same.batches(4), strict=True):
+                np.testing.assert_array_equal(batch.images, other.images)
+
+
+def test_a_generator_gives_the_same_pictures_to_every_stage() -> None:
+    made = peeked(row for row in zip(PICTURES, LABELS, strict=True))
+    first, second = opened(made), opened(made)
+    assert [images.contents for images in first] == [images.contents for images in second]
+
+
+def test_a_list_of_batches_stays_the_networks_input() -> None:
+    batches = [(READY[at : at + 4].numpy(), np.array(LABELS[at : at + 4])) for at in range(0, COUNT, 4)]
+    calibration, _ = opened(batches)
+    np.testing.assert_array_equal(next(iter(calibration.batches(4))).images, READY[:4].numpy())

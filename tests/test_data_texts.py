@@ -140,6 +140,74 @@ def test_lists_that_cannot_be_read(text: bytes, said: str, tmp_path: Path) -> No
         open_source(f"text:{tmp_path / 'gt.txt'}", AS_USUAL)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gt.txt", "a.png,80\nb.png,81, or so\n"),
+        ("gt.txt", "a.png   80\nb.png  81, or so\n"),
+        ("gt.txt", ".\\a.png\t80\n.\\b.png\t81, or so\n"),
+        ("gt.txt", "# image text\n# more\na.png\t80\nb.png\t81, or so\n"),
+        ("gt.txt", "zz.png\t79\na.png\t80\nb.png\t81, or so\n"),
+        ("gt.txt", "{root}/a.png\t80\n{root}/b.png\t81, or so\n"),
+        ("annotations.txt", "a.png\t80\nb.png\t81, or so\n"),
+        ("labels.csv", "file_name;text\na.png;80\nb.png;81, or so\n"),
+        ("labels.csv", 'a.png;80\n"b.png";"81, or so"\n'),
+        ("metadata.csv", "split\tfile_name\ttext\nx\ta.png\t80\nx\tb.png\t81, or so\n"),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "train", "val"])
+def test_a_list_that_is_written_otherwise_is_found_in_its_folder(part: str, name: str, text: str, tmp_path: Path):
+    for folder in (tmp_path / "train", tmp_path / "val") if part else (tmp_path,):
+        pictures(folder, ["a.png", "b.png"])
+        (folder / name).write_text(text.replace("{root}", str(folder)))
+    assert kind_of_folder(tmp_path) == "text"
+    pools = open_source(str(tmp_path), AS_USUAL)
+    pixels = pools.validation if part == "val" else pools.calibration  # type: ignore[union-attr]
+    assert isinstance(pixels, TextPixels)
+    assert dict(zip(pixels.files, pixels.texts, strict=True)) == {"a.png": "80", "b.png": "81, or so"}
+
+
+@pytest.mark.parametrize("name", ["gt.txt", "labels.csv"])
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-16", "is UTF-16, as"),
+        ("utf-16-le", "is UTF-16 without the mark"),
+        ("utf-16-be", "is UTF-16 without the mark"),
+        ("gb18030", "is not UTF-8: line 1"),
+        ("latin-1", "is not UTF-8: line 1"),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "train", "val"])
+def test_a_list_in_another_encoding_is_named_and_never_dropped(
+    part: str, encoding: str, said: str, name: str, tmp_path: Path
+):
+    for folder in ("train", "val") if part else ("",):
+        pictures(tmp_path / folder, ["a.png", "b.png"])
+        (tmp_path / folder / name).write_text("a.png,caf\xe9\nb.png,two\n", encoding="utf-8")
+    (tmp_path / part / name).write_bytes("a.png,caf\xe9\nb.png,two\n".encode(encoding))
+    for data in (f"{tmp_path}", f"text:{tmp_path}"):
+        with pytest.raises(ResvitError, match=said) as caught:
+            open_source(data, AS_USUAL)
+        assert str(tmp_path / part / name) in str(caught.value)
+
+
+def test_a_list_of_texts_whose_pictures_are_elsewhere_is_refused_and_others_are_not(tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.png", "b.png"])
+    for text, said in (("/data/a.png\tone\n", "leads out of"), ("x/a.png\tone\n", "No file of 1 that")):
+        (tmp_path / "gt.txt").write_text(text)
+        with pytest.raises(ResvitError, match=said):
+            kind_of_folder(tmp_path)
+        (tmp_path / "gt.txt").unlink()
+    (tmp_path / "train.txt").write_text("/data/a.png\tone\n")
+    with pytest.raises(ResvitError, match="lists pictures that are here under other paths"):
+        kind_of_folder(tmp_path)
+    (tmp_path / "train.txt").write_text("x/c.png\tone\n")
+    assert kind_of_folder(tmp_path) == "folder"
+    (tmp_path / "labels.txt").write_bytes("Äpfel und Birnen\n".encode("latin-1"))
+    assert kind_of_folder(tmp_path) == "folder"
+
+
 def test_numbers_that_are_read_off_are_texts(tmp_path: Path) -> None:
     rows = {f"{i}.png": f"{i * 7919 % 10000:04}" for i in range(30)}
     pictures(tmp_path, list(rows))
@@ -180,6 +248,11 @@ def test_texts_come_with_their_images_and_long_lines_are_counted(tmp_path: Path)
     heard.said.clear()
     open_image_sets(spec, Preprocess((16, 80), channels=1), heard)
     assert "resize=letterbox" in "\n".join(heard.said)
+    assert "12 of 12 lines" not in "\n".join(heard.said)
+    heard.said.clear()
+    tabbed(tmp_path, dict.fromkeys(names[3:], "t"))
+    open_image_sets(spec, Preprocess((16, 80), channels=1), heard)
+    assert not any("letterbox" in line for line in heard.said), "all are of the network's shape already"
 
 
 def test_another_text_is_another_set(tmp_path: Path) -> None:

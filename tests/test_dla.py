@@ -104,11 +104,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     residual_and_linear(tmp_path / "float.onnx")
     assert run(["inspect", str(tmp_path / "float.onnx"), "--dla"]) == 0
     told = capsys.readouterr().out
-    assert "of the products would run on the DLA" in told
+    assert "of the products would run on the DLA, in 1 piece. " in " ".join(told.split())
+    assert "JetPack 7.2.2 or later" in told
     assert "'build' puts nothing there" in told
     assert run(["inspect", str(tmp_path / "float.onnx"), "--dla", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trunk_fits"] is True
     (tmp_path / "no.onnx").write_bytes(b"nothing of the kind")
     assert run(["inspect", str(tmp_path / "no.onnx"), "--dla"]) == ExitCode.INPUT
+    capsys.readouterr()
     assert run(["inspect", str(tmp_path / "none.onnx"), "--dla"]) == ExitCode.INPUT
-    assert "error" in capsys.readouterr().err
+    assert f"There is no file {tmp_path / 'none.onnx'}." in " ".join(capsys.readouterr().err.split())

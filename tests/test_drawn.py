@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from resvit_export.loading.libraries import import_timm
 from resvit_export.loading.load import load_network, network_from_module
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.weights.drawn import keep_signals_alive
+from resvit_export.loading.weights.drawn import _reach, keep_signals_alive
 
 IMAGE = (3, 16, 16)
 
@@ -92,3 +93,23 @@ def test_a_network_of_timm_that_dies_out_under_its_own_start() -> None:
     import_timm()
     found = load_network(ModelSpec("timm:lcnet_035"))
     assert any("signals died out" in note for note in found.notes)
+
+
+def test_answers_in_a_dataclass_are_looked_at_too() -> None:
+    @dataclasses.dataclass
+    class Answer:
+        score: torch.Tensor
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            with torch.no_grad():
+                self.norm.weight.fill_(1e-12)
+
+        def forward(self, x: torch.Tensor) -> Answer:
+            return Answer(self.norm(x))
+
+    with torch.no_grad():
+        answer = Net().eval()(torch.ones(1, 3, 4, 4))
+    assert _reach(answer) == pytest.approx(1e-12, rel=1e-3)

@@ -23,6 +23,8 @@ from resvit_engines.audit.kernels import Kernel
 from resvit_engines.cli.main import cli as engine_cli
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_export.cli.main import cli, run
+from resvit_export.recipe.file import recipe_to_toml
+from resvit_export.recipe.recipe import Recipe
 from resvit_export.report.sections.compare import write_comparison_page
 from resvit_export.tools.engine_compare import engine_of
 
@@ -163,6 +165,47 @@ def test_a_profile_of_another_network_is_told_by_its_names(tmp_path: Path) -> No
         engine_from_file(layers, other)
     assert caught.value.code == ExitCode.INPUT
     assert "of its 62 layers" in caught.value.problem
+
+
+def test_profiles_of_builds_that_name_other_nodes_ask_for_the_layer_files(tmp_path: Path) -> None:
+    files = [written(tmp_path, name) for name in (RESNET18[1], RESNET18[3])]
+    with pytest.raises(ResvitError, match="only the names of layers are known") as caught:
+        compare_engines(*(engine_from_file(profile) for _, profile, _ in files))
+    assert "two networks:" not in caught.value.problem
+    assert "Give the layer files of both" in caught.value.fix
+
+
+def test_times_of_another_engine_are_refused(tmp_path: Path) -> None:
+    layers, by_layer, own = written(tmp_path, RESNET18[3])
+    _, _, other = written(tmp_path, RESNET50[2])
+    assert engine_from_file(layers, by_layer, own).latency_us
+    with pytest.raises(ResvitError, match=r"is of another engine than .* its runs take 2,") as caught:
+        engine_from_file(layers, by_layer, other)
+    assert caught.value.code == ExitCode.INPUT
+
+
+def test_a_profile_of_zeros_is_named_as_what_tells_no_times(tmp_path: Path) -> None:
+    files = [written(tmp_path, name) for name in (RESNET18[1], RESNET18[3])]
+    zeros = [{**row, "averageMs": 0.0} if "averageMs" in row else row for row in json.loads(files[0][1].read_text())]
+    files[0][1].write_text(json.dumps(zeros))
+    a, b = (engine_from_file(layers, by_layer) for layers, by_layer, _ in files)
+    (said, *_) = [line for line in sentences_of(compare_engines(a, b)) if "no times are known" in line]
+    assert said.startswith(f"Of {a.name} no times")
+
+
+def test_a_file_that_is_not_there_and_a_run_that_is_not_finished_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ResvitError) as caught:
+        engine_of("nothing.json")
+    assert caught.value.problem == "The layer file nothing.json does not exist."
+    recipe = Recipe(model="resvit:embed-nano", targets=("jetson-orin",), data="fashion-mnist")
+    Path("runs/begun").mkdir(parents=True)
+    Path("runs/begun/recipe.toml").write_text(recipe_to_toml(recipe))
+    with pytest.raises(ResvitError, match="runs/begun is not finished: The stage") as caught:
+        engine_of("runs/begun")
+    assert "build --run runs/begun" in caught.value.fix
 
 
 @pytest.mark.parametrize(

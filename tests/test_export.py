@@ -14,9 +14,9 @@ from torch.export import Dim, ExportedProgram, export
 import resvit_calibrate.runtime.parity as parity
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.loading.source import NetworkSource
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import program_from_module
 from resvit_export.models.reference import resvit_model
 from resvit_export.to_onnx.canonical import MODULE, pad_in_max_pool, pool_over_all
 from resvit_export.to_onnx.export import onnx_from_program
@@ -274,7 +274,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / f"{name}.onnx").write_bytes(data)
         with pytest.raises(ResvitError, match="not a readable ONNX model"):
             import_onnx(tmp_path / f"{name}.onnx", tmp_path / "model.onnx")
-    with pytest.raises(ResvitError, match="There is no file"):
+    with pytest.raises(ResvitError, match=r"The model .* does not exist"):
         import_onnx(tmp_path / "missing.onnx", tmp_path / "model.onnx")
 
 

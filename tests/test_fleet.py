@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import sqlite3
 import sys
@@ -13,9 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from engine_reports import engine_report
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.keys.key_list import KeyList, sign_list
+from resvit_engines.keys.private import load_signing_key
 from resvit_engines.registry.client import Client
 from resvit_engines.registry.offer import Offer
 from resvit_engines.remote.ssh import UnreachableError
@@ -25,6 +32,7 @@ from resvit_export.fleet.addresses import expand
 from resvit_export.fleet.plan import Fleet, Share, fleet_from_document, fleet_from_toml
 from resvit_export.fleet.rollout import Outcome
 from resvit_export.fleet.state import DATABASE, DeviceState, Phase, Status, opened_state
+from resvit_export.fleet.transport import Running
 from test_install import bundle
 from test_signing import secret_file
 
@@ -307,6 +315,119 @@ def test_the_command_after_the_switch_runs_once_and_after_going_back(ten: Yard) 
     assert first.steps.count("command systemctl restart camera") == 3
 
 
+RESTART = "command systemctl restart camera"
+
+
+def lost(_: str) -> None:
+    raise UnreachableError("The connection was lost.", "Check it.", ExitCode.SYSTEM)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_connection_that_is_lost_at_the_command_after_the_switch_leaves_it_owed(ten: Yard, killed: bool) -> None:
+    def gone(step: str) -> None:
+        if step == RESTART:
+            if killed:
+                raise KilledError
+            lost(step)
+
+    ten.said["rollout"] = {"after": "systemctl restart camera"}
+    ten.apply(1)
+    device = ten.devices["ssh://cam-03"]
+    runs = device.steps.count(RESTART)
+    device.at = gone
+    if killed:
+        with pytest.raises(KilledError):
+            ten.apply(2)
+    else:
+        assert ten.apply(2).code is ExitCode.PARTIAL
+    assert (device.runs(), ten.states(2)["ssh://cam-03"].owes_after) == (2, True)
+    device.at = len
+    assert ten.apply(2).code is ExitCode.OK
+    assert device.steps.count(RESTART) == runs + 2, "once in vain, and once"
+    assert not any(state.owes_after for state in ten.states(2).values())
+    # And on the way back.
+    device.at = gone
+    if killed:
+        with pytest.raises(KilledError):
+            ten.rollback(2)
+    else:
+        assert ten.rollback(2).code is ExitCode.PARTIAL
+    device.at = len
+    assert ten.rollback(2).code is ExitCode.OK
+    assert device.steps.count(RESTART) == runs + 4
+    assert device.steps[-1] == RESTART
+    assert ten.releases() == [1] * 10, "none went two back"
+    assert not any(state.owes_after for state in ten.states(2).values())
+
+
+def test_a_pull_that_is_lost_before_its_answer_leaves_the_command_owed(ten: Yard, tag: Tag) -> None:
+    ten.said["rollout"] = {"after": "systemctl restart camera"}
+    device = ten.devices["ssh://cam-00"]
+
+    def gone(step: str) -> None:
+        if step == "pull":
+            device.history["net"] = [Running(tag.digest.partition(":")[2], 1, None)]  # done, and nobody heard
+            lost(step)
+
+    device.at = gone
+    commands.apply(pulled(ten), ten.transport)
+    device.at = len
+    assert commands.apply(pulled(ten), ten.transport)[0].code is ExitCode.OK
+    assert device.steps.count(RESTART) == 1
+    # What runs there already is not switched.
+    commands.apply(pulled(ten), ten.transport, again=True)
+    assert device.steps.count(RESTART) == 1
+
+
+def test_an_installation_that_fails_owes_nothing(ten: Yard) -> None:
+    def full(step: str) -> None:
+        if step == "install":
+            raise ResvitError("The disk is full.", "Free some space.", ExitCode.SYSTEM)
+
+    ten.said["rollout"] = {"after": "systemctl restart camera"}
+    ten.apply(1)
+    ten.devices["ssh://cam-02"].at = full
+    ten.apply(2)
+    assert not ten.states(2)["ssh://cam-02"].owes_after
+
+
+def test_a_command_after_the_switch_that_fails_takes_the_device_back(ten: Yard) -> None:
+    ten.apply(1)
+    ten.said["rollout"] = {"after": "systemctl restart camera"}
+    device = ten.devices["ssh://cam-00"]
+    device.command_code = 1
+    outcome = ten.apply(2)
+    assert (outcome.code, outcome.release.phase) == (ExitCode.STOPPED, Phase.STOPPED)
+    state = ten.states(2)["ssh://cam-00"]
+    assert (state.status, state.owes_after, device.steps.count(RESTART)) == (Status.BACK, True, 2)
+    assert "after the switch ended with 1" in state.problem
+    assert "did not end well there" in state.problem
+    assert ten.releases() == [1] * 10
+    device.command_code = 0
+    assert ten.rollback(2).code is ExitCode.OK
+    assert (device.steps.count(RESTART), device.runs()) == (3, 1)
+    assert ten.apply(2, again=True).code is ExitCode.OK
+
+
+def test_a_command_after_the_switch_that_fails_is_run_again_where_devices_stay(ten: Yard) -> None:
+    ten.said["rollout"] = {"after": "systemctl restart camera", "on_failure": "stop"}
+    device = ten.devices["ssh://cam-00"]
+    device.command_code = 1
+    assert ten.apply(1).release.phase is Phase.STOPPED
+    assert (device.runs(), ten.states()["ssh://cam-00"].owes_after) == (1, True)
+    device.command_code = 0
+    assert ten.apply(1, again=True).code is ExitCode.OK
+    assert (device.steps.count(RESTART), device.steps.count("install")) == (2, 1)
+
+
+def test_why_a_device_went_back_is_said_once(ten: Yard) -> None:
+    ten.apply(1)
+    ten.said["health"] = {"command": "true"}
+    ten.devices["ssh://cam-00"].command_code = 3
+    ten.apply(2)
+    assert ten.states(2)["ssh://cam-00"].problem.count("ended with 3") == 1
+
+
 # Devices that are in the way
 
 
@@ -419,7 +540,10 @@ def test_a_type_that_nobody_built_for(ten: Yard) -> None:
     ten.said["types"] = {**types, "robot": {"target": "jetson-thor", "devices": ["ssh://robot"]}}
     said = refused(ten.apply, 1, code=ExitCode.IMPOSSIBLE)
     assert "Nobody built for the devices of type robot" in said
-    assert "--target jetson-thor" in said
+    assert "--target jetson-thor, and" in said
+    types["robot"] = {"target": "rtx-4090", "precision": "int8", "devices": ["ssh://robot"]}
+    ten.said["types"] = types
+    assert "--target rtx-4090 --precision int8, and" in refused(ten.apply, 1, code=ExitCode.IMPOSSIBLE)
     assert ten.releases() == [None] * 10
 
 
@@ -488,6 +612,74 @@ def test_two_bundles_for_one_type(ten: Yard, tag: Tag) -> None:
     tag.offers.append(dataclasses.replace(tag.offers[0], name="net-8", precision="int8"))
     said = refused(commands.apply, pulled(ten), ten.transport, code=ExitCode.INPUT)
     assert "types.camera.precision" in said
+
+
+# What is copied to devices
+
+
+def private_key(folder: Path) -> Path:
+    return secret_file(folder / "root.key")
+
+
+def certificate(folder: Path, *, with_key: bool) -> Path:
+    key, day = Ed25519PrivateKey.generate(), datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ca")])
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(1).not_valid_before(day).not_valid_after(day + datetime.timedelta(30)).sign(key, None)
+    )  # fmt: skip
+    (folder / "ca.pem").write_bytes(
+        made.public_bytes(Encoding.PEM) + (private_key(folder).read_bytes() if with_key else b"")
+    )
+    return folder / "ca.pem"
+
+
+def key_list(folder: Path, days: int = 30) -> Path:
+    root = load_signing_key(str(private_key(folder)))
+    assert root is not None
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    dates = (day - datetime.timedelta(40), day - datetime.timedelta(40 - days) if days < 30 else day)
+    (folder / "keys.json").write_bytes(sign_list(KeyList(1, *dates, (root.public,), 1, ()), root).to_bytes())
+    return folder / "keys.json"
+
+
+SHARED: dict[str, tuple[Callable[[Path], dict[str, str]], ExitCode, str]] = {
+    "a private key as the root": (
+        lambda f: {"keys": str(key_list(f)), "root": str(f / "root.key")}, ExitCode.UNTRUSTED, "holds a private key"
+    ),
+    "no root": (lambda f: {"keys": str(key_list(f)), "root": "absent.pub"}, ExitCode.INPUT, "release.root names"),
+    "a name too long": (lambda f: {"keys": "k" * 1000}, ExitCode.INPUT, "release.keys names"),
+    "no list": (lambda f: {"keys": "absent.json"}, ExitCode.INPUT, "release.keys names"),
+    "a key as the list": (lambda f: {"keys": str(private_key(f))}, ExitCode.INPUT, "no signed list of keys"),
+    "a list that has ended": (lambda f: {"keys": str(key_list(f, 3))}, ExitCode.UNTRUSTED, "expired on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_what_devices_must_not_get_is_refused_before_any_is_asked(ten: Yard, what: str) -> None:
+    make, code, says = SHARED[what]
+    fleet = ten.fleet(1)
+    release = {"bundles": list(fleet.release.bundles), "key": fleet.release.key, **make(ten.folder)}
+    fleet = fleet_from_document({"name": "cameras", "release": release, **ten.said}, ten.folder / "fleet.toml")
+    assert says in refused(commands.apply, fleet, ten.transport, code=code)
+    assert not any(device.steps for device in ten.devices.values())
+
+
+@pytest.mark.parametrize(("with_key", "code"), [(True, ExitCode.UNTRUSTED), (None, ExitCode.INPUT), (False, None)])
+def test_the_certificate_that_devices_get_is_one(
+    ten: Yard, tag: Tag, with_key: bool | None, code: ExitCode | None
+) -> None:
+    path = ten.folder / "release.pub" if with_key is None else certificate(ten.folder, with_key=with_key)
+    path.touch()
+    said = {"registry": "oci://registry.example/net:stable", "ca": str(path)}
+    fleet = fleet_from_document({"name": "cameras", "release": said, **ten.said}, ten.folder / "fleet.toml")
+    if code is None:
+        with contextlib.suppress(ResvitError):
+            commands.apply(fleet, ten.transport)
+        assert ten.releases() == [1] * 10
+        return
+    assert "ca" in refused(commands.apply, fleet, ten.transport, code=code)
+    assert not any(device.steps for device in ten.devices.values())
 
 
 # Rollback

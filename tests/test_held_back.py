@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from resvit_calibrate.ranges.collect import collect_statistics
 from resvit_calibrate.ranges.ranges import ranges_from
 from resvit_engines.errors import ExitCode, OutOfMemoryError
 from resvit_engines.targets.table import Precision
-from resvit_quantize.check.choose import HeldBack
-from resvit_quantize.check.judge import Errors, best_of, gain
+from resvit_quantize.check.choose import Built, HeldBack, build, checked
+from resvit_quantize.check.judge import Errors, Judge, Sessions, best_of, gain, joined
+from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.qdq.held_back import OURS, HeldBackCheck, MendedLayer, Tried
 from resvit_quantize.qdq.report import QuantizeReport
 from resvit_quantize.quantize import quantize_model
-from resvit_quantize.settings import Methods, QuantizeSettings
+from resvit_quantize.settings import Effort, Methods, QuantizeSettings
 
 INT8 = QuantizeSettings(Precision.INT8)
 PLAIN = Methods(smoothing=False, shifting=False, output_ranges=False, bias_correction=False)
@@ -126,6 +128,28 @@ def test_the_best_of_all_ways_is_taken_and_ours_where_none_is_better_by_more_tha
     assert best_of({OURS: errors(steady, np.full(8, 0.9)), "plain max": lost}, OURS) == OURS
 
 
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_what_all_images_share_is_no_signal(tmp_path: Path, offset: float, size: int) -> None:
+    """Outputs with a common offset are judged as those without: 25 dB of them were kept by noise alone."""
+    random = np.random.default_rng(0)
+    g = Graph("batch", 40)
+    clean = g.op("Add", "input", g.constant("offset", np.full(40, offset, np.float32)))
+    path = g.save(tmp_path / "m.onnx", clean)
+    images = random.normal(size=(16, 40)).astype(np.float32)
+    judge = Judge(path, [{"input": images[at : at + size]} for at in range(0, 16, size)])
+    noise = 0.5 * random.normal(size=images.shape).astype(np.float32)
+    parts, seen = [], 0
+    for at, batch in enumerate(judge.batches):
+        expected, rows = judge.expected(at), len(batch["input"])
+        parts.append(judge.against(at, {n: v + noise[seen : seen + rows] for n, v in expected.items()}))
+        seen += rows
+    assert joined(parts).sqnr_db == pytest.approx(6.0, abs=1.0)
+    same = Judge(path, [{"input": images[:1].repeat(8, 0)}])
+    error = same.against(0, {n: v + noise[:4] for n, v in same.expected(0).items()})
+    assert error.signal == pytest.approx(np.square(images[0] + offset).sum(), rel=1e-4)
+
+
 def test_three_images_tell_nothing_and_numbers_that_are_not_finite_lose() -> None:
     noise = np.full(8, 0.1)
     assert not gain(errors(noise[:3]), errors(noise[:3] / 100)).is_real
@@ -179,6 +203,30 @@ def test_a_method_that_hurts_on_held_back_images_is_left_out(tmp_path: Path) -> 
     assert f"Taken: {check.taken}" in check.sentence
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_large_networks_are_asked_one_at_a_time_with_the_same_result(
+    tmp_path: Path, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen, held = unlike(tmp_path / "float.onnx"), features(32, 0, 0.01), features(16, 1, 1.0)
+    held_back = HeldBack(source(held if apart else seen), apart=apart)
+    together = quantized(path, tmp_path / "together.onnx", seen, held_back)
+    most, runner = [], Sessions.runner
+
+    def counted(self: Sessions, session: Any) -> Any:
+        found = runner(self, session)
+        most.append(sum(known.runner is not None for known in {*self._known, session}))
+        return found
+
+    monkeypatch.setattr(Sessions, "runner", counted)
+    quantized(path, tmp_path / "again.onnx", seen, held_back)
+    assert max(most) > 1
+    most.clear()
+    monkeypatch.setattr("resvit_quantize.check.choose.EXTERNAL_ABOVE", 0)
+    assert quantized(path, tmp_path / "alone.onnx", seen, held_back) == together
+    assert (tmp_path / "alone.onnx").read_bytes() == (tmp_path / "together.onnx").read_bytes()
+    assert max(most) == 1
+
+
 def test_outputs_that_do_not_tell_images_apart_are_judged_image_by_image(tmp_path: Path) -> None:
     g = Graph("N", 32, 32)
     hidden = g.op("Relu", g.linear("input", 32, 64, "fc1"), name="fc1/Relu")
@@ -229,7 +277,7 @@ def test_where_memory_does_not_reach_nothing_is_compared_and_the_build_goes_on(
 
     seen = features(64, 1, 1.0)
     quantized(path, tmp_path / "unchecked.onnx", seen, None)
-    monkeypatch.setattr("resvit_quantize.check.judge.run_session", full)
+    monkeypatch.setattr("resvit_calibrate.runtime.runner.run_session", full)
     check = quantized(path, tmp_path / "checked.onnx", seen, HeldBack(source(features(16, 2, 1.0)))).held_back
     assert asked == [True]
     assert check is not None
@@ -318,3 +366,116 @@ def test_the_record_comes_back_as_it_was() -> None:
     check = HeldBackCheck(16, False, tried, OURS, (MendedLayer("conv", 0.3, 0.01),), "Nothing else.")
     assert HeldBackCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
     assert "plain max 20.5 dB (98.0% of the arg-max alike) on 4 of them" in check.sentence
+
+
+# What is learned.
+
+
+def test_learned_rounding_starts_from_the_way_that_stands_and_is_held_against_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path, seen = wide_head(tmp_path / "float.onnx", tailed=False), np.random.default_rng(0)
+    images = seen.standard_normal((80, 16, 32)).astype(np.float32)
+    held_back = HeldBack(source(images[64:]), ranged=source(images[:64]))
+    report = quantized(path, tmp_path / "best.onnx", images[:64], held_back, replace(INT8, effort=Effort.BEST))
+    check = report.held_back
+    assert check is not None
+    assert check.taken == f"{OURS}, the head in 8 bits, with learned rounding"
+    assert check.tried[-1].what == check.taken
+    assert next(node for node in report.nodes if node.name == "head/MatMul").precision == "int8"
+    assert report.effort == "best"
+    fast = quantized(path, tmp_path / "fast.onnx", images[:64], held_back)
+    assert fast.held_back is not None
+    assert fast.held_back.tried == check.tried[:-1]
+    assert (tmp_path / "fast.onnx").read_bytes() != (tmp_path / "best.onnx").read_bytes()
+
+
+def test_where_memory_does_not_reach_to_judge_it_what_is_learned_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, images = unlike(tmp_path / "float.onnx"), features(80, 0, 1.0)
+    statistics = collect_statistics(path, [{"input": images[at : at + 4]} for at in range(0, 64, 4)])
+    ranges, graph = ranges_from(statistics, "digest"), graph_from_onnx(path)
+
+    def learn(settings: QuantizeSettings, source: Any) -> Built:
+        monkeypatch.setattr(Judge, "answers", full)
+        return build(graph, ranges, settings, statistics)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    held = HeldBack(source(images[64:]), ranged=source(images[:64]))
+    _, check = checked(path, graph, ranges, INT8, statistics, held, learn)
+    assert check.taken.endswith(", with learned rounding")
+    assert "does not fit into memory beside the float network, and was not compared" in check.note
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_learned_is_taken_unless_it_is_worse(tmp_path: Path, bits: int) -> None:
+    path = unlike(tmp_path / "float.onnx")
+    images = features(80, 0, 1.0)
+    statistics = collect_statistics(path, [{"input": images[at : at + 4]} for at in range(0, 64, 4)])
+    ranges, graph, asked = ranges_from(statistics, "digest"), graph_from_onnx(path), []
+
+    def learn(settings: QuantizeSettings, source: Any) -> Built:
+        asked.append(source)
+        return build(graph, ranges, replace(settings, bits=bits), statistics)
+
+    for apart in (True, False):
+        held = HeldBack(source(images[64:]), apart=apart, ranged=source(images[:64]))
+        built, check = checked(path, graph, ranges, INT8, statistics, held, learn)
+        taken = bits == 8 or not apart
+        assert check.taken.endswith(", with learned rounding") is taken
+        assert built.settings.bits == (bits if taken else 8)
+        assert ("Learned rounding has seen all images" in check.note) is not apart
+        assert sum("learned" in item.what for item in check.tried) == apart
+    assert [each is None for each in asked] == [False, True]
+
+
+# Heads.
+
+
+def wide_head(path: Path, *, tailed: bool) -> Path:
+    """A head of 200 classes, which is most of the arithmetic, on values of one size or with a long tail."""
+    g = Graph("N", 16, 32)
+    value = g.linear("input", 32, 64, "fc1")
+    spread = g.op("Mul", value, g.constant("spread", np.float32(1.5 if tailed else 0.5)), name="spread/Mul")
+    value = g.op("Exp" if tailed else "Tanh", spread, name="values")
+    return g.save(path, g.linear(value, 64, 200, "head"))
+
+
+@pytest.mark.parametrize("tailed", [False, True])
+def test_a_head_that_costs_something_goes_to_8_bits_unless_the_outputs_lose_by_it(tmp_path: Path, tailed: bool) -> None:
+    path = wide_head(tmp_path / "float.onnx", tailed=tailed)
+    images = np.random.default_rng(0).standard_normal((80, 16, 32)).astype(np.float32)
+    report = quantized(path, tmp_path / "out.onnx", images[:64], HeldBack(source(images[64:])))
+    head = next(node for node in report.nodes if node.name == "head/MatMul")
+    assert head.precision == ("fp16" if tailed else "int8")
+    assert head.reason.startswith(
+        f"the outputs {'lose too much by it' if tailed else 'keep as much with it'} in 8 bits"
+    )
+    assert "in FP16 it takes 86.2% of the multiply-accumulates and 0.0 MiB of weights" in head.reason
+    check = report.held_back
+    assert check is not None
+    tried = check.tried[-1]
+    assert tried.what.endswith("the head in 8 bits")
+    assert (check.taken == tried.what) is not tailed
+    assert check.sentence.count("the head in 8 bits") == (1 if tailed else 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        replace(INT8, exclude=("head",)),
+        replace(INT8, include=("head",)),
+        replace(INT8, precisions={"fc1/MatMul": Precision.INT8}),
+    ],
+    ids=["excluded", "included", "searched"],
+)
+def test_a_head_that_somebody_decided_on_is_left_as_it_is(tmp_path: Path, settings: QuantizeSettings) -> None:
+    path = wide_head(tmp_path / "float.onnx", tailed=False)
+    images = np.random.default_rng(0).standard_normal((80, 16, 32)).astype(np.float32)
+    report = quantized(path, tmp_path / "out.onnx", images[:64], HeldBack(source(images[64:])), settings)
+    head = next(node for node in report.nodes if node.name == "head/MatMul")
+    assert head.precision == ("int8" if settings.include else "fp16")
+    assert report.held_back is not None
+    assert not any("the head" in item.what for item in report.held_back.tried)

@@ -152,8 +152,27 @@ def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ResvitError, match="has no setting hidden_siz") as caught:
         hugging_face_model(str(vit), {"hidden_siz": 8})
     assert "hidden_size" in caught.value.fix
-    with pytest.raises(ResvitError, match="does not say which class"):
+    with pytest.raises(ResvitError, match="does not say which class") as caught:
         hugging_face_model(str(damaged(folder_of("vit", tmp_path / "a"), architectures=None)), {})
+    assert " or ViTForImageClassification or " in caught.value.fix
+    with pytest.raises(ResvitError, match="is the configuration alone") as caught:
+        hugging_face_model(str(vit / "config.json"), {})
+    assert caught.value.fix == f"Give its folder: hf:{vit}."
+    with pytest.raises(ResvitError, match="neither a folder") as caught:
+        hugging_face_model("https://huggingface.co/nobody/nothing", {})
+    assert "(hf download nobody/nothing)" in caught.value.fix
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ResvitError, match="is an adapter"):
+        hugging_face_model(str(tmp_path / "lora"), {})
+    (tmp_path / "timm").mkdir()
+    of_timm = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {"tag": "a1_in1k"}}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(of_timm))
+    with pytest.raises(ResvitError, match="is a model of timm's") as caught:
+        hugging_face_model(str(tmp_path / "timm"), {})
+    assert "--model timm:resnet18 --checkpoint" in caught.value.fix
+    known = damaged(folder_of("vit", tmp_path / "d"), auto_map={"AutoModel": "own.Model"})
+    assert any("which was not run" in note for note in load_network(ModelSpec(f"hf:{known}")).notes)
     with pytest.raises(ResvitError, match="has no model class ViTForNothing"):
         hugging_face_model(str(vit), {"architecture": "ViTForNothing"})
     auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from resvit_engines.cli.main import run as run_engine
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
 from resvit_engines.keys.key_list import KeyList, SignedList, list_from_bytes, sign_list
-from resvit_engines.keys.private import SigningKey
+from resvit_engines.keys.private import SigningKey, load_signing_key
 from resvit_engines.keys.public import KEY_LIST, load_trust
 from resvit_engines.keys.taking import take_list
 from resvit_export.cli.main import run as run_export
@@ -319,7 +320,9 @@ def test_from_the_first_list_to_a_key_that_got_out(
         ("x.json --root root.key --retire 77", ExitCode.INPUT, "no key with the id"),
         ("x.json --root root.key --revoke 77", ExitCode.INPUT, "is no key id"),
         ("x.json --root root.key --drop-root 77", ExitCode.INPUT, "no root with the id"),
-        ("x.json --root root.key --threshold 3", ExitCode.UNTRUSTED, "needs 3"),
+        ("x.json --root root.key --threshold 9", ExitCode.INPUT, "Add roots (--add-root), or lower --threshold"),
+        ("x.json --root root.pub", ExitCode.MISSING, "Name the private key, root.key"),
+        ("1.json --root root.key", ExitCode.INPUT, "exists already"),
         ("x.json --root root.key --key root.pub", ExitCode.UNTRUSTED, "one key as root"),
         ("x.json --after 1.json --root next.key", ExitCode.INPUT, "is no root of this list"),
         ("x.json --after none.json --root root.key", ExitCode.INPUT, "no file"),
@@ -336,9 +339,45 @@ def test_lists_that_are_not_written(
         (tmp_path / f"{name}.pub").write_text(signing_key(bytes([80 + number] * 32), name).public.to_text())
     assert run_export(["keylist", "1.json", "--root", "root.key", "--key", "next.pub"]) == 0
     capsys.readouterr()
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    before = Path("1.json").read_bytes()
     assert run_export(["keylist", *line.split()]) == code
-    assert says in capsys.readouterr().err
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert Path("1.json").read_bytes() == before
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("days", "says"),
+    [
+        (-9, r"The list of keys expired on .* Nothing that its keys signed is installed until a newer list is taken"),
+        (40, r"The list of keys was made on .*, and the clock of this machine says"),
+    ],
+)
+def test_a_list_that_is_not_good_today_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], days: int, says: str
+) -> None:
+    today = datetime.now(timezone.utc).date()
+    (folder / KEY_LIST).write_bytes(written(tmp_path, keys(days=3, issued=today)).read_bytes())
+    assert run_engine(["keys", "--trust", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nothing_installs"] is None
+    path = written(tmp_path, keys(days=3, issued=today + timedelta(days=days)))
+    (folder / KEY_LIST).write_bytes(path.read_bytes())
+    for line in (["keys"], ["keys", str(path)]):  # which was taken when it was good
+        assert run_engine([*line, "--trust", str(folder)]) == 0
+        assert re.search(says, " ".join(capsys.readouterr().out.split()))
+        assert run_engine([*line, "--trust", str(folder), "--json"]) == 0
+        assert re.search(says, json.loads(capsys.readouterr().out)["nothing_installs"])
+
+
+def test_the_public_key_of_a_private_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    (tmp_path / "odd.pub").write_text(STRANGE.public.to_text())
+    for fix in ("Name the private key's file", f"Name the private key, {tmp_path / 'odd.key'}"):
+        said = refused(load_signing_key, str(tmp_path / "odd.pub"), code=ExitCode.MISSING)
+        assert "odd.pub is a public key" in said
+        assert fix in said
+        secret_file(tmp_path / "odd.key")
 
 
 def test_a_retired_key_ends_and_what_it_signed_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

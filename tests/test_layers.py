@@ -25,7 +25,7 @@ def works(path: Path, batch: int = 1) -> dict[str, LayerWork]:
 def test_a_residual_block_is_one_layer_per_convolution(tmp_path: Path) -> None:
     g = Graph(1, 8, 4, 4)
     found = works(g.save(tmp_path / "m.onnx", basic_block(g, "input", 8, "block")))
-    assert list(found) == ["input (cast)", "block.conv1/Conv", "block.conv2/Conv"]
+    assert list(found) == ["input (cast)", "block.conv1/Conv", "block.conv2/Conv", "logits (cast)"]
     first, second = found["block.conv1/Conv"], found["block.conv2/Conv"]
     # 8 x 8 x 3 x 3 weights and 8 biases; 128 elements in and out; 128 x 8 x 9 multiply-accumulates.
     assert first == LayerWork(
@@ -82,7 +82,7 @@ def test_gelu_from_erf_ends_in_the_linear_layer(tmp_path: Path) -> None:
     inner = g.op("Add", g.op("Erf", g.op("Div", hidden, root)), one)
     gelu = g.op("Mul", g.op("Mul", hidden, inner), half, name="gelu")
     found = works(g.save(tmp_path / "m.onnx", gelu))
-    assert [work.writes for work in found.values()] == ["input", "gelu:0"]
+    assert [work.writes for work in found.values()] == ["input", "gelu:0", "logits (FP32)"]
 
 
 def test_a_group_norm_is_its_own_layer_and_its_residual_another(tmp_path: Path) -> None:
@@ -98,6 +98,7 @@ def test_a_group_norm_is_its_own_layer_and_its_residual_another(tmp_path: Path) 
         "conv/Conv": "conv",
         "norm": "norm",
         "add": "pointwise",
+        "logits (cast)": "pointwise",
     }
     assert (found["norm"].kernels, found["norm"].writes, found["norm"].written) == (2, "scale:0", 128)
     assert found["add"].reads == (Read("scale:0", 128), Read("input", 128))
@@ -122,6 +123,6 @@ def test_the_prediction_of_a_hybrid_is_deterministic_and_8_bits_move_less(tmp_pa
     eight = {node: Precision.INT8 for work in first for node in work.nodes}
     fp16, int8 = layer_times(first, {}, target), layer_times(first, eight, target)
     assert int8.activation_bytes < fp16.activation_bytes
-    # Every element of every tensor at two bytes.
+    # Every element of every tensor at two bytes, those of the image and of the answer at four.
     elements = sum(w.written + 2 * w.moved + sum(r.elements for r in w.reads) for w in first)
-    assert fp16.activation_bytes == 2 * elements
+    assert fp16.activation_bytes == 2 * (elements + first[0].written + first[-1].written)

@@ -121,6 +121,9 @@ def test_folders_about_each_other_are_no_classes(tmp_path: Path, tail: str) -> N
         mask(tmp_path / f"street{tail}" / f"{number}.png", number)
     with pytest.raises(ResvitError, match=f"street{tail}"):
         refuse_unread(tmp_path)
+    assert opened(tmp_path) == "segmentation"
+    for file in (tmp_path / f"street{tail}").iterdir():
+        file.rename(file.with_name(f"other{file.name}"))  # nothing says which mask is whose
     assert opened(tmp_path) == "refused 3"
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Silent
 from resvit_export.loading.load import load_network, network_from_module
+from resvit_export.loading.program.facts import has_dynamic_batch
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.loading.pt2 import program_from_pt2
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import has_dynamic_batch, program_from_module
 from resvit_export.models.reference import resvit_model
 from resvit_export.recipe.pairs import plain_values
 
@@ -182,11 +183,23 @@ def test_fixed_batch_is_noted(file: Path) -> None:
         ("missing.pt2", "does not exist"),
         ("json:nothing", "no function or class 'nothing'"),
         ("resvit:embed-giant", "embed-giant"),
+        ("timm:hf_hub:timm/resnet18.a1_in1k", "names a place, not a model of timm's"),
     ],
 )
 def test_names_that_lead_nowhere(model: str, message: str) -> None:
     with pytest.raises(ResvitError, match=message):
         load_network(ModelSpec(model))
+
+
+def test_trained_weights_of_timm_are_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ResvitError, match="are not on this machine, and nothing is downloaded") as caught:
+        load_network(ModelSpec("timm:resnet18", model_args={"pretrained": True}))
+    assert "hf download timm/resnet18" in caught.value.fix
+    assert constants.HF_HUB_OFFLINE is False
 
 
 @pytest.fixture(scope="module")

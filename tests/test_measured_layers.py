@@ -86,6 +86,8 @@ def test_the_file_that_tuning_writes_is_what_predictions_follow(works, tmp_path:
         sentences=(),
         faster=None,
         ms=None,
+        best=None,
+        remarks=(),
         layer_times=layers,
     )
     stage.fill(folder, None)  # type: ignore[arg-type]
@@ -101,7 +103,7 @@ def test_the_file_that_tuning_writes_is_what_predictions_follow(works, tmp_path:
                 assert layer.total_us - layer.reformat_us == pytest.approx(us)
     # Without any, none is written.
     (tmp_path / "none").mkdir()
-    Tune(stage.plain, "quick", place, (), {}, (), None, None, {}).fill(tmp_path / "none", None)  # type: ignore[arg-type]
+    Tune(stage.plain, "quick", place, (), {}, (), None, None, None, (), {}).fill(tmp_path / "none", None)  # type: ignore[arg-type]
     assert not (tmp_path / "none/measured-times.json").exists()
     assert (folder / "tune.json").read_bytes() == (tmp_path / "none/tune.json").read_bytes()
     assert json.loads((folder / "tune.json").read_bytes())["place"] == pretty_and_back(place.facts)

@@ -12,8 +12,9 @@ from resvit_calibrate.readers.scenes import Scenes, normalised
 from resvit_calibrate.runtime.runner import onnx_runner
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.load import load_network
+from resvit_export.loading.program.facts import output_names
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import output_names, program_from_module
 from resvit_export.models.heads import Features, RawDetections, TokensOnMaps, cells
 from resvit_export.models.presets import preset
 from resvit_export.models.reference import resvit_config, resvit_model

@@ -88,6 +88,22 @@ def test_every_model_has_a_bundle_name(text: str) -> None:
     assert is_name(f"{label[:60]}-l4-int8")
 
 
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [
+        ("nets/rec.onnx", "rec"),
+        ("rec.v2.onnx", "rec.v2"),
+        ("a net.pt2", "a-net"),
+        ("net.py:make", "net-make"),
+        ("net.pyramid", "net.pyramid"),
+        ("timm:levit_128s", "levit_128s"),
+        (".onnx", "model"),
+    ],
+)
+def test_the_ending_of_a_file_is_no_part_of_the_name(model: str, label: str) -> None:
+    assert dataclasses.replace(Recipe(), model=model).label == label
+
+
 @pytest.mark.parametrize("name", ["../ESCAPED", "/tmp/x", "a/b", "..", "", "a\nb", "-x", ".x", "x" * 101])
 def test_a_bundle_of_such_a_name_does_not_read(tmp_path: Path, name: str) -> None:
     write_bundle(tmp_path / "b.resvit", Manifest(name), {"model.onnx": b"x"})

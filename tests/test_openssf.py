@@ -84,6 +84,24 @@ def test_both_signatures_and_the_bytes_of_the_signed_bundle(
     assert not Path(f"{bundle}.sig").exists()
 
 
+def test_a_signature_that_no_longer_holds_is_told(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = key_pair(tmp_path, ec.SECP256R1())
+    own = tmp_path / "release.key"
+    assert run(["keygen", str(own), "-q"]) == 0
+    line = ["sign", str(bundle), "--key", str(own)]
+    assert run([*line, "--openssf", str(private)]) == 0
+    capsys.readouterr()
+    assert run(line) == 0  # to the same bytes
+    assert "no longer holds" not in capsys.readouterr().err
+    assert holds(bundle, public)
+    assert run(["keygen", str(tmp_path / "other.key"), "-q"]) == 0
+    assert run(["sign", str(bundle), "--key", str(tmp_path / "other.key"), "--json"]) == 0
+    assert f"{bundle.name}.sig is of the bundle as it was, and no longer holds" in capsys.readouterr().err
+    assert not holds(bundle, public)
+
+
 def wrong_key(kind: str, folder: Path) -> Path:
     path = folder / "openssf.pem"
     if kind == "another curve":
@@ -118,8 +136,13 @@ def wrong_key(kind: str, folder: Path) -> Path:
 def test_keys_that_it_does_not_take(
     bundle: Path, tmp_path: Path, kind: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["sign", str(bundle), "--openssf", str(wrong_key(kind, tmp_path))]) == ExitCode.INPUT
+    own, before = tmp_path / "release.key", bundle.read_bytes()
+    assert run(["keygen", str(own)]) == 0
+    beside = ["--openssf", str(wrong_key(kind, tmp_path))]
+    assert run(["sign", str(bundle), *beside]) == ExitCode.INPUT
     assert said in capsys.readouterr().err
+    assert run(["sign", str(bundle), "--key", str(own), *beside]) == ExitCode.INPUT
+    assert bundle.read_bytes() == before
     assert list(tmp_path.glob("*.sig")) == []
     assert list(tmp_path.glob(".*.tmp")) == []
 

@@ -131,7 +131,7 @@ ONNX: list[tuple[list[str], ExitCode, str]] = [
     (["--model", "two.onnx"], ExitCode.INPUT, "output_0"),
     (["--model", "films.onnx"], ExitCode.INPUT, "image"),
     (["--model", "coupled.onnx"], ExitCode.INPUT, "other images"),
-    (["--model", "open.onnx"], ExitCode.INPUT, "--shape x=1x3x224x224"),
+    (["--model", "open.onnx"], ExitCode.INPUT, "--input-shape 3x224x224"),
     (["--model", "fine.onnx", "--shape", "x=1x3x9x9"], ExitCode.INPUT, "x is"),
     (["--model", "fine.onnx", "--target", "jetson-orin", "--precision", "fp8"], ExitCode.IMPOSSIBLE, "fp8"),
     (["--model", "fine.onnx", "--exclude", "blocks.9*"], ExitCode.INPUT, "blocks.9"),
@@ -209,6 +209,32 @@ def test_what_ends_a_run_is_said_before_anything_is_pruned(
     assert any(word in said for word in words.split("|")), said
 
 
+ALONE = """
+class Alone(Net):
+    def forward(self, x):
+        return super().forward(x.view(1, 3, 8, 8))
+
+
+def alone():
+    return Alone(*make())
+"""
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["coupled", "alone"])
+def test_batch_1_is_said_where_a_network_is_exported_for_it_and_not_where_another_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    del folder
+    with Path("net.py").open("a") as code:
+        code.write(ALONE)
+    command = ["export", "--model", f"net.py:{name}", "--target", "rtx-4090"]
+    assert run([*command, "--run", "r"]) == 0
+    assert capfd.readouterr().err.count("exported for batch 1") == 1
+    assert run([*command, "--run", "four", "--batch", "4"]) == ExitCode.INPUT
+    assert "exported for batch 1" not in capfd.readouterr().err
+
+
 BEFORE_FOLD = """
 def ten_boxes():
     class Boxes(Net):
@@ -258,4 +284,65 @@ def test_what_data_and_outputs_tell_is_said_before_the_network_is_folded(
     got, said = refused(capfd, "build", *NORMAL, *arguments)
     assert got == ExitCode.INPUT, said
     assert any(word in said for word in words.split("|")), said
+    assert "exported for batch 1" not in said
     assert not list(Path("r").glob("fold-*"))
+
+
+def one_class() -> None:
+    np.savez("bad.npz", images=np.zeros((20, 8, 8, 3), np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None, None],
+             labels=np.zeros(20, np.int64))  # fmt: skip
+
+
+def mostly_broken() -> None:
+    for index in range(12):
+        place = Path("bad") / f"class{index % 2}" / f"{index}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+
+
+def nothing() -> None:
+    """There is no such thing on this machine."""
+
+
+@pytest.mark.parametrize("command", ["build", "calibrate", "validate"])
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (one_class, ["--data", "bad.npz"], "are of one class"),
+        (one_class, ["--validation-data", "bad.npz"], "are of one class"),
+        (mostly_broken, ["--data", "bad"], "8 of 8 images of bad that were tried cannot be read"),
+        (nothing, ["--data", "fashion-mnist"], "dataset-fashion-mnist"),
+        (nothing, ["--validation-data", "fashion-mnist"], "dataset-fashion-mnist"),
+    ],
+)
+def test_what_data_alone_tell_is_said_before_the_network_is_loaded(
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    make: Callable[[], None],
+    arguments: list[str],
+    words: str,
+) -> None:
+    def too_late(*_: object, **__: object) -> Any:
+        raise AssertionError("a long stage began")
+
+    monkeypatch.setattr("resvit_export.loading.load.load_network", too_late)
+    monkeypatch.setenv("RESVIT_FASHION_MNIST", str(folder / "nowhere"))
+    make()
+    got, said = refused(capfd, command, "--model", "net.py:make", "--task", "classification", *NORMAL, *arguments)
+    assert got == ExitCode.INPUT, said
+    assert words in said
+
+
+def test_a_few_broken_images_are_skipped_later_and_refused_nowhere(folder: Path) -> None:
+    from PIL import Image
+
+    from resvit_calibrate.data.first_look import open_sources, require_usable
+    from resvit_calibrate.images.image_set import DataSpec
+
+    mostly_broken()
+    for index in range(3, 12):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(f"bad/class{index % 2}/{index}.png")
+    spec = DataSpec(str(folder / "bad"))
+    require_usable(open_sources(spec), spec)

@@ -18,15 +18,19 @@ from rich.console import Console
 
 from conftest import DEMO
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_calibrate.tasks.kinds import KINDS, lower_is_better
 from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.cli.main import cli, run
-from resvit_export.cli.outcome import next_commands
-from resvit_export.cli.output import accuracy_table
+from resvit_export.cli.outcome import next_commands, outcome
+from resvit_export.cli.output import accuracy_table, comparison_table
 from resvit_export.pipeline import Pipeline
 from resvit_export.recipe.recipe import SETTINGS, Recipe
 from resvit_export.records.verdict import ScoreRow
 from resvit_export.report.comparison import Entry, pareto_front, write_comparison
+from resvit_export.report.layout.data import ReportData
+from resvit_export.report.page import html_from_run
+from resvit_export.report.sections.accuracy import speed_half
 from resvit_export.run import Run
 from resvit_export.stage import Record
 from resvit_export.stages.export import Exported
@@ -158,6 +162,22 @@ def test_an_onnx_of_ones_own_has_no_parity_with_pytorch() -> None:
         assert Exported(Path("x"), record, reused=False).reference == reference
 
 
+def test_fp16_that_was_asked_for_is_no_failure_of_speed(tmp_path: Path) -> None:
+    one = built(precision="fp16")
+    one.speed = SpeedVerdict(SpeedKind.FP16_ITSELF, 1.0, Evidence.SAME, None, "FP16, predicted 0.204 ms on X", "")
+    one.verdict.kind, one.verdict.reason, one.verdict.blame = VerdictKind.ACCEPTED, "fine", None
+    one.pipeline.variant = SimpleNamespace(tuned=None, search=None)
+    one.report = tmp_path / "report.html"
+    lines = list(outcome(one, brief=True))
+    assert "[bold]SPEED[/]: FP16, predicted 0.204 ms on X" in lines
+    assert not any("--precision fp16" in command for command, _ in next_commands(one))
+    half = speed_half(one.speed)
+    assert (half.kind, half.word, half.sentence) == ("open", "Speed", "FP16, predicted 0.204 ms on X.")
+    page = html_from_run(ReportData(name="run", speed=one.speed))
+    assert "<title>Not validated: run" in page
+    assert "Not faster" not in page
+
+
 def test_the_table_of_accuracy_fits_80_columns() -> None:
     values: dict[str, float | None] = {"top-1": 0.619, "top-5": 0.984}
     rows = [
@@ -174,8 +194,33 @@ def test_the_table_of_accuracy_fits_80_columns() -> None:
     assert max(len(line.rstrip()) for line in lines) <= 80
 
 
-def entry(name: str, ms: float, value: float, drop: float = 0.0, target: str = "l4") -> Entry:
-    return Entry(name, target, "INT8", 1, "top-1", "percentage points", 0.9, value, drop, (0.0, 1.0), "accepted", ms, 1,
+def test_the_table_of_an_sqnr_has_no_drops() -> None:
+    rows = [
+        ScoreRow(stage, "SQNR", "dB", value, {"SQNR": value}, 1.0, "", value, drop, (-11.0, -9.5))
+        for stage, value, drop in (("onnx float", 100.0, 0.0), ("onnx int8", 30.3, -10.32))
+    ]
+    record: Any = SimpleNamespace(rows=rows, verdict=SimpleNamespace(confidence=0.95), data="all 40 images of x")
+    screen = Console(width=140, file=io.StringIO())
+    screen.print(accuracy_table(record))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "drop" not in text
+    assert "above least" in text
+    assert "+10.32" in text
+    assert "+9.50 … +11.00" in text
+
+
+TOP1, ABS_REL, SQNR = ("top-1", False, "percentage points"), ("AbsRel", True, "points"), ("SQNR", False, "dB")
+
+
+def entry(
+    name: str,
+    ms: float,
+    value: float,
+    drop: float = 0.0,
+    target: str = "l4",
+    metric: tuple[str, bool, str] = TOP1,
+) -> Entry:
+    return Entry(name, target, "INT8", 1, *metric, 0.9, value, drop, (0.0, 1.0), "accepted", ms, 1,
                  "predicted", speed(SpeedKind.FASTER), 1 << 20)  # fmt: skip
 
 
@@ -183,9 +228,26 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     fast, good, same = entry("fast", 1.0, 0.8, 10.0), entry("good", 2.0, 0.9), entry("same", 2.0, 0.9)
     beaten = entry("beaten", 3.0, 0.85, 5.0)
     assert pareto_front([beaten, good, fast, same]) == [fast, good]
-    # Of an error the smaller is the better one: told by the drop of one of them.
-    error = entry("error", 1.0, 0.95, 5.0)
-    assert pareto_front([error, entry("less", 2.0, 0.9), entry("more", 3.0, 0.92, 2.0)])[1].run == "less"
+    # Of an error the smaller is the better one.
+    errors = [entry(name, ms, value, metric=ABS_REL) for name, ms, value in (
+        ("error", 1.0, 0.95), ("less", 2.0, 0.9), ("more", 3.0, 0.92))]  # fmt: skip
+    assert [one.run for one in pareto_front(errors)] == ["error", "less"]
+
+
+def test_of_an_sqnr_the_larger_is_the_better_one_and_is_told_in_db(tmp_path: Path) -> None:
+    slower = entry("slower", 0.206, 30.3197, -10.32, metric=SQNR)
+    good = entry("good", 0.204, 63.8, -43.8, metric=SQNR)
+    assert pareto_front([slower, good]) == [good]
+    write_comparison([slower, good], tmp_path / "c.html")
+    screen = Console(width=140, file=io.StringIO())
+    screen.print(comparison_table([slower, good]))
+    for text in (screen.file.getvalue(), (tmp_path / "c.html").read_text()):  # type: ignore[attr-defined]
+        assert "30.3 dB" in text
+        assert "+10.3 dB" in text
+        assert "above least" in text.lower().replace(" the ", " ")
+        assert "drop" not in text.partition("<body>")[2].lower()
+    assert {lower_is_better(kind) for kind in KINDS if kind != "depth"} == {False}
+    assert lower_is_better("depth")
 
 
 def test_the_page_of_a_comparison_draws_every_build(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from quantize_graphs import Graph, hybrid, outputs_of, ranges_from_extremes, ranges_of
+from quantize_graphs import Graph, hybrid, offset_convolutions, outputs_of, ranges_from_extremes, ranges_of
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.errors import ExitCode
 from resvit_engines.targets.table import Precision
@@ -110,6 +110,18 @@ def test_ranges_that_are_wrong_are_named(tmp_path: Path) -> None:
 
 def places_of(path: Path) -> list[str]:
     return [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+
+
+def test_what_all_images_share_can_be_left_out_of_the_signal(tmp_path: Path) -> None:
+    path = offset_convolutions(tmp_path / "float.onnx")
+    images, out = np.random.default_rng(0).standard_normal((8, 3, 8, 8)).astype(np.float32), tmp_path / "int8.onnx"
+    quantize_model(path, ranges_of(path, images), INT8, out)
+    whole, apart = (own_noise(path, out, Precision.INT8, {"input": images}, apart=each) for each in (False, True))
+    assert whole is not None
+    assert apart is not None
+    assert apart.outputs_db < whole.outputs_db - 10
+    assert apart.under_noise_db < whole.under_noise_db - 10
+    assert (apart.lossy, apart.places) == (whole.lossy, whole.places)
 
 
 def test_what_is_not_quantised_is_not_asked(tmp_path: Path) -> None:

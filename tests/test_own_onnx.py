@@ -135,6 +135,59 @@ def test_channels_last(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def dequantised(*moved: str, kind: int = TensorProto.UINT8, **weights: np.ndarray) -> onnx.ModelProto:
+    """A network that begins with a DequantizeLinear of its pictures, behind nodes of the types ``moved``."""
+    names = ["x", *(f"m{at}" for at in range(len(moved)))]
+    nodes = [helper.make_node(op, [one], [other]) for op, one, other in zip(moved, names, names[1:], strict=False)]
+    constants = ["s", *(["z"] if "z" in weights else [])]
+    nodes.append(helper.make_node("DequantizeLinear", [names[-1], *constants], ["d"], name="norm", axis=1))
+    conv = helper.make_node("Conv", ["d", "w"], ["a"], name="conv")
+    return model_of([*nodes, conv, *TAIL], image=(kind, ["batch", 3, 8, 8]), weights=weights)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        dequantised(s=np.float32(1 / 255)),
+        dequantised("Identity", s=np.float32(1 / 64), z=np.uint8(128)),
+        dequantised(s=np.float32([0.01, 0.02, 0.03]), z=np.uint8([1, 2, 3])),
+        dequantised(s=np.float32(0.02), z=np.int8(-3), kind=TensorProto.INT8),
+    ],
+)
+def test_pictures_that_a_dequantisation_normalises_are_no_quantised_network(
+    proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    record, out = taken(proto, tmp_path)
+    assert not {node.op_type for node in onnx.load(out).graph.node} & {"DequantizeLinear", "Cast", "Identity"}
+    kind = np.uint8 if proto.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8 else np.int8
+    limits = np.iinfo(kind)
+    pixels = np.random.default_rng(0).integers(limits.min, limits.max + 1, (2, 3, 8, 8)).astype(kind)
+    theirs = onnxruntime.InferenceSession(tmp_path / "theirs.onnx").run(None, {"x": pixels})[0]
+    ours = onnx_runner(out)({"input": pixels.astype(np.float32)})["logits"]
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert record.input_shape == (3, 8, 8)
+
+
+def test_a_dequantisation_of_weights_or_behind_a_quantisation_is_a_quantised_network(tmp_path: Path) -> None:
+    weights = {"s": np.float32(0.1), "z": np.int8(0), "q": np.ones((16, 3, 3, 3), np.int8)}
+    of_weights = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["v"], name="stored")
+    conv = helper.make_node("Conv", ["x", "v"], ["a"], name="conv")
+    inside = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["i"], name="down"),
+        helper.make_node("DequantizeLinear", ["i", "s", "z"], ["b"], name="up"),
+        helper.make_node("Conv", ["b", "w"], ["a"], name="conv"),
+    ]
+    for nodes, named in (([of_weights, conv, *TAIL], "stored"), ([*inside, *TAIL], "down")):
+        with pytest.raises(ResvitError, match=f"quantised already.*{named}"):
+            taken(model_of(nodes, weights=weights), tmp_path)
+    second = model_of([*dequantised(s=np.float32(0.1)).graph.node][1:], weights={"s": np.float32(0.1)})
+    second.graph.node.insert(0, helper.make_node("DequantizeLinear", ["flags", "s"], ["c"], name="flags"))
+    second.graph.node.insert(1, helper.make_node("Add", ["x", "c"], ["d"], name="add"))
+    second.graph.input.append(helper.make_tensor_value_info("flags", TensorProto.UINT8, ["batch", 3, 8, 8]))
+    with pytest.raises(ResvitError, match=r"quantised already.*flags"):
+        taken(second, tmp_path)
+
+
 @pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16])
 def test_pixels_as_whole_numbers(kind: int, tmp_path: Path) -> None:
     cast = helper.make_node("Cast", ["x"], ["c"], to=TensorProto.FLOAT)
@@ -156,6 +209,48 @@ def test_pixels_as_whole_numbers(kind: int, tmp_path: Path) -> None:
     with pytest.raises(ResvitError, match="normalises them itself") as refusal:
         preprocess_from(record, {"mean": [0.5], "std": [0.5]}, None)
     assert "Leave mean and std out" in refusal.value.fix
+
+
+WAYS_TO_FLOATS = {
+    "channels gathered": [
+        helper.make_node("Gather", ["x", "bgr"], ["u_g"], axis=1),
+        helper.make_node("Cast", ["u_g"], ["u_f"], to=TensorProto.FLOAT),
+    ],
+    "split and joined": [
+        helper.make_node("Split", ["x"], ["u_r", "u_g", "u_b"], axis=1, num_outputs=3),
+        helper.make_node("Concat", ["u_b", "u_g", "u_r"], ["u_j"], axis=1),
+        helper.make_node("Cast", ["u_j"], ["u_f"], to=TensorProto.FLOAT),
+    ],
+    "as another": [helper.make_node("CastLike", ["x", "full"], ["u_f"])],
+    "through half": [
+        helper.make_node("Cast", ["x"], ["u_h"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["u_h"], ["u_f"], to=TensorProto.FLOAT),
+    ],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_FLOATS)
+def test_bytes_on_other_ways_to_floats(way: str, tmp_path: Path) -> None:
+    divide = helper.make_node("Div", ["u_f", "full"], ["u_d"])
+    conv = helper.make_node("Conv", ["u_d", "w"], ["a"], pads=[1] * 4, strides=[2, 2])
+    weights = {"full": np.array(255, np.float32), "bgr": np.array([2, 1, 0])}
+    image = (TensorProto.UINT8, ["batch", 3, 8, 8])
+    record, out = taken(model_of([*WAYS_TO_FLOATS[way], divide, conv, *TAIL], image=image, weights=weights), tmp_path)
+    assert record.image_range == (0, 255)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
+    theirs = onnx_runner(tmp_path / "theirs.onnx")({"x": pixels})["y"]
+    ours = onnx_runner(out)({"input": pixels.astype(np.float32)})["logits"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_bytes_beside_something_else_are_refused(tmp_path: Path) -> None:
+    join = helper.make_node("Concat", ["x", "plane"], ["j"], axis=1, name="beside")
+    cast = helper.make_node("Cast", ["j"], ["c"], to=TensorProto.FLOAT)
+    conv = helper.make_node("Conv", ["c", "w4"], ["a"], pads=[1] * 4)
+    weights = {"plane": np.zeros((1, 1, 8, 8), np.uint8), "w4": np.zeros((16, 4, 3, 3), np.float32)}
+    proto = model_of([join, cast, conv, *TAIL], image=(TensorProto.UINT8, [1, 3, 8, 8]), weights=weights)
+    with pytest.raises(ResvitError, match="Concat 'beside' reads it as such"):
+        taken(proto, tmp_path)
 
 
 def test_an_image_that_is_computed_with_in_whole_numbers(tmp_path: Path) -> None:
@@ -640,12 +735,12 @@ def test_sizes_of_minus_one_are_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "sizes"), [((0, 2, 3), "1x3x224x224"), ((0, 3), "1x3x8x224"), ((3,), "1x3x8x224"), ((2,), "1x3x224x8")]
+    ("axes", "sizes"), [((0, 2, 3), "3x224x224"), ((0, 3), "3x8x224"), ((3,), "3x8x224"), ((2,), "3x224x8")]
 )
 def test_free_sizes_are_asked_for_beside_those_that_are_known(
     axes: tuple[int, ...], sizes: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ResvitError, match=f"--shape x={sizes}, or") as raised:
+    with pytest.raises(ResvitError, match=f"--input-shape {sizes}, or") as raised:
         taken(unknown(model_of(), "x", *axes), tmp_path)
     assert raised.value.code is ExitCode.INPUT
     for size in (0, -2):

@@ -16,6 +16,7 @@ import test_report as report
 import test_report_audit as audits
 import test_report_pruning as pruning
 from resvit_calibrate.data.overlap import Overlap
+from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict
 from resvit_export.report.comparison import write_comparison
 from resvit_export.report.layout.data import ReportData
 from resvit_export.report.page import html_from_run
@@ -106,6 +107,19 @@ def everything() -> ReportData:
         quantize=report.quantize(held_back=held.to_json()),
         verdict=report.verdict(overlap=Overlap(3, 20, 4000, 512).to_json()),
         audit=audits.audit(),
+        next_commands=[
+            (
+                "resvit-export keygen release.key && resvit-export sign "
+                "'runs of mine/bundle-07032eee3764/vit_small_r26_s32_224-jetson-orin-int8.resvit' --key release.key",
+                "sign it: devices take no unsigned bundle by hand",
+            ),
+            ("resvit-export build --run runs/x --device ssh://USER@HOST", "build, validate and time it there"),
+        ],
+        preprocess=[
+            ("resize", "until it covers 256 x 256, bicubic; 224 x 224 from the middle"),
+            ("normalise", "pixels / 255, less mean 0.485, 0.456, 0.406, over std 0.229, 0.224, 0.225"),
+        ],
+        speed=SpeedVerdict(SpeedKind.FP16_ITSELF, 1.0, Evidence.SAME, None, "FP16, predicted 0.204 ms on X", ""),
     )
 
 

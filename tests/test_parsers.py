@@ -57,6 +57,8 @@ NAMES = (
         "classes: labels.jsonl",
         "COCO's outlines",
         "table of colours",
+        *("labelme", "labelme with its pictures inside", "VIA", "VIA's CSV", "CreateML", "CVAT's XML", "KITTI"),
+        *("Supervisely", "Label Studio", "list of boxes", "Open Images"),
         "shard",
         "synsets in order",
         "picture: png",

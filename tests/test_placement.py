@@ -162,6 +162,20 @@ def test_small_products_stay(tmp_path: Path) -> None:
     assert "head" in reasons["head/MatMul"]
 
 
+@pytest.mark.parametrize(("classes", "large"), [(16, False), (4096, True)])
+def test_what_a_large_head_takes_in_fp16_is_said(tmp_path: Path, classes: int, large: bool) -> None:
+    g = Graph("batch", 3, 16, 16)
+    pooled = g.op("GlobalAveragePool", g.op("Relu", g.conv("input", 32, 3, 3, "stem")))
+    value = g.linear(g.op("Flatten", pooled), 32, classes, "head")
+    reason = place(analysed(g.save(tmp_path / "m.onnx", value)), Precision.INT8).reasons["head/MatMul"]
+    if not large:
+        assert reason == "the head costs nothing in FP16 and often hurts in 8 bits"
+        return
+    stem, head = 16 * 16 * 32 * 3 * 9, 32 * classes
+    assert f"{head / (stem + head):.1%} of the multiply-accumulates" in reason
+    assert "and 0.2 MiB of weights, 0.1 in 8 bits" in reason
+
+
 def test_the_gate_of_a_map_stays_and_the_map_does_not(tmp_path: Path) -> None:
     g = Graph("batch", 3, 8, 8)
     maps = g.conv("input", 32, 3, 3, "body")

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from quantize_graphs import Graph, hybrid, ranges_of
+from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_engines.audit.kernels import Operation
 from resvit_engines.targets.costs import CostModel
@@ -21,11 +24,14 @@ from resvit_engines.targets.speeds import SPEEDS, Speed
 from resvit_engines.targets.table import Precision, find_target
 from resvit_engines.targets.tensorrt_kernels import Role, TensorRtKernels
 from resvit_engines.targets.tensorrt_rules import SOURCES, TIME_RULES, KernelWork, TimeRules, kernel_time
+from resvit_export.recipe.choices import InputType
 from resvit_export.stage import File
 from resvit_export.stages.decide.predict import Pricing
+from resvit_export.to_tensorrt.bindings import retype_bindings
 from resvit_export.to_tensorrt.expectation import expectation_from_onnx
 from resvit_export.to_tensorrt.predicted_kernels import predicted_kernels
 from resvit_quantize.graph.fused_layers import layers_from_graph
+from resvit_quantize.graph.network import network_from_onnx
 from resvit_quantize.graph.quantised_edges import quantised_graph_from_onnx
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import QuantizeSettings
@@ -283,14 +289,70 @@ def residual(path: Path, *, shortcut: bool | None) -> Path:
     return g.save(path, apply(g, out, "three"))
 
 
+PIXELS = Preprocess((16, 16), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGE = 3 * 16 * 16
+ENDS = {  # by what the engine reads: bytes that the first kernels read, and what they are, in INT8 and in FP16
+    InputType.FP32: (4 * IMAGE, ["input"], ["input (cast)"]),
+    InputType.FP16: (2 * IMAGE, ["input"], []),
+    InputType.INT8: (IMAGE, [], []),
+    InputType.UINT8: (IMAGE, ["resvit.pixels/Cast"], ["resvit.pixels/Cast"]),
+}
+
+
+@pytest.mark.parametrize("kind", InputType)
+def test_an_image_costs_what_it_is_read_in(tmp_path: Path, kind: InputType) -> None:
+    path, out = hybrid(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    quantize_model(path, ranges_of(path, images), QuantizeSettings(Precision.INT8, Estimator.MAX), out)
+    eight = dict(quantised_graph_from_onnx(out).eight_bit)
+    assert "stem/Conv" in eight
+    size, first, half_first = ENDS[kind]
+    orin = find_target("jetson-orin")
+    price = Pricing(File.of(path), orin, 1, None, kind, PIXELS)
+    chosen, fp16 = price.of_quantised(out, eight)
+    ends = [next(i for i, layer in enumerate(p.layers) if layer.name == "stem/Conv") for p in (chosen, fp16)]
+    before = [[layer for layer in p.layers[:end] if layer.kernels] for p, end in zip((chosen, fp16), ends, strict=True)]
+    assert [[layer.name for layer in each] for each in before] == [first, half_first]
+    if first:  # It reads the image, and writes the stem's 8 bits.
+        assert sum(layer.activation_bytes for layer in before[0]) == size + IMAGE
+    if half_first:
+        assert sum(layer.activation_bytes for layer in before[1]) == size + 2 * IMAGE
+    # What ships is audited by the same rules; packed queries, keys and values are one entry of two kernels.
+    network = ir.load(out)
+    retype_bindings(network, kind, PIXELS)
+    ir.save(network, tmp_path / "bound.onnx")
+    kernels = predicted_kernels(tmp_path / "bound.onnx", 1, expectation_from_onnx(out).attention)
+    assert len(kernels) == chosen.kernels - 1
+    (stem,) = (kernel for kernel in kernels if "stem/Conv" in kernel.layers)
+    assert "MaxPool_2" in stem.layers
+    # By TensorRT for RTX: the float graph alone, and what the stem reads in 8 bits is quantised from FP16.
+    chosen, fp16 = dataclasses.replace(price, target=find_target("rtx-4090")).of_quantised(out, eight)
+    assert [layer.name for layer in fp16.layers[: ends[1]] if layer.kernels] == half_first
+    quantises = next(layer for layer in chosen.layers if layer.name == "input").kernels if kind is InputType.FP16 else 0
+    assert quantises == (kind is InputType.FP16)
+
+
+def test_whole_numbers_are_converted_in_both_precisions(tmp_path: Path) -> None:
+    g = Graph(1, 8, 4, 4)
+    g.input = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.INT64, (1, 8, 4, 4))
+    whole = g.op("Cast", "input", to=onnx.TensorProto.FLOAT, name="whole")
+    path = g.save(tmp_path / "float.onnx", g.conv(whole, 8, 8, name="conv"))
+    in_floats = [work.name for work in layers_from_graph(network_from_onnx(path)) if work.kernels]
+    assert in_floats == ["whole", "conv", "logits (cast)"]
+    known = quantised_graph_from_onnx(path)
+    formats_known = [work.name for work in layers_from_graph(known.model, edges=known.edges) if work.kernels]
+    assert formats_known == ["whole", "conv"]  # Here the convolution is in FP32, and so is what it answers.
+
+
 @pytest.mark.parametrize(("shortcut", "kernels"), [(True, 4), (False, 5)])
 def test_a_network_is_priced_with_its_qdq_where_they_stand(tmp_path: Path, shortcut: bool, kernels: int) -> None:
     model = File.of(residual(tmp_path / "float.onnx", shortcut=None))
     path = residual(tmp_path / "int8.onnx", shortcut=shortcut)
     eight = dict.fromkeys(("one", "two", "three"), Precision.INT8)
     chosen, fp16 = Pricing(model, find_target("jetson-orin"), 1, None).of_quantised(path, eight)
-    # Without Q/DQ on the shortcut a kernel more quantises what the second convolution writes.
-    assert (chosen.kernels, fp16.kernels) == (kernels, 4)
+    # Without Q/DQ on the shortcut a kernel more quantises what the second convolution writes. The last in 8 bits writes
+    # the network's FP32 itself; in FP16 another kernel casts, as at the end of resnet18-a100-b32-fp16.
+    assert (chosen.kernels, fp16.kernels) == (kernels, 5)
     times = MeasuredTimes("mine", {"input": {Precision.FP16: 5.0}, "one": {Precision.INT8: 50.0}})
     graph = quantised_graph_from_onnx(path)
     model_of = CostModel(layers_from_graph(graph.model, edges=graph.edges), find_target("jetson-orin"), times)

@@ -10,7 +10,7 @@ from PIL import Image
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ResvitError
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.loading.preprocessing import preprocess_from, steps_of
 
 
 def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -127,3 +127,26 @@ def test_what_the_user_says_wins_over_the_model_and_the_rest_is_the_models():
     assert preprocess_from(network, {}, None) == own
     found = preprocess_from(network, {"resize": "crop", "mean": [0.0]}, None)
     assert found == dataclasses.replace(own, resize="crop", mean=(0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "stretched to 8 x 10, bicubic|RGB|pixels / 255, less mean 0, over std 1"),
+        ({"resize": "crop", "crop_fraction": 0.8}, "until it covers 10 x 12, bicubic; 8 x 10 from the middle"),
+        ({"resize": "letterbox", "pad_value": (114.0,)}, "fitted into 8 x 10, bicubic, filled with 114 at the right"),
+        ({"resize": "none", "channel_order": "bgr"}, "none: images are 8 x 10|BGR"),
+        ({"mean": (0.485, 0.456, 0.406), "std": (0.5,)}, "less mean 0.485, 0.456, 0.406, over std 0.5"),
+        ({"channels": 1}, "grey"),
+    ],
+)
+def test_the_steps_are_told_with_their_numbers(settings, words):
+    preprocess = Preprocess(**{"size": (8, 10), **settings})
+    network = NetworkRecord((preprocess.channels, 8, 10), 3, preprocess, True, "")
+    steps = dict(steps_of(preprocess, network, {"std": 0.5}, None))
+    assert all(word in "; ".join(steps.values()) for word in words.split("|")), steps
+    assert steps["as said by"] == "your settings (std), the model, what is usual"
+    own = dataclasses.replace(network, image_range=(0, 255))
+    assert "from 0 to 255" in dict(steps_of(preprocess, own, {}, None))["normalise"]
+    (made,) = steps_of(preprocess, network, {}, "net:loader")
+    assert made == ("prepared by", f"net:loader, as {preprocess.channels} x 8 x 10")

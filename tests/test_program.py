@@ -202,14 +202,79 @@ def test_what_is_no_frame_is_refused(loaded: Any, frame: Any, says: str) -> None
         ({"streams": 0}, ExitCode.INPUT, "streams"),
         ({"least_score": 1.5}, ExitCode.INPUT, "out of range"),
         ({"runtime": "tensorrt"}, ExitCode.MISSING, "no engine in this bundle"),
-        ({"size": (32, 32)}, ExitCode.INPUT, "one size"),
+        ({"size": (32, 32)}, ExitCode.INPUT, r"one size, 16x24 .* and not 32x32.*Leave size= out"),
+        ({"size": "16x24"}, ExitCode.INPUT, "size='16x24' is no size"),
+        ({"size": 32}, ExitCode.INPUT, "size=32 is no size"),
+        ({"size": (16,)}, ExitCode.INPUT, "is no size"),
+        ({"size": (16, 24, 3)}, ExitCode.INPUT, "is no size"),
+        ({"size": (16.0, 24.0)}, ExitCode.INPUT, "is no size"),
+        ({"size": (True, 24)}, ExitCode.INPUT, "is no size"),
+        ({"size": (0, 24)}, ExitCode.INPUT, "is no size"),
+        ({"least_score": "0.3"}, ExitCode.INPUT, "out of range"),
+        ({"least_score": float("nan")}, ExitCode.INPUT, "out of range"),
+        ({"order": ["rgb"]}, ExitCode.INPUT, "order of channels"),
+        ({"runtime": 5}, ExitCode.INPUT, "no runtime 5"),
+        ({"trust": ["release.pub"]}, ExitCode.INPUT, "no path, as trust="),
+        ({"root": 7}, ExitCode.INPUT, "no path, as root="),
     ],
 )
 def test_what_cannot_be_had_is_refused(tmp_path: Path, options: dict[str, Any], code: ExitCode, says: str) -> None:
     path = task_bundle(tmp_path, "classification")
-    with pytest.raises(ResvitError, match=says) as refused:
-        resvit_engines.load(path, trust=tmp_path / "release.pub", **{"runtime": "onnxruntime", **options})
+    settings = {"trust": tmp_path / "release.pub", "runtime": "onnxruntime", **options}
+    with pytest.raises(ResvitError, match=f"(?s){says}") as refused:
+        resvit_engines.load(path, **settings)
     assert refused.value.code is code
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("oci://registry.example/net:1", "neither a .resvit file nor an installed name.*resvit-engine pull"),
+        ("net" * 2000, "neither a .resvit file nor an installed name"),
+        (f"{'net' * 2000}.resvit", "There is no bundle"),
+        ("net\0", "neither a .resvit file nor an installed name"),
+        ("", "neither a .resvit file nor an installed name"),
+        ("./net", "neither a .resvit file nor an installed name"),
+        (b"net.resvit", "is no path, as what to load"),
+        (None, "is no path, as what to load"),
+    ],
+)
+def test_what_is_neither_a_bundle_nor_installed_is_said(tmp_path: Path, what: Any, says: str) -> None:
+    with pytest.raises(ResvitError, match=f"(?s){says}") as refused:
+        resvit_engines.load(what, root=tmp_path)
+    assert refused.value.code is ExitCode.INPUT
+
+
+def test_a_folder_is_told_from_a_bundle(tmp_path: Path) -> None:
+    path = task_bundle(tmp_path, "classification")
+    (tmp_path / "run.resvit").mkdir()
+    path.rename(tmp_path / "run.resvit" / path.name)
+    with pytest.raises(ResvitError, match=r"(?s)is a folder.*run\.resvit/classification\.resvit"):
+        resvit_engines.load(tmp_path / "run.resvit", trust=tmp_path / "release.pub")
+
+
+@pytest.mark.parametrize("size", [[16, 24], SIZE, np.array(SIZE)])
+def test_a_size_is_any_sequence_of_two_whole_numbers(loaded: Any, size: Any) -> None:
+    model = loaded("classification", size=size)
+    assert model.preprocess.size == SIZE
+    assert model(coloured(9, 9, 1)).best.name == "green"
+
+
+@pytest.mark.parametrize("count", ["5", -1, 1.5, True, None])
+def test_a_number_of_classes_is_one(loaded: Any, count: Any) -> None:
+    answer = loaded("classification")(np.full((8, 8), 9, np.uint8).view(np.matrix))
+    assert len(answer.top(np.int64(2))) == 2
+    with pytest.raises(ResvitError, match="no number of classes"):
+        answer.top(count)
+
+
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [([1], "does not name"), ({1: 2}, "does not name"), ({"sizes": [[1], [1, 2]]}, "sizes"), ({"input": "x"}, "input")],
+)
+def test_what_is_read_beside_is_named(loaded: Any, beside: Any, says: str) -> None:
+    with pytest.raises(ResvitError, match=says):
+        loaded("classification")(coloured(8, 8, 1), beside)
 
 
 def test_what_is_not_trusted_is_not_loaded(tmp_path: Path) -> None:

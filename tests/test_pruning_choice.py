@@ -188,6 +188,40 @@ def test_what_still_fits_is_given_back() -> None:
     assert widths_of(choice.kept) == {"a": 24}
 
 
+def test_what_keeps_clearly_less_than_it_may_says_which_step_was_too_large() -> None:
+    _, groups, costs = two_mlps()
+    importance = {"a": np.ones(32), "b": np.ones(32)}
+    budget = Budget(macs=0.7, precision=Precision.INT8)
+    choice = choose_widths(groups, importance, costs, budget)
+    after, whole = widths_of(choice.kept), costs.macs({})
+    steps = {
+        group.name: next(width for width in legal_widths(group, budget) if width > after[group.name])
+        for group in groups
+        if group.name in after
+    }
+    then = {name: costs.macs({**after, name: width}) / whole for name, width in steps.items()}
+    smallest = min(then, key=lambda name: then[name])
+    assert then[smallest] > 0.7
+    assert choice.notes[-1] == (
+        f"{choice.after.macs / whole:.1%} of the multiply-accumulates remain where 70.0% may: channels go in steps for "
+        f"int8, and with the smallest one back, {smallest} from {after[smallest]} to {steps[smallest]}, they would be "
+        f"{then[smallest]:.1%}"
+    )
+    exact = choose_widths(groups, importance, costs, Budget(macs=0.6))
+    assert exact.after.macs == 0.6 * whole
+    assert not any("remain where" in note for note in exact.notes)
+
+
+def test_a_block_that_is_too_large_to_come_back_is_named() -> None:
+    module = resvit_model("embed-nano").eval()
+    groups = tuple(group for group in embed_groups(module) if group.kind is Kind.BLOCKS)
+    costs = costs_from_module(module, torch.zeros(1, 1, 28, 28), groups)
+    importance = {group.name: np.ones(group.units) for group in groups}
+    choice = choose_widths(groups, importance, costs, Budget(macs=0.97))
+    assert "blocks go whole, and with blocks." in choice.notes[-1]
+    assert choice.notes[-1].endswith("they would be 100.0%")
+
+
 def test_a_block_goes_where_skipping_it_costs_least() -> None:
     module = resvit_model("embed-nano").eval()
     groups = embed_groups(module)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_quantize.pruning.answers import parts_of, tensors_in
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.find.discover import groups_from_module
@@ -239,3 +242,23 @@ def test_hooks_that_a_run_set_are_set_once() -> None:
     assert not network.first._forward_hooks
     network(image)
     assert len(network.calls) == 1
+
+
+@dataclasses.dataclass
+class Answer:
+    boxes: Tensor
+    more: object = None
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_the_tensors_of_an_answer_are_found_whatever_holds_them() -> None:
+    one, two, three, four = (torch.full((1,), float(number)) for number in range(4))
+    answer = {"a": Answer(one, [None, 3, "x", two]), "b": (Pair(three, four),), "c": object()}
+    assert [float(tensor) for tensor in tensors_in(answer)] == [0, 1, 2, 3]
+    assert tensors_in(None) == tensors_in("text") == tensors_in(Answer) == []
+    assert parts_of(Pair(one, two)) == {"first": one, "second": two}
+    assert parts_of("text") is None

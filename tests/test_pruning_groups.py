@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +61,32 @@ def test_a_convolution_with_its_norm_and_reader() -> None:
     assert counts == {("body.0", "out_channels", 1), ("body.1", "num_features", 1), ("body.3", "in_channels", 1)}
     assert (group.kind, group.units, group.width, group.exact) == (Kind.CHANNELS, 4, 1, True)
     assert set(found) == {"body.0", "body.3"}
+
+
+@dataclass
+class Answer:
+    scores: Tensor
+    loss: Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: (y, None),
+        lambda y: {"scores": [y, (None, 3)], "name": "net"},
+        Answer,
+        lambda y: [Answer(y), "text"],
+    ],
+)
+def test_what_stands_beside_the_tensors_of_an_answer_is_passed_over(form: Callable[[Tensor], object]) -> None:
+    class Formed(Pooled):
+        def forward(self, x: Tensor) -> Any:
+            return form(super().forward(x))
+
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    found = find(Formed(body, 2), (1, 6, 6))
+    assert {"body.0", "body.2"} <= set(named(found))
+    assert "outputs" in found.left_alone["head"]
 
 
 def test_outputs_stay() -> None:
@@ -405,6 +434,46 @@ def test_heads_of_an_attention_that_is_called_by_name_go_with_their_biases() -> 
     assert (heads.units, heads.width, heads.exact) == (4, 4, True)
     assert slices(heads)["attention.table", 1] == ("writes", [[0], [1], [2], [3]])
     assert Count("attention", "num_heads", 1) in heads.counts
+
+
+class GroupDeviation(nn.Module):
+    """Divides by the deviation of groups of channels, as EvoNorm does."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups, self.weight = groups, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(len(x), self.groups, -1, *x.shape[2:])
+        deviation = grouped.var((2, 3, 4), keepdim=True).add(1e-5).sqrt().expand(grouped.shape).reshape(x.shape)
+        return x * (x * self.weight.view(1, -1, 1, 1)).sigmoid() / deviation
+
+
+def test_channels_that_a_norm_views_in_groups_are_left_alone() -> None:
+    """Torch-Pruning's map of such a view forgets which channel each began as (timm's resnetv2_50d_evos)."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), GroupDeviation(64, 32), nn.Conv2d(64, 8, 3))
+    found = find(net, (3, 16, 16), frozenset(Kind))
+    assert "not followed" in found.left_alone["0"]
+
+
+class GainedConv(nn.Conv2d):
+    """A convolution with standardised weights and a gain for each of its channels, as NFNet's."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__(into, out, 3)
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, out).reshape(out, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (spread + 1e-5).sqrt() * self.gain, self.bias)
+
+
+def test_a_gain_goes_with_its_channels() -> None:
+    net = nn.Sequential(GainedConv(3, 16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    found = find(net, (3, 12, 12), frozenset({Kind.CHANNELS}))
+    (first,) = (group for group in found.groups if ("0.gain", 0) in slices(group))
+    assert (first.units, first.exact) == (16, True)
+    assert slices(first)["0.gain", 0] == slices(first)["0.weight", 0]
 
 
 def test_what_no_output_reads_is_left_alone() -> None:

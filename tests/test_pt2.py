@@ -28,9 +28,10 @@ from resvit_export.loading.exported.operators import arguments_of
 from resvit_export.loading.exported.sizes import nodes_of_size
 from resvit_export.loading.exported.structures import structure_from_text
 from resvit_export.loading.load import load_network
+from resvit_export.loading.program.facts import output_names
+from resvit_export.loading.program.run import runner_from_program
 from resvit_export.loading.pt2 import program_from_pt2
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import output_names, runner_from_program
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

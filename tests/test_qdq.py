@@ -16,8 +16,9 @@ from onnx import numpy_helper
 from quantize_graphs import Graph, basic_block, hybrid, outputs_of, ranges_from_extremes, ranges_of, sqnr
 from resvit_calibrate.ranges.estimators import Estimator
 from resvit_calibrate.runtime.runner import scorable_opset
+from resvit_engines.builder.builder import build_engine
 from resvit_engines.errors import ResvitError
-from resvit_engines.targets.table import Precision
+from resvit_engines.targets.table import Precision, find_target
 from resvit_quantize.placement.grid import is_beyond_half, quantise_weight, scale_from_amax
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.settings import QuantizeSettings
@@ -101,6 +102,34 @@ def test_one_reader_in_fp32_keeps_the_8_bit_values_of_the_others(tmp_path: Path)
     assert len({value.producer().inputs[0].name for value in inputs}) == 1
     (expected,), (found,) = outputs_of(path, images).values(), outputs_of(out, images).values()
     assert sqnr(expected, found) > 33
+
+
+def gated(path: Path) -> Path:
+    """A gated unit (as SwiGLU) whose gate has values above FP16's."""
+    g = Graph("N", 16, 32)
+    random = np.random.default_rng(0)
+    names = ("gate", "value")
+    drawn = [random.standard_normal((32, 64)).astype(np.float32) * size for size in (5e4, 0.2)]
+    weights = [g.constant(name, weight) for name, weight in zip(names, drawn, strict=True)]
+    gate, value = (
+        g.op("MatMul", "input", weight, name=f"{n}/MatMul") for weight, n in zip(weights, names, strict=True)
+    )
+    small = g.op("Mul", gate, g.constant("size", np.array(1e-5, np.float32)), name="small")
+    product = g.op("Mul", g.op("Sigmoid", value, name="act"), small, name="product")
+    return g.save(path, g.op("MatMul", product, g.weight("down", 64, 10), name="down/MatMul"))
+
+
+@pytest.mark.whole
+def test_linear_layers_of_one_tensor_are_of_one_type(tmp_path: Path) -> None:
+    """Builders make one product of them; TensorRT for RTX fails where it would write two types."""
+    path, out = gated(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    images = np.random.default_rng(1).standard_normal((2, 16, 32)).astype(np.float32)
+    report = quantize_model(path, ranges_of(path, images), INT8, out)
+    reasons = {item.name: item.reason for item in report.fp32}
+    assert "FP16 ends at 65504" in reasons["gate/MatMul"]
+    assert reasons["value/MatMul"] == "it is one product with 'gate/MatMul', which stays FP32"
+    assert len({node(out, name).inputs[0].dtype for name in ("gate/MatMul", "value/MatMul")}) == 1
+    build_engine(out, tmp_path / "engine.plan", find_target("rtx-4090"))
 
 
 def test_int8_weights_by_hand() -> None:

@@ -61,6 +61,7 @@ from resvit_engines.registry.reference import reference_from_text
 from resvit_engines.registry.transport import Origin, Transport, Url, is_loopback, url_from
 from resvit_engines.targets.table import find_target
 from resvit_export.cli.main import run as run_export
+from task_bundles import task_bundle
 from test_install import FACTS, Device, refused
 from test_signing import KEY, TRUST, signing_key
 
@@ -1116,6 +1117,16 @@ def configured(folder: Path, monkeypatch: pytest.MonkeyPatch, document: Any) -> 
     (folder / "config.json").write_text(text)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"auths": 3}', '{"credsStore": 3}', '{"auths": {"h:1": {"auth": "?"}}}'])
+def test_a_damaged_configuration_is_made_by_logging_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    configured(tmp_path, monkeypatch, text)
+    with pytest.raises(ResvitError) as caught:
+        credentials_for("h:1")
+    assert (caught.value.code, caught.value.fix) == (ExitCode.INPUT, "Log in again: docker login h:1")
+
+
 def test_every_form_of_dockers_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert credentials_for("h:1") is None  # no file
     (tmp_path / "home/.docker").mkdir()
@@ -1240,6 +1251,32 @@ def test_small_answers_are_bounded_in_time(registry: Registry, tmp_path: Path, m
     pushed_before = {"1": (INDEX_TYPE, b"{}")}
     registry.manifests = pushed_before
     assert "too slowly" in refused(pulled, registry, tmp_path / "x", code=ExitCode.SYSTEM)
+
+
+def test_a_run_s_bundles_are_listed_where_its_model_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/x"
+    (folder / "bundle-1").mkdir(parents=True)
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        'model = { name = "resvit:embed-nano", checkpoint = "absent.pt" }\ntarget = { name = "l4" }\n'
+        'data = { images = "fashion-mnist" }\nquantize = { precision = "int8" }\n'
+    )
+    line = ["push", str(folder), "oci://registry.example/net:1", "--dry-run", "--json"]
+    assert run_export(line) == ExitCode.INPUT
+    assert "absent.pt" in json.loads(capfd.readouterr().out)["error"]["problem"]
+    path = task_bundle(tmp_path, "text", precision="int8").rename(folder / "bundle-1/text.resvit")
+    for when in (1, path.stat().st_mtime + 99):  # the times of files say nothing: whoever copies a folder changes them
+        os.utime(recipe, (when, when))
+        assert run_export(line) == ExitCode.INPUT
+        error = json.loads(capfd.readouterr().out)["error"]
+        assert "cannot be told here" in error["problem"]
+        assert "absent.pt" in error["problem"]
+        assert str(path) in error["fix"]
+    assert run_export(["push", str(path), *line[2:]]) == 0
+    assert [offer["ai.resvit.target"] for offer in json.loads(capfd.readouterr().out)["bundles"]] == ["l4"]
 
 
 @pytest.mark.whole

@@ -366,7 +366,7 @@ def test_every_stage_has_its_section_and_a_missing_one_has_none() -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("stage", [f.name for f in dataclasses.fields(ReportData) if f.name != "name"])
 def test_any_one_stage_may_be_missing(stage: str) -> None:
-    default = () if stage in ("images", "targets") else None
+    default = () if stage in ("images", "targets", "next_commands", "preprocess") else None
     _Outline(html_from_run(dataclasses.replace(full(), **{stage: default})))
 
 
@@ -439,6 +439,39 @@ def test_drop_intervals_share_one_axis_with_the_limit() -> None:
     assert accepted.interval == "\N{MINUS SIGN}0.02 to 0.44"
 
 
+def test_an_sqnr_is_held_against_the_least_one_and_not_called_a_drop() -> None:
+    def row(name: str, sqnr: float, drop: float, *interval: float) -> dict[str, Any]:
+        known = {"metric": "SQNR", "unit": "dB", "agreement_of": "", "value": sqnr, "values": {"SQNR": sqnr}}
+        return {"stage": name, "agreement": 0.99, "sqnr_db": sqnr, "drop": drop, "interval": list(interval), **known}
+
+    stages = [row("pytorch", 100.0, -80.0, -80.0, -80.0), row("onnx int8", 30.3, -10.32, -11.0, -9.5)]
+    record = verdict(metric="SQNR", unit="dB", max_drop=0.0, stages=stages)
+    page = _Outline(html_from_run(ReportData(name="run", verdict=record, least_sqnr_db=20.0))).text
+    for text in ("30.3 dB", "Least SQNR allowed", "20 dB", "Above the least", "+10.3 dB", "9.50 to 11.00"):
+        assert text in page
+    assert "100.0" not in page
+    assert "Largest drop" not in page
+    assert "Drop" not in page
+
+
+def test_the_next_commands_stand_on_the_page_whole() -> None:
+    commands = [("resvit-export build --run 'my run' --device ssh://USER@HOST", "build it there"), ("next", "or this")]
+    page = _Outline(html_from_run(dataclasses.replace(full(), next_commands=commands)))
+    assert page.headings()[0] == "next"
+    assert "Build it there" in page.text
+    assert all(command in page.text for command, _ in commands)
+    assert "next" not in _Outline(html_from_run(full())).headings()
+
+
+def test_the_preprocessing_stands_on_the_page_step_by_step() -> None:
+    page = _Outline(
+        html_from_run(dataclasses.replace(full(), preprocess=[("resize", "stretched to 28 x 28, bilinear")]))
+    )
+    assert "preprocess" in page.headings()
+    assert "Resize" in page.text
+    assert "stretched to 28 x 28, bilinear" in page.text
+
+
 def test_a_verdict_without_numbers_still_renders() -> None:
     rows = [stage("onnx int8", None, None, None, None, None, None)]
     broken = verdict("rejected", reason="The quantised network returns NaN.", stages=rows)
@@ -485,6 +518,12 @@ def test_the_held_back_check_is_told_with_its_figures_and_what_its_layers_take()
     ):
         assert text in section
     assert "Left in FP16 because their error is out of line: 1 layer, 12.5 of 100.0 µs." in page
+    assert "Left in FP16 as heads" not in page
+    (node, *_) = held.nodes
+    head = dataclasses.replace(node, name="wide/Conv", group="head", precision="fp16", weighted=True)
+    held = dataclasses.replace(held, nodes=(*held.nodes, head))
+    page = html_from_run(dataclasses.replace(full(), quantize=held, costs=costs))
+    assert "Left in FP16 as heads: 1 layer, 87.5 of 100.0 µs." in page
     assert 'id="held-back"' not in html_from_run(full())
 
 

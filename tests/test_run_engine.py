@@ -285,7 +285,8 @@ def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> N
     from resvit_engines.builder.settings import BuildSettings
     from resvit_engines.files import sha256_file
     from resvit_engines.run.onnx_on_cpu import open_onnx
-    from resvit_engines.targets.table import RTX_SMS, TARGETS
+    from resvit_engines.targets.choice import with_builder
+    from resvit_engines.targets.table import RTX_SMS, TARGETS, Builder
     from test_run import small_model
 
     sm = run.local_sm()
@@ -294,7 +295,7 @@ def test_a_real_engine_computes_what_onnx_runtime_computes(tmp_path, batch) -> N
         pytest.skip(f"TensorRT for RTX has no code generator for SM {sm}")
     model = small_model(tmp_path / "model.onnx", batch=None if batch[0] != batch[2] else batch[0])
     engine = tmp_path / "engine.plan"
-    record = build_engine(model, engine, target, BuildSettings(batch=batch))
+    record = build_engine(model, engine, with_builder(target, Builder.RTX), BuildSettings(batch=batch))
     pictures = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
     with open_onnx(model) as cpu:
         reference = cpu({"input": pictures})["logits"]

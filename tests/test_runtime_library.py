@@ -775,6 +775,16 @@ def test_what_is_installed_is_run_by_its_name_by_the_example(harness: Harness, t
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("net-classification, release 1; 4 golden images: the very outputs")
     assert len(done.stdout.splitlines()) == 5
+    heads = (b"P6 # GIMP\n#\n14 9 # two\n255\n", b"P6\n" + b"# long\n" * 50 + b"14\t9\n#\n255 ")
+    for head in heads:
+        (tmp_path / "told.ppm").write_bytes(head + frame.tobytes())
+        told = example("net-classification", one.key, tmp_path / "told.ppm")
+        assert told.stdout.replace("told.ppm", "frame.ppm") == done.stdout, told.stderr
+    odd = (b"", b"P", b"P6", b"P6#", b"P5\n14 9\n255\n", b"P6\n14 9\n256\n", b"P6\n14 -9\n255\n")
+    for head in (*odd, b"P614 9\n255\n", b"P6\n0000014 9\n255\n", b"P6\n14 9\n255# no\n", b"P6\n14 9\n255"):
+        (tmp_path / "odd.ppm").write_bytes(head + (frame.tobytes() if head.endswith(b"\n") else b""))
+        refused = example("net-classification", one.key, tmp_path / "odd.ppm")
+        assert (refused.returncode, "no binary PPM" in refused.stderr) == (3, True), (head, refused.stderr)
     for words, code in ((("net-none", one.key, tmp_path / "frame.ppm"), 3), (("a",), 2),
                         (("net-classification", one.key, tmp_path / "half.ppm"), 3)):  # fmt: skip
         refused = example(*words)

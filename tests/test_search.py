@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from resvit_quantize.search.assignments import (
 )
 from resvit_quantize.search.search import (
     Answer,
+    SearchResult,
     confidence_of_look,
     latency_budget_from,
     search_latency_budget,
@@ -143,6 +145,42 @@ def test_a_budget_is_kept_or_the_nearest_is_named(problem: Problem, share: float
     plain = problem.plain_assignment()
     if plain.latency_us <= budget.microseconds(fp16_us):
         assert result.chosen.damage <= plain.damage + 1e-15
+
+
+@given(problems, st.lists(st.booleans(), min_size=12, max_size=12), st.integers(1, 9))
+def test_trials_ahead_change_nothing_and_every_question_was_among_them(
+    problem: Problem, said: list[bool], at_once: int
+) -> None:
+    def asked(tried: list[list[tuple[str, float]]] | None) -> tuple[SearchResult, list[tuple[str, float]]]:
+        questions: list[tuple[str, float]] = []
+
+        def accepts(assignment: Assignment, confidence: float) -> Answer:
+            questions.append((assignment.digest, confidence))
+            if tried is not None and len(questions) > 1:  # the plain recipe is asked about before any
+                assert questions[-1] in itertools.chain(*tried)
+            return Answer(said[len(questions) - 1], {})
+
+        def try_ahead(trials: Sequence[tuple[Assignment, float]]) -> None:
+            assert tried is not None
+            tried.append([(assignment.digest, confidence) for assignment, confidence in trials])
+
+        ahead = None if tried is None else try_ahead
+        return search_max_drop(problem, accepts, 0.95, ahead, at_once), questions
+
+    tried: list[list[tuple[str, float]]] = []
+    assert asked(None) == asked(tried)
+    together = list(itertools.chain(*tried))
+    assert len(together) == len(set(together))
+    assert all(0 < len(trials) <= at_once for trials in tried)
+
+
+def test_of_seven_trials_at_once_three_questions_are_answered() -> None:
+    problem = problem_of([BIG] * 40, [{INT8: 2.0**-index} for index in range(40)])
+    tried: list[int] = []
+    asked: list[tuple[Assignment, float]] = []
+    search_max_drop(problem, gate(2.0**-30, asked), 0.95, lambda trials: tried.append(len(trials)), 7)
+    assert len(asked) - 1 in (4, 5, 6)
+    assert len(tried) == 2
 
 
 def test_the_layer_that_saves_most_per_microsecond_is_raised_first() -> None:

@@ -52,7 +52,7 @@ def test_a_spoilt_layer_is_found_left_high_and_a_budget_is_kept(
     # What the patch projection reads is clipped to a fiftieth, in INT8 and FP8; nothing may move it out of the way.
     monkeypatch.setattr("resvit_quantize.qdq.plan.smooth", lambda *_: ())
     # Nor may the check on held-back images, which leaves such a layer in FP16 by itself.
-    monkeypatch.setattr("resvit_quantize.quantize.checked", lambda _, *given: (build(*given[:-1]), None))
+    monkeypatch.setattr("resvit_quantize.quantize.checked", lambda _, *given: (build(*given[:4]), None))
     spoilt = "trunk.stages.1.0.relu/Relu_output"
     monkeypatch.setattr(
         Ranges, "amax", lambda self, name, *rest: honest(self, name, *rest) / (50 if name == spoilt else 1)

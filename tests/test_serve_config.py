@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.bundle.parts import ImageCount, ManifestVerdict
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.pictures.preprocess import PicturePreprocess
+from resvit_engines.pictures.sizes import SizeRange
 from resvit_engines.program.answers import Names
 from resvit_engines.targets.table import Builder
 from resvit_engines.trt.io_tensor import IoTensor
@@ -136,6 +138,47 @@ def test_triton_gets_several_outputs_instances_and_the_plugin_library(
     assert (folder / "net-detection-network/libp.so").read_bytes() == b"library"
     assert any("plugins=" in note for note in said["notes"])
     assert any("version-compatible" in note for note in said["notes"])
+
+
+RANGE: dict[str, Any] = {
+    "build": BuildSettings(batch=(1, 4, 8), sizes=SizeRange((8, 8), SIZE, (32, 48))),
+    "input": IoTensor("input", ("B", 3, "height", "width"), "float32"),
+    "outputs": (IoTensor("masks", ("B", 3, "height", "width"), "float32"),),
+    "engine": engine_report(inputs=(IoTensor("input", (-1, 3, -1, -1), "float32"),)),
+}
+
+
+def test_triton_warms_up_a_range_of_sizes_with_whole_shapes(written: Any, configs: Any) -> None:
+    folder, _ = written("triton", "segmentation", **RANGE)
+    network = configs(folder)["net-segmentation-network"]
+    assert list(network.input[0].dims) == list(network.output[0].dims) == [3, -1, -1]
+    for warm in network.model_warmup:
+        (tensor,) = warm.inputs.values()
+        assert list(tensor.dims) == [3, *SIZE]  # Triton refuses -1 there
+        data = (folder / network.name / "warmup" / tensor.input_data_file).read_bytes()
+        assert len(data) == warm.batch_size * 4 * 3 * SIZE[0] * SIZE[1]
+    said = json.loads((folder / "net-segmentation-preprocess/1/preprocess.json").read_bytes())
+    assert said["preprocess"]["size"] == list(SIZE)
+
+
+def test_deepstream_gets_the_usual_size_of_a_range(written: Any) -> None:
+    folder, _ = written("deepstream", "segmentation", **RANGE)
+    assert settings_of(folder / "config_infer_primary.txt")["infer-dims"] == "3;16;24"
+
+
+def test_ros_takes_a_range_of_sizes(written: Any) -> None:
+    folder, _ = written("ros2", "segmentation", **{**RANGE, "engine": None})
+    assert (folder / "package.xml").is_file()
+
+
+def test_a_run_folder_is_told_from_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run/bundle-1").mkdir(parents=True)
+    task_bundle(tmp_path, "text").rename(tmp_path / "run/bundle-1/text.resvit")
+    line = ["serve-config", "triton", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--json"]
+    assert run([*line, "--trust", str(tmp_path / "release.pub")]) == ExitCode.INPUT
+    said = json.loads(capsys.readouterr().out)["error"]
+    assert "is a folder" in said["problem"]
+    assert "bundle-1/text.resvit" in said["fix"]
 
 
 def test_a_fixed_batch_goes_without_triton_s_batching(written: Any, configs: Any) -> None:
@@ -272,6 +315,9 @@ def test_grey_and_stretched_frames_are_told() -> None:
     told = scaling_of(PicturePreprocess(SIZE, channels=1, mean=(0.5,), std=(0.5,), interpolation="nearest"))
     assert (told.colours, told.keep_aspect, told.symmetric, told.filter) == (2, False, False, 0)
     assert scaling_of(PicturePreprocess(SIZE, resize="letterbox")).symmetric is False
+    assert scaling_of(PicturePreprocess(SIZE, std=(0.2, 0.2, 0.2000001))).factor == pytest.approx(1 / 51)
+    with pytest.raises(ResvitError, match=r"0\.2, 0\.2001"):
+        scaling_of(PicturePreprocess(SIZE, std=(0.2, 0.2001, 0.2)))
 
 
 @pytest.mark.parametrize("task", ["depth", "text", "embedding", "other"])
@@ -510,6 +556,30 @@ def test_an_image_that_is_none_is_passed_over(node: Any) -> None:
     answers.destroy_node()
     assert len(answers.warned) == 3
     assert "bayer_rggb8" in answers.warned[0]
+    assert len(answers.published) == 1
+
+
+def test_what_goes_wrong_with_one_image_ends_nothing(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, _, _ = node("classification")
+    module = sys.modules["resvit_net_classification.node"]
+    made, seen = module.message_of, []
+
+    def odd(answer: Any, header: Any) -> Any:
+        seen.append(header)
+        if len(seen) < 5:
+            raise ValueError("odd")
+        return made(answer, header)
+
+    monkeypatch.setattr(module, "message_of", odd)
+    taker = threading.Thread(
+        target=lambda: [answers.subscribed["image"](image_message(coloured(8, 8, 1))) for _ in range(5)], daemon=True
+    )
+    taker.start()
+    taker.join(60)
+    assert not taker.is_alive(), "images are taken on"
+    answers.destroy_node()
+    assert len(answers.warned) == 4
+    assert "ValueError: odd" in answers.warned[0]
     assert len(answers.published) == 1
 
 

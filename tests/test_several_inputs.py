@@ -29,7 +29,7 @@ pytestmark = pytest.mark.whole
 
 HERE = Path(__file__).parent / "two_inputs.py"
 SHAPES = ["--shape", "images=1..4x3x16x16", "--shape", "sizes=1..4x2:int64"]
-FEW = ["--task", "other", "--no-search", "--quiet"]
+FEW = ["--task", "other", "--task-option", "least_agreement=0", "--no-search", "--quiet"]
 
 
 def one(folder: Path, pattern: str) -> Path:
@@ -103,6 +103,21 @@ def test_an_onnx_file_with_two_inputs(tmp_path: Path) -> None:
     assert [item["name"] for item in exported["inputs"]] == ["input", "sizes"]
     wrong = ["--shape", "photo=1x3x16x16", "--run", str(tmp_path / "wrong"), "--data", f"{HERE}:data"]
     assert run(["export", "--model", str(path), *wrong[:4]]) == ExitCode.INPUT
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_each_input_that_a_product_reads_has_its_own_range(tmp_path: Path, effort: str) -> None:
+    shapes = [f"--shape={shape}" for shape in ("left=1..4x3x16x16", "right=1..4x3x16x16", "angles=1..4x32")]
+    few = ["--calibration-images", "16", "--target", "jetson-orin", "--effort", effort, "--quiet"]
+    arguments = ["--model", f"{HERE}:pair", "--data", f"{HERE}:pairs", *shapes, "--run", str(tmp_path), *few]
+    assert run(["quantize", *arguments]) == 0
+    ranges = json.loads(one(tmp_path, "calibrate-*/ranges.json").read_bytes())["tensors"]
+    left, right, angles = (ranges[name]["amax"]["int8"]["max"] for name in ("input", "right", "angles"))
+    assert 2 < right / left < 4
+    assert angles > 0
+    model = onnx.load(one(tmp_path, "quantize-*/model.onnx"))
+    read = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert {"input", "right"} <= read
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from packaging.version import Version
 
 from conftest import ROOT
 from resvit_engines.errors import ExitCode
@@ -98,6 +99,9 @@ def test_wheel_and_sdist_are_built_and_the_wheel_serves_a_new_environment(tmp_pa
     with zipfile.ZipFile(wheel) as archive, tarfile.open(sdist) as source:
         inside = archive.namelist()
         packed = {name.partition("/")[2] for name in source.getnames()}
+    version = wheel.name.split("-")[1]
+    assert str(sdist.name) == f"resvit_export-{version}.tar.gz"
+    assert Version(version) >= Version("0.1.0")
     assert {"engines/runtime/CMakeLists.txt", "engines/runtime/include/resvit/runtime.hpp"} <= packed
     assert not [name for name in inside if "__pycache__" in name or name.startswith("tests")]
     modules = {name for name in inside if name.endswith((".py", ".j2", ".css", ".js"))}

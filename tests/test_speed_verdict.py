@@ -11,7 +11,14 @@ import pytest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.targets.costs import CostModel, Prediction
 from resvit_engines.targets.layer_work import LayerKind, LayerWork, Read
-from resvit_engines.targets.speed_verdict import Evidence, SpeedKind, SpeedVerdict, judge_speed, measured_speed
+from resvit_engines.targets.speed_verdict import (
+    Evidence,
+    SpeedKind,
+    SpeedVerdict,
+    judge_speed,
+    measured_floats,
+    measured_speed,
+)
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.api import Built
 from resvit_export.recipe.recipe import Recipe
@@ -58,6 +65,15 @@ def test_rules_that_may_be_off_decide_nothing_within_it(gain: float, kind: Speed
     assert speed.evidence.value in speed.headline
 
 
+def test_what_a_prediction_counts_that_an_engines_list_has_inside_attention_is_said() -> None:
+    fp16, int8 = predictions("h100")
+    said = "with the copies of packed queries, keys and values"
+    assert said not in judge_speed(fp16, int8, find_target("h100")).sentence
+    packed = dataclasses.replace(int8.layers[0], kind=LayerKind.ATTENTION, kernels=2)
+    layers = (packed, *int8.layers[1:])
+    assert said in judge_speed(fp16, dataclasses.replace(int8, layers=layers), find_target("h100")).sentence
+
+
 @pytest.mark.parametrize("gain", [0.5, 1.0, 3.0])
 def test_what_no_engine_was_held_to_decides_nothing(gain: float) -> None:
     speed = speed_of("rtx-4090", gain)
@@ -76,8 +92,15 @@ def test_times_of_the_device_decide_and_some_of_them_do_not() -> None:
 def test_a_network_without_8_bits_is_what_it_is() -> None:
     fp16, _ = predictions("h100")
     speed = judge_speed(fp16, fp16, find_target("h100"))
-    assert (speed.kind, speed.gain, speed.evidence) == (NOT_FASTER, 1.0, Evidence.SAME)
-    assert speed.headline.startswith("What ships is FP16: predicted ")
+    assert (speed.kind, speed.gain, speed.evidence) == (SpeedKind.FP16_ITSELF, 1.0, Evidence.SAME)
+    asked = speed.for_wish(Precision.FP16)
+    assert (asked.kind, asked.to_json()["speed"]) == (SpeedKind.FP16_ITSELF, "FP16 itself")
+    assert asked.headline.startswith("FP16, predicted ")
+    instead = speed.for_wish(Precision.INT8)
+    assert instead.kind is NOT_FASTER
+    assert instead.headline.startswith("What ships is FP16: predicted ")
+    for verdict in (speed_of("h100", 1.3), speed_of("h100", 0.8)):
+        assert verdict.for_wish(Precision.INT8) is verdict
 
 
 def test_fixed_cost_is_named_where_it_is_most_of_the_time() -> None:
@@ -125,3 +148,15 @@ def test_where_both_engines_were_timed_that_decides(gain: float, kind: SpeedKind
     assert (found.kind, found.evidence) == (kind, Evidence.ENGINES)
     assert f"INT8 was measured {gain:.2f}x" in found.headline
     assert "as fast as FP32" in found.headline
+
+
+@pytest.mark.parametrize("target", ["cpu", "jetson-orin"])
+def test_what_ended_in_floats_was_measured_and_says_so(target: str) -> None:
+    row = find_target(target)
+    floats = row.float_precision.value.upper()
+    found = measured_floats("0.80x [0.78, 0.82]", (2.5, 2.0), "INT8", row)
+    assert (found.kind, found.gain, found.evidence, found.faster) == (NOT_FASTER, 1.0, Evidence.ENGINES, False)
+    assert found.headline == (
+        f"measured, so {floats} ships: the fastest in INT8 is 0.80x [0.78, 0.82] as fast (2.500 against 2.000 ms)"
+    )
+    assert "gains and is accepted" in measured_floats("", None, "INT8", row).headline

@@ -125,3 +125,18 @@ def test_pooled_maps_and_one_of_several_outputs():
     mine = task.answers(network(**outputs), images, 16)
     assert np.array_equal(mine.vectors, vectors)
     assert kind_of([{"name": "pooled", "shape": [1, 16, 1, 1]}], "classification") == "classification"
+
+
+def test_zeros_are_no_distance_apart_and_said():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 8, 160)
+    vectors = (random.normal(size=(8, 16))[labels] + 0.3 * random.normal(size=(160, 16))).astype(np.float32)
+    zeros = vectors.copy()
+    zeros[:40] = 0
+    task, images = task_named("embedding", {}), Images(None, labels=labels)
+    clean, part = (task.answers(network(embedding=value), images, 16) for value in (vectors, zeros))
+    same = task.compare(part, part)
+    assert same.candidate["mean cosine distance"] == pytest.approx(0.0, abs=1e-6)
+    assert "gives zeros for 40 images" in same.caveat
+    assert task.compare(clean, part).candidate["mean cosine distance"] == pytest.approx(0.25, abs=1e-6)
+    assert task.compare(clean, part).caveat == ""

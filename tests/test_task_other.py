@@ -91,16 +91,18 @@ def test_a_metric_of_an_installed_module(monkeypatch, tmp_path):
 
 
 def test_without_a_metric_the_outputs_must_be_near():
-    task = task_named("other", {})
+    task = task_named("other", {"least_agreement": 0})
     first = task.answers(*outputs(), 8)
     verdict = judge(task.compare(first, task.answers(*outputs(noise=0.02), 8)), 1.0)
     assert verdict.kind is VerdictKind.ACCEPTED
-    assert verdict.reason.startswith("accuracy was not measured; the outputs' SQNR against the float network is 2")
+    assert verdict.reason.startswith(
+        "accuracy was not measured; the outputs' SQNR against the float network is 43.5 dB, "
+    )
     assert verdict.reason.endswith("above the least of 20 dB")
     verdict = judge(task.compare(first, task.answers(*outputs(noise=5.0), 8)), 1.0)
     assert verdict.kind is VerdictKind.REJECTED
     assert verdict.reason.endswith("below the least of 20 dB")
-    strict = task_named("other", {"least_sqnr_db": 60})
+    strict = task_named("other", {"least_sqnr_db": 60, "least_agreement": 0})
     assert judge(strict.compare(first, task.answers(*outputs(noise=0.05), 8)), 1.0).kind is VerdictKind.REJECTED
     assert judge(task.compare(first, first), 1.0).kind is VerdictKind.ACCEPTED
     broken = task.answers(network(a=np.full((50, 6), np.nan, np.float32)), outputs()[1], 8)
@@ -154,6 +156,96 @@ def test_one_image_of_ten_that_is_wrong_is_not_hidden_by_the_mean():
     )
     assert got.decisions[0] > 0.9
     assert got.decisions[1] < got.decisions[0]
+
+
+def compared(clean: np.ndarray, other: np.ndarray, **options: float):
+    task, images = task_named("other", options), Images(None, count=len(clean))
+    return task.compare(*(task.answers(network(a=x.astype(np.float32)), images, 50) for x in (clean, other)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0, 1e4])
+def test_what_is_the_same_for_all_images_is_no_signal(offset):
+    """Logits with a common offset: noise as large as what tells images apart was 26 dB below the offset's energy."""
+    random = np.random.default_rng(0)
+    clean = random.normal(size=(200, 10))
+    got = compared(clean + offset, clean + random.normal(size=clean.shape) + offset)
+    assert got.pooled < 3.0
+    verdict = judge(got, 1.0)
+    assert verdict.kind is VerdictKind.REJECTED
+    fine = compared(clean + offset, clean + 0.01 * random.normal(size=clean.shape) + offset)
+    assert fine.pooled == pytest.approx(40.0, abs=1.5)
+    assert judge(fine, 1.0).kind is VerdictKind.ACCEPTED
+
+
+def test_blanks_carry_no_other_decisions():
+    """CTC, blank by far ahead at 9 of 10 positions of every image, and all that is read drawn anew."""
+    random = np.random.default_rng(0)
+    clean = random.normal(size=(200, 40, 12))
+    clean[:, :36, 0] += 25.0
+    lost = clean.copy()
+    lost[:, 36:] = random.normal(size=(200, 4, 12))
+    got = compared(clean, lost, least_sqnr_db=0)
+    assert got.decisions is not None
+    assert got.decisions[0] > 0.9
+    verdict = judge(got, 1.0)
+    assert verdict.kind is VerdictKind.REJECTED
+    read = max(int((x[:, 36:].argmax(2) != 0).sum()) for x in (clean, lost))
+    same = clean[:, 36:].argmax(2)[clean[:, 36:].argmax(2) == lost[:, 36:].argmax(2)]
+    assert got.agreement == (same != 0).sum() / read
+    said = f"above the least of 0 dB; {got.agreement:.1%} of {read} decisions for another class than the commonest"
+    assert said in verdict.reason
+    assert judge(compared(clean, lost, least_sqnr_db=0, least_agreement=0), 1.0).kind is VerdictKind.ACCEPTED
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [(0.02, "accepted"), (0.04, "undecided"), (0.1, "rejected")])
+@pytest.mark.parametrize("invented", [False, True])
+def test_decisions_that_are_lost_or_invented_decide_too(wrong, kind, invented):
+    random = np.random.default_rng(1)
+    scores = np.zeros((400, 20, 3))
+    scores[..., 0] = 1.0
+    read = random.random(scores.shape[:2]) < 0.4
+    scores[read, 1] = 5.0
+    other = scores.copy()
+    hit = np.where(read, not invented, invented) * random.random(read.shape) > 1.0 - wrong * (2 / 3 if invented else 1)
+    other[hit] = (0.0, 0.0, 9.0) if invented else (6.0, 0.0, 0.0)
+    got = compared(scores, other, least_sqnr_db=0)
+    verdict = judge(got, 1.0)
+    assert verdict.kind.value == kind
+    if kind == "undecided":
+        assert "images would decide" in verdict.reason
+        assert verdict.images_needed > 400
+
+
+def test_few_decisions_and_boxes_are_not_judged():
+    random = np.random.default_rng(0)
+    boxes = random.normal(size=(50, 5, 4))
+    assert compared(boxes, boxes).kept is None
+    few = np.zeros((50, 2))
+    few[:, 0] = 1.0 + random.random(50)
+    few[:5] = (0.0, 3.0)
+    assert compared(few, few[::-1]).kept is None
+    assert compared(np.tile(few, (2, 1)), np.tile(few, (2, 1))).kept.count == 10
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 300.0])
+def test_a_float_network_that_sees_nothing_is_no_measure(value):
+    clean = np.full((200, 10), value) * np.arange(10)
+    for other in (clean, clean + 1e-3 * np.random.default_rng(0).normal(size=clean.shape)):
+        verdict = judge(compared(clean, other), 1.0)
+        assert verdict.kind is VerdictKind.UNDECIDED
+        assert "gives the same outputs for every one of 200 images" in verdict.reason
+    one = clean[:1] + 1.0
+    assert judge(compared(one, one), 1.0).kind is VerdictKind.ACCEPTED
+
+
+def test_one_output_that_is_always_the_same_counts_by_its_whole_energy():
+    random = np.random.default_rng(0)
+    clean, anchors = random.normal(size=(60, 1, 6)).astype(np.float32), np.full((60, 8), 3.0, np.float32)
+    task, images = task_named("other", {}), Images(None, count=60)
+    first = task.answers(network(a=clean, b=anchors), images, 50)
+    near, far = (task.answers(network(a=clean, b=anchors + apart), images, 50) for apart in (0.03, 3.0))
+    assert task.compare(first, near).pooled == pytest.approx(40.0, abs=0.1)
+    assert judge(task.compare(first, far), 1.0).kind is VerdictKind.REJECTED
 
 
 def test_unlabelled_images_do_without_a_metric():

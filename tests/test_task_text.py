@@ -177,3 +177,38 @@ def test_edits_are_a_distance(one, two, three):
     assert edits_between(one, three) <= edits_between(one, two) + edits_between(two, three)
     matched = sum(block.size for block in difflib.SequenceMatcher(None, one, two, autojunk=False).get_matching_blocks())
     assert edits_between(one, two) <= max(len(one), len(two)) + min(len(one), len(two)) - matched
+
+
+@pytest.mark.parametrize("text", ["{}\n\n", "{}\n", "{}", "{}\r\n\r\n"])
+@pytest.mark.parametrize("mark", ["\n", "\r\n", "\r"])
+def test_a_dictionary_ends_at_its_last_character_however_its_lines_do(text, mark):
+    written = text.format(mark.join(ALPHABET))
+    assert task_named("text", {"characters": written}).options.alphabet == tuple(ALPHABET)
+
+
+@pytest.mark.parametrize("named", ["keys.txt", "/data/dict.txt", "data/dict", "charset.KEYS"])
+def test_a_file_of_characters_that_is_not_there_is_told(named):
+    with pytest.raises(ResvitError, match=f"There is no file {named}"):
+        with_files_read({"characters": named})
+
+
+@pytest.mark.parametrize("said", ["0123456789ABC", "0123456789./-", "abc.txt\nd", ".", "/"])
+def test_characters_themselves_are_no_files(said):
+    assert with_files_read({"characters": said}) == {"characters": said}
+
+
+def test_a_blank_that_the_network_does_not_have_is_refused_and_one_in_the_middle_named():
+    texts = lines(40, np.random.default_rng(0))
+    answers = scores([spelled(text, "ctc", 4) for text in texts])
+    count = len(ALPHABET) + 1
+    for option in ("blank", "end"):
+        for value in (count, count + 4):
+            task = task_named("text", {"characters": ALPHABET, option: value})
+            with pytest.raises(ResvitError, match=f"{option} = {value} of text is out of range: .* {count} classes"):
+                task.require_outputs({"output": answers})
+    last = task_named("text", {"characters": ALPHABET, "decoder": "ctc", "blank": -1})
+    last.require_outputs({"output": answers})
+    mine, task = read(texts, answers), task_named("text", {"characters": ALPHABET})
+    assert (
+        "blank=NUMBER where it is neither the first class nor the last" in judge(task.compare(mine, mine), 1.0).reason
+    )

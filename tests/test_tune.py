@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +30,10 @@ from resvit_engines.progress import SILENT
 from resvit_engines.remote.device import ROOT
 from resvit_engines.remote.ssh import CONFIG_VARIABLE, Connection, address_from
 from resvit_engines.remote.wheelhouse import WHEELS_VARIABLE
+from resvit_engines.targets.speed_verdict import SpeedKind
 from resvit_engines.targets.table import Precision, find_target
 from resvit_export.cli.main import run
+from resvit_export.pipeline import Pipeline
 from resvit_export.run_folder import RunFolder
 from resvit_export.stage import File
 from resvit_export.stages.decide.region_search import FLOAT, Start, Ways, search_regions
@@ -102,6 +106,9 @@ def test_where_nothing_gains_the_engine_is_float_and_says_so() -> None:
     found = searched(Machine(conv=-1.0, qkv=-0.5, mlp=0.0))
     assert found.out == {"conv", "qkv", "mlp"}
     assert "gains 2% on FP32" in found.sentences[0]
+    assert found.best is not None
+    assert found.best[0].value < 1.02
+    assert found.best[0].value == pytest.approx(found.best[2] / found.best[1], rel=0.01)
     assert "computes in FP32" in found.sentences[-1]
 
 
@@ -157,6 +164,66 @@ def test_what_is_known_of_a_region_is_where_the_search_starts() -> None:
     assert not any(choice.known for choice in found.choices.values())
 
 
+@pytest.mark.parametrize(
+    ("ratio", "asked"), [((1.3, 1.2, 1.4), 1), ((0.9, 0.88, 0.92), 1), ((1.3, 0.9, 1.7), 2), ((1.01, 0.96, 1.06), 2)]
+)
+def test_a_ratio_that_chance_may_explain_is_measured_again(ratio: tuple[float, float, float], asked: int) -> None:
+    good = Ratio(1.3, 1.2, 1.4)
+    machine = Machine(conv=3.0, qkv=0.8, mlp=1.0)
+    found = searched(machine, passes=1, start=Start({"conv": good, "mlp": good, "qkv": Ratio(*ratio)}, trusted=True))
+    assert len(machine.asked) == asked
+    assert found.choices["qkv"].known == (asked == 1)
+    assert found.choices["conv"].known
+
+
+def test_an_engine_that_ended_in_floats_says_what_was_measured(tmp_path: Path) -> None:
+    """The verdict on speed, from what the choice keeps."""
+    (tmp_path / "model.onnx").write_bytes(b"plain")
+    here = place_here(find_target("cpu"))
+    assert here is not None
+    plain, folder = File.of(tmp_path / "model.onnx"), RunFolder(tmp_path / "run", SILENT)
+    best = {"value": 0.8, "low": 0.78, "high": 0.82, "ms": [2.5, 2.0]}
+    remarks = ("Other programs used the cores.",)
+    with folder.locked():
+        made = folder.do(Tune(plain, "quick", here, (), {"a": "fp32"}, ("x", *remarks), None, None, best, remarks, {}))
+    assert made.best == (Ratio(0.8, 0.78, 0.82), 2.5, 2.0)
+    assert (made.speed, made.remarks) == (None, remarks)
+    ends: Any = SimpleNamespace(
+        run=SimpleNamespace(require_target=lambda: find_target("cpu"), precision=Precision.INT8),
+        variant=SimpleNamespace(tuned=made),
+        quantized=SimpleNamespace(eight_bit_products=()),
+    )
+    speed = Pipeline.speed.func(ends)
+    assert speed.kind is SpeedKind.NOT_FASTER
+    assert "so FP32 ships: the fastest in INT8 is 0.80x [0.78, 0.82] as fast" in speed.headline
+
+
+def test_a_kill_leaves_nothing_outside_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resvit_export.stages.decide import tune
+
+    (tmp_path / "model.onnx").write_bytes(b"plain")
+    here, seen = place_here(find_target("cpu")), []
+    assert here is not None
+
+    def killed(model: Path, engine: Path, *more: object) -> None:
+        engine.write_bytes(b"an engine")
+        seen.append(engine)
+        shutil.copytree(run_path, tmp_path / "left")  # as a kill would leave it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "build_engine", killed)
+    candidate = Candidate(File.of(tmp_path / "model.onnx"), BuildSettings())
+    run_path = tmp_path / "run"
+    folder = RunFolder(run_path, SILENT)
+    with folder.locked(), pytest.raises(KeyboardInterrupt):
+        folder.do(TimeVariants({"float": candidate}, find_target("cpu"), here, 6, 0.1))
+    (engine,) = seen
+    assert engine.is_relative_to(run_path)
+    assert list((tmp_path / "left").rglob(engine.name))
+    with RunFolder(tmp_path / "left", SILENT).locked():
+        assert not list((tmp_path / "left").rglob(engine.name))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.floats(-3.0, 3.0), min_size=3, max_size=3),
@@ -210,7 +277,14 @@ def test_the_variant_in_floats_is_the_network_that_fp16_and_fp32_would_be(tmp_pa
     ranges, floats = ranges_of(path, image), Precision.FP32 if rules is Rules.ONNXRUNTIME else Precision.FP16
     names = [product.name for product in graph_from_onnx(path).analysis.products]
     variant = QuantizeSettings(Precision.INT8, rules=rules, precisions=dict.fromkeys(names, floats))
-    quantize_model(path, ranges, variant, tmp_path / "variant.onnx")
+    heard: list[str] = []
+
+    class Heard(type(SILENT)):  # type: ignore[misc]
+        def warn(self, text: str) -> None:
+            heard.append(text)
+
+    quantize_model(path, ranges, variant, tmp_path / "variant.onnx", Heard())
+    assert not heard, "what was chosen is no warning"
     quantize_model(path, ranges, QuantizeSettings(floats, rules=rules), tmp_path / "floats.onnx")
     assert (tmp_path / "variant.onnx").read_bytes() == (tmp_path / "floats.onnx").read_bytes()
     assert b"QuantizeLinear" not in (tmp_path / "variant.onnx").read_bytes()
@@ -374,7 +448,8 @@ def test_a_device_is_tuned_over_ssh_killed_on_both_sides_and_what_it_chose_is_in
     known = json.loads(cache.read_text())
     assert len(known["patterns"]) == len(record["regions"])
     for row in known["patterns"]:
-        row["network"] = "0" * 64  # as if another had told it
+        row["network"] = row["floats"] = "0" * 64  # as if another had told it, and beyond chance
+        row["faster"] = dict.fromkeys(("value", "low", "high"), row["faster"]["value"])
     cache.write_text(json.dumps(known))
     for path in [*folder.glob("tune-*"), *folder.glob("timings-*")]:
         shutil.rmtree(path)
@@ -449,7 +524,7 @@ def test_one_measurement_is_a_stage_and_a_choice_is_found_again_where_it_was_mad
         other = dataclasses.replace(here, facts={**here.facts, "onnxruntime": "9.9"})
         assert not folder.has(dataclasses.replace(stage, place=other))
         ratio = timings.ratio("float", "plain").to_json()
-        made = Tune(candidates["plain"].model, "quick", here, (), {}, ("said",), ratio, (1.0, 2.0), {})
+        made = Tune(candidates["plain"].model, "quick", here, (), {}, ("said",), ratio, (1.0, 2.0), None, (), {})
         folder.do(made)
         for effort, place, found in (
             *(("quick", here, True), ("quick", None, True), ("quick", other, False)),

@@ -48,6 +48,16 @@ def test_another_network_on_the_same_kind_of_device_starts_from_it() -> None:
     assert known_patterns(place(), ONE, Silent()) == {}, "a network's own times are in its run folder"
 
 
+def test_the_network_in_floats_is_told_with_it_and_may_lack(cache: Path) -> None:
+    keep_patterns(place(), ONE, {"trunk": FAST}, Silent(), "f" * 64)
+    assert known_patterns(place(), OTHER, Silent())["trunk"].floats == "f" * 64
+    (file,) = cache.glob("*.json")
+    document = json.loads(file.read_text())
+    del document["patterns"][0]["floats"]
+    file.write_text(json.dumps(document))
+    assert known_patterns(place(), OTHER, Silent())["trunk"].floats == ""
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"gpu": "Jetson Orin Nano"}, {"tensorrt": "10.16.1"}, {"jetpack": "7.2"}, {"power_mode": "15W"}, {"sm": 110}],

@@ -18,9 +18,9 @@ from resvit_calibrate.tasks.other import Other
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import SILENT
 from resvit_export.loading.load import program_digest
+from resvit_export.loading.program.trace import program_from_module
 from resvit_export.loading.source import NetworkSource, known_by_name
 from resvit_export.loading.spec import ModelSpec
-from resvit_export.loading.torch_program import program_from_module
 from resvit_export.run_folder import RunFolder
 from resvit_export.stages.fold import Fold
 

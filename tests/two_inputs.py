@@ -31,6 +31,31 @@ def network() -> nn.Module:
     return Sized().eval()
 
 
+class Pair(nn.Module):
+    """A matcher's form: two images, each through the trunk, and a vector of numbers through a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU())
+        self.angles, self.head = nn.Linear(32, 32), nn.Linear(96, 5)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        seen = [self.trunk(image).mean((2, 3)) for image in (left, right)]
+        return self.head(torch.cat([*seen, self.angles(angles).relu()], 1))
+
+
+def pair() -> nn.Module:
+    return Pair().eval()
+
+
+def pairs(split: str = "calibration") -> Iterator[dict]:
+    random = np.random.default_rng(0 if split == "calibration" else 1)
+    for _ in range(4):
+        left, right = random.standard_normal((2, 4, 3, 16, 16), dtype=np.float32) * np.float32([[[[[1]]]], [[[[3]]]]])
+        yield {"images": left, "inputs": {"right": right, "angles": random.standard_normal((4, 32), dtype=np.float32)}}
+
+
 def data(split: str = "calibration") -> Iterator[dict]:
     random = np.random.default_rng(0 if split == "calibration" else 1)
     for _ in range(3):

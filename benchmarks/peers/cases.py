@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import elpv
 
 from peers.images import StoredImages, store_images
+from peers.lines import store_texts
 from resvit_calibrate.data.image_sets import open_image_sets
 from resvit_calibrate.images.image_set import DataSpec, ImageSet
 from resvit_calibrate.images.preprocess import Preprocess
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_file, sha256_file
 from resvit_engines.progress import Reporter
+from resvit_export.loading.network_record import NetworkRecord
+from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.recipe.file import recipe_from_toml
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +45,8 @@ class Case:
     test: StoredImages
     accurate: bool
     weights: str
+    lines: bool = False
+    """Whether it reads lines of text (see ``peers/lines.py``)."""
 
     def facts(self) -> dict[str, Any]:
         """Plain values for the result's record."""
@@ -57,7 +63,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the command line asks for. ``weights`` is for networks without a checkpoint: random or perturbed."""
+    """What the command line asks for. ``weights`` is for networks without a checkpoint: random or perturbed.
+
+    ``export`` are further options of ``resvit-export export``, for ONNX files. Such a network is a recogniser of text:
+    its test lines are those of ``test``, with ``texts`` (JSON, a list) written in ``characters``, one to a line.
+    """
 
     model: str
     checkpoint: Path | None
@@ -65,6 +75,15 @@ class Wish:
     weights: str
     calibration_images: int
     images: int | None
+    test: str | None = None
+    export: tuple[str, ...] = ()
+    texts: Path | None = None
+    characters: Path | None = None
+
+    @property
+    def lines(self) -> bool:
+        """Whether it is a recogniser of text."""
+        return self.model.endswith(".onnx")
 
     @property
     def label(self) -> str:
@@ -80,20 +99,24 @@ class Wish:
 def case_from(wish: Wish, folder: Path, report: Reporter) -> Case:
     """Export the network and store the images in ``folder``, or take what is there from last time."""
     source, checkpoint, weights = _network(wish, folder, report)
-    exported = _export(source, checkpoint, folder / "run")
-    facts = json.loads((exported / "network.json").read_bytes())
-    preprocess = Preprocess.from_json(facts["preprocess"])
+    exported = _export(source, checkpoint, wish.export, folder / "run")
+    network = NetworkRecord.from_json(json.loads((exported / "network.json").read_bytes()))
+    preprocess = preprocess_from(network, recipe_from_toml(exported.parent / "recipe.toml").preprocess, wish.data)
     calibration, test, accurate = _image_sets(wish, preprocess, report)
+    stored = store_images(calibration, folder / "calibration"), store_images(test, folder / "test")
+    if wish.lines and wish.texts and wish.characters:
+        store_texts(wish.texts, wish.characters, folder / "test", len(stored[1]))
+        accurate = True
     return Case(
-        wish.model,
+        Path(wish.model).name if wish.lines else wish.model,
         source,
         checkpoint,
         exported / "model.onnx",
         sha256_file(exported / "model.onnx"),
-        store_images(calibration, folder / "calibration"),
-        store_images(test, folder / "test"),
-        accurate and checkpoint is not None and weights not in (RANDOM, PERTURBED),
+        *stored,
+        accurate and weights not in (RANDOM, PERTURBED),
         weights,
+        wish.lines,
     )
 
 
@@ -105,7 +128,7 @@ def _network(wish: Wish, folder: Path, report: Reporter) -> tuple[str, Path | No
             report.say("training the hybrid for solar cells, once")
             elpv.train(path, epochs=40, seed=0, report=report)
         return f"{Path(elpv.__file__).resolve()}:hybrid", path, "trained"
-    if wish.checkpoint is not None:
+    if wish.checkpoint is not None or wish.lines:
         return wish.model, wish.checkpoint, "trained"
     if wish.model.startswith("resvit:"):
         path = ASSETS / f"{wish.model.removeprefix('resvit:')}.pt"
@@ -158,12 +181,12 @@ def perturb(module: torch.nn.Module, random: torch.Generator) -> None:
                 bias.add_(0.1 * drawn(bias))
 
 
-def _export(source: str, checkpoint: Path | None, run: Path) -> Path:
+def _export(source: str, checkpoint: Path | None, options: tuple[str, ...], run: Path) -> Path:
     """The folder of the float ONNX: opset 20, free batch."""
     command = [str(Path(sys.executable).with_name("resvit-export")), "export", "--model", source, "--json"]
     if not Path(command[0]).is_file():
         command[:1] = [sys.executable, "-m", "resvit_export"]
-    command += ["--target", "jetson-orin", "--batch", "1:8:64", "--run", str(run)]
+    command += ["--target", "jetson-orin", "--batch", "1:8:64", "--run", str(run), *options]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
     if done.returncode:
@@ -180,5 +203,6 @@ def _image_sets(wish: Wish, preprocess: Preprocess, report: Reporter) -> tuple[I
             elpv.image_set(cells.test, preprocess, wish.images),
         )
         return (*sets, wish.model == ELPV)
-    spec = DataSpec(wish.data or "fashion-mnist", None, wish.calibration_images, wish.images)
-    return (*open_image_sets(spec, preprocess, report), True)
+    data, bare = wish.data or "fashion-mnist", wish.lines
+    spec = DataSpec(data, wish.test, wish.calibration_images, wish.images, unlabelled=bare, unjudged=bare)
+    return (*open_image_sets(spec, preprocess, report), not bare)

@@ -22,9 +22,10 @@ import numpy as np
 from peers import coarsen
 from peers.coverage import coverage
 from peers.images import StoredImages
+from peers.lines import compare_lines
 from peers.methods import BY_NAME, INT8, Job, Work
 from resvit_calibrate.answers.classes import Predictions, compare
-from resvit_calibrate.runtime.runner import checked_runner
+from resvit_calibrate.runtime.runner import checked_runner, onnx_runner
 from resvit_calibrate.tasks.classification import Classification
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
@@ -49,6 +50,8 @@ class Task:
     reference: str
     batch: int
     folder: str
+    lines: bool = False
+    """Whether lines of text are compared, and not classes."""
 
     def job(self) -> Job:
         """The quantiser's part."""
@@ -124,13 +127,13 @@ def make(task: Task) -> dict[str, Any]:
 def score(task: Task) -> dict[str, Any]:
     """Answer the test images with the quantised graph and compare with the float answers."""
     folder, test = Path(task.folder), StoredImages(Path(task.test))
-    reference = Predictions.load(Path(task.reference).read_bytes(), task.reference)
     notes: list[str] = []
     if (folder / "logits.npy").is_file():
+        reference = Predictions.load(Path(task.reference).read_bytes(), task.reference)
         made = json.loads((folder / MADE).read_bytes())
         logits = np.load(folder / "logits.npy").astype(np.float32)
         share, attention, left = made["macs_share"], made["attention_share"], made["left"]
-        answers = Predictions(logits, reference.labels)
+        compared = compare(reference, Predictions(logits, reference.labels)).to_json()
     else:
         graph = folder / "model.onnx"
         covered = coverage(Path(task.model), graph)
@@ -141,15 +144,17 @@ def score(task: Task) -> dict[str, Any]:
             graph = coarse
         runner, remark = checked_runner(graph, {"input": next(test.batches(8)).images})
         notes += [remark] * bool(remark)
-        answers = Classification({}).answers(runner, test, task.batch)
+        if task.lines:
+            compared = compare_lines(onnx_runner(Path(task.model)), runner, test, Path(task.test), task.batch)
+        else:
+            reference = Predictions.load(Path(task.reference).read_bytes(), task.reference)
+            compared = compare(reference, Classification({}).answers(runner, test, task.batch)).to_json()
     shares = {"macs_share": share, "attention_share": attention}
-    return {**compare(reference, answers).to_json(), **shares, "left": left, "notes": notes}
+    return {**compared, **shares, "left": left, "notes": notes}
 
 
 def reference_into(model: Path, test: StoredImages, batch: int, out: Path) -> Predictions:
     """The float graph's answers, by the runner that scores all others."""
-    from resvit_calibrate.runtime.runner import onnx_runner
-
     answers = Classification({}).answers(onnx_runner(model), test, batch)
     answers.save(out)
     return answers

@@ -143,7 +143,21 @@ ABLATIONS: tuple[Method, ...] = tuple(
     for name in names
 )
 
-BY_NAME = {method.name: method for method in (*METHODS, *ABLATIONS)}
+# ModelOpt's as cpu_target.py runs them: what is not quantised stays in FP32, for which processors have kernels.
+ON_CPU: tuple[Method, ...] = (
+    _modelopt("modelopt-cpu-max", "ModelOpt ONNX, max, FP32", method="max", high_precision_dtype="fp32"),
+    _modelopt(
+        "modelopt-cpu-weighted-max",
+        "ModelOpt ONNX, Conv/MatMul/Gemm without attention, max, FP32",
+        method="max",
+        types=LINEAR,
+        disable_mha_qdq=True,
+        high_precision_dtype="fp32",
+    ),
+)
+
+COMPARED = (*METHODS, *ABLATIONS)
+BY_NAME = {method.name: method for method in (*COMPARED, *ON_CPU)}
 
 
 def rows_of(names: tuple[str, ...], bits: tuple[int, ...], ablation: bool = False) -> list[tuple[Method, str, int]]:
@@ -151,7 +165,7 @@ def rows_of(names: tuple[str, ...], bits: tuple[int, ...], ablation: bool = Fals
 
     The control with coarsened ranges only says something below 8 bits.
     """
-    chosen = [m for m in BY_NAME.values() if (m.name in names if names else ablation or not m.ablation)]
+    chosen = [m for m in COMPARED if (m.name in names if names else ablation or not m.ablation)]
     rows = [
         (method, INT8, count)
         for count in sorted(bits, reverse=True)

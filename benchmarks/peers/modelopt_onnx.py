@@ -1,7 +1,7 @@
 """NVIDIA ModelOpt's ONNX quantiser.
 
 Its guide: entropy calibration is the default for INT8 and FP8 and max the other choice; calibration data is
-required for accuracy; the rest is left at its defaults (FP16 beside the quantised operators).
+required for accuracy; the rest is left at its defaults (FP16 beside the quantised operators, unless said otherwise).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def work(job: Job, settings: Mapping[str, Any]) -> Work:
             calibration_method=settings["method"],
             calibration_eps=["cpu"],
             op_types_to_quantize=list(types) if types else None,
+            high_precision_dtype=settings.get("high_precision_dtype", "fp16"),
             disable_mha_qdq=bool(settings.get("disable_mha_qdq")),
             output_path=str(job.out),
             log_level="WARNING",

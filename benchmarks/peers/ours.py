@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peers.methods import Job, Work
-from resvit_calibrate.images.image_set import Batch
 
 if TYPE_CHECKING:
     from resvit_quantize.settings import QuantizeSettings
@@ -14,20 +13,27 @@ if TYPE_CHECKING:
 
 def work(job: Job, settings: Mapping[str, Any]) -> Work:
     """Calibrate and quantise."""
+    from resvit_calibrate.images.held_back import held_apart
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.ranges import ranges_from
+    from resvit_quantize.check.choose import held_back_of
     from resvit_quantize.quantize import quantize_model
 
     without = tuple(settings.get("without", ()))
     chosen = quantize_settings(job.precision, str(settings["effort"]), job.bits, without)
 
-    def first(count: int) -> Iterator[Batch]:
-        return job.calibration.first(count, job.batch)
-
     def run() -> None:
-        statistics = collect_statistics(job.model, job.calibration.batches(job.batch))
-        ranges = ranges_from(statistics, job.calibration.digest)
-        quantize_model(job.model, ranges, chosen, job.out, statistics=statistics, images=first)
+        apart = held_apart(job.calibration)
+        statistics = collect_statistics(job.model, apart.ranges.batches(job.batch))
+        quantize_model(
+            job.model,
+            ranges_from(statistics, apart.ranges.digest),
+            chosen,
+            job.out,
+            statistics=statistics,
+            images=lambda count: job.calibration.first(count, job.batch),
+            held_back=held_back_of(apart, job.batch),
+        )
 
     return Work(run)
 

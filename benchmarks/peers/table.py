@@ -73,7 +73,7 @@ def goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "name": row["name"],
                 "precision": row["precision"],
                 "coverage": row["macs_share"] >= COVERED[row["precision"]],
-                "drop": row["drop"] <= goal["drop"],
+                "drop": row["drop"] is None or row["drop"] <= goal["drop"],
                 "agreement": row["agreement"] >= goal["agreement"],
                 "sqnr": row["sqnr_db"] is None or row["sqnr_db"] >= goal["sqnr_db"],
                 "peers_that_agree_as_much": ahead,

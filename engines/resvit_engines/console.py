@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from resvit_engines.errors import ExitCode, ResvitError, one_line
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, first_line, is_out_of_memory, one_line
 from resvit_engines.files import refused
 from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams
 
@@ -100,6 +100,9 @@ def _run(group: click.Command, program: str, arguments: list[str], missing: str)
     except click.ClickException as error:
         return _not_understood(error, arguments, as_json)
     except ResvitError as error:
+        # A library reports it as a damaged file or a faulty model as readily.
+        if not isinstance(error, OutOfMemoryError) and is_out_of_memory(error):
+            return _fail(f"Memory ran out: {error.problem}", _FIX_MEMORY, ExitCode.SYSTEM, as_json)
         return _fail(error.problem, error.fix, error.code, as_json)
     except (KeyboardInterrupt, click.Abort):
         return _fail(
@@ -110,18 +113,15 @@ def _run(group: click.Command, program: str, arguments: list[str], missing: str)
     except ModuleNotFoundError as error:
         return _fail(f"The Python package '{error.name}' is not installed.", missing, ExitCode.MISSING, as_json)
     except MemoryError:
-        return _fail(
-            "This machine ran out of memory.",
-            "Use a smaller --batch or fewer --calibration-images, or a machine with more memory.",
-            ExitCode.SYSTEM,
-            as_json,
-        )
+        return _fail("This machine ran out of memory.", _FIX_MEMORY, ExitCode.SYSTEM, as_json)
     except OSError as error:
         told = refused(error)
         return _fail(told.problem, told.fix, told.code, as_json)
     except Exception as error:  # noqa: BLE001  (the last line of defence: a sentence instead of a traceback)
         if os.environ.get("RESVIT_DEBUG"):
             traceback.print_exc()
+        if is_out_of_memory(error):
+            return _fail(f"Memory ran out: {first_line(error)}", _FIX_MEMORY, ExitCode.SYSTEM, as_json)
         return _fail(
             f"Unexpected {type(error).__name__}: {error}",
             f"This is a bug in {program}. Set RESVIT_DEBUG=1 for the traceback and report it.",
@@ -192,6 +192,7 @@ def _not_understood(error: click.ClickException, arguments: list[str], as_json: 
     return error.exit_code
 
 
+_FIX_MEMORY = "Use a smaller --batch or fewer --calibration-images, or a machine with more memory."
 _ENDINGS = {".onnx": "--model", ".pt2": "--model", ".pt": "--checkpoint", ".pth": "--checkpoint"}
 
 

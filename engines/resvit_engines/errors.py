@@ -28,6 +28,12 @@ def one_line(text: str) -> str:
     return _CONTROL_OR_BREAK.sub(_escape, text)
 
 
+def first_line(error: object) -> str:
+    """The first line of a foreign error's message, 300 characters at most."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
 def _escape(match: re.Match[str]) -> str:
     number = ord(match[0])
     if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is not UTF-8
@@ -91,10 +97,23 @@ class ResvitError(Exception):
         return type(self), (self.problem, self.fix, self.code)
 
 
+_NO_MEMORY = (
+    *("allocate", "bad_alloc", "alloc failed", "out of memory", "not enough memory"),
+    "Failed to serialize proto",  # weights above what a message holds lie beside it, so that memory alone is left
+)
+"""What libraries say."""
+
+
 class OutOfMemoryError(ResvitError):
     """A build ended for want of memory, with a smaller workspace it may succeed; or a model did not fit."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python's or of ONNX Runtime says that memory ran out."""
-    return isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's, of torch, ONNX Runtime or protobuf, or one behind it, says that memory ran out."""
+    cause: BaseException | None = error
+    while cause is not None:
+        says = not isinstance(cause, ResvitError) and any(word in str(cause) for word in _NO_MEMORY)
+        if says or isinstance(cause, (MemoryError, OutOfMemoryError)):
+            return True
+        cause = cause.__cause__
+    return False

@@ -43,6 +43,8 @@ _ARCH, _VERSION = "[A-Za-z0-9_]{1,32}", "[0-9][A-Za-z0-9.+~-]{0,63}"
 _ONNXRUNTIME_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _EIGHT_BITS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 """Flags of processors with instructions that add up products of bytes."""
+_ADDS_FOUR_PRODUCTS = ("avx512_vnni", "avx_vnni")
+"""Flags of x86 processors that add four products of bytes in 32 bits; others add two in 16 bits, which saturate."""
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings", "tensorrt-rtx")
 # The Debian packages that hold the library, one per major version, and the Python bindings.
 _TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer11", "libnvinfer10", "libnvinfer8")
@@ -204,6 +206,15 @@ def processor_from_cpuinfo(text: str) -> str | None:
     name = fields.get("model name", "").strip()[:100]
     found = f"{name} ({eight_bits})" if name and eight_bits else name or eight_bits
     return found or None
+
+
+def bytes_saturate(cpuinfo: str | None = None) -> bool:
+    """Whether sums of two products of bytes may saturate on this processor, or it cannot be told.
+
+    ``cpuinfo`` is the text of ``/proc/cpuinfo``, read where it is not given.
+    """
+    found = re.search(r"^flags\s*: (.*)$", _text(Path("/proc/cpuinfo")) if cpuinfo is None else cpuinfo, re.MULTILINE)
+    return found is None or not any(flag in found[1].split() for flag in _ADDS_FOUR_PRODUCTS)
 
 
 def oom_kills_from_vmstat(text: str) -> int | None:

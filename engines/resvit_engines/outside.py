@@ -88,7 +88,8 @@ def open_outside(path: Path, what: str = "") -> io.BufferedReader:
     try:
         stream = open_at_once(path)
     except FileNotFoundError as error:
-        raise ResvitError(f"There is no file {name}.", "Check the path.") from error
+        problem = f"{what[0].upper()}{what[1:]} does not exist." if what else f"There is no file {path}."
+        raise ResvitError(problem, "Check the path.") from error
     except PermissionError as error:
         raise ResvitError(
             f"{name} cannot be read: {error.strerror}.", "Change its permissions.", ExitCode.SYSTEM
@@ -139,7 +140,7 @@ def read_outside(path: Path, most: int = TEXT_MOST, what: str = "") -> bytes:
         ResvitError: as ``open_outside``; INPUT where it is longer, SYSTEM where the disk fails.
     """
     name = what or str(path)
-    with open_outside(path, name) as stream:
+    with open_outside(path, what) as stream:
         try:
             require_size(stream, most, name)
             data = read_to_end(stream, most)

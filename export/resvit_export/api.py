@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 
 _DATA = ("data", "validation_data", "train_data")
+_REFUSED = (ExitCode.INPUT, ExitCode.IMPOSSIBLE, ExitCode.MISSING)
+"""What ends a command whose settings or data cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def build(
     Raises:
         ResvitError: where model, data or a setting cannot be used, with the sentence that the command line prints.
     """
+    from resvit_calibrate.readers.user.objects import peeked
     from resvit_export.run import runs_for
     from resvit_export.run_folder import RunFolder
 
@@ -166,6 +169,7 @@ def build(
         for key, value in {"data": data, **settings}.items()
         if key in _DATA
     }
+    objects = {key: peeked(value) for key, value in objects.items()}
     recipe = recipe_from_settings({"model": name, "targets": (target,), **settings, **names})
     folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
     try:
@@ -208,12 +212,29 @@ def recipe_from_settings(settings: Mapping[str, Any]) -> Recipe:
 
 @contextlib.contextmanager
 def opened(recipe: Recipe, folder: RunFolder, runs: Sequence[Run], *, looks: bool = False) -> Iterator[Sequence[Run]]:
-    """The runs on their locked folder, with the recipe written down; who only ``looks`` leaves what is there."""
-    kept = folder.path / "recipe.toml"
+    """The runs on their locked folder, with the recipe written down; who only ``looks`` leaves what is there.
+
+    A run that came to a verdict keeps the recipe of that until the first stage of the new one is done, and so where
+    settings or data are refused before; without new stages it is written down in the end.
+    """
+    kept, now = folder.path / "recipe.toml", recipe_to_toml(recipe).encode()
     with folder.locked():
-        if not (looks and kept.exists()):
-            write_atomic(kept, recipe_to_toml(recipe).encode())
-        yield runs
+        if looks and kept.exists():
+            yield runs
+            return
+        judged = next(folder.records("validate"), None) is not None
+        if not (judged and kept.is_file()):
+            write_atomic(kept, now)
+        try:
+            with folder.telling_the_first(lambda: write_atomic(kept, now)):
+                yield runs
+        except ResvitError as error:
+            if error.code not in _REFUSED:
+                write_atomic(kept, now)
+            elif kept.read_bytes() != now:
+                folder.reporter.warn(f"{kept} is as before: what was refused is no part of the run.")
+            raise
+        write_atomic(kept, now)
 
 
 def build_run(run: Run, *, report: str = "report.html", device: Device | None = None) -> Built:

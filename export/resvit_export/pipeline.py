@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from resvit_engines.builder.settings import BuildSettings
-from resvit_engines.targets.speed_verdict import measured_speed, unpredicted_speed
+from resvit_engines.targets.speed_verdict import measured_floats, measured_speed, unpredicted_speed
 from resvit_engines.targets.table import Precision
 from resvit_export import refusals
 from resvit_export.loading.network_record import NetworkRecord
@@ -83,7 +84,12 @@ class Pipeline:
         if self.recipe.input_type is InputType.FP32:
             return None
         model = (self.fused.model if self.run.fuses else None) or self.quantized.model
-        return self.do(quantize.Bind(model, self.recipe.input_type, refusals.pixels_of(self.recipe, *self.images)))
+        return self.do(quantize.Bind(model, self.recipe.input_type, self.pixels))
+
+    @property
+    def pixels(self) -> Preprocess | None:
+        """How pixels become the image, where the engine reads pixels."""
+        return refusals.pixels_of(self.recipe, lambda: self.images)
 
     @property
     def ships(self) -> Precision:
@@ -110,12 +116,14 @@ class Pipeline:
         """The network without what matters least."""
         refusals.require_budget(self.recipe)
         self.run.require_images_alone(self.network, "Pruning")
-        if self.run.target is not None:  # what is said of the whole network after pruning is too late
-            self._require_ready(self._exported(self.do(fold.Fold(self.run.network))))
         network, images = self.run.network, None if self.recipe.data is None else self.images[0]
         preprocess, budget = self.preprocess if images else None, prune.budget_of(self.recipe, self.run.target)
         sparse, seed, trained = self.recipe.sparsity is not None, self.recipe.seed, self.recipe.retrains
-        return self.do(prune.Prune(network, budget, sparse, images, preprocess, seed, trained, network.code))
+        stage = prune.Prune(network, budget, sparse, images, preprocess, seed, trained, network.code)
+        # What is said of the whole network after pruning is too late.
+        if self.run.target is not None and self.run.folder.is_ahead(stage):
+            self._require_ready(self._exported(self.do(fold.Fold(network))))
+        return self.do(stage)
 
     @cached_property
     def retrained(self) -> retrain.Retrained:
@@ -141,6 +149,8 @@ class Pipeline:
 
     def _exported(self, folded: fold.Folded | None) -> export.Exported:
         exported = self.do(export.export_of(self.run, folded))
+        if not exported.reused:
+            gc.collect()  # programs are full of cycles, and hold the weights once more
         require_readable(exported.report.operators, self.run.target)
         if not self.run.fuses:  # kernels of our own may take the place of what TensorRT computes wrongly
             self.run.warn_of_faults(exported.patterns)
@@ -176,7 +186,7 @@ class Pipeline:
         self.doubt, self.overlap  # noqa: B018  (what is wrong with the data is told before the pass)
         how = (self.images[0], self.preprocess, self.network.images_per_call, self.network.sizes)
         stage = calibrate.Calibrate(self.float_model, *how, holds_back=True)
-        if not self.run.folder.has(stage):
+        if self.run.folder.is_ahead(stage):
             self._require_ready(self.exported)
         return self.do(stage)
 
@@ -232,7 +242,7 @@ class Pipeline:
     def predicted(self) -> predict.Predicted:
         """The time of every layer on the target, against all FP16."""
         measured = self.variant.tuned.measured_times if self.variant.tuned else None
-        pricing = predict.pricing_of(self.run, self.float_model, measured)
+        pricing = predict.pricing_of(self.run, self.float_model, self.pixels, measured)
         return self.do(predict.Predict(pricing, self.quantized.model, self.quantized.eight_bit_products))
 
     @cached_property
@@ -243,20 +253,33 @@ class Pipeline:
             ratio, *ms = tuned.speed
             label = self.run.precision.value.upper()
             return measured_speed(ratio.value, ratio.sentence, (ms[0], ms[1]), label, target)
-        return unpredicted_speed(target) if target.on_cpu else self.predicted.costs.speed(target)
+        if tuned is not None and not self.quantized.eight_bit_products:
+            tried, *took = tuned.best or (None,)
+            within, both = (tried.sentence, (took[0], took[1])) if tried else ("", None)
+            return measured_floats(within, both, self.run.precision.value.upper(), target)
+        if target.on_cpu:
+            return unpredicted_speed(target)
+        return self.predicted.costs.speed(target).for_wish(self.run.precision)
 
     def look_ahead(self) -> None:
         """Refuse at once what the network's shapes and the first images tell, and 8 bits that gain nothing there."""
+        if self.recipe.data is not None:
+            self.run.sources.require_usable_data()  # seconds, where a network takes a minute to load and export
         source, unpruned = self.run.network, None
         if not source.from_onnx:
             folding = fold.Fold(source)
             if not self.run.folder.has(folding):  # what is wrong with the data is told before the network is folded
-                refusals.require_answerable(self.run, source.network(self.run.reporter))
+                loaded = source.network(self.run.reporter)
+                refusals.require_answerable(self.run, loaded)
+                if self.recipe.data is not None:
+                    self.run.tell_preprocess(loaded.record())
             unpruned = self.do(folding)
+        if self.recipe.data is not None:
+            self.run.tell_preprocess(self.network)
         target = self.run.target
         if target is not None and not target.on_cpu and refusals.quantises_itself(self.recipe):
             exported, settings = self._exported(unpruned), self.run.quantize_settings({})
-            estimated = self.do(predict.Estimate(predict.pricing_of(self.run, exported.model), settings))
+            estimated = self.do(predict.Estimate(predict.pricing_of(self.run, exported.model, self.pixels), settings))
             refusals.require_gain(estimated.costs.speed(target), self.recipe)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def require_input_type(recipe: Recipe) -> None:
         )
 
 
-def pixels_of(recipe: Recipe, calibration: ImageSet, validation: ImageSet) -> Preprocess | None:
+def pixels_of(recipe: Recipe, images: Callable[[], tuple[ImageSet, ImageSet]]) -> Preprocess | None:
     """How pixels become the image, which only pictures of our own preparing tell; asked for uint8 alone.
 
     Raises:
@@ -81,6 +82,7 @@ def pixels_of(recipe: Recipe, calibration: ImageSet, validation: ImageSet) -> Pr
     """
     if recipe.input_type is not InputType.UINT8:
         return None
+    calibration, validation = images()
     if calibration.prepared or validation.prepared:
         raise ResvitError(
             "The image cannot enter as uint8: a loader of your own prepares it, and only that knows its pixels.",
@@ -182,7 +184,7 @@ def require_ready(
         _require_int8_image(model, run)
     if images is None:
         return
-    pixels_of(recipe, *images)
+    pixels_of(recipe, lambda: images)
     task = run.task(network, exported.report.to_json()["outputs"])
     task.task().require_answers(onnx_runner(model), images[1])
     if recipe.retrains:
@@ -204,7 +206,7 @@ def require_answerable(run: Run, loaded: Network) -> None:
     require_batch(network, batch_of(run.recipe))
     if run.recipe.data is None:
         return
-    pixels_of(run.recipe, *run.image_sets(network))
+    pixels_of(run.recipe, lambda: run.image_sets(network))
     task = run.task(network, network.outputs)
     task.task().require_answers(loaded.runner(), run.image_sets(network)[1])
 

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from resvit_engines.builder.builder import as_installed, builds_here
 from resvit_engines.builder.limits import require_buildable
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.files import canonical_json, sha256_bytes
 from resvit_engines.names import NAME_MOST
 from resvit_engines.progress import Reporter
 from resvit_engines.targets.choice import rtx_in_place
@@ -20,29 +21,39 @@ from resvit_engines.targets.own import Software, resolve_target
 from resvit_engines.targets.table import Builder, Kind, Precision, Target, require_precision
 from resvit_export.loading.inputs import IMAGE, NetworkInput, require_fed
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.preprocessing import preprocess_from
+from resvit_export.loading.preprocessing import preprocess_from, steps_of
 from resvit_export.loading.source import NetworkSource, metric_identity
 from resvit_export.loading.spec import ModelSpec
 from resvit_export.recipe.choices import Calibrator, TaskKind
 from resvit_export.recipe.recipe import Recipe
 from resvit_export.records.place import Place
 from resvit_export.run_folder import RunFolder
-from resvit_export.stage import File
+from resvit_export.stage import File, plain
 from resvit_export.task_choice import TaskChoice
 from resvit_export.to_tensorrt.plugin_choice import By, PluginChoice, plugin_choice
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from resvit_calibrate.answers.parts import Parts
+    from resvit_calibrate.data.sources import Pools
     from resvit_calibrate.data.training_images import TrainingImages
     from resvit_calibrate.images.class_list import ClassList
-    from resvit_calibrate.images.image_set import ImageSet
+    from resvit_calibrate.images.image_set import DataSpec, ImageSet
     from resvit_calibrate.images.preprocess import Preprocess
+    from resvit_calibrate.readers.user.loader import Factory
     from resvit_engines.keys.private import SigningKey
+    from resvit_export.records.images import KeptData
+    from resvit_quantize.sensitivity.known_noise import KnownNoise
     from resvit_quantize.settings import QuantizeSettings
 
 RECOVERY_IMAGES = 20_000
 MOST_IMAGES = 100_000_000
+_ABOUT_DATA = (
+    "data", "validation_data", "train_data", "calibration_images", "validation_images", "train_images", "seed",
+    "task", "task_options", "metric", "classes", "preprocess",
+)  # fmt: skip
+"""Settings that decide which images are used, and how they are prepared."""
 _RTX_IN_RECORDS = {Builder.RTX.value, "tensorrt-rtx"}
 """What records call TensorRT for RTX, older ones too."""
 
@@ -62,7 +73,11 @@ class Sources:
         """Data sets in memory, by the names that stand for them in the recipe."""
         self._network: NetworkSource | None = None
         self._sets: tuple[ImageSet, ImageSet] | None = None
+        self._opened: tuple[Pools | Factory, Pools | Factory] | None = None
+        """What the data were opened as before there were sets of them."""
         self._training: dict[int, TrainingImages] = {}
+        self.told = False
+        """Whether the preprocessing was said."""
 
     @property
     def network(self) -> NetworkSource:
@@ -112,27 +127,43 @@ class Sources:
         """Calibration and validation images: seeded, disjoint; ``known_classes`` are those that the model names."""
         if self._sets is None:
             from resvit_calibrate.data.image_sets import open_image_sets
-            from resvit_calibrate.images.image_set import DataSpec
-            from resvit_calibrate.images.targets import TargetOptions
 
-            recipe = self.recipe
-            unjudged = recipe.task is TaskKind.OTHER or recipe.metric is not None
-            spec = DataSpec(
-                data=self.require_images(),
-                validation_data=recipe.validation_data,
-                calibration_images=recipe.calibration_images,
-                validation_images=recipe.validation_images,
-                seed=recipe.seed,
-                reading=TargetOptions.from_options(recipe.task_options, recipe.task.value),
-                unlabelled=unjudged or recipe.task is TaskKind.AUTO,
-                unjudged=unjudged,
-                classes=self.classes,
-                known_classes=known_classes,
-                said=frozenset(recipe.preprocess),
-                objects=self.objects,
-            )
-            self._sets = open_image_sets(spec, preprocess, self.reporter)
+            opened, self._opened = self._opened, None
+            self._sets = open_image_sets(self._spec(known_classes), preprocess, self.reporter, opened)
         return self._sets
+
+    def require_usable_data(self) -> None:
+        """Refuse what the data tell without a network: that there is no image, broken ones, labels that say nothing.
+
+        Raises ``ResvitError``. What was opened for this is not opened again.
+        """
+        if self._sets is None and self._opened is None:
+            from resvit_calibrate.data.image_sets import open_sources, require_usable
+
+            spec = self._spec(None)
+            self._opened = open_sources(spec, self.reporter)
+            require_usable(self._opened, spec)
+
+    def _spec(self, known_classes: ClassList | None) -> DataSpec:
+        from resvit_calibrate.images.image_set import DataSpec
+        from resvit_calibrate.images.targets import TargetOptions
+
+        recipe = self.recipe
+        unjudged = recipe.task is TaskKind.OTHER or recipe.metric is not None
+        return DataSpec(
+            data=self.require_images(),
+            validation_data=recipe.validation_data,
+            calibration_images=recipe.calibration_images,
+            validation_images=recipe.validation_images,
+            seed=recipe.seed,
+            reading=TargetOptions.from_options(recipe.task_options, recipe.task.value),
+            unlabelled=unjudged or recipe.task is TaskKind.AUTO,
+            unjudged=unjudged,
+            classes=self.classes,
+            known_classes=known_classes,
+            said=frozenset(recipe.preprocess),
+            objects=self.objects,
+        )
 
     def training_images(
         self, preprocess: Preprocess, most: int, known_classes: ClassList | None = None
@@ -159,6 +190,31 @@ class Sources:
         return self._training[count]
 
 
+class Division(Protocol):
+    """Has parts of a run's work done elsewhere. What does not come back the run does itself."""
+
+    def answer(self, run: Run, asked: Sequence[Any], stores: Mapping[str, Parts]) -> None:
+        """Parts of a validation: by the networks that are asked, into stores by their titles."""
+        ...
+
+    def measure(self, run: Run, stage: Any, store: KnownNoise) -> None:
+        """Layers of a sensitivity by brute force, into its store."""
+        ...
+
+    def trials_at_once(self, images: int) -> int:
+        """How many candidates of a search are worth trying at once, validated on so many images."""
+        ...
+
+    def tried(
+        self, run: Run, recovers: bool, candidates: Sequence[tuple[Mapping[str, str], float]]
+    ) -> list[Mapping[str, Mapping[str, bytes]]]:
+        """The finished stages of candidates, which are precisions by node with the gate's confidence.
+
+        Stages are files by the names of their folders; those of a candidate that was lost are none.
+        """
+        ...
+
+
 class Run:
     """A recipe for one target. What the target cannot do is refused at construction, before any work.
 
@@ -176,7 +232,11 @@ class Run:
         self.plugins: PluginChoice = plugin_choice(recipe, self.target, here=self.builds_here)
         self.place: Place | None = None
         """Where variants are timed for ``--tune``; None where that is not said: wherever it was done."""
+        self.division: Division | None = None
+        """Who does parts of the run's work elsewhere; None where nobody does."""
         self._told: set[str] = set()
+        self._kept: set[str] = set()
+        """Keys of the data of which was written down what is known."""
 
     @property
     def precision(self) -> Precision:
@@ -266,18 +326,54 @@ class Run:
 
     def preprocess(self, network: NetworkRecord) -> Preprocess:
         """How images become input: from the model where it knows, with the recipe's settings on top."""
+        if (kept := self._looked_back_at(network)) is not None:
+            return kept.preprocess
         return preprocess_from(network, self.recipe.preprocess, self.recipe.data, self.sources.objects)
+
+    def preprocess_steps(self, network: NetworkRecord) -> list[tuple[str, str]]:
+        """What the validation images really go through, step by step; raises as ``image_sets``."""
+        images = self.image_sets(network)[1]
+        return steps_of(images.preprocess, network, self.recipe.preprocess, images.factory)
+
+    def tell_preprocess(self, network: NetworkRecord) -> None:
+        """Say, once for all targets, what happens to an image before the network reads it."""
+        if not self.sources.told:
+            self.sources.told = True
+            steps = self.preprocess_steps(network)
+            self.reporter.say("images: " + "; ".join(f"{step} {what}" for step, what in steps))
 
     def image_sets(self, network: NetworkRecord) -> tuple[ImageSet, ImageSet]:
         """Calibration and validation images; refuses data that lacks what the network reads beside images."""
-        sets = self.sources.image_sets(self.preprocess(network), network.class_list)
+        if (kept := self._looked_back_at(network)) is not None:
+            return kept.calibration, kept.validation
+        preprocess = self.preprocess(network)
+        sets = self.sources.image_sets(preprocess, network.class_list)
         if not self.recipe.prunes:
             for images in sets:
                 batch = next(images.batches(1))
                 if network.inputs or batch.inputs:
                     image = NetworkInput(IMAGE, network.input_shape)
                     require_fed(network.inputs or (image,), batch.feeds(IMAGE), images.description)
+        key = self._data_key(network)
+        if key not in self._kept and not self.folder.looks_only:
+            from resvit_export.records.images import keep_data
+
+            self._kept.add(key)
+            keep_data(self.folder.path, key, sets, preprocess)
         return sets
+
+    def _data_key(self, network: NetworkRecord, *more: object) -> str:
+        """Digest over all that decides, of unchanged data, which images are used and how they are prepared."""
+        said = {name: plain(getattr(self.recipe, name)) for name in _ABOUT_DATA}
+        return sha256_bytes(canonical_json([said, network.to_json(), *more]))
+
+    def _looked_back_at(self, network: NetworkRecord) -> KeptData | None:
+        """What is kept of the data where a finished run is looked back at; None elsewhere, and where nothing is."""
+        if not self.folder.looks_back:
+            return None
+        from resvit_export.records.images import kept_data
+
+        return kept_data(self.folder.path, self._data_key(network))
 
     def task(self, network: NetworkRecord, outputs: Sequence[Mapping[str, Any]]) -> TaskChoice:
         """What the network is for: as the recipe says, or told by what is known of the images, else by its outputs.
@@ -308,7 +404,16 @@ class Run:
 
     def training_images(self, network: NetworkRecord, most: int) -> TrainingImages:
         """Images to train on, at most so many where the recipe does not say."""
-        return self.sources.training_images(self.preprocess(network), most, network.class_list)
+        from resvit_export.records.images import keep_training, kept_training
+
+        key, path = self._data_key(network, "training", most), self.folder.path
+        if self.folder.looks_back and (kept := kept_training(path, key)) is not None:
+            return kept
+        images = self.sources.training_images(self.preprocess(network), most, network.class_list)
+        if key not in self._kept and not self.folder.looks_only:
+            self._kept.add(key)
+            keep_training(path, key, images)
+        return images
 
     def require_images_alone(self, network: NetworkRecord, what: str) -> None:
         """Refuse ``what`` for a network that reads more than images."""
@@ -324,6 +429,8 @@ class Run:
         """Refuse outputs that the task cannot read, and data with more or fewer classes than the network has."""
         from resvit_calibrate.tasks.class_count import require_outputs_for
 
+        if self._looked_back_at(network) is not None:
+            return  # they were held against each other when the stages were done
         for images in reversed(self.image_sets(network)):
             if task.kind in (images.task, TaskKind.EMBEDDING.value):
                 require_outputs_for(images, task.kind, task.options, outputs)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import atomic_directory, explain_os_errors, make_folder, open_lock, pretty_json, sha256_file
+from resvit_engines.names import is_relative_path
 from resvit_engines.process import peak_memory_mib
 from resvit_engines.progress import Reporter, detail, working
 from resvit_engines.records import record_from_file
@@ -26,6 +28,8 @@ from resvit_export.stage import RECORD, A, Key, Output, Record, Stage, inputs_of
 
 UNFINISHED = "unfinished"
 """The folder of what stages have done so far that take long."""
+STAGE_FOLDER = re.compile(r"[a-z]+(-[a-z]+)*-[0-9a-f]{12}")
+"""What folders of finished stages are called."""
 
 
 class NotFinishedError(ResvitError):
@@ -39,10 +43,13 @@ class NotFinishedError(ResvitError):
 class RunFolder:
     """The folder of one run, held by one process at a time."""
 
-    def __init__(self, path: Path, reporter: Reporter) -> None:
+    def __init__(self, path: Path, reporter: Reporter, finished: Callable[[Path], None] | None = None) -> None:
+        """``finished`` is told the folder of every stage that is done here."""
         self.path = path
         self.reporter = reporter
-        self._look_only = False
+        self._tell = finished
+        self._tell_first: Callable[[], None] | None = None
+        self._look_only = self._look_back = False
         self._told: set[str] = set()
         """Finished stages of which was said that they are there."""
         self._done: set[str] = set()
@@ -61,6 +68,33 @@ class RunFolder:
             yield
         finally:
             self._look_only = before
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is kept of the images stands for them."""
+        return self._look_back
+
+    @contextlib.contextmanager
+    def looking_back(self) -> Iterator[None]:
+        """As ``looking_only``, and no data is opened: images may have changed since, or be gone.
+
+        What the run keeps of them stands for them; of a run that keeps nothing they are opened all the same.
+        """
+        before, self._look_back = self._look_back, True
+        try:
+            with self.looking_only():
+                yield
+        finally:
+            self._look_back = before
+
+    @contextlib.contextmanager
+    def telling_the_first(self, done: Callable[[], None]) -> Iterator[None]:
+        """Within the block ``done`` is called once, when the first stage is done anew."""
+        self._tell_first = done
+        try:
+            yield
+        finally:
+            self._tell_first = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[RunFolder]:
@@ -98,9 +132,35 @@ class RunFolder:
         """The finished stage: as it stands, if it is intact, else done now."""
         return self.do_together([stage], lambda missing: stage.fill(missing[0][1], self.reporter))[0]
 
+    def take(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Keep a stage that was finished elsewhere, its files by their paths; it is checked when it is used.
+
+        One that is there already stays.
+
+        Raises:
+            ResvitError: INPUT for names that are no stage's, SYSTEM where the disk is full.
+        """
+        folder = self.path / name
+        if os.path.lexists(folder):
+            return
+        if not STAGE_FOLDER.fullmatch(name) or not all(map(is_relative_path, files)):
+            raise ResvitError(f"{name!r:.100} is no finished stage.", "Have it done by the same version everywhere.")
+        with atomic_directory(folder) as partial:
+            for path, content in files.items():
+                (partial / path).parent.mkdir(parents=True, exist_ok=True)
+                (partial / path).write_bytes(content)
+        self._done.add(name)
+        self._told.add(name)
+        if self._tell is not None:
+            self._tell(folder)
+
     def has(self, stage: Stage[A]) -> bool:
         """Whether the stage was done once, whatever has become of its files."""
         return os.path.lexists(self._folder(Key.of(stage)))
+
+    def is_ahead(self, stage: Stage[A]) -> bool:
+        """Whether a stage is to be done: what would end the run behind it is looked for before."""
+        return not self._look_only and not self.has(stage)
 
     def records(self, stage: str) -> Iterator[Record]:
         """What is kept of every finished stage of that name; one that cannot be read is passed over."""
@@ -135,6 +195,12 @@ class RunFolder:
                 for index, partial in zip(missing, partials, strict=True):
                     record = _recorded(keys[index], partial, seconds, peak_mib)
                     artifacts[index] = _artifact(stages[index], self._folder(keys[index]), record, reused=False)
+            if self._tell_first is not None:
+                self._tell_first()
+                self._tell_first = None
+            if self._tell is not None:
+                for index in missing:
+                    self._tell(self._folder(keys[index]))
             places = ", ".join(self._folder(keys[index]).name for index in missing)
             self.reporter.say(f"{names}: {seconds * len(missing):.1f} s")
             detail(self.reporter, f"  in {places}, peak {peak_mib} MiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from resvit_calibrate.gate.gate import Verdict, VerdictKind
@@ -12,7 +13,8 @@ from resvit_export.recipe.recipe import Recipe
 from resvit_export.refusals import recoverable, require_own_quantizer
 from resvit_export.stages.decide.predict import pricing_of
 from resvit_export.stages.decide.search import SENSITIVITY_IMAGES, Question, Search
-from resvit_export.stages.decide.sensitivity import Measure, Measured
+from resvit_export.stages.decide.sensitivity import Measure, Measured, measured_of
+from resvit_export.to_tensorrt.plugin_choice import By
 from resvit_quantize.sensitivity.method import Method
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ def searched(pipeline: Pipeline) -> Pipeline:
             return pipeline
         reporter.say(f"the plain recipe is {verdict.kind.value}: the search follows")
     question = Question(
-        pricing_of(pipeline.run, pipeline.float_model), measured(pipeline, SENSITIVITY_IMAGES), pipeline.run.precision
+        pricing_of(pipeline.run, pipeline.float_model, pipeline.pixels),
+        measured(pipeline, SENSITIVITY_IMAGES),
+        pipeline.run.precision,
     )
     answers = {} if recipe.latency_budget else answers_of_the_gate(pipeline, question)
     search = pipeline.run.folder.do(Search(question, recipe.latency_budget, recipe.confidence, answers))
@@ -72,10 +76,12 @@ def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) 
     """Which layers the accuracy loss comes from, on the first ``images`` of the calibration images."""
     run, plain = pipeline.run, pipeline.vary(recovers=False)
     require_own_quantizer(run.recipe)
-    run.sources.require_images()
+    if not run.folder.looks_back:
+        run.sources.require_images()
     known = run.target.precisions if run.target else (Precision.INT8, Precision.FP8)
     eight_bits = [p.value for p in (Precision.INT8, Precision.FP8) if p in known]
-    return run.folder.do(
+    return measured_of(
+        run,
         Measure(
             model=plain.exported.model,
             ranges=plain.calibrated.ranges,
@@ -87,7 +93,7 @@ def measured(pipeline: Pipeline, images: int, method: Method = Method.GRADIENT) 
             method=method,
             task=plain.questions.task,
             seed=run.recipe.seed,
-        )
+        ),
     )
 
 
@@ -98,12 +104,24 @@ def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Ans
     """
     from resvit_quantize.search.search import Answer, search_max_drop
 
-    problem = question.problem()
+    problem, run = question.problem(), pipeline.run
     plain, answers = problem.plain_assignment().digest, dict[str, Answer]()
+    division = None if run.folder.looks_only or run.plugins.by is By.TIME else run.division
+    at_once = division.trials_at_once(len(pipeline.images[1])) if division else 1
+    tried: dict[str, Mapping[str, Mapping[str, bytes]]] = {}
+
+    def try_ahead(trials: Sequence[tuple[Assignment, float]]) -> None:
+        if division is not None:
+            run.reporter.say(f"search: {len(trials)} candidates are tried at once")
+            candidates = [(assignment.precision_names, confidence) for assignment, confidence in trials]
+            found = division.tried(run, pipeline.variant.recovers, candidates)
+            tried.update({trial[0].digest: stages for trial, stages in zip(trials, found, strict=True)})
 
     def look(assignment: Assignment, confidence: float) -> Answer:
         verdict = pipeline.validated.verdict
         if assignment.digest != plain:
+            for name, files in tried.pop(assignment.digest, {}).items():
+                run.folder.take(name, files)
             verdict = pipeline.vary(precisions=assignment.precision_names, confidence=confidence).validated.verdict
             pipeline.run.reporter.say(f"search: {assignment.latency_us / 1e3:.3f} ms predicted, {verdict.kind.value}")
         kept = verdict.verdict.to_json()
@@ -111,7 +129,7 @@ def answers_of_the_gate(pipeline: Pipeline, question: Question) -> dict[str, Ans
         answers[assignment.digest] = Answer(verdict.kind is VerdictKind.ACCEPTED, document)
         return answers[assignment.digest]
 
-    search_max_drop(problem, look, pipeline.recipe.confidence)
+    search_max_drop(problem, look, pipeline.recipe.confidence, try_ahead if at_once > 1 else None, at_once)
     return answers
 
 

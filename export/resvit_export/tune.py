@@ -8,7 +8,7 @@ that a killed search goes on where it stopped. What it measures of regions is ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -118,9 +118,12 @@ class _Tuning:
         assert pipeline.recipe.tune is not None
         effort, plain = _EFFORTS[pipeline.recipe.tune], pipeline.quantized.model
         known = known_patterns(place, plain.digest, run.reporter)
-        by_name = {r.name: known[self.pattern(r)].faster for r in self.regions if self.pattern(r) in known}
-        if by_name:
-            run.reporter.say(f"tune: {len(by_name)} of {len(self.regions)} regions are known of other networks there")
+        told = {r.name: known[self.pattern(r)] for r in self.regions if self.pattern(r) in known}
+        by_name = {name: pattern.faster for name, pattern in told.items()}
+        own = {name for name, pattern in told.items() if pattern.floats == pipeline.float_model.digest}
+        for names, whom in ((own, "this network, quantised otherwise"), (set(told) - own, "other networks")):
+            if names:
+                run.reporter.say(f"tune: {len(names)} of {len(self.regions)} regions are known of {whom} there")
         where = "this processor" if place.address is None and self.target.on_cpu else f"the {place.title}"
         floating = self.target.float_precision.value.upper()
         ways = Ways(self.timed, self.accepts, self.damage, floating, where)
@@ -130,7 +133,7 @@ class _Tuning:
             chosen = dict(pipeline.variant.precisions)
             found.sentences.insert(0, "REHEARSAL: a processor's times decide nothing for a GPU; Q/DQ stay as placed.")
         regions_json = tuple(choice.to_json() for choice in found.choices.values())
-        faster = found.faster if not place.rehearse else None
+        faster, best = (found.faster, found.best) if not place.rehearse else (None, None)
         record = run.folder.do(
             Tune(
                 plain=plain,
@@ -138,22 +141,25 @@ class _Tuning:
                 place=place,
                 regions=regions_json,
                 precisions=chosen,
-                sentences=(*found.sentences, *self._lines(found, floating), *self.remarks),
+                sentences=(*found.sentences, *self._lines(found, floating, own), *self.remarks),
                 faster=faster.to_json() if faster and found.ms else None,
                 ms=found.ms if faster else None,
+                best={**best[0].to_json(), "ms": list(best[1:])} if best else None,
+                remarks=tuple(self.remarks),
                 layer_times=self.layer_times(),
             )
         )
         if not place.rehearse:
             fresh = {self.pattern(r): found.choices[r.name] for r in self.regions if r.name in found.choices}
             ratios = {pattern: choice.faster for pattern, choice in fresh.items() if not choice.known}
-            keep_patterns(place, plain.digest, ratios, run.reporter)
+            keep_patterns(place, plain.digest, ratios, run.reporter, pipeline.float_model.digest)
         return pipeline.vary(precisions=chosen, tuned=record)
 
-    def _lines(self, found: Found, floating: str) -> Iterator[str]:
+    def _lines(self, found: Found, floating: str, own: Collection[str]) -> Iterator[str]:
         for choice in found.choices.values():
             what = "kept" if choice.kept else f"left in {floating}"
-            source = ", as another network of this device told" if choice.known else ""
+            whom = "this network, quantised otherwise," if choice.name in own else "another network of this device"
+            source = f", as {whom} told" if choice.known else ""
             yield f"{choice.name}: {choice.faster.sentence} as fast in 8 bits, {what}{source}."
         yield f"Timed on {self.place.title}."
 

@@ -61,10 +61,12 @@ class Place:
 class Task(abc.ABC):
     """One kind of network: its outputs, its metrics, what counts as agreement, and what changed.
 
-    ``metric`` is the first metric, which the gate holds to the largest drop, given in ``unit``.
+    ``metric`` is the first metric, which the gate holds to the largest drop, given in ``unit``; of an error, such as
+    AbsRel, ``lower_is_better``.
     """
 
     name: ClassVar[str]
+    lower_is_better: ClassVar[bool] = False
     metric: str
     unit: str
     reads: Reads | None = None
@@ -108,11 +110,7 @@ class Task(abc.ABC):
         try:
             batches = image_set.batches_behind(start, batch_size)
             for batch in reporter.track(batches, what, total, batch_size, start):
-                place = Place(before, len(image_set.contents))
-                for name, one in asked.items():
-                    if one.end <= before:
-                        one.ask(runners[name], batch, place)
-                before += len(batch.images)
+                before = _ask_about(batch, asked, runners, before)
                 if time.monotonic() - kept_at >= PART_SECONDS:
                     for one in asked.values():
                         one.keep()
@@ -125,6 +123,28 @@ class Task(abc.ABC):
         if not before:
             raise ResvitError(f"There is no image ({image_set.description}).", "Give more images.")
         return {name: one.all() for name, one in asked.items()}
+
+    def answer_range(
+        self,
+        runners: Mapping[str, Runner],
+        image_set: ImageSet,
+        batch_size: int,
+        between: tuple[int, int],
+        stores: Mapping[str, Parts],
+    ) -> None:
+        """Ask about the images from the first of ``between`` up to the second, and keep it as one part of each store.
+
+        The first is a multiple of the batch size. Raises as ``kept`` and ``Parts.write``.
+        """
+        first, last = between
+        asked = {name: _Asked(self, image_set, stores[name], first) for name in runners}
+        before = first
+        for batch in image_set.batches_behind(first, batch_size):
+            before = _ask_about(batch, asked, runners, before)
+            if before >= last:
+                break
+        for one in asked.values():
+            one.keep()
 
     def require_answers(self, runner: Runner, image_set: ImageSet) -> None:
         """Ask a network about one batch of ``_TRIED`` images and keep nothing, before anything depends on its answers.
@@ -174,12 +194,12 @@ class Task(abc.ABC):
 class _Asked:
     """One network that is asked about a set of images: what it has answered, in memory and in its store."""
 
-    def __init__(self, task: Task, image_set: ImageSet, store: Parts | None) -> None:
+    def __init__(self, task: Task, image_set: ImageSet, store: Parts | None, first: int = 0) -> None:
         self.task, self.images, self.store = task, image_set, store
         self._parts: list[Any] = []
         self._new: list[Any] = []
-        self.end = 0
-        """How many images it has answered."""
+        self.end = first
+        """How many images it, or others before it, have answered."""
         for record, answers in store.read(task.load) if store else ():
             image_set.leave_out(record.left_out)
             if task.reads is not None:
@@ -207,6 +227,14 @@ class _Asked:
         found = self.task.joined([*self._parts, *self._new])
         self.task.require_judgeable(found, self.images)
         return found
+
+
+def _ask_about(batch: Batch, asked: Mapping[str, _Asked], runners: Mapping[str, Runner], before: int) -> int:
+    """Ask those that have not answered about a batch behind ``before`` images; returns how many there are with it."""
+    for name, one in asked.items():
+        if one.end <= before:
+            one.ask(runners[name], batch, Place(before, len(one.images.contents)))
+    return before + len(batch.images)
 
 
 def _outputs(runner: Runner, batch: Batch) -> dict[str, Array]:

@@ -68,6 +68,15 @@ class PartRecord:
         )
 
 
+@dataclass(frozen=True)
+class PartFiles:
+    """One part as the bytes of its two files: the answers to the images from number ``first`` on, and their record."""
+
+    first: int
+    answers: bytes
+    record: bytes
+
+
 class Parts:
     """The parts of one network's answers, in a folder of their own; ``key`` says what they are answers of and to.
 
@@ -87,15 +96,9 @@ class Parts:
         found: list[tuple[PartRecord, Any]] = []
         same: dict[str, str] = {}
         end = 0
-        while (place := self._record_at(end)).exists():
+        while (part := self._whole(end, same)) is not None:
+            record, data = part
             try:
-                record = PartRecord.from_json(record_from_file(place))
-                data = read_outside(self._answers_at(end), _PART_MOST)
-                if record.key != self.key or record.first != end or sha256_bytes(data) != record.sha256:
-                    break
-                if changed_since({name: d for name, d in record.reads.items() if same.get(name) != d}) is not None:
-                    break
-                same |= record.reads
                 answers = load(data, str(self._answers_at(end)))
             except ResvitError:
                 break
@@ -104,6 +107,33 @@ class Parts:
             found.append((record, answers))
             end = record.last
         return found
+
+    def kept(self) -> list[PartRecord]:
+        """All parts that are whole, wherever they begin; what ``read`` would leave is none."""
+        names = [path.stem for path in self.folder.glob("*.json")]
+        firsts = sorted(int(name) for name in names if name.isascii() and name.isdecimal() and len(name) <= 12)
+        same: dict[str, str] = {}
+        parts = (self._whole(first, same) for first in firsts)
+        return [part[0] for part in parts if part is not None]
+
+    def _whole(self, first: int, same: dict[str, str]) -> tuple[PartRecord, bytes] | None:
+        """The part that begins there with its bytes, unless it is damaged, of another key, or not of today's files.
+
+        ``same`` are files that were found to be as they were, by digest, and gets those of this part.
+        """
+        if not (place := self._record_at(first)).exists():
+            return None
+        try:
+            record = PartRecord.from_json(record_from_file(place))
+            data = read_outside(self._answers_at(first), _PART_MOST)
+            if record.key != self.key or record.first != first or sha256_bytes(data) != record.sha256:
+                return None
+            if changed_since({name: d for name, d in record.reads.items() if same.get(name) != d}) is not None:
+                return None
+        except ResvitError:
+            return None
+        same |= record.reads
+        return record, data
 
     def write(self, answers: _Saved, first: int, left_out: Mapping[int, str], reads: Reads | None) -> None:
         """Keep the answers to the images from number ``first`` on.
@@ -121,6 +151,17 @@ class Parts:
         last = first + len(answers)
         record = PartRecord(self.key, first, last, sha256_file(place), dict(left_out), read, unseen)
         write_atomic(self._record_at(first), pretty_json(record.to_json()))
+
+    def files(self, first: int) -> PartFiles:
+        """The part that begins with image ``first``, to be taken by a store elsewhere."""
+        return PartFiles(first, self._answers_at(first).read_bytes(), self._record_at(first).read_bytes())
+
+    def take(self, part: PartFiles) -> None:
+        """Keep a part that was answered elsewhere; ``read`` checks it. Raises as ``write``."""
+        if not self.folder.exists():
+            _make_room(self.folder.parent)
+        write_atomic(self._answers_at(part.first), part.answers)
+        write_atomic(self._record_at(part.first), part.record)
 
     def remove(self) -> None:
         """Remove all parts, and the folder of all unfinished askings where it is empty then."""

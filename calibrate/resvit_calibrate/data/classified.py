@@ -9,11 +9,20 @@ import numpy as np
 from resvit_calibrate.data.numbering import with_classes
 from resvit_calibrate.images.class_list import ClassList, class_list_from_file, class_list_from_names
 from resvit_calibrate.images.pixels import FilePixels, Pixels
-from resvit_calibrate.readers.folders import TRAINING_NAMES, note_of_unused, pixels_from_folder, split_folders
-from resvit_calibrate.readers.layouts import refuse_unread
+from resvit_calibrate.readers.folders import (
+    TRAINING_NAMES,
+    class_names,
+    files_below,
+    is_image,
+    note_of_unused,
+    pixels_from_folder,
+    split_folders,
+)
+from resvit_calibrate.readers.layouts import note_of_same_folders, refuse_unread
 from resvit_calibrate.readers.lists.classes import pixels_from_class_list
 from resvit_calibrate.readers.lists.imagenet import pixels_from_synsets, synset_file, synset_names
 from resvit_calibrate.readers.lists.kinds import class_lists
+from resvit_calibrate.readers.lists.tiny_imagenet import is_tiny_imagenet, pixels_from_tiny_imagenet
 from resvit_calibrate.readers.mixtures import refuse_masks
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import leads_to_file
@@ -34,9 +43,15 @@ def pools_of_folders(root: Path, *, told: bool) -> tuple[Pixels, Pixels | None]:
         if not told:
             refuse_unread(part)
         refuse_masks(part, told=told)
-    pools: list[Pixels] = [pixels_from_folder(part) for part in parts or (root,)]
+    pools: list[Pixels] = [
+        pixels_from_tiny_imagenet(part) if is_tiny_imagenet(part) else pixels_from_folder(part)
+        for part in parts or (root,)
+    ]
     if parts is not None:
-        pools[0].notes += note_of_unused(root, [part.name for part in parts])
+        there = [name for name in class_names(root) if next(files_below(root, name, is_image), None) is not None]
+        pools[0].notes += note_of_unused(root, [part.name for part in parts], there)
+    elif not told:
+        pools[0].notes += note_of_same_folders(root)
     numbered = [_numbered_beside(pool, root) for pool in pools]
     return numbered[0], numbered[1] if parts is not None else None
 

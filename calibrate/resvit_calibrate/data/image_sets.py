@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from resvit_calibrate.data.naming import KINDS, is_factory, require_source, same_source
+from resvit_calibrate.data.first_look import open_sources, require_classes, require_usable
+from resvit_calibrate.data.naming import KINDS, is_factory, require_source
 from resvit_calibrate.data.numbering import numbered_like, same_numbering, with_classes
 from resvit_calibrate.data.pixel_doubts import require_readable, with_white
 from resvit_calibrate.data.sources import Pools, open_source
@@ -35,20 +36,28 @@ __all__ = [
     "TrainingImages",
     "is_factory",
     "open_image_sets",
+    "open_sources",
     "open_training_images",
     "require_source",
+    "require_usable",
 ]
 
 
-def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter = SILENT) -> tuple[ImageSet, ImageSet]:
+def open_image_sets(
+    spec: DataSpec,
+    preprocess: Preprocess,
+    reporter: Reporter = SILENT,
+    sources: tuple[Pools | Factory, Pools | Factory] | None = None,
+) -> tuple[ImageSet, ImageSet]:
     """Open the calibration and the validation set: seeded, stratified by class, and without a common image.
 
     An image whose bytes are on both sides is dropped from calibration. Warns once where images are fewer
     than asked for, are broken, or are not in the network's colours. Raises ``ResvitError`` where the data is
     missing or unusable, and where validation has neither labels nor targets, or labels of only one class.
-    Where it cannot be told how pixels are to be read, ``doubt`` of the sets says so.
+    Where it cannot be told how pixels are to be read, ``doubt`` of the sets says so. ``sources`` are what
+    ``open_sources`` opened already; they serve once.
     """
-    calibration, validation = _opened(spec, preprocess, reporter)
+    calibration, validation = _opened(spec, sources or open_sources(spec, reporter), preprocess, reporter)
     _require(validation, "validation")
     _require(calibration, "calibration")
     for note in dict.fromkeys(_about_factory(calibration) + _about_factory(validation)):
@@ -57,10 +66,11 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     if validation.task is None and spec.unlabelled:
         reporter.warn(
             f"nothing is known of the validation images ({validation.description}): accuracy cannot be judged; the "
-            "verdict goes by --metric, or without one by how near the outputs stay to the float network's (their SQNR)"
+            "verdict goes by --metric, or without one by how near the outputs and their decisions stay to the float "
+            "network's"
         )
     elif validation.task in (None, "classification"):
-        _require_classes(validation, spec)
+        require_classes(validation.labels, validation.description, spec, validation.class_names)
     if calibration.task == validation.task == "segmentation":
         # Where only the masks themselves show how many classes there are, one side may lack the last.
         most = max(calibration.num_classes or 0, validation.num_classes or 0)
@@ -92,16 +102,18 @@ def open_image_sets(spec: DataSpec, preprocess: Preprocess, reporter: Reporter =
     return calibration, validation
 
 
-def _opened(spec: DataSpec, preprocess: Preprocess, reporter: Reporter) -> tuple[ImageSet, ImageSet]:
-    first = _numbered(open_source(spec.data, spec.reading, spec.objects, reporter), spec)
-    if spec.validation_data is None or same_source(spec.data, spec.validation_data):
+def _opened(
+    spec: DataSpec, sources: tuple[Pools | Factory, Pools | Factory], preprocess: Preprocess, reporter: Reporter
+) -> tuple[ImageSet, ImageSet]:
+    first = _numbered(sources[0], spec)
+    if sources[1] is sources[0]:
         if isinstance(first, Factory):
             return _streams(first, spec, preprocess)
         if first.validation is None:
             return _divided(first.calibration, spec, preprocess, reporter)
         second: Pools | Factory = first
     else:
-        second = _numbered(open_source(spec.validation_data, spec.reading, spec.objects, reporter), spec)
+        second = _numbered(sources[1], spec)
         if isinstance(first, Pools) and isinstance(second, Pools):
             pair = same_numbering(first.calibration, second.validation or second.calibration, reporter)
             first, second = (Pools(pool, None) for pool in pair)
@@ -148,7 +160,7 @@ def open_training_images(
     the same class lists. Raises ``ResvitError`` where the data is missing or unusable, is all in ``avoid``, or has
     classes that ``avoid`` does not know.
     """
-    source = open_source(data, reading, objects, reporter)
+    source = open_source(data, reading, objects, reporter, limit)
     images: IndexedImageSet | StreamImageSet
     if isinstance(source, Factory):
         images = StreamImageSet(source, "calibration", preprocess, limit)
@@ -236,23 +248,6 @@ def _tell(pool: Pixels, reporter: Reporter) -> None:
 def _require(images: ImageSet, what: str) -> None:
     if not len(images):
         raise ResvitError(f"There is no image for {what} ({images.description}).", KINDS)
-
-
-def _require_classes(validation: ImageSet, spec: DataSpec) -> None:
-    labels = validation.labels
-    if labels is None and spec.unlabelled:
-        return
-    if labels is None:
-        raise ResvitError(
-            f"The validation images have no labels ({validation.description}).",
-            "Accuracy cannot be measured without: sort them into class folders, put a list of classes, masks, depths "
-            "or COCO's annotations beside them, or add `labels` to the .npz; --task auto compares outputs alone.",
-        )
-    if not spec.unjudged and len(labels) > 1 and len(np.unique(labels)) == 1:
-        raise ResvitError(
-            f"All {len(labels)} validation images are of one class ({validation.description}).",
-            "Give images of at least two classes, or a network that always says the same would look right.",
-        )
 
 
 def _say_what_contradicts(images: ImageSet, what: str, reporter: Reporter) -> None:

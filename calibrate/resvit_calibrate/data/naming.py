@@ -9,10 +9,17 @@ from resvit_calibrate.data.classified import lists_in
 from resvit_calibrate.data.libraries import has_pictures, has_tables, refuse_elsewhere, require_tables
 from resvit_calibrate.data.other_files import refuse_databases, refuse_other_files
 from resvit_calibrate.readers.boxes.coco import annotation_files
+from resvit_calibrate.readers.boxes.voc import BESIDE as XML_BESIDE
+from resvit_calibrate.readers.boxes.voc import voc_parts
 from resvit_calibrate.readers.boxes.yolo import is_yolo, yolo_file
+from resvit_calibrate.readers.fashion_mnist import SPLITS, find_files
+from resvit_calibrate.readers.foreign.annotations import refuse_foreign
+from resvit_calibrate.readers.foreign.celeba import refuse_celeba
+from resvit_calibrate.readers.foreign.nesting import refuse_nested
 from resvit_calibrate.readers.hugging_face.places import ENDINGS as TABLES
 from resvit_calibrate.readers.hugging_face.places import is_saved
 from resvit_calibrate.readers.hugging_face.reference import wanted_from
+from resvit_calibrate.readers.labelled.formats import Labels, labels_in
 from resvit_calibrate.readers.layouts import layouts_in, require_read
 from resvit_calibrate.readers.lists.rows import ENDINGS as LISTS
 from resvit_calibrate.readers.paired import shortened
@@ -22,21 +29,21 @@ from resvit_calibrate.readers.torchvision_sets import refuse_roots, require_torc
 from resvit_calibrate.readers.user.loader import is_factory_name
 from resvit_calibrate.readers.video.container import ENDINGS as FILMS
 from resvit_calibrate.readers.video.container import format_of
-from resvit_calibrate.readers.video.film import films_in
+from resvit_calibrate.readers.video.film import films_below, films_in
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import open_outside
 from resvit_engines.pictures.decode import begins_as_picture
 
-_Described = Literal["csv", "coco", "yolo", "voc", "masks", "depth", "text"]
+_Described = Literal["csv", "coco", "yolo", "voc", "masks", "depth", "text", Labels]
 Kind = Literal["folder", "tar", "hf-dataset", "torchvision", "video", "frames", _Described]
 KINDS = (
-    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO or "
-    "VOC have them, pictures with a list of their classes or texts, or tar shards), such a list, an .npz file, "
-    "hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, a film, or file.py:factory."
+    "Give `fashion-mnist`, a folder (class folders, images and masks, images and depth, boxes as COCO, YOLO, VOC or a "
+    "tool for labelling have them, pictures with a list of their classes or texts, or tar shards), such a list, an "
+    ".npz file, hf-dataset:FOLDER-or-NAME, torchvision:NAME:ROOT, a film, or file.py:factory."
 )
 OBJECT = "object:"
 """Begins what stands for a data set in memory."""
-_TOLD_BY_NAME = (*TABLES, ".json", ".yaml", ".yml", ".py", ".npz", *LISTS)
+_TOLD_BY_NAME = (*TABLES, ".json", ".yaml", ".yml", ".py", ".npz", ".xml", *LISTS)
 
 
 def require_source(data: str) -> None:
@@ -46,6 +53,8 @@ def require_source(data: str) -> None:
     read, and a folder that could be of two.
     """
     if data == "fashion-mnist":
+        for split in SPLITS:
+            find_files(split)
         return
     if data.startswith(OBJECT):
         raise ResvitError(
@@ -53,6 +62,8 @@ def require_source(data: str) -> None:
             "Run it again from Python, or name data with --data.",
         )
     kind, text = split_kind(data)
+    if kind is not None and not text.strip():
+        raise ResvitError(f"{data.strip()} names nothing: a path is missing behind the colon.", KINDS)
     if kind == "hf-dataset":
         require_tables(text)
         return
@@ -107,6 +118,7 @@ def kind_of_folder(root: Path) -> Kind:
         return "hf-dataset"
     refuse_roots(root)
     refuse_databases(root)
+    refuse_celeba(root)
     annotations = annotation_files(root)
     if annotations is not None:
         found.append(("coco", str(annotations[0].relative_to(root))))
@@ -123,6 +135,8 @@ def kind_of_folder(root: Path) -> Kind:
     for layout in layouts:
         if layout.kind in ("masks", "depth", "voc") or (layout.kind == "yolo" and described is None):
             found.append((layout.kind, layout.words))
+    if not any(layout.kind == "voc" for layout in layouts) and voc_parts(root):
+        found.append(("voc", XML_BESIDE))
     if not found and is_yolo(root):
         found.append(("yolo", "text files with boxes beside its pictures"))
     if len({kind for kind, _ in found}) > 1:
@@ -131,6 +145,12 @@ def kind_of_folder(root: Path) -> Kind:
             f"Say which: {' or '.join(dict.fromkeys(f'`{kind}:{root}`' for kind, _ in found))}.",
         )
     if found:
+        # Text files in `labels`, and XML in `annotations`, may be of other formats than of those that lie there mostly.
+        other: Kind | None = {"yolo": "kitti", "voc": "cvat"}.get(found[0][0])  # type: ignore[assignment]
+        if other is not None and described is None:
+            if other in labels_in(root):
+                return other
+            refuse_foreign(root)
         return found[0][0]
     if shards_in(root)[0]:
         return "tar"
@@ -138,8 +158,18 @@ def kind_of_folder(root: Path) -> Kind:
         return "hf-dataset"
     if films_in(root) and not has_pictures(root):
         return "video"
+    if not has_pictures(root) and (below := films_below(root)):
+        where = shortened(list(dict.fromkeys(film.parent.name for film in below)))
+        raise ResvitError(
+            f"{root} holds films in folders below ({where}), and no pictures.",
+            f"Name one of these folders, or one film: {below[0]}. A film's folder is no class.",
+        )
+    if labels := labels_in(root):
+        return next(iter(labels))
+    refuse_foreign(root)
     for layout in layouts:
         require_read(layout, root)
+    refuse_nested(root)
     return "folder"
 
 

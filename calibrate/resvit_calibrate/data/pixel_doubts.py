@@ -92,11 +92,14 @@ def _say_what_is_squeezed(asked: Preprocess, validation: ImageSet, reporter: Rep
     height, width = asked.size
     shapes = [look.stored for look in validation.looks]
     longer = sum(tall > 0 and wide * height > tall * width for tall, wide in shapes)
+    other = sum(tall > 0 and wide * height != tall * width for tall, wide in shapes)
     if asked.resize == "stretch":
-        reporter.warn(
-            f"lines of any length are drawn to {height}x{width} pixels; recognisers are mostly trained on lines that "
-            "keep their shape, with what is left padded: --preprocess resize=letterbox"
-        )
+        if other:
+            reporter.warn(
+                f"{other} of {len(shapes)} lines, {longer} of them longer, have another shape than the "
+                f"{height}x{width} pixels that they are drawn to; recognisers are mostly trained on lines that "
+                "keep their shape, with what is left padded: --preprocess resize=letterbox"
+            )
     elif longer:
         reporter.warn(
             f"{longer} of {len(shapes)} lines are longer than {width}:{height}, which the network's input is; they are "

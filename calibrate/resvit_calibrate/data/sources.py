@@ -22,10 +22,13 @@ from resvit_calibrate.readers.boxes.coco import (
 )
 from resvit_calibrate.readers.boxes.panoptic import panoptic_file
 from resvit_calibrate.readers.boxes.table import with_classes_of_both
-from resvit_calibrate.readers.boxes.voc import pixels_from_voc
+from resvit_calibrate.readers.boxes.voc import pixels_from_voc, voc_parts
 from resvit_calibrate.readers.boxes.yolo import yolo_file, yolo_from_file, yolo_from_folder
 from resvit_calibrate.readers.folders import note_of_unused, split_folders
+from resvit_calibrate.readers.foreign.celeba import refuse_celeba
 from resvit_calibrate.readers.hugging_face.places import ENDINGS as TABLES
+from resvit_calibrate.readers.labelled.formats import ENDINGS as LABELS
+from resvit_calibrate.readers.labelled.formats import is_labels, labels_of, notes_of_others, open_labels
 from resvit_calibrate.readers.layouts import Layout, layouts_in, unused_parts
 from resvit_calibrate.readers.lists.classes import pixels_from_names
 from resvit_calibrate.readers.lists.kinds import says
@@ -35,6 +38,7 @@ from resvit_calibrate.readers.paired import IMAGES, Part
 from resvit_calibrate.readers.shards import named_shards, pixels_from_shards, shards_in
 from resvit_calibrate.readers.texts import pixels_from_list, pixels_from_texts_beside, text_lists
 from resvit_calibrate.readers.torchvision_sets import pixels_from_torchvision
+from resvit_calibrate.readers.user.kept_stream import MOST
 from resvit_calibrate.readers.user.loader import Factory, factory_from
 from resvit_calibrate.readers.video.container import format_of
 from resvit_calibrate.readers.video.film import named_films, pixels_from_films
@@ -52,16 +56,21 @@ class Pools:
 
 
 def open_source(
-    data: str, options: TargetOptions, objects: Mapping[str, Any] | None = None, reporter: Reporter = SILENT
+    data: str,
+    options: TargetOptions,
+    objects: Mapping[str, Any] | None = None,
+    reporter: Reporter = SILENT,
+    most: int = MOST,
 ) -> Pools | Factory:
     """Open what the user named, without reading any image but those of films and of data sets that are objects.
 
-    ``objects`` are data sets in memory, by the names that stand for them.
+    ``objects`` are data sets in memory, by the names that stand for them. Of a stream of pictures the first ``most``
+    are taken.
 
     Raises ``ResvitError`` for what does not exist, cannot be used, or could be two kinds of data.
     """
-    if objects and data in objects:
-        return _pictures_or_factory(Factory(data, lambda: objects[data], options))
+    if (factory := _factory(data, options, objects)) is not None:
+        return Pools(*factory.pictures(most, reporter)) if factory.gives_pictures() else factory
     if data == "fashion-mnist":
         train, test = (
             ArrayPixels(f"fashion-mnist ({split})", *fashion_mnist.read_split(split), fashion_mnist.CLASS_NAMES)
@@ -79,6 +88,9 @@ def open_source(
         return Pools(pixels_from_shards(shards, Path(text).name), None)
     if path is not None and path.is_dir():
         return _folder_pools(path, kind, options, reporter)
+    labels = labels_of(path) if path is not None and kind is None and path.suffix.lower() in LABELS else kind
+    if path is not None and is_labels(labels):
+        return Pools(*open_labels(path, labels, options))
     if path is not None and (kind == "coco" or (kind is None and path.suffix.lower() == ".json")):
         return Pools(_coco(path, options), None)
     if path is not None and kind == "masks" and path.suffix.lower() == ".json":
@@ -96,26 +108,36 @@ def open_source(
     if kind is not None:
         what = "is a file, not a folder" if path is not None else "does not exist"
         raise ResvitError(f"The data {text!r} {what}.", KINDS)
-    factory = factory_from(data, options)
-    if factory is None:
-        what = "is a Python file without a function" if path is not None else "does not exist"
-        raise ResvitError(f"The data {data!r} {what}.", KINDS)
-    return _pictures_or_factory(factory)
+    what = "is a Python file without a function" if path is not None else "does not exist"
+    raise ResvitError(f"The data {data!r} {what}.", KINDS)
 
 
 def gives_prepared(data: str, objects: Mapping[str, Any] | None = None) -> bool:
     """Whether ``data`` is the network's input already, as a function or an object gives it; calls the function."""
-    return is_factory(data) and isinstance(open_source(data, AS_USUAL, objects), Factory)
+    factory = _factory(data, AS_USUAL, objects)
+    return factory is not None and not factory.gives_pictures()
 
 
-def _pictures_or_factory(factory: Factory) -> Pools | Factory:
-    pictures = factory.pictures()
-    return factory if pictures is None else Pools(*pictures)
+def _factory(data: str, options: TargetOptions, objects: Mapping[str, Any] | None) -> Factory | None:
+    if objects and data in objects:
+        return Factory(data, lambda: objects[data], options)
+    return factory_from(data, options) if is_factory(data) else None
 
 
 def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions, reporter: Reporter) -> Pools:
-    told = kind is not None
-    kind = kind or kind_of_folder(root)
+    """The pictures of a folder, with what other formats lie there where nobody said which to take."""
+    if kind is not None:
+        return _pools_of_kind(root, kind, options, reporter, told=True)
+    kind = kind_of_folder(root)
+    pools = _pools_of_kind(root, kind, options, reporter, told=False)
+    if kind in ("coco", "yolo", "voc", "masks", "csv", "text") or is_labels(kind):
+        pools.calibration.notes += notes_of_others(root, kind)
+    return pools
+
+
+def _pools_of_kind(root: Path, kind: Kind, options: TargetOptions, reporter: Reporter, *, told: bool) -> Pools:
+    if is_labels(kind):
+        return Pools(*open_labels(root, kind, options))
     if kind == "coco":
         return _coco_pools(root, options, any_name=told)
     if kind == "text":
@@ -126,6 +148,7 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions, reporte
     if kind == "folder":
         return Pools(*pools_of_folders(root, told=told))
     if kind == "csv":
+        refuse_celeba(root)
         return Pools(*pools_of_lists(root))
     if kind == "tar":
         return _shard_pools(root)
@@ -135,9 +158,9 @@ def _folder_pools(root: Path, kind: Kind | None, options: TargetOptions, reporte
         return Pools(pixels_from_films(named_films(root), root.name, reporter), None)
     if kind == "frames":
         return Pools(pixels_from_frames(root, reporter), None)
-    layout = _layout_of(root, kind)
     if kind == "voc":
-        return _voc_pools(layout, root)
+        return _voc_pools(root)
+    layout = _layout_of(root, kind)
     pools = [_paired(part, layout, root, options) for part in layout.parts]
     if len(pools) > 1:
         pools[0].notes += unused_parts(layout, root)
@@ -164,17 +187,22 @@ def _coco(path: Path, options: TargetOptions) -> Pixels:
     return open_coco_masks(path, options) if options.outlines else open_coco(path)
 
 
-def _voc_pools(layout: Layout, root: Path) -> Pools:
+def _voc_pools(root: Path) -> Pools:
     """The pictures of VOC's XML files; classes that occur in one part alone are classes of both."""
-    pools = [pixels_from_voc(part) for part in layout.parts]
+    beside = () if any(layout.kind == "voc" for layout in layouts_in(root)) else voc_parts(root)
+    layout = None if beside else _layout_of(root, "voc")
+    pools = [pixels_from_voc(part) for part in (layout.parts if layout is not None else beside)]
     if len(pools) == 1:
         return Pools(pools[0], None)
-    pools[0].notes += unused_parts(layout, root)
+    pools[0].notes += (
+        unused_parts(layout, root) if layout is not None else note_of_unused(root, [part.root.name for part in beside])
+    )
     return Pools(*with_classes_of_both(*pools))
 
 
 def _listed_pools(path: Path, kind: Kind | None) -> Pools:
     """Pictures by one list: a class or a text each, or their names alone, as the user or its lines say."""
+    refuse_celeba(path)
     said = (kind,) if kind is not None else says(path)
     if len(said) > 1:
         raise ResvitError(
@@ -218,7 +246,7 @@ def _text_pools(root: Path) -> Pools:
 
 def _layout_of(root: Path, kind: Kind) -> Layout:
     """The folder's layout of one kind; raises ``ResvitError`` where it has none, or several."""
-    found = [layout for layout in layouts_in(root) if layout.kind == kind]
+    found = [layout for layout in layouts_in(root, told=True) if layout.kind == kind]
     if not found:
         about, pictures = {"voc": "Annotations"}.get(kind, kind), (root / IMAGES).is_dir()
         raise ResvitError(
@@ -237,7 +265,11 @@ def _paired(part: Part, layout: Layout, root: Path, options: TargetOptions) -> F
     if layout.kind == "depth":
         return depth.pixels_from_depth(part, options)
     pixels = masks.pixels_from_masks(part, options, root)
-    if layout.moved is not None:
-        pixels.moved = layout.moved
-        pixels.notes = (*pixels.notes, f"the values of {root} are Cityscapes' labelIds, and are read as its trainIds")
+    numbering, said = layout.numbering, len(pixels.class_names) or options.classes
+    if numbering is None or (said is not None and said > max(numbering.moved.values()) + 1):  # the values themselves
+        return pixels
+    pixels.moved = numbering.moved
+    pixels.notes = (*pixels.notes, f"the values of {root} are {numbering.said}")
+    if numbering.names and not pixels.class_names:
+        pixels.class_names, pixels.num_classes = numbering.names, len(numbering.names)
     return pixels

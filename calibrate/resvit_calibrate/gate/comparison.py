@@ -16,10 +16,21 @@ POINTS = "points"
 """Hundredths of the metric: 1 point of mAP, mIoU or AbsRel is 0.01."""
 SHARE = "percentage points"
 """Where the metric is a share of the images."""
+DECIBELS = "dB"
+"""Where there is no metric: a drop is by how much the SQNR misses the least one, negative where it keeps it."""
 FEWEST_CHANGED = 10
 """With fewer images that count differently, the images drawn again say nothing of those not yet seen."""
 MOST_SQNR_DB = 120.0
 """Above this, two float32 networks differ by the order of their sums alone (24 bits of a value are 144 dB)."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What must hold beside the drop: surely ``held``, surely ``missed``, or neither, in words that end a sentence."""
+
+    held: bool
+    missed: bool
+    words: str
 
 
 class Comparison(abc.ABC):
@@ -66,6 +77,11 @@ class Comparison(abc.ABC):
     def limit(self, max_drop: float) -> float:
         """The limit that the drop is held against, in ``unit``."""
         return max_drop
+
+    def beside(self, confidence: float) -> Beside | None:
+        """What the gate judges beside the drop; the worse of both is its verdict. None where that is nothing."""
+        del confidence
+        return None
 
     @property
     def caveat(self) -> str:

@@ -87,7 +87,8 @@ def judge(
     """Accept where the drop is surely at most ``max_drop``, reject where surely above; both in the task's unit.
 
     "Surely" is by the two-sided interval at ``confidence``, so that a network beyond the limit is accepted
-    with a probability of about (1 - confidence) / 2 at most. Everything else is undecided; so is any
+    with a probability of about (1 - confidence) / 2 at most. What must hold beside the drop (``Comparison.beside``)
+    is judged likewise, and the worse of both counts. Everything else is undecided; so is any
     comparison with a reference that is no better than what needs no network, or whose answers fit other class numbers
     than the data's, which ``class_names`` name, and any on images that may have been read wrongly, by ``doubt``. A
     candidate with NaN or infinite outputs is rejected. Raises ``ResvitError`` for a limit that means nothing.
@@ -116,13 +117,16 @@ def judge(
         return verdict(VerdictKind.UNDECIDED, f"these images tell nothing yet: {doubt}")
     if hopeless:
         return verdict(VerdictKind.UNDECIDED, hopeless, chance=True)
-    measured = comparison.measured(interval, confidence)
-    if high <= limit:
-        return verdict(VerdictKind.ACCEPTED, f"{measured}: {comparison.outcome(limit, over=False)}")
-    if low > limit:
-        return verdict(VerdictKind.REJECTED, f"{measured}: {comparison.outcome(limit, over=True)}")
+    beside = comparison.beside(confidence)
+    within, over = high <= limit, low > limit
+    side = comparison.outcome(limit, over) if within or over else comparison.open_question(limit)
+    measured = f"{comparison.measured(interval, confidence)}: {side}{f'; {beside.words}' if beside else ''}"
+    if within and (beside is None or beside.held):
+        return verdict(VerdictKind.ACCEPTED, measured)
+    if over or (beside is not None and beside.missed):
+        return verdict(VerdictKind.REJECTED, measured)
     needed = comparison.images_needed(limit, confidence)
     advice = f"about {needed} images would decide" if needed else "more of such images would not decide it"
     if needed and needed > _FAR * comparison.images:
         advice = f"perhaps {needed} images would decide, which from {comparison.images} is a guess"
-    return verdict(VerdictKind.UNDECIDED, f"{measured}: {comparison.open_question(limit)}; {advice}", needed=needed)
+    return verdict(VerdictKind.UNDECIDED, f"{measured}; {advice}", needed=needed)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,10 @@ class Batch:
             None if self.geometry is None else self.geometry[part],
             {name: value[part] for name, value in self.inputs.items()},
         )
+
+
+ImageSource: TypeAlias = Callable[[int], Iterable[Batch]]
+"""The first so many images of a set, or all if there are fewer, in batches of any size."""
 
 
 class ImageSet(abc.ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.targets import Target
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import read_outside
+from resvit_engines.outside import json_from_outside, read_outside
 from resvit_engines.pictures.decode import AS_USUAL, Decoding, decode, deep_values, eight_bits, header_of, reason
 
 FILE_MOST = 2 << 30
@@ -197,8 +198,12 @@ class FilePixels(Untargeted):
         return self.files[index]
 
     def bytes_of(self, index: int) -> bytes:
-        """The bytes of one image's file; raise ``BrokenImage`` where they cannot be read."""
-        return file_bytes(self.root / self.files[index])
+        """The bytes of one image's file; raise ``BrokenImage`` where they cannot be read.
+
+        What is called ``.json`` is a file of labelme's, with the picture inside.
+        """
+        data = file_bytes(self.root / self.files[index])
+        return picture_in_json(data) if self.files[index].lower().endswith(".json") else data
 
     def look(self, index: int) -> Look:
         """Digest one file's bytes and read the image's header, and all of it where it has more than 8 bits."""
@@ -235,8 +240,23 @@ def file_bytes(path: Path) -> bytes:
     try:
         return read_outside(path, FILE_MOST, "it")
     except ResvitError as error:
-        gone = error.problem.startswith("There is no file")
+        gone = isinstance(error.__cause__, FileNotFoundError)
         raise BrokenImage("No such file" if gone else error.problem.removeprefix("it ").rstrip(".")) from error
+
+
+def picture_in_json(data: bytes) -> bytes:
+    """The bytes of the picture in a file of labelme's (``imageData``); raise ``BrokenImage`` where there is none."""
+    try:
+        held = json_from_outside(data, "it")
+    except ResvitError as error:
+        raise BrokenImage(error.problem.removeprefix("it ").rstrip(".")) from error
+    text = held.get("imageData") if isinstance(held, dict) else None
+    if not isinstance(text, str) or not text:
+        raise BrokenImage("it holds no picture (`imageData`)")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise BrokenImage(f"its `imageData` is no base64: {error}") from error
 
 
 def require_seen(data: bytes, digest: bytes, name: str) -> None:

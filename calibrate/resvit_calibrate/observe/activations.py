@@ -26,16 +26,18 @@ class ActivationPlan:
     """Which tensors to measure, sum and sample.
 
     ``channel_axes`` names the tensors that products and residuals read, with the axis of their channels, or None
-    where the rank decides; ``perms`` the permutations of transposed tensors (empty: all axes reversed).
+    where the rank decides; ``perms`` the permutations of transposed tensors (empty: all axes reversed). ``inputs`` are
+    what is fed: an activation is whatever is computed from one of them.
     """
 
-    def __init__(self, graph: onnx.GraphProto, image: str, types: dict[str, int], ranks: dict[str, int]) -> None:
+    def __init__(self, graph: onnx.GraphProto, inputs: list[str], types: dict[str, int], ranks: dict[str, int]) -> None:
         floats = float_types()
         self.types, self.ranks = types, ranks
         self.derived: dict[str, tuple[str, bool]] = {}
-        self.producer = {image: "the graph input"}
-        measured = [image]
-        alive = {image}  # computed from the values of the image, not from its shape
+        measured = [name for name in inputs if types.get(name) in floats]
+        self.inputs = tuple(measured)
+        self.producer = {name: "the graph input" if len(inputs) == 1 else f"the input {name}" for name in measured}
+        alive = {*inputs}  # computed from the values of an input, not from its shape
         made_by: dict[str, str] = {}
         for node in graph.node:
             if node.op_type in _SHAPES or alive.isdisjoint(_reads(node)):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from resvit_calibrate.observe.activations import ActivationPlan, float_types, types_and_ranks
-from resvit_calibrate.runtime.sessions import Array, first_line
-from resvit_engines.errors import ResvitError
+from resvit_calibrate.runtime.sessions import Array
+from resvit_engines.errors import ResvitError, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -104,21 +104,21 @@ def observed_model(path: Path, *, sum_all: bool = False) -> ObservedModel:
         ) from error
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
-    image = next((value for value in graph.input if value.name not in constants), None)
+    inputs = [value.name for value in graph.input if value.name not in constants]
     types, ranks = types_and_ranks(model)
-    if image is None or types.get(image.name) not in float_types():
+    if not inputs or types.get(inputs[0]) not in float_types():
         raise ResvitError(
             f"{path} has no float input that images could be fed to.",
             "Export the model with its preprocessed images as its first input, in float32.",
         )
-    plan = ActivationPlan(graph, image.name, types, ranks)
+    plan = ActivationPlan(graph, inputs, types, ranks)
     summed = plan.measured if sum_all else plan.summed
     writer = _Writer(model, plan, summed)
     writer.write()
     return ObservedModel(
         model=model.SerializeToString(),
         folder=path.parent,
-        input=image.name,
+        input=inputs[0],
         measured=plan.measured,
         summed=summed,
         sampled=plan.sampled,
@@ -177,7 +177,7 @@ class _Writer:
         from onnx import TensorProto, helper
 
         watched = {*self.plan.measured, *self.shaped}
-        nodes = self.observers(self.plan.measured[0])
+        nodes = [observer for name in self.plan.inputs for observer in self.observers(name)]
         for node in self.graph.node:
             nodes.append(node)
             for name in node.output:

@@ -13,25 +13,45 @@ import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import open_outside
-from resvit_engines.pictures.decode import SUFFIXES, begins_as_picture
+from resvit_engines.outside import leads_to_folder, open_outside
+from resvit_engines.pictures.decode import RAW_SUFFIXES, SUFFIXES, begins_as_picture
 
 _ENDINGS_SHOWN = 5
+_LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
+"""Folders of archivers, servers and systems, which hold no data."""
 TRAINING_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "valid", "validation", "test")
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")
+_PART = re.compile(rf"({'|'.join((*TRAINING_NAMES, *VALIDATION_NAMES))})([-_ ]?20[0-9]{{2}})?")
+"""A part's name, whatever its case, also with a year as COCO's have it: `train2017`."""
 _LAYOUT = (
     "Give a folder with one sub-folder of images for each class, or one with `train` and `val` inside; "
     f"images end in {', '.join(SUFFIXES)}."
 )
 
 
+def part_of_folder(name: str) -> str | None:
+    """Which of ``TRAINING_NAMES`` and ``VALIDATION_NAMES`` a folder is called, whatever its case; None for others."""
+    found = _PART.fullmatch(name.lower())
+    return found.group(1) if found is not None else None
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders of ``root`` that are called like parts, by the parts' names; of several of one name, one."""
+    if not leads_to_folder(root):
+        return {}
+    found: dict[str, Path] = {}
+    for name in sorted(class_names(root), key=lambda name: (name != name.lower(), len(name), name)):
+        if (part := part_of_folder(name)) is not None:
+            found.setdefault(part, root / name)
+    return found
+
+
 def split_folders(root: Path) -> tuple[Path, Path] | None:
-    """Find ``train`` (or ``training``) and ``val`` (or ``valid``, ``validation``, ``test``) in ``root``, or None."""
-    for first in TRAINING_NAMES:
-        for second in VALIDATION_NAMES:
-            if (root / first).is_dir() and (root / second).is_dir():
-                return root / first, root / second
-    return None
+    """Find ``train`` (or ``training``) and ``val`` (``valid``, ``dev``, ``test``, …) in ``root``, or None."""
+    found = part_folders(root)
+    first = next((found[name] for name in TRAINING_NAMES if name in found), None)
+    second = next((found[name] for name in VALIDATION_NAMES if name in found), None)
+    return (first, second) if first is not None and second is not None else None
 
 
 def note_of_unused(root: Path, used: Iterable[str], there: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -40,7 +60,7 @@ def note_of_unused(root: Path, used: Iterable[str], there: Iterable[str] | None 
     The parts that are ``there`` are folders of the names that parts have, where nothing else is said.
     """
     if there is None:
-        there = [name for name in (*TRAINING_NAMES, *VALIDATION_NAMES) if (root / name).is_dir()]
+        there = [path.name for path in part_folders(root).values()]
     taken = tuple(used)
     left = [name for name in there if name not in taken]
     return (f"{root} is divided: {' and '.join(taken)} are used, {', '.join(left)} not",) if left else ()
@@ -52,7 +72,7 @@ def class_names(root: Path) -> tuple[str, ...]:
     timm sorts numbers within names by their value (``2`` before ``10``): ``order_note`` says where that differs.
     """
     with _explained(root):
-        return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _visible(entry.name)))
+        return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and is_visible(entry.name)))
 
 
 def pixels_from_folder(root: Path) -> FilePixels:
@@ -63,7 +83,7 @@ def pixels_from_folder(root: Path) -> FilePixels:
     own = class_names(root)
     left_out: Counter[str] = Counter()
     with _explained(root):
-        beside = sorted(e.name for e in os.scandir(root) if e.is_file() and _visible(e.name))
+        beside = sorted(e.name for e in os.scandir(root) if e.is_file() and is_visible(e.name))
     loose = [name for name in beside if is_image(name)]
     if not own:
         hidden = [name for name in beside if not is_image(name) and _is_picture_inside(root / name)]
@@ -71,7 +91,8 @@ def pixels_from_folder(root: Path) -> FilePixels:
         left_out.update(ending_of(name) for name in beside if name not in {*loose})
         if not loose:
             raise ResvitError(f"The folder {root} holds no images{_but(left_out)}.", _LAYOUT)
-        return FilePixels(root.name, root, loose, None, notes=(*notes_of(root, left_out), *_note_of_content(hidden)))
+        said = (*notes_of(root, left_out), *_note_of_content(hidden), *_note_of_left_behind(root))
+        return FilePixels(root.name, root, loose, None, notes=said)
     files: list[str] = []
     labels: list[int] = []
     empty = []
@@ -90,7 +111,7 @@ def pixels_from_folder(root: Path) -> FilePixels:
             empty.append(name)
     if not files:
         raise ResvitError(f"The folder {root} and its sub-folders hold no images{_but(left_out)}.", _LAYOUT)
-    notes = [*notes_of(root, left_out), *_note_of_content(hidden)]
+    notes = [*notes_of(root, left_out), *_note_of_content(hidden), *_note_of_left_behind(root)]
     if empty:
         notes.append(f"{root} has class folders without images, which still count as classes: {', '.join(empty)}")
     if loose:
@@ -135,9 +156,9 @@ def files_below(
                 continue
             seen.add((status.st_dev, status.st_ino))
             # Sorted, so that a folder reached twice through links is always met on the same path first.
-            below[:] = sorted(filter(_visible, below))
+            below[:] = sorted(filter(is_visible, below))
             for file in files:
-                if not _visible(file):
+                if not is_visible(file):
                     continue
                 if fits(file):
                     yield os.path.relpath(Path(folder, file), root)
@@ -159,6 +180,18 @@ def name_inside(name: object, where: str, fix: str) -> str:
             "Write file names relative to the folder of images, without `..`.",
         )
     return str(path)
+
+
+def relative_inside(name: str, *folders: Path) -> str:
+    """An absolute path that a list gives, relative to the first of the folders that it lies in; others as they are."""
+    if not name.startswith("/") or "\0" in name:
+        return name
+    path = PurePosixPath(os.path.normpath(name))
+    for folder in folders:
+        for base in (plain_path(folder), Path(os.path.realpath(folder))):
+            if path.is_relative_to(base) and path != PurePosixPath(base):
+                return str(path.relative_to(base))
+    return name
 
 
 def plain_path(path: Path) -> Path:
@@ -185,7 +218,11 @@ def counted(left_out: Counter[str]) -> str:
 
 def notes_of(where: Path, left_out: Counter[str]) -> tuple[str, ...]:
     """That files were left out, how many and which; none where there are none."""
-    return (f"files of {where} that are no images and are left out: {counted(left_out)}",) if left_out else ()
+    if not left_out:
+        return ()
+    raw = ", ".join(sorted(ending for ending in left_out if ending in RAW_SUFFIXES))
+    said = f"; {raw} are raw files of cameras: develop them to JPEG or PNG to use them" if raw else ""
+    return (f"files of {where} that are no images and are left out: {counted(left_out)}{said}",)
 
 
 def _but(left_out: Counter[str]) -> str:
@@ -198,21 +235,34 @@ def _note_of_content(hidden: list[str]) -> tuple[str, ...]:
 
 
 def _is_picture_inside(path: Path) -> bool:
-    """Whether a file begins as pictures do, whatever it is called."""
+    """Whether a file begins as pictures do, whatever it is called; what a camera's sensor gave is none."""
+    if path.name.lower().endswith(RAW_SUFFIXES):
+        return False
     try:
         with open_outside(path) as stream:
-            return begins_as_picture(stream.read(16))
+            return begins_as_picture(stream.read(18))
     except (ResvitError, OSError):
         return False
 
 
-def _visible(name: str) -> bool:
-    return not name.startswith(".")
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of this name may be data: neither hidden nor left behind by another program."""
+    return not name.startswith(".") and name not in _LEFT_BEHIND
+
+
+def _note_of_left_behind(root: Path) -> tuple[str, ...]:
+    """That folders of other programs lie among the data."""
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and _is_left_behind(entry.name))
+    return (f"folders of {root} that other programs left there are left out: {', '.join(found)}",) if found else ()
+
+
+def _is_left_behind(name: str) -> bool:
+    return name in _LEFT_BEHIND or name in (".ipynb_checkpoints", ".thumbnails", ".Trashes")
 
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
-    return _visible(name) and name.lower().endswith(SUFFIXES)
+    return is_visible(name) and name.lower().endswith(SUFFIXES)
 
 
 def _raise(error: OSError) -> None:

@@ -12,10 +12,11 @@ from resvit_calibrate.images.pixels import BrokenImage
 from resvit_calibrate.images.targets import IGNORED, MOST_CLASSES, MaskTarget, TargetOptions
 from resvit_calibrate.readers.colours import ColourTable, colour_table
 from resvit_calibrate.readers.paired import PairedPixels, Part, grey_values, pairs_in, read_class_names
+from resvit_calibrate.readers.pairs.names import SUFFIXES
+from resvit_calibrate.readers.pairs.values import OBJECT, are_binary
 from resvit_engines.errors import ResvitError
 from resvit_engines.pictures.decode import opened
 
-SUFFIXES = (".png", ".bmp", ".gif", ".pgm", ".tif", ".tiff")
 _WRITTEN = "class numbers, as a palette or grey image, or put a table of colours beside (class_dict.csv: name,r,g,b)"
 _MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
@@ -29,6 +30,8 @@ class MaskPixels(PairedPixels):
     moved: Mapping[int, int] | None = None
     colours: ColourTable | None = None
     """Which class a colour is; grey masks hold class numbers in any case."""
+    binary: bool = False
+    """Whether 0 is the background and 255 the object, and no other value occurs."""
 
     def values(self, data: bytes, path: Path) -> npt.NDArray[np.generic]:
         """Decode a mask and number its classes: int16 [H, W]."""
@@ -36,6 +39,8 @@ class MaskPixels(PairedPixels):
         stored: npt.NDArray[np.generic] | None = None if self.colours is None else _classes_by(self.colours, data)
         if stored is None:
             stored = grey_values(data, _MODES, _WRITTEN)
+        if self.binary:
+            return _of_two_classes(stored)
         found = classes_of(stored, self.options)
         return found if self.moved is None else renumbered(found, self.moved)
 
@@ -58,7 +63,23 @@ def pixels_from_masks(part: Part, options: TargetOptions, root: Path) -> MaskPix
     pixels = MaskPixels(pairs_in(part, SUFFIXES), "segmentation", options, named)
     pixels.colours = colours
     pixels.num_classes = number_of_classes(part.root, options, named)
+    if colours is None and OBJECT in options.ignore and pixels.num_classes in (None, 2):
+        pixels.binary = are_binary([pixels.root / name for name in pixels.others])
+    if pixels.binary:
+        pixels.num_classes = 2
+        told = (
+            f"masks of {part.root / part.others} hold 0 and 255 alone: 0 is read as the background, 255 as the object"
+        )
+        pixels.notes = (*pixels.notes, told)
     return pixels
+
+
+def _of_two_classes(values: npt.NDArray[np.generic]) -> npt.NDArray[np.int16]:
+    """0 and 1 [H, W] from 0 and 255. Raises ``BrokenImage`` for any other value."""
+    if not np.isin(values, (0, OBJECT)).all():
+        other = int(values[~np.isin(values, (0, OBJECT))].ravel()[0])
+        raise BrokenImage(f"it holds the value {other}, and the other masks 0 and 255 alone")
+    return np.asarray(values == OBJECT, np.int16)
 
 
 def _classes_by(table: ColourTable, data: bytes) -> npt.NDArray[np.int64] | None:

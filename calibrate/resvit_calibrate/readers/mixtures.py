@@ -12,20 +12,16 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import file_bytes
 from resvit_calibrate.readers.folders import class_names, files_below, is_image
+from resvit_calibrate.readers.pairs.names import MASKS_END
+from resvit_calibrate.readers.pairs.values import FEW, LARGEST, PIXELS
 from resvit_engines.errors import ResvitError
 from resvit_engines.pictures.decode import opened
 
-_FEW = 32
-"""Values or colours of a mask at most; a picture of as many pixels has more."""
 _HIGHEST = 150
 """The highest class of a mask of whole numbers (ADE20K's), 255 for unlabelled aside."""
-_PIXELS = 64
-_LARGEST = 1 << 26
 _OF_A_FOLDER, _OF_ALL, _LISTED = 6, 512, 5000
-_TAILS = (
-    *("_mask", "-mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_labelids", "_labeltrainids"),
-    *("_instanceids", "_gt", "_groundtruth", "_ground_truth", "_annotation", "_depth", "_color_mask"),
-)
+_TAILS = (*MASKS_END, "_labelids", "_labeltrainids", "_instanceids", "_depth", "_color_mask")
+"""What names of files about pictures end in, also of those that are read by other layouts alone."""
 _MIXED_SHARE = 0.1
 _FIX = (
     "Put pictures into `images` and masks of the same names into `masks`, side by side, and name the folder above; or "
@@ -87,7 +83,7 @@ def _refuse_names(root: Path, files: Sequence[str]) -> None:
         raise ResvitError(
             f"{root / about[0][0]} lies beside {about[0][1]}, and {len(about) - 1} more such files: by their names "
             "they are about the pictures, and no pictures.",
-            _FIX,
+            f"{_FIX} Masks among pictures in several folders are read as `masks:{root}`.",
         )
     twice: dict[str, list[str]] = {}
     for file in files:
@@ -107,7 +103,7 @@ def _look(path: Path) -> _Look:
     """What one file looks like; one that cannot be decoded is left to whoever reads it."""
     try:
         with opened(file_bytes(path)) as image:
-            if image.format in ("JPEG", "MPO", "JPEG2000") or image.width * image.height > _LARGEST:
+            if image.format in ("JPEG", "MPO", "JPEG2000") or image.width * image.height > LARGEST:
                 return _Look.PICTURE
             palette = image.mode == "P"
             if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
@@ -131,4 +127,4 @@ def _packed(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def _flat(values: npt.NDArray[np.generic]) -> bool:
-    return values.size >= _PIXELS and len(np.unique(values)) <= _FEW
+    return values.size >= PIXELS and len(np.unique(values)) <= FEW

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import UNSEEN, BrokenImage, FilePixels, Look, file_bytes, require_seen
 from resvit_calibrate.images.targets import Target, TargetOptions
-from resvit_calibrate.readers.folders import files_below, is_image, notes_of
+from resvit_calibrate.readers.folders import files_below, notes_of
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
-from resvit_engines.pictures.decode import opened, reason
+from resvit_engines.pictures.decode import SUFFIXES, opened, reason
 
 IMAGES = "images"
 CLASS_NAMES_FILE = "classes.txt"
@@ -35,9 +35,10 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Two folders of ``root`` that belong together: pictures, and files about their pixels.
+    """Two folders of ``root`` that belong together: pictures, and files about their pixels; both may be one folder.
 
-    ``images_end`` and ``others_end`` are what the names of each end in before the file's ending, where they differ.
+    ``images_end`` and ``others_end`` are what the names of each end in before the file's ending, where they differ,
+    ``images_start`` and ``others_start`` what they start with.
     ``listed`` is a file with the names that belong to this part, where not all do.
     """
 
@@ -47,6 +48,10 @@ class Part:
     images_end: str = ""
     others_end: str = ""
     listed: Path | None = None
+    images_start: str = ""
+    others_start: str = ""
+    places: tuple[str, ...] = ("",)
+    """Folders of ``root`` that have the two each; usually it has them itself."""
 
 
 def pairs_in(part: Part, suffixes: tuple[str, ...]) -> Pairs:
@@ -56,8 +61,14 @@ def pairs_in(part: Part, suffixes: tuple[str, ...]) -> Pairs:
     the notes. Raises ``ResvitError`` where two files share a stem and where nothing matches.
     """
     root, left_out = part.root, Counter[str]()
-    images = _by_stem(part, part.images, part.images_end, is_image, left_out)
-    others = _by_stem(part, part.others, part.others_end, lambda name: name.lower().endswith(suffixes), left_out)
+    one_folder = part.images == part.others
+    others = _by_stem(part, suffixes, left_out, others=True)
+    if one_folder:
+        left_out.clear()
+    images = _by_stem(part, SUFFIXES, left_out, others=False)
+    if one_folder:
+        for ending in suffixes:
+            del left_out[ending]
     if part.listed is not None:
         named = set(_lines_of(part.listed))
         images, others = ({stem: files[stem] for stem in files if stem in named} for files in (images, others))
@@ -82,13 +93,19 @@ def pairs_in(part: Part, suffixes: tuple[str, ...]) -> Pairs:
     return Pairs(root, tuple(images[stem] for stem in both), tuple(others[stem] for stem in both), tuple(notes))
 
 
-def _by_stem(part: Part, folder: str, end: str, fits: Callable[[str], bool], left_out: Counter[str]) -> dict[str, str]:
+def _by_stem(part: Part, suffixes: tuple[str, ...], left_out: Counter[str], *, others: bool) -> dict[str, str]:
+    """The files of one kind by what is common to the names of a pair."""
+    folder = part.others if others else part.images
+    own, other = (part.images_start, part.images_end), (part.others_start, part.others_end)
+    own, other = (other, own) if others else (own, other)
+    # In one folder the names alone say which file is which: `1_mask.png` is no picture called `1_mask`.
+    more = part.images == part.others and len("".join(other)) > len("".join(own))
     found: dict[str, str] = {}
-    for file in sorted(files_below(part.root, folder, fits, left_out)):
-        stem = str(PurePosixPath(file).relative_to(folder).with_suffix(""))
-        if not stem.endswith(end):
+    for file, below in _files_of(part, folder, suffixes, left_out):
+        path = below.with_suffix("")
+        if not _fits(path.name, own) or (more and _fits(path.name, other)):
             continue  # another file about the same picture: Cityscapes has four
-        stem = stem.removesuffix(end)
+        stem = str(path.with_name(path.name.removeprefix(own[0]).removesuffix(own[1])))
         if stem in found:
             raise ResvitError(
                 f"{part.root} has {found[stem]} and {file}, which have the same name but for their ending.",
@@ -96,6 +113,22 @@ def _by_stem(part: Part, folder: str, end: str, fits: Callable[[str], bool], lef
             )
         found[stem] = file
     return found
+
+
+def _files_of(
+    part: Part, folder: str, suffixes: tuple[str, ...], left_out: Counter[str]
+) -> Iterator[tuple[str, PurePosixPath]]:
+    """The files of a folder, and of those of its name in other places, with their paths without its name."""
+    for place in part.places:
+        held = str(PurePosixPath(place, folder))
+        for file in sorted(files_below(part.root, held, lambda name: name.lower().endswith(suffixes), left_out)):
+            yield file, PurePosixPath(place, PurePosixPath(file).relative_to(held))
+
+
+def _fits(name: str, around: tuple[str, str]) -> bool:
+    """Whether a name has something between its start and its end."""
+    start, end = around
+    return len(name) > len(start) + len(end) and name.startswith(start) and name.endswith(end)
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -131,7 +164,7 @@ class PairedPixels(FilePixels):
         super().__init__(pairs.root.name, pairs.root, pairs.images, None, class_names=class_names, notes=pairs.notes)
         self.task = task
         self.options = options
-        self._others = pairs.others
+        self.others = pairs.others
 
     def values(self, data: bytes, path: Path) -> npt.NDArray[np.generic]:
         """Decode the other file's bytes: [H, W]; any exception means that they cannot be used."""
@@ -156,12 +189,12 @@ class PairedPixels(FilePixels):
     def target(self, index: int, height: int, width: int, seen: Look = UNSEEN) -> Target:
         """Read one image's counterpart: [H, W] like the image."""
         data, values = self._read(index)
-        require_seen(data, seen.target, str(self.root / self._others[index]))
-        require_size(self._others[index], values.shape, height, width)
+        require_seen(data, seen.target, str(self.root / self.others[index]))
+        require_size(self.others[index], values.shape, height, width)
         return self.made(values)
 
     def _read(self, index: int) -> tuple[bytes, npt.NDArray[np.generic]]:
-        name = self._others[index]
+        name = self.others[index]
         path = self.root / name
         try:
             data = file_bytes(path)

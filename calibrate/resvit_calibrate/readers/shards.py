@@ -17,14 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from resvit_calibrate.images.pixels import FILE_MOST, BrokenImage, FilePixels
-from resvit_calibrate.readers.folders import TRAINING_NAMES, VALIDATION_NAMES, counted, is_image, split_folders
+from resvit_calibrate.readers.folders import (
+    TRAINING_NAMES,
+    VALIDATION_NAMES,
+    counted,
+    is_image,
+    part_of_folder,
+    split_folders,
+)
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import json_from_outside, open_outside, text_from_outside
+from resvit_engines.outside import expanded, json_from_outside, leads_to_folder, open_outside, text_from_outside
 
 ENDING = ".tar"
 _PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
+_HELD_BACK = re.compile(rf"(?<![a-z])({'|'.join(VALIDATION_NAMES)})")
 _MOST_SHARDS, _MOST_MEMBERS = 100_000, 50_000_000
 _ABOUT_MOST = 1 << 20
 _CLASS_KEYS = ("label", "class", "cls", "class_id", "class_name", "target")
@@ -58,13 +66,17 @@ class ShardPixels(FilePixels):
 
 
 def named_shards(text: str) -> tuple[Path, ...]:
-    """The tar files that a text such as ``train-{0000..0007}.tar`` names, or one; none where it names others.
+    """The tar files that ``train-{0000..0007}.tar`` or ``train-*.tar`` names, or one; none where a text names others.
 
     Raises ``ResvitError`` for a range that is none, and a compressed file.
     """
     if text.lower().endswith(_PACKED):
         raise ResvitError(f"{text} is compressed, and pictures are read from where they lie.", "Decompress it first.")
     found = _RANGE.search(text)
+    if "*" in text and text.lower().endswith(ENDING):
+        pattern = expanded(text)
+        there = leads_to_folder(pattern.parent) and "*" not in str(pattern.parent)
+        return tuple(sorted(pattern.parent.glob(pattern.name))[:_MOST_SHARDS]) if there else ()
     if found is None or not text.lower().endswith(ENDING):
         return (Path(text).expanduser(),) if text.lower().endswith(ENDING) else ()
     first, last = int(found.group(1)), int(found.group(2))
@@ -86,7 +98,7 @@ def shards_in(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         return (first, second) if first and second else ((), ())
     found = _tars(root)
     train = tuple(path for path in found if any(name in path.name.lower() for name in TRAINING_NAMES))
-    held = tuple(path for path in found if path not in train and any(n in path.name.lower() for n in VALIDATION_NAMES))
+    held = tuple(path for path in found if path not in train and _HELD_BACK.search(path.name.lower()))
     return (train, held) if train and held else (found, ())
 
 
@@ -120,8 +132,26 @@ def pixels_from_shards(shards: Sequence[Path], name: str) -> ShardPixels:
     if bare:
         notes.append(f"{len(bare)} samples of {name} have no picture and are left out: {shortened(bare)}")
     pixels.notes = tuple(notes)
+    if len(shards) == 1 and not any(labels):
+        folders = _class_folders(titles, shards[0].name)
+        if folders:
+            labels = list(folders)
+            said = shortened(sorted(set(folders)))
+            pixels.notes += (f"{name} says no classes, and its pictures lie in folders: {said} are read as classes",)
     _label(pixels, labels)
     return pixels
+
+
+def _class_folders(titles: Sequence[str], shard: str) -> list[str]:
+    """The folder of each member where all lie in several, as class folders that were packed do; none elsewhere."""
+    parts = [PurePosixPath(title.removeprefix(f"{shard}/")).parts[:-1] for title in titles]
+    depth = 0
+    while all(len(part) > depth for part in parts):
+        names = {part[depth] for part in parts}
+        if len(names) > 1:
+            return [] if any(part_of_folder(name) for name in names) else [part[depth] for part in parts]
+        depth += 1
+    return []
 
 
 def _label(pixels: ShardPixels, labels: list[str | None]) -> None:

@@ -1,7 +1,8 @@
 """Pictures of text lines with what is written in them: a list of files and texts, or a text file beside each picture.
 
 Lists are read as recognisers' trainers write them: ``file TAB text`` (PaddleOCR), ``file, "text"`` (ICDAR),
-``file text``, CSV with a header (the ``metadata.csv`` of Hugging Face's image folders), and JSON by line.
+``file,text``, ``file text``, CSV with a header (the ``metadata.csv`` of Hugging Face's image folders), with semicolons
+as Excel writes it too, and JSON by line. Lines that begin with ``#`` in front of the first picture are remarks.
 """
 
 from __future__ import annotations
@@ -23,27 +24,33 @@ from resvit_calibrate.readers.folders import (
     is_image,
     name_inside,
     notes_of,
+    relative_inside,
     split_folders,
 )
 from resvit_calibrate.readers.lists.kinds import says
-from resvit_calibrate.readers.lists.places import none_is_there, note_of_missing
-from resvit_calibrate.readers.lists.rows import ENDINGS, TEXTS
+from resvit_calibrate.readers.lists.places import PROBED, none_is_there, note_of_missing
+from resvit_calibrate.readers.lists.rows import ENDINGS, TEXTS, first_rows, is_of_regions
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import json_from_outside, leads_to_file, read_outside, text_from_outside
 
 BESIDE = ".gt.txt"
 """What Tesseract's and Calamari's trainers call the text of a picture."""
-_STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?)?[_-]?([a-z]*)", re.IGNORECASE)
+_STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?|annotations?)?[_-]?([a-z]*)", re.IGNORECASE)
+_OF_TEXTS = re.compile(r"(?:rec_?gt|gt|texts?|transcriptions?)(?:[_-].*)?", re.IGNORECASE)
 _FILES = ("file_name", "filename", "file", "path", "image")
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 2000
 _FOLDERS = ("", "images", "imgs", "image")
 _ICDAR = re.compile(r'(\S.*?\.[A-Za-z0-9]{2,5}),\s*"(.*)"\s*')
-_SPACED = re.compile(r"(\S+\.[A-Za-z0-9]{2,5})(?:\s(.*))?")
+_COMMA = re.compile(r"(\S+?\.[A-Za-z0-9]{2,5}),\s*(.*)")
+_SPACED = re.compile(r"(\S+\.[A-Za-z0-9]{2,5})(?:\s+(.*))?")
+_NAME = re.compile(r"\s*\"?([^\t;,\"]+?\.[A-Za-z0-9]{2,5})(?=[\"\t;, ]|$)")
+_MARK = re.compile(r'\s*(?:"(?:[^"]|"")*"|[^\t;,"]*)\s*([\t;,])')
 _FIX = (
     "Write one line for each picture: its file, a tab, and its text; or CSV with the columns file_name and text. "
-    "Files are relative to the list's folder."
+    "Files are relative to the list's folder. A folder's list is called labels, gt, rec_gt, texts, annotations or "
+    "metadata; name another one itself, as text:FILE."
 )
 
 
@@ -68,8 +75,11 @@ class TextPixels(FilePixels):
 def text_lists(root: Path) -> tuple[Path, ...]:
     """The list of a folder, or those for training and for validation, in itself or in its parts; empty without any.
 
-    A list is a file called ``labels``, ``gt``, ``rec_gt``, ``texts``, ``metadata`` or by a part's name, whose first
-    line names a picture that is there. Where its texts are numbers as classes have, it is none.
+    A list is a file called as ``_STEM`` says (``labels``, ``gt``, ``rec_gt``) or by a part's name, whose first
+    lines name pictures that are there. Where its texts are numbers as classes have, it is none.
+
+    Raises ``ResvitError`` for a list of pictures that cannot be read, and one called as lists of texts are whose
+    pictures are not there: without it, its pictures would be taken for ones of which nothing is known.
     """
     halves = split_folders(root)
     if halves is not None and all(len(text_lists(half)) == 1 for half in halves):
@@ -99,10 +109,10 @@ def pixels_from_list(path: Path) -> TextPixels:
     """Pictures and texts by a list. Raises ``ResvitError`` for lines that are none, and pictures that are not there."""
     rows: dict[str, str] = {}
     missing: set[str] = set()
-    folder = _folder_of_first(path) or path.parent
+    folder = _folder_of(path) or path.parent
     for number, name, text in _rows(path):
         where = f"line {number} of {path}"
-        inside = name_inside(name, f"{where}: the file", _FIX)
+        inside = _inside(name, where, path)
         if rows.get(inside, text) != text:
             raise ResvitError(f"{where} gives {inside} another text than a line before.", "Keep one of the two.")
         rows[inside] = text
@@ -150,8 +160,11 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
     elif ending == ".csv":
         yield from _of_csv(text, path)
     else:
+        begun = False
         for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
-            if line.strip():
+            remark = not begun and line.lstrip().startswith("#") and not is_image(line.partition("\t")[0].strip())
+            if line.strip() and not remark:
+                begun = True
                 yield (number, *_of_line(line, f"line {number} of {path}"))
 
 
@@ -159,14 +172,16 @@ def _of_line(line: str, where: str) -> tuple[str, str]:
     if "\t" in line:
         name, _, text = line.partition("\t")
         return name.strip(), text
-    for form in (_ICDAR, _SPACED):
+    for form in (_ICDAR, _COMMA, _SPACED):
         if (found := form.fullmatch(line)) is not None:
             return found.group(1), found.group(2) or ""
     raise ResvitError(f"{where} is no file and text: {line[:60]!r}.", _FIX)
 
 
 def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
-    reader = csv.reader(text.splitlines(keepends=True), skipinitialspace=True)
+    mark = _MARK.match(next((line for line in text.splitlines() if line.strip()), ""))
+    separator = mark.group(1) if mark is not None else ","
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, skipinitialspace=True)
     columns: tuple[int, int] | None = None
     try:
         for row in reader:
@@ -198,26 +213,75 @@ def _of_json(line: str, where: str) -> tuple[str, str]:
 
 def _decoded(path: Path) -> str:
     fix = "Save it as UTF-8: in an editor, or with `iconv -f GB18030 -t UTF-8` where it is in another encoding."
-    return text_from_outside(read_outside(path, _MOST_BYTES), str(path), fix)
+    data = read_outside(path, _MOST_BYTES)
+    if _is_wide(data):
+        raise ResvitError(f"{path} is UTF-16 without the mark that says so.", "Save it as UTF-8 in an editor.")
+    return text_from_outside(data, str(path), fix)
+
+
+def _is_wide(data: bytes) -> bool:
+    """Whether it is UTF-16 without a byte order mark: a name in ASCII has every other byte 0."""
+    start = data[:64]
+    return len(start) > 3 and 0 in (start[0], start[1]) and 3 * start.count(0) > len(start)
 
 
 def _lists_pictures(path: Path) -> bool:
-    """Whether a file names pictures that are there, and may say what is written in them."""
-    if _folder_of_first(path) is None:
+    """Whether a file names pictures that are there, and may say what is written in them.
+
+    Raises ``ResvitError`` as ``text_lists``.
+    """
+    said_texts, said = _OF_TEXTS.fullmatch(path.stem) is not None, says(path)
+    first = first_rows(path, 1)
+    if ("csv" in said and "text" not in said) or (first and is_of_regions(first[0])):
         return False
-    said = says(path)
-    return not said or "text" in said
-
-
-def _folder_of_first(path: Path) -> Path | None:
-    """The folder in which the first picture of a list lies; None where it is no picture, or not there."""
     try:
-        _, name, _ = next(_rows(path))
-        inside = name_inside(name, str(path), _FIX)
-    except (ResvitError, StopIteration):
-        return None
-    folders = (path.parent / folder for folder in _FOLDERS if is_image(PurePosixPath(name).name))
+        if _folder_of(path) is not None:
+            # A remark above is no name of columns, and hides from ``says`` that texts follow.
+            texts = said_texts and any(text for _, _, text in itertools.islice(_rows(path), PROBED))
+            return not said or "text" in said or ("names" in said and texts)
+        missing = [name for _, name, _ in _rows(path) if is_image(PurePosixPath(name.replace("\\", "/")).name)]
+    except ResvitError:
+        named = _names_read_somehow(path)
+        if any(_folder_with(path, name) for name in named) or (said_texts and any(map(is_image, named))):
+            raise
+        return False
+    if missing and said_texts and "names" not in said:
+        raise none_is_there(path, path.parent, missing, _FIX)
+    return False
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The folder in which most of the first pictures of a list lie; None where none is there.
+
+    Raises ``ResvitError`` for a list that cannot be read.
+    """
+    found = Counter[Path]()
+    for number, name, _ in itertools.islice(_rows(path), PROBED):
+        folder = _folder_with(path, _inside(name, f"line {number} of {path}", path))
+        if folder is not None:
+            found[folder] += 1
+    return max(found, key=lambda folder: found[folder], default=None)
+
+
+def _folder_with(path: Path, inside: str) -> Path | None:
+    """The folder of a list, or one beside it, that has this picture; None where none has."""
+    folders = (path.parent / folder for folder in _FOLDERS if is_image(PurePosixPath(inside).name))
     return next((folder for folder in folders if leads_to_file(folder / inside)), None)
+
+
+def _inside(name: str, where: str, path: Path) -> str:
+    """A picture's name relative to the folder of its list; one that is absolute is taken where it lies in there."""
+    return name_inside(relative_inside(name, path.parent), f"{where}: the file", _FIX)
+
+
+def _names_read_somehow(path: Path) -> list[str]:
+    """What the first lines of a file begin with, in the encoding that it seems to have, where that is like a file."""
+    data = read_outside(path, _MOST_BYTES)
+    wide = "utf-16-be" if data.startswith((b"\xfe\xff", b"\0")) else "utf-16-le"
+    text = data.decode(wide if _is_wide(data) or data[:2] in (b"\xfe\xff", b"\xff\xfe") else "gb18030", "replace")
+    lines = itertools.islice((line for line in text.lstrip("\ufeff").splitlines() if line.strip()), PROBED)
+    found = (_NAME.match(line) for line in lines)
+    return [match.group(1).replace("\\", "/") for match in found if match is not None and "\0" not in match.group(1)]
 
 
 def _picture_of(root: Path, text: PurePosixPath, end: str) -> Path | None:

@@ -72,6 +72,8 @@ class OnnxRunner:
     """Whether the outputs are FP16 for the engine's sake: they come back as FP32."""
     frugal: bool = False
     """Whether it gives its memory back after each run (:func:`run_session`)."""
+    constants: Arrays = dataclasses.field(default_factory=dict)
+    """Initialisers of the graph that are inputs as well, with what takes their place."""
     batch_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Outputs that come with their batch along another axis than the first; it is brought to the front."""
 
@@ -113,7 +115,7 @@ class OnnxRunner:
         return feeds
 
     def _run(self, feeds: Arrays) -> Arrays:
-        values = run_session(self.session, list(self.outputs), feeds, frugal=self.frugal)
+        values = run_session(self.session, list(self.outputs), {**feeds, **self.constants}, frugal=self.frugal)
         found = dict(zip(self.outputs, values, strict=True))
         found |= {name: np.moveaxis(found[name], axis, 0) for name, axis in self.batch_axes.items()}
         if not self.narrow:
@@ -148,14 +150,19 @@ def checked_runner(
     written, slower. Answers that are ``sets`` have their rows paired first. Returns the runner and a sentence about it,
     empty where all is well.
     """
-    optimized, written = onnx_runner(model, folder=folder), onnx_runner(model, optimize=False, folder=folder)
-    fast, slow = optimized(arrays), written(arrays)
+
+    def written() -> OnnxRunner:
+        return onnx_runner(model, optimize=False, folder=folder)
+
+    slow = written()(arrays)  # each session holds the weights: the first is gone before the next is opened
+    optimized = onnx_runner(model, folder=folder)
+    fast = optimized(arrays)
     fast = paired_rows(slow, fast) if sets else fast
     for name, expected in slow.items():
         signal = np.linalg.norm(expected.astype(np.float64))
         noise = np.linalg.norm(fast[name].astype(np.float64) - expected.astype(np.float64))
         if not noise <= signal * 10 ** (-_TOLERATED_DB / 20) and np.isfinite(signal):
-            return written, (
+            return written(), (
                 "ONNX Runtime's optimised graph gives other outputs than the graph as written, so it was scored "
                 "without optimisation."
             )

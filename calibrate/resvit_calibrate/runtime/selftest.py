@@ -17,13 +17,12 @@ import numpy as np
 
 from resvit_calibrate.runtime.sessions import (
     Array,
-    first_line,
     onnxruntime_module,
     open_session,
     run_session,
     session_options,
 )
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, first_line
 
 if TYPE_CHECKING:
     import onnx

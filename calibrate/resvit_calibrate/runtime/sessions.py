@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, is_out_of_memory
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, first_line, is_out_of_memory
 
 Array: TypeAlias = NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
@@ -137,9 +137,3 @@ def onnxruntime_module() -> Any:
             ExitCode.MISSING,
         ) from error
     return onnxruntime
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a foreign error's message, 300 characters at most."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -46,6 +46,7 @@ class Depth(Task):
     """Depths [B, 1, h, w] or [B, h, w], on the input's grid or interpolated to it."""
 
     name: ClassVar[str] = "depth"
+    lower_is_better: ClassVar[bool] = True
     metric = "AbsRel"
     unit = POINTS
 

@@ -77,11 +77,16 @@ class EmbeddingComparison(Resampled):
     """Two networks by what they find; ``collapsed`` where the candidate gives one direction to every image."""
 
     collapsed: bool = False
+    zeros: int = 0
+    """Images for which the reference gives zeros, which point nowhere."""
 
     @property
     def caveat(self) -> str:
-        """That the candidate is constant, where it is."""
-        return "the quantised network gives the same embedding for every image" if self.collapsed else ""
+        """That the candidate is constant, where it is, and which embeddings of the reference are none."""
+        said = ["the quantised network gives the same embedding for every image"] if self.collapsed else []
+        if self.zeros:
+            said.append(f"the float network gives zeros for {self.zeros} images, which point nowhere")
+        return "; ".join(said)
 
 
 class Embedding(Task):
@@ -146,7 +151,7 @@ class Embedding(Task):
             return np.asarray((weights @ stats) / np.maximum(weights @ asked.astype(float), 1.0)[:, None], np.float64)
 
         whole, draws = statistic(np.ones((1, len(labels))))[0], resampled(statistic, len(labels))
-        distances = 1.0 - (mine * theirs).sum(axis=1)
+        distances = _distances(mine, theirs)
         return EmbeddingComparison(
             images=int(asked.sum()),
             metric=self.metric,
@@ -173,6 +178,7 @@ class Embedding(Task):
             better=int((stats[:, 0] < stats[:, 1]).sum()),
             unit=self.unit,
             collapsed=candidate.alike,
+            zeros=int((~mine.any(axis=1)).sum()),
             chance=_chance(reference, float(whole[0]), float(whole[2]), draws),
         )
 
@@ -186,7 +192,7 @@ class Embedding(Task):
         labels, asked = reference.labels, _counts(reference.labels)
         mine, theirs = reference.directions, candidate.directions
         before, after = (_nearest(vectors, vectors, 1)[:, 0] for vectors in (mine, theirs))
-        distances = 1.0 - (mine * theirs).sum(axis=1)
+        distances = _distances(mine, theirs)
         right, still = labels[before] == labels, labels[after] == labels
         return [
             {
@@ -203,6 +209,12 @@ class Embedding(Task):
     def require_outputs(self, outputs: Mapping[str, Array]) -> None:
         """Refuse outputs that hold no embedding; raises ``ResvitError``."""
         vectors_of(self.options, outputs)
+
+
+def _distances(mine: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The cosine distance of each direction from the same image's; 0 where both are zero, which have no cosine."""
+    nowhere = ~(mine.any(axis=1) | theirs.any(axis=1))
+    return np.asarray(np.where(nowhere, np.float32(0), 1.0 - (mine * theirs).sum(axis=1)), np.float32)
 
 
 def _counts(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

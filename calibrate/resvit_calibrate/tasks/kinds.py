@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,18 +46,34 @@ def task_named(kind: str, options: Mapping[str, Any], metric: str | None = None)
     return Other(options, metric) if kind == Other.name else _TASKS[kind](options)
 
 
+def lower_is_better(kind: str) -> bool:
+    """Whether the smaller value of the task's first metric is the better one, as of an error."""
+    return kind != Other.name and _TASKS[kind].lower_is_better
+
+
 def with_files_read(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a task with the content of the file in the place of its name, where ``characters`` names one.
 
     Raises:
-        ResvitError: for a file that is no text.
+        ResvitError: for a file that is no text, or not there.
     """
     named = options.get("characters")
     path = existing(named) if isinstance(named, str) else None
     if path is None or not path.is_file():
+        if isinstance(named, str) and _is_like_a_file(named):
+            raise ResvitError(
+                f"There is no file {named}.",
+                "Check the path of the characters, or write them themselves: characters=0123456789.",
+            )
         return dict(options)
     fix = "Give a file with one character a line, as UTF-8, in the order of the network's classes."
     return {**options, "characters": text_from_outside(read_outside(path), str(path), fix)}
+
+
+def _is_like_a_file(named: str) -> bool:
+    """Whether it ends as files do, or is a path in which some character stands twice, as in no list of characters."""
+    ends = re.search(r"[\w/-]\.(txt|dict|keys?|csv|tsv|json|ya?ml)$", named, re.IGNORECASE)
+    return "\n" not in named and (ends is not None or ("/" in named and len(set(named)) < len(named)))
 
 
 def task_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,27 @@ from resvit_calibrate.answers.base import (
 )
 from resvit_calibrate.answers.raw import Raw, joined_raw, raw_of
 from resvit_calibrate.gate.bootstrap import Floats, resampled
-from resvit_calibrate.gate.comparison import POINTS, Comparison, Resampled
+from resvit_calibrate.gate.comparison import DECIBELS, POINTS, Comparison, Resampled
 from resvit_calibrate.images.image_set import Batch, ImageSet
 from resvit_calibrate.readers.user.code import Reads, user_files, watched
 from resvit_calibrate.readers.user.loader import function_from
+from resvit_calibrate.tasks.nearness import (
+    FEW,
+    MOST_DB,
+    SPREAD_DB,
+    Nearness,
+    cosine,
+    decibels,
+    kept_of,
+    noise_shares,
+)
 from resvit_engines.answers.options import Array, options_from, require_between, shapes_of
 from resvit_engines.errors import ResvitError
 
 _IMAGES = 1024
 _BYTES = 256 << 20
 _POSITIONS = 4096
-_MOST_DB = 100.0
-"""Outputs that are equal or nearly so have this SQNR."""
-_FEW = 0.05
-_SPREAD_DB = 6.0
-"""All images but one of twenty must keep the least SQNR less this: noise of twice the amplitude."""
+_BOX = 4
 SHAPE = (
     "The metric is called with the outputs of a batch, a dictionary of arrays by name, and what is known of its "
     "images (targets, else labels, else None); it returns one score for each image, [B], higher is better, "
@@ -47,15 +52,18 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class OtherOptions:
-    """``least_sqnr_db``: the SQNR that outputs must keep where there is no metric.
+    """What outputs must keep where there is no metric: an SQNR, and a share of the decisions that they make.
 
-    20 dB is noise of a tenth on every image, or one image of a hundred that is noise alone.
+    20 dB is noise of a tenth on every image, or one image of a hundred that is noise alone. ``least_agreement`` is of
+    the largest entries along the class axis, 0 to 1; 0 where those decide nothing, as in a vector of features.
     """
 
     least_sqnr_db: float = 20.0
+    least_agreement: float = 0.96
 
     def __post_init__(self) -> None:
-        require_between("other", "least_sqnr_db", self.least_sqnr_db, 0.0, _MOST_DB)
+        require_between("other", "least_sqnr_db", self.least_sqnr_db, 0.0, MOST_DB)
+        require_between("other", "least_agreement", self.least_agreement, 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +71,15 @@ class Outputs(Answers):
     """Of N images: the user's ``scores`` [N], none without a metric; outputs of at most 1024 images under ``raw``.
 
     Of large outputs ``raw`` has every s-th value, 256 MiB in all. ``decisions`` int32 [n, positions] are the largest
-    entries along the class axes of the same images' outputs, of at most 4096 positions each.
+    entries along the class axes of the same images' outputs, of at most 4096 positions each; ``positions`` int64
+    [outputs] is how many each output has.
     """
 
     scores: Floats
     finite: npt.NDArray[np.bool_]
     raw: Raw
     decisions: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.finite)
@@ -77,62 +87,13 @@ class Outputs(Answers):
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
         own = {"scores": self.scores, "finite": self.finite, "decisions": self.decisions}
+        own["positions"] = self.positions
         save_arrays(path, "other", {**own, **self.raw.to_arrays()})
 
     def first(self, count: int) -> Outputs:
         """Keep the first ``count`` images only."""
-        return Outputs(self.scores[:count], self.finite[:count], self.raw.first(count), self.decisions[:count])
-
-
-@dataclass(frozen=True, eq=False)
-class Nearness(Resampled):
-    """A comparison without a metric: ``drop`` is by how many dB the SQNR misses the least one.
-
-    ``low`` is the SQNR that all images but one of twenty have; where that misses its own limit by more, ``drop`` is of
-    it. ``decisions`` are the shares of positions and of images whose largest entry along the class axis is the same in
-    both networks, None where no output has such an axis.
-    """
-
-    least: float = 20.0
-    pooled: float = math.nan
-    low: float = math.nan
-    decisions: tuple[float, float] | None = None
-
-    def interval_at(self, confidence: float) -> tuple[float, float]:
-        """From the images drawn again; nothing can be said of outputs that are all equal but that they are."""
-        from resvit_calibrate.gate.bootstrap import percentile_interval
-
-        return percentile_interval(self.drop, self.draws, self.images, confidence)
-
-    def limit(self, max_drop: float) -> float:
-        """No accuracy was measured, so that no drop of it can be limited."""
-        del max_drop
-        return 0.0
-
-    def measured(self, interval: tuple[float, float], confidence: float) -> str:
-        """What was measured instead."""
-        low, high = self.least - interval[1], self.least - interval[0]
-        which = "" if self.least - self.pooled >= self.drop else f" (that of the worst {_FEW:.0%}, plus {_SPREAD_DB:g})"
-        alike = ""
-        if self.decisions is not None:
-            alike = f"; the largest entry is the same at {self.decisions[0]:.1%} of the positions and " + (
-                f"everywhere in {self.decisions[1]:.1%} of the images"
-            )
-        return (
-            f"accuracy was not measured; the outputs' SQNR against the float network is {self.pooled:.1f} dB, and at "
-            f"least {self.low:.1f} dB in {1 - _FEW:.0%} of {self.images} images{alike}; {self.least - self.drop:.1f} dB"
-            f"{which} lies between {low:.1f} and {high:.1f} at {100 * confidence:g}% confidence"
-        )
-
-    def outcome(self, limit: float, over: bool) -> str:
-        """On which side of the least SQNR."""
-        del limit
-        return f"below the least of {self.least:g} dB" if over else f"above the least of {self.least:g} dB"
-
-    def open_question(self, limit: float) -> str:
-        """That the least SQNR is inside the interval."""
-        del limit
-        return f"the least of {self.least:g} dB lies inside"
+        kept = (self.scores[:count], self.finite[:count], self.raw.first(count), self.decisions[:count])
+        return Outputs(*kept, self.positions)
 
 
 class Other(Task):
@@ -145,7 +106,7 @@ class Other(Task):
         self.reads = None if metric is None else Reads()
         self.function = None if metric is None else _function(metric, self.reads)
         self.metric = "SQNR" if metric is None else metric.rpartition(":")[2]
-        self.unit = "dB" if metric is None else POINTS
+        self.unit = DECIBELS if metric is None else POINTS
 
     def kept(self, batch: Batch, outputs: Mapping[str, Array], image_set: ImageSet, place: Place) -> Outputs:
         """The user's scores of every image, and outputs."""
@@ -158,8 +119,9 @@ class Other(Task):
             )
         fine = finite_images(outputs, count)
         scores = self._scores(self.function, outputs, batch, fine) if self.function else np.zeros(0)
-        decisions = _largest(outputs, count)[: max(0, _IMAGES - place.before)]
-        return Outputs(scores, fine, raw_of(outputs, count, place.before, _IMAGES, _BYTES), decisions)
+        decisions, positions = _largest(outputs, count)
+        raw = raw_of(outputs, count, place.before, _IMAGES, _BYTES)
+        return Outputs(scores, fine, raw, decisions[: max(0, _IMAGES - place.before)], positions)
 
     def joined(self, parts: Sequence[Outputs]) -> Outputs:
         """All of them."""
@@ -168,30 +130,34 @@ class Other(Task):
             np.concatenate([part.finite for part in parts]),
             joined_raw([part.raw for part in parts]),
             np.concatenate([part.decisions for part in parts]),
+            parts[0].positions,
         )
 
     def load(self, data: bytes, where: str) -> Outputs:
         """Read what ``Outputs.save`` wrote."""
         arrays = load_arrays(data, where, self.name)
-        return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays), arrays["decisions"])
+        decided = arrays["decisions"], arrays["positions"]
+        return Outputs(arrays["scores"], arrays["finite"], Raw.from_arrays(arrays), *decided)
 
     def compare(self, reference: Outputs, candidate: Outputs, confidence: float = 0.95) -> Comparison:
         """The mean of the user's scores and the interval of its fall; or the SQNR and its interval.
 
         There is one SQNR: -10 log10 of the mean over images of noise energy / signal energy, each image counting the
-        same and none more than one that is noise alone, of the output that fares worst. A mean of decibels would be
-        carried by images whose outputs are equal, at 100 dB each, and the energy of all together by the few with the
-        largest outputs; either can hide that half of the images are noise. Beside it, all images but one of twenty
-        must come within 6 dB of the least: a mean can hide one line of twenty that is misread.
+        same and none more than one that is noise alone, of the output that fares worst. The signal is what differs
+        between images (see ``noise_shares``): what is the same for all of them would drown the noise on what tells them
+        apart. A mean of decibels would be carried by images whose outputs are equal, at 100 dB each, and the energy of
+        all together by the few with the largest outputs; either can hide that half of the images are noise. Beside it,
+        all images but one of twenty must come within 6 dB of the least: a mean can hide one line of twenty that is
+        misread. And of the decisions that outputs make (see ``kept_of``), the least share must be kept.
         """
         require_same_images(True, reference, candidate)
         require_finite(reference.finite)
-        noise = _noise_shares(reference.raw, candidate.raw)
-        sqnr = _decibels(noise.mean(axis=0)).min()
+        noise, constant = noise_shares(reference.raw, candidate.raw)
+        sqnr = decibels(noise.mean(axis=0)).min()
         common: dict[str, Any] = {
             "metric": self.metric,
             "confidence": confidence,
-            "agreement": float(_cosine(reference.raw, candidate.raw)),
+            "agreement": float(cosine(reference.raw, candidate.raw)),
             "agreement_of": "the outputs' direction (cosine)",
             "sqnr_db": float(sqnr),
             "not_finite": int((~candidate.finite).sum()),
@@ -199,21 +165,24 @@ class Other(Task):
         }
         if self.function is None:
             least, images = self.options.least_sqnr_db, len(noise)
-            each = _decibels(noise).min(axis=1)
+            each = decibels(noise).min(axis=1)
             order = np.argsort(each)
 
             def nearness(weights: Floats) -> Floats:
                 """The pooled SQNR and the low quantile, both as they are held against the least."""
-                pooled = _decibels((weights @ noise) / images).min(axis=1)
-                drawn = np.cumsum(weights[:, order], axis=1) >= _FEW * images
-                return np.stack([pooled, each[order][drawn.argmax(axis=1)] + _SPREAD_DB], axis=1)
+                pooled = decibels((weights @ noise) / images).min(axis=1)
+                drawn = np.cumsum(weights[:, order], axis=1) >= FEW * images
+                return np.stack([pooled, each[order][drawn.argmax(axis=1)] + SPREAD_DB], axis=1)
 
             whole, low = nearness(np.ones((1, images)))[0]
             draws = resampled(nearness, images).min(axis=1)
             nearest = float(min(whole, low))
+            kept = kept_of(reference.decisions, candidate.decisions, reference.positions, self.options.least_agreement)
+            if kept is not None:
+                common.update(agreement=kept.share, agreement_of="decisions for another class than the commonest")
             return Nearness(
                 images=images,
-                reference={"SQNR": _MOST_DB},
+                reference={"SQNR": MOST_DB},
                 candidate={"SQNR": float(sqnr)},
                 drop=least - nearest,
                 draws=least - draws,
@@ -221,8 +190,10 @@ class Other(Task):
                 better=0,
                 least=least,
                 pooled=float(sqnr),
-                low=float(low) - _SPREAD_DB,
+                low=float(low) - SPREAD_DB,
                 decisions=_decisions(reference, candidate),
+                kept=kept,
+                constant=constant,
                 **common,
             )
         first, second = reference.scores, candidate.scores
@@ -246,7 +217,7 @@ class Other(Task):
             words = [f"{self.metric} {value:.4g}" for value in candidate.scores]
             before, limit = [f"{self.metric} {value:.4g}" for value in reference.scores], 0.0
         else:
-            near = _decibels(_noise_shares(reference.raw, candidate.raw).max(axis=1))
+            near = decibels(noise_shares(reference.raw, candidate.raw)[0].max(axis=1))
             apart, limit = self.options.least_sqnr_db - near, 0.0
             words, before = [f"SQNR {value:.1f} dB" for value in near], ["" for _ in near]
         return [
@@ -293,19 +264,21 @@ def _function(text: str, reads: Reads | None) -> Callable[..., Any]:
     return function
 
 
-def _largest(outputs: Mapping[str, Array], count: int) -> npt.NDArray[np.int32]:
-    """The largest entry along the class axis of every output that has one: [B, positions], 0 positions where none has.
+def _largest(outputs: Mapping[str, Array], count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The largest entry along the class axis of every output that has one: [B, positions]; and positions of each.
 
-    Classes are the second axis of [B, K] and of maps [B, K, h, w], and the last of [B, positions, K].
+    Classes are the second axis of [B, K] and of maps [B, K, h, w], and the last of [B, positions, K]; four of those are
+    a box.
     """
     found = [np.zeros((count, 0), np.int32)]
     for value in outputs.values():
         axis = {2: 1, 3: 2, 4: 1}.get(value.ndim)
-        if axis is not None and value.dtype.kind == "f" and value.shape[axis] > 1:
-            largest = value.argmax(axis=axis).reshape(count, -1)
-            step = -(-largest.shape[1] // _POSITIONS) or 1
-            found.append(largest[:, ::step].astype(np.int32))
-    return np.concatenate(found, axis=1)
+        if axis is None or value.dtype.kind != "f" or value.shape[axis] < 2 or value.shape[2:] == (_BOX,):
+            continue
+        largest = value.argmax(axis=axis).reshape(count, -1)
+        step = -(-largest.shape[1] // _POSITIONS) or 1
+        found.append(largest[:, ::step].astype(np.int32))
+    return np.concatenate(found, axis=1), np.array([part.shape[1] for part in found[1:]], np.int64)
 
 
 def _decisions(reference: Outputs, candidate: Outputs) -> tuple[float, float] | None:
@@ -314,33 +287,3 @@ def _decisions(reference: Outputs, candidate: Outputs) -> tuple[float, float] | 
         return None
     same = reference.decisions == candidate.decisions
     return float(same.mean()), float(same.all(axis=1).mean())
-
-
-def _noise_shares(reference: Raw, candidate: Raw) -> Floats:
-    """Noise energy / signal energy of every image and output [N, outputs], from 0 to 1; NaN counts as 1."""
-    shares = []
-    for name, clean in reference.outputs.items():
-        theirs = candidate.outputs.get(name)
-        if theirs is None or theirs.shape != clean.shape:
-            raise ResvitError(f"The two networks differ in the output {name}.", "Compare networks of the same outputs.")
-        wide = clean.astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            noise = np.square(wide - theirs).sum(axis=1)
-            share = np.where(noise == 0.0, 0.0, noise / np.square(wide).sum(axis=1))
-        shares.append(np.clip(np.nan_to_num(share, nan=1.0), 0.0, 1.0))
-    return np.stack(shares, axis=1)
-
-
-def _decibels(noise: Floats) -> Floats:
-    """Shares of noise as SQNR in dB, from 0 to 100."""
-    return -10.0 * np.log10(np.clip(noise, 10.0 ** (-_MOST_DB / 10.0), 1.0))
-
-
-def _cosine(reference: Raw, candidate: Raw) -> float:
-    """The mean over images of the cosine between outputs, the lowest of a network's outputs."""
-    found = []
-    for name, first in reference.outputs.items():
-        one, two = first.astype(np.float64), candidate.outputs[name].astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found.append(float(np.mean((one * two).sum(1) / np.sqrt(np.square(one).sum(1) * np.square(two).sum(1)))))
-    return min(found)

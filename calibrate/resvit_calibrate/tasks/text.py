@@ -152,6 +152,7 @@ class Text(Task):
                 100.0 * draws[:, 0],
                 f"the float network reads {int(right.sum())} of {len(known)} lines without an error ({decoder}; "
                 f"{first[0]!r} for {known[0]!r}): check the checkpoint, the characters and their order, the "
+                "blank (--task-option blank=NUMBER where it is neither the first class nor the last), the "
                 "preprocessing (most recognisers want resize=letterbox), or give more images",
             ),
         )

@@ -60,8 +60,8 @@ class TextOptions:
         """The characters one by one; none where they are not said."""
         if self.characters is None:
             return ()
-        lines = self.characters.replace("\r\n", "\n")
-        return tuple(lines.removesuffix("\n").split("\n")) if "\n" in lines else tuple(lines)
+        lines = self.characters.replace("\r\n", "\n").replace("\r", "\n")
+        return tuple(lines.rstrip("\n").split("\n")) if "\n" in lines else tuple(lines)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,12 @@ def _decoders(options: TextOptions, count: int) -> Iterator[Decoder]:
     alphabet = options.alphabet
     if not alphabet:
         raise ResvitError("A network that reads text answers with class numbers.", _CHARACTERS)
+    for name, value in (("blank", options.blank), ("end", options.end)):
+        if value is not None and value >= count:
+            raise ResvitError(
+                f"The option {name} = {value} of text is out of range: the network chooses from {count} classes.",
+                f"Give 0 to {count - 1}, or -1 for the last.",
+            )
     spaced = [alphabet] if " " in alphabet else [alphabet, (*alphabet, " ")]
     for kind, said in (("ctc", options.blank), ("positions", options.end)):
         other = options.end if kind == "ctc" else options.blank

@@ -94,7 +94,9 @@ def _beside_fp16(audit: FusionAudit) -> str:
     totals, fp16 = audit.totals, audit.fp16
     per = "one image" if audit.subject.batch == 1 else f"a batch of {audit.subject.batch}"
     moved = _megabytes(totals.activation_bytes)
-    own = f"{totals.kernels} kernels move {moved} of activations for {per}"
+    own = (
+        f"{totals.kernels} kernels move {moved} of activations for {per}, as an engine lists kernels and whole tensors"
+    )
     if totals.unknown:
         own += f", without {totals.unknown} of them whose shapes or types are not told"
     if fp16 is None:

@@ -12,6 +12,7 @@ from typing import Any
 from resvit_engines.builder.settings import BuildSettings
 from resvit_engines.plugins.library import LIBRARY
 from resvit_engines.records import Record
+from resvit_engines.targets.software import JETPACKS, version_of
 from resvit_engines.targets.table import Kind, Target
 
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"
@@ -156,15 +157,25 @@ def _trtexec(
             own = {**shapes, image: (shapes[image][0], *size)} if size else shapes
             each = (f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in own.items())
             options.append(f"--{option}={','.join(each)}")
-    program = _TRTEXEC if target.kind is Kind.JETSON else _FIND_TRTEXEC
+    # An archive of a newer TensorRT lies anywhere: its bin folder is then in front in PATH.
+    program = _TRTEXEC if target.kind is Kind.JETSON and not _replaced(target) else _FIND_TRTEXEC
     return " ".join([program, *(shlex.quote(option) for option in options)])
+
+
+def _replaced(target: Target) -> str:
+    """The TensorRT of a Jetson's JetPack image where another is chosen in its place; empty where none is."""
+    own = next((row.tensorrt for row in JETPACKS if row.version == target.jetpack), target.tensorrt)
+    return own if target.kind is Kind.JETSON and version_of(own) != version_of(target.tensorrt) else ""
 
 
 def _why(target: Target) -> str:
     if target.kind is Kind.JETSON:
+        own = _replaced(target)
+        carried = f"JetPack {target.jetpack} carries TensorRT {own or target.tensorrt}"
+        chosen = f"; TensorRT {target.tensorrt} was chosen in its place" if own else ""
         return (
             f"An engine belongs to the GPU and the TensorRT that built it. {target.title} has compute capability "
-            f"{target.sm / 10:.1f} and JetPack {target.jetpack} carries TensorRT {target.tensorrt}, and no builder on "
+            f"{target.sm / 10:.1f} and {carried}{chosen}, and no builder on "
             f"a workstation writes engines for it: copy the bundle to the {target.title} (or one exactly like it) "
             "and run these commands there."
         )
@@ -187,7 +198,7 @@ def _notes(target: Target, settings: BuildSettings) -> tuple[str, ...]:
             "libnvinfer-headers-dev): whatever runs the engine must load it first."
         )
     if target.kind is Kind.JETSON:
-        notes.append("Use the TensorRT of the JetPack image: never pip install tensorrt on a Jetson.")
+        notes.append(_where_from(target))
         notes.append("For steady timing: sudo nvpmodel -m 0 && sudo jetson_clocks (the device may want a restart).")
     notes.append(
         "trtexec of TensorRT 11 ignores --stronglyTyped (every network is strongly typed) and times with CUDA graphs, "
@@ -195,3 +206,21 @@ def _notes(target: Target, settings: BuildSettings) -> tuple[str, ...]:
         "to compare times."
     )
     return tuple(notes)
+
+
+def _where_from(target: Target) -> str:
+    """How the TensorRT of the engine gets onto a Jetson."""
+    own = _replaced(target)
+    if not own:
+        return "Use the TensorRT of the JetPack image: never pip install tensorrt on a Jetson."
+    packages = (
+        f"NVIDIA's archive TensorRT-{target.tensorrt}.*.l4t.aarch64-gnu.cuda-{target.cuda}.tar.gz or the repository "
+        f"nv-tensorrt-local-tegra-repo-ubuntu2204-{target.tensorrt}.*"
+    )
+    if version_of(target.tensorrt) >= (11,):
+        packages = f"NVIDIA's package of TensorRT {target.tensorrt} for Arm servers (SBSA, aarch64)"
+    return (
+        f"Not with the image's TensorRT {own}: install {packages} first. Of an archive, put bin in front in PATH and "
+        "lib in LD_LIBRARY_PATH, and install the wheel in its python folder (never pip install tensorrt from an "
+        f"index); 'trtexec --help | head -1' must say {target.tensorrt}, as v100700 does for 10.7."
+    )

@@ -16,10 +16,12 @@ from resvit_engines.bundle.manifest import FIX_DAMAGED, MANIFEST, SIGNATURE, Man
 from resvit_engines.bundle.parts import BundledFile
 from resvit_engines.bundle.zip_layout import LOCAL_MAGIC, Member, directory, local_header, read_local_header, total_size
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.outside import leads_to_file, leads_to_folder
 
 MANIFEST_LIMIT = 16 << 20
 SIGNATURE_LIMIT = 64 << 10
 _CHUNK = 1 << 20
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,11 @@ def opened_bundle(path: Path) -> Iterator[OpenBundle]:
     Raises:
         ResvitError: INPUT where it is no bundle, or its beginning is damaged; SYSTEM where it may not be read.
     """
-    if not path.is_file():
+    if leads_to_folder(path):
+        inside = sorted(file for pattern in ("*.resvit", "*/*.resvit") for file in path.glob(pattern))[:_NAMED]
+        given = f"Give the .resvit file in it: {', '.join(map(str, inside))}." if inside else "Give a .resvit file."
+        raise ResvitError(f"{path} is a folder, and no bundle.", given)
+    if not leads_to_file(path):
         raise ResvitError(f"There is no bundle {path}.", "Give the path of a .resvit file.")
     try:
         stream = path.open("rb")

@@ -62,7 +62,21 @@ def _document(store: TrustStore) -> dict[str, Any]:
     keys = [{"name": key.name, "keyid": key.keyid, "expires": str(key.expires) if key.expires else None}
             for key in store.keys]  # fmt: skip
     listed = described(store.listed) if store.listed else None
-    return {"source": store.source, "keys": keys, "revoked": sorted(store.withdrawn), "list": listed}
+    document = {"source": store.source, "keys": keys, "revoked": sorted(store.withdrawn), "list": listed}
+    return {**document, "nothing_installs": _nothing_installs(store)}
+
+
+def _nothing_installs(store: TrustStore) -> str | None:
+    """Why nothing is installed by the list that was taken; None where that is not so."""
+    from resvit_engines.keys.key_list import require_fresh
+
+    if store.listed is None:
+        return None
+    try:
+        require_fresh(store.listed, "The list of keys")
+    except ResvitError as error:
+        return f"{error.problem} Nothing that its keys signed is installed until a newer list is taken. {error.fix}"
+    return None
 
 
 def _show(store: TrustStore) -> None:
@@ -72,6 +86,8 @@ def _show(store: TrustStore) -> None:
 
     if store.listed is not None:
         click.echo(f"List of keys, version {store.listed.version}, good until {store.listed.expires}.")
+    if (why := _nothing_installs(store)) is not None:
+        click.echo(f"warning: {why}")
     if not store.keys:
         click.echo(f"{store.source} holds no public key.")
         return

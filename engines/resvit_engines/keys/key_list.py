@@ -168,7 +168,7 @@ def require_fresh(keys: KeyList, where: str, now: datetime | None = None) -> Non
     today = (now or datetime.now(timezone.utc)).astimezone(timezone.utc).date()
     if (keys.issued - today).days > 1:
         raise untrusted(
-            f"The clock of this machine says {today}, and {where} was made on {keys.issued}: so it cannot be told "
+            f"{where} was made on {keys.issued}, and the clock of this machine says {today}: so it cannot be told "
             "whether it has expired.",
             "Set the clock (timedatectl set-ntp true) and run this again.",
         )

@@ -101,7 +101,18 @@ def _key_from_file(path: Path) -> SigningKey:
     data, status = read_small(path, KEY_FILE_MOST)
     mode = status.st_mode
     if b"PRIVATE KEY" not in data and (b"PUBLIC KEY" in data or data.startswith(b"ssh-")):
-        return _key_from_agent("", public_key_from_bytes(data, path))
+        try:
+            return _key_from_agent("", public_key_from_bytes(data, path))
+        except ResvitError as error:
+            if error.code is not ExitCode.MISSING:
+                raise
+            private = path.with_suffix(".key")
+            beside = f"Name the private key, {private}" if private.is_file() else "Name the private key's file"
+            raise ResvitError(
+                f"{path} is a public key, and signing takes the private one. {error.problem}",
+                f"{beside}, or load it into the OpenSSH agent (ssh-add).",
+                ExitCode.MISSING,
+            ) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ResvitError(
             f"Others on this machine may read or write the private key {path} (mode {stat.S_IMODE(mode):04o}).",

@@ -34,7 +34,8 @@ def changed_list(
     """The list after ``before``, or the first one, signed by ``roots``, which are roots of it or of the one before.
 
     Raises:
-        ResvitError: INPUT for a key id that is not there, and where one of ``roots`` may not sign; UNTRUSTED for a list
+        ResvitError: INPUT for a key id that is not there, where one of ``roots`` may not sign, and for a threshold
+            that the roots cannot meet; UNTRUSTED for a list
             that no device would take.
     """
     old = before.keys if before else KeyList(0, today, expires, tuple(root.public for root in roots), 1, ())
@@ -60,6 +61,12 @@ def changed_list(
                 f"{root.public.name} is no root of this list ({root.public.keyid[:16]}…).",
                 "Sign with a root of the list before; a new one comes with --add-root.",
             )
+    threshold = changes.threshold or old.threshold
+    if threshold > len(trusted):
+        raise ResvitError(
+            f"{threshold} roots are to sign the next list, and there are {len(trusted)}.",
+            "Add roots (--add-root), or lower --threshold.",
+        )
     revoked = old.revoked | set(changes.revoke)
     again = [key for key in changes.keys if key.keyid in revoked]
     if again:
@@ -69,7 +76,7 @@ def changed_list(
         today,
         expires,
         tuple(trusted.values()),
-        changes.threshold or old.threshold,
+        threshold,
         tuple(known.values()),
         frozenset(revoked),
     )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resvit_engines.audit.kernels import Kernel
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
+from resvit_engines.machine import bytes_saturate
 from resvit_engines.plugins.onnx_wire import records
 from resvit_engines.trt.io_tensor import IoTensor
 
@@ -25,8 +27,18 @@ _TRANSPOSED = "MatmulTransposeFusion"
 """Its result on Transpose and MatMul in FP16 ends the process, up to 1.32 at least (onnxruntime issue 28392)."""
 _BIASED = "MatMulAddFusion"
 """Makes a Gemm of MatMul and bias, for which there is no 8-bit kernel that writes FP32: the layer would be float."""
+_MOVED = "QDQPropagationTransformer"
+"""Moves Q/DQ over poolings and what only moves elements: a MaxPool of bytes is thirteen times as slow as of FP32.
+
+Where Q/DQ belong the placement has decided (:mod:`resvit_quantize.placement.onnxruntime`).
+"""
+_LEFT_OUT = "optimization.disable_specified_optimizers"
 _SATURATES = "session.x64quantprecision"
-"""On x86 without VNNI, sums of two products of bytes saturate at 16 bits; with this, weights become unsigned there."""
+"""On x86 without VNNI, sums of two products of bytes saturate at 16 bits; with this, weights become unsigned there.
+
+Asked for only there: ONNX Runtime takes processors with VNNI for such ones (since its pull request 27671), and unsigned
+weights take three to four times as long on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,13 +63,18 @@ def load_onnxruntime() -> Any:
         ) from error
 
 
-def engine_options(ort: Any, threads: int | None = None) -> Any:
-    """Options of a session with 8-bit kernels; ``threads`` is one for each core that it may use, unless said."""
+def engine_options(ort: Any, threads: int | None = None, without: Sequence[str] = ()) -> Any:
+    """Options of a session with 8-bit kernels; ``threads`` is one for each core that it may use, unless said.
+
+    ``without`` names further steps of the optimiser that are left out.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # failures come back as exceptions
-    options.add_session_config_entry(_SATURATES, "1")
+    options.add_session_config_entry(_LEFT_OUT, ";".join([_MOVED, *without]))
+    if bytes_saturate():
+        options.add_session_config_entry(_SATURATES, "1")
     return options
 
 
@@ -68,7 +85,7 @@ def exact_options(ort: Any, *, optimize: bool = True) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("optimization.disable_specified_optimizers", _TRANSPOSED)
+    options.add_session_config_entry(_LEFT_OUT, _TRANSPOSED)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
@@ -97,11 +114,8 @@ def optimised_onnx(source: Path, out: Path) -> OptimisedOnnx:
         ResvitError: MISSING without ONNX Runtime, BUILD where it cannot read or write the graph.
     """
     ort = load_onnxruntime()
-    options = engine_options(ort)
     eight_bits = b"QuantizeLinear" in source.read_bytes()
-    options.add_session_config_entry(
-        "optimization.disable_specified_optimizers", ";".join([_TRANSPOSED, *([_BIASED] if eight_bits else [])])
-    )
+    options = engine_options(ort, without=[_TRANSPOSED, *([_BIASED] if eight_bits else [])])
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(out)
     try:
@@ -120,12 +134,6 @@ def optimised_onnx(source: Path, out: Path) -> OptimisedOnnx:
         _tensors(session.get_outputs()),
         _kernels(out.read_bytes()),
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a foreign error's message, 300 characters at most."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _tensors(tensors: Any) -> tuple[IoTensor, ...]:

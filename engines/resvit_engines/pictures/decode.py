@@ -18,11 +18,19 @@ WHITE = 0xFFFF
 WHOLE_LEAST = 0xFF
 """Of whole numbers of more than 8 bits no smaller one is white."""
 SUFFIXES = (
-    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+    *(".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 )
 """How files of the kinds that pictures are kept in end."""
-_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+RAW_SUFFIXES = (
+    *(".3fr", ".arw", ".cr2", ".cr3", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mos", ".mrw", ".nef", ".nrw", ".orf"),
+    *(".pef", ".raf", ".rw2", ".srw", ".x3f"),
+)
+"""How what cameras' sensors give ends: many begin as TIFF does, and hold no finished picture."""
+_FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF"),
+    "WEBP",
+)
 """What holds pixels alone. Pillow knows more: for EPS it starts another program."""
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 _ORIENTATION = 0x0112
@@ -41,13 +49,17 @@ _BEGINNINGS = (
     b"MM\0*",
     b"\0\0\0\x0cjP  ",
     b"qoif",
+    b"DDS \x7c\0\0\0",
 )
+_BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+"""How many bytes a bitmap's second header can have."""
 
 
 def begins_as_picture(data: bytes) -> bool:
-    """Whether a file's first 16 bytes are those of a picture; of BMP, PNM and TGA, which begin with less, never."""
+    """Whether a file's first 18 bytes are those of a picture; of ICO, PCX, PNM and TGA, which say less, never."""
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    return data.startswith(_BEGINNINGS) or webp or data[4:12] in (b"ftypavif", b"ftypavis")
+    bitmap = data[:2] == b"BM" and data[6:10] == bytes(4) and int.from_bytes(data[14:18], "little") in _BITMAP_HEADERS
+    return data.startswith(_BEGINNINGS) or webp or bitmap or data[4:12] in (b"ftypavif", b"ftypavis")
 
 
 class Decoding(NamedTuple):

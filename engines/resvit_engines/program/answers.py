@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from resvit_engines.errors import ResvitError
 from resvit_engines.run.feeds import Array
 
 UNSEEN = -1
@@ -58,7 +60,9 @@ class Classification:
         return self.top(1)[0]
 
     def top(self, count: int) -> list[Class]:
-        """The ``count`` likeliest classes, the likeliest first."""
+        """The ``count`` likeliest classes, the likeliest first; raises INPUT where that is no number of classes."""
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
+            raise ResvitError(f"{count!r:.100} is no number of classes.", "Give a whole number, such as top(5).")
         order = np.argsort(-self.probabilities, kind="stable")[:count]
         return [Class(int(k), self.names[int(k)], float(self.probabilities[k])) for k in order]
 

@@ -46,6 +46,7 @@ def is_several(given: object) -> bool:
 def _frame(given: Any, what: str, order: Order) -> Frame:
     if not isinstance(given, np.ndarray):
         raise ResvitError(f"{what} is a {type(given).__module__}.{type(given).__name__}.", _AS_ARRAY)
+    given = given.view(np.ndarray)  # a matrix keeps two axes whatever is asked of it
     if given.dtype != np.uint8:
         raise ResvitError(
             f"{what} holds {given.dtype.name}, where pixels are uint8 from 0 to 255.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ def load(
     what: str | os.PathLike[str],
     *,
     order: Order = "rgb",
-    size: Size | None = None,
+    size: Sequence[int] | None = None,
     least_score: float | None = None,
     check: bool = True,
     runtime: str = "auto",
@@ -56,18 +58,20 @@ def load(
     from resvit_engines.run.prepared import preprocess_at, preprocess_from
 
     _require_settings(order, streams, least_score)
+    named = _path(what, "what to load")
+    wanted = None if size is None else _size(size)
     with contextlib.ExitStack() as owned:
-        trusted = load_trust(Path(trust) if trust is not None else None)
-        place = Path(root) if root is not None else default_root()
-        runner, folder, manifest = owned.enter_context(opened(os.fspath(what), place, trusted, runtime))
-        preprocess = preprocess_from(preprocess_at(manifest, size))
+        trusted = load_trust(Path(_path(trust, "trust=")) if trust is not None else None)
+        place = Path(_path(root, "root=")) if root is not None else default_root()
+        runner, folder, manifest = owned.enter_context(opened(named, place, trusted, runtime))
+        preprocess = preprocess_from(preprocess_at(manifest, wanted, "size="))
         reading = reading_of(manifest)
         golden = None
         if check:
             _require_golden(folder, manifest)
             golden = golden_check_of(runner, folder, manifest).sentence
         if manifest.engine is not None and runner.why and runtime == "auto":
-            warnings.warn(f"{os.fspath(what)} runs on the CPU: {runner.why}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{named} runs on the CPU: {runner.why}", RuntimeWarning, stacklevel=2)
         fewest, most = runner.batch
         batch = (fewest, max(fewest, min(most, MOST_AT_ONCE)))
         lanes = [owned.enter_context(runner.lane(batch[1], cuda_graph=cuda_graph)) for _ in range(streams)]
@@ -75,13 +79,33 @@ def load(
         return Model(opening, order, least_score)
 
 
-def _require_settings(order: str, streams: int, least_score: float | None) -> None:
-    if order not in ORDERS:
+def _path(given: object, what: str) -> str:
+    """The text of a path or name; ``what`` says of which."""
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise ResvitError(f"{given!r:.100} is no path, as {what}.", "Give a text or a pathlib.Path.")
+    return text
+
+
+def _size(given: object) -> Size:
+    """(height, width) out of any sequence of two whole numbers."""
+    sides = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else []
+    whole = [int(side) for side in sides if isinstance(side, numbers.Integral) and not isinstance(side, bool)]
+    if len(whole) != 2 or len(sides) != 2 or min(whole) < 1:
+        raise ResvitError(f"size={given!r:.100} is no size.", "Give height and width in pixels: size=(480, 640).")
+    return whole[0], whole[1]
+
+
+def _require_settings(order: object, streams: object, least_score: object) -> None:
+    if not isinstance(order, str) or order not in ORDERS:
         raise ResvitError(f"There is no order of channels {order!r}.", f"Use one of {', '.join(ORDERS)}.")
     if type(streams) is not int or not 1 <= streams <= _MOST_STREAMS:
         raise ResvitError(f"{streams!r} streams cannot be had.", f"Give 1 to {_MOST_STREAMS}.")
-    if least_score is not None and not 0.0 <= least_score <= 1.0:
-        raise ResvitError(f"The score {least_score!r} is out of range.", "Give 0 to 1.")
+    if least_score is None:
+        return
+    number = isinstance(least_score, numbers.Real) and not isinstance(least_score, bool)
+    if not number or not 0.0 <= float(least_score) <= 1.0:  # type: ignore[arg-type]
+        raise ResvitError(f"The score {least_score!r:.100} is out of range.", "Give a number from 0 to 1.")
 
 
 def _require_golden(folder: Path, manifest: Manifest) -> None:

@@ -114,6 +114,11 @@ class Model:
         given = frames_of(frames, self._order)
         places = [Placement.of(frame, self.preprocess) for frame in given]
         images = encoded(np.stack([self.preprocess.apply(frame) for frame in given]), self.manifest)
+        if beside is not None and not (isinstance(beside, Mapping) and all(isinstance(name, str) for name in beside)):
+            raise ResvitError(
+                f"What is read beside the frames, a {type(beside).__name__}, does not name its arrays.",
+                "Give a dictionary: {'NAME': array}.",
+            )
         feeds, count = checked_feeds({self._image: images, **(beside or {})}, self._inputs)
         parts = [(self._begin(part, size), size) for part, size in pieces(feeds, count, self.batch)]
         return Pending(parts, places, self.reading, self._least_score, is_several(frames))

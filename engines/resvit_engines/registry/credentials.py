@@ -65,16 +65,20 @@ def credentials_for(authority: str) -> Credentials | None:
     path = (expanded(named) if named else Path.home() / ".docker") / "config.json"
     if not os.path.lexists(path):
         return None
-    config = record_from_bytes(read_outside(path, _CONFIG_MOST), str(path))
-    keys = _keys(authority)
-    helpers = config.optional("credHelpers", config.texts_by_name) or {}
-    helper = next((helpers[key] for key in keys if key in helpers), None)
-    helper = helper or config.optional("credsStore", config.text)
-    if helper:
-        return _from_helper(helper, keys[0], path)
-    auths = config.optional("auths", config.record)
-    found = next((key for key in keys if auths and key in auths.names), None)
-    return _from_entry(auths.record(found), path, authority) if auths and found else None
+    data, keys = read_outside(path, _CONFIG_MOST), _keys(authority)
+    try:
+        config = record_from_bytes(data, str(path))
+        helpers = config.optional("credHelpers", config.texts_by_name) or {}
+        helper = next((helpers[key] for key in keys if key in helpers), None)
+        helper = helper or config.optional("credsStore", config.text)
+        auths = config.optional("auths", config.record)
+        found = next((key for key in keys if auths and key in auths.names), None)
+        entry = auths.record(found) if auths and found else None
+        if not helper:
+            return _from_entry(entry, path, authority) if entry else None
+    except ResvitError as error:
+        raise ResvitError(error.problem, f"Log in again: docker login {authority}", error.code) from error
+    return _from_helper(helper, keys[0], path)
 
 
 def _keys(authority: str) -> tuple[str, ...]:

@@ -46,7 +46,10 @@ def checked_feeds(arrays: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> 
 
 
 def _fitting(array: Array, spec: TensorSpec) -> Array:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise ResvitError(f"The input {spec.name!r} is no array: {error}.", _PREPARE) from error
     fits = array.ndim == len(spec.shape) and all(
         want in (-1, have) for have, want in zip(array.shape[1:], spec.shape[1:], strict=True)
     )

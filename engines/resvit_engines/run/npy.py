@@ -18,7 +18,7 @@ from typing import cast
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError
 from resvit_engines.outside import open_outside
 from resvit_engines.run.feeds import Array
 
@@ -103,7 +103,7 @@ def _array(stream: io.BufferedIOBase, size: int, where: str) -> Array:
     try:
         array = np.empty(shape, dtype, "F" if fortran == "True" else "C")
     except (MemoryError, ValueError) as error:
-        raise ResvitError(
+        raise OutOfMemoryError(
             f"{where} does not fit into the memory of this machine.", "Give fewer at once.", ExitCode.SYSTEM
         ) from error
     flat = array.reshape(-1, order="A").view(np.uint8) if array.size else np.empty(0, np.uint8)

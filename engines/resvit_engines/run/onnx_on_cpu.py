@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from resvit_engines.errors import ExitCode, ResvitError, is_out_of_memory
+from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, first_line, is_out_of_memory
 from resvit_engines.files import sha256_bytes
-from resvit_engines.ort.sessions import engine_options, exact_options, first_line, load_onnxruntime, open_session
+from resvit_engines.ort.sessions import engine_options, exact_options, load_onnxruntime, open_session
 from resvit_engines.plugins.onnx_wire import with_float32_quantizers
 from resvit_engines.run.feeds import Array, Arrays, require_batch, run_in_pieces
 from resvit_engines.trt.running import TensorSpec
@@ -99,11 +99,12 @@ class OnnxOnCpu:
         try:
             return dict(zip(names, self._session.run(names, feeds), strict=True))
         except Exception as error:
-            memory = is_out_of_memory(error)
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    "Memory ran out while the model ran.", "Use a smaller batch.", ExitCode.SYSTEM
+                ) from error
             raise ResvitError(
-                "Memory ran out while the model ran." if memory else f"ONNX Runtime failed: {first_line(error)}",
-                "Use a smaller batch." if memory else "Export the model again; an operator of it does not run.",
-                ExitCode.SYSTEM if memory else ExitCode.INPUT,
+                f"ONNX Runtime failed: {first_line(error)}", "Export the model again; an operator of it does not run."
             ) from error
 
 

@@ -81,19 +81,19 @@ def images_from(source: Path, preprocess: Mapping[str, Any] | None, pictures: Li
     return np.stack([_prepared(file, how) for file in files])
 
 
-def preprocess_at(manifest: Manifest, size: Size | None) -> Mapping[str, Any] | None:
-    """How pictures become input of a ``size``, or without one of the usual size.
+def preprocess_at(manifest: Manifest, size: Size | None, said: str = "--size") -> Mapping[str, Any] | None:
+    """How pictures become input of a ``size``, or without one of the usual size; ``said`` is what it was given by.
 
     Raises:
         ResvitError: INPUT for a size that the bundle is not for.
     """
     if size is None or manifest.preprocess is None:
         return manifest.preprocess
-    require_size(manifest, size)
+    require_size(manifest, size, said)
     return {**manifest.preprocess, "size": list(size)}
 
 
-def require_size(manifest: Manifest, size: Size) -> None:
+def require_size(manifest: Manifest, size: Size, said: str = "--size") -> None:
     """Refuse images of a size that a bundle's engine is not built for, on whatever it runs; raises INPUT."""
     sizes = manifest.build.sizes if manifest.build else None
     if sizes is not None and not sizes.holds(size):
@@ -103,8 +103,9 @@ def require_size(manifest: Manifest, size: Size) -> None:
         )
     if sizes is None and manifest.input is not None and manifest.input.shape[2:] != size:
         raise ResvitError(
-            f"The bundle is for images of one size, {list(manifest.input.shape[1:])}, and not {size[0]}x{size[1]}.",
-            "Leave --size out, or build it for a range: --input-shape 3x320..640x320..640.",
+            f"The bundle is for images of one size, {'x'.join(map(str, manifest.input.shape[2:]))} (height x width), "
+            f"and not {size[0]}x{size[1]}.",
+            f"Leave {said} out, or build it for a range: --input-shape 3x320..640x320..640.",
         )
 
 

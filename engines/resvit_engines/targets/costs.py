@@ -20,7 +20,7 @@ from typing import Any
 
 from resvit_engines.records import Record
 from resvit_engines.targets.layer_times import MeasuredTimes
-from resvit_engines.targets.layer_work import LayerKind, LayerWork, Precisions, Read
+from resvit_engines.targets.layer_work import Format, LayerKind, LayerWork, Precisions, Read
 from resvit_engines.targets.table import TENSOR_CORES, Builder, Precision, Target
 from resvit_engines.targets.tensorrt_kernels import PlacedKernel, Role, TensorRtKernels
 from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules, kernel_time
@@ -212,9 +212,14 @@ class CostModel:
         compute = 2.0 * work.macs / (peak * 1e6 * self.efficiency.compute)
         written, reformats = self._formats(work, precision, assignment, several=separate)
         kernels, extra = self._epilogue(work) if separate else (0, 0)
-        read = sum(r.elements * BYTES[precision if r.follows else Precision.FP16] for r in work.reads)
+        read = sum(
+            r.elements * (r.form.bytes if r.form else BYTES[precision if r.follows else Precision.FP16])
+            for r in work.reads
+        )
         moved = 2 * work.moved * BYTES[Precision.FP16]
-        own_bytes = read + moved + extra + work.written * sum(BYTES[form] for form in written)
+        own_bytes = read + moved + extra
+        if work.kind is not LayerKind.INPUT:
+            own_bytes += work.written * sum(BYTES[form] for form in written)
         weights = work.weights * BYTES[precision]
         reformat_bytes = work.written * sum(BYTES[Precision.FP16] + BYTES[form] for form in reformats)
         memory = self._memory_us(own_bytes + weights)
@@ -266,15 +271,19 @@ class CostModel:
     ) -> tuple[list[Precision], list[Precision]]:
         """The formats in which a layer itself writes its output, and those that take a kernel of their own.
 
-        An FP16 convolution has no 8-bit output; other kernels write one format of any kind, generated ones several.
+        An FP16 convolution has no 8-bit output, nor has an input in FP16; other kernels write one format of any kind,
+        generated ones several.
         """
+        if work.kind is LayerKind.INPUT and work.floats is Format.INT8:
+            return [Precision.INT8], []
         readers = self._readers.get(work.writes, [])
         wanted = {reader.precision(assignment) if read.follows else Precision.FP16 for reader, read in readers}
         wanted = wanted or {Precision.FP16}
         ordered = [form for form in Precision if form in wanted]
         if several or work.kind in WRITES_SEVERAL:
             return ordered, []
-        if (work.kind is LayerKind.CONV and precision is Precision.FP16) or Precision.FP16 in wanted:
+        in_floats = work.kind is LayerKind.INPUT or (work.kind is LayerKind.CONV and precision is Precision.FP16)
+        if in_floats or Precision.FP16 in wanted:
             return [Precision.FP16], [form for form in ordered if form is not Precision.FP16]
         return ordered[:1], ordered[1:]
 

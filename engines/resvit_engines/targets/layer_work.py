@@ -61,8 +61,8 @@ class MatrixShape:
 class Read:
     """A tensor that a layer reads. ``follows``: in the layer's own precision (a quantised operand), else as floats.
 
-    Where the graph says so itself, ``form`` is the 8-bit format of the Q/DQ on this edge, and ``scale`` names its
-    scale: one kernel can write a tensor in 8 bits for several readers only at one scale.
+    Where the graph says so itself, ``form`` is the format: that of the Q/DQ on this edge, whose scale ``scale`` names
+    (one kernel can write a tensor in 8 bits for several readers only at one scale), or that of an input of the network.
     """
 
     value: str
@@ -95,7 +95,7 @@ class LayerWork:
     shape: MatrixShape | None = None
     members: tuple[str, ...] = ()
     floats: Format = Format.FP16
-    """What a float is in it: FP32 where the graph says so."""
+    """What a float is in it: FP32 where the graph says so. Of an input in whole numbers, INT8."""
     image: bool = False
     """Whether it writes an image (of at most four channels)."""
     commutes: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ class SpeedKind(str, enum.Enum):
     FASTER = "faster"
     NOT_FASTER = "not faster"
     NOT_KNOWN = "not known"
+    FP16_ITSELF = "FP16 itself"
+    """FP16 ships, and was asked for: there is nothing to compare."""
 
 
 class Evidence(str, enum.Enum):
@@ -54,6 +57,13 @@ class SpeedVerdict:
         """Whether a gain is predicted at all, however sure that is."""
         return self.gain >= _NOTABLE
 
+    def for_wish(self, asked: Precision) -> SpeedVerdict:
+        """The verdict where ``asked`` was asked for: FP16 that ships in place of 8 bits is no faster than FP16."""
+        if self.kind is not SpeedKind.FP16_ITSELF or not asked.quantises:
+            return self
+        headline = f"What ships is {self.headline.replace('FP16,', 'FP16:', 1)}"
+        return dataclasses.replace(self, kind=SpeedKind.NOT_FASTER, headline=headline)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -79,8 +89,8 @@ def judge_speed(fp16: Prediction, chosen: Prediction, target: Target) -> SpeedVe
     if not used:
         told = "predicted, from measured layer times," if measured else "predicted"
         sentence = f"FP16: {told} {fp16.milliseconds:.3f} ms on {target.title}."
-        headline = f"What ships is FP16: predicted {fp16.milliseconds:.3f} ms on {target.title}"
-        return SpeedVerdict(SpeedKind.NOT_FASTER, 1.0, Evidence.SAME, None, headline, sentence)
+        headline = f"FP16, predicted {fp16.milliseconds:.3f} ms on {target.title}"
+        return SpeedVerdict(SpeedKind.FP16_ITSELF, 1.0, Evidence.SAME, None, headline, sentence)
     label = " and ".join(p.value.upper() for p in Precision if p in used)
     gain = fp16.total_us / chosen.total_us
     evidence, off_by = _evidence(chosen, target)
@@ -98,6 +108,9 @@ def judge_speed(fp16: Prediction, chosen: Prediction, target: Target) -> SpeedVe
         f"{times}, {chosen.kernels} against {fp16.kernels} kernels, "
         f"{chosen.activation_bytes / 1e6:.1f} against {fp16.activation_bytes / 1e6:.1f} MB of activations"
     )
+    if any(layer.kind is LayerKind.ATTENTION and layer.kernels > 1 for layer in chosen.layers):
+        # An audit of the same network has fewer: an engine's list has these copies inside attention.
+        detail += ", with the copies of packed queries, keys and values, and of each tensor what is read"
     fixed_us = sum(layer.fixed_us for layer in fp16.layers)
     if gain < _NOTABLE and fixed_us > fp16.total_us / 2:
         detail += f"; {fixed_us / 1e3:.3f} ms of FP16's are the fixed cost of kernels, which 8 bits do not change"
@@ -116,6 +129,19 @@ def measured_speed(gain: float, within: str, ms: tuple[float, float], label: str
     kind = SpeedKind.FASTER if gain >= _NOTABLE else SpeedKind.NOT_FASTER
     headline = f"{label} was measured {within} as fast as {floats} ({ms[0]:.3f} against {ms[1]:.3f} ms)"
     return SpeedVerdict(kind, gain, Evidence.ENGINES, 0.0, headline, f"{headline}, {Evidence.ENGINES.value}.")
+
+
+def measured_floats(within: str, ms: tuple[float, float] | None, label: str, target: Target) -> SpeedVerdict:
+    """The verdict where what was timed in 8 bits gains nothing, so that what ships is in floats.
+
+    ``within`` and ``ms`` are those of the fastest, as for ``measured_speed``; None where none was left to time.
+    """
+    floats = target.float_precision.value.upper()
+    told = "no placement in 8 bits gains and is accepted"
+    if ms is not None:
+        told = f"the fastest in {label} is {within} as fast ({ms[0]:.3f} against {ms[1]:.3f} ms)"
+    headline = f"measured, so {floats} ships: {told}"
+    return SpeedVerdict(SpeedKind.NOT_FASTER, 1.0, Evidence.ENGINES, 0.0, headline, f"NOT FASTER, {headline}.")
 
 
 def unpredicted_speed(target: Target) -> SpeedVerdict:

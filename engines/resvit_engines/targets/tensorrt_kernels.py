@@ -8,6 +8,7 @@ are told right) and from the rules of its documentation ("Working with quantized
 - What is added inside it has the type that it writes: a shortcut without Q/DQ makes it write floats, and a shortcut
   with Q/DQ is dequantised by a kernel where it writes floats.
 - A convolution in floats does not write 8 bits. Norms and pointwise kernels, which are generated, write all formats.
+- An input in floats is quantised by a kernel; one in whole numbers is there in 8 bits.
 - Max pools and pads work in 8 bits where their readers do; other pools where they read and write 8 bits.
 """
 
@@ -134,7 +135,9 @@ class TensorRtKernels:
             return wanted, []
         if work.kind in _PRODUCTS and multiplies in _EIGHT:
             direct = one_eight and all(form.eight for form in reads[1:])
-        elif work.kind in (LayerKind.CONV, LayerKind.INPUT):
+        elif work.kind is LayerKind.INPUT:
+            direct = work.floats in _EIGHT
+        elif work.kind is LayerKind.CONV:
             direct = False
         elif work.kind is LayerKind.POOL or work.commutes:
             direct = one_eight and all(form.eight for form in reads)

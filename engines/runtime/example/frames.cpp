@@ -4,10 +4,11 @@
 //
 // Frames are binary PPM files (P6), such as `ffmpeg -i camera.mp4 frame%04d.ppm` writes.
 
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 #include <iterator>
-#include <sstream>
+#include <string>
 
 #include "resvit/runtime.hpp"
 
@@ -22,15 +23,36 @@ struct Picture {
   }
 };
 
+bool is_space(char one) { return one == ' ' || (one >= '\t' && one <= '\r'); }
+
+bool is_digit(char one) { return one >= '0' && one <= '9'; }
+
+// The number of a header that stands behind white space and comments, from `#` to the end of the line; `at` goes behind
+// it. 0 where none of one to five digits stands there.
+std::size_t next_number(const std::string& bytes, std::size_t& at) {
+  const std::size_t before = at;
+  while (at < bytes.size() && (is_space(bytes[at]) || bytes[at] == '#')) {
+    if (bytes[at] == '#') at = std::min(bytes.find('\n', at), bytes.size() - 1);
+    ++at;
+  }
+  std::size_t number = 0, digits = 0;
+  for (; at < bytes.size() && is_digit(bytes[at]) && digits < 6; ++at, ++digits) {
+    number = 10 * number + static_cast<std::size_t>(bytes[at] - '0');
+  }
+  return at == before + digits || digits > 5 ? 0 : number;
+}
+
 Picture read_ppm(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   Picture made{{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()}, 0, 0, 0};
-  std::istringstream head(made.bytes.substr(0, 64));
-  std::string magic;
-  std::size_t white = 0;
-  head >> magic >> made.width >> made.height >> white;
-  const bool sound = head && magic == "P6" && white == 255 && made.width <= 32768 && made.height <= 32768;
-  made.first = sound ? static_cast<std::size_t>(head.tellg()) + 1 : 0;
+  std::size_t at = 2;
+  made.width = next_number(made.bytes, at);
+  made.height = next_number(made.bytes, at);
+  const std::size_t white = next_number(made.bytes, at);
+  const bool sound = made.bytes.compare(0, 2, "P6") == 0 && white == 255 && at < made.bytes.size() &&
+                     is_space(made.bytes[at]) && made.width >= 1 && made.width <= 32768 && made.height >= 1 &&
+                     made.height <= 32768;
+  made.first = at + 1;
   if (!sound || made.bytes.size() != made.first + made.width * made.height * 3) {
     throw resvit::Error(path + " is no binary PPM file of 8 bits.", "Write one: ffmpeg -i picture.jpg frame.ppm",
                         resvit::Code::Input);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from resvit_calibrate.gate.comparison import SHARE
-from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.console import Output, console, mib, table
 from resvit_engines.errors import one_line
 from resvit_engines.targets.speed_verdict import SpeedKind
-from resvit_engines.targets.table import Builder
 from resvit_export.cli.audit_tables import audit_lines
 from resvit_export.cli.output import (
     VERDICT_STYLE,
@@ -25,26 +21,26 @@ from resvit_export.cli.output import (
     recover_lines,
     summarize,
 )
-from resvit_export.refusals import recoverable
+from resvit_export.report import next_steps
 from resvit_export.stages.audit import Audited
 from resvit_export.stages.compile import Compiled
-from resvit_quantize.settings import Effort
 
 if TYPE_CHECKING:
     from resvit_export.api import Built
 
 WIDTH = 80
 """Columns of the narrowest terminal that people use."""
-_NEXT = 3
 _SPEED_WORD = {
     SpeedKind.FASTER: "faster",
     SpeedKind.NOT_FASTER: "not faster",
     SpeedKind.NOT_KNOWN: "speed not known",
+    SpeedKind.FP16_ITSELF: "speed",
 }
 _SPEED_STYLE = {
     SpeedKind.FASTER: "bold green",
     SpeedKind.NOT_FASTER: "bold red",
     SpeedKind.NOT_KNOWN: "bold yellow",
+    SpeedKind.FP16_ITSELF: "bold",
 }
 
 
@@ -57,6 +53,7 @@ def build_document(built: Built) -> dict[str, Any]:
         "speed": built.speed.to_json(),
         "exit_code": int(built.exit_code),
         "next": [command for command, _ in next_commands(built)],
+        "preprocess": dict(built.pipeline.run.preprocess_steps(built.pipeline.network)),
         "bundle": str(built.bundle.resolve()) if built.bundle else None,
         "report": str(built.report.resolve()),
         "recipe": str((built.folder / "recipe.toml").resolve()),
@@ -99,68 +96,20 @@ def outcome(built: Built, *, brief: bool = False) -> Iterator[str]:
 
 def next_commands(built: Built) -> list[tuple[str, str]]:
     """At most three command lines that apply to what came out, the most useful first, each with what it is for."""
-    return list(_commands(built))[:_NEXT]
-
-
-def _commands(built: Built) -> Iterator[tuple[str, str]]:
-    run, recipe = built.pipeline.run, built.pipeline.recipe
-    folder = shlex.quote(str(built.folder))
-    build = f"resvit-export build --run {folder}"
-    if built.rejection is not None or built.verdict.kind is VerdictKind.REJECTED:
-        yield from _after_rejection(built, build, folder)
-    elif built.verdict.kind is VerdictKind.UNDECIDED:
-        yield from _after_doubt(built, build)
-    fp16 = shlex.quote(f"{built.folder}-fp16")
-    target = run.require_target()
-    if target.on_cpu and built.bundle is not None:
-        yield f"resvit-export bench --run {folder}", "time INT8 against FP32 here"
-    elif recipe.precision.quantises and built.speed.kind is not SpeedKind.FASTER:
-        recipe_file = shlex.quote(str(built.folder / "recipe.toml"))
-        yield f"resvit-export build --recipe {recipe_file} --precision fp16 --run {fp16}", "the same in FP16"
-    if built.bundle is None or built.device is not None:
-        yield f"resvit-export audit --run {folder}", "which layers fused, and why others did not"
-        return
-    bundle = shlex.quote(str(built.bundle))
-    if run.signing_key() is None:
-        yield (
-            f"resvit-export keygen release.key && resvit-export sign {bundle} --key release.key",
-            ("sign it: devices take no unsigned bundle by hand"),
+    run = built.pipeline.run
+    return next_steps.next_commands(
+        next_steps.Ending(
+            folder=built.folder,
+            recipe=built.pipeline.recipe,
+            target=run.require_target(),
+            verdict=built.verdict,
+            speed=built.speed,
+            bundle=built.bundle,
+            signs=run.signing_key() is not None,
+            planned=built.bundle is not None and built.plan is not None,
+            on_device=built.device is not None,
         )
-    if built.plan is not None and target.builder is Builder.TENSORRT:
-        yield f"{build} --device ssh://USER@HOST", f"build, validate and time it on the {target.title}"
-        yield f"resvit-engine build {shlex.quote(built.bundle.name)} --trust release.pub", "build it by hand, there"
-    else:
-        yield f"resvit-engine install {shlex.quote(built.bundle.name)} --trust release.pub", "there"
-    yield f"resvit-export audit --run {folder}", "which layers fused, and why others did not"
-
-
-def _after_rejection(built: Built, build: str, folder: str) -> Iterator[tuple[str, str]]:
-    recipe = built.pipeline.recipe
-    if built.verdict.kind is not VerdictKind.REJECTED:  # what did not fuse was refused
-        yield f"resvit-export audit --run {folder}", "which layers fused, and why others did not"
-        return
-    if recoverable(recipe):
-        yield f"resvit-export sensitivity --run {folder}", "which layers the loss comes from"
-    if recoverable(recipe) and recipe.effort is Effort.FAST:
-        yield f"{build} --effort best", "learn rounding and ranges from the images"
-    if recoverable(recipe) and recipe.train_data is None:
-        yield f"{build} --train-data IMAGES", "train the weights against the float network"
-
-
-def _after_doubt(built: Built, build: str) -> Iterator[tuple[str, str]]:
-    verdict, recipe = built.verdict.verdict, built.pipeline.recipe
-    if verdict.chance_level:
-        yield f"{build} --classes FILE", "say how the network numbers its classes"
-        return
-    asked = recipe.validation_images
-    if verdict.images_needed and asked is not None and verdict.images >= asked:
-        yield f"{build} --validation-images {verdict.images_needed}", "validate on as many as would decide"
-    else:
-        yield f"{build} --validation-data IMAGES", "validate on more images"
-    high = verdict.interval[1]
-    if verdict.unit == SHARE and verdict.max_drop < high < 100:
-        wider = -(-high * 10 // 1) / 10
-        yield f"{build} --max-drop {wider:g}", "if a drop of so much would do"
+    )
 
 
 def _notes(built: Built) -> Iterator[str]:
@@ -169,7 +118,9 @@ def _notes(built: Built) -> Iterator[str]:
     if verdict.blame:
         yield verdict.blame.sentence
     if pipeline.variant.tuned:
-        yield from pipeline.variant.tuned.lines[:1]
+        tuned = pipeline.variant.tuned
+        yield from () if tuned.best else tuned.lines[:1]  # the headline says how fast the best of none was
+        yield from tuned.remarks
     if pipeline.variant.search:
         yield from pipeline.variant.search.result.sentences[:1]
     if built.device:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from resvit_calibrate.gate.comparison import SHARE
+from resvit_calibrate.gate.comparison import DECIBELS, SHARE
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.builder.settings import TITLES
 from resvit_engines.console import Output, console, mib, table
@@ -220,13 +220,14 @@ def comparison_table(entries: Sequence[Entry]) -> Table:
             entry.precision,
             entry.verdict,
             entry.value_text,
-            _points(entry.drop),
+            entry.drop_text,
             f"{entry.latency_ms:.3f}",
             f"{entry.speed.gain:.2f}",
         )
         for entry in entries
     ]
-    columns = ("run", "target", "as", "verdict", entries[0].metric, "drop", "ms", "FP16 = 1")
+    drop = entries[0].drop_name.lower().replace(" the ", " ")  # of 80 columns every one counts
+    columns = ("run", "target", "as", "verdict", entries[0].metric, drop, "ms", "FP16 = 1")
     return table(f"{len(rows)} builds; * is the Pareto front of its target", columns, rows, left=4)
 
 
@@ -240,14 +241,16 @@ def _sqnr(row: ScoreRow) -> str:
 def accuracy_table(record: VerdictRecord) -> Table:
     """Accuracy stage by stage, each against the original network."""
     original, *others = record.rows
-    names = list(original.values)
+    # No accuracy was lost where none was measured: people read by how much the SQNR keeps the least one.
+    of_noise = original.unit == DECIBELS
+    names, sign = ([], -1) if of_noise else (list(original.values), 1)
     rows = [(original.stage, *(metric_value(original, name) for name in names), "", "", "", "")]
     rows += [
         (
             item.stage,
             *(metric_value(item, name) for name in names),
-            _points(item.drop),
-            " … ".join(_points(edge) for edge in item.interval),
+            _points(item.drop, sign),
+            " … ".join(_points(edge, sign) for edge in item.interval[::sign]),
             _share(item.agreement),
             _sqnr(item),
         )
@@ -255,12 +258,17 @@ def accuracy_table(record: VerdictRecord) -> Table:
     ]
     interval = f"{record.verdict.confidence:.0%} interval"
     unit = "points" if original.unit.endswith("points") else original.unit
-    columns = ("stage", *names, "drop", interval, "agreement", "SQNR")
-    return table(f"Accuracy on {record.data}; drops in {unit}", columns, rows)
+    title = (
+        f"Outputs against the original's on {record.data}; dB above the least SQNR"
+        if of_noise
+        else f"Accuracy on {record.data}; drops in {unit}"
+    )
+    drop = "above least" if of_noise else "drop"
+    return table(title, ("stage", *names, drop, interval, "agreement", "SQNR"), rows)
 
 
-def _points(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:+.2f}"
+def _points(value: float | None, sign: int = 1) -> str:
+    return "not finite" if value is None else f"{sign * value:+.2f}"
 
 
 def metric_value(row: ScoreRow, name: str) -> str:
@@ -270,7 +278,7 @@ def metric_value(row: ScoreRow, name: str) -> str:
         return ""
     if row.unit == SHARE and "distance" not in name:
         return f"{value:.2%}"
-    return f"{value:.1f} dB" if row.unit == "dB" else f"{value:.4f}"
+    return f"{value:.1f} dB" if row.unit == DECIBELS else f"{value:.4f}"
 
 
 def verdict_line(record: VerdictRecord) -> str:

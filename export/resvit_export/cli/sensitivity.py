@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from resvit_engines.console import Output, output_options
+from resvit_engines.errors import ResvitError
 from resvit_export.cli.grouped_help import GroupedHelp
 from resvit_export.cli.options import recipe_options
 from resvit_export.cli.stages import examples_text, open_pipeline
@@ -29,6 +31,7 @@ _BLOCKS = 8
         "sensitivity --model resvit:embed-mini --checkpoint runs/demo/embed-mini.pt --data fashion-mnist "
         "--precision int8 --images 32 --run runs/by-stage",
         "sensitivity --run runs/by-stage --target jetson-orin --images 16 --method brute-force --json",
+        "sensitivity --run runs/by-stage --target jetson-orin --images 16 --method brute-force --on local",
     ),
 )
 @output_options
@@ -46,24 +49,38 @@ _BLOCKS = 8
     show_default=True,
     help="Calibration images to measure with.",
 )
+@click.option(
+    "--on",
+    "address",
+    metavar="local|ray://HOST:PORT",
+    help="Ray cluster over whose workers brute force divides the layers; local: of this machine's cores.",
+)
 @recipe_options("quantize")
-def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, **flags: Any) -> int:
+def sensitivity_command(quiet: bool, as_json: bool, images: int, method: str, address: str | None, **flags: Any) -> int:
     """Rank layers by the damage that quantising each one alone does.
 
     Damage is noise at the network's outputs, as SQNR in dB, and of detectors whose boxes are known the change of the
     task's own loss; a layer's share of the sum is what leaving it in FP16
     would save. Layers that the rules leave in FP16 are measured too. Ends with an exclude list for the recipe, and
-    writes sensitivity.html into the run folder.
+    writes sensitivity.html into the run folder. Brute force that was stopped goes on where it was; with --on its layers
+    are measured by the workers of a Ray cluster, which see the run folder and the data under the same paths.
     """
     from resvit_engines.console import console, emit_json
     from resvit_export.report.sections.sensitivity import write_sensitivity_page
     from resvit_export.settle import measured
     from resvit_export.stages.decide.sensitivity import exclude_snippet
+    from resvit_export.sweep.cluster import by_workers
     from resvit_quantize.sensitivity.exclude import exclude_lists
 
+    if address is not None and Method(method) is not Method.BRUTE_FORCE:
+        raise ResvitError(
+            "One pass for all layers is not divided over workers: --on goes with brute force.",
+            "Leave --on out, or say --method brute-force.",
+        )
     output = Output(quiet, as_json)
     with open_pipeline(flags, output) as pipeline:
-        artifact = measured(pipeline, images, Method(method))
+        with by_workers(pipeline.run, address) if address else contextlib.nullcontext():
+            artifact = measured(pipeline, images, Method(method))
         found, recipe = artifact.sensitivity, pipeline.recipe
         lists = exclude_lists(found)
         page = pipeline.run.folder.path / "sensitivity.html"

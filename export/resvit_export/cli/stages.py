@@ -31,10 +31,13 @@ def examples_text(*lines: str) -> str:
 
 
 @contextlib.contextmanager
-def open_runs(flags: dict[str, Any], output: Output, *, looks: bool = False) -> Iterator[Sequence[Run]]:
+def open_runs(
+    flags: dict[str, Any], output: Output, *, looks: bool = False, targeted: bool = False, reads: bool = True
+) -> Iterator[Sequence[Run]]:
     """A run for each target on the locked run folder, with the recipe written down.
 
-    Who only ``looks`` at a run leaves the recipe that it has.
+    Who only ``looks`` at a run leaves the recipe that it has. A target that a ``targeted`` command lacks, and data that
+    cannot be what they are called, are said before the rest; of data only to who ``reads`` any.
     """
     from resvit_export.api import opened
     from resvit_export.pipeline import Pipeline
@@ -47,7 +50,10 @@ def open_runs(flags: dict[str, Any], output: Output, *, looks: bool = False) -> 
     runs = runs_for(recipe, folder, report)
     for run in runs:
         Pipeline(run)  # what cannot be is refused before any work
-    _require_named_data(flags, recipe)
+    if targeted:
+        runs[0].require_target()
+    if reads:
+        _require_named_data(flags, recipe)
     with opened(recipe, folder, runs, looks=looks):
         yield runs
 
@@ -106,6 +112,8 @@ def _stage_command(
 
         def do(run: Run) -> tuple[dict[str, Any], int]:
             settles = name in ("validate", "compile", "bundle")
+            if run.recipe.data is not None and name not in ("fold", "export"):
+                run.sources.require_usable_data()
             if settles:
                 choose_place(run)
             pipeline = settled(Pipeline(run)) if settles else Pipeline(run)
@@ -251,8 +259,7 @@ def build_command(device: str | None, rehearse: bool, verbose: bool, quiet: bool
     from resvit_export.pipeline import Pipeline
 
     output = Output(quiet, as_json, verbose)
-    with open_runs(flags, output) as runs:
-        runs[0].require_target()
+    with open_runs(flags, output, targeted=True) as runs:
         several = len(runs) > 1
         require_one_device(device, rehearse, several)
         on = Device(device, rehearse) if device is not None else None
@@ -303,14 +310,14 @@ def report_command(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_jso
 
     def do(run: Run, several: bool) -> tuple[dict[str, Any], int]:
         pipeline = Pipeline(run)
-        with run.folder.looking_only(), contextlib.suppress(ResvitError):
+        with run.folder.looking_back(), contextlib.suppress(ResvitError):
             pipeline = settled(pipeline)
         path = write_run_report(pipeline, _report_name(run, several))
         if not output.json:
             click.echo(f"report: {path}")
         return {"report": str(path.resolve())}, 0
 
-    with open_runs(flags, output, looks=True) as opened_runs:
+    with open_runs(flags, output, looks=True, reads=False) as opened_runs:
         return each(opened_runs, output, lambda run: do(run, len(opened_runs) > 1))
 
 

@@ -96,9 +96,10 @@ def _show_dla(file: Path, output: Output) -> None:
     total = sum(layer.macs for layer in fit.layers) or 1
     rows = [(op, str(len(macs)), f"{sum(macs) / total:.1%}", "DLA" if not why else f"GPU: {why}")
             for (op, why), macs in sorted(groups.items(), key=lambda item: -sum(item[1]))]  # fmt: skip
+    pieces = f"{fit.loadables} piece{'s' if fit.loadables != 1 else ''}"
     if not output.quiet:
         console().print(table(DEVICE, ("operator", "layers", "products", "runs on"), rows, left=1))
-    click.echo(f"{fit.share:.1%} of the products would run on the DLA, in {fit.loadables} pieces. {fit.sentence}")
+    click.echo(f"{fit.share:.1%} of the products would run on the DLA, in {pieces}. {fit.sentence}")
     click.echo("'build' puts nothing there: no engine was ever held to this table.")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from resvit_engines.bundle.manifest import Manifest
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, explain_os_errors, make_folder, sha256_bytes
+from resvit_engines.outside import leads_to_file
 from resvit_engines.progress import Reporter
 from resvit_export.fleet.plan import DeviceType, Fleet, ReleaseSource
 from resvit_export.fleet.transport import Pull
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from resvit_engines.registry.offer import Offer
 
 _SIGNED = "signed"
+_CERTIFICATES_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ def release_of(fleet: Fleet, folder: Path, reporter: Reporter, pinned: str | Non
 
     Raises:
         ResvitError: IMPOSSIBLE for a type that nobody built for; INPUT for bundles that are damaged, unsigned or many
-            for one type; what a registry raises.
+            for one type, and for ``keys`` and ``ca`` that are none; UNTRUSTED for a ``root`` that is no public key;
+            what a registry raises.
     """
+    _require_shareable(fleet.release)
     if fleet.release.registry is not None:
         return _from_registry(fleet, pinned)
     return _from_bundles(fleet, folder, reporter)
@@ -90,6 +94,45 @@ def _from_bundles(fleet: Fleet, folder: Path, reporter: Reporter) -> Release:
         path, manifest = _for_type(kind, found)
         packages[kind.name] = _package(path, manifest, kind, key, folder)
     return _release(packages, fleet.release, key, None)
+
+
+def _require_shareable(source: ReleaseSource) -> None:
+    """Refuse what must not be copied to devices, and what each of them would refuse."""
+    from cryptography.x509 import load_pem_x509_certificates
+
+    from resvit_engines.keys.guarded import read_small
+    from resvit_engines.keys.key_list import LIST_FILE_MOST, list_from_bytes, require_fresh
+    from resvit_engines.keys.public_key import read_public_key
+
+    for entry, text in (("keys", source.keys), ("root", source.root), ("ca", source.ca)):
+        if text is not None and not leads_to_file(Path(text)):
+            raise ResvitError(f"There is no file {text}, which release.{entry} names.", "Mend the fleet's file.")
+    if source.root is not None:
+        read_public_key(Path(source.root))
+    if source.keys is not None:
+        try:
+            listed = list_from_bytes(read_small(Path(source.keys), LIST_FILE_MOST)[0], source.keys)
+        except ResvitError as error:
+            raise ResvitError(
+                f"release.keys names no signed list of keys: {error.problem}",
+                "Name the list that 'resvit-export keylist' wrote.",
+            ) from error
+        require_fresh(listed.keys, source.keys)
+    if source.ca is not None:
+        data = read_small(Path(source.ca), _CERTIFICATES_MOST)[0]
+        if b"PRIVATE KEY" in data:
+            raise ResvitError(
+                f"{source.ca} holds a private key, and release.ca is copied to every device.",
+                "Name a file with the CA's certificate alone.",
+                ExitCode.UNTRUSTED,
+            )
+        try:
+            load_pem_x509_certificates(data)
+        except ValueError as error:
+            raise ResvitError(
+                f"{source.ca} holds no certificate that can be read.",
+                "Name the certificate of the registry's CA, as PEM.",
+            ) from error
 
 
 def _for_type(kind: DeviceType, found: Sequence[tuple[Path, Manifest]]) -> tuple[Path, Manifest]:
@@ -113,11 +156,12 @@ def _for_type(kind: DeviceType, found: Sequence[tuple[Path, Manifest]]) -> tuple
 
 def _nobody_built(kind: DeviceType, there: Sequence[str]) -> ResvitError:
     asked = f"{kind.target} in {kind.precision}" if kind.precision else kind.target
+    precision = f" --precision {kind.precision}" if kind.precision else ""
     listed = ", ".join(sorted(set(there))[:12]) or "nothing"
     return ResvitError(
         f"Nobody built for the devices of type {kind.name}: the release holds nothing for {asked}. There is {listed}.",
-        f"Build it, resvit-export build --target {kind.target}, and add its run folder to release.bundles, or push it "
-        "to the same tag.",
+        f"Build it, resvit-export build --target {kind.target}{precision}, and add its run folder to release.bundles, "
+        "or push it to the same tag.",
         ExitCode.IMPOSSIBLE,
     )
 

@@ -31,11 +31,15 @@ _COUNTED = frozenset({Status.RUNS, Status.BLOCKED})
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a fleet stands after a command: the release, how many devices have each status, and how many may run it."""
+    """How a fleet stands after a command: the release, how many devices have each status, and how many may run it.
+
+    ``owing`` are those that went back, and where the command after the switch has not ended well since.
+    """
 
     release: ReleaseState
     counts: dict[Status, int]
     may_run: int
+    owing: int = 0
 
     @property
     def code(self) -> ExitCode:
@@ -43,7 +47,7 @@ class Outcome:
         if self.release.phase in (Phase.STOPPED, Phase.GOING_BACK):
             return ExitCode.STOPPED
         if self.release.phase is Phase.ROLLED_BACK:
-            return ExitCode.PARTIAL if self.may_run else ExitCode.OK
+            return ExitCode.PARTIAL if self.may_run or self.owing else ExitCode.OK
         return ExitCode.OK if self.release.phase is Phase.OUT else ExitCode.PARTIAL
 
     def to_json(self) -> dict[str, Any]:
@@ -123,8 +127,7 @@ class Rollout:
         """
         there = self.state.release
         assert there is not None
-        waiting = [device.name for device in self.state.devices if device.may_run]
-        if there.phase in (Phase.ROLLED_BACK, Phase.STOPPED) and not waiting:
+        if there.phase in (Phase.ROLLED_BACK, Phase.STOPPED) and not self._to_take_back():
             raise ResvitError(
                 f"{there.label} has been taken back from every device already: a rollback is not rolled back.",
                 "Apply the release that is wanted: resvit-export fleet apply FILE, with --again for this one.",
@@ -139,7 +142,8 @@ class Rollout:
         assert release is not None
         devices = self.state.devices
         counts = Counter(device.status for device in devices)
-        return Outcome(release, dict(counts), sum(device.may_run for device in devices))
+        owing = sum(device.owes_after and not device.may_run for device in devices)
+        return Outcome(release, dict(counts), sum(device.may_run for device in devices), owing)
 
     @property
     def _phase(self) -> Phase:
@@ -256,11 +260,22 @@ class Rollout:
 
     def _go_back(self, visitor: Visitor, end: Phase) -> None:
         self._stop.clear()
-        names = [device.name for device in self.state.devices if device.may_run]
+        names = self._to_take_back()
         for device in self.reporter.track(self.each(names, visitor.take_back), "go back", len(names)):
-            if device.may_run:
+            if device.may_run or device.owes_after:
                 self._tell(device)
         self._now(phase=end)
+
+    def _to_take_back(self) -> list[str]:
+        """The devices that may run the release, and those that went back and owe the command after the switch.
+
+        Of the latter not those that this command asked already: what failed there a moment ago is not tried again.
+        """
+        return [
+            device.name
+            for device in self.state.devices
+            if device.may_run or (device.owes_after and device.name not in self._asked)
+        ]
 
     def _is_reached(self, kind: DeviceType) -> bool:
         """Whether as many devices of a type run the release as the last wave wants."""

@@ -63,6 +63,8 @@ class DeviceState:
 
     ``before`` is the digest of what ran before; ``problem`` and ``fix`` say why it does not run the release;
     ``latency_ms`` was measured by the health check; ``facts`` is a line about the device; ``when`` is in UTC.
+    ``owes_after`` tells that the version there was switched, or may have been, and the user's command after the switch
+    has not ended well since.
     """
 
     name: str
@@ -78,6 +80,7 @@ class DeviceState:
     fix: str = ""
     facts: str = ""
     when: str = ""
+    owes_after: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -100,6 +103,7 @@ class DeviceState:
             record.text("fix"),
             record.text("facts"),
             record.text("when"),
+            record.optional("owes_after", record.flag) or False,  # states before it was kept
         )
 
 
@@ -227,7 +231,13 @@ class FleetState:
         """Another release, or the same once more: every device waits for it; what runs where, the devices tell."""
         with self._lock:
             self._devices = {
-                name: DeviceState(name, device.type, facts=device.facts, latency_ms=device.latency_ms)
+                name: DeviceState(
+                    name,
+                    device.type,
+                    facts=device.facts,
+                    latency_ms=device.latency_ms,
+                    owes_after=device.owes_after,
+                )
                 for name, device in self._devices.items()
             }
             self._transaction(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +72,10 @@ class Visitor:
     def take_back(self, name: str) -> DeviceState:
         """Return one device to what ran before the release. Never raises ResvitError."""
         device = self.state.device(name)
-        if device.model is None or device.digest is None:
-            return self.state.change(name, may_run=False)
+        if device.may_run and (device.model is None or device.digest is None):
+            device = self.state.change(name, may_run=False)
+        if not device.may_run and not device.owes_after:
+            return device
         try:
             with self.transport.open(name) as session:
                 return self._back(device, session)
@@ -97,18 +101,20 @@ class Visitor:
         if self.release is not None and self.release.keys is not None:
             session.take_keys(self.release.keys, self.release.root)
         there = session.installed().get(package.name)
-        if self._give(name, package, machine, there, session) and self.fleet.rollout.after is not None:
-            self._run(name, self.fleet.rollout.after, self.fleet.rollout.after_seconds, "after the switch", session)
+        self._give(name, package, machine, there, session)
         return self._checked(name, package, session)
 
-    def _give(self, name: str, package: Package, machine: Machine, there: Running | None, session: Session) -> bool:
-        """Have the device run the package; False where it did already."""
+    def _give(self, name: str, package: Package, machine: Machine, there: Running | None, session: Session) -> None:
+        """Have the device run the package, where it does not already."""
         before = there.digest if there else None
         if package.pull is not None:
-            self.state.change(name, model=package.name, before=before)
-            done = session.pull(package.pull)
+            owed = self.state.change(name, model=package.name, before=before).owes_after
+            with self._switching(name):
+                done = session.pull(package.pull)
             self.state.change(name, may_run=True, digest=done.digest, before=_before(done, before))
-            return done.digest != before
+            if done.digest == before:
+                self.state.change(name, owes_after=owed)  # nothing was switched
+            return
         path, digest = package.path, package.digest
         if package.built_there:
             if self.builds is None:
@@ -122,22 +128,44 @@ class Visitor:
         assert path is not None
         if there is not None and there.digest == digest:
             self.state.change(name, may_run=True, model=package.name, digest=digest, before=there.previous)
-            return False
+            return
         require_disk(name, machine, 2 * path.stat().st_size, "Installing")
         # Written down before: whoever is killed now knows afterwards what may run there.
         self.state.change(name, may_run=True, model=package.name, digest=digest, before=before)
         try:
-            session.install(path)
+            with self._switching(name):
+                session.install(path)
         except UnreachableError:
             raise
         except ResvitError:
             self.state.change(name, may_run=False)  # an installation that fails changes nothing
             raise
-        return True
+
+    @contextlib.contextmanager
+    def _switching(self, name: str) -> Iterator[None]:
+        """Hold a device to owe the command after the switch from before the switch on, whatever interrupts it."""
+        owed = self.state.device(name).owes_after
+        self.state.change(name, owes_after=self.fleet.rollout.after is not None)
+        try:
+            yield
+        except UnreachableError:
+            raise
+        except ResvitError:
+            self.state.change(name, owes_after=owed)  # what fails switches nothing
+            raise
+
+    def _settle(self, name: str, session: Session) -> None:
+        """Run the command after the switch on a device that owes it; what fails leaves it owed."""
+        if not self.state.device(name).owes_after:
+            return
+        if self.fleet.rollout.after is not None:
+            self._run(name, self.fleet.rollout.after, self.fleet.rollout.after_seconds, "after the switch", session)
+        self.state.change(name, owes_after=False)
 
     def _checked(self, name: str, package: Package, session: Session) -> DeviceState:
-        """Check the device; where it is not well, take it back and say why."""
+        """Run what is owed after the switch and check the device; where it is not well, take it back and say why."""
         try:
+            self._settle(name, session)
             latency = self._require_well(name, package, session)
         except UnreachableError:
             raise
@@ -146,9 +174,8 @@ class Visitor:
                 raise
             self.state.change(name, status=Status.FAILED, problem=error.problem, fix=error.fix)
             back = self._back(self.state.device(name), session)
-            return self.state.change(
-                name, status=back.status, problem=f"{error.problem} {back.problem}".strip(), fix=error.fix
-            )
+            more = "" if back.problem == error.problem else f" {back.problem}"
+            return self.state.change(name, status=back.status, problem=error.problem + more, fix=error.fix)
         return self.state.change(name, status=Status.RUNS, latency_ms=latency, problem="", fix="")
 
     def _require_well(self, name: str, package: Package, session: Session) -> float | None:
@@ -201,25 +228,32 @@ class Visitor:
             )
 
     def _back(self, device: DeviceState, session: Session) -> DeviceState:
-        assert device.model is not None
-        assert device.digest is not None
-        there = session.installed().get(device.model)
-        if there is None or there.digest != device.digest:
-            runs = there.digest if there else None
-            return self.state.change(device.name, status=Status.BACK, may_run=False, digest=runs, before=None)
+        """Return to the version before, where the release runs, and run what is owed after the switch."""
+        told: dict[str, Any] = {"status": Status.BACK, "may_run": False, "before": None}
+        if device.may_run:
+            assert device.model is not None
+            assert device.digest is not None
+            there = session.installed().get(device.model)
+            if there is not None and there.digest == device.digest:
+                try:
+                    with self._switching(device.name):
+                        there = session.rollback(device.model, device.digest)
+                except UnreachableError:
+                    raise
+                except ResvitError as error:
+                    said = f"It could not go back: {error.problem}"
+                    return self.state.change(device.name, status=Status.FAILED, problem=said, fix=error.fix)
+            told["digest"] = there.digest if there else None
+        # Written down before the command: it is not taken back once more, whatever becomes of that.
+        self.state.change(device.name, **told)
         try:
-            now = session.rollback(device.model, device.digest)
-        except UnreachableError:
-            raise
+            self._settle(device.name, session)
         except ResvitError as error:
-            said = f"It could not go back: {error.problem}"
-            return self.state.change(device.name, status=Status.FAILED, problem=said, fix=error.fix)
-        told: dict[str, Any] = {"status": Status.BACK, "may_run": False, "digest": now.digest, "before": None}
-        if (after := self.fleet.rollout.after) is not None:
-            code, _ = session.command(after, self.fleet.rollout.after_seconds)
-            if code != 0:
-                told["problem"] = f"It went back, and the command after the switch ended with {code}."
-        return self.state.change(device.name, **told)
+            said = f"It went back, and the command after the switch did not end well there. {error.problem}"
+            return self.state.change(device.name, problem=said, fix=error.fix)
+        if device.may_run and device.status is not Status.UNREACHABLE:
+            return self.state.device(device.name)  # why it goes back stays
+        return self.state.change(device.name, problem="", fix="")
 
     def _ended(self, name: str, status: Status, error: ResvitError) -> DeviceState:
         return self.state.change(name, status=status, problem=error.problem, fix=error.fix)

@@ -49,7 +49,11 @@ def load_checkpoint(
     if place and not any(name.endswith(_COUNTER) for name in names):
         # Counts of batches came with PyTorch 0.4.1, and nothing of another library has them; no answer needs one.
         expected = {name: tensor for name, tensor in expected.items() if not name.endswith(_COUNTER)}
-    weights = {name: flat.tensors[full] for name, full in names.items()}
+    # An average over all entries makes floats of them, and halving all halves them.
+    weights = {
+        name: flat.tensors[full].to(torch.int64) if _is_count(name, flat.tensors[full]) else flat.tensors[full]
+        for name, full in names.items()
+    }
     if odd := [f"{names[name]} {why}" for name in names if (why := _oddity(weights[name], expected[name]))]:
         raise ResvitError(
             f"{path} holds tensors that are no plain weights: {', '.join(odd[:_NAMED])}"
@@ -72,10 +76,12 @@ def load_checkpoint(
         raise user_error(
             error, f"The model did not take the weights in {path}", "Mend what its code does on loading."
         ) from error
-    return tuple(_notes(path, place, others, weights))
+    return tuple(_notes(path, place, others, weights, found))
 
 
-def _notes(path: Path, place: Place, others: list[Place], weights: Mapping[str, torch.Tensor]) -> list[str]:
+def _notes(
+    path: Path, place: Place, others: list[Place], weights: Mapping[str, torch.Tensor], found: list[Place]
+) -> list[str]:
     notes = []
     if place.path:
         notes.append(f"weights taken from '{place.path.removesuffix('.')}' in {path.name}")
@@ -84,6 +90,13 @@ def _notes(path: Path, place: Place, others: list[Place], weights: Mapping[str, 
         notes.append(f"{path.name} also holds weights under {told}, which were not used")
     if stripped := place.prefix.removeprefix(place.path):
         notes.append(f"removed the prefix '{stripped}' from all keys of {path.name}")
+    partly = [each for each in found if each.averaged and len(weights) > each.fitting >= len(weights) / 2]
+    for each in partly[:1]:
+        lacking = [name for name in weights if name not in each.names]
+        notes.append(
+            f"{path.name} holds {each.fitting} of the network's {len(weights)} tensors averaged over training, under "
+            f"'{each.key}'; {', '.join(lacking[:_NAMED])} and others lack there, so that they were not used"
+        )
     if place.beside and not others:
         notes.append(
             f"left out what is not the network's in {path.name}: {', '.join(place.beside[:_NAMED])}"
@@ -126,6 +139,11 @@ def _misfit(
         "Give the model and the arguments that this checkpoint was trained with (num_classes, image size, variant)"
         + (f"; some weights fit at {', '.join(others[:_NAMED])}: --checkpoint-key names a place." if others else "."),
     )
+
+
+def _is_count(name: str, tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    return name.endswith(_COUNTER) and plain and tensor.is_floating_point() and tensor.device.type == "cpu"
 
 
 def _oddity(tensor: torch.Tensor, wanted: torch.Tensor) -> str | None:
@@ -175,7 +193,8 @@ def _take_structure(module: nn.Module, content: Any, path: Path) -> None:
 def require_finite(module_or_tensors: nn.Module | Mapping[str, Any], source: str) -> None:
     """Raise ``ResvitError`` naming the first tensor that holds NaN or infinity.
 
-    A buffer that is no running statistic may hold -inf: attention masks do.
+    A buffer that is no running statistic may hold -inf, as attention masks do, or be one infinite number: the bound of
+    a clamp that does nothing.
     """
     parameters: set[str] | None = None
     if isinstance(module_or_tensors, nn.Module):
@@ -186,7 +205,11 @@ def require_finite(module_or_tensors: nn.Module | Mapping[str, Any], source: str
             continue
         weight = isinstance(tensor, nn.Parameter) if parameters is None else name in parameters
         mask = not weight and "running_" not in name
-        bad = torch.isnan(tensor) | torch.isposinf(tensor) if mask else ~torch.isfinite(tensor)
+        bad = torch.isnan(tensor)
+        if not mask:
+            bad = ~torch.isfinite(tensor)
+        elif tensor.numel() > 1:
+            bad |= torch.isposinf(tensor)
         count = int(bad.sum())
         if count:
             raise ResvitError(
@@ -199,7 +222,8 @@ def write_network(
     folder: Path, name: str, module: nn.Module, structure: Structure, shape: tuple[int, int, int]
 ) -> None:
     """Write ``NAME.pt``, weights and structure, and ``NAME.pt2``, a program that needs neither code nor structure."""
-    from resvit_export.loading.torch_program import program_from_module, write_by_memory
+    from resvit_export.loading.program.run import write_by_memory
+    from resvit_export.loading.program.trace import program_from_module
 
     module = module.cpu().eval()
     program, _ = program_from_module(module, shape)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
 
         torch.manual_seed(0)
         return hugging_face_model(model.removeprefix("hf:"), arguments)
-    place, colon, name = model.rpartition(":")
+    place, colon, name = model.partition(":") if model.startswith("timm:") else model.rpartition(":")
     if not colon or not name:
         raise ResvitError(
             f"'{model}' does not say where the model is.",
@@ -61,13 +62,46 @@ def module_from_name(model: str, arguments: Mapping[str, Scalar]) -> nn.Module:
 
 def _timm_model(name: str, arguments: Mapping[str, Scalar]) -> nn.Module:
     timm = import_timm()
+    hub, _, kept = name.partition(":")
+    if hub in ("hf_hub", "hf-hub", "local-dir") or "/" in name:
+        own = (kept or name).rpartition("/")[2].partition("@")[0]
+        raise ResvitError(
+            f"timm:{name} names a place, not a model of timm's.",
+            f"Nothing is downloaded here. Name the model, and its weights beside it: --model timm:{own} --checkpoint "
+            "model.safetensors (hf download fetches it where there is a network).",
+        )
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
         raise ResvitError(
             f"timm has no model '{name}'.",
             f"Some that it has: {', '.join(near)}." if near else "timm.list_models() names those that it has.",
         )
-    return _call(timm.create_model, (name,), {"pretrained": False, **arguments}, f"timm:{name}")
+    with _nothing_downloaded(name):
+        return _call(timm.create_model, (name,), {"pretrained": False, **arguments}, f"timm:{name}")
+
+
+@contextlib.contextmanager
+def _nothing_downloaded(name: str) -> Iterator[None]:
+    """Let timm find weights that are on this machine, and say at once where they are not."""
+    import timm
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except ResvitError as error:
+        around: BaseException | None = error
+        while around is not None and type(around).__name__ not in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+            around = around.__cause__ or around.__context__
+        if around is None:
+            raise
+        hub = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}"
+        raise ResvitError(
+            f"The trained weights of timm:{name} are not on this machine, and nothing is downloaded.",
+            f"Fetch them where there is a network (hf download {hub}), or give them with --checkpoint.",
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _call(

@@ -59,6 +59,7 @@ class HuggingFaceModel(nn.Module):
         self.model = model
         self.preprocess = preprocess
         self.random_weights = random_weights
+        self.has_own_code = False
         self.input_name = _reads(type(model))[0]
         self._patch = config.patch_size if _masks_at_random(type(model), config) is not None else None
         self.input_shape = _input_shape(config, preprocess)
@@ -120,15 +121,24 @@ def hugging_face_model(reference: str, arguments: Mapping[str, Scalar]) -> Huggi
             model = kind(config)
             draw_weights(model)
         preprocess = _preprocess(files / "preprocessor_config.json", config)
-        return HuggingFaceModel(model, config, preprocess, not trained)
+        made = HuggingFaceModel(model, config, preprocess, not trained)
+        made.has_own_code = bool(getattr(config, "auto_map", None))
+        return made
 
 
 def _class_of(transformers: Any, config: Any, named: object, reference: str) -> Any:
     names = [str(named)] if named is not None else list(config.architectures or ())
+    if not names and isinstance(of_timm := getattr(config, "architecture", None), str):
+        raise ResvitError(
+            f"{reference} is a model of timm's.",
+            f"Name it as such, with the weights of its folder: --model timm:{of_timm} "
+            "--checkpoint FOLDER/model.safetensors.",
+        )
     if not names:
+        fitting = _classes_of(getattr(config, "model_type", ""))
         raise ResvitError(
             f"The configuration of {reference} does not say which class the model is.",
-            "Name it, for example --model-arg architecture=RTDetrForObjectDetection.",
+            f"Name it: --model-arg architecture={' or '.join(fitting[:6]) or 'CLASS'}.",
         )
     kind = getattr(transformers, names[0], None)
     if not isinstance(kind, type) and getattr(config, "auto_map", None):
@@ -139,6 +149,23 @@ def _class_of(transformers: Any, config: Any, named: object, reference: str) -> 
             "Check --model-arg architecture=…, or install the version that the model was saved with.",
         )
     return kind
+
+
+def _classes_of(model_type: str) -> list[str]:
+    """The classes for images that transformers lists for a type of model, those with a head first."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, None] = {}
+    for listed, mapping in vars(modeling_auto).items():
+        if (
+            listed.startswith("MODEL_")
+            and listed.endswith("_MAPPING_NAMES")
+            and isinstance(mapping, dict)
+            and model_type in mapping
+        ):
+            names = mapping[model_type]
+            found.update(dict.fromkeys([names] if isinstance(names, str) else names))
+    return sorted(found, key=lambda name: "For" not in name)
 
 
 def _require_image(kind: Any, reference: str) -> None:
@@ -398,7 +425,17 @@ def _refusals(reference: str) -> Iterator[None]:
         text = str(error)
         if "trust_remote_code" in text:
             raise _own_code(reference) from error
+        if leads_to_file(expanded(reference) / "adapter_config.json"):
+            raise ResvitError(
+                f"{reference} is an adapter (LoRA or another of peft's), not a whole model.",
+                "Merge it into its model first: peft's merge_and_unload(), then save_pretrained.",
+            ) from error
+        if expanded(reference).name == "config.json" and leads_to_file(expanded(reference)):
+            raise ResvitError(
+                f"{reference} is the configuration alone.", f"Give its folder: hf:{expanded(reference).parent}."
+            ) from error
         if isinstance(error, OSError) and not leads_to_file(expanded(reference) / "config.json"):
+            reference = re.sub(r"^https?://[^/]+/", "", reference)
             raise ResvitError(
                 f"{reference} is neither a folder with a config.json nor in the hub's cache on this machine, and "
                 "nothing is downloaded.",

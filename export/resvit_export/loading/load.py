@@ -25,22 +25,25 @@ from resvit_export.loading.checkpoint import load_checkpoint, require_finite
 from resvit_export.loading.factories import module_from_name
 from resvit_export.loading.inputs import NetworkInput
 from resvit_export.loading.network_record import NetworkRecord
-from resvit_export.loading.spec import ModelSpec, Scalar
-from resvit_export.loading.torch_program import (
+from resvit_export.loading.program.check import (
     COUPLED,
+    ONE_BATCH,
     coupling_of,
+    refuse_blind_program,
+    refuse_random_program,
+)
+from resvit_export.loading.program.facts import (
     fixed_batch_of,
     has_dynamic_batch,
     input_shape_of,
     inputs_of,
     output_names,
     output_shapes,
-    program_from_module,
-    refuse_blind_program,
-    refuse_random_program,
-    runner_from_program,
     sizes_of,
 )
+from resvit_export.loading.program.run import runner_from_program
+from resvit_export.loading.program.trace import program_from_module
+from resvit_export.loading.spec import ModelSpec, Scalar
 from resvit_export.loading.user_code import told_as_user_errors, user_error
 from resvit_export.loading.weights.drawn import draw_heads, keep_signals_alive
 from resvit_export.models.config import HybridConfig
@@ -135,7 +138,10 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
     _refuse_compiled(module, spec.model)
     _refuse_quantised(module, spec.model)
     named = spec.model.startswith(("timm:", "resvit:", "torchvision."))
-    untrained = spec.checkpoint is None and (named or getattr(module, "random_weights", False))
+    drawn = named and not spec.model_args.get("pretrained")
+    untrained = spec.checkpoint is None and (drawn or getattr(module, "random_weights", False))
+    if getattr(module, "has_own_code", False):
+        notes.append(f"{spec.model} comes with code of its own, which was not run: transformers' own class is built")
     if spec.checkpoint is not None:
         notes += load_checkpoint(module, spec.checkpoint, spec.checkpoint_key, reporter)
     elif untrained:
@@ -161,7 +167,8 @@ def _network_from_module(module: nn.Module, spec: ModelSpec, reporter: Reporter)
     shape = input_shape_of(program)
     shape = (shape[0], *spec.sizes.usual) if spec.sizes else shape
     for note in (*notes, *trace_notes):
-        reporter.say(note)
+        if note not in (COUPLED, ONE_BATCH):  # said where the batch is known, which may be refused
+            reporter.say(note)
     return Network(
         program,
         module,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resvit_engines.errors import ResvitError
@@ -79,3 +79,54 @@ def _gives_prepared(data: str | None, objects: Mapping[str, Any] | None) -> bool
     from resvit_calibrate.data.sources import gives_prepared
 
     return data is not None and gives_prepared(data, objects)
+
+
+def steps_of(
+    preprocess: Preprocess, network: NetworkRecord, wished: Mapping[str, Any], factory: str | None
+) -> list[tuple[str, str]]:
+    """What happens to an image before the network reads it, each step with its numbers, and who said so.
+
+    ``factory`` names the user's loader where that makes the input.
+    """
+    height, width = preprocess.size
+    if factory is not None:
+        return [("prepared by", f"{factory}, as {preprocess.channels} x {height} x {width}")]
+    normalise = _normalise(preprocess)
+    if network.image_range:
+        low, high = network.image_range
+        normalise = f"in the network itself, which reads pixels from {low} to {high}"
+    said_by = [f"your settings ({', '.join(wished)})"] if wished else []
+    said_by += ["the model"] if network.preprocess else []
+    return [
+        ("resize", _resize(preprocess)),
+        ("channels", _channels(preprocess)),
+        ("normalise", normalise),
+        ("as said by", ", ".join([*said_by, "what is usual"])),
+    ]
+
+
+def _resize(preprocess: Preprocess) -> str:
+    (height, width), how = preprocess.size, preprocess.interpolation
+    to = f"{height} x {width}"
+    if preprocess.resize == "none":
+        return f"none: images are {to}"
+    if preprocess.resize == "stretch":
+        return f"stretched to {to}, {how}"
+    if preprocess.resize == "letterbox":
+        where = "at the right and bottom" if preprocess.padding == "end" else "on all sides"
+        return f"fitted into {to}, {how}, filled with {_numbers(preprocess.pad_value)} {where}"
+    covered = " x ".join(f"{side / preprocess.crop_fraction:.0f}" for side in preprocess.size)
+    return f"until it covers {covered}, {how}; {to} from the middle"
+
+
+def _channels(preprocess: Preprocess) -> str:
+    return {1: "grey", 3: preprocess.channel_order.upper()}.get(preprocess.channels, str(preprocess.channels))
+
+
+def _normalise(preprocess: Preprocess) -> str:
+    mean, std = _numbers(preprocess.mean), _numbers(preprocess.std)
+    return f"pixels / 255, less mean {mean}, over std {std}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in (values if len(set(values)) > 1 else values[:1]))

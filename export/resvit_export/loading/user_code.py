@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from resvit_calibrate.readers.user.code import is_users
 from resvit_engines.errors import ResvitError
+from resvit_quantize.pruning.answers import parts_of
 
 _SMALL = 64
 """Numbers in a weight or buffer whose values a forward may read."""
@@ -167,41 +167,28 @@ def _pruned(value: Any, place: str, left_out: list[str]) -> Any:
     """
     if isinstance(value, torch.Tensor) and value.dim():
         return value
-    if (named := _by_name(value)) is not None:
-        items = {key: _pruned(item, f"{place}.{key}" if place else str(key), left_out) for key, item in named.items()}
-        kept = {key: item for key, item in items.items() if item is not None}
-        whole = len(kept) == len(named) and all(kept[key] is item for key, item in named.items())
-        if kept and whole and type(value) in (dict, OrderedDict):
-            return value
-        return (OrderedDict(kept) if type(value) is OrderedDict else kept) or None
-    if isinstance(value, (list, tuple)):
-        parts = [_pruned(item, f"{place}[{index}]", left_out) for index, item in enumerate(value)]
-        left = [part for part in parts if part is not None]
-        whole = len(left) == len(value) and all(one is two for one, two in zip(parts, value, strict=True))
-        if left and whole and type(value) in (list, tuple):
-            return value
-        return (left if isinstance(value, list) else tuple(left)) or None
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.Tensor, torch.SymInt, torch.SymFloat)):
         left_out.append(f"{place or 'the answer'} ({_told(value)})")
         return None
-    leaves = torch.utils._pytree.tree_leaves(value)
-    if len(leaves) == 1 and leaves[0] is value:  # no structure that PyTorch knows
+    parts = parts_of(value)
+    if parts is None:
         raise ResvitError(
             f"The network returns a {type(value).__name__}{f' as {place}' if place else ''}, and no graph can.",
             "Let its forward return tensors [B, …], or lists, tuples, dictionaries or dataclasses of them.",
         )
-    return _pruned(leaves, place, left_out)
-
-
-def _by_name(value: Any) -> dict[Any, Any] | None:
-    """The parts of a dictionary, a named tuple or a dataclass by their names; None for anything else."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if fields := getattr(value, "_fields", None):
-        return dict(zip(fields, value, strict=True))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return None
+    if isinstance(parts, dict):
+        items = {key: _pruned(item, f"{place}.{key}" if place else str(key), left_out) for key, item in parts.items()}
+        kept = {key: item for key, item in items.items() if item is not None}
+        whole = len(kept) == len(parts) and all(kept[key] is item for key, item in parts.items())
+        if kept and whole and type(value) in (dict, OrderedDict):
+            return value
+        return (OrderedDict(kept) if type(value) is OrderedDict else kept) or None
+    listed = [_pruned(item, f"{place}[{index}]", left_out) for index, item in enumerate(parts)]
+    left = [part for part in listed if part is not None]
+    whole = len(left) == len(parts) and all(one is two for one, two in zip(listed, parts, strict=True))
+    if left and whole and type(value) in (list, tuple):
+        return value
+    return (tuple(left) if isinstance(value, tuple) else left) or None
 
 
 def _told(value: Any) -> str:

@@ -36,6 +36,7 @@ _FUSE, _VALIDATE, _COMPILE, _BUNDLE = StageName.FUSE, StageName.VALIDATE, StageN
 _REFERENCE, _FILE = Place.REFERENCE, Place.FILE
 _PAIR, _SHARE = "KEY=VALUE", "SHARE"
 _MANY = 100_000_000
+_FILE_ENDING = re.compile(r"\.(?:onnx|pt2|py)(?=:|$)")
 
 
 @dataclass(frozen=True)
@@ -476,9 +477,10 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The model's name as a part of file names."""
+        """The model's name as a part of file names, without the ending of its own file."""
         named = str(self.model)
-        name = named.partition(":")[2] if named.startswith(("resvit:", "timm:", "object:")) else Path(named).name
+        listed = named.startswith(("resvit:", "timm:", "object:"))
+        name = named.partition(":")[2] if listed else _FILE_ENDING.sub("", Path(named).name)
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
 
     def settings_without_paths(self) -> dict[str, Any]:

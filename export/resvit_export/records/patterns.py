@@ -34,10 +34,15 @@ _MOST = 4000
 
 @dataclass(frozen=True)
 class KnownPattern:
-    """How many times as fast a region was in 8 bits, and the digest of the network that told it."""
+    """How many times as fast a region was in 8 bits, and who told it.
+
+    ``network`` is the digest of the quantised network, ``floats`` that of the one in floats that it was made from, by
+    which it is the same after another calibration; empty where that was not written.
+    """
 
     faster: Ratio
     network: str
+    floats: str = ""
 
 
 def patterns_file(place: Place) -> Path:
@@ -48,7 +53,10 @@ def patterns_file(place: Place) -> Path:
 
 
 def known_patterns(place: Place, without: str, reporter: Reporter) -> dict[str, KnownPattern]:
-    """What other networks than ``without`` told of patterns; a file that cannot be read is said, and holds nothing."""
+    """What other quantised networks than ``without`` told of patterns.
+
+    A file that cannot be read is said, and holds nothing.
+    """
     file = patterns_file(place)
     if not os.path.lexists(file):
         return {}
@@ -60,8 +68,13 @@ def known_patterns(place: Place, without: str, reporter: Reporter) -> dict[str, 
     return {pattern: known for pattern, known in found.items() if known.network != without}
 
 
-def keep_patterns(place: Place, network: str, measured: Mapping[str, Ratio], reporter: Reporter) -> None:
-    """Add what was measured of a network; where the file cannot be written that is said, and the tuning stands."""
+def keep_patterns(
+    place: Place, network: str, measured: Mapping[str, Ratio], reporter: Reporter, floats: str = ""
+) -> None:
+    """Add what was measured of a quantised ``network`` made from ``floats``, both digests.
+
+    Where the file cannot be written that is said, and the tuning stands.
+    """
     file = patterns_file(place)
     try:
         with _locked(file):
@@ -71,7 +84,7 @@ def keep_patterns(place: Place, network: str, measured: Mapping[str, Ratio], rep
                     before = _read(file)
             for pattern, ratio in measured.items():
                 before.pop(pattern, None)
-                before[pattern] = KnownPattern(ratio, network)
+                before[pattern] = KnownPattern(ratio, network, floats)
             newest = dict(list(before.items())[-_MOST:])
             write_atomic(file, pretty_json(_document(place, newest)))
     except ResvitError as error:
@@ -80,7 +93,7 @@ def keep_patterns(place: Place, network: str, measured: Mapping[str, Ratio], rep
 
 def _document(place: Place, patterns: Mapping[str, KnownPattern]) -> dict[str, Any]:
     rows = [
-        {"pattern": pattern, "faster": known.faster.to_json(), "network": known.network}
+        {"pattern": pattern, "faster": known.faster.to_json(), "network": known.network, "floats": known.floats}
         for pattern, known in patterns.items()
     ]
     return {"device": place.kind, "patterns": rows}
@@ -89,7 +102,10 @@ def _document(place: Place, patterns: Mapping[str, KnownPattern]) -> dict[str, A
 def _read(file: Path) -> dict[str, KnownPattern]:
     rows = record_from_file(file).records("patterns")
     return {
-        row.text("pattern"): KnownPattern(Ratio.from_json(row.record("faster")), row.sha256("network")) for row in rows
+        row.text("pattern"): KnownPattern(
+            Ratio.from_json(row.record("faster")), row.sha256("network"), row.optional("floats", row.text) or ""
+        )
+        for row in rows
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_calibrate.gate.comparison import SHARE
+from resvit_calibrate.gate.comparison import DECIBELS, SHARE
 from resvit_engines.bench.bench import BenchReport
 from resvit_engines.errors import ResvitError
 from resvit_engines.files import write_atomic
@@ -45,6 +45,7 @@ class Entry:
     precision: str
     release: int
     metric: str
+    lower_is_better: bool
     unit: str
     original: float
     value: float
@@ -65,7 +66,23 @@ class Entry:
     @property
     def value_text(self) -> str:
         """The metric as people read it."""
-        return wording.percent(self.value) if self.unit == SHARE else wording.number(self.value, 4)
+        if self.unit == SHARE:
+            return wording.percent(self.value)
+        return f"{wording.number(self.value, 1)} dB" if self.unit == DECIBELS else wording.number(self.value, 4)
+
+    @property
+    def drop_name(self) -> str:
+        """What ``drop_text`` tells: how much was lost, or by how much the SQNR keeps the least one."""
+        return wording.drop_name(self.unit)
+
+    @property
+    def drop_text(self) -> str:
+        """The drop as people read it, with its unit."""
+        return wording.drop(self.drop, self.unit)
+
+    def better_than(self, other: Entry) -> bool:
+        """Whether its metric is the better one."""
+        return self.value < other.value if self.lower_is_better else self.value > other.value
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -75,6 +92,8 @@ class Entry:
             "precision": self.precision,
             "release": self.release,
             "metric": self.metric,
+            "unit": self.unit,
+            "lower_is_better": self.lower_is_better,
             "original": self.original,
             "value": self.value,
             "drop": self.drop,
@@ -96,6 +115,9 @@ def entries_of(runs: Sequence[Path], settled: Callable[[Pipeline], Pipeline]) ->
     Raises:
         ResvitError: INPUT for a folder that is no run, one that is not validated, and runs of different metrics.
     """
+    for folder in runs:
+        if not (folder / "recipe.toml").is_file():
+            raise ResvitError(f"{folder} is not the folder of a run: it has no recipe.toml.", "Name a folder of --run.")
     found = [entry for run in runs for entry in _entries(run, settled)]
     metrics = list(dict.fromkeys(entry.metric for entry in found))
     if len(metrics) > 1:
@@ -107,10 +129,10 @@ def entries_of(runs: Sequence[Path], settled: Callable[[Pipeline], Pipeline]) ->
 
 def pareto_front(entries: Sequence[Entry]) -> list[Entry]:
     """Those than which none is both as accurate and as fast, the fastest first."""
-    sign = -1.0 if _lower_is_better(entries) else 1.0
     front: list[Entry] = []
-    for entry in sorted(entries, key=lambda entry: (entry.latency_ms, -sign * entry.value)):
-        if not front or sign * entry.value > sign * front[-1].value:
+    best_first = sorted(entries, key=lambda entry: entry.value if entry.lower_is_better else -entry.value)
+    for entry in sorted(best_first, key=lambda entry: entry.latency_ms):
+        if not front or entry.better_than(front[-1]):
             front.append(entry)
     return front
 
@@ -122,7 +144,8 @@ def write_comparison(entries: Sequence[Entry], path: Path) -> None:
     best = {entry for front in fronts.values() for entry in front}
     document = page.render(
         entries=[(entry, entry in best) for entry in entries],
-        metric=entries[0].metric,
+        metric=entries[0].metric + (", dB" if entries[0].unit == DECIBELS else ""),
+        drop_name=entries[0].drop_name,
         picture=_picture(entries, fronts),
         box=(WIDTH, HEIGHT),
         left=_LEFT,
@@ -136,10 +159,8 @@ def _entries(folder: Path, settled: Callable[[Pipeline], Pipeline]) -> Iterator[
     from resvit_export.pipeline import Pipeline
     from resvit_export.run import runs_for
 
-    if not (folder / "recipe.toml").is_file():
-        raise ResvitError(f"{folder} is not the folder of a run: it has no recipe.toml.", "Name a folder of --run.")
     place = RunFolder(folder, SILENT)
-    with place.looking_only():
+    with place.looking_back():
         try:
             for run in runs_for(recipe_from_toml(folder / "recipe.toml"), place, SILENT):
                 run.require_target()
@@ -151,6 +172,8 @@ def _entries(folder: Path, settled: Callable[[Pipeline], Pipeline]) -> Iterator[
 
 
 def _entry(pipeline: Pipeline, folder: Path) -> Entry:
+    from resvit_calibrate.tasks.kinds import lower_is_better
+
     run = pipeline.run
     record, speed = pipeline.validated.verdict, pipeline.speed
     first, last = record.rows[0], record.rows[-1]
@@ -173,6 +196,7 @@ def _entry(pipeline: Pipeline, folder: Path) -> Entry:
         pipeline.ships.value.upper(),
         run.recipe.release,
         first.metric,
+        lower_is_better(record.task),
         first.unit,
         first.value,
         last.value,
@@ -202,11 +226,6 @@ def _measured(pipeline: Pipeline, record: VerdictRecord) -> tuple[float, str, in
         return None
     bench = there.result.job.bench
     return (bench.gpu_ms or bench.latency_ms)["p50"], _MEASURED, there.result.job.engine.bytes
-
-
-def _lower_is_better(entries: Sequence[Entry]) -> bool:
-    """Told by the entries themselves: what is worse by its drop has the larger value."""
-    return any(entry.drop and (entry.value - entry.original) * entry.drop > 0 for entry in entries)
 
 
 def _by_target(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from resvit_calibrate.gate.gate import VerdictKind
+from resvit_engines.bundle.bundle import signers
 from resvit_engines.errors import ResvitError
 from resvit_export.recipe.file import recipe_to_toml
 from resvit_export.report.layout.data import ChangedImage, ReportData
+from resvit_export.report.next_steps import Ending, next_commands
 from resvit_export.report.page import write_report
 from resvit_export.run_folder import NotFinishedError
 from resvit_export.stage import Artifact
@@ -42,20 +44,22 @@ def write_run_report(pipeline: Pipeline, name: str = "report.html") -> Path:
     Raises ``ResvitError`` where not even one stage is.
     """
     folder = pipeline.run.folder
-    stages = {artifact.stage: artifact for artifact in _finished_stages(pipeline)}
-    if not stages:
-        raise ResvitError(
-            f"There is nothing to report in {folder.path}: no stage of this recipe is finished.",
-            "Run 'resvit-export build' with the same settings first.",
-        )
+    with folder.looking_back():
+        stages = {artifact.stage: artifact for artifact in _finished_stages(pipeline)}
+        if not stages:
+            raise ResvitError(
+                f"There is nothing to report in {folder.path}: no stage of this recipe is finished.",
+                "Run 'resvit-export build' with the same settings first.",
+            )
+        data = _report_data(pipeline, stages)
     path = folder.path / name
-    write_report(path, _report_data(pipeline, stages))
+    write_report(path, data)
     return path
 
 
 def _finished_stages(pipeline: Pipeline) -> Iterator[Artifact]:
     """Look up the stages in order, as far as they are finished."""
-    with pipeline.run.folder.looking_only(), contextlib.suppress(NotFinishedError):
+    with contextlib.suppress(NotFinishedError):
         for name in pipeline.variant.order(pipeline.run):
             if name == "quantized" and pipeline.variant.search:
                 yield pipeline.variant.search
@@ -93,18 +97,21 @@ def _report_data(pipeline: Pipeline, stages: Mapping[str, Artifact]) -> ReportDa
         ranges=calibrated.known if calibrated else None,
         quantize=quantized.report if quantized else None,
         verdict=validated.verdict if validated else None,
+        least_sqnr_db=_least_sqnr(pipeline),
         costs=predicted.costs if predicted else None,
-        speed=predicted.costs.speed(target) if predicted and target else None,
+        speed=predicted.costs.speed(target).for_wish(pipeline.run.precision) if predicted and target else None,
         search=searched.result if searched else None,
         engine=compiled.engine if compiled else None,
         plan=compiled.plan if compiled else None,
         audit=audited.result if audited else None,
         device=on_device.result if on_device else None,
         bundle=bundled.manifest if bundled else None,
+        next_commands=_next_commands(pipeline, validated, compiled, bundled, on_device),
+        preprocess=_preprocess(pipeline) if exported else (),
         recipe=recipe_to_toml(pipeline.recipe),
         targets=[target] if target else [],
         sizes=_sizes(_ships(pipeline, quantized), stages),
-        versions=versions,
+        versions=dict(sorted(versions.items())),
         digests={name: artifact.digest for name, artifact in stages.items()},
         images=_changed_images(validated) if validated else (),
     )
@@ -123,6 +130,48 @@ def _ships(pipeline: Pipeline, quantized: Quantized | None) -> str:
 def _title(pipeline: Pipeline, precision: str) -> str:
     where = f" for {pipeline.run.target.title}" if pipeline.run.target else ""
     return f"{pipeline.recipe.label}{where}, {precision}"
+
+
+def _next_commands(
+    pipeline: Pipeline,
+    validated: Validated | None,
+    compiled: Compiled | None,
+    bundled: Bundled | None,
+    on_device: OnDevice | None,
+) -> list[tuple[str, str]]:
+    run = pipeline.run
+    if validated is None or run.target is None:
+        return []
+    with contextlib.suppress(ResvitError):
+        return next_commands(
+            Ending(
+                folder=run.folder.path,
+                recipe=pipeline.recipe,
+                target=run.target,
+                verdict=validated.verdict,
+                speed=pipeline.speed,
+                bundle=bundled.bundle.path if bundled else None,
+                signs=bool(bundled and signers(bundled.bundle.path)),
+                planned=bool(compiled and compiled.plan),
+                on_device=on_device is not None,
+            )
+        )
+    return []
+
+
+def _preprocess(pipeline: Pipeline) -> list[tuple[str, str]]:
+    if pipeline.recipe.data is None:
+        return []
+    with contextlib.suppress(ResvitError):
+        return pipeline.run.preprocess_steps(pipeline.network)
+    return []
+
+
+def _least_sqnr(pipeline: Pipeline) -> float | None:
+    from resvit_calibrate.tasks.other import OtherOptions
+
+    said = pipeline.recipe.task_options.get("least_sqnr_db", OtherOptions.least_sqnr_db)
+    return float(said) if isinstance(said, (int, float)) else None
 
 
 def _sizes(precision: str, stages: Mapping[str, Artifact]) -> dict[str, int]:

@@ -53,6 +53,8 @@ def html_from_run(data: ReportData) -> str:
         commands=device.commands_from_plan(data.plan) if data.plan else [],
         plan_settings=device.plan_settings(data.plan) if data.plan else [],
         targets=device.target_rows(data),
+        next_commands=[(why, device.words_of(command)) for command, why in data.next_commands],
+        preprocess=[(step[:1].upper() + step[1:], what) for step, what in data.preprocess],
         recipe=data.recipe,
         versions=list((data.versions or {}).items()),
         digests=device.digests_from_run(data),

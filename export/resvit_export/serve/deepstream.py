@@ -33,6 +33,8 @@ _FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 1, "lanczos": 1}
 """nvinfer's scaling-filter; the others mean something else on a GPU than on a Jetson's VIC."""
 _NO_CLUSTERING = 4
 _BEFORE_NMS = 1000
+_ROUNDING = 1e-5
+"""By how much of themselves deviations may differ and count as one."""
 _OTHERWISE = "Serve it by Triton, whose repository prepares frames exactly, or by resvit_engines.load in a program."
 
 
@@ -54,7 +56,7 @@ def scaling_of(how: PicturePreprocess) -> Scaling:
     Raises:
         ResvitError: IMPOSSIBLE where it cannot: different deviations, cut frames, a padding that is not black.
     """
-    if len(set(how.std)) > 1:
+    if max(how.std) - min(how.std) > _ROUNDING * max(how.std):
         raise _impossible(
             f"The channels have the deviations {', '.join(f'{one:g}' for one in how.std)}, and DeepStream has one "
             "net-scale-factor for all.",

@@ -15,6 +15,7 @@ import numpy as np
 
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import pretty_json
+from resvit_engines.run.feeds import Array
 from resvit_engines.run.golden_files import encoded, golden_arrays
 from resvit_engines.trt.io_tensor import IoTensor
 from resvit_export.serve.subject import FILES, Subject
@@ -64,11 +65,14 @@ def write_repository(subject: Subject, folder: Path, instances: int) -> list[str
     made = [(tensor.name, _type(tensor), (*head, *_dims(tensor))) for tensor in subject.manifest.outputs]
     frames = (FRAMES, Word("TYPE_UINT8"), (*head, -1, -1, 3))
 
-    _write(folder / network, _network(subject, network, read, made, most, usual, instances))
+    images, _ = golden_arrays(subject.folder, subject.manifest.golden)
+    # Of a range of sizes, those of the golden images: what warms up has to say every size.
+    warm = (*head, *images.shape[1:])
+    _write(folder / network, _network(subject, network, read, made, most, usual, instances, warm))
     shutil.copyfile(engine, folder / network / "1" / "model.plan")
     if subject.class_names:
         (folder / network / "labels.txt").write_text("".join(f"{one}\n" for one in subject.class_names))
-    _write_warmup(subject, folder / network / _WARMUP, _warm_batches(dynamic, subject.batches))
+    _write_warmup(subject, folder / network / _WARMUP, _warm_batches(dynamic, subject.batches), images)
 
     how = {"backend": "python", "max_batch_size": most, "input": [_tensor(*frames)], "output": [_tensor(*read[0])]}
     parts = [{"count": instances, "kind": Word("KIND_CPU")}]
@@ -122,6 +126,7 @@ def _network(
     most: int,
     usual: int,
     instances: int,
+    warm_dims: tuple[int, ...],
 ) -> dict[str, Any]:
     outputs = [_tensor(*tensor) for tensor in made]
     if subject.reading.task == "classification" and subject.class_names:
@@ -132,12 +137,15 @@ def _network(
             "max_queue_delay_microseconds": QUEUE_DELAY_US,
         }
     }
-    image, kind, dims = read[0]
+    image, kind, _ = read[0]
     warm = [
         {
             "name": f"batch-{batch}",
             "batch_size": batch if most else 1,
-            "inputs": {"key": image, "value": {"data_type": kind, "dims": dims, "input_data_file": f"batch-{batch}"}},
+            "inputs": {
+                "key": image,
+                "value": {"data_type": kind, "dims": warm_dims, "input_data_file": f"batch-{batch}"},
+            },
         }
         for batch in _warm_batches(most > 0, subject.batches)
     ]
@@ -191,9 +199,8 @@ def _warm_batches(dynamic: bool, batches: tuple[int, int, int]) -> tuple[int, ..
     return tuple(dict.fromkeys(batches)) if dynamic else (batches[0],)
 
 
-def _write_warmup(subject: Subject, folder: Path, batches: Sequence[int]) -> None:
-    """One file of golden images for each batch, in the type that the network reads."""
-    images, _ = golden_arrays(subject.folder, subject.manifest.golden)
+def _write_warmup(subject: Subject, folder: Path, batches: Sequence[int], images: Array) -> None:
+    """One file of golden ``images`` for each batch, in the type that the network reads."""
     given = encoded(images, subject.manifest)
     folder.mkdir()
     for batch in batches:

@@ -76,8 +76,8 @@ class Export(Stage[Exported]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Write the float ONNX, its report, and what is known of the network."""
-        del reporter
         from resvit_export.loading.libraries import quiet_libraries
+        from resvit_export.loading.program.check import COUPLED, ONE_BATCH
         from resvit_export.loading.pt2 import program_from_pt2
         from resvit_export.to_onnx.export import onnx_from_program
 
@@ -87,6 +87,9 @@ class Export(Stage[Exported]):
             report = onnx_from_program(
                 program, folder / MODEL, opset=self.opset, batch=self.batch, sizes=self.network.sizes
             )
+        for note in self.network.notes:
+            if note in (COUPLED, ONE_BATCH):
+                reporter.say(note)
         write_network_record(folder, self.network)
         _write_reports(folder, report)
 

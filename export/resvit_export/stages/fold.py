@@ -52,7 +52,7 @@ class Fold(Stage[Folded]):
         import torch
 
         from resvit_export.loading.libraries import quiet_libraries
-        from resvit_export.loading.torch_program import write_by_memory
+        from resvit_export.loading.program.run import write_by_memory
         from resvit_quantize.fold.program import fold_program
 
         network = self.source.network(reporter)

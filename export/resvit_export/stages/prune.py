@@ -156,7 +156,7 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
     import torch
 
     from resvit_export.loading.checkpoint import structure_in, write_network
-    from resvit_export.loading.torch_program import write_by_memory
+    from resvit_export.loading.program.run import write_by_memory
     from resvit_quantize.pruning.apply import prune
     from resvit_quantize.pruning.choose.choice import choose_widths
     from resvit_quantize.pruning.choose.importance import importance_of
@@ -206,6 +206,8 @@ def prune_into(folder: Path, stage: Prune, reporter: Reporter) -> None:
         )
         notes += choice.notes
         reporter.say(widths.summary)
+        for note in choice.notes:
+            reporter.say(note)
     if stage.sparse:
         masks, sparsity = _sparsified(module, batches, example[:1], reporter)
         write_by_memory(folder / "masks.pt", lambda out: torch.save(masks, out))

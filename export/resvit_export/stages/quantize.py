@@ -82,7 +82,7 @@ class Quantize(Stage[Quantized]):
         from resvit_calibrate.images.held_back import held_apart
         from resvit_calibrate.ranges.ranges import ranges_from_json
         from resvit_calibrate.ranges.statistics import statistics_from_npz
-        from resvit_quantize.check.choose import HeldBack
+        from resvit_quantize.check.choose import held_back_of
         from resvit_quantize.quantize import quantize_model
         from resvit_quantize.recovery.recover import pinned_ranges, settings_behind_recovery
 
@@ -90,14 +90,7 @@ class Quantize(Stage[Quantized]):
         if self.clips is not None:
             settings = settings_behind_recovery(settings)
             ranges = pinned_ranges(ranges, self.clips.json())
-        apart = held_apart(self.images)
-        judged = apart.held or apart.ranges
-        held_back = HeldBack(
-            lambda count: judged.first(count, self.batch_size),
-            apart.held is not None,
-            self.selects_rows,
-            lambda count: apart.ranges.first(count, self.batch_size),
-        )
+        held_back = held_back_of(held_apart(self.images), self.batch_size, sets=self.selects_rows)
         report = quantize_model(
             self.model.path,
             ranges,

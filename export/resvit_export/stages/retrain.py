@@ -69,7 +69,7 @@ class Retrain(Stage[Retrained]):
         import torch
 
         from resvit_export.loading.checkpoint import structure_in, write_network
-        from resvit_export.loading.torch_program import floating_outputs, selects_rows
+        from resvit_export.loading.program.facts import floating_outputs, selects_rows
         from resvit_quantize.pruning.copies import copy_of
         from resvit_quantize.pruning.distill.distill import distill
         from resvit_quantize.pruning.distill.options import DistillOptions

@@ -70,9 +70,14 @@ class Asked(Stage[Answered]):
         """What people read of it."""
         return self.name
 
-    def runner(self, folder: Path, reporter: Reporter) -> Runner:
-        """The network as a function from arrays to arrays; it may write more into the stage's folder."""
+    def asks(self, reporter: Reporter) -> Runner:
+        """The network as a function from arrays to arrays."""
         raise NotImplementedError
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The same; it may write more into the stage's folder."""
+        del folder
+        return self.asks(reporter)
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Ask this network alone."""
@@ -117,9 +122,8 @@ class AskReference(Asked):
         """What people read of it."""
         return "PyTorch"
 
-    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+    def asks(self, reporter: Reporter) -> Runner:
         """The original network."""
-        del folder
         return self.source.network(reporter).runner()
 
 
@@ -133,11 +137,11 @@ class AskPruned(Asked):
 
     program: File
 
-    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+    def asks(self, reporter: Reporter) -> Runner:
         """The pruned program."""
-        del folder, reporter
+        del reporter
+        from resvit_export.loading.program.run import runner_from_program
         from resvit_export.loading.pt2 import program_from_pt2
-        from resvit_export.loading.torch_program import runner_from_program
 
         return runner_from_program(program_from_pt2(self.program.path))
 
@@ -157,9 +161,9 @@ class AskFloat(Asked):
         """What people read of it."""
         return "ONNX float"
 
-    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+    def asks(self, reporter: Reporter) -> Runner:
         """The float ONNX."""
-        del folder, reporter
+        del reporter
         from resvit_calibrate.runtime.runner import onnx_runner
 
         return onnx_runner(self.model.path)
@@ -206,15 +210,16 @@ class AskQuantized(Asked):
         """What people read of it."""
         return self.label
 
-    def runner(self, folder: Path, reporter: Reporter) -> Runner:
-        """The ONNX that ships, once the runtime has proven on known numbers that it quantises rightly.
+    def asks(self, reporter: Reporter) -> Runner:
+        """The ONNX that ships, once the runtime has proven on known numbers that it quantises rightly."""
+        return self._checked(reporter)[0]
 
-        Writes golden images and outputs on the way.
-        """
+    def _checked(self, reporter: Reporter) -> tuple[OnnxRunner, str, Arrays]:
+        """What ``asks`` gives, what is to be said of it, and the first images."""
         from resvit_calibrate.answers.classes import INPUT
-        from resvit_calibrate.runtime.runner import checked_runner, onnx_runner
-        from resvit_calibrate.runtime.selftest import runtime_note, self_test
-        from resvit_export.golden_choice import CHOSEN_AMONG, choose_golden
+        from resvit_calibrate.runtime.runner import checked_runner
+        from resvit_calibrate.runtime.selftest import self_test
+        from resvit_export.golden_choice import CHOSEN_AMONG
 
         self_test()
         feeds = next(self.questions.images.batches(CHOSEN_AMONG)).feeds(INPUT)
@@ -222,6 +227,15 @@ class AskQuantized(Asked):
         runner, remark = checked_runner(self.model.path, few, sets=self.sets)
         if remark:
             reporter.warn(remark)
+        return runner, remark, feeds
+
+    def runner(self, folder: Path, reporter: Reporter) -> Runner:
+        """The same; golden images and outputs are written on the way."""
+        from resvit_calibrate.runtime.runner import onnx_runner
+        from resvit_calibrate.runtime.selftest import runtime_note
+        from resvit_export.golden_choice import choose_golden
+
+        runner, remark, feeds = self._checked(reporter)
         floating = onnx_runner(self.floating.path)
         feeds, least = choose_golden(feeds, runner, floating, sets=self.sets)
         golden = write_golden(folder, runner.fed(feeds), answers_singly(runner, feeds), self.sets)
@@ -319,6 +333,9 @@ def answers_of(
     how = (label, exported.report.selects_rows, exported.network.sizes)
     asked.append(AskQuantized(questions, model, floating, *how))
     stores = {stage.title: Parts(*run.folder.unfinished(stage)) for stage in asked}
+    missing = [stage for stage in asked if not run.folder.has(stage)]
+    if missing and run.division is not None and not run.folder.looks_only:
+        run.division.answer(run, missing, stores)
     artifacts = run.folder.do_together(asked, lambda missing: ask_together(missing, run.reporter, stores))
     for store in stores.values():
         store.remove()

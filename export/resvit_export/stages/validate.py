@@ -85,6 +85,7 @@ class Validate(Stage[Validated]):
         """Write the verdict and the changed images."""
         from resvit_calibrate.gate.gate import judge
         from resvit_calibrate.ranges.diagnostics import tell
+        from resvit_calibrate.tasks.other import Other
 
         task, images = self.questions.task.task(), self.questions.images
         onnx_float = self.baseline.answers(self.questions.task)
@@ -103,7 +104,7 @@ class Validate(Stage[Validated]):
 
         diagnostics = self._clipping()
         tell(diagnostics, reporter)
-        blame = self._blame(comparison.sqnr_db)
+        blame = self._blame(comparison.sqnr_db, apart=task.name == Other.name)
         changed = [ChangedAnswer.from_json(item) for item in task.changed(original, candidate)]
         shown = changed[: DRAWN if changed and task.drawing(original, changed[0].index) else CHANGED_SHOWN]
         record = VerdictRecord(
@@ -130,15 +131,18 @@ class Validate(Stage[Validated]):
         pictures = _pictures(task, images, original, candidate, shown, self.questions.batch_size)
         np.savez_compressed(folder / CHANGED, **pictures)  # type: ignore[arg-type]  # of the names, none is an option
 
-    def _blame(self, sqnr_db: float) -> OwnNoise | None:
-        """Where the outputs have a low SQNR, whether the network or its quantisation is to blame."""
+    def _blame(self, sqnr_db: float, *, apart: bool) -> OwnNoise | None:
+        """Where the outputs have a low SQNR, whether the network or its quantisation is to blame.
+
+        ``apart`` says that ``sqnr_db`` is of what tells images apart.
+        """
         from resvit_quantize.sensitivity.own_noise import LOW_DB, own_noise
 
         if not sqnr_db < LOW_DB:
             return None
         few = next(self.questions.images.batches(min(self.questions.batch_size, BLAME_IMAGES)))
         model, precision = self.quantized.model.path, Precision(self.quantized.report.precision)
-        return own_noise(self.floating.path, model, precision, few.feeds(), sets=self.selects_rows)
+        return own_noise(self.floating.path, model, precision, few.feeds(), sets=self.selects_rows, apart=apart)
 
     def _clipping(self) -> tuple[Diagnostic, ...]:
         """Whether the ranges cut much of what the first validation images hold."""

@@ -13,17 +13,17 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from resvit_calibrate.runtime.runner import onnx_runner
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, first_line
 from resvit_engines.pictures.sizes import SizeRange
-from resvit_export.loading.torch_program import (
+from resvit_export.loading.program.facts import (
     fixed_batch_of,
     input_names,
     inputs_of,
     line_of,
     output_names,
     reading_nodes,
-    runner_from_program,
 )
+from resvit_export.loading.program.run import runner_from_program
 from resvit_export.to_onnx.branches import refuse_branches
 from resvit_export.to_onnx.canonical import canonicalise, fix_batch, image_first, optimize, unique
 from resvit_export.to_onnx.own_onnx import import_onnx
@@ -151,7 +151,7 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
                     "may change, and no graph can.",
                     "Leave out .item(), float() and int() there, and compute with the tensor.",
                 ) from error
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
+            reason = first_line(cause)
             raise ResvitError(
                 f"The network cannot be written as ONNX opset {opset}: {reason}",
                 "Replace that operation in the network by standard ones.",

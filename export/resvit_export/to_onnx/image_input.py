@@ -1,7 +1,8 @@
 """The image as every graph here reads it, float32 [B, C, H, W], whatever the user's graph takes.
 
 TensorFlow's exporters read [B, H, W, C], and graphs made for cameras read bytes and begin with a Cast. Both are the
-same network behind another entrance: the transpose is put in front, where it meets its opposite, and the cast goes.
+same network behind another entrance: the transpose is put in front, where it meets its opposite, and the cast goes. A
+DequantizeLinear that makes numbers of bytes is a normalisation, and becomes a subtraction and a multiplication.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ _RANGES = {
 }
 _OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _ENTRANCES = (ir.DataType.FLOAT, *_RANGES, *_OTHER_FLOATS)
-_MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Slice", "Flatten"})
+_MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Gather", "Split"})
 """What hands numbers on as they are, and reads nothing else of the image's type."""
+_HOLD_PIXELS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.INT32})
+"""Types that bytes are exact in, on their way to float32."""
 _FEWEST = 4
 """Channels of an image, at most."""
 
@@ -95,7 +98,8 @@ def take_image(model: ir.Model) -> tuple[str | None, ImageEntrance]:
 
 def _make_float(graph: ir.Graph, image: ir.Value, dtype: ir.DataType) -> None:
     """Let the image and what only moves it be float32, and drop the casts that follow."""
-    pending, moved, casts = [image], [image], []
+    pending, moved, casts = [image], {image: None}, []
+    scalings: list[ir.Node] = []
     while pending:
         value = pending.pop()
         if value.is_graph_output():
@@ -104,15 +108,27 @@ def _make_float(graph: ir.Graph, image: ir.Value, dtype: ir.DataType) -> None:
             node = use.node
             if node.op_type == "Shape":
                 continue
-            if node.op_type == "Cast" and node.attributes.get_int("to", 0) == int(ir.DataType.FLOAT):
+            if use.idx == 0 and _casts_to(node) is ir.DataType.FLOAT:
                 casts.append(node)
-            elif node.op_type in _MOVES and use.idx == 0 and not node.domain:
-                pending.append(node.outputs[0])
-                moved.append(node.outputs[0])
-            else:
+            elif use.idx == 0 and scaling_of(node) is not None:
+                scalings.append(node)
+            elif (use.idx == 0 and node.op_type in _MOVES and not node.domain) or _passes_bytes(node, dtype):
+                pending += [out for out in node.outputs if out not in moved]
+                moved.update(dict.fromkeys(node.outputs))
+                if _casts_to(node) is not None:
+                    casts.append(node)
+            elif not (node.op_type == "Concat" and not node.domain):
                 raise _computed(image, dtype, f"{node.op_type} '{node.name}'")
+            elif node.outputs[0] not in moved and all(part in moved for part in node.inputs):
+                pending.append(node.outputs[0])
+                moved[node.outputs[0]] = None
+    for node in {use.node for value in moved for use in value.uses()}:
+        if node.op_type == "Concat" and node.outputs[0] not in moved:
+            raise _computed(image, dtype, f"Concat '{node.name}'")
     for value in moved:
         value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in scalings:
+        _compute_scaling(graph, node)
     for node in dict.fromkeys(casts):
         source = node.inputs[0]
         assert source is not None
@@ -120,6 +136,68 @@ def _make_float(graph: ir.Graph, image: ir.Value, dtype: ir.DataType) -> None:
             raise _computed(image, dtype, "an output of the graph")
         node.outputs[0].replace_all_uses_with(source)
         graph.remove(node, safe=True)
+
+
+def scaling_of(node: ir.Node) -> tuple[Array, Array] | None:
+    """The zero point and the scale by which a DequantizeLinear makes float32 of its input; None for anything else.
+
+    Both are float32, and go with the input's shape as they are.
+    """
+    if node.op_type != "DequantizeLinear" or node.domain or node.attributes.get_int("block_size", 0) != 0:
+        return None
+    source, scale, zero = (*node.inputs, None)[:3]
+    if source is None or scale is None or scale.const_value is None or (zero and zero.const_value is None):
+        return None
+    step = scale.const_value.numpy()
+    if step.dtype != np.float32 or step.ndim > 1 or (step.size != 1 and source.shape is None):
+        return None
+    level = np.zeros_like(step) if zero is None or zero.const_value is None else zero.const_value.numpy()
+    if level.shape != step.shape:
+        return None
+    if step.size == 1:
+        return level.astype(np.float32).reshape(()), step.reshape(())
+    assert source.shape is not None
+    axis, rank = node.attributes.get_int("axis", 1), len(source.shape)
+    if not -rank <= axis < rank:
+        return None
+    sizes = [-1 if place == axis % rank else 1 for place in range(rank)]
+    return level.astype(np.float32).reshape(sizes), step.reshape(sizes)
+
+
+def _compute_scaling(graph: ir.Graph, node: ir.Node) -> None:
+    """Write a DequantizeLinear of the image as what it computes, in place."""
+    scaling, value, result = scaling_of(node), node.inputs[0], node.outputs[0]
+    assert scaling is not None
+    for kind, op_type, array in zip(("zero", "scale"), ("Sub", "Mul"), scaling, strict=True):
+        if op_type == "Sub" and not array.any():
+            continue
+        constant = ir.val(f"{result.name}/{kind}", const_value=ir.tensor(array))
+        graph.register_initializer(constant)
+        step = ir.node(op_type, [value, constant], name=f"{node.name or result.name}/{op_type}")
+        step.outputs[0].name = f"{result.name}/{op_type}"
+        step.outputs[0].shape, step.outputs[0].type = result.shape, ir.TensorType(ir.DataType.FLOAT)
+        graph.insert_before(node, step)
+        value = step.outputs[0]
+    assert value is not None
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [], [result], [value])
+
+
+def _casts_to(node: ir.Node) -> ir.DataType | None:
+    """The type that a node casts to; None for one that does no such thing."""
+    if node.op_type == "Cast" and not node.domain:
+        return ir.DataType(node.attributes.get_int("to", 0))
+    if node.op_type == "CastLike" and not node.domain and len(node.inputs) > 1 and node.inputs[1] is not None:
+        like = node.inputs[1]
+        return like.const_value.dtype if like.const_value is not None else like.dtype
+    return None
+
+
+def _passes_bytes(node: ir.Node, dtype: ir.DataType) -> bool:
+    """Whether a node casts bytes to a type that holds them exactly, for nothing but casts to float32 behind it."""
+    if _casts_to(node) not in _HOLD_PIXELS or dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
+        return False
+    uses = list(node.outputs[0].uses())
+    return bool(uses) and all(_casts_to(use.node) is ir.DataType.FLOAT and use.idx == 0 for use in uses)
 
 
 def _computed(image: ir.Value, dtype: ir.DataType, where: str) -> ResvitError:

@@ -40,6 +40,7 @@ _LONGEST_NAME = 4096
 _IR_VERSION = 10
 """What our own export writes."""
 _STANDARD = ("", "ai.onnx")
+_MOVES = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Gather", "Split", "Concat")
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 _SEQUENCES = ("Sequence", "SplitToSequence", "ConcatFromSequence")
@@ -293,17 +294,38 @@ def require_fits(elements: int, what: str) -> None:
         )
 
 
+def quantised_already(path: Path, op_type: str, name: str) -> ResvitError:
+    """The error for a model that is no float one, where its node shows it."""
+    return ResvitError(
+        f"{path} is quantised already: it holds {op_type} ('{name}').",
+        "Give the float model; quantising is what is done here.",
+    )
+
+
+def _dequantised_images(graph: onnx.GraphProto) -> set[str]:
+    """What DequantizeLinear makes of the graph's inputs, by name: so a picture's normalisation can be written."""
+    constants = {tensor.name for tensor in graph.initializer}
+    pictures = {value.name for value in graph.input if value.name not in constants}
+    found: set[str] = set()
+    for node in graph.node:
+        if node.domain in _STANDARD and node.input and node.input[0] in pictures:
+            if node.op_type == "DequantizeLinear":
+                found.update(node.output)
+            elif node.op_type in _MOVES:
+                pictures.update(node.output)
+    return found
+
+
 def _require_plain(proto: onnx.ModelProto, path: Path) -> None:
     """Refuse what is quantised, in half precision, random or in training, and operators that are not ONNX's."""
     functions = {(function.domain, function.name) for function in proto.functions}
     opset = standard_opset(proto)
+    images = _dequantised_images(proto.graph)
     for node in _nodes(proto, path):
         standard = node.domain in _STANDARD
-        if standard and (node.op_type in _QUANTISED or node.op_type.startswith("QLinear")):
-            raise ResvitError(
-                f"{path} is quantised already: it holds {node.op_type} ('{node.name}').",
-                "Give the float model; quantising is what is done here.",
-            )
+        quantised = standard and (node.op_type in _QUANTISED or node.op_type.startswith("QLinear"))
+        if quantised and not images.intersection(node.output):
+            raise quantised_already(path, node.op_type, node.name)
         known = onnx.defs.has(node.op_type) if standard else (node.domain, node.op_type) in functions
         if not known:
             raise ResvitError(

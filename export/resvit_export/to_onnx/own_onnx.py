@@ -33,6 +33,7 @@ from resvit_export.to_onnx.onnx_file import (
     in_training,
     light,
     model_from_file,
+    quantised_already,
     reading,
     refuse_sequences,
     require_fits,
@@ -66,9 +67,9 @@ def import_onnx(
     Weights in external files are read from the model's own folder only. Models older than opset 20 are
     converted up. Input and outputs are renamed as our export names them, nodes get unique names, constants are
     folded; functions, and branches that no image decides, are written out. An image that comes as [B, H, W, C] or as
-    whole numbers is read as float32 [B, C, H, W]. ``wishes`` say sizes that the file leaves open; ``image`` says
-    channels and sizes of its image, which may be a range. The copy's outputs are compared with the original's on random
-    images.
+    whole numbers, cast or dequantised, is read as float32 [B, C, H, W]. ``wishes`` say sizes that the file leaves open;
+    ``image`` says channels and sizes of its image, which may be a range. The copy's outputs are compared with the
+    original's on random images.
 
     Raises ``ResvitError`` for all that ``model_from_file`` refuses, a network that is random or whose images hang on
     each other, products in another precision than float32, control flow that depends on values, no image among the
@@ -250,6 +251,9 @@ def _take_inputs(
         if sizes and not isinstance(sizes[0], int):
             value.shape = ir.Shape([str(sizes[0].value) if sizes[0].value else "batch", *sizes[1:]])
     image, entrance = take_image(model)
+    for node in graph:
+        if node.op_type == "DequantizeLinear":  # of an input that is no image
+            raise quantised_already(path, node.op_type, str(node.name))
     notes += entrance.notes(str(image))
     inputs = inputs_of_graph(model)
     batches = {str(value.name): shape_of(value)[0] for value in graph.inputs}

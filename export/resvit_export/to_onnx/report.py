@@ -13,7 +13,7 @@ import onnx_ir as ir
 from resvit_calibrate.runtime.parity import Difference, differences, flat_differences, moved_between_runs
 from resvit_calibrate.runtime.runner import Runner, onnx_runner
 from resvit_calibrate.runtime.sessions import Arrays
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
 from resvit_engines.pictures.sizes import Size
 from resvit_export.loading.inputs import NetworkInput, random_feeds
 from resvit_quantize.graph.external import EXTERNAL_ABOVE, write_onnx
@@ -162,18 +162,20 @@ def inputs_of_graph(model: ir.Model) -> tuple[NetworkInput, ...]:
         if len(fixed) != len(sizes) - 1:
             raise ResvitError(
                 f"The input {value.name} is {dtype} {list(sizes)}: all sizes but the batch must be fixed.",
-                f"Say its size, for example --shape {value.name}={_example_of(sizes)}, or export the network for one "
-                "size.",
+                f"Say its size, {_example_of(value, sizes)}, or export the network for one size.",
             )
         found.append(NetworkInput(str(value.name), fixed, dtype))
     return tuple(found)
 
 
-def _example_of(sizes: Sequence[int | str]) -> str:
-    """Sizes for one image, those that are known among them."""
+def _example_of(value: ir.Value, sizes: Sequence[int | str]) -> str:
+    """How to say sizes for one image, those that are known among them; of the only image alike in either layout."""
     usual = (1, 3, 224, 224)
     known = [size if isinstance(size, int) else usual[min(axis, 3)] for axis, size in enumerate(sizes)]
-    return "x".join(map(str, [1, *known[1:]]))
+    own = "x".join(map(str, known[1:]))
+    graph = value.graph
+    image = len(known) == 4 and graph is not None and len(graph.inputs) == 1
+    return f"for example --input-shape {own}" if image else f"for example --shape {value.name}=1x{own}"
 
 
 def shape_of(value: ir.Value) -> tuple[int | str, ...]:
@@ -196,7 +198,7 @@ def write_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOV
     except onnx.checker.ValidationError as error:
         path.unlink()
         raise ResvitError(
-            f"The exported ONNX is not valid: {str(error).splitlines()[0]}",
+            f"The exported ONNX is not valid: {first_line(error)}",
             "This is a fault of the export; please report it with the model's name.",
             ExitCode.BUG,
         ) from error

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resvit_engines.errors import ResvitError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DEVICE = "Jetson AGX Orin with TensorRT 11.4.1 (JetPack 7.2)"
+DEVICE = "Jetson AGX Orin with TensorRT 11.4.1 (JetPack 7.2.2 or later)"
 _SIZE_MOST = 8192
 _LOADABLES_MOST = 16
 _NO_LAYER = frozenset({"Constant", "Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear"})
@@ -97,6 +99,8 @@ def dla_fit_of(path: Path) -> DlaFit:
     from resvit_quantize.graph.analysis import HybridPart, analyse
     from resvit_quantize.graph.quantised_edges import quantised_graph_from_onnx
 
+    if not path.exists():
+        raise ResvitError(f"There is no file {path}.", "Check the path.")
     model = quantised_graph_from_onnx(path, 1).model
     analysis = analyse(model)
     layers: list[tuple[ir.Node, DlaLayer]] = []

@@ -140,7 +140,7 @@ def finished(pipeline: Pipeline) -> Pipeline:
     """
     from resvit_export.tune import settled
 
-    with pipeline.run.folder.looking_only():
+    with pipeline.run.folder.looking_back():
         with contextlib.suppress(NotFinishedError):
             pipeline = settled(pipeline)
         pipeline.calibrated, pipeline.quantized  # noqa: B018
@@ -191,7 +191,7 @@ def _engine(pipeline: Pipeline, model: File, settings: BuildSettings) -> Runner:
 def _engine_of_run(pipeline: Pipeline) -> Runner | None:
     """The engine that the run compiled, where it did."""
     try:
-        with pipeline.run.folder.looking_only():
+        with pipeline.run.folder.looking_back():
             compiled = pipeline.compiled
     except ResvitError:
         return None
@@ -229,7 +229,7 @@ def _require_alike(runners: Mapping[str, Runner]) -> None:
 
 def _golden(pipeline: Pipeline) -> tuple[Array, Array, Arrays] | None:
     try:
-        with pipeline.run.folder.looking_only():
+        with pipeline.run.folder.looking_back():
             scored = shipped_in(pipeline.answered)
     except NotFinishedError:
         return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
 
 if TYPE_CHECKING:
     from resvit_engines.bundle.reader import OpenBundle
@@ -165,7 +165,7 @@ def _signer_of(bundle: OpenBundle, name: str, trust: Path | None) -> tuple[Publi
 
 def damaged(path: Path, what: str, why: object) -> ResvitError:
     """Say that a file looks like ``what`` and cannot be read as one."""
-    first = (str(why).strip() or type(why).__name__).splitlines()[0][:200]
+    first = first_line(why)
     return ResvitError(
         f"{path} cannot be read as {what} ({path.stat().st_size:,} bytes): {first}",
         "The file is truncated, damaged or of another kind; copy it again or write it anew.",

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, first_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -61,7 +61,7 @@ def _guarded(look: Callable[[], Iterator[Check]]) -> list[Check]:
         found.extend(look())
     except Exception as error:  # noqa: BLE001  (a broken package may raise anything; the other checks still count)
         name = look.__name__.strip("_").replace("_", " ")
-        found.append(Check(name, "fail", f"{type(error).__name__}: {_first_line(error)}", f"Reinstall: {_INSTALL}"))
+        found.append(Check(name, "fail", f"{type(error).__name__}: {first_line(error)}", f"Reinstall: {_INSTALL}"))
     return found
 
 
@@ -218,7 +218,7 @@ def _gpu() -> Iterator[Check]:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except (subprocess.TimeoutExpired, OSError) as error:
-        yield Check(name, "warn", f"nvidia-smi does not answer: {_first_line(error)}", "Check the NVIDIA driver.")
+        yield Check(name, "warn", f"nvidia-smi does not answer: {first_line(error)}", "Check the NVIDIA driver.")
         return
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode or not lines:
@@ -291,7 +291,3 @@ def _numbers(version: str) -> tuple[int, int]:
 
     parsed = Version(version)
     return parsed.major, parsed.minor
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

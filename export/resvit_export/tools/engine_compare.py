@@ -16,7 +16,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.outside import leads_to_folder
 from resvit_engines.progress import SILENT
 from resvit_engines.records import Record
-from resvit_export.run_folder import RunFolder
+from resvit_export.run_folder import NotFinishedError, RunFolder
 from resvit_export.stages.audit import KERNELS, is_predicted
 
 if TYPE_CHECKING:
@@ -61,9 +61,14 @@ def _of_run(folder: Path, target: str | None, *, half: bool) -> ListedEngine:
             names = ", ".join(str(one.recipe.target) for one in runs)
             raise ResvitError(f"{folder} was not built for {target}.", f"It was for {names}.")
         chosen[0].require_target()
-        pipeline = finished(Pipeline(chosen[0]))
-        with run_folder.looking_only():
-            return _listed(pipeline, f"{folder.name}{FP16 if half else ''}", half=half)
+        try:
+            pipeline = finished(Pipeline(chosen[0]))
+            with run_folder.looking_back():
+                return _listed(pipeline, f"{folder.name}{FP16 if half else ''}", half=half)
+        except NotFinishedError as error:
+            raise ResvitError(
+                f"{folder} is not finished: {error.problem}", f"Run: resvit-export build --run {folder}"
+            ) from error
 
 
 def _listed(pipeline: Pipeline, name: str, *, half: bool) -> ListedEngine:

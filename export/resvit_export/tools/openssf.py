@@ -6,6 +6,7 @@ envelope, in a Sigstore bundle. Devices do not read it; it is for a policy that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from resvit_engines.errors import ExitCode, ResvitError
@@ -15,8 +16,8 @@ from resvit_engines.outside import read_outside
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 
-def sign_as_openssf(bundle: Path, key: Path) -> Path:
-    """Sign the file ``bundle`` with the private EC key in the PEM file ``key``; returns ``BUNDLE.sig``, written anew.
+def load_openssf_signer(key: Path) -> Callable[[Path], Path]:
+    """Take the private EC key in a PEM file; returns what signs a bundle and writes ``BUNDLE.sig`` anew.
 
     Raises:
         ResvitError: MISSING without the library; INPUT for a key that is none of P-256, P-384 or P-521 or has a
@@ -31,10 +32,15 @@ def sign_as_openssf(bundle: Path, key: Path) -> Path:
             ExitCode.MISSING,
         ) from error
     _require_key(key)
-    out = bundle.with_name(f"{bundle.name}.sig")
-    with atomic_file(out) as partial:
-        signing.Config().use_elliptic_key_signer(private_key=key).sign(bundle.resolve(), partial)
-    return out
+    config = signing.Config().use_elliptic_key_signer(private_key=key)
+
+    def sign(bundle: Path) -> Path:
+        out = bundle.with_name(f"{bundle.name}.sig")
+        with atomic_file(out) as partial:
+            config.sign(bundle.resolve(), partial)
+        return out
+
+    return sign
 
 
 def _require_key(path: Path) -> None:

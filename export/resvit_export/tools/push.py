@@ -10,6 +10,9 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_export.run_folder import NotFinishedError, RunFolder
 
+_RECIPE = "recipe.toml"
+_NAMED = 5
+
 
 def bundles_in(sources: Sequence[Path], reporter: Reporter) -> list[Path]:
     """The bundles of run folders, one for each of a run's targets, and bundles themselves; does no stage.
@@ -23,7 +26,7 @@ def bundles_in(sources: Sequence[Path], reporter: Reporter) -> list[Path]:
 def _bundles_of(source: Path, reporter: Reporter) -> list[Path]:
     if not source.is_dir():
         return [source]
-    if (source / "recipe.toml").is_file():
+    if (source / _RECIPE).is_file():
         return _of_run(source, reporter)
     found = sorted(source.glob("*.resvit"))
     if not found:
@@ -35,19 +38,33 @@ def _bundles_of(source: Path, reporter: Reporter) -> list[Path]:
 
 
 def _of_run(folder: Path, reporter: Reporter) -> list[Path]:
-    """As the run's recipe says now: bundles of other settings that lie in its folder are not those."""
+    """As the run's recipe says now: bundles of other settings that lie in its folder are not those.
+
+    Where the model is not here to ask, nothing tells which these are, and the user has to name them.
+    """
     from resvit_export.pipeline import Pipeline
     from resvit_export.recipe.file import recipe_from_toml
     from resvit_export.run import runs_for
     from resvit_export.tune import settled
 
-    recipe = recipe_from_toml(folder / "recipe.toml")
+    recipe = recipe_from_toml(folder / _RECIPE)
     run_folder = RunFolder(folder, reporter)
     bundles = []
-    with run_folder.locked(), run_folder.looking_only():
-        for run in runs_for(recipe, run_folder, reporter):
-            pipeline = Pipeline(run)
-            with contextlib.suppress(NotFinishedError):
-                pipeline = settled(pipeline)
-            bundles.append(pipeline.bundled.bundle.path)
+    with run_folder.locked(), run_folder.looking_back():
+        try:
+            for run in runs_for(recipe, run_folder, reporter):
+                pipeline = Pipeline(run)
+                with contextlib.suppress(NotFinishedError):
+                    pipeline = settled(pipeline)
+                bundles.append(pipeline.bundled.bundle.path)
+        except NotFinishedError:
+            raise
+        except ResvitError as error:
+            there = [str(path) for path in sorted(folder.glob("bundle-*/*.resvit"))]
+            if not there:
+                raise
+            raise ResvitError(
+                f"Which bundles of {folder} are those of its recipe cannot be told here: {error.problem}",
+                f"Go to where it was built, or give the .resvit files: {', '.join(there[:_NAMED])}.",
+            ) from error
     return bundles

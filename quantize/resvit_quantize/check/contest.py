@@ -47,7 +47,7 @@ class Fold:
 class _Way:
     settings: QuantizeSettings
     answers: list[Answers]
-    """By fold."""
+    """By fold; none of what is not judged."""
     against: str
     """What it is told to gain over."""
     seen: dict[bool, Errors] = field(default_factory=dict)
@@ -80,6 +80,12 @@ class Contest:
                 answers.append(fold.judge.answers(built.network))
             self._ways[name] = _Way(settings, answers, against)
 
+    def enter_built(self, name: str, built: Built, against: str, *, judged: bool = True) -> None:
+        """Enter what was built elsewhere from this network and all ranges; only of one fold it is ``judged``."""
+        self._built[name] = built
+        answers = [self.folds[0].judge.answers(built.network)] if judged else []
+        self._ways[name] = _Way(built.settings, answers, against)
+
     def settings(self, name: str) -> QuantizeSettings:
         """Those of a way."""
         return self._ways[name].settings
@@ -105,6 +111,12 @@ class Contest:
                 answers.close()
             self._built.pop(name, None)
 
+    def close_all_but(self, name: str) -> None:
+        """Let the sessions of all other ways go that were asked; their errors stay."""
+        for way in (way for other, way in self._ways.items() if other != name and way.seen):
+            for answers in way.answers:
+                answers.close()
+
     def winner(self) -> str:
         """The way that none beats that saw all images: ours where it is as good, by the noise of these images."""
         return best_of({name: way.seen[False] for name, way in self._ways.items() if False in way.seen}, OURS)
@@ -113,6 +125,8 @@ class Contest:
         """What was compared, in its order; what was dropped at the first look with what it showed there."""
         rows = []
         for name, way in self._ways.items():
+            if not way.answers:
+                continue
             first = False not in way.seen
             errors = self.errors(name, first=first)
             gained = None if name == way.against else self.gain(name, way.against, first=first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from resvit_calibrate.runtime.runner import OnnxRunner, onnx_runner, pieces
-from resvit_calibrate.runtime.sessions import Array, Arrays, run_session
+from resvit_calibrate.answers.apart import Shared, shared_of
+from resvit_calibrate.runtime.runner import OnnxRunner, onnx_runner
+from resvit_calibrate.runtime.sessions import Array, Arrays
 from resvit_engines.rows import paired_rows
 
 FEWEST = 4
@@ -36,7 +38,7 @@ class Errors:
     noise: Array
     """float64 [N, outputs]: squared error."""
     signal: Array
-    """float64 [N, outputs]: the float outputs' squares."""
+    """float64 [N, outputs]: the squares of what the float outputs differ by from those of the first images."""
     alike: Array | None
     """float64 [N]: the share of positions at which the arg-max is the float network's; None without classes."""
 
@@ -126,16 +128,68 @@ def best_of(ways: Mapping[str, Errors], standing: str) -> str:
     return name
 
 
+@dataclass(eq=False)
+class _Session:
+    network: ir.Model
+    users: int = 0
+    runner: OnnxRunner | None = None
+
+
+class Sessions:
+    """Sessions of quantised networks, whose weights beside the file lie in ``folder``.
+
+    ``one`` keeps a single one open: a session takes several times the bytes of its weights.
+    """
+
+    def __init__(self, folder: Path, *, one: bool = False) -> None:
+        self.folder, self.one = folder, one
+        self._known: list[_Session] = []
+
+    def take(self, network: ir.Model) -> _Session:
+        """That of a network; one that differs from another in the scales of activations alone shares its session.
+
+        Raises :class:`ResvitError` for what does not load.
+        """
+        found = next((known for known in self._known if same_graph(known.network, network)), None)
+        if found is None:
+            found = _Session(network)
+            self.runner(found)
+            self._known.append(found)
+        found.users += 1
+        return found
+
+    def runner(self, session: _Session) -> OnnxRunner:
+        """What asks it; opened, where another took its place."""
+        if session.runner is None:
+            for other in self._known if self.one else ():
+                other.runner = None
+            proto = ir.serde.serialize_model(session.network)
+            # A constant that is an input as well can be fed.
+            for name in _scales(session.network):
+                proto.graph.input.append(ir.serde.serialize_value(session.network.graph.initializers[name]))
+            session.runner = onnx_runner(proto.SerializeToString(), folder=self.folder)
+        return session.runner
+
+    def leave(self, session: _Session) -> None:
+        """Let it go, where nobody else asks it."""
+        session.users -= 1
+        if not session.users:
+            session.runner = None
+            self._known.remove(session)
+
+
 class Judge:
     """The float network's answers to a few images, asked for as they are needed."""
 
-    def __init__(self, model: Path, batches: Sequence[Arrays], *, sets: bool = False) -> None:
+    def __init__(
+        self, model: Path, batches: Sequence[Arrays], *, sets: bool = False, sessions: Sessions | None = None
+    ) -> None:
         """Judge by the float ONNX ``model`` on one batch or more.
 
         ``sets`` says that rows of outputs may change places. Where outputs do not tell the images of a batch apart,
-        each is asked for alone.
+        each is asked for alone. ``sessions`` may be shared with others.
         """
-        self.sets, self.folder = sets, model.parent
+        self.sets, self.sessions = sets, sessions or Sessions(model.parent)
         runner = dataclasses.replace(onnx_runner(model), frugal=True)
         self.batches = cut(batches, max(FEWEST, runner.batch or 1))
         self._expected = [runner(self.batches[0])]
@@ -143,7 +197,8 @@ class Judge:
             self.batches = cut(batches, 1)
             self._expected = [runner(self.batches[0])]
         self._float: OnnxRunner | None = runner
-        self._open: list[tuple[ir.Model, OnnxRunner]] = []
+        if self.sessions.one:
+            self.expected(len(self.batches) - 1)
 
     def expected(self, at: int) -> Arrays:
         """The answers to batch ``at``, once all before it are there."""
@@ -155,26 +210,33 @@ class Judge:
         return self._expected[at]
 
     def answers(self, network: ir.Model) -> Answers:
-        """Open ``network`` to be asked; one that differs from another in the scales of activations shares its session.
+        """Open ``network`` to be asked; raises :class:`ResvitError` for what does not load."""
+        constants = {name: _array(network.graph.initializers[name]) for name in _scales(network)}
+        return Answers(self, self.sessions.take(network), constants)
 
-        Raises :class:`ResvitError` for what does not load.
-        """
-        scales = _scales(network)
-        for other, runner in self._open:
-            if same_graph(other, network):
-                return Answers(self, runner, {name: _array(network.graph.initializers[name]) for name in scales})
-        proto = ir.serde.serialize_model(network)
-        # A constant that is an input as well can be fed.
-        for name in scales:
-            proto.graph.input.append(ir.serde.serialize_value(network.graph.initializers[name]))
-        # Weights beside the file lie there still.
-        runner = onnx_runner(proto.SerializeToString(), folder=self.folder)
-        self._open.append((network, runner))
-        return Answers(self, runner, {name: _array(network.graph.initializers[name]) for name in scales})
+    @functools.cached_property
+    def _shared(self) -> tuple[list[int], dict[str, Shared]]:
+        """How many images each of the first batches has, and what these share of each output."""
+        first = self.expected(0)
+        apart = self._apart(self.batches[0], first)
+        sizes: list[int] = []
+        while len(sizes) < len(self.batches) and sum(sizes) < FEWEST:
+            sizes.append(len(next(iter(self.batches[len(sizes)].values()))) if apart else 1)
+        shared = {}
+        for name in _floats(first):
+            parts = [_rows(self.expected(at)[name], rows) for at, rows in enumerate(sizes)]
+            if len({part.shape[1] for part in parts}) == 1:
+                shared[name] = shared_of(np.concatenate(parts))
+        return sizes, shared
 
-    def close(self, runner: OnnxRunner) -> None:
-        """Let a session go."""
-        self._open = [item for item in self._open if item[1] is not runner]
+    def _signal(self, at: int, name: str, true: Array) -> Array:
+        """The signal energy [N] of the images of batch ``at`` in one output."""
+        sizes, shared = self._shared
+        if name not in shared:
+            return np.asarray(np.square(true).sum(1))
+        start = sum(sizes[:at])
+        members = shared[name].members[start : start + sizes[at]] if at < len(sizes) else None
+        return shared[name].signal(true, members)
 
     def against(self, at: int, found: Arrays) -> Errors:
         """The errors of answers to batch ``at``."""
@@ -185,7 +247,7 @@ class Judge:
         with np.errstate(over="ignore", invalid="ignore"):
             pairs = [(_rows(expected[n], rows), _rows(answer[n], rows)) for n in names]
             noise = np.stack([np.square(true - own).sum(1) for true, own in pairs], 1)
-            signal = np.stack([np.square(true).sum(1) for true, _ in pairs], 1)
+            signal = np.stack([self._signal(at, n, true) for n, (true, _) in zip(names, pairs, strict=True)], 1)
         shares = list(_alike(expected, answer, names, rows))
         return Errors(noise, signal, np.mean(shares, axis=0) if shares else None)
 
@@ -197,9 +259,9 @@ class Judge:
 class Answers:
     """What one quantised network answers, asked of more images as they are wanted."""
 
-    def __init__(self, judge: Judge, runner: OnnxRunner, constants: Arrays) -> None:
+    def __init__(self, judge: Judge, session: _Session, constants: Arrays) -> None:
         self._judge, self._constants = judge, constants
-        self._runner: OnnxRunner | None = runner
+        self._session: _Session | None = session
         self._known: list[Errors] = []
 
     def errors(self, batches: int) -> list[Errors]:
@@ -210,23 +272,14 @@ class Answers:
 
     def close(self) -> None:
         """Let the session go; errors that are known stay."""
-        if self._runner is not None:
-            self._judge.close(self._runner)
-            self._runner = None
+        if self._session is not None:
+            self._judge.sessions.leave(self._session)
+            self._session = None
 
     def _ask(self, batch: Arrays) -> Arrays:
-        runner = self._runner
-        assert runner is not None
-        feeds = {n: np.ascontiguousarray(batch[n], dtype=d) if d else batch[n] for n, d in runner.dtypes.items()}
-        images = len(next(iter(feeds.values())))
-        parts: list[Arrays] = []
-        for piece, size in pieces(feeds, runner.batch or images):
-            values = run_session(runner.session, list(runner.outputs), {**piece, **self._constants}, frugal=True)
-            padded = size < len(next(iter(piece.values())))
-            parts.append({n: v[:size] if padded and v.ndim else v for n, v in zip(runner.outputs, values, strict=True)})
-        if len(parts) == 1:
-            return parts[0]
-        return {n: np.concatenate([part[n] for part in parts]) if parts[0][n].ndim else parts[0][n] for n in parts[0]}
+        assert self._session is not None
+        runner = self._judge.sessions.runner(self._session)
+        return dataclasses.replace(runner, frugal=True, constants=self._constants)(batch)
 
 
 def cut(batches: Sequence[Arrays], most: int) -> list[Arrays]:

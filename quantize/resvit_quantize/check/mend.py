@@ -8,10 +8,10 @@ make more noise than all others together, and what hurts there says little of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.images.image_set import ImageSource
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_engines.errors import ResvitError
 from resvit_quantize.graph.analysed import AnalysedGraph
@@ -40,7 +40,7 @@ def layers_out_of_line(
     graph: AnalysedGraph,
     ranges: Ranges,
     settings: QuantizeSettings,
-    images: Callable[[int], Iterable[Batch]],
+    images: ImageSource,
 ) -> tuple[dict[float, tuple[MendedLayer, ...]], str]:
     """By the bound, the layers that save most noise for their arithmetic within it; empty, and why, where none does.
 

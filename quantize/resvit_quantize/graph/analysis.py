@@ -78,6 +78,11 @@ class Analysis:
     data: frozenset[ir.Value] = field(repr=False)
     """Values that depend on a graph input's content."""
 
+    @property
+    def weighted_macs(self) -> int:
+        """Multiply-accumulates of all products by weights, for one image."""
+        return sum(product.macs for product in self.products if product.weight is not None)
+
 
 def analyse(model: ir.Model) -> Analysis:
     """Find the products of a float graph, their parts, and their multiply-accumulates for one image of usual size.

@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from resvit_engines.files import atomic_file, sha256_file
 
-EXTERNAL_ABOVE = int(1.8e9)
-"""Bytes of weights above which they go into a second file: protobuf ends at 2 GiB."""
+EXTERNAL_ABOVE = 512 << 20
+"""Bytes of weights above which they go into a second file. Protobuf ends at 2 GiB, and whoever reads or writes a model
+in one file holds several copies of it; what lies beside is read by page."""
 _SMALL = 256
 """Bytes of what stays in the model: shapes and other constants, where shape inference can read them."""
 _DIGEST = "weights_sha256"

@@ -38,6 +38,10 @@ _COMMUTING = frozenset({"MaxPool", "Pad", "Transpose"})
 """They move elements only, in 8 bits as well."""
 _COPIES = frozenset({"Cast", "Transpose"})
 """Views inside the network, where the kernels beside them read and write what they make; kernels at its borders."""
+_NORMALISING = frozenset({"Add", "Sub", "Mul", "Div"})
+"""With a constant they make an image of pixels."""
+_WHOLE = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _MOST_BEHIND = 24
 """Pointwise nodes that one kernel is followed through before it is given up that they close."""
 
@@ -81,7 +85,7 @@ class _Grouping:
         """Of each root: weighted layers before it, and its place in the graph."""
 
     def layers(self) -> tuple[LayerWork, ...]:
-        """All layers in the order of the graph, those that copy the inputs first."""
+        """All layers in the order of the graph, between those that convert the inputs and the outputs."""
         for node in self.model.graph:
             for value in node.outputs:
                 viewed = node.inputs[0] if self._is_view(node) and node.inputs else None
@@ -96,7 +100,7 @@ class _Grouping:
             self.fused.append(layer)
             self._absorb(layer)
         inputs = [self._input(v) for v in self.model.graph.inputs if v in self.analysis.data]
-        return (*inputs, *(self._work(layer) for layer in self.fused))
+        return (*inputs, *(self._work(layer) for layer in self.fused), *self._outputs())
 
     def _layer(self, node: ir.Node, block: AttentionBlock | None) -> _Layer:
         if block is not None:
@@ -106,9 +110,16 @@ class _Grouping:
         return _Layer(self._kind(node), node, node.outputs[0], [node], [product] if product else [])
 
     def _is_view(self, node: ir.Node) -> bool:
-        """Whether a node costs nothing. Where formats are known, what converts or moves inputs or outputs costs."""
-        if self.edges is None or node.op_type not in _COPIES or not is_view(node):
+        """Whether a node costs nothing.
+
+        What makes floats of an input in whole numbers costs and, where formats are known, all that converts or moves
+        inputs or outputs.
+        """
+        if node.op_type not in _COPIES or not is_view(node):
             return is_view(node)
+        if self.edges is None:
+            whole = (given := node.inputs[0]) is not None and given.dtype not in _FLOATS
+            return not (whole and node.op_type == "Cast" and self._is_given(given))
         if node.op_type == "Transpose":
             return not self._is_given(node.inputs[0])
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -122,8 +133,13 @@ class _Grouping:
         return value is not None and value.producer() is None and value in self.analysis.data
 
     def _is_image(self, value: ir.Value | None) -> bool:
-        """Whether a value is the network's image, moved or converted at most."""
-        if value is None or not self._is_given(value):
+        """Whether a value is the network's image: moved, converted or normalised at most."""
+        if value is None:
+            return False
+        given = value
+        while (node := given.producer()) is not None and node.op_type in _NORMALISING and len(self._reads(node)) == 1:
+            given = self._reads(node)[0]
+        if not self._is_given(given):
             return False
         shape = self.shapes.get(str(value.name), ())
         return len(shape) == 4 and (shape[1] <= IMAGE_CHANNELS or shape[3] <= IMAGE_CHANNELS < min(shape[1:3]))
@@ -274,12 +290,14 @@ class _Grouping:
             floats=floats,
             image=self._is_image(layer.out),
             commutes=layer.anchor.op_type in _COMMUTING and len(layer.nodes) == 1,
-            copies=self.edges is not None and layer.anchor.op_type in _COPIES,
+            copies=self.edges is not None and layer.anchor.op_type in _COPIES and len(layer.nodes) == 1,
             pools=layer.pools,
         )
 
     def _floats(self, value: ir.Value) -> Format:
-        """What a float is in a tensor. Of a graph whose precisions are still to be chosen all are FP16 in the end."""
+        """What a number is in a tensor. Where precisions are still to be chosen, floats are FP16 in the end."""
+        if value.dtype in _WHOLE and value.producer() is None:
+            return Format.INT8
         return Format.FP32 if self.edges is not None and value.dtype is ir.DataType.FLOAT else Format.FP16
 
     def _boundary(self, layer: _Layer) -> Iterable[Read]:
@@ -309,6 +327,8 @@ class _Grouping:
             elements = min(elements, out * self.shapes[str(layer.anchor.inputs[1].name)][1])
         if edge is not None:
             return Read(str(source.name), elements, form=edge.form, scale=edge.scale)
+        if (form := self._floats(source)) is Format.INT8:
+            return Read(str(source.name), elements, form=form)
         return Read(str(source.name), elements, follows and self.edges is None)
 
     def _quantised_operand(self, layer: _Layer, node: ir.Node) -> bool:
@@ -324,12 +344,12 @@ class _Grouping:
         return [v for v, root in zip(operands, roots, strict=True) if root is not v and roots.count(root) > 1]
 
     def _input(self, value: ir.Value) -> LayerWork:
-        """The kernel that casts an FP32 input; two elements of FP16 stand for one of FP32.
+        """The kernel that casts an FP32 input; inputs of other types are read as they are.
 
         Where formats are known, a Cast of the graph's own does that, or the kernel that quantises.
         """
         size = self._elements(value)
-        if self.edges is not None:
+        if self.edges is not None or value.dtype is not ir.DataType.FLOAT:
             return LayerWork(
                 str(value.name), LayerKind.INPUT, (), str(value.name), size, kernels=0,
                 floats=self._floats(value), image=self._is_image(value),
@@ -337,12 +357,29 @@ class _Grouping:
         return LayerWork(
             f"{value.name} (cast)",
             LayerKind.POINTWISE,
-            (Read(f"{value.name} (FP32)", 2 * size),),
+            (Read(f"{value.name} (FP32)", size, form=Format.FP32),),
             str(value.name),
             size,
             image=self._is_image(value),
             copies=True,
         )
+
+    def _outputs(self) -> Iterable[LayerWork]:
+        """The kernels that cast to FP32 outputs. Where formats are known, a Cast of the graph's own does that."""
+        found = dict.fromkeys(self.model.graph.outputs) if self.edges is None else {}
+        for value in found:
+            root = self._root(value)
+            if value.dtype is ir.DataType.FLOAT and root.producer() is not None and value in self.analysis.data:
+                size = self._elements(value)
+                yield LayerWork(
+                    f"{value.name} (cast)",
+                    LayerKind.POINTWISE,
+                    (Read(str(root.name), size),),
+                    f"{value.name} (FP32)",
+                    size,
+                    floats=Format.FP32,
+                    copies=True,
+                )
 
     def _elements(self, value: ir.Value) -> int:
         shape = self.shapes.get(str(value.name))

@@ -5,7 +5,7 @@ TensorRT reads Q/DQ that way: the pairs are no work of their own, but say in whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,12 +97,16 @@ def _infer(model: ir.Model) -> None:
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
 
 
-def quantised_graph_from_onnx(path: Path, batch: int = 1) -> QuantisedGraph:
+def quantised_graph_from_onnx(
+    path: Path, batch: int = 1, change: Callable[[ir.Model], object] | None = None
+) -> QuantisedGraph:
     """Read a model with Q/DQ, or without: one of several image sizes as it is at the usual one, for ``batch`` images.
 
-    Raises ``ResvitError`` where the file cannot be read.
+    ``change`` is done to the model as it was read, in place. Raises ``ResvitError`` where the file cannot be read.
     """
     model = named_model(path)
+    if change is not None:
+        change(model)
     if (sizes := sizes_of_graph(model)) is not None:  # while the Q/DQ say where types change: without, nothing is told
         model = at_size(model, sizes.usual, batch)
     return quantised_edges(model)

@@ -7,7 +7,8 @@ What it makes of Q/DQ its optimiser decides node by node (``qdq_selector_action_
 - An addition becomes ``QLinearAdd`` where both sides and what it writes are 8 bits.
 - A MatMul needs 8 bits on what it reads alone: ``MatMulIntegerToFloat`` writes FP32, which a LayerNorm, GELU or softmax
   behind it wants anyway.
-- Poolings and operators that only move elements run on bytes, where they read and write the same grid.
+- Operators that only move elements run on bytes, where they read and write the same grid. A MaxPool would too, and take
+  thirteen times as long as in FP32 (64x112x112, 3x3: 6.8 ms against 0.5): it gets two grids, a hair apart.
 
 So Q/DQ go around whole chains of convolutions and their residual additions, and in transformer blocks only in front of
 the linear layers.

@@ -26,6 +26,8 @@ from resvit_quantize.settings import QuantizeSettings
 
 _SMALL = 16
 _FP8_FILTER = 32
+_LARGE_HEAD = 0.05
+"""Share of the multiply-accumulates from which a head is said to cost something."""
 _NORM_PARTS = frozenset({"GroupNormalization", "InstanceNormalization", "BatchNormalization", "Reshape", "Mul", "Add"})
 
 
@@ -111,6 +113,7 @@ def place(
     reasons: dict[str, str] = {}
     chosen: dict[ir.Node, Precision] = {}
     positions = position_products(analysis)
+    total = analysis.weighted_macs
     for product in analysis.products:
         node = product.node
         own = (precisions or {}).get(product.name)
@@ -119,7 +122,7 @@ def place(
         if why_not is None and node in refused:
             why_not = "excluded by the recipe"
         if why_not is None and node not in wanted and own is None:
-            why_not = _unwise(product, precision) or positions.get(node)
+            why_not = _unwise(product, precision, total) or positions.get(node)
         if not used.quantises:
             why_not = "chosen by the search" if own else f"{used.value.upper()} was asked for"
         if why_not is not None:
@@ -163,17 +166,25 @@ def _impossible(product: Product) -> str | None:
     return "no input" if node.inputs[0] is None else None
 
 
-def _unwise(product: Product, precision: Precision) -> str | None:
-    """Why a product is better left in FP16."""
+def _unwise(product: Product, precision: Precision, total: int) -> str | None:
+    """Why a product is better left in FP16; ``total`` is the multiply-accumulates of all products by weights."""
+    if product.part is HybridPart.HEAD:
+        share = product.macs / total if total else 0.0
+        if share < _LARGE_HEAD:
+            return "the head costs nothing in FP16 and often hurts in 8 bits"
+        return f"the head often hurts in 8 bits; {head_cost(product, total)} (--include puts it there)"
+    if product.rows == 1:  # the gate of a squeeze-and-excitation block above all: all channels of a map hang on it
+        return "matrix-vector product: bound by memory, not by arithmetic"
+    return _without_kernel(product, precision)
+
+
+def _without_kernel(product: Product, precision: Precision) -> str | None:
+    """Why no 8-bit kernel is fast at a product, None where one is."""
     weight = constant(product.weight)
     assert weight is not None
     node = product.node
-    if product.part is HybridPart.HEAD:
-        return "the head costs nothing in FP16 and often hurts in 8 bits"
-    if product.rows == 1:  # the gate of a squeeze-and-excitation block above all: all channels of a map hang on it
-        return "matrix-vector product: bound by memory, not by arithmetic"
     if node.op_type in ("MatMul", "Gemm"):
-        small = min([*weight.shape, *([product.rows] if product.rows else [])])
+        small = min([*weight.shape, *([product.rows] if (product.rows or 1) > 1 else [])])
         return f"a dimension of {small} is under {_SMALL}" if small < _SMALL else None
     if precision is not Precision.FP8:
         return None
@@ -184,6 +195,30 @@ def _unwise(product: Product, precision: Precision) -> str | None:
         return f"FP8 convolution of {channels} channels, which has no fast kernel"
     taps = math.prod(weight.shape[2:])
     return f"FP8 convolution with a filter of {taps} taps has no kernel" if taps > _FP8_FILTER else None
+
+
+def head_cost(product: Product, total: int) -> str:
+    """What a head takes in FP16, of ``total`` multiply-accumulates and in weights."""
+    weight = constant(product.weight)
+    assert weight is not None
+    share = product.macs / total if total else 0.0
+    macs, mib = f"{share:.1%} of the multiply-accumulates", weight.size / (1 << 20)
+    return f"in FP16 it takes {macs} and {2 * mib:.1f} MiB of weights, {mib:.1f} in 8 bits"
+
+
+def large_heads(analysis: Analysis, precision: Precision) -> tuple[Product, ...]:
+    """The heads that cost something in FP16 and can be computed in ``precision``; those that write places are none."""
+    total = analysis.weighted_macs
+    positions = position_products(analysis)
+    return tuple(
+        product
+        for product in analysis.products
+        if product.part is HybridPart.HEAD
+        and product.macs >= _LARGE_HEAD * max(total, 1)
+        and product.node not in positions
+        and _impossible(product) is None
+        and _without_kernel(product, precision) is None
+    )
 
 
 def channel_axis(node: ir.Node) -> int:

@@ -8,9 +8,9 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from resvit_engines.errors import ResvitError
+from resvit_quantize.pruning.answers import tensors_in
 from resvit_quantize.pruning.copies import forgetting
 
 Outputs: TypeAlias = "list[Tensor]"
@@ -20,8 +20,8 @@ Outputs: TypeAlias = "list[Tensor]"
 def answers(module: nn.Module, images: Tensor) -> Outputs:
     """Run ``module`` on images [B, C, H, W]."""
     with forgetting(module):
-        leaves = pytree.tree_leaves(module(images))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        found = tensors_in(module(images))
+    return [tensor for tensor in found if tensor.is_floating_point()]
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Outputs:

@@ -12,8 +12,10 @@ from resvit_engines.targets.table import Precision
 from resvit_quantize.placement.placement import edge_key
 from resvit_quantize.qdq.plan import Plan
 
-_POOLS = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Resize", "Pad"})
+_MOVES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Resize", "Pad"})
 """Operators that ONNX Runtime runs on bytes as they are, where they write on the grid that they read."""
+_APART = 1.0 + 2.0**-12
+"""Between the clips of what a MaxPool reads and writes: small beside a step, and enough that it computes in FP32."""
 
 
 def floors_of(plan: Plan, ranges: Ranges) -> dict[str, float]:
@@ -21,7 +23,7 @@ def floors_of(plan: Plan, ranges: Ranges) -> dict[str, float]:
 
     No lower than the clip reaches on the other side. Where channels were scaled only the sign of the lowest value is
     known, so that the whole clip is taken below zero too. Tensors that only move elements of another one get its clip
-    and its lower end, in place in ``plan.amax`` too.
+    and its lower end, in place in ``plan.amax`` too; so do those of a MaxPool, a hair apart.
     """
     moved = {item.tensor for item in plan.moved}
     floors: dict[str, float] = {}
@@ -41,9 +43,10 @@ def floors_of(plan: Plan, ranges: Ranges) -> dict[str, float]:
             if 0.0 < seen.maximum * reach < clip:
                 plan.amax[key] = seen.maximum * reach
     for node in plan.network.graph:
-        if node.op_type in _POOLS and node.inputs[0] is not None:
+        if node.op_type in (*_MOVES, "MaxPool") and node.inputs[0] is not None:
             source, result = str(node.inputs[0].name), str(node.outputs[0].name)
             if source in floors and result in floors:
                 floors[result] = floors[source]
-                plan.amax[result, Precision.INT8] = plan.amax[source, Precision.INT8]
+                apart = _APART if node.op_type == "MaxPool" else 1.0
+                plan.amax[result, Precision.INT8] = plan.amax[source, Precision.INT8] * apart
     return floors

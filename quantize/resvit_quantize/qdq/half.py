@@ -7,7 +7,7 @@ FP32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ HEADROOM = 2.0
 WEIGHT_ERROR = 1e-3
 """Largest relative L2 error of a weight's FP16 copy; plain rounding gives 2e-4."""
 _FLEXIBLE = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast"})
+_LINEAR = frozenset({"MatMul", "Gemm"})
 _WITH_BIAS = frozenset(
     {"Conv", "ConvTranspose", "Gemm", "LayerNormalization", "GroupNormalization", "InstanceNormalization"}
 )
@@ -71,6 +72,7 @@ class _Conversion:
                 self.half.update(value for value, may in floats if may and is_float(value))
             else:
                 kept.append(KeptFloat(str(node.name), str(reason)))
+        kept += self._joined()
         for node in self.model.graph:
             if not self._flexible(node) or not is_float(node.outputs[0]):
                 continue
@@ -79,6 +81,21 @@ class _Conversion:
             if wanted and (node.op_type == "DequantizeLinear" or cast_fits):
                 self.half.add(node.outputs[0])
         return tuple(kept)
+
+    def _joined(self) -> Iterator[KeptFloat]:
+        """Leave linear layers FP32 that read one 8-bit tensor with one that stays so.
+
+        Builders make one product of them (TensorRT for RTX 1.7 ends in a fault where they write different types).
+        """
+        for dequantize in [node for node in self.model.graph if node.op_type == "DequantizeLinear"]:
+            readers = [use.node for use in dequantize.outputs[0].uses() if use.idx == 0]
+            linear = [node for node in readers if node.op_type in _LINEAR and not node.domain]
+            wide = [str(node.name) for node in linear if node not in self.slots]
+            for node in linear if wide else ():
+                if node in self.slots:
+                    self.half -= set(node.outputs)
+                    del self.slots[node]
+                    yield KeptFloat(str(node.name), f"it is one product with '{wide[0]}', which stays FP32")
 
     def convert(self) -> None:
         """Change types, insert casts where FP16 meets FP32, and copy constants."""

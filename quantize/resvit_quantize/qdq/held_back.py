@@ -20,7 +20,8 @@ class Tried:
     agreement: float | None
     """The share of positions, 0 to 1, at which the outputs' arg-max is the float network's; None without classes."""
     gain_db: float = 0.0
-    """How much better than our methods on the same images; with layers in FP16, than the same without."""
+    """How much better than our methods on the same images; with layers in FP16 or the head in 8 bits, than the same
+    without."""
     noise_db: float = 0.0
     """The standard error of that gain, over images."""
     images: int = 0

@@ -161,7 +161,7 @@ def _spared(analysis: Analysis, settings: QuantizeSettings) -> dict[str, str]:
     What they lose, everything behind them loses; and with few input channels 8-bit kernels win nothing.
     """
     weighted = [product for product in analysis.products if product.weight is not None]
-    total = sum(product.macs for product in weighted)
+    total = analysis.weighted_macs
     found: dict[str, str] = {}
     left = 0
     for product in weighted:

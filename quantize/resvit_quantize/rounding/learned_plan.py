@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from resvit_calibrate.images.image_set import Batch
+from resvit_calibrate.images.image_set import Batch, ImageSource
 from resvit_calibrate.ranges.ranges import Ranges
 from resvit_calibrate.ranges.statistics import Statistics
 from resvit_calibrate.readers.user.loader import in_batches_of
@@ -32,9 +32,6 @@ _MEMORY = 3 << 29
 """Bytes of activations that both networks may keep alive at once: 1.5 GiB."""
 _DYNAMIC_CHUNK = 8
 
-ImageSource = Callable[[int], Iterable[Batch]]
-"""The first so many images, or all if there are fewer, in batches of any size."""
-
 
 def learned_plan(
     graph: AnalysedGraph,
@@ -46,7 +43,8 @@ def learned_plan(
 ) -> tuple[Plan, Compensation]:
     """Spare the layers that hurt most, within 2% of the multiply-accumulates, then round the others one by one.
 
-    Says how long it will take before it starts. Raises :class:`ResvitError` for too few images for one batch of
+    Where ``settings`` leave single layers in FP16 already, no others are spared. Says how long it will take before it
+    starts. Raises :class:`ResvitError` for too few images for one batch of
     the model, and for operators that torch cannot run.
     """
     precision = settings.precision.value
@@ -57,7 +55,7 @@ def learned_plan(
             "There are fewer calibration images than the model's batch.", "Give more --calibration-images."
         )
     reporter.say(_announcement(plan, chunks))
-    if settings.methods.sparing:
+    if settings.methods.sparing and Precision.FP16 not in settings.precisions.values():
         sensitivity = measure_sensitivity(
             graph, ranges, settings, images(_SENSED), reporter, _SENSED, precisions=(precision,), probes=2
         )

@@ -31,7 +31,7 @@ class Region:
 def regions_of(analysis: Analysis, quantised: Collection[str]) -> tuple[Region, ...]:
     """The regions of the products that are ``quantised``, by name; the largest first."""
     weighted = [product for product in analysis.products if product.weight is not None]
-    total = sum(product.macs for product in weighted) or 1
+    total = analysis.weighted_macs or 1
     found: dict[str, list[Product]] = {}
     for product in weighted:
         if product.name in quantised:

@@ -11,7 +11,8 @@ the plain recipe, is the ordinary one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ class Answer:
 
 Accepts = Callable[[Assignment, float], Answer]
 """Asks the gate about an assignment at a confidence."""
+TryAhead = Callable[[Sequence[tuple[Assignment, float]]], None]
+"""Does what it takes to answer several such questions, some of which may never be asked."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,18 @@ def confidence_of_look(confidence: float, look: int) -> float:
     return 1.0 - (1.0 - confidence) * 2.0 ** (1 - look)
 
 
-def search_max_drop(problem: Problem, accepts: Accepts, confidence: float) -> SearchResult:
+def search_max_drop(
+    problem: Problem, accepts: Accepts, confidence: float, try_ahead: TryAhead | None = None, at_once: int = 1
+) -> SearchResult:
     """Find the fastest assignment that the gate accepts, by bisection over the nested assignments.
 
     The plain recipe is asked about first; accepted, it is the result. If no assignment is accepted, all FP16 is the
     result, with the answer that belongs to it.
+
+    ``try_ahead`` gets the next question before it comes, with others that may follow, ``at_once`` together: what is
+    asked, and in which order, is the same without it.
     """
+    ahead: set[str] = set()
     looks: list[Look] = []
 
     def look(assignment: Assignment) -> bool:
@@ -106,6 +115,13 @@ def search_max_drop(problem: Problem, accepts: Accepts, confidence: float) -> Se
     low, high = 0, len(assignments) - 1
     while low <= high:
         middle = (low + high) // 2
+        if try_ahead is not None and assignments[middle].digest not in {plain.digest, *ahead}:
+            trials = [
+                (assignments[place], confidence_of_look(confidence, len(looks) + 1 + later))
+                for place, later in _next_trials(assignments, plain, (low, high), at_once)
+            ]
+            ahead |= {assignment.digest for assignment, _ in trials}
+            try_ahead(trials)
         if assignments[middle].digest != plain.digest and look(assignments[middle]):
             found, high = looks[-1], middle - 1
         else:
@@ -113,6 +129,28 @@ def search_max_drop(problem: Problem, accepts: Accepts, confidence: float) -> Se
     last = found or next(item for item in looks if item.assignment.digest == assignments[-1].digest)
     raised = raised_products(problem, last.assignment, assignments[0])
     return SearchResult(last.assignment, last.confidence, last.answer.accepted, tuple(looks), raised, assignments)
+
+
+def _next_trials(
+    assignments: Sequence[Assignment], plain: Assignment, between: tuple[int, int], count: int
+) -> list[tuple[int, int]]:
+    """The next question of a bisection and those that may follow, by place, with how many are asked before it.
+
+    The nearest first: after each question there are two that may come.
+    """
+    found: list[tuple[int, int]] = []
+    waiting = deque([(*between, 0)])
+    while waiting and len(found) < count:
+        low, high, later = waiting.popleft()
+        if low > high:
+            continue
+        middle = (low + high) // 2
+        if assignments[middle].digest == plain.digest:  # whose answer is known
+            waiting.appendleft((middle + 1, high, later))
+            continue
+        found.append((middle, later))
+        waiting += [(low, middle - 1, later + 1), (middle + 1, high, later + 1)]
+    return found
 
 
 @dataclass(frozen=True)

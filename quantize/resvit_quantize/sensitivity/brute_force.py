@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +12,39 @@ import onnx_ir as ir
 from resvit_calibrate.images.image_set import Batch
 from resvit_calibrate.runtime.runner import OnnxRunner, checked_runner, onnx_runner
 from resvit_engines.errors import ResvitError
-from resvit_engines.progress import SILENT, Reporter
 from resvit_quantize.graph.external import weight_folder
 from resvit_quantize.qdq.insert import insert_qdq
+from resvit_quantize.sensitivity.known_noise import NoiseSource
 from resvit_quantize.sensitivity.products import QuantizableProducts
 
 Outputs = dict[str, npt.NDArray[np.float64]]
 """Float outputs by name, [N, elements], each image's less their mean."""
 
 
+def sources_in(formats: Sequence[QuantizableProducts]) -> list[NoiseSource]:
+    """All that is to be measured, precision by precision: what the rules quantise together, and each layer alone."""
+    return [NoiseSource(each.precision.value, name) for each in formats for name in (None, *each.products)]
+
+
 def measured_noise(
     formats: Sequence[QuantizableProducts],
     bits: int,
     batches: Sequence[Batch],
-    reporter: Reporter = SILENT,
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Noise-to-signal power by precision: of each layer quantised alone, and of all that the rules quantise."""
-    runs = [(each, name) for each in formats for name in each.products]
-    damage: dict[str, dict[str, float]] = {each.precision.value: {} for each in formats}
-    together: dict[str, float] = {}
+    wanted: Iterable[NoiseSource],
+) -> Iterator[tuple[NoiseSource, float]]:
+    """Noise-to-signal power of what is ``wanted``, each with that; the float networks are run when they are needed."""
     references: dict[str, tuple[Outputs, bool]] = {}
-    for each in formats:
-        precision, folder = each.precision.value, weight_folder(each.plan.network)
-        clean = _outputs(onnx_runner(_bytes(each.plan.network), folder=folder), batches)
-        optimize = _survives_optimizing(_quantized(each, each.products, bits), batches, folder)
-        noisy = _outputs(
-            onnx_runner(_quantized(each, sorted(each.chosen), bits), optimize=optimize, folder=folder), batches
-        )
-        references[precision], together[precision] = (clean, optimize), noise_to_signal(clean, noisy)
-    for each, name in reporter.track(runs, "sensitivity (layers)", len(runs)):
-        (clean, optimize), folder = references[each.precision.value], weight_folder(each.plan.network)
-        noisy = _outputs(onnx_runner(_quantized(each, [name], bits), optimize=optimize, folder=folder), batches)
-        damage[each.precision.value][name] = noise_to_signal(clean, noisy)
-    return damage, together
+    by_name = {each.precision.value: each for each in formats}
+    for one in wanted:
+        each = by_name[one.precision]
+        folder = weight_folder(each.plan.network)
+        if one.precision not in references:
+            clean = _outputs(onnx_runner(_bytes(each.plan.network), folder=folder), batches)
+            optimize = _survives_optimizing(_quantized(each, each.products, bits), batches, folder)
+            references[one.precision] = clean, optimize
+        clean, optimize = references[one.precision]
+        model = _quantized(each, sorted(each.chosen) if one.layer is None else [one.layer], bits)
+        yield one, noise_to_signal(clean, _outputs(onnx_runner(model, optimize=optimize, folder=folder), batches))
 
 
 def noise_to_signal(reference: Outputs, candidate: Outputs) -> float:

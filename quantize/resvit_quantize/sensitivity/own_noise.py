@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from resvit_calibrate.answers.apart import by_image, shared_of
 from resvit_calibrate.answers.classes import sqnr
 from resvit_calibrate.runtime.runner import onnx_runner, pieces
 from resvit_calibrate.runtime.sessions import INTERNAL, Arrays, run_session
@@ -93,12 +94,13 @@ class OwnNoise:
 
 
 def own_noise(
-    floating: Path, quantized: Path, precision: Precision, feeds: Arrays, *, sets: bool = False
+    floating: Path, quantized: Path, precision: Precision, feeds: Arrays, *, sets: bool = False, apart: bool = False
 ) -> OwnNoise | None:
     """Measure on ``feeds``, a few images; ``None`` where nothing is quantised.
 
     ``floating`` and ``quantized`` are ONNX files of the same outputs. ``sets`` says that rows of outputs may change
-    places. Raises ``ResvitError`` for files that do not read or run.
+    places; ``apart`` that only what differs between images is signal, as where no metric judges them. Raises
+    ``ResvitError`` for files that do not read or run.
     """
     if precision not in LEAST_NOISE_DB:
         return None
@@ -114,9 +116,9 @@ def own_noise(
     own, errors = _measured(_bytes(network), feeds)
     lost = {name: _decibels(signal, error) for name, (error, signal) in zip(rounded, errors.tolist(), strict=True)}
     lossy = sorted((value, name) for name, value in lost.items() if value < noise_db - _LOSSY_DB)
-    outputs_db, under_noise_db = (
-        _lowest(answers, each, sets) for each in (own, onnx_runner(_bytes(noisy), folder=floating.parent)(feeds))
-    )
+    images = len(next(iter(feeds.values()))) if apart else None
+    disturbed = onnx_runner(_bytes(noisy), folder=floating.parent)(feeds)
+    outputs_db, under_noise_db = (_lowest(answers, each, sets, images) for each in (own, disturbed))
     return OwnNoise(outputs_db, under_noise_db, noise_db, count, tuple((name, value) for value, name in lossy))
 
 
@@ -247,11 +249,25 @@ def _bytes(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
-def _lowest(expected: Arrays, answers: Arrays, sets: bool) -> float:
-    """The lowest SQNR of the float outputs in dB; -infinity where one is not finite."""
+def _lowest(expected: Arrays, answers: Arrays, sets: bool, images: int | None) -> float:
+    """The lowest SQNR of the float outputs in dB; -infinity where one is not finite.
+
+    Of ``images``, where their number is given, the signal is what differs between them.
+    """
     if sets:
         answers = dict(paired_rows(expected, answers))
-    values = [sqnr(value, answers[name]) for name, value in expected.items() if value.dtype.kind == "f"]
+    values = []
+    for name, value in expected.items():
+        if value.dtype.kind != "f":
+            continue
+        rows = None if images is None else by_image(value, images)
+        if rows is None:
+            values.append(sqnr(value, answers[name]))
+            continue
+        shared = shared_of(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            noise = float(np.square(rows - answers[name].reshape(rows.shape)).sum())
+        values.append(_decibels(float(shared.signal(rows, shared.members).sum()), noise))
     return min((-math.inf if math.isnan(value) else value for value in values), default=math.inf)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from resvit_quantize.sensitivity.products import QuantizableProducts, quantizabl
 from resvit_quantize.settings import QuantizeSettings
 
 if TYPE_CHECKING:
+    from resvit_quantize.sensitivity.known_noise import KnownNoise, NoiseSource
     from resvit_quantize.sensitivity.task_loss import TaskLoss
 
 COVERAGE = 0.98
@@ -206,20 +207,59 @@ def brute_force_sensitivity(
     reporter: Reporter = SILENT,
     *,
     precisions: tuple[str, ...] = ("int8", "fp8"),
+    store: KnownNoise | None = None,
 ) -> Sensitivity:
     """Measure all damages: one layer at a time through the Q/DQ pass, the rest in FP32, run by ONNX Runtime.
 
-    Takes as many passes over the images as there are layers and precisions, and works for every operator. The
-    images are kept in memory. Raises :class:`ResvitError` for no images, and outputs that are not finite.
+    Takes as many passes over the images as there are layers and precisions, and works for every operator. What is in
+    the ``store`` is not measured again, and what is measured goes there. The images are kept in memory. Raises
+    :class:`ResvitError` for no images, and outputs that are not finite.
     """
-    from resvit_quantize.sensitivity.brute_force import measured_noise
+    from resvit_quantize.sensitivity.brute_force import measured_noise, sources_in
 
     batches = list(images)
     count = sum(len(batch.images) for batch in batches)
     _require_images(count)
     formats = _formats(graph, ranges, settings, precisions)
-    damage, together = measured_noise(formats, settings.bits, batches, reporter)
+    wanted, known = sources_in(formats), store.read() if store else {}
+    missing = [one for one in wanted if one not in known]
+    found = measured_noise(formats, settings.bits, batches, missing)
+    done = len(wanted) - len(missing)
+    for one, noise in reporter.track(found, "sensitivity (layers)", len(wanted), before=done):
+        known[one] = noise
+        if store is not None:
+            store.write(known)
+    damage: dict[str, dict[str, float]] = {each.precision.value: {} for each in formats}
+    together: dict[str, float] = {}
+    for one in wanted:
+        if one.layer is None:
+            together[one.precision] = known[one]
+        else:
+            damage[one.precision][one.layer] = known[one]
     return _sensitivity(Method.BRUTE_FORCE, settings, count, formats, damage, together)
+
+
+def noise_sources(
+    graph: AnalysedGraph, ranges: Ranges, settings: QuantizeSettings, precisions: tuple[str, ...]
+) -> list[NoiseSource]:
+    """All whose noise ``brute_force_sensitivity`` measures, in its order; raises as that."""
+    from resvit_quantize.sensitivity.brute_force import sources_in
+
+    return sources_in(_formats(graph, ranges, settings, precisions))
+
+
+def noise_of(
+    graph: AnalysedGraph,
+    ranges: Ranges,
+    settings: QuantizeSettings,
+    images: Iterable[Batch],
+    precisions: tuple[str, ...],
+    wanted: Iterable[NoiseSource],
+) -> Iterator[tuple[NoiseSource, float]]:
+    """The noise-to-signal power of some, to the bit as ``brute_force_sensitivity`` measures it; raises as that."""
+    from resvit_quantize.sensitivity.brute_force import measured_noise
+
+    return measured_noise(_formats(graph, ranges, settings, precisions), settings.bits, list(images), wanted)
 
 
 def _formats(

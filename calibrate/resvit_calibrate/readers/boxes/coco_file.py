@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.readers.boxes.table import BoxTable
-from resvit_calibrate.readers.folders import name_inside, printable
+from resvit_calibrate.readers.folders import name_inside, printable, relative_inside
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import read_outside, text_from_outside
@@ -38,13 +38,16 @@ class _Box(NamedTuple):
     category: Any
     bbox: Any
     crowd: Any
+    around: bool = False
+    """Whether the box is that around the outline."""
 
 
 def read_coco(path: Path) -> BoxTable:
     """Read an annotation file.
 
     Numbers may be written as texts, and ``iscrowd`` may be null or missing for 0. A category without annotations that
-    is another's supercategory, as Roboflow writes it, is no class. Boxes are cut at the image's edges where the file
+    is another's supercategory, as Roboflow writes it, is no class. An annotation without ``bbox`` has the box around
+    its outline, and is left out where it has none either. Boxes are cut at the image's edges where the file
     says how large it is; those of which nothing is left, and those for images that the file does not list, are left
     out and counted in ``notes``.
 
@@ -64,7 +67,14 @@ def read_coco(path: Path) -> BoxTable:
     twice = len(names) - len(set(names))
     if twice:
         notes.append(f"{path} lists {twice} files more than once: their boxes are on one entry or the other")
-    image, classes, boxes, crowd, strays = _annotations(path, found["annotations"], ids, class_ids)
+    listed = found["annotations"]
+    around = sum(isinstance(entry, _Box) and entry.around for entry in listed)
+    if around:
+        notes.append(f"{path} has {around} annotations without a box, which have those around their outlines")
+    bare = sum(isinstance(entry, _Box) and _is_bare(entry) for entry in listed)
+    if bare:
+        notes.append(f"{path} has {bare} annotations without a box and an outline, which are left out")
+    image, classes, boxes, crowd, strays = _annotations(path, listed, ids, class_ids)
     if strays:
         notes.append(f"{path} has {strays} annotations of images that it does not list; they are left out")
     boxes, kept, outside = _cut(boxes, sizes[image])
@@ -114,10 +124,51 @@ def parsed(path: Path, kept: Callable[[dict[str, Any]], Any]) -> dict[str, list[
 
 
 def _kept(entry: dict[str, Any]) -> _Box | dict[str, Any]:
-    if "bbox" in entry and "image_id" in entry:
-        return _Box(entry["image_id"], entry.get("category_id"), entry["bbox"], entry.get("iscrowd", 0))
+    if "image_id" in entry and ("bbox" in entry or "segmentation" in entry):
+        box = entry.get("bbox")
+        around = _box_around(entry.get("segmentation")) if box is None or box == [] else None
+        kept = box if around is None else around
+        return _Box(entry["image_id"], entry.get("category_id"), kept, entry.get("iscrowd", 0), around is not None)
     entry.pop("segmentation", None)
     return entry
+
+
+def _box_around(outline: Any) -> list[float] | None:
+    """x, y, width and height of polygons or of run lengths that are not compressed; None of anything else."""
+    if isinstance(outline, dict):
+        return _box_of_runs(outline.get("counts"), outline.get("size"))
+    if not isinstance(outline, list) or not all(isinstance(polygon, list) for polygon in outline):
+        return None
+    values = [[_number(value) for value in polygon] for polygon in outline]
+    xs = [value for polygon in values for value in polygon[::2]]
+    ys = [value for polygon in values for value in polygon[1::2]]
+    if not xs or len(xs) != len(ys) or None in xs or None in ys:
+        return None
+    across, down = [x for x in xs if x is not None], [y for y in ys if y is not None]
+    return [min(across), min(down), max(across) - min(across), max(down) - min(down)]
+
+
+def _box_of_runs(counts: Any, size: Any) -> list[float] | None:
+    """The box of runs that go down the columns, the first of them of the background."""
+    sides = [whole_number(side) for side in size] if isinstance(size, list) and len(size) == 2 else [None]
+    height = sides[0]
+    runs = [whole_number(run) for run in counts] if isinstance(counts, list) else []
+    lengths = [run for run in runs if run is not None and 0 <= run < _LARGEST]
+    if height is None or not 0 < height < _LARGEST or not lengths or len(lengths) != len(runs):
+        return None
+    place, boxes = 0, []
+    for number, length in enumerate(lengths):
+        first, last = place, place + length - 1
+        place += length
+        if number % 2 and length:
+            whole = first // height != last // height
+            rows = (0, height - 1) if whole else (first % height, last % height)
+            boxes.append((first // height, rows[0], last // height, rows[1]))
+    if not boxes:
+        return None
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    right, bottom = max(box[2] for box in boxes) + 1, max(box[3] for box in boxes) + 1
+    return [float(left), float(top), float(right - left), float(bottom - top)]
 
 
 def images_of(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str], npt.NDArray[np.int64]]:
@@ -126,6 +177,7 @@ def images_of(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str]
     names: list[str] = []
     sizes = np.zeros((len(entries), 2), np.int64)
     repeated = []
+    folders = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
     for number, entry in enumerate(entries):
         where = f"images[{number}] of {path}"
         if not isinstance(entry, dict):
@@ -134,7 +186,9 @@ def images_of(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str]
         if identity in ids:
             repeated.append(str(identity))
         ids[identity] = number
-        names.append(name_inside(entry.get("file_name"), f"{where}: file_name", FIX))
+        name = entry.get("file_name")
+        here = relative_inside(name, *folders) if isinstance(name, str) else name
+        names.append(name_inside(here, f"{where}: file_name", FIX))
         for side, name in enumerate(("height", "width")):
             if entry.get(name) is None:
                 continue
@@ -149,6 +203,10 @@ def images_of(path: Path, entries: list[Any]) -> tuple[dict[Any, int], list[str]
         )
     sizes[(sizes == 0).any(axis=1)] = 0
     return ids, names, sizes
+
+
+def _is_bare(entry: _Box) -> bool:
+    return entry.bbox is None or entry.bbox == []
 
 
 def _used(annotations: list[Any]) -> set[int | None]:
@@ -199,6 +257,8 @@ def _annotations(
         place = images.get(id_of(entry.image, f"{where}: image_id"))
         if place is None:
             strays += 1
+            continue
+        if _is_bare(entry):
             continue
         category = whole_number(entry.category)
         if category not in numbers:

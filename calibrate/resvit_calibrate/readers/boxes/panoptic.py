@@ -84,7 +84,7 @@ class PanopticMasks(MaskPixels):
     def _read(self, index: int) -> tuple[bytes, npt.NDArray[np.generic]]:
         data, values = super()._read(index)
         # The PNG alone does not tell the classes.
-        return data + repr(sorted(self._segments[self._others[index]].items())).encode(), values
+        return data + repr(sorted(self._segments[self.others[index]].items())).encode(), values
 
 
 def panoptic_from(path: Path, folder: Path, options: TargetOptions) -> PanopticMasks:

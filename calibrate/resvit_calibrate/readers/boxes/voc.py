@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
 from resvit_calibrate.readers.boxes.table import Box, BoxPixels, table_of
+from resvit_calibrate.readers.boxes.xml_files import read_xml
+from resvit_calibrate.readers.folders import files_below, is_image, split_folders
 from resvit_calibrate.readers.paired import Part, pairs_in, read_class_names, shortened
 from resvit_engines.errors import ResvitError
-from resvit_engines.outside import read_outside
+from resvit_engines.outside import open_outside
 
 SUFFIXES = (".xml",)
 _FIX = (
     "VOC's XML has `size` (width, height) and for each `object` `name` and `bndbox` (xmin, ymin, xmax, ymax, pixels)."
 )
-_DEPTH_MOST = 32
 _OBJECTS_MOST = 100_000
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+BESIDE = "XML files beside its pictures"
+_LISTED_MOST, _PROBED = 5000, 20
+_HEAD_BYTES = 4096
 
 
 class _Object(NamedTuple):
@@ -32,6 +38,44 @@ class _Parsed(NamedTuple):
 
     size: tuple[int, int]
     objects: list[_Object]
+
+
+def voc_parts(root: Path) -> tuple[Part, ...]:
+    """A folder, or its two parts, whose pictures have annotations beside them; none where it is not so.
+
+    LabelImg and Roboflow write them in this way, also in sub-folders, which are no classes.
+    """
+    halves = split_folders(root)
+    if halves is not None and all(_has_beside(half) for half in halves):
+        return tuple(Part(half, ".", ".") for half in halves)
+    return (Part(root, ".", "."),) if _has_beside(root) else ()
+
+
+def _has_beside(root: Path) -> bool:
+    beside = list(itertools.islice(_beside(root), _PROBED))
+    return bool(beside) and all(_root_of(root / name) == "annotation" for name in beside)
+
+
+def _beside(root: Path) -> Iterator[str]:
+    """The XML files that lie beside a picture of the same name."""
+    listed = list(
+        itertools.islice(files_below(root, ".", lambda name: is_image(name) or name.endswith(SUFFIXES)), _LISTED_MOST)
+    )
+    stems = {str(Path(name).with_suffix("")) for name in listed if is_image(Path(name).name)}
+    yield from (name for name in sorted(listed) if name.endswith(SUFFIXES) and str(Path(name).with_suffix("")) in stems)
+
+
+def _root_of(path: Path) -> str:
+    """What the outermost element of an XML file is called; "" where there is none."""
+    found: list[str] = []
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = lambda tag, _: found.append(tag)
+    try:
+        with open_outside(path) as stream:
+            parser.Parse(stream.read(_HEAD_BYTES), False)
+    except (expat.ExpatError, ResvitError, OSError):
+        return found[0] if found else ""
+    return found[0] if found else ""
 
 
 def pixels_from_voc(part: Part) -> BoxPixels:
@@ -88,39 +132,22 @@ def _file(path: Path) -> _Parsed:
     """One annotation. Raises ``ResvitError`` for what is no XML, declares entities, or lacks what a box needs."""
     fields: list[dict[str, str]] = []
     size: dict[str, str] = {}
-    stack: list[str] = []
-    text: list[str] = []
 
-    def start(tag: str, attributes: dict[str, str]) -> None:
+    def started(stack: tuple[str, ...], attributes: dict[str, str]) -> None:
         del attributes
-        stack.append(tag)
-        text.clear()
-        if len(stack) > _DEPTH_MOST or len(fields) > _OBJECTS_MOST:
-            raise ResvitError(f"{path} is deeper or longer than any annotation.", _FIX)
-        if stack[1:] == ["object"]:
+        if stack[1:] == ("object",):
             fields.append({})
+        if len(fields) > _OBJECTS_MOST:
+            raise ResvitError(f"{path} is longer than any annotation.", _FIX)
 
-    def end(tag: str) -> None:
-        value = "".join(text).strip()
-        wanted = {("object",): ("name", "difficult"), ("object", "bndbox"): _CORNERS}.get(tuple(stack[1:-1]), ())
-        if tag in wanted:
-            fields[-1][tag] = value
-        elif stack[1:-1] == ["size"] and tag in ("width", "height"):
-            size[tag] = value
-        stack.pop()
-        text.clear()
+    def ended(stack: tuple[str, ...], text: str) -> None:
+        *above, tag = stack[1:] or ("",)
+        if tag in {("object",): ("name", "difficult"), ("object", "bndbox"): _CORNERS}.get(tuple(above), ()):
+            fields[-1][tag] = text
+        elif above == ["size"] and tag in ("width", "height"):
+            size[tag] = text
 
-    def entity(*_: object) -> None:
-        raise ResvitError(f"{path} declares entities, which an annotation does not need.", "Remove its DOCTYPE.")
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.CharacterDataHandler = text.append
-    parser.EntityDeclHandler = entity
-    try:
-        parser.Parse(read_outside(path), True)
-    except expat.ExpatError as error:
-        raise ResvitError(f"{path} is no XML: {error}.", _FIX) from error
+    read_xml(path, started, ended, _FIX)
     height, width = (int(_number(size.get(side, "0"), f"{path}: {side}")) for side in ("height", "width"))
     return _Parsed((height, width) if height > 0 and width > 0 else (0, 0), [_object(item, path) for item in fields])
 

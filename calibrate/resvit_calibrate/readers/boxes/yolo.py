@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from resvit_calibrate.readers.boxes.table import Box, BoxPixels, table_of
-from resvit_calibrate.readers.boxes.yolo_yaml import data_from_yaml, how_it_is_written, names_from_yaml
+from resvit_calibrate.readers.boxes.yolo_yaml import data_from_yaml, describes_data, how_it_is_written, names_from_yaml
 from resvit_calibrate.readers.folders import (
     TRAINING_NAMES,
     VALIDATION_NAMES,
@@ -23,6 +23,7 @@ from resvit_calibrate.readers.folders import (
     name_inside,
     note_of_unused,
     notes_of,
+    part_folders,
     plain_path,
 )
 from resvit_calibrate.readers.paired import shortened
@@ -41,8 +42,20 @@ _BOX, _CONFIDENT, _OUTLINE_LEAST = 4, 5, 6
 
 
 def yolo_file(root: Path) -> Path | None:
-    """The ``data.yaml`` of a folder; None where it has none."""
-    return next((root / name for name in DATA_FILES if (root / name).is_file()), None)
+    """The ``data.yaml`` of a folder, whatever it is called (``coco8.yaml``); None where it has none.
+
+    Raises ``ResvitError`` where there are several of other names.
+    """
+    usual = next((root / name for name in DATA_FILES if (root / name).is_file()), None)
+    if usual is not None:
+        return usual
+    others = [path for path in sorted(root.glob("*.y*ml"))[:_PROBED] if describes_data(path)]
+    if len(others) > 1:
+        raise ResvitError(
+            f"{root} has several files as YOLO's data.yaml: {shortened([path.name for path in others])}.",
+            f"Name the one that is meant, {others[0]}, say.",
+        )
+    return others[0] if others else None
 
 
 def is_yolo(root: Path) -> bool:
@@ -64,8 +77,9 @@ def yolo_from_file(path: Path) -> tuple[BoxPixels, BoxPixels | None]:
         validation = ()
     if not train and not validation:
         raise ResvitError(f"{path} names neither `train` nor `val` pictures that are there.", how_it_is_written(path))
-    first = _pixels(train or validation, path, data.names, data.key_point_values)
-    second = _pixels(validation, path, data.names, data.key_point_values) if train and validation else None
+    count, points = data.classes, data.key_point_values
+    first = _pixels(train or validation, path, data.names, points, count)
+    second = _pixels(validation, path, data.names, points, count) if train and validation else None
     return first, second
 
 
@@ -75,10 +89,13 @@ def yolo_from_folder(root: Path) -> tuple[BoxPixels, BoxPixels | None]:
     Raises ``ResvitError`` as ``yolo_from_file``.
     """
     names = _names_beside(root)
+    above, beside = part_folders(root / "images"), part_folders(root)
     sides = []
     for side in (TRAINING_NAMES, VALIDATION_NAMES):
-        places = [place for name in side for place in (root / "images" / name, root / name / "images", root / name)]
-        sides.append(next((place for place in places if place.is_dir()), None))
+        places = [above[name] for name in side if name in above]
+        for folder in (beside[name] for name in side if name in beside):
+            places += [place for place in (folder / "images", folder) if place.is_dir()]
+        sides.append(next(iter(places), None))
     if sides[0] is None or sides[1] is None:
         folder = root / "images" if (root / "images").is_dir() else root
         return _pixels((folder,), root, names, 0), None
@@ -86,24 +103,26 @@ def yolo_from_folder(root: Path) -> tuple[BoxPixels, BoxPixels | None]:
     used = [
         next(part for part in side.relative_to(root).parts if part != "images") for side in sides if side is not None
     ]
-    above = root / "images" if (root / "images").is_dir() else root
-    train.notes = (*train.notes, *note_of_unused(above, used))
+    train.notes = (*train.notes, *note_of_unused(root / "images" if above else root, used))
     return train, validation
 
 
-def _pixels(folders: tuple[Path, ...], where: Path, names: tuple[str, ...], key_point_values: int) -> BoxPixels:
-    """The pictures of some folders and lists, each with its boxes."""
+def _pixels(
+    folders: tuple[Path, ...], where: Path, names: tuple[str, ...], key_point_values: int, classes: int = 0
+) -> BoxPixels:
+    """The pictures of some folders and lists, each with its boxes; ``classes``: how many there are by ``nc``."""
     root = _common(folders)
     left_out: Counter[str] = Counter()
     pictures = sorted({picture for folder in folders for picture in _pictures(folder, left_out)})
-    rows, alone, cut = [], [], 0
+    rows, alone, cut, outlines = [], [], 0, 0
     for picture in pictures:
         label = _label_of(picture)
         boxes: list[Box] = []
         if label is None:
             alone.append(picture.name)
         else:
-            for box in _boxes_in(label, len(names), key_point_values):
+            for box, outlined in _boxes_in(label, len(names) or classes, key_point_values):
+                outlines += outlined
                 held = tuple(min(max(value, 0.0), 1.0) for value in box.corners)
                 cut += held != box.corners
                 if held[2] > held[0] and held[3] > held[1]:
@@ -124,7 +143,15 @@ def _pixels(folders: tuple[Path, ...], where: Path, names: tuple[str, ...], key_
         )
     if cut:
         notes.append(f"{cut} boxes of {root} reach beyond their picture; they are cut at its edges")
-    return BoxPixels(table_of(where, rows, names, notes, relative=True), root)
+    if outlines:
+        notes.append(
+            f"{outlines} objects of {root} are outlines or turned boxes (more than four numbers): the upright boxes "
+            "around them are read"
+        )
+    found = BoxPixels(table_of(where, rows, names, notes, relative=True), root)
+    if classes and not names:
+        found.num_classes = classes
+    return found
 
 
 def _pictures(place: Path, left_out: Counter[str]) -> Iterator[Path]:
@@ -159,7 +186,8 @@ def _label_of(picture: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _boxes_in(label: Path, classes: int, key_point_values: int) -> Iterator[Box]:
+def _boxes_in(label: Path, classes: int, key_point_values: int) -> Iterator[tuple[Box, bool]]:
+    """The boxes of a text file, and whether each is one around an outline."""
     for number, line in enumerate(_text(label).splitlines(), 1):
         if not line.strip():
             continue
@@ -170,9 +198,11 @@ def _boxes_in(label: Path, classes: int, key_point_values: int) -> Iterator[Box]
         kind, values = int(found[1]), _numbers(found[2], where)
         if classes and kind >= classes:
             raise ResvitError(
-                f"{where} has class {kind}, and there are {classes} names of classes.", "Correct data.yaml or the line."
+                f"{where} has class {kind}, and there are {classes} classes by data.yaml.",
+                "Correct data.yaml or the line.",
             )
-        yield Box(kind, _corners(values, key_point_values, where))
+        outlined = len(values) >= _OUTLINE_LEAST and not key_point_values
+        yield Box(kind, _corners(values, key_point_values, where)), outlined
 
 
 def _corners(values: list[float], key_point_values: int, where: str) -> tuple[float, float, float, float]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from resvit_calibrate.readers.folders import plain_path
 from resvit_engines.errors import ExitCode, ResvitError
-from resvit_engines.outside import leads_to_file, leads_to_folder, read_outside, text_from_outside
+from resvit_engines.outside import leads_to_file, leads_to_folder, open_outside, read_outside, text_from_outside
 
 _CLASSES_MOST = 32768
+_HEAD_BYTES = 1 << 16
+_MARKS = tuple(re.compile(rb"^%s\s*:" % key, re.MULTILINE) for key in (b"train", b"val(?:id)?", b"(?:names|nc)"))
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class YoloData:
     validation: tuple[Path, ...]
     names: tuple[str, ...]
     key_point_values: int
+    classes: int
+    """How many there are: those named, or ``nc`` alone; 0 where nothing says."""
 
 
 def data_from_yaml(path: Path) -> YoloData:
@@ -41,7 +45,19 @@ def data_from_yaml(path: Path) -> YoloData:
     validation = _places(path, base, document.get("val", document.get("valid")), "val")
     shape = document.get("kpt_shape")
     points = math.prod(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else 0
-    return YoloData(path, train, validation, _names_of(path, document), points)
+    names, count = _names_of(path, document), document.get("nc")
+    told = count if isinstance(count, int) and not isinstance(count, bool) and 0 < count <= _CLASSES_MOST else 0
+    return YoloData(path, train, validation, names, points, len(names) or told)
+
+
+def describes_data(path: Path) -> bool:
+    """Whether a YAML file has `train` and `val` and classes, as Ultralytics' have, by its first lines alone."""
+    try:
+        with open_outside(path) as stream:
+            head = stream.read(_HEAD_BYTES)
+    except (ResvitError, OSError):
+        return False
+    return all(mark.search(head) for mark in _MARKS)
 
 
 def _places(path: Path, base: Path, said: Any, which: str) -> tuple[Path, ...]:

@@ -65,7 +65,7 @@ def columns_of(schema: pa.Schema, wanted: Wanted) -> Columns:
             f"; {shortened(left)} not" if left else ""
         )
         return Columns(image, None, _names_within(features.get(objects), keys[1]), (note,), objects, keys)
-    if label is not None and not kinds[label].startswith(("classes", "whole numbers", "texts")):
+    if label is not None and not kinds[label].startswith(("classes", "whole numbers", "numbers", "texts")):
         raise ResvitError(
             f"The column {label!r} of {where} holds {kinds[label]}, and no class for each picture.",
             f"Choose another with `label=`; there are: {told}.",
@@ -120,13 +120,15 @@ def _label(kinds: dict[str, str], wanted: Wanted, told: str) -> str | None:
     classes = [name for name, kind in kinds.items() if kind.startswith("classes")]
     if classes:
         return _only(classes, _LABEL_NAMES, "label", wanted, told)
-    named = [
-        name
-        for name, kind in kinds.items()
-        if kind.startswith(("whole numbers", "texts"))
-        and (name.lower() in _LABEL_NAMES or name.lower()[-6:] == "_label")
-    ]
-    return _only(named, _LABEL_NAMES, "label", wanted, told)
+    for fitting in (("whole numbers", "texts"), ("numbers",)):
+        named = [
+            name
+            for name, kind in kinds.items()
+            if kind.startswith(fitting) and (name.lower() in _LABEL_NAMES or name.lower()[-6:] == "_label")
+        ]
+        if named:
+            return _only(named, _LABEL_NAMES, "label", wanted, told)
+    return None
 
 
 def _only(found: list[str], usual: tuple[str, ...], key: str, wanted: Wanted, told: str) -> str | None:
@@ -169,6 +171,8 @@ def _kind(field: pa.Field, features: dict[str, dict[str, Any]]) -> str:
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         names = said.get("names")
         return f"classes, {len(names)} by name" if _are_names(names) else "whole numbers"
+    if pa.types.is_floating(kind):
+        return "numbers"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return "texts"
     return str(said.get("_type") or kind)[:60]

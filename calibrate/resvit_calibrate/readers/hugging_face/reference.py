@@ -11,6 +11,10 @@ BOXES = ("xywh", "xyxy")
 """What four numbers of a box are: x, y, width, height, or two corners."""
 _KEYS = ("split", "config", "image", "label", "boxes")
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
+_SLICE = re.compile(
+    r"(?P<where>.+?):(?P<part>(?:split=)?(?P<name>[A-Za-z_]\w*)(?:\[[^\]]*\]|\+[A-Za-z_]\w*)+[^/]*)", re.DOTALL
+)
+"""`train[:8]` and `train+test`, as `load_dataset` has them."""
 FORM = (
     "Write hf-dataset:FOLDER (or a NAME in the cache), and behind it, where that is needed, :SPLIT or "
     ":split=…,config=…,image=COLUMN,label=COLUMN,boxes=xywh."
@@ -36,6 +40,15 @@ class Wanted:
 
 def wanted_from(text: str) -> Wanted:
     """Read ``WHERE``, ``WHERE:SPLIT`` or ``WHERE:key=value,…``; raises ``ResvitError`` for keys that there are not."""
+    if not text.strip(": "):
+        raise ResvitError("hf-dataset: names nothing.", FORM)
+    sliced = _SLICE.fullmatch(text)
+    if sliced is not None:
+        raise ResvitError(
+            f"hf-dataset:{text} asks for a slice or a sum of parts ({sliced['part']}), which are not read.",
+            f"Name one part, `hf-dataset:{sliced['where']}:{sliced['name']}`; how many pictures are used is said with "
+            "--calibration-images and --validation-images.",
+        )
     where, colon, behind = text.rpartition(":")
     if not colon or not where or "/" in behind.partition("=")[0] or "\\" in behind:
         return Wanted(text)

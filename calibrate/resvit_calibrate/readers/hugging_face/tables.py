@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from resvit_calibrate.images.pixels import FILE_MOST, BrokenImage, FilePixels, f
 from resvit_calibrate.readers.hugging_face.columns import Columns, columns_of
 from resvit_calibrate.readers.hugging_face.places import Found
 from resvit_calibrate.readers.hugging_face.reference import Wanted
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
 from resvit_engines.files import explain_os_errors
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _AGAIN = "Write it again with `save_to_disk`, or copy it again: it is damaged or not whole."
 _ROWS = 64
+_HIGHEST = 1e9
 _MOST_ROWS = 1 << 31
 
 
@@ -219,15 +221,16 @@ def pixels_from_tables(found: Found, part: str, wanted: Wanted) -> tuple[TablePi
     name = found.name if len(found.parts) == 1 else f"{found.name} ({part})"
     pixels = TablePixels(name, files[0].path.parent, files, found.roots, columns)
     if columns.label is not None:
-        _label(pixels, columns, [file.column(columns.label) for file in files])
+        _label(pixels, columns, [file.column(columns.label) for file in files], wanted.label is not None)
     if columns.objects is None:
         return pixels, columns, []
     return pixels, columns, [item for file in files for item in file.column(columns.objects).to_pylist()]
 
 
-def _label(pixels: TablePixels, columns: Columns, values: Sequence[pa.ChunkedArray]) -> None:
+def _label(pixels: TablePixels, columns: Columns, values: Sequence[pa.ChunkedArray], asked: bool) -> None:
+    """Classes of every row; ``asked``: the user names their column, so that it must hold some."""
     said = [item for part in values for item in part.to_pylist()]
-    absent = [row for row, item in enumerate(said) if item is None or item == -1]
+    absent = [row for row, item in enumerate(said) if _is_absent(item)]
     if len(absent) == len(said):
         pixels.notes += (f"no picture of {pixels.name} has a class in {columns.label!r}: nothing is known of them",)
         return
@@ -238,6 +241,14 @@ def _label(pixels: TablePixels, columns: Columns, values: Sequence[pa.ChunkedArr
             "Leave them out: `dataset.filter(lambda row: row['label'] >= 0)`, then `save_to_disk`.",
         )
     names = columns.names
+    if isinstance(said[0], float):
+        if (fraction := _first_fraction(said)) is not None:
+            told = f"the column {columns.label!r} of {pixels.name} holds {fraction!r}, which is no class"
+            if asked:
+                raise ResvitError(f"{told[0].upper()}{told[1:]}.", "Choose another with `label=`, or leave it out.")
+            pixels.notes += (f"{told}: nothing is known of its pictures",)
+            return
+        said = [int(item) for item in said]
     if isinstance(said[0], str):
         names = tuple(sorted(set(said)))
         places = {name: number for number, name in enumerate(names)}
@@ -250,6 +261,16 @@ def _label(pixels: TablePixels, columns: Columns, values: Sequence[pa.ChunkedArr
         raise ResvitError(f"{pixels.name} holds the class {wrong} in {columns.label!r}{told}.", _AGAIN)
     pixels.labels, pixels.task = labels, "classification"
     pixels.class_names, pixels.num_classes = names, len(names) or None
+
+
+def _first_fraction(said: Sequence[Any]) -> Any:
+    """The first of numbers with a point that is no whole number; None where all are, as pandas makes of classes."""
+    fits = (isinstance(item, float) and item.is_integer() and abs(item) < _HIGHEST for item in said)
+    return next((item for item, whole in zip(said, fits, strict=True) if not whole), None)
+
+
+def _is_absent(item: Any) -> bool:
+    return item is None or item == -1 or (isinstance(item, float) and math.isnan(item))
 
 
 def _arrow(path: Path) -> pa.Table:
@@ -283,7 +304,7 @@ def _told(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        text = first_line(error)
         raise ResvitError(f"{path} cannot be read: {text}.", _AGAIN) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from resvit_calibrate.images.pixels import FilePixels
 from resvit_calibrate.readers.folders import TRAINING_NAMES, VALIDATION_NAMES, name_inside
-from resvit_calibrate.readers.lists.places import none_is_there, note_of_missing, place_of
+from resvit_calibrate.readers.lists.places import named_in, none_is_there, note_of_missing, place_of
 from resvit_calibrate.readers.lists.rows import FIX, Columns, Row, columns_of, rows_of
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
@@ -20,6 +21,9 @@ _NUMBER = re.compile(r"[0-9]{1,6}(\.0*)?")
 _SYNSETS = re.compile(r"(\S+)(?: -?[0-9]+){4}(?: \S+(?: -?[0-9]+){4})*")
 """ImageNet's `PredictionString`: a synset and its box, or several."""
 _ONE_CLASS = "A picture has one class in classification; give what has several with a function and --metric."
+_MARKED, _SPACED = re.compile(r"\s*[|,;]\s*"), re.compile(r"[|,;\s]+")
+_COMPARED = 50
+"""With so many classes at most they are compared by name."""
 _TAUGHT, _CHECKED = "training", "validation"
 
 
@@ -56,7 +60,7 @@ def pixels_from_class_list(path: Path) -> tuple[FilePixels, FilePixels | None]:
     parts = {_TAUGHT: _Part(), _CHECKED: _Part(), "": _Part()}
     for row in rows:
         part = parts[_part_of(row, columns, path)]
-        name = name_inside(_field(row, columns.file, path), f"line {row.line} of {path}: the file", FIX)
+        name = name_inside(named_in(path, _field(row, columns.file, path)), f"line {row.line} of {path}: the file", FIX)
         said = _class_of(row, columns, path)
         if part.classes.get(name, said) != said:
             raise ResvitError(
@@ -94,7 +98,10 @@ def pixels_from_names(path: Path) -> FilePixels:
     columns = columns_of(rows[:2], str(path))
     rows = rows[1:] if columns.said else rows
     place, _ = place_of(path, [row.fields[columns.file] for row in rows])
-    named = [name_inside(row.fields[columns.file], f"line {row.line} of {path}: the file", FIX) for row in rows]
+    named = [
+        name_inside(named_in(path, row.fields[columns.file]), f"line {row.line} of {path}: the file", FIX)
+        for row in rows
+    ]
     found = {name: place.file_of(name) for name in named}
     missing = [name for name, file in found.items() if file is None]
     files = [file for file in found.values() if file is not None]
@@ -113,6 +120,7 @@ def _pixels(path: Path, folder: Path, files: dict[str, int], names: tuple[str, .
             f"the classes of {path} start at 1, and networks count from 0: they are taken as they are; say --classes "
             'with JSON such as {"1": 0, "2": 1, …} if the list counts from 1'
         )
+    notes += _note_of_several(names, path) if len(names) <= _COMPARED else ()
     labels = np.array(list(files.values()), np.int64)
     return FilePixels(path.name, folder, tuple(files), labels, class_names=names, notes=tuple(notes))
 
@@ -137,8 +145,33 @@ def _numbering(rows: list[Row], columns: Columns, path: Path) -> tuple[Callable[
             )
         return _number, ()
     names = sorted(set(said.values()))
+    _refuse_several(said, names, path)
     places = {name: number for number, name in enumerate(names)}
     return places.__getitem__, tuple(names)
+
+
+def _refuse_several(said: dict[int, str], names: list[str], path: Path) -> None:
+    """Refuse lines with several classes: names whose parts are classes themselves, or come again in other names."""
+    known = set(names)
+    often = Counter(piece for name in names for piece in set(_MARKED.split(name)))
+    for line, name in said.items():
+        apart, marked = _SPACED.split(name), _MARKED.split(name)
+        again = [piece in known or often[piece] > 1 for piece in marked]
+        # `maillot, tank suit` is a class of ImageNet beside `maillot`: behind a comma all must be classes.
+        several = len(marked) > 1 and (all(again) or (any(again) and "," not in name))
+        if several or (len(apart) > 1 and known.issuperset(apart)):
+            raise ResvitError(f"Line {line} of {path} has several classes: {name[:40]}.", _ONE_CLASS)
+
+
+def _note_of_several(names: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    """That the name of a class begins with the name of another, as where a line has several classes."""
+    found = next(((one, name) for name in names for one in names if re.match(rf"{re.escape(one)}[, ]+\S", name)), None)
+    if found is None:
+        return ()
+    return (
+        f"{path} has the classes {found[0]!r} and {found[1]!r}: they are read as two classes; if the latter stands for "
+        "several, give a function and --metric",
+    )
 
 
 def _by_both(rows: list[Row], number: int, name: int, path: Path) -> tuple[Callable[[str], int], tuple[str, ...]]:

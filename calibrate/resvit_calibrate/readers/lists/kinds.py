@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypeAlias
 
-from resvit_calibrate.readers.folders import TRAINING_NAMES, VALIDATION_NAMES, is_image
+from resvit_calibrate.readers.folders import TRAINING_NAMES, VALIDATION_NAMES, is_image, name_inside
 from resvit_calibrate.readers.lists.places import PROBED, place_of
-from resvit_calibrate.readers.lists.rows import ENDINGS, columns_of, first_rows
+from resvit_calibrate.readers.lists.rows import (
+    CLASS_TITLES,
+    ENDINGS,
+    FIX,
+    Row,
+    columns_of,
+    file_columns,
+    first_rows,
+    is_of_boxes,
+    is_of_regions,
+    undecoded_rows,
+)
 from resvit_engines.errors import ResvitError
 
 Saying: TypeAlias = Literal["csv", "text", "names"]
@@ -17,6 +28,7 @@ Saying: TypeAlias = Literal["csv", "text", "names"]
 _LOOKED_AT = 2000
 _CLASSES_SLACK = 20
 _MOST_LISTS = 200
+_IDS_LEAST, _NAME_MOST = 8, 255
 _OF_TEXTS = re.compile(r"(rec_?gt|gt|texts?|transcriptions?)([_-].*)?", re.IGNORECASE)
 _NO_LISTS = re.compile(r"^\.|submission|^class(es|_names)\.txt$|synset|\.gt\.txt$")
 _WNID = re.compile(r"n[0-9]{8}")
@@ -30,18 +42,25 @@ def says(path: Path) -> tuple[Saying, ...]:
     """
     rows = first_rows(path, _LOOKED_AT)
     if not rows:
+        _refuse_undecoded(path)
+        return ()
+    if is_of_regions(rows[0]):
         return ()
     try:
         columns = columns_of(rows, str(path))
     except ResvitError:
         # Of boxes, or of columns that nothing names: only a list of pictures is refused for that.
         fields = rows[min(1, len(rows) - 1)].fields[:8]
-        if path.suffix.lower() != ".txt" and any(is_image(field) and place_of(path, [field])[1] for field in fields):
+        boxes = is_of_boxes(rows[0])
+        named = any((boxes or is_image(field)) and place_of(path, [field])[1] for field in fields if field)
+        if path.suffix.lower() != ".txt" and (named or _names_pictures(path, rows)):
             raise
         return ()
     rows = rows[1:] if columns.said else rows
     names = [row.fields[columns.file] for row in rows if len(row.fields) > columns.file]
     hits = place_of(path, names)[1] if names else 0
+    if not hits and names and all(is_image(PurePosixPath(name).name) for name in names[:PROBED]):
+        _refuse_elsewhere(path, names)
     # Lines of other files begin with a number or a word too, as which a picture or two may be called.
     if not hits or (2 * hits <= min(len(names), PROBED) and not any(map(is_image, names))):
         return ()
@@ -52,7 +71,52 @@ def says(path: Path) -> tuple[Saying, ...]:
     if columns.either is None:
         return ("names",)
     values = [row.fields[columns.either] for row in rows if len(row.fields) > columns.either]
+    title = columns.titles[columns.either].strip().lower() if columns.said else ""
+    if title not in CLASS_TITLES and _are_ids(values):
+        raise ResvitError(
+            f"{path} gives each of its pictures another number ({', '.join(values[:3])}, …): these are numbers of "
+            "pictures and no classes.",
+            "Name the folder of pictures where its folders are the classes, or a list of files and classes; "
+            f"`csv:{path}` if they are classes.",
+        )
     return ("csv",) if columns.sure else _by_values(path, values, labelled=columns.said)
+
+
+def _names_pictures(path: Path, rows: Sequence[Row]) -> bool:
+    """Whether a column that is called so names pictures that are there, most of them; they may lack their endings."""
+    for column in file_columns(rows[0]):
+        names = [row.fields[column] for row in rows[1:] if len(row.fields) > column]
+        if names and 2 * place_of(path, names)[1] > min(len(names), PROBED):
+            return True
+    return False
+
+
+def _refuse_elsewhere(path: Path, names: Sequence[str]) -> None:
+    """Refuse a list whose absolute paths are those of another machine, where its pictures lie here."""
+    bare = [PurePosixPath(name.replace("\\", "/")).name for name in names]
+    if place_of(path, bare)[1]:
+        name_inside(names[0], f"{path} lists pictures that are here under other paths: the file", FIX)
+
+
+def _refuse_undecoded(path: Path) -> None:
+    """Refuse a list of pictures that is no UTF-8 text; what is none is left alone."""
+    found = undecoded_rows(path, PROBED)
+    if found is None:
+        return
+    rows = [[field for field in row.fields if 0 < len(field) < _NAME_MOST] for row in found[0]]
+    if path.suffix.lower() == ".txt":
+        rows = [[field for field in row if is_image(field)] for row in rows]
+    if 2 * sum(any(place_of(path, [field])[1] for field in row) for row in rows) > len(rows):
+        raise found[1]
+
+
+def _are_ids(values: Sequence[str]) -> bool:
+    """Whether whole numbers go up one by one, as pictures are numbered."""
+    told = [value.strip() for value in values]
+    if len(told) < _IDS_LEAST or not all(value.isdecimal() and len(value) < _NAME_MOST for value in told):
+        return False
+    numbers = sorted(map(int, told))
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def class_lists(root: Path) -> dict[str, Path]:
@@ -82,7 +146,7 @@ def part_of(name: str) -> str:
     lower = name.lower()
     if any(word in lower for word in TRAINING_NAMES):
         return "train"
-    if any(re.search(rf"(?<![a-z]){word}(?![a-z])", lower) for word in VALIDATION_NAMES if word != "test"):
+    if any(re.search(rf"(?<![a-z]){word}(?![a-z])", lower) for word in VALIDATION_NAMES if not word.startswith("test")):
         return "val"
     return "test" if re.search(r"(?<![a-z])test", lower) else "all"
 

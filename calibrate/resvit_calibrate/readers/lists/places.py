@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from resvit_calibrate.readers.folders import class_names, is_image, name_inside
+from resvit_calibrate.readers.folders import class_names, is_image, name_inside, relative_inside
 from resvit_calibrate.readers.lists.rows import FIX
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
@@ -50,7 +50,7 @@ class Place:
 
 def place_of(path: Path, names: Sequence[str]) -> tuple[Place, int]:
     """The folder that has most of some names of a list, the first of those that people use, and how many it has."""
-    probes = [name for name in names[:: max(1, len(names) // PROBED)] if name]
+    probes = [named_in(path, name) for name in names[:: max(1, len(names) // PROBED)] if name]
     chosen, most = Place(path.parent), 0
     for folder in _places(path):
         place = Place(folder)
@@ -60,6 +60,12 @@ def place_of(path: Path, names: Sequence[str]) -> tuple[Place, int]:
         if hits == len(probes):
             break
     return chosen, most
+
+
+def named_in(path: Path, name: str) -> str:
+    """What a list calls a picture, relative to its folder where it is an absolute path into it."""
+    above = [path.parent.parent] if path.parent.name.lower() in _FOLDERS_OF_LISTS else []
+    return relative_inside(name, path.parent, *above)
 
 
 def none_is_there(path: Path, folder: Path, missing: Collection[str], fix: str) -> ResvitError:
@@ -81,6 +87,8 @@ def _places(path: Path) -> Iterator[Path]:
         below = [name for name in _folders_in(folder) if name not in (tag, *_PICTURES)]
         own = [name for name in below if name.lower() in tag.lower()]
         parts = (tag, *own, *(f"{name}/{tag}" for name in _PICTURES), *_PICTURES, *_IMAGENET, *below[:_MOST_FOLDERS])
+        # As archives leave them that were unpacked into a folder of their own name.
+        parts += tuple(f"{name}/{name}" for name in below[:_MOST_FOLDERS])
         yield from (folder / part for part in parts if leads_to_folder(folder / part))
         yield folder
     yield base.parent

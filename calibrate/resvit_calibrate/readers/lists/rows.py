@@ -5,8 +5,10 @@ CSV with commas or semicolons, tabs, spaces (Caffe's ``val.txt``), and JSON by l
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,10 +30,13 @@ _FILES = (
 )
 _NUMBERS = ("label_id", "class_id", "classid", "class_index", "class_idx", "class_number", "label_idx", "target")
 _NAMES = ("class_name", "label_name", "category_name", "species", "breed", "synset", "wnid")
-_CLASSES = ("class", "classes", "category", "diagnosis", "predictionstring")
+_CLASSES = ("class", "classes", "category", "diagnosis", "dx", "predictionstring")
 _EITHER = (*_CLASSES, "label", "labels", "ground_truth", "groundtruth")
+CLASS_TITLES = frozenset(_EITHER)
 TEXTS = ("text", "words", "transcription", "caption")
 _PARTS = ("split", "set", "subset", "partition", "fold_name")
+_CORNERS = (("xmin", "x_min", "x1"), ("ymin", "y_min", "y1"), ("xmax", "x_max", "x2"), ("ymax", "y_max", "y2"))
+_REGIONS = "region_shape_attributes"
 _BOXES = {"xmin", "x_min", "x1", "bbox", "bboxes", "box", "xmax"}
 _MOST_BYTES = 1 << 30
 _HEAD_BYTES = 1 << 18
@@ -75,7 +80,7 @@ def columns_of(rows: list[Row], where: str) -> Columns:
     if not rows:
         raise ResvitError(f"{where} lists no picture.", FIX)
     first, others = rows[0].fields, [row.fields for row in rows[1:]]
-    plain = [re.sub(r"[^a-z0-9]+", "_", field.strip().lower()).strip("_") for field in first]
+    plain = _plain(first)
     files = [plain.index(name) for name in _FILES if name in plain]
     headed = bool(files) or (
         not any(map(_is_picture, first)) and bool(others) and any(map(_is_picture, others[0])) and len(first) > 1
@@ -84,8 +89,9 @@ def columns_of(rows: list[Row], where: str) -> Columns:
         return _unsaid(first, where)
     if _BOXES & set(plain):
         raise ResvitError(
-            f"{where} is a list of boxes (its columns are {_shown(first)}), which is not read.",
-            "Write the boxes as COCO's annotations.json, as YOLO's text files, or as VOC's XML.",
+            f"{where} is a list of boxes (its columns are {_shown(first)}), and none of classes.",
+            "Say `boxes:PATH` for a list with the columns file, class, xmin, ymin, xmax and ymax; or write the boxes "
+            "as COCO's annotations.json, as YOLO's text files, or as VOC's XML.",
         )
     pictures = [place for place, field in enumerate(others[0] if others else ()) if _is_picture(field)]
     file = next((place for place in files if place in pictures), (pictures or files)[0])
@@ -119,6 +125,63 @@ def columns_of(rows: list[Row], where: str) -> Columns:
     )
 
 
+def file_columns(first: Row) -> tuple[int, ...]:
+    """The columns that are called as those of pictures are, by a list's first line."""
+    plain = _plain(first.fields)
+    return tuple(plain.index(name) for name in _FILES if name in plain)
+
+
+def is_of_boxes(first: Row) -> bool:
+    """Whether the names of a list's columns are those of a list of boxes."""
+    return bool(_BOXES & set(_plain(first.fields)))
+
+
+@dataclass(frozen=True)
+class BoxColumns:
+    """Where in a row of a list of boxes what stands; ``corners`` are left, top, right, bottom, ``size`` height, width.
+
+    ``shares``: the names are Open Images', whose boxes are in shares of the picture.
+    """
+
+    file: int
+    name: int
+    corners: tuple[int, int, int, int]
+    size: tuple[int, int] | None
+    group: int | None
+    shares: bool
+
+    @property
+    def last(self) -> int:
+        """The highest column that is used."""
+        return max(self.file, self.name, *self.corners, *(self.size or ()), self.group or 0)
+
+
+def box_columns(first: Row) -> BoxColumns | None:
+    """The columns of a list of boxes by its first line; None where it is none that can be read."""
+    plain = _plain(first.fields)
+
+    def place_of(names: tuple[str, ...]) -> int | None:
+        return next((plain.index(name) for name in names if name in plain), None)
+
+    corners = [place_of(names) for names in _CORNERS]
+    file, name = place_of(_FILES), place_of(("labelname", *_NAMES, *_EITHER, *_NUMBERS))
+    left, top, right, bottom = corners
+    if left is None or top is None or right is None or bottom is None or file is None or name is None:
+        return None
+    height, width = place_of(("height",)), place_of(("width",))
+    size = (height, width) if height is not None and width is not None else None
+    return BoxColumns(file, name, (left, top, right, bottom), size, place_of(("isgroupof",)), "labelname" in plain)
+
+
+def is_of_regions(first: Row) -> bool:
+    """Whether a list describes regions, as VIA's do, or boxes that can be read: it is none of classes or texts."""
+    return box_columns(first) is not None or _REGIONS in _plain(first.fields)
+
+
+def _plain(titles: tuple[str, ...]) -> list[str]:
+    return [re.sub(r"[^a-z0-9]+", "_", field.strip().lower()).strip("_") for field in titles]
+
+
 def rows_of(path: Path) -> Iterator[Row]:
     """Every row of a list that is not empty. Raises ``ResvitError`` for what is no text, no CSV and no JSON."""
     text = text_from_outside(read_outside(path, _MOST_BYTES), str(path), "Save it as UTF-8.")
@@ -140,6 +203,28 @@ def first_rows(path: Path, most: int) -> list[Row]:
         return found
     except (ResvitError, OSError):
         return []
+
+
+def undecoded_rows(path: Path, most: int) -> tuple[list[Row], ResvitError] | None:
+    """The first rows of a list that is not UTF-8, as probably meant, and what is wrong with it; None of others."""
+    try:
+        with open_outside(path) as stream:
+            data = stream.read(_HEAD_BYTES)
+    except (ResvitError, OSError):
+        return None
+    if len(data) == _HEAD_BYTES:
+        data = data[: data.rfind(b"\n") + 1]
+    try:
+        text_from_outside(data, str(path))
+    except ResvitError as error:
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if wide else "latin-1", "replace")
+        fix = error.fix if wide else f"Save it as UTF-8: in an editor, or with `iconv -f WINDOWS-1252 -t UTF-8 {path}`."
+        try:
+            return list(itertools.islice(_rows(text, path), most)), ResvitError(error.problem, fix)
+        except ResvitError:
+            return None
+    return None
 
 
 def _rows(text: str, path: Path) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -17,16 +18,36 @@ from resvit_calibrate.images.preprocess import Preprocess
 from resvit_calibrate.images.targets import AS_USUAL, TargetOptions, require_known_classes
 from resvit_calibrate.readers.user.batch import SHAPE, Item, items_of
 from resvit_calibrate.readers.user.code import module_from
-from resvit_calibrate.readers.user.objects import Kind, batches_from, is_picture, item_of, kind_of, parts_of
+from resvit_calibrate.readers.user.kept_stream import KeptStream, first_item
+from resvit_calibrate.readers.user.objects import (
+    Kind,
+    Peeked,
+    batches_from,
+    is_picture,
+    item_of,
+    kind_of,
+    parts_of,
+    peeked,
+)
 from resvit_calibrate.readers.user.pictures import DatasetPixels
 from resvit_calibrate.readers.user.targeted import TargetedDataset, is_targeted
 from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import expanded, leads_to_file
+from resvit_engines.progress import Reporter
 
 Split = Literal["calibration", "validation"]
 _PATTERN = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)")
 _ENDLESS = 5_000_000
+
+
+def _kept(text: str, made: Any, most: int, reporter: Reporter) -> KeptStream:
+    """The first pictures of a stream; of what can be gone through once, those that were kept the first time."""
+    if not isinstance(made, Peeked):
+        return KeptStream(text, made, most, reporter)
+    kept = made.kept if isinstance(made.kept, KeptStream) else KeptStream(text, made, most, reporter)
+    made.kept = kept
+    return kept
 
 
 class Factory:
@@ -56,32 +77,63 @@ class Factory:
         for batch in self._items(split):
             yield from items_of(self.text, batch, expected, self.options)
 
-    def pictures(self) -> tuple[DatasetPixels, DatasetPixels | None] | None:
-        """The pictures of both parts where it gives data sets of pictures; None where it gives the network's input.
+    def gives_pictures(self) -> bool:
+        """Whether it gives pictures to be prepared here, and not the network's input.
 
         Raises ``ResvitError`` where it gives no images, and where one part is pictures and the other is not.
         """
-        splits: tuple[Split, ...] = ("calibration", "validation") if self.splits else ("calibration",)
-        made = [self._given(split) for split in splits]
-        kinds = [kind_of(self.text, one) for one in made]
-        shown = [
-            kind is Kind.ITEMS and is_picture(parts_of(self.text, item_of(self.text, one, 0), 0).image)
-            for kind, one in zip(kinds, made, strict=True)
-        ]
+        kinds = [kind_of(self.text, self._given(split)) for split in self._parts]
+        shown = [self._shows(split, kind) for split, kind in zip(self._parts, kinds, strict=True)]
         if len(set(shown)) > 1:
             raise ResvitError(
                 f"{self.text} gives pictures for one split, and the network's input for the other.",
                 "Give both in one form: nobody could tell whether they went through the same.",
             )
-        if shown[0]:
-            pools = [self._pool(self._named(split), one) for split, one in zip(splits, made, strict=True)]
-            return pools[0], pools[1] if len(pools) > 1 else None
-        if kinds[0] is not Kind.BATCHES:
+        if not shown[0] and kinds[0] is not Kind.BATCHES:
             self.notes = (
                 f"{self.name} gives {kinds[0].value} of ready arrays: they are taken as the network's input, and "
                 "nothing is resized or normalised here",
             )
-        return None
+        return shown[0]
+
+    def pictures(self, most: int, reporter: Reporter) -> tuple[DatasetPixels, DatasetPixels | None]:
+        """The pictures of both parts; of each that is a stream, the first ``most``. Raises as ``gives_pictures``."""
+        pools = []
+        for split in self._parts:
+            made = self._given(split)
+            if kind_of(self.text, made) is Kind.STREAM:
+                with self._explained():
+                    made = _kept(self.text, made, most, reporter)
+            pools.append(self._pool(self._named(split), made))
+        return pools[0], pools[1] if len(pools) > 1 else None
+
+    @property
+    def _parts(self) -> tuple[Split, ...]:
+        return ("calibration", "validation") if self.splits else ("calibration",)
+
+    def _shows(self, split: Split, kind: Kind) -> bool:
+        """Whether a part is pictures, by its first item."""
+        made = self._given(split)
+        if isinstance(made, Peeked):
+            return made.pictures
+        if kind is Kind.STREAM:
+            with self._explained():
+                item = first_item(self.text, made)
+        elif kind is Kind.ITEMS:
+            item = item_of(self.text, made, 0)
+        else:
+            return False
+        return is_picture(parts_of(self.text, item, 0).image)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Tell what the user's own code raises as what it is."""
+        try:
+            yield
+        except (ResvitError, MemoryError):
+            raise
+        except Exception as error:
+            raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
 
     def _pool(self, name: str, made: Any) -> DatasetPixels:
         known = parts_of(self.text, item_of(self.text, made, 0), 0).known
@@ -94,11 +146,8 @@ class Factory:
 
     def _items(self, split: Split) -> Iterator[Any]:
         try:
-            yield from batches_from(self.text, self._given(split))
-        except (ResvitError, MemoryError):
-            raise
-        except Exception as error:
-            raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
+            with self._explained():
+                yield from batches_from(self.text, self._given(split))
         finally:
             if not hasattr(self._made.get(split), "__getitem__"):
                 self._made.pop(split, None)  # what can be gone through once is asked for again
@@ -106,12 +155,8 @@ class Factory:
     def _given(self, split: Split) -> Any:
         """What the function returns, which is asked once for what can be gone through again."""
         if split not in self._made:
-            try:
-                self._made[split] = self._function(split=split) if self.splits else self._function()
-            except (ResvitError, MemoryError):
-                raise
-            except Exception as error:
-                raise ResvitError(f"{self.text} failed: {type(error).__name__}: {error}", SHAPE) from error
+            with self._explained():
+                self._made[split] = peeked(self._function(split=split) if self.splits else self._function())
         return self._made[split]
 
 

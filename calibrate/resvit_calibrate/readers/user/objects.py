@@ -18,6 +18,7 @@ ITEMS = (
     "An item is (image, label), an image alone, or a dictionary with `image` and `label`: a PIL picture or uint8 array "
     "of any size, which is prepared here, or float32 [C, H, W] as the network reads it; and a class number from 0."
 )
+_NOTHING = object()
 _NO_LOADERS = (str, bytes, Mapping, np.ndarray, np.generic, int, float)
 
 
@@ -43,21 +44,78 @@ def kind_of(text: str, made: Any) -> Kind:
     Raises ``ResvitError`` for what cannot be gone through, and for a ``DataLoader`` that shuffles.
     """
     data = sys.modules.get("torch.utils.data")  # who gives such an object has imported it
+    streams = getattr(sys.modules.get("datasets"), "IterableDataset", ())
     if data is not None and isinstance(made, data.DataLoader):
         _require_order(text, made, data)
         return Kind.LOADER
-    if data is not None and isinstance(made, data.IterableDataset):
+    if (data is not None and isinstance(made, data.IterableDataset)) or isinstance(made, streams):
         return Kind.STREAM
+    if isinstance(made, Mapping) and made and all(hasattr(part, "features") for part in made.values()):
+        raise ResvitError(
+            f"{text} gave {_called(made)}, with the parts {', '.join(map(str, made))}.",
+            "Give one of its parts; a function with a parameter `split` gives one for each of both.",
+        )
+    if isinstance(made, Peeked):
+        return Kind.STREAM if made.pictures else Kind.BATCHES
+    if isinstance(made, (list, tuple)) and made and shows_picture(made[0]):
+        return Kind.ITEMS
     own = type(made)
     by_number = hasattr(own, "__getitem__") and hasattr(own, "__len__") and not hasattr(made, "dtype")
     if (data is not None and isinstance(made, data.Dataset)) or (
         by_number and not isinstance(made, (*_NO_LOADERS, list, tuple))
     ):
         _require_items(text, made)
-        return Kind.BATCHES if np.ndim(_plain(parts_of(text, item_of(text, made, 0), 0).image)) == 4 else Kind.ITEMS
+        return Kind.BATCHES if np.ndim(array_of(parts_of(text, item_of(text, made, 0), 0).image)) == 4 else Kind.ITEMS
     if isinstance(made, _NO_LOADERS) or not hasattr(own, "__iter__"):
         raise ResvitError(f"{text} gave {_called(made)}, which is no images.", f"{SHAPE} Or a Dataset or DataLoader.")
     return Kind.BATCHES
+
+
+class Peeked:
+    """What can be gone through once, whose first item was looked at and comes first all the same.
+
+    ``pictures``: its items are pictures to be prepared here. Once more is asked for than the first, it has begun, and
+    can't be gone through again.
+    """
+
+    def __init__(self, made: Iterator[Any]) -> None:
+        self.name = type(made).__name__
+        first = next(made, _NOTHING)
+        self._waiting = [] if first is _NOTHING else [first]
+        self._rest = made
+        self.kept: Any = None
+        """Its pictures, once they were taken."""
+        self.pictures = first is not _NOTHING and shows_picture(first)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._waiting
+        self._waiting = []
+        yield from self._rest
+
+
+def peeked(made: Any) -> Any:
+    """An iterator with its first item known; all else as it is, with nothing taken from it."""
+    return Peeked(made) if isinstance(made, Iterator) else made
+
+
+def shows_picture(item: Any) -> bool:
+    """Whether an item is one picture to be prepared here, alone or with what is known of it; batches are none."""
+    known: Any = None
+    if isinstance(item, Mapping):
+        image = next((item[key] for key in IMAGE_KEYS if key in item), None)
+    elif isinstance(item, (tuple, list)):
+        image, known = (item[0], item[1] if len(item) == 2 else None) if 1 <= len(item) <= 2 else (None, None)
+    else:
+        image = item
+    if hasattr(image, "getexif") and hasattr(image, "mode"):
+        return True
+    if image is None or isinstance(image, (str, bytes, int, float, list, tuple)):
+        return False
+    values = array_of(image)
+    whole = values.dtype in (np.uint8, np.uint16)
+    coloured = values.ndim == 3 and (values.shape[0] in (1, 3) or values.shape[-1] in (1, 3))
+    alone = known is None or isinstance(known, (Mapping, str)) or array_of(known).ndim == 0
+    return whole and alone and (values.ndim == 2 or coloured)
 
 
 def batches_from(text: str, made: Any) -> Iterator[Any]:
@@ -116,10 +174,11 @@ def is_picture(image: Any) -> bool:
     """Whether an item's image is one to be prepared here: a PIL picture, or whole numbers."""
     if hasattr(image, "getexif") and hasattr(image, "mode"):
         return True
-    return _plain(image).dtype.kind in "iu"
+    return array_of(image).dtype.kind in "iu"
 
 
-def _plain(image: Any) -> np.ndarray[Any, Any]:
+def array_of(image: Any) -> np.ndarray[Any, Any]:
+    """A picture, tensor or list as an array; an empty one of objects where it is none."""
     try:
         return np.asarray(image)
     except (TypeError, ValueError, RuntimeError):
@@ -127,19 +186,19 @@ def _plain(image: Any) -> np.ndarray[Any, Any]:
 
 
 def _batch_of_one(text: str, parts: Parts, position: int) -> Any:
-    image = _plain(parts.image)
+    image = array_of(parts.image)
     if image.dtype.kind != "f" or image.ndim != 3:
         what = "a picture" if is_picture(parts.image) else f"of type {image.dtype} and shape {list(image.shape)}"
         raise ResvitError(
             f"Item {position} of {text} is {what}, and not the network's input.",
-            f"Give all items as floats, or all as pictures in a Dataset with __len__ and __getitem__. {ITEMS}",
+            f"Give all items in one form, floats or pictures. {ITEMS}",
         )
     known = parts.known
     if known is None:
         return image[None]
     if isinstance(known, (Mapping, str)):
         return image[None], [known]
-    return image[None], _plain(known)[None]
+    return image[None], array_of(known)[None]
 
 
 def _require_items(text: str, made: Any) -> None:
@@ -190,7 +249,7 @@ def labels_told(made: Any) -> np.ndarray[Any, Any] | None:
     for values in [*kept, made[column][:] if column is not None else None]:
         if values is None or isinstance(values, str):
             continue
-        array = _plain(values)
+        array = array_of(values)
         if array.shape == (len(made),) and array.dtype.kind in "iu":
             return array.astype(np.int64)
     return None

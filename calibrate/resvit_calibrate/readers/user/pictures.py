@@ -44,9 +44,8 @@ class DatasetPixels(Untargeted):
                 f"{text} gives the class {int(self.labels.max())}, but names {len(self.class_names)} classes.",
                 "Classes are numbered from 0; check `classes` of the data set and its target_transform.",
             )
-        self.notes: tuple[str, ...] = (
-            f"{name} gives pictures ({type(made).__name__}, {self._count} items): they are prepared here, as files are",
-        )
+        told = getattr(made, "told", f"pictures ({type(made).__name__}, {self._count} items)")
+        self.notes: tuple[str, ...] = (f"{name} gives {told}: they are prepared here, as files are",)
 
     def __len__(self) -> int:
         return self._count
@@ -149,7 +148,24 @@ def label_of(text: str, known: Any, index: int) -> int | None:
     """The class number of an item, None where it has none; raises ``ResvitError`` for anything else."""
     if known is None:
         return None
-    value = np.asarray(known) if not isinstance(known, (dict, str)) else np.empty(0, object)
+    if isinstance(known, str):
+        raise ResvitError(
+            f"Item {index} of {text} gives its class as a text, {known[:40]!r}.",
+            "Give its number from 0, as the network's outputs are; `classes` of the data set says what each is called.",
+        )
+    value = np.asarray(known) if not isinstance(known, dict) else np.empty(0, object)
+    if value.shape in ((), (1,)) and value.dtype.kind == "f":
+        raise ResvitError(
+            f"Item {index} of {text} gives its class as a number with a point, {float(value.reshape(())):g}.",
+            "Give whole numbers from 0: `int(label)`.",
+        )
+    if value.ndim == 1 and value.dtype.kind in "iufb" and value.size > 1:
+        one = np.count_nonzero(value) == 1 and value.max() == 1
+        told = "one of which is 1 (one-hot)" if one else "and a picture has one class"
+        raise ResvitError(
+            f"Item {index} of {text} has a label of {value.size} numbers, {told}.",
+            f"Give the number of its class from 0{': `int(label.argmax())`' if one else ''}.",
+        )
     if value.shape not in ((), (1,)) or value.dtype.kind not in "iu":
         what = f"of shape {list(value.shape)}" if value.dtype.kind in "iufb" else f"a {type(known).__name__}"
         raise ResvitError(

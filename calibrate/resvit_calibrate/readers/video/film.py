@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resvit_calibrate.images.pixels import UNSEEN, Look, Untargeted
+from resvit_calibrate.readers.folders import class_names
 from resvit_calibrate.readers.paired import shortened
 from resvit_calibrate.readers.video.container import ENDINGS, Reading, format_of, frames_of, opened
 from resvit_calibrate.readers.video.evenly import CANDIDATES, GRID, LEAST, MOST, SAME, Evenly
@@ -28,6 +29,7 @@ from resvit_engines.progress import SILENT, Reporter
 _BYTES_MOST = 4 << 30
 """What the frames of all films may take in the folder for temporary files."""
 FILMS_MOST = 128
+_FOLDERS_MOST = 64
 _MORE = "Give a longer film, or several in a folder."
 
 
@@ -115,6 +117,13 @@ def films_in(root: Path) -> tuple[Path, ...]:
     with contextlib.suppress(OSError), os.scandir(root) as entries:
         names = sorted(one.name for one in entries if one.name.lower().endswith(ENDINGS) and one.name[0] != ".")
         return tuple(root / name for name in names if format_of(root / name) is not None)
+    return ()
+
+
+def films_below(root: Path) -> tuple[Path, ...]:
+    """The films in the folders right below a folder; none where there are none."""
+    with contextlib.suppress(ResvitError):
+        return tuple(film for name in class_names(root)[:_FOLDERS_MOST] for film in films_in(root / name))
     return ()
 
 

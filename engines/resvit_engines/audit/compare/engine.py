@@ -24,6 +24,8 @@ from resvit_engines.outside import json_from_outside, read_outside, text_from_ou
 _FIX_LAYERS = "Give what trtexec --exportLayerInfo (with --profilingVerbosity=detailed) or --exportProfile wrote."
 _PROFILE = re.compile(r" \[profile \d+\]$")
 _COPIES = ("Reformatting CopyNode", "__mye", "QuantizeLinear", "DequantizeLinear")
+_APART = 2.0
+"""How many times as long as its layers together, or as short, a run can be: a profiler costs tenths, not more."""
 _LEAST_KNOWN = 0.5
 """Of the kernels, and of the time, a profile must know so much to be of the same engine."""
 
@@ -101,12 +103,20 @@ def with_times(engine: ListedEngine, profile: Path | None, times: Path | None = 
     """The engine with the times of a profile of its layers, and with its latency.
 
     Raises:
-        ResvitError: INPUT where the profile names other layers, so that it is of another engine or network.
+        ResvitError: INPUT where the profile names other layers, or its layers take a time that is not that of the runs,
+            so that one of them is of another engine or network.
     """
     if profile is not None:
         engine = dataclasses.replace(engine, kernels=_timed(engine, profile))
     if times is not None:
-        engine = dataclasses.replace(engine, latency_us=latency_from_file(times))
+        latency, layers = latency_from_file(times), engine.total_us
+        if layers and not 1 / _APART <= latency / layers <= _APART:
+            raise ResvitError(
+                f"The file of times {times} is of another engine than {engine.name}: its runs take {latency:,.0f} us, "
+                f"and the layers {layers:,.0f} us together.",
+                "Give the times and the profile of one build, at one batch.",
+            )
+        engine = dataclasses.replace(engine, latency_us=latency)
     return engine
 
 

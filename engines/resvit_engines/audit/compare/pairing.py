@@ -58,10 +58,18 @@ def pair_up(a: ListedEngine, b: ListedEngine) -> Pairing:
     chosen = agreeing if by_names else []
     if detailed:
         chosen = [*chosen, *_in_order(a, _left(products, chosen, 0), b, _left(others, chosen, 1), _signature)]
-    if len(chosen) < _SAME_NETWORK * most:
-        what = "products" if detailed else "layers"
+    if len(chosen) < _SAME_NETWORK * most and not detailed:
+        told = " and ".join(engine.name for engine in (a, b) if not engine.detailed) or f"{a.name} and {b.name}"
         raise ResvitError(
-            f"{a.name} and {b.name} are engines of two networks: of {len(products)} and {len(others)} {what} only "
+            f"Of {told} only the names of layers are known, and of {len(products)} and {len(others)} only "
+            f"{len(chosen)} have a partner of the same nodes: builds with and without Q/DQ name them otherwise, and so "
+            "do two networks.",
+            "Give the layer files of both (trtexec --exportLayerInfo --profilingVerbosity=detailed), and these "
+            "profiles with --profile-a and --profile-b.",
+        )
+    if len(chosen) < _SAME_NETWORK * most:
+        raise ResvitError(
+            f"{a.name} and {b.name} are engines of two networks: of {len(products)} and {len(others)} products only "
             f"{len(chosen)} have a partner in the other.",
             "Compare two engines of one network.",
         )

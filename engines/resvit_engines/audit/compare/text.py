@@ -97,7 +97,7 @@ def _said(row: Row) -> str:
 def _result(found: EngineComparison) -> str:
     a, b, ratio = found.a, found.b, found.ratio
     if ratio is None:
-        untimed = " and ".join(engine.name for engine in (a, b) if not engine.timed) or b.name
+        untimed = " and ".join(engine.name for engine in (a, b) if not (engine.total_us or engine.latency_us)) or b.name
         return f"Of {untimed} no times are known: what was fused is compared, not how long it takes."
     by_latency = bool(a.latency_us and b.latency_us)
     what = "as a whole" if by_latency else "summed over the layers of a run with a profiler"

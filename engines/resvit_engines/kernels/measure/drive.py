@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
 from resvit_engines.kernels.launch import ITEM_SIZES, Kernel
 
 Array = NDArray[Any]
@@ -80,7 +80,7 @@ class Driver:
         try:
             code, *values = getattr(self.api, name)(*arguments)
         except (RuntimeError, OSError) as error:  # cuda-bindings looks for the driver when it is first called.
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             raise ResvitError(f"There is no NVIDIA driver here ({said}).", *_NO_DRIVER) from error
         if int(code) != 0:
             title, text = (self._told(which, code) for which in ("cuGetErrorName", "cuGetErrorString"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def keylist_command(
 ) -> None:  # fmt: skip
     """Write a signed list of the keys that devices are to trust; 'resvit-engine keys LIST' takes it there.
 
+    No file is overwritten.
     Roots sign lists and nothing else: make one with keygen and keep it where nobody builds. Each list has a higher
     version than the one it comes after, and an end: devices take no older list, and install nothing once theirs has
     ended.
@@ -67,6 +69,11 @@ def keylist_command(
             raise ResvitError("--cosign adds a signature to a list as it is.", "Leave the other options out.")
         signed = list_from_bytes(read_outside(out, LIST_FILE_MOST), str(out)).cosigned(*signing)
     else:
+        if os.path.lexists(out):
+            raise ResvitError(
+                f"{out} exists already, and a list that may be with devices is not overwritten.",
+                "Choose another name, or move it away; --cosign adds a signature to it.",
+            )
         before = list_from_bytes(read_outside(after, LIST_FILE_MOST), str(after)) if after else None
         today = datetime.now(timezone.utc).date()
         changes = Changes(

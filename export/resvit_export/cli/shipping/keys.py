@@ -93,8 +93,10 @@ def sign_command(
     With --openssf alone the bundle stays as it is. Devices ask for the signature inside, whatever lies beside it.
     """
     from resvit_engines.bundle.bundle import sign_bundle, verify_bundle
+    from resvit_engines.files import sha256_file
     from resvit_engines.keys.private import load_signing_key
-    from resvit_export.tools.openssf import sign_as_openssf
+    from resvit_engines.progress import reporter
+    from resvit_export.tools.openssf import load_openssf_signer
 
     signing = load_signing_key(key)
     if signing is None and openssf is None:
@@ -102,15 +104,24 @@ def sign_command(
             "There is no key to sign with.",
             "Make one with: resvit-export keygen release.key, then add --key release.key",
         )
+    sign_beside = load_openssf_signer(openssf) if openssf is not None else None
     bundle = _bundle_in(bundle)
     if signing is not None:
+        target = out or bundle
+        old = target.with_name(f"{target.name}.sig")
+        before = sha256_file(target) if target.is_file() and old.is_file() and sign_beside is None else None
         manifest = sign_bundle(bundle, signing, out)
+        if before is not None and before != sha256_file(target):
+            reporter(quiet or as_json).warn(
+                f"{old} is of the bundle as it was, and no longer holds. Make it again: "
+                f"resvit-export sign {target} --openssf KEY"
+            )
     elif out is not None:
         raise ResvitError("--openssf signs beside the bundle, which is not written again.", "Leave --out away.")
     else:
         manifest = verify_bundle(bundle)
     bundle = out or bundle
-    beside = sign_as_openssf(bundle, openssf) if openssf is not None else None
+    beside = sign_beside(bundle) if sign_beside is not None else None
     if as_json:
         document: dict[str, object] = {"bundle": str(bundle), "name": manifest.name}
         if signing is not None:

@@ -28,6 +28,7 @@ from resvit_engines.errors import ResvitError
 from resvit_engines.pictures.sizes import Size, SizeRange, in_multiples
 from resvit_export.loading.inputs import IMAGE
 from resvit_export.loading.user_code import user_error
+from resvit_quantize.pruning.answers import tensors_in
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 7, 14, 28)
 """In what sizes may grow: strides of trunks, patches and windows."""
@@ -223,8 +224,7 @@ def _leaves(module: nn.Module, channels: int, size: Size) -> list[torch.Tensor]:
 def _answers(module: Callable[..., object], image: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        leaves = torch.utils._pytree.tree_leaves(module(image))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return tensors_in(module(image))
 
 
 def _reason(error: Exception) -> str:

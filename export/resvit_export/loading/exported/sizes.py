@@ -67,7 +67,7 @@ def nodes_of_size(text: str) -> int:
         return _extent(tree, 0).nodes
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         first = str(error).partition("(<unknown>")[0].strip() or type(error).__name__
-        raise NotAllowedError(f"a size is given as {quoted(text)} ({first})") from error
+        raise NotAllowedError(f"a size is given as {quoted(text)} ({first})") from None
 
 
 def _is_symbol(name: str) -> bool:

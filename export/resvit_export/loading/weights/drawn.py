@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from resvit_quantize.pruning.answers import tensors_in
 from resvit_quantize.pruning.copies import forgetting
 
 _AROUND_ITS_BIAS = 1e-4
@@ -70,7 +71,7 @@ def keep_signals_alive(model: nn.Module, image: Sequence[int]) -> bool:
 
 def _reach(answer: object) -> float | None:
     """The largest magnitude in what a model answered with; none where there are no numbers, and infinity for NaN."""
-    floats = [x for x in torch.utils._pytree.tree_leaves(answer) if torch.is_tensor(x) and x.is_floating_point()]
+    floats = [tensor for tensor in tensors_in(answer) if tensor.is_floating_point()]
     found = [float(x.abs().max()) for x in floats if x.numel()]
     return max((math.inf if math.isnan(each) else each for each in found), default=None)
 

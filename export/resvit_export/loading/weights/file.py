@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, first_line
 from resvit_export.loading.weights.pickle_bounds import PickleBoundsError, require_bounded_pickle
 from resvit_export.loading.weights.regular_file import require_file
 from resvit_export.loading.weights.shards import ENDING, read_shards
@@ -210,6 +210,6 @@ def _refused(error: Exception) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> ResvitError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    first = first_line(error)
     fix = _SAVE if isinstance(error, PickleBoundsError) else _AGAIN
     return ResvitError(f"{path} cannot be read as a checkpoint ({path.stat().st_size:,} bytes): {first}", fix)

@@ -80,8 +80,8 @@ def require_bounded_pickle(stream: IO[bytes]) -> None:
                 raise PickleBoundsError("its parts refer to each other so often that reading them would not end")
     except PickleBoundsError:
         raise
-    except MemoryError as error:  # a length that the file claims, and nothing else here takes much
-        raise ValueError("its pickle is damaged (a part of it is longer than this machine's memory)") from error
+    except MemoryError:  # a length that the file claims, and nothing else here takes much
+        raise ValueError("its pickle is damaged (a part of it is longer than this machine's memory)") from None
     except Exception as error:  # pickletools raises many kinds for damaged bytes
         raise ValueError(f"its pickle is damaged ({error})") from error
 

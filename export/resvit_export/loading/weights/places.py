@@ -31,6 +31,8 @@ COUNTERS = frozenset({"n_averaged"})
 """Tensors beside averaged weights that are none themselves."""
 
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|avg|teacher)([._]|$)")
+_LEARNING = re.compile(r"(^|_)online(_|$)")
+"""What stands beside the averaged weights in one dictionary: those that they are the average of."""
 _TOP = "."
 _DEEPEST, _MOST_KEYS, _LONGEST_NAME = 32, 500_000, 1000
 _MOST_PARTS, _MOST_PLACES, _NAMED = 48, 16, 5
@@ -70,7 +72,17 @@ class Place:
     @property
     def averaged(self) -> bool:
         """Whether its name says that these are weights averaged over training."""
-        return _AVERAGED.search(self.key.lower()) is not None
+        return is_averaged(self.key)
+
+
+def is_averaged(key: str) -> bool:
+    """Whether keys with dots between them lead to averaged weights: the innermost that says so counts."""
+    for part in reversed(key.lower().split(".")):
+        if _AVERAGED.search(part):
+            return True
+        if _LEARNING.search(part):
+            return False
+    return False
 
 
 def flattened(content: Any, path: Path) -> Flat:
@@ -172,7 +184,7 @@ def likely_place(flat: Flat) -> tuple[str, dict[str, torch.Tensor], tuple[str, .
     most = max(map(len, dictionaries.values()))
     first, *others = sorted(
         (holder for holder, tensors in dictionaries.items() if len(tensors) == most),
-        key=lambda holder: _AVERAGED.search(holder.lower()) is None,
+        key=lambda holder: not is_averaged(holder),
     )
     return first.removesuffix("."), dictionaries[first], tuple(other.removesuffix(".") for other in others)
 

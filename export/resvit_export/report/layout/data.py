@@ -66,6 +66,8 @@ class ReportData:
     ranges: Ranges | None = None
     quantize: QuantizeReport | None = None
     verdict: VerdictRecord | None = None
+    least_sqnr_db: float | None = None
+    """What the SQNR must keep where there is no metric, in dB."""
     costs: CostsRecord | None = None
     speed: SpeedVerdict | None = None
     """What the costs are worth."""
@@ -75,6 +77,10 @@ class ReportData:
     audit: AuditRecord | SkippedAudit | None = None
     device: DeviceResult | None = None
     bundle: Manifest | None = None
+    next_commands: Sequence[tuple[str, str]] = ()
+    """Command lines that apply now, each with what it is for."""
+    preprocess: Sequence[tuple[str, str]] = ()
+    """What happens to an image before the network reads it, step by step."""
     recipe: str | None = None
     targets: Sequence[Target] = ()
     sizes: Mapping[str, int] | None = None

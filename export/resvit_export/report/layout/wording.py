@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from resvit_calibrate.gate.comparison import DECIBELS, SHARE
+
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -85,6 +87,20 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
+
+
+def drop_name(unit: str) -> str:
+    """Name what ``drop`` writes: what was lost, or what an SQNR has above the least one."""
+    return "Above the least" if unit == DECIBELS else "Drop"
+
+
+def drop(value: float | None, unit: str) -> str:
+    """Write a drop with its unit: percentage points, points of another metric, or dB above the least SQNR."""
+    if value is None:
+        return NOTHING
+    if unit == DECIBELS:
+        return f"{number(-value, 1, signed=True)} dB"
+    return f"{number(value)} {'pp' if unit == SHARE else unit}"
 
 
 def decibels(noise_to_signal: float | None) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from resvit_calibrate.gate.comparison import SHARE
+from resvit_calibrate.gate.comparison import DECIBELS, SHARE
 from resvit_calibrate.gate.gate import VerdictKind
 from resvit_engines.targets.speed_verdict import SpeedKind, SpeedVerdict
 from resvit_export.records.verdict import ScoreRow, VerdictRecord
@@ -21,6 +21,7 @@ _SPEED = {
     SpeedKind.FASTER: ("accepted", "Faster"),
     SpeedKind.NOT_FASTER: ("rejected", "Not faster"),
     SpeedKind.NOT_KNOWN: ("undecided", "Speed not known"),
+    SpeedKind.FP16_ITSELF: ("open", "Speed"),
 }
 _WORDS = {VerdictKind.ACCEPTED: "Accepted", VerdictKind.REJECTED: "Rejected", VerdictKind.UNDECIDED: "Undecided"}
 
@@ -74,6 +75,8 @@ class Accuracy:
     unit_in_words: str
     axis: str
     """What the chart shows, a sentence."""
+    drop_name: str
+    """How drops and their intervals are called: those of an SQNR are turned round, as what it has above the least."""
     agreement_name: str
     agreement_of: str
     """What is counted, where the name of the column does not say it."""
@@ -145,6 +148,7 @@ def accuracy_from_verdict(record: VerdictRecord) -> Accuracy:
         return round(100 * (value - low) / (high - low), 2)
 
     ticks, decimals = ticks_between(low, high)
+    sign = _sign(rows[0].unit)
     return Accuracy(
         rows=[_row(row, limit, place, reference=index == 0) for index, row in enumerate(rows)],
         **_names(rows),
@@ -154,7 +158,7 @@ def accuracy_from_verdict(record: VerdictRecord) -> Accuracy:
         limit=wording.number(limit),
         limit_at=place(limit),
         zero_at=place(0.0),
-        ticks=[(place(tick), wording.number(tick, decimals) if tick else "0") for tick in ticks],
+        ticks=[(place(tick), wording.number(sign * tick, decimals) if tick else "0") for tick in ticks],
         note=record.runtime_note,
     )
 
@@ -192,13 +196,17 @@ def _figures(data: ReportData) -> list[tuple[str, str]]:
         if rows:
             first, last = rows[0], rows[-1]
             name = "Top-1 accuracy" if first.metric == "top-1" else first.metric
-            figures.append((name, f"{_value(first)} \N{RIGHTWARDS ARROW} {_value(last)}"))
+            of_noise = first.unit == DECIBELS  # against the original itself, which has none
+            before = "" if of_noise else f"{_value(first)} \N{RIGHTWARDS ARROW} "
+            figures.append((name, f"{before}{_value(last)}" + " dB" * of_noise))
             interval = _interval(last)
             if last.drop is not None and interval:
-                figures.append((f"Drop, {first.unit}", wording.number(last.drop)))
-                confidence = f"{verdict.confidence * 100:g}% interval"
-                figures.append((confidence, f"{wording.number(interval[0])} to {wording.number(interval[1])}"))
-        figures.append(("Largest drop allowed", wording.number(verdict.max_drop)))
+                figures.append((wording.drop_name(first.unit), wording.drop(last.drop, first.unit)))
+                figures.append((f"{verdict.confidence * 100:g}% interval", _between(interval, first.unit)))
+        if not rows or rows[0].unit != DECIBELS:
+            figures.append(("Largest drop allowed", wording.drop(verdict.max_drop, verdict.unit)))
+        elif data.least_sqnr_db is not None:
+            figures.append(("Least SQNR allowed", f"{data.least_sqnr_db:g} dB"))
     if data.quantize:
         if data.quantize.macs_share:
             what = f"Arithmetic in {data.quantize.precision.upper()}"
@@ -223,8 +231,8 @@ def _names(rows: Sequence[ScoreRow]) -> dict[str, str]:
     if metric == "top-1":
         axis = "Drop of top-1 accuracy in percentage points."
         return _named("Top-1", "pp", unit, axis, "Same answer", "")
-    if unit == "dB":
-        axis = "By how many dB the outputs miss the least SQNR; accuracy was not measured."
+    if unit == DECIBELS:
+        axis = "How far the SQNR is above the least one, in dB; to the right is worse. Accuracy was not measured."
     else:
         what = "percentage points" if unit == SHARE else "points, hundredths of it"
         axis = f"Drop of {metric} in {what}; to the right is worse."
@@ -232,15 +240,26 @@ def _names(rows: Sequence[ScoreRow]) -> dict[str, str]:
 
 
 def _named(metric: str, unit: str, words: str, axis: str, agreement: str, of: str) -> dict[str, str]:
-    names = ("metric", "unit", "unit_in_words", "axis", "agreement_name", "agreement_of")
-    return dict(zip(names, (metric, unit, words, axis, agreement, of), strict=True))
+    names = ("metric", "unit", "unit_in_words", "axis", "drop_name", "agreement_name", "agreement_of")
+    return dict(zip(names, (metric, unit, words, axis, wording.drop_name(unit), agreement, of), strict=True))
+
+
+def _sign(unit: str) -> int:
+    """Of what people read: drops as they are, an SQNR by what it has above the least one."""
+    return -1 if unit == DECIBELS else 1
+
+
+def _between(interval: tuple[float, float], unit: str) -> str:
+    sign = _sign(unit)
+    low, high = (sign * edge for edge in interval[::sign])
+    return f"{wording.number(low)} to {wording.number(high)}"
 
 
 def _value(row: ScoreRow) -> str:
     """The first metric of a stage: shares of images in %, the others as they are usually written."""
     if row.unit == SHARE:
         return wording.percent(row.value)
-    return wording.number(row.value, 1 if row.unit == "dB" else 4)
+    return wording.number(row.value, 1 if row.unit == DECIBELS else 4)
 
 
 def _interval(row: ScoreRow) -> tuple[float, float] | None:
@@ -250,12 +269,13 @@ def _interval(row: ScoreRow) -> tuple[float, float] | None:
 
 def _row(score: ScoreRow, limit: float, place: Callable[[float], float], *, reference: bool) -> StageRow:
     interval, drop = (None, None) if reference else (_interval(score), score.drop)
+    itself = reference and score.unit == DECIBELS  # no noise at all, for which no number stands
     row = StageRow(
         stage=spell_stage(score.stage),
-        value=_value(score),
+        value=wording.NOTHING if itself else _value(score),
         agreement=wording.NOTHING if reference else wording.percent(score.agreement),
-        sqnr=wording.number(score.sqnr_db, 1),
-        drop=wording.number(drop),
+        sqnr=wording.NOTHING if itself else wording.number(score.sqnr_db, 1),
+        drop=wording.number(None if drop is None else _sign(score.unit) * drop),
         interval=wording.NOTHING,
     )
     if interval is None or drop is None:
@@ -264,7 +284,7 @@ def _row(score: ScoreRow, limit: float, place: Callable[[float], float], *, refe
     return StageRow(
         **{
             **row.__dict__,
-            "interval": f"{wording.number(low)} to {wording.number(high)}",
+            "interval": _between(interval, score.unit),
             "left": place(low),
             "right": place(high),
             "dot": place(drop),

@@ -100,7 +100,12 @@ def plan_settings(plan: DevicePlan) -> list[tuple[str, str]]:
 
 def commands_from_plan(plan: DevicePlan) -> list[list[tuple[str, str]]]:
     """Split each command into words and the space behind each: a line breaks between words, not in an option."""
-    return [re.findall(r"(\S+)(\s*)", command.strip()) for command in plan.commands]
+    return [words_of(command) for command in plan.commands]
+
+
+def words_of(command: str) -> list[tuple[str, str]]:
+    """The words of a command, each with the space behind it."""
+    return re.findall(r"(\S+)(\s*)", command.strip())
 
 
 def _types(inputs: Sequence[str], outputs: Sequence[str]) -> str:

@@ -221,7 +221,7 @@ def costs_from_run(data: ReportData) -> Costs | None:
     return Costs(
         [
             *([data.speed.sentence] if data.speed else ()),
-            *_mended_cost(data),
+            *_left_cost(data),
             *(found.sentences if found else ()),
         ],
         [
@@ -231,15 +231,21 @@ def costs_from_run(data: ReportData) -> Costs | None:
     )
 
 
-def _mended_cost(data: ReportData) -> list[str]:
-    """What the layers out of line take in FP16, by the prediction."""
-    check = data.quantize.held_back if data.quantize else None
-    if data.costs is None or check is None or not check.mended:
+def _left_cost(data: ReportData) -> list[str]:
+    """What the head and the layers out of line take in FP16, by the prediction."""
+    if data.costs is None or data.quantize is None:
         return []
-    names = {item.node for item in check.mended}
-    chosen = data.costs.chosen
-    taken = sum(layer.total_us for layer in chosen.layers if layer.name in names)
-    return [
-        f"Left in FP16 because their error is out of line: {wording.plural(len(names), 'layer')}, "
-        f"{wording.number(taken, 1)} of {wording.number(chosen.total_us, 1)} µs."
-    ]
+    found, chosen = data.quantize, data.costs.chosen
+    head = {node.name for node in found.nodes if (node.group, node.weighted, node.precision) == ("head", True, "fp16")}
+    timed = {layer.name: layer.total_us for layer in chosen.layers}
+    mended = {item.node for item in found.held_back.mended} if found.held_back else set()
+    said = []
+    for why, names in (("as heads", head), ("because their error is out of line", mended)):
+        each = [timed[name] for name in names if name in timed]
+        taken = sum(each)
+        if each:
+            said.append(
+                f"Left in FP16 {why}: {wording.plural(len(each), 'layer')}, "
+                f"{wording.number(taken, 1)} of {wording.number(chosen.total_us, 1)} µs."
+            )
+    return said

@@ -19,10 +19,14 @@ from resvit_engines.targets.layer_times import measured_times_from_json
 from resvit_engines.targets.layer_work import LayerKind, LayerWork
 from resvit_engines.targets.table import Builder, Precision, Target
 from resvit_engines.targets.tensorrt_rules import TIME_RULES, TimeRules
+from resvit_export.recipe.choices import InputType
 from resvit_export.run import Run
 from resvit_export.stage import Artifact, File, Stage
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from resvit_calibrate.images.preprocess import Preprocess
     from resvit_export.records.costs import CostsRecord
     from resvit_quantize.settings import QuantizeSettings
 
@@ -31,12 +35,18 @@ RESULT = "costs.json"
 
 @dataclass(frozen=True)
 class Pricing:
-    """What a prediction depends on: the float graph, the device, the batch, and times that were measured on it."""
+    """What a prediction depends on: the float graph, the device, the batch, and times that were measured on it.
+
+    ``input_type`` is what the engines read (for INT8 the one in FP16 alone reads FP16), and ``pixels`` how images are
+    prepared, where they read pixels.
+    """
 
     model: File
     target: Target
     batch: int
     measured: File | None
+    input_type: InputType = InputType.FP32
+    pixels: Preprocess | None = None
     efficiency: Efficiency = EFFICIENCY
     rules: TimeRules = TIME_RULES
     accumulators: Mapping[LayerKind, int] = field(default_factory=lambda: dict(ACCUMULATOR_BYTES))
@@ -46,10 +56,12 @@ class Pricing:
         from resvit_quantize.graph.fused_layers import layers_from_graph
         from resvit_quantize.graph.network import network_from_onnx
 
-        return self._priced(layers_from_graph(network_from_onnx(self.model.path), self.batch))
+        network = network_from_onnx(self.model.path)
+        self._retype(network, InputType.FP16 if self.input_type is InputType.INT8 else self.input_type)
+        return self._priced(layers_from_graph(network, self.batch))
 
     def of_quantised(self, quantised: Path, precisions: Mapping[str, Precision]) -> tuple[Prediction, Prediction]:
-        """The prices of a quantised graph, and of the same in FP16; raises as ``cost_model``.
+        """The prices of a quantised graph, and of the same in FP16; raises as ``cost_model`` and ``retype_bindings``.
 
         By TensorRT, which writes a tensor in the format that its Q/DQ say, with Q/DQ where they stand. TensorRT for RTX
         writes accumulators wherever they stand: the float graph and its products' precisions tell as much.
@@ -60,7 +72,7 @@ class Pricing:
         costs = self.cost_model()
         if self.target.builder is Builder.RTX or not precisions:
             return costs.predict(precisions), costs.predict({})
-        graph = quantised_graph_from_onnx(quantised, self.batch)
+        graph = quantised_graph_from_onnx(quantised, self.batch, lambda network: self._retype(network, self.input_type))
         eight = layers_from_graph(graph.model, self.batch, edges=graph.edges)
         return self._priced(eight).predict(precisions), costs.predict({})
 
@@ -71,6 +83,11 @@ class Pricing:
         chosen, fp16 = self.of_quantised(quantised, precisions)
         (folder / RESULT).write_bytes(pretty_json(CostsRecord(fp16, chosen).to_json(self.target)))
 
+    def _retype(self, network: ir.Model, kind: InputType) -> None:
+        from resvit_export.to_tensorrt.bindings import retype_bindings
+
+        retype_bindings(network, kind, self.pixels)
+
     def _priced(self, layers: Sequence[LayerWork]) -> CostModel:
         measured = measured_times_from_json(self.measured.path) if self.measured else None
         if measured is not None:
@@ -78,9 +95,10 @@ class Pricing:
         return CostModel(layers, self.target, measured)
 
 
-def pricing_of(run: Run, model: File, measured: File | None = None) -> Pricing:
+def pricing_of(run: Run, model: File, pixels: Preprocess | None, measured: File | None = None) -> Pricing:
     """What predictions for a run depend on; ``measured`` are layer times of its own tuning, where the user has none."""
-    return Pricing(model, run.require_target(), run.recipe.batch_range[1], run.measured_times or measured)
+    of_device = (run.require_target(), run.recipe.batch_range[1], run.measured_times or measured)
+    return Pricing(model, *of_device, run.recipe.input_type, pixels)
 
 
 @dataclass(frozen=True)

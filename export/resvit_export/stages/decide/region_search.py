@@ -23,7 +23,7 @@ FLOAT, PLAIN, TUNED = "float", "plain", "tuned"
 class RegionChoice:
     """One region: its products, and how many times as fast the network is with it in 8 bits; kept where that pays.
 
-    ``known`` says that the ratio is that of another network on the same kind of device, and was not measured here.
+    ``known`` says that the ratio was measured before on the same kind of device, and not in this search.
     """
 
     name: str
@@ -48,6 +48,11 @@ class RegionChoice:
 def pays(ratio: Ratio) -> bool:
     """Whether 8 bits are measured to gain what they must: in the median, and chance is excluded."""
     return ratio.value >= WORTH and ratio.faster
+
+
+def decided(ratio: Ratio) -> bool:
+    """Whether chance is excluded that another measurement chooses otherwise."""
+    return pays(ratio) or ratio.high < WORTH
 
 
 class Times(Protocol):
@@ -101,6 +106,8 @@ class Found:
     faster: Ratio | None = None
     ms: tuple[float, float] | None = None
     """Of the choice, and in floats."""
+    best: tuple[Ratio, float, float] | None = None
+    """How many times as fast as in floats the fastest is, and both times in ms, where none that was tried gains."""
 
 
 def search_regions(
@@ -120,7 +127,7 @@ def search_regions(
         if (ratio := start.known.get(region.name)) is not None:
             found.choices[region.name] = _choice(region, ratio, known=True)
             found.out |= set() if pays(ratio) else {region.name}
-            settled |= {region.name} if start.trusted else set()
+            settled |= {region.name} if start.trusted and decided(ratio) else set()
     for number in range(passes):
         left = [region for region in regions if region.name not in settled]
         if not left:
@@ -154,6 +161,7 @@ def _held_against_floats(
         fast = [name for name in candidates if pays(times.ratio(FLOAT, name))]
         if not fast:
             best = min(candidates, key=times.median_ms)
+            found.best = times.ratio(FLOAT, best), times.median_ms(best), times.median_ms(FLOAT)
             found.sentences.append(
                 f"No placement of Q/DQ gains 2% on {ways.floating} on {ways.where}; the best is "
                 f"{times.ratio(FLOAT, best).sentence} as fast."

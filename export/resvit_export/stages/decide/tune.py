@@ -102,7 +102,8 @@ class TimeVariants(Stage[Timings]):
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
         """Build an engine of every variant, time all of them, and keep the numbers alone."""
-        with tempfile.TemporaryDirectory(prefix="resvit-tune-") as scratch:
+        # Within the run: what a kill leaves behind, the next command in the run removes.
+        with tempfile.TemporaryDirectory(prefix="engines-", dir=folder) as scratch:
             models = dict(self._models(Path(scratch)))
             if self.place.address is None:
                 times = self._timed_here(models, Path(scratch), folder, reporter)
@@ -171,22 +172,43 @@ class Tuned(Artifact):
     @property
     def precisions(self) -> Mapping[str, str]:
         """What the chosen variant computes otherwise than the plain placement, by product."""
-        return Record(self.json(CHOICE), CHOICE).texts_by_name("precisions")
+        return self._choice.texts_by_name("precisions")
 
     @property
     def lines(self) -> tuple[str, ...]:
         """What was found, for people."""
-        return Record(self.json(CHOICE), CHOICE).texts("sentences")
+        return self._choice.texts("sentences")
 
     @property
     def speed(self) -> tuple[Ratio, float, float] | None:
         """How many times as fast as in floats it was measured to be, and the ms of both; None where it is in floats."""
-        record = Record(self.json(CHOICE), CHOICE)
+        record = self._choice
         faster = record.optional("faster", record.record)
         if faster is None:
             return None
         chosen, floats = record.numbers("ms", 0)
         return Ratio.from_json(faster), chosen, floats
+
+    @property
+    def best(self) -> tuple[Ratio, float, float] | None:
+        """The same of the fastest placement that was tried, where none is faster than floats; None elsewhere."""
+        record = self._choice
+        best = record.optional("best", record.record)
+        if best is None:
+            return None
+        tried, floats = best.numbers("ms", 0)
+        return Ratio.from_json(best), tried, floats
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What speaks against trusting the times, and how clocks stood."""
+        record = self._choice
+        return record.optional("remarks", record.texts) or ()
+
+    @property
+    def _choice(self) -> Record:
+        """``tune.json``, read anew: a file that was damaged since is not believed."""
+        return Record(self.json(CHOICE), CHOICE)
 
     @property
     def measured_times(self) -> File | None:
@@ -199,7 +221,9 @@ class Tune(Stage[Tuned]):
     """Write down what was chosen for the ``plain`` placement, and what it rests on; ``sentences`` are for people.
 
     ``faster`` is how many times as fast as in floats it is, and ``ms`` what both take; None where it is in floats.
-    ``layer_times`` are microseconds by layer and precision, empty where the runtime tells none.
+    ``best`` is then the same of the fastest that was tried: ``value``, ``low``, ``high`` and ``ms``. ``remarks`` are
+    the sentences that speak of how it was measured. ``layer_times`` are microseconds by layer and precision, empty
+    where the runtime tells none.
     """
 
     name: ClassVar[str] = "tune"
@@ -213,6 +237,8 @@ class Tune(Stage[Tuned]):
     sentences: tuple[str, ...]
     faster: Mapping[str, float] | None
     ms: tuple[float, float] | None
+    best: Mapping[str, Any] | None
+    remarks: tuple[str, ...]
     layer_times: Mapping[str, Mapping[str, float]]
 
     def fill(self, folder: Path, reporter: Reporter) -> None:
@@ -224,6 +250,8 @@ class Tune(Stage[Tuned]):
             "place": self.place.facts,
             "faster": self.faster,
             "ms": self.ms,
+            "best": self.best,
+            "remarks": list(self.remarks),
             "sentences": list(self.sentences),
         }
         (folder / CHOICE).write_bytes(pretty_json(document))

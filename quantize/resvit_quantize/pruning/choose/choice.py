@@ -18,6 +18,8 @@ from resvit_quantize.pruning.groups import Group, Kept, Kind
 Values = Mapping[str, npt.NDArray[np.float64]]
 """Importance by the group's name, [units]."""
 
+_WELL_BELOW = 0.02
+"""Share of the whole by which a choice that keeps less than it may is explained."""
 _SLACK = 1e-9
 """Relative: what rounding may add to a cost."""
 
@@ -60,7 +62,7 @@ def choose_widths(groups: Sequence[Group], importance: Values, costs: Costs, bud
     _check(groups, importance)
     search = _Search(groups, importance, costs, budget)
     widths = search.widths()
-    return _choice(groups, importance, costs, budget, widths)
+    return _choice(groups, importance, costs, budget, widths, search.limited())
 
 
 def uniform_widths(groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget) -> Choice:
@@ -132,6 +134,35 @@ class _Search:
                 steps[name] = self._down(name)
         self._give_back(limit)
         return self.now
+
+    def limited(self) -> tuple[str, ...]:
+        """Why the widths found keep clearly less than they may: the step back that is the smallest, and too large."""
+        whole, share = self.meter.total({name: group.units for name, group in self.groups.items()}), self.budget.share
+        kept = self.meter.total(self.now) / whole
+        backs = [
+            (self.meter.total(self.now | moves) / whole, name, moves[name])
+            for name, moves in ((name, self._back(name)) for name in self.groups)
+            if moves
+        ]
+        too_large = [back for back in backs if back[0] > share]
+        if kept >= share - _WELL_BELOW or not too_large:
+            return ()
+        then, name, width = min(too_large)
+        group = self.groups[name]
+        if group.kind is Kind.BLOCKS:
+            how = f"blocks go whole, and with {group.identities[0] if group.identities else name}"
+        else:
+            heads = group.kind is Kind.HEADS
+            unit = "heads go whole" if heads else f"channels go in steps for {self.budget.precision.value}"
+            now, back = (units * (1 if heads else group.width) for units in (self.now[name], width))
+            how = f"{unit}, and with the smallest one back, {name} from {now} to {back},"
+        return (f"{kept:.1%} of the {self.budget.noun} remain where {share:.1%} may: {how} they would be {then:.1%}",)
+
+    def _back(self, name: str) -> dict[str, int]:
+        """The moves that take a group to its next larger width, with those that go with a block."""
+        if self.now[name] == self.groups[name].units or self._gone(name):
+            return {}
+        return {name: next(width for width in self.legal[name] if width > self.now[name])}
 
     def _stale(self, step: _Step) -> list[str]:
         """The groups whose next step is another after this one."""
@@ -242,7 +273,12 @@ def _unmet(budget: Budget, nearest: float) -> ResvitError:
 
 
 def _choice(
-    groups: Sequence[Group], importance: Values, costs: Costs, budget: Budget, widths: Mapping[str, int]
+    groups: Sequence[Group],
+    importance: Values,
+    costs: Costs,
+    budget: Budget,
+    widths: Mapping[str, int],
+    limited: tuple[str, ...] = (),
 ) -> Choice:
     kept: dict[str, npt.NDArray[np.int64]] = {}
     rows = []
@@ -254,9 +290,8 @@ def _choice(
         lost = 1.0 - float(values[stay].sum() / values.sum()) if values.sum() > 0 else 0.0
         rows.append(Width(group.name, group.kind, group.units, after, min(max(lost, 0.0), 1.0)))
     counts = {name: len(units) for name, units in kept.items()}
-    return Choice(
-        kept, cost_of(costs, {}, budget), cost_of(costs, counts, budget), tuple(rows), _notes(groups, widths, budget)
-    )
+    notes = (*_notes(groups, widths, budget), *limited)
+    return Choice(kept, cost_of(costs, {}, budget), cost_of(costs, counts, budget), tuple(rows), notes)
 
 
 def _notes(groups: Sequence[Group], widths: Mapping[str, int], budget: Budget) -> tuple[str, ...]:

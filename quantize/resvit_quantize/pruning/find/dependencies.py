@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resvit_engines.errors import ExitCode, ResvitError
+from resvit_quantize.pruning.answers import tensors_in
 from resvit_quantize.pruning.copies import copy_of
 from resvit_quantize.pruning.find.attention_heads import LAYERS, Attention, Call, call_of
 from resvit_quantize.pruning.find.frozen_norms import channel_buffers, frozen_norms
@@ -115,9 +116,9 @@ def traced(
     def forward(model: nn.Module, inputs: Tensor) -> object:
         with _hooked(model, cores, calls, records, watch):
             out = model(inputs)
-        flat = torch_pruning.utils.flatten_as_list(out)
-        ends.extend(each.grad_fn for each in flat if isinstance(each, Tensor))
-        return [each for each in flat if isinstance(each, Tensor) and each.grad_fn is not None]
+        found = tensors_in(out)
+        ends.extend(each.grad_fn for each in found)
+        return [each for each in found if each.grad_fn is not None]
 
     class CorePruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
         """What comes in and what goes out of a core are different channels."""
@@ -237,10 +238,14 @@ def _hooked(
 
 def _mapped(mapping: Callable[[list[Any]], list[Any]], indices: list[Any]) -> list[tuple[int, int]]:
     """The channels behind an operator by Torch-Pruning's map of it, which not every shape agrees with."""
+    lost = "they pass a view or an expansion that is not followed"
     try:
-        return [(each.idx, each.root_idx) for each in mapping(indices)]
+        found = [(each.idx, each.root_idx) for each in mapping(indices)]
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise EntangledError("they pass a view or an expansion that is not followed") from error
+        raise EntangledError(lost) from error
+    if any(None in each for each in found):  # its maps of some views forget which channel they began with
+        raise EntangledError(lost)
+    return found
 
 
 def _follow(traced: Traced, root: nn.Module, width: int) -> tuple[Touched, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from resvit_quantize.pruning.answers import tensors_in
 from resvit_quantize.pruning.apply import prune
 from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.find.attention_heads import close
@@ -115,5 +115,4 @@ def _pruned(module: nn.Module, groups: Sequence[Group], kept: Kept, image: Tenso
 
 def _outputs(module: nn.Module, image: Tensor) -> list[Tensor]:
     with torch.no_grad(), forgetting(module):
-        leaves = pytree.tree_leaves(module(image))
-    return [each for each in leaves if isinstance(each, Tensor)]
+        return tensors_in(module(image))

@@ -79,13 +79,20 @@ def _convolution(module: nn.Module, path: str, writes: bool) -> Side:
     if groups > 1:
         if not groups == width_in == width_out:
             raise EntangledError(f"{path} is a grouped convolution ({groups} groups)")
-        return _side(
-            module, path, [("weight", 0), ("bias", 0)], ("in_channels", "out_channels", "groups"), True, groups
-        )
+        own = [("weight", 0), ("bias", 0), *_gains(module, groups)]
+        return _side(module, path, own, ("in_channels", "out_channels", "groups"), True, groups)
     axis_out = 1 if isinstance(module, _TRANSPOSED) else 0
     if writes:
-        return _side(module, path, [("weight", axis_out), ("bias", 0)], ("out_channels",), True, width_out)
+        own = [("weight", axis_out), ("bias", 0), *_gains(module, width_out)]
+        return _side(module, path, own, ("out_channels",), True, width_out)
     return _side(module, path, [("weight", 1 - axis_out)], ("in_channels",), False, width_in)
+
+
+def _gains(module: nn.Module, width: int) -> Iterator[tuple[str, int]]:
+    """Parameters of a convolution's own kind that hold one number for each output channel: NFNet's gain."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name not in ("weight", "bias") and parameter.shape[:1] == (width,) and parameter.numel() == width:
+            yield name, 0
 
 
 def _side(

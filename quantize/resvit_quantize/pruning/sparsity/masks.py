@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from resvit_engines.errors import ResvitError
 from resvit_engines.progress import Reporter
 from resvit_quantize.modelopt.quiet import quiet_modelopt
+from resvit_quantize.pruning.answers import tensors_in
 from resvit_quantize.pruning.copies import copy_of, forgetting
 from resvit_quantize.pruning.sparsity.report import LeftAlone, SparseMethod, SparseReport
 
@@ -113,11 +114,11 @@ def _seen(module: nn.Module, layers: dict[str, Layer], images: Tensor) -> _Run:
     ]
     try:
         with forgetting(module):
-            leaves = torch.utils._pytree.tree_leaves(module(images))
+            found = tensors_in(module(images))
     finally:
         for hook in hooks:
             hook.remove()
-    answers = {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
+    answers = {tensor.data_ptr() for tensor in found}
     run.answers = {name for name, result in results.items() if result.data_ptr() in answers}
     # Where something stands between: preprocessing in front of the first layer, a softmax behind the last.
     run.reads_image = run.reads_image or set(run.order[:1])
