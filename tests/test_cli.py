@@ -190,6 +190,38 @@ def test_a_want_of_memory_is_no_fault_of_the_file(
     assert "a machine with more memory" in said
 
 
+@pytest.mark.parametrize("caught", [False, True])
+def test_an_interrupt_that_a_library_renames_is_one(caught: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def read() -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                raise ImportError("initialization failed") from error
+        except ImportError as error:
+            if caught:
+                raise ResvitError("ONNX Runtime is not installed.", "Install it.", ExitCode.MISSING) from error
+            raise
+
+    group = click.Group(commands={"read": read})
+    assert run_command(group, "tool", ["read"], missing="") == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err.startswith("error: Interrupted.")
+
+
+def test_an_error_that_says_what_was_interrupted_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def build() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ResvitError("The build was interrupted.", "Again.", ExitCode.INTERRUPTED) from None
+
+    group = click.Group(commands={"build": build})
+    assert run_command(group, "tool", ["build"], missing="") == ExitCode.INTERRUPTED
+    assert "The build was interrupted." in capsys.readouterr().err
+
+
 def test_errors_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["build", "--model", "a", "--target", "orin", "--data", "b", "--json"]) == ExitCode.IMPOSSIBLE

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -125,6 +125,10 @@ WORD = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_
 
 
 @given(st.lists(WORD.filter(lambda word: not word.isdecimal()), min_size=2, max_size=4, unique=True), st.booleans())
+@example(called=["FILE", ":"], headed=False)
+@example(called=["label", "class"], headed=False)
+@example(called=["xmin", "region_shape_attributes"], headed=False)
+@example(called=["path", "label"], headed=True)
 @settings(max_examples=30)
 def test_whatever_classes_are_called(tmp_path_factory: pytest.TempPathFactory, called: list[str], headed: bool) -> None:
     folder = tmp_path_factory.mktemp("called")

@@ -22,7 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from resvit_engines.errors import ExitCode, OutOfMemoryError, ResvitError, first_line, is_out_of_memory, one_line
+from resvit_engines.errors import (
+    ExitCode,
+    OutOfMemoryError,
+    ResvitError,
+    first_line,
+    interrupts_as_themselves,
+    is_out_of_memory,
+    one_line,
+)
 from resvit_engines.files import refused
 from resvit_engines.terminal import CleanConsole, NobodyReadsError, clean_streams
 
@@ -95,7 +103,8 @@ def run_command(group: click.Command, program: str, arguments: list[str], *, mis
 def _run(group: click.Command, program: str, arguments: list[str], missing: str) -> int:
     as_json = "--json" in arguments
     try:
-        result = group.main(args=arguments, prog_name=program, standalone_mode=False)
+        with interrupts_as_themselves():
+            result = group.main(args=arguments, prog_name=program, standalone_mode=False)
         return int(result) if isinstance(result, int) else 0
     except click.ClickException as error:
         return _not_understood(error, arguments, as_json)

@@ -5,8 +5,10 @@ Imports the standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
+from collections.abc import Iterator
 
 _MARKS = "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
 _CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_MARKS}]")
@@ -116,4 +118,28 @@ def is_out_of_memory(error: BaseException) -> bool:
         if says or isinstance(cause, (MemoryError, OutOfMemoryError)):
             return True
         cause = cause.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def interrupts_as_themselves() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` for an error that a library made of one.
+
+    A module in C++ that is interrupted while it is imported reports ``ImportError: initialization failed``, and what
+    catches that reports a package that is missing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "code", None) is not ExitCode.INTERRUPTED and _is_behind(KeyboardInterrupt, error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _is_behind(kind: type[BaseException], error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, kind):
+            return True
+        cause = cause.__cause__ or cause.__context__
     return False

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, interrupts_as_themselves
 from resvit_engines.files import write_atomic
 from resvit_engines.progress import SILENT, Reporter
 from resvit_engines.targets.speed_verdict import SpeedKind
@@ -173,7 +173,10 @@ def build(
     recipe = recipe_from_settings({"model": name, "targets": (target,), **settings, **names})
     folder = RunFolder(Path(run) if run is not None else Path("runs") / recipe.label, reporter)
     try:
-        with opened(recipe, folder, runs_for(recipe, folder, reporter, module, objects)) as runs:
+        with (
+            interrupts_as_themselves(),
+            opened(recipe, folder, runs_for(recipe, folder, reporter, module, objects)) as runs,
+        ):
             return build_run(runs[0])
     except KeyboardInterrupt as interrupt:
         # A notebook shows its text as the last line: what to do next belongs there.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from resvit_engines.bundle.parts import BundledFile
-from resvit_engines.errors import ExitCode, ResvitError
+from resvit_engines.errors import ExitCode, ResvitError, interrupts_as_themselves
 from resvit_engines.files import (
     explain_os_errors,
     make_folder,
@@ -64,7 +64,8 @@ class JobFolder:
             (self.path / RESULT).unlink(missing_ok=True)
             events = self._reporter = EventLog(self.path / PROGRESS, shown)
             try:
-                yield events
+                with interrupts_as_themselves():
+                    yield events
             except ResvitError as error:
                 self._fail(error)
                 raise

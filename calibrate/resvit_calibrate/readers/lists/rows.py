@@ -82,8 +82,9 @@ def columns_of(rows: list[Row], where: str) -> Columns:
     first, others = rows[0].fields, [row.fields for row in rows[1:]]
     plain = _plain(first)
     files = [plain.index(name) for name in _FILES if name in plain]
-    headed = bool(files) or (
-        not any(map(_is_picture, first)) and bool(others) and any(map(_is_picture, others[0])) and len(first) > 1
+    # A line with a picture is no line of names, whatever its class is called: `0.png,file`.
+    headed = not any(map(_is_picture, first)) and (
+        bool(files) or (bool(others) and any(map(_is_picture, others[0])) and len(first) > 1)
     )
     if not headed:
         return _unsaid(first, where)
