@@ -1,6 +1,7 @@
-"""A hybrid for solar cells: trained here, on the photographs of the package ``elpv-dataset``.
+"""Two hybrids for solar cells: trained here, on the photographs of the package ``elpv-dataset``.
 
     python benchmarks/elpv.py --out runs/benchmarks/elpv.pt
+    python benchmarks/elpv.py --model elpv-mobile --out runs/benchmarks/elpv-mobile.pt
 
 2,624 electroluminescence photographs of solar cells, functional or defective (Deitsch et al., "Automatic
 classification of defective photovoltaic module cells in electroluminescence images", Solar Energy 2019; CC BY-NC-SA
@@ -37,14 +38,12 @@ if TYPE_CHECKING:
 SIZE = 96
 CLASS_NAMES = ("functional", "defective")
 TEST_SHARE = 0.25
-OVERRIDES: dict[str, Any] = {
+CELLS: dict[str, Any] = {
     "image_size": SIZE,
     "in_channels": 1,
     "mean": (0.52,),
     "std": (0.15,),
     "num_classes": 2,
-    "stage_depths": (1, 1, 1),
-    "stage_widths": (32, 64, 128),
     "dim": 96,
     "depth": 4,
     "head_dim": 32,
@@ -55,10 +54,23 @@ OVERRIDES: dict[str, Any] = {
 
 def hybrid() -> Hybrid:
     """An R10-like trunk to 36 tokens of 96 numbers, four transformer blocks; random weights. A model factory."""
+    return _of("elpv", "embed-tiny", stage_depths=(1, 1, 1), stage_widths=(32, 64, 128))
+
+
+def mobile() -> Hybrid:
+    """The same behind a MobileNetV3-like trunk: hard-swish, squeeze-and-excitation, depthwise 5x5. A model factory."""
+    return _of("elpv-mobile", "mobile-tiny")
+
+
+def _of(name: str, like: str, **trunk: Any) -> Hybrid:
     from resvit_export.models.hybrid import hybrid_from_config
     from resvit_export.models.reference import resvit_config
 
-    return hybrid_from_config(dataclasses.replace(resvit_config("embed-tiny", **OVERRIDES), name="elpv"))
+    return hybrid_from_config(dataclasses.replace(resvit_config(like, **CELLS, **trunk), name=name))
+
+
+HYBRIDS = {"elpv": hybrid, "elpv-mobile": mobile}
+"""The factories by the name of the case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +114,11 @@ def image_set(pixels: ArrayPixels, preprocess: Preprocess, count: int | None = N
 
 def grey_96() -> Preprocess:
     """What the hybrid reads."""
-    return Preprocess(size=(SIZE, SIZE), channels=1, mean=OVERRIDES["mean"], std=OVERRIDES["std"])
+    return Preprocess(size=(SIZE, SIZE), channels=1, mean=CELLS["mean"], std=CELLS["std"])
 
 
-def train(out: Path, epochs: int, seed: int, report: Reporter, batch: int = 32) -> float:
-    """Train from random weights, write ``state_dict`` and ``top1`` to ``out``, and return top-1 on the test part.
+def train(name: str, out: Path, epochs: int, seed: int, report: Reporter, batch: int = 32) -> float:
+    """Train one of ``HYBRIDS`` from random weights, write ``state_dict`` and ``top1`` to ``out``, and return top-1 on the test part.
 
     The last epoch's weights are taken, whatever the test part says of them.
     """
@@ -116,7 +128,7 @@ def train(out: Path, epochs: int, seed: int, report: Reporter, batch: int = 32) 
     torch.manual_seed(seed)
     cells = read_cells()
     images, labels = _tensors(image_set(cells.train, grey_96()))
-    model = hybrid()
+    model = HYBRIDS[name]()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = len(images) // batch
@@ -174,16 +186,17 @@ def _turned(images: torch.Tensor) -> torch.Tensor:
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+@click.option("--model", type=click.Choice(list(HYBRIDS)), default="elpv", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("runs/benchmarks/elpv.pt"))
 @click.option("--epochs", type=click.IntRange(1, 1000), default=40, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
-def main(out: Path, epochs: int, seed: int) -> None:
+def main(model: str, out: Path, epochs: int, seed: int) -> None:
     """Train and print the test accuracy."""
     # Read when torch is first imported: threads that spin while they wait slow a shared machine down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        top1 = train(out, epochs, seed, reporter(quiet=False))
+        top1 = train(model, out, epochs, seed, reporter(quiet=False))
     except ResvitError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(int(error.code)) from None

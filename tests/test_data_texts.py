@@ -56,6 +56,11 @@ def two_columns(folder: Path, rows: dict[str, str]) -> None:
         csv.writer(stream).writerows(rows.items())
 
 
+def tabs_with_header(folder: Path, rows: dict[str, str]) -> None:
+    lines = [f"{text}\ttrain\t{name}\n" for name, text in rows.items()]
+    (folder / "labels.tsv").write_text("Text\tsplit\tfile\n" + "".join(lines), encoding="utf-8")
+
+
 def by_line(folder: Path, rows: dict[str, str]) -> None:
     lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -73,7 +78,7 @@ def texts_of(data: str) -> dict[str, str]:
     return dict(zip(pixels.files, pixels.texts, strict=True))
 
 
-@pytest.mark.parametrize("write", [tabbed, icdar, spaced, with_header, two_columns, by_line, beside])
+@pytest.mark.parametrize("write", [tabbed, icdar, spaced, with_header, two_columns, tabs_with_header, by_line, beside])
 def test_every_form_is_recognised_and_read(write: Callable[[Path, dict[str, str]], None], tmp_path: Path) -> None:
     rows = SIMPLE if write is spaced else TEXTS
     pictures(tmp_path, list(rows))

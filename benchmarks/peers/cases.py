@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 ASSETS = Path(__file__).parents[2] / "tests" / "assets"
-ELPV = "elpv"
 RANDOM, PERTURBED = "random", "perturbed"
 
 
@@ -122,12 +121,12 @@ def case_from(wish: Wish, folder: Path, report: Reporter) -> Case:
 
 def _network(wish: Wish, folder: Path, report: Reporter) -> tuple[str, Path | None, str]:
     """(what ``--model`` takes, checkpoint, what the weights are)."""
-    if wish.model == ELPV:
-        path = wish.checkpoint or folder / "elpv.pt"
+    if wish.model in elpv.HYBRIDS:
+        path = wish.checkpoint or folder / f"{wish.model}.pt"
         if not path.is_file():
             report.say("training the hybrid for solar cells, once")
-            elpv.train(path, epochs=40, seed=0, report=report)
-        return f"{Path(elpv.__file__).resolve()}:hybrid", path, "trained"
+            elpv.train(wish.model, path, epochs=40, seed=0, report=report)
+        return f"{Path(elpv.__file__).resolve()}:{elpv.HYBRIDS[wish.model].__name__}", path, "trained"
     if wish.checkpoint is not None or wish.lines:
         return wish.model, wish.checkpoint, "trained"
     if wish.model.startswith("resvit:"):
@@ -196,13 +195,13 @@ def _export(source: str, checkpoint: Path | None, options: tuple[str, ...], run:
 
 def _image_sets(wish: Wish, preprocess: Preprocess, report: Reporter) -> tuple[ImageSet, ImageSet, bool]:
     """(to calibrate with, to test with, whether the network may know the classes)."""
-    if wish.data is None and (wish.model == ELPV or wish.model.startswith("timm:")):
+    if wish.data is None and (wish.model in elpv.HYBRIDS or wish.model.startswith("timm:")):
         cells = elpv.read_cells()
         sets = (
             elpv.image_set(cells.train, preprocess, wish.calibration_images),
             elpv.image_set(cells.test, preprocess, wish.images),
         )
-        return (*sets, wish.model == ELPV)
+        return (*sets, wish.model in elpv.HYBRIDS)
     data, bare = wish.data or "fashion-mnist", wish.lines
     spec = DataSpec(data, wish.test, wish.calibration_images, wish.images, unlabelled=bare, unjudged=bare)
     return (*open_image_sets(spec, preprocess, report), not bare)

@@ -161,14 +161,31 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
         yield from _of_csv(text, path)
     else:
         begun = False
+        columns: tuple[int, int] | None = None
         for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
             remark = not begun and line.lstrip().startswith("#") and not is_image(line.partition("\t")[0].strip())
-            if line.strip() and not remark:
-                begun = True
-                yield (number, *_of_line(line, f"line {number} of {path}"))
+            if not line.strip() or remark:
+                continue
+            if not begun:
+                begun, columns = True, _columns_called(line.split("\t"))
+                if columns is not None:
+                    continue
+            yield (number, *_of_line(line, f"line {number} of {path}", columns))
 
 
-def _of_line(line: str, where: str) -> tuple[str, str]:
+def _columns_called(row: list[str]) -> tuple[int, int] | None:
+    """The columns of file and text by a list's first line; None where that line is none of titles."""
+    lower = [field.strip().lower() for field in row]
+    named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, TEXTS)]
+    return (named[0][0], named[1][0]) if all(named) else None
+
+
+def _of_line(line: str, where: str, columns: tuple[int, int] | None) -> tuple[str, str]:
+    if columns is not None:
+        fields = line.split("\t")
+        if len(fields) <= max(columns):
+            raise ResvitError(f"{where} has {len(fields)} columns.", _FIX)
+        return fields[columns[0]].strip(), fields[columns[1]]
     if "\t" in line:
         name, _, text = line.partition("\t")
         return name.strip(), text
@@ -188,10 +205,9 @@ def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
             if not any(field.strip() for field in row):
                 continue
             if columns is None:
-                lower = [field.strip().lower() for field in row]
-                named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, TEXTS)]
-                columns = (named[0][0], named[1][0]) if all(named) else (0, 1)
-                if all(named):
+                called = _columns_called(row)
+                columns = called or (0, 1)
+                if called is not None:
                     continue
             if len(row) <= max(columns):
                 raise ResvitError(f"line {reader.line_num} of {path} has {len(row)} columns.", _FIX)

@@ -119,7 +119,8 @@ class DamageEstimate:
             factor = count / total if self.evenly and total > 0.0 else 1.0
             for key, square in squares.items():
                 self.moved[name][key] += square * factor
-        for each in self.formats:
+        # Shares need no noise of all layers together.
+        for each in () if self.evenly else self.formats:
             with torch.no_grad():
                 noisy = self._measured(self.graph(feeds, self._quantized_reading(each)), batch)
             for name, value in clean.items():
