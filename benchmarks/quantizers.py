@@ -159,7 +159,9 @@ def compute(
 
 
 @click.command(help=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-@click.option("--model", default="resvit:embed-nano", show_default=True, help="resvit:NAME, elpv, elpv-mobile, timm:NAME, …")
+@click.option(
+    "--model", default="resvit:embed-nano", show_default=True, help="resvit:NAME, elpv, elpv-mobile, timm:NAME, …"
+)
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="[tests/assets/NAME.pt]")
 @click.option("--data", help="As resvit-export takes it. [fashion-mnist; elpv's photographs for its hybrids and timm]")
 @click.option("--test-data", help="Test images, where --data has no part for it.")
