@@ -118,9 +118,9 @@ def grey_96() -> Preprocess:
 
 
 def train(name: str, out: Path, epochs: int, seed: int, report: Reporter, batch: int = 32) -> float:
-    """Train one of ``HYBRIDS`` from random weights and write ``state_dict`` and ``top1``, that on the test part, to ``out``.
+    """Train one of ``HYBRIDS`` from random weights, write ``state_dict`` and ``top1`` to ``out``, and return top-1.
 
-    Returns top-1. The last epoch's weights are taken, whatever the test part says of them.
+    Top-1 is that on the test part. The last epoch's weights are taken, whatever the test part says of them.
     """
     import torch
     import torch.nn.functional as F

@@ -39,7 +39,7 @@ from resvit_quantize.settings import Methods, QuantizeSettings, Rules
 __all__ = ["Built", "HeldBack", "build", "checked", "held_back_of"]
 
 FEW, MANY = 8, 16
-"""Images that are judged at most: few of networks that take long."""
+"""Images that are judged at most: few of networks that take long. Half as many tell the layers out of line."""
 _LIGHT = 2_000_000_000
 """Multiply-accumulates up to which a network is judged on many."""
 _HALVES = 32
@@ -181,7 +181,6 @@ def _without_methods(contest: Contest) -> None:
             continue
         what = _called([switch])
         contest.enter({what: replace(settings, methods=replace(settings.methods, **{switch: False}))})
-        # What the first look rules out is not asked about the other images.
         if contest.gain(what, OURS, first=True).is_possible and contest.gain(what, OURS).beyond(LIKELY):
             helped.append(switch)
         contest.rest(what)
@@ -201,7 +200,7 @@ def _mended(contest: Contest, name: str, held: HeldBack) -> tuple[str, tuple[Men
     clear = contest.errors(name, first=True).sqnr_db >= LOW_DB + _MARGIN_DB
     if clear or contest.errors(name).sqnr_db >= LOW_DB:
         return name, (), ""
-    lists, note = layers_out_of_line(contest.graph, contest.ranges, way, held.ranged)
+    lists, note = layers_out_of_line(contest.graph, contest.ranges, way, held.ranged, _most(contest.graph) // 2)
     taken: tuple[MendedLayer, ...] = ()
     base, standing = name, name
     for layers in filter(None, dict.fromkeys(lists.values())):
@@ -209,6 +208,10 @@ def _mended(contest: Contest, name: str, held: HeldBack) -> tuple[str, tuple[Men
         what = f"{base}, {len(layers)} layers ({share:.1%} of the multiply-accumulates) in FP16"
         own = dict.fromkeys((item.node for item in layers), Precision.FP16)
         contest.enter({what: replace(way, precisions={**way.precisions, **own})}, against=standing)
+        # What the first look rules out is not asked about the other images.
+        if not contest.gain(what, standing, first=True).is_possible:
+            contest.rest(what)
+            continue
         gained = contest.gain(what, standing)
         if gained.beyond(LIKELY) and gained.gain_db >= WORTH_DB:
             standing, taken = what, layers
@@ -262,6 +265,10 @@ def _plain(settings: QuantizeSettings, estimator: Estimator) -> QuantizeSettings
     return replace(settings, estimator=estimator, methods=methods)
 
 
+def _most(graph: AnalysedGraph) -> int:
+    return MANY if sum(product.macs for product in graph.analysis.products) <= _LIGHT else FEW
+
+
 def _folds(
     model: Path, graph: AnalysedGraph, ranges: Ranges, statistics: Statistics | None, held: HeldBack
 ) -> tuple[str, list[Fold]]:
@@ -269,8 +276,7 @@ def _folds(
     name = str(graph.network.graph.inputs[0].name)
     if weight_bytes(graph.network) > MOST_ALONE:
         return "the network's weights do not fit into one ONNX file", []
-    macs = sum(product.macs for product in graph.analysis.products)
-    count = MANY if macs <= _LIGHT else FEW
+    count = _most(graph)
     batches = [batch.feeds(name) for batch in held.images(count if held.apart else _HALVES)]
     images = sum(len(batch[name]) for batch in batches)
     if images < (1 if held.apart else _FEWEST):

@@ -32,8 +32,6 @@ _OUT_OF_LINE = 2.0
 """How much larger a layer's share of the noise is than its share of the arithmetic."""
 _LEAST = 0.001
 """The share of the noise below which a layer is not worth naming."""
-SENSED = 8
-"""Images that tell what each layer's error makes at the outputs."""
 
 
 def layers_out_of_line(
@@ -41,8 +39,11 @@ def layers_out_of_line(
     ranges: Ranges,
     settings: QuantizeSettings,
     images: ImageSource,
+    count: int,
 ) -> tuple[dict[float, tuple[MendedLayer, ...]], str]:
     """By the bound, the layers that save most noise for their arithmetic within it; empty, and why, where none does.
+
+    The first ``count`` images tell what each layer's error makes at the outputs.
 
     Layers that the user asked for by name or pattern are left alone. Operators without a gradient here are a reason to
     find none.
@@ -52,7 +53,7 @@ def layers_out_of_line(
     precision = settings.precision.value
     try:
         found = measure_sensitivity(
-            graph, ranges, settings, images(SENSED), total=SENSED, precisions=(precision,), probes=2, evenly=True
+            graph, ranges, settings, images(count), total=count, precisions=(precision,), probes=2, evenly=True
         )
     except ResvitError as error:
         return {}, f"Which layers are out of line was not told: {error.problem}"
