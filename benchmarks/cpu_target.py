@@ -67,18 +67,30 @@ class Row:
 
 
 def ours(model: Path, calibration: Images, out: Path) -> None:
-    """By the calls that the pipeline makes for ``--target cpu``."""
+    """By the calls that the pipeline makes for ``--target cpu``, with the check on held-back images."""
+    from resvit_calibrate.images.held_back import FEWEST, HELD_BACK
     from resvit_calibrate.images.image_set import Batch
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.ranges import ranges_from
     from resvit_engines.targets.table import Precision
+    from resvit_quantize.check.choose import HeldBack
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import QuantizeSettings, Rules
 
-    batches = (Batch(calibration[i : i + 1], np.zeros(1, np.int64)) for i in range(len(calibration)))
-    statistics = collect_statistics(model, batches)
+    def batches(images: Images) -> list[Batch]:
+        return [Batch(images[i : i + 1], np.zeros(1, np.int64)) for i in range(len(images))]
+
+    count = min(HELD_BACK, len(calibration) // 8) if len(calibration) >= FEWEST else 0
+    ranged = calibration[count:]
+    statistics = collect_statistics(model, batches(ranged))
+    held = HeldBack(
+        lambda most: batches((calibration[:count] if count else ranged)[:most]),
+        apart=count > 0,
+        ranged=lambda most: batches(ranged[:most]),
+    )
     settings = QuantizeSettings(Precision.INT8, rules=Rules.ONNXRUNTIME)
-    quantize_model(model, ranges_from(statistics, "benchmark"), settings, out, statistics=statistics)
+    ranges = ranges_from(statistics, "benchmark")
+    quantize_model(model, ranges, settings, out, statistics=statistics, held_back=held)
 
 
 def by_onnxruntime(model: Path, calibration: Images, out: Path, *, unsigned: bool, attention: bool) -> None:
