@@ -87,6 +87,18 @@ def test_every_form_is_recognised_and_read(write: Callable[[Path, dict[str, str]
     assert texts_of(str(tmp_path)) == texts_of(f"text:{tmp_path}") == rows
 
 
+@pytest.mark.parametrize("titles", ["file,label", "image,Ground Truth", "img_path,transcription", "id,words"])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_titles_are_no_line_of_text(titles: str, separator: str, tmp_path: Path) -> None:
+    pictures(tmp_path, list(SIMPLE))
+    rows = "".join(f"{name}{separator}{text}\n" for name, text in SIMPLE.items())
+    file = tmp_path / ("labels.csv" if separator == "," else "labels.tsv")
+    file.write_text(titles.replace(",", separator) + "\n" + rows, encoding="utf-8")
+    pools = open_source(f"text:{tmp_path}", AS_USUAL)
+    assert texts_of(f"text:{tmp_path}") == SIMPLE
+    assert not pools.calibration.notes  # type: ignore[union-attr]
+
+
 def test_a_list_itself_and_pictures_in_a_folder_of_their_own(tmp_path: Path) -> None:
     pictures(tmp_path / "images", list(TEXTS))
     tabbed(tmp_path, TEXTS)

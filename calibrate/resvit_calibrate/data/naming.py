@@ -141,7 +141,7 @@ def kind_of_folder(root: Path) -> Kind:
         found.append(("yolo", "text files with boxes beside its pictures"))
     if len({kind for kind, _ in found}) > 1:
         raise ResvitError(
-            f"{root} could be several kinds of data: it holds {', '.join(what for _, what in found)}.",
+            f"{root} could be several kinds of data: it holds {', '.join(dict.fromkeys(what for _, what in found))}.",
             f"Say which: {' or '.join(dict.fromkeys(f'`{kind}:{root}`' for kind, _ in found))}.",
         )
     if found:

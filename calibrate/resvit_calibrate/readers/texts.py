@@ -29,7 +29,7 @@ from resvit_calibrate.readers.folders import (
 )
 from resvit_calibrate.readers.lists.kinds import says
 from resvit_calibrate.readers.lists.places import PROBED, none_is_there, note_of_missing
-from resvit_calibrate.readers.lists.rows import ENDINGS, TEXTS, first_rows, is_of_regions
+from resvit_calibrate.readers.lists.rows import ENDINGS, first_rows, is_of_regions, text_columns
 from resvit_calibrate.readers.paired import shortened
 from resvit_engines.errors import ResvitError
 from resvit_engines.outside import json_from_outside, leads_to_file, read_outside, text_from_outside
@@ -38,7 +38,6 @@ BESIDE = ".gt.txt"
 """What Tesseract's and Calamari's trainers call the text of a picture."""
 _STEM = re.compile(r"(?:rec_?gt|gt|labels?|texts?|metadata|transcriptions?|annotations?)?[_-]?([a-z]*)", re.IGNORECASE)
 _OF_TEXTS = re.compile(r"(?:rec_?gt|gt|texts?|transcriptions?)(?:[_-].*)?", re.IGNORECASE)
-_FILES = ("file_name", "filename", "file", "path", "image")
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 2000
 _FOLDERS = ("", "images", "imgs", "image")
@@ -167,17 +166,10 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
             if not line.strip() or remark:
                 continue
             if not begun:
-                begun, columns = True, _columns_called(line.split("\t"))
+                begun, columns = True, text_columns(line.split("\t"))
                 if columns is not None:
                     continue
             yield (number, *_of_line(line, f"line {number} of {path}", columns))
-
-
-def _columns_called(row: list[str]) -> tuple[int, int] | None:
-    """The columns of file and text by a list's first line; None where that line is none of titles."""
-    lower = [field.strip().lower() for field in row]
-    named = [[lower.index(name) for name in names if name in lower] for names in (_FILES, TEXTS)]
-    return (named[0][0], named[1][0]) if all(named) else None
 
 
 def _of_line(line: str, where: str, columns: tuple[int, int] | None) -> tuple[str, str]:
@@ -205,7 +197,7 @@ def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
             if not any(field.strip() for field in row):
                 continue
             if columns is None:
-                called = _columns_called(row)
+                called = text_columns(row)
                 columns = called or (0, 1)
                 if called is not None:
                     continue
@@ -218,13 +210,12 @@ def _of_csv(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _of_json(line: str, where: str) -> tuple[str, str]:
     entry = json_from_outside(line.encode("utf-8", "surrogatepass"), where, _FIX)
-    found = [
-        next((entry[key] for key in keys if isinstance(entry.get(key), str)), None) if isinstance(entry, dict) else None
-        for keys in (_FILES, TEXTS)
-    ]
-    if found[0] is None or found[1] is None:
+    told = {key: value for key, value in entry.items() if isinstance(value, str)} if isinstance(entry, dict) else {}
+    columns = text_columns(list(told))
+    if columns is None:
         raise ResvitError(f"{where} has no file_name and text.", _FIX)
-    return found[0], found[1]
+    name, text = (list(told.values())[column] for column in columns)
+    return name, text
 
 
 def _decoded(path: Path) -> str:

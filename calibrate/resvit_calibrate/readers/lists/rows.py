@@ -10,7 +10,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -31,7 +31,8 @@ _FILES = (
 _NUMBERS = ("label_id", "class_id", "classid", "class_index", "class_idx", "class_number", "label_idx", "target")
 _NAMES = ("class_name", "label_name", "category_name", "species", "breed", "synset", "wnid")
 _CLASSES = ("class", "classes", "category", "diagnosis", "dx", "predictionstring")
-_EITHER = (*_CLASSES, "label", "labels", "ground_truth", "groundtruth")
+_LABELS = ("label", "labels", "ground_truth", "groundtruth")
+_EITHER = (*_CLASSES, *_LABELS)
 CLASS_TITLES = frozenset(_EITHER)
 TEXTS = ("text", "words", "transcription", "caption")
 _PARTS = ("split", "set", "subset", "partition", "fold_name")
@@ -126,6 +127,15 @@ def columns_of(rows: list[Row], where: str) -> Columns:
     )
 
 
+def text_columns(titles: Sequence[str]) -> tuple[int, int] | None:
+    """The columns of pictures and of texts by a list's first line; None where that is no line of their names."""
+    plain = _plain(titles)
+    file, text = (
+        next((plain.index(name) for name in names if name in plain), None) for names in (_FILES, (*TEXTS, *_LABELS))
+    )
+    return (file, text) if file is not None and text is not None else None
+
+
 def file_columns(first: Row) -> tuple[int, ...]:
     """The columns that are called as those of pictures are, by a list's first line."""
     plain = _plain(first.fields)
@@ -179,7 +189,7 @@ def is_of_regions(first: Row) -> bool:
     return box_columns(first) is not None or _REGIONS in _plain(first.fields)
 
 
-def _plain(titles: tuple[str, ...]) -> list[str]:
+def _plain(titles: Sequence[str]) -> list[str]:
     return [re.sub(r"[^a-z0-9]+", "_", field.strip().lower()).strip("_") for field in titles]
 
 
