@@ -222,7 +222,9 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_best_weights_stay(
 def test_training_that_makes_it_worse_stops_and_keeps_the_first_weights(
     model: Path, ranges: Ranges, images: Images, tmp_path: Path
 ) -> None:
-    wild = RecoverOptions(epochs=50, batch=16, learning_rate=0.5, warmup=0.0, evaluate_every=2, patience=2)
+    wild = RecoverOptions(
+        epochs=50, batch=16, learning_rate=0.5, tries_rates=False, warmup=0.0, evaluate_every=2, patience=2
+    )
     report = recover_model(model, ranges, COARSE, images, tmp_path / "out.onnx", tmp_path / "state", wild)
     assert report.stop is Stop.NO_BETTER
     assert report.steps == 4

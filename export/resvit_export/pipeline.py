@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -163,8 +164,16 @@ class Pipeline:
         images = self.run.training_images(self.network, RECOVERY_IMAGES)
         taught = self.run.taught(self.network, self.exported.report.to_json()["outputs"])
         how = (images, self.preprocess, self.recipe.recover_epochs, self.recipe.seed, *taught)
-        settings, model = self.run.quantize_settings({}), self.exported.model
+        settings, model = self.run.quantize_settings(self._decided), self.exported.model
         return self.do(recover.Recover(model, before.ranges, before.statistics, settings, *how))
+
+    @cached_property
+    def _decided(self) -> Mapping[str, str]:
+        """What held-back images decided of layers and heads, by node: weights are trained with these precisions."""
+        if self.recipe.quantizer is Quantizer.MODELOPT:
+            return {}
+        check = self.vary(recovers=False, precisions={}).quantized.report.held_back
+        return check.precisions if check is not None else {}
 
     @cached_property
     def doubt(self) -> str:
@@ -197,7 +206,8 @@ class Pipeline:
     @cached_property
     def quantized(self) -> quantize.Quantized:
         """The ONNX with Q/DQ and FP16 in the graph."""
-        settings, ranges = self.run.quantize_settings(self.variant.precisions), self.calibrated
+        decided = self._decided if self.variant.recovers else {}
+        settings, ranges = self.run.quantize_settings({**decided, **self.variant.precisions}), self.calibrated
         how = (settings, self.images[0], self.network.images_per_call, self.run.builder)
         if self.recipe.quantizer is Quantizer.MODELOPT:
             return self.do(quantize.QuantizeByModelOpt(self.float_model, *how))

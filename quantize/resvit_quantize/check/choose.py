@@ -126,11 +126,14 @@ def checked(
         return unchecked("memory ran out")
     if learn is not None:
         standing = _learned(contest, standing, held, learn)
-    built = contest.final(standing.name, contest.settings(standing.name))
+    taken = contest.settings(standing.name)
+    built = contest.final(standing.name, taken)
     built.plan.placement.reasons.update(standing.reasons)
     tried = contest.tried()
     images = max(item.images for item in tried)
-    return built, HeldBackCheck(images, not held.apart, tried, standing.name, standing.layers, standing.note)
+    decided = {node: own.value for node, own in taken.precisions.items() if node not in settings.precisions}
+    told = (images, not held.apart, tried, standing.name, standing.layers, standing.note, decided)
+    return built, HeldBackCheck(*told)
 
 
 def _best(contest: Contest, held: HeldBack) -> _Standing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OURS = "all methods"
@@ -52,6 +52,8 @@ class HeldBackCheck:
     mended: tuple[MendedLayer, ...] = ()
     note: str = ""
     """Why something was not tried."""
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    """By node, what these images decided: layers in FP16, heads in 8 bits."""
 
     @property
     def plain(self) -> bool:

@@ -25,7 +25,7 @@ class RecoverOptions:
     batch: int = 32
     learning_rate: float = 3e-3
     """Peak of the cosine, relative to the size of each constant (as in Adafactor, Shazeer and Stern 2018), so that
-    one value serves wide and narrow networks; for AdamW without decay."""
+    one value serves wide and narrow networks; for AdamW without decay. At most: see ``tries_rates``."""
     seed: int = 0
     limit: int | None = None
     """At most so many images, held-out ones included."""
@@ -33,6 +33,8 @@ class RecoverOptions:
     """Of the cross-entropy with the labels, where there are any, beside the distance from the float model."""
     learned_clips: bool = True
     """Whether the clips of activations are trained too, or stay as calibrated."""
+    tries_rates: bool = True
+    """Whether training goes at the one of smaller rates that serves this network best, by one step of each."""
     warmup: float = 0.1
     """Share of all steps in which the learning rate rises."""
     evaluate_every: int = 500

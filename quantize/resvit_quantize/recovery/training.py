@@ -31,6 +31,8 @@ _TEMPERATURE = 2.0
 """Softens the answers that are compared (Hinton et al. 2015)."""
 _CLIP = 1.0
 """Largest norm of a step's gradient."""
+_RATES = (1.0, 1 / 3, 1 / 10, 1 / 30, 1 / 100, 1 / 300)
+"""What shares of the learning rate are tried."""
 _SMALLEST_SIZE = 1e-2
 """What counts as the size of a constant that is nearly zero, such as a young bias."""
 
@@ -73,7 +75,7 @@ def train(
         options.epochs,
         options.batch,
         math.ceil(len(used) / options.batch),
-        options.learning_rate,
+        learner.usable_rate(),
         options.warmup,
         options.patience,
         options.seed,
@@ -85,7 +87,8 @@ def train(
         where = "the GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         before = f", {done} of {schedule.steps} steps done before" if done else ""
         reporter.say(
-            f"recover: about {spoken(seconds)} for {options.epochs} epochs of {len(used):,} images on {where}{before}"
+            f"recover: about {spoken(seconds)} for {options.epochs} epochs of {len(used):,} images on {where}{before}, "
+            f"at a learning rate of {schedule.learning_rate:.2g}"
         )
 
     training = Training(learner, images, used, schedule, Worker(0, 1, device), state_file, key, reporter)
@@ -134,6 +137,30 @@ class RecoveryLearner:
         outputs, targets = self.pieces(self.student, feeds), self.pieces.targets(feeds)
         loss = distance(outputs, targets, labels, self.options)
         return loss if self.objective is None else loss + self.objective(outputs, targets, batch)
+
+    def usable_rate(self) -> float:
+        """The learning rate whose first step, as long as at its peak, leaves the least loss on images of another batch.
+
+        A step of AdamW has the length of its rate. At few bits errors are large and so may steps be; at 8 bits what
+        is left to win is a hundred times smaller, and the steps that few bits want undo more than training wins back.
+        """
+        if not self.options.tries_rates:
+            return self.options.learning_rate
+        first, *others = itertools.islice(self.images.batches_at(self.used, self.options.batch), 2)
+        self.loss(first, 0).backward()  # type: ignore[no-untyped-call]
+        before = self.student.copies()
+        signs = [torch.zeros_like(value) if value.grad is None else value.grad.sign() for value in self.constants]
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict[float, float] = {}
+        for share in _RATES:
+            rate = share * self.options.learning_rate
+            with torch.no_grad():
+                for value, sign, group in zip(self.constants, signs, self.optimizer.param_groups, strict=False):
+                    value.sub_(rate * group["size"] * sign)
+                found = float(self.loss(others[0] if others else first, 0))
+            self.student.load(before)
+            losses[rate] = found if math.isfinite(found) else math.inf
+        return min(losses, key=lambda rate: losses[rate])
 
     def clip(self) -> Tensor:
         """Bound the gradients of constants and clips apart; the norm of the constants'."""
