@@ -326,6 +326,7 @@ def test_a_layer_out_of_line_stays_in_fp16_and_its_cost_is_told(tmp_path: Path) 
     assert check is not None
     assert [item.node for item in check.mended] == ["depthwise/Conv"]
     assert check.mended[0].macs < 0.02 < 0.3 < check.mended[0].noise
+    assert check.precisions == {"depthwise/Conv": "fp16"}
     nodes = {node.name: (node.precision, node.reason) for node in report.nodes}
     assert nodes["depthwise/Conv"][0] == "fp16"
     assert nodes["depthwise/Conv"][1].startswith("its error is out of line")
@@ -363,7 +364,8 @@ def test_the_larger_bound_is_tried_where_the_smaller_one_gains_nothing(
 
 def test_the_record_comes_back_as_it_was() -> None:
     tried = (Tried(OURS, math.inf, None, images=16), Tried("plain max", 20.5, 0.98, -1.0, math.inf, 4))
-    check = HeldBackCheck(16, False, tried, OURS, (MendedLayer("conv", 0.3, 0.01),), "Nothing else.")
+    mended = (MendedLayer("conv", 0.3, 0.01),)
+    check = HeldBackCheck(16, False, tried, OURS, mended, "Nothing else.", {"conv": "fp16"})
     assert HeldBackCheck.from_json(json.loads(json.dumps(check.to_json(), allow_nan=False))) == check
     assert "plain max 20.5 dB (98.0% of the arg-max alike) on 4 of them" in check.sentence
 
@@ -381,6 +383,7 @@ def test_learned_rounding_starts_from_the_way_that_stands_and_is_held_against_it
     assert check is not None
     assert check.taken == f"{OURS}, the head in 8 bits, with learned rounding"
     assert check.tried[-1].what == check.taken
+    assert check.precisions == {"head/MatMul": "int8"}
     assert next(node for node in report.nodes if node.name == "head/MatMul").precision == "int8"
     assert report.effort == "best"
     fast = quantized(path, tmp_path / "fast.onnx", images[:64], held_back)

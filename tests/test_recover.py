@@ -21,8 +21,11 @@ from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.progress import Silent
 from resvit_engines.targets.table import Precision
 from resvit_export.cli.main import run
+from resvit_quantize.check.choose import HeldBack
+from resvit_quantize.check.contest import Contest
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.placement.grid import scale_from_amax
+from resvit_quantize.qdq.held_back import MendedLayer
 from resvit_quantize.qdq.plan import plan_quantization
 from resvit_quantize.quantize import quantize_model
 from resvit_quantize.recovery.options import RecoverOptions, RecoverReport
@@ -295,8 +298,23 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantizeSettings, "__post_init__", with_bits)
 
 
+@pytest.fixture
+def one_out_of_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check on held-back images leaves a layer in the middle in FP16."""
+
+    def mended(contest: Contest, name: str, held: HeldBack) -> tuple[str, tuple[MendedLayer, ...], str]:
+        del held
+        way, weighted = contest.settings(name), [item for item in contest.graph.analysis.products if item.weight]
+        layer = str(weighted[len(weighted) // 2].node.name)
+        contest.enter({"one in FP16": dataclasses.replace(way, precisions={layer: Precision.FP16})}, against=name)
+        contest.errors("one in FP16")
+        return "one in FP16", (), ""
+
+    monkeypatch.setattr("resvit_quantize.check.choose._mended", mended)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("exported", "coarse")
+@pytest.mark.usefixtures("exported", "coarse", "one_out_of_line")
 def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--target", "jetson-orin", *MODEL, "--calibration-images", "128", "--no-search"]
     rejected = result(capsys, "build", *arguments, "--run", "runs/x", code=ExitCode.REJECTED)
@@ -317,6 +335,10 @@ def test_a_build_that_calibration_cannot_save_is_recovered(workspace: Path, caps
     ]
     report = stages[2]["results"]["recover.json"]
     assert report["after"]["nsr"] < report["before"]["nsr"]
+    decided = rejected["stages"][3]["results"]["quantize.json"]["held_back"]["precisions"]  # type: ignore[index]
+    assert list(decided.values()) == ["fp16"]
+    nodes = {node["name"]: node["precision"] for node in stages[4]["results"]["quantize.json"]["nodes"]}  # type: ignore[index]
+    assert decided.items() <= nodes.items(), "what held-back images decided is not trained with"
     plain = rejected["stages"][4]["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]
     better = stages[5]["results"]["verdict.json"]["stages"][-1]  # type: ignore[index]
     assert better["agreement"] > plain["agreement"]  # type: ignore[index]
