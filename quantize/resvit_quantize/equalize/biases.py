@@ -10,28 +10,28 @@ import onnx_ir as ir
 from resvit_quantize.graph.network import add_initializer, constant
 
 
-def add_biases(model: ir.Model, corrections: Mapping[str, np.ndarray]) -> None:
+def add_biases(model: ir.Model, corrections: Mapping[str, np.ndarray], *, new_nodes: bool = True) -> None:
     """Add to the outputs of Conv, Gemm and MatMul nodes, by name, a float32 [O] for each output channel, in place.
 
     A Conv or Gemm takes it in its own bias. A MatMul's goes into the constant of the Add behind it; where there is
-    none, an Add of its own follows the MatMul.
+    none, an Add of its own follows the MatMul, or with ``new_nodes`` false, it is left as it is.
     """
     for node in list(model.graph):
         correction = corrections.get(str(node.name))
         if correction is None or not np.any(correction):
             continue
         if node.op_type == "MatMul":
-            _behind(model, node, correction)
+            _behind(model, node, correction, new_nodes)
         else:
-            _inside(model, node, correction)
+            _inside(model, node, correction, new_nodes)
 
 
-def _inside(model: ir.Model, node: ir.Node, correction: np.ndarray) -> None:
+def _inside(model: ir.Model, node: ir.Node, correction: np.ndarray, new_nodes: bool) -> None:
     old = node.inputs[2] if len(node.inputs) > 2 else None
     trained = constant(old)
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     if (old is not None and trained is None) or beta == 0.0:
-        _behind(model, node, correction)
+        _behind(model, node, correction, new_nodes)
         return
     correction = correction / beta
     array = correction if trained is None else trained + correction
@@ -42,7 +42,7 @@ def _inside(model: ir.Model, node: ir.Node, correction: np.ndarray) -> None:
     _drop_unused(model, old)
 
 
-def _behind(model: ir.Model, node: ir.Node, correction: np.ndarray) -> None:
+def _behind(model: ir.Model, node: ir.Node, correction: np.ndarray, new_nodes: bool) -> None:
     output = node.outputs[0]
     uses = list(output.uses())
     linear = node.op_type in ("MatMul", "Gemm")
@@ -55,6 +55,8 @@ def _behind(model: ir.Model, node: ir.Node, correction: np.ndarray) -> None:
             add.replace_input_with(index, _named(model, f"{node.name}/bias/corrected", array))
             _drop_unused(model, old)
             return
+    if not new_nodes:
+        return
     spatial = 0 if linear or output.shape is None else len(output.shape) - 2
     array = correction.reshape(-1, *[1] * spatial)
     add = ir.node("Add", [output, _named(model, f"{node.name}/bias/corrected", array)], name=f"{node.name}/corrected")

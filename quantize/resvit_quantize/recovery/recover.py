@@ -28,12 +28,14 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import ExitCode, ResvitError
 from resvit_engines.files import canonical_json, sha256_bytes, sha256_file
 from resvit_engines.progress import SILENT, Reporter
+from resvit_quantize.equalize.biases import add_biases
 from resvit_quantize.graph.analysed import graph_from_onnx
 from resvit_quantize.graph.external import EXTERNAL_ABOVE
 from resvit_quantize.graph.network import onnx_from_network
 from resvit_quantize.placement.grid import StoredWeight, quantise_weight
 from resvit_quantize.placement.placement import WeightKey, weight_key
 from resvit_quantize.qdq.plan import Plan, plan_quantization
+from resvit_quantize.qdq.quantised import mean_errors
 from resvit_quantize.recovery.options import FEWEST_IMAGES, USUAL, RecoverOptions, RecoverReport
 from resvit_quantize.settings import Effort, QuantizeSettings
 from resvit_quantize.training.objectives.objective import Teaching
@@ -74,6 +76,8 @@ def recover_model(
             "Leave recovery out, or quantise more with --include.",
             ExitCode.IMPOSSIBLE,
         )
+    if settings.methods.bias_correction:  # what is known in closed form need not be learned
+        add_biases(plan.network, mean_errors(plan, settings.bits), new_nodes=False)
     wanted = len(images) if options.limit is None else min(options.limit, len(images))
     if wanted < FEWEST_IMAGES:
         raise ResvitError(
