@@ -124,7 +124,7 @@ def place(
         if why_not is None and node not in wanted and own is None:
             why_not = _unwise(product, precision, total) or positions.get(node)
         if not used.quantises:
-            why_not = "chosen by the search" if own else f"{used.value.upper()} was asked for"
+            why_not = "chosen for this network, by the search or on held-back images" if own else f"{used.value.upper()} was asked for"
         if why_not is not None:
             reasons[product.name] = why_not
             continue
