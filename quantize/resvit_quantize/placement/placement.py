@@ -24,6 +24,7 @@ from resvit_quantize.placement.patterns import nodes_matching
 from resvit_quantize.placement.positions import position_products
 from resvit_quantize.settings import QuantizeSettings
 
+_CHOSEN = "chosen for this network, by the search or on held-back images"
 _SMALL = 16
 _FP8_FILTER = 32
 _LARGE_HEAD = 0.05
@@ -124,7 +125,7 @@ def place(
         if why_not is None and node not in wanted and own is None:
             why_not = _unwise(product, precision, total) or positions.get(node)
         if not used.quantises:
-            why_not = "chosen for this network, by the search or on held-back images" if own else f"{used.value.upper()} was asked for"
+            why_not = _CHOSEN if own else f"{used.value.upper()} was asked for"
         if why_not is not None:
             reasons[product.name] = why_not
             continue
