@@ -26,7 +26,7 @@ from resvit_calibrate.ranges.statistics import Statistics
 from resvit_engines.errors import OutOfMemoryError
 from resvit_engines.targets.table import Precision
 from resvit_quantize.check.contest import Built, Contest, Fold, build
-from resvit_quantize.check.judge import FEWEST, LIKELY, SURE, Judge, Sessions, cut
+from resvit_quantize.check.judge import FEWEST, LIKELY, REAL, SURE, Judge, Sessions, cut
 from resvit_quantize.check.mend import LOW_DB, WORTH_DB, layers_out_of_line, reasons
 from resvit_quantize.graph.analysed import AnalysedGraph
 from resvit_quantize.graph.external import EXTERNAL_ABOVE, weight_bytes
@@ -159,7 +159,10 @@ def _learned(
     held: HeldBack,
     learn: Callable[[QuantizeSettings, ImageSource | None], Built],
 ) -> _Standing:
-    """What is learned from the way that stands, unless it is likely worse on images that it has not seen."""
+    """What is learned from the way that stands, unless it is really worse on images that it has not seen.
+
+    It is better nearly always, and few images of a network with few outputs differ by more than it gains.
+    """
     way, name = contest.settings(standing.name), f"{standing.name}, with learned rounding"
     unseen = held.ranged if held.apart else None
     contest.close_all_but(standing.name)
@@ -167,7 +170,7 @@ def _learned(
     if unseen is not None:
         try:
             contest.enter_built(name, built, standing.name)
-            worse = contest.gain(standing.name, name).beyond(LIKELY) or contest.gain(name, standing.name).disagrees
+            worse = contest.gain(standing.name, name).beyond(REAL) or contest.gain(name, standing.name).disagrees
             return standing if worse else replace(standing, name=name)
         except (OutOfMemoryError, MemoryError):
             why_not = "does not fit into memory beside the float network"
