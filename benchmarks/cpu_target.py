@@ -33,6 +33,7 @@ import click
 import numpy as np
 from cpu_networks import HYBRIDS, KNOWS, NETWORKS, Images, decisions, exported, image_sets
 from machine import RESULTS, write_result
+from peers.images import StoredImages, store_array
 
 from resvit_engines.bench.compare import paired_ratio
 from resvit_engines.errors import ResvitError
@@ -66,31 +67,21 @@ class Row:
     note: str = ""
 
 
-def ours(model: Path, calibration: Images, out: Path) -> None:
+def ours(model: Path, calibration: StoredImages, out: Path) -> None:
     """By the calls that the pipeline makes for ``--target cpu``, with the check on held-back images."""
-    from resvit_calibrate.images.held_back import FEWEST, HELD_BACK
-    from resvit_calibrate.images.image_set import Batch
+    from resvit_calibrate.images.held_back import held_apart
     from resvit_calibrate.ranges.collect import collect_statistics
     from resvit_calibrate.ranges.ranges import ranges_from
     from resvit_engines.targets.table import Precision
-    from resvit_quantize.check.choose import HeldBack
+    from resvit_quantize.check.choose import held_back_of
     from resvit_quantize.quantize import quantize_model
     from resvit_quantize.settings import QuantizeSettings, Rules
 
-    def batches(images: Images) -> list[Batch]:
-        return [Batch(images[i : i + 1], np.zeros(1, np.int64)) for i in range(len(images))]
-
-    count = min(HELD_BACK, len(calibration) // 8) if len(calibration) >= FEWEST else 0
-    ranged = calibration[count:]
-    statistics = collect_statistics(model, batches(ranged))
-    held = HeldBack(
-        lambda most: batches((calibration[:count] if count else ranged)[:most]),
-        apart=count > 0,
-        ranged=lambda most: batches(ranged[:most]),
-    )
+    apart = held_apart(calibration)
+    statistics = collect_statistics(model, apart.ranges.batches(1))
     settings = QuantizeSettings(Precision.INT8, rules=Rules.ONNXRUNTIME)
     ranges = ranges_from(statistics, "benchmark")
-    quantize_model(model, ranges, settings, out, statistics=statistics, held_back=held)
+    quantize_model(model, ranges, settings, out, statistics=statistics, held_back=held_back_of(apart, 1))
 
 
 def by_onnxruntime(model: Path, calibration: Images, out: Path, *, unsigned: bool, attention: bool) -> None:
@@ -137,7 +128,7 @@ def subjects(model: Path, calibration: Images, folder: Path, *, signed: bool) ->
     """The float engine, ours, and what the peers make; ``signed`` asks for ONNX Runtime's signed activations too."""
     optimised_onnx(model, folder / "float.plan")
     yield Subject(FLOAT, folder / "float.plan")
-    ours(model, calibration, folder / "ours.onnx")
+    ours(model, store_array(calibration, folder / "calibration"), folder / "ours.onnx")
     optimised_onnx(folder / "ours.onnx", folder / "ours.plan")
     yield Subject(OURS, folder / "ours.plan")
     for unsigned in (True, False) if signed else (True,):
@@ -151,15 +142,13 @@ def subjects(model: Path, calibration: Images, folder: Path, *, signed: bool) ->
                 yield Subject(method, file, str(error).splitlines()[0][:120])
                 continue
             yield Subject(method, file)
-    yield from by_peers(model, calibration, folder)
+    yield from by_peers(model, folder)
 
 
-def by_peers(model: Path, calibration: Images, folder: Path) -> Iterator[Subject]:
-    """What NNCF and ModelOpt make, each in a process of its own."""
+def by_peers(model: Path, folder: Path) -> Iterator[Subject]:
+    """What NNCF and ModelOpt make of the images in ``folder``'s ``calibration``, each in a process of its own."""
     from peers.children import Task, missing, run_child
-    from peers.images import store_array
 
-    store_array(calibration, folder / "calibration")
     for name, title in PEERS.items():
         out = folder / name
         if lacking := missing(name):

@@ -330,16 +330,19 @@ def test_a_connection_that_is_lost_at_the_command_after_the_switch_leaves_it_owe
                 raise KilledError
             lost(step)
 
+    def ends_early(command: Callable[[int], Outcome]) -> None:
+        if killed:
+            with pytest.raises(KilledError):
+                command(2)
+        else:
+            assert command(2).code is ExitCode.PARTIAL
+
     ten.said["rollout"] = {"after": "systemctl restart camera"}
     ten.apply(1)
     device = ten.devices["ssh://cam-03"]
     runs = device.steps.count(RESTART)
     device.at = gone
-    if killed:
-        with pytest.raises(KilledError):
-            ten.apply(2)
-    else:
-        assert ten.apply(2).code is ExitCode.PARTIAL
+    ends_early(ten.apply)
     assert (device.runs(), ten.states(2)["ssh://cam-03"].owes_after) == (2, True)
     device.at = len
     assert ten.apply(2).code is ExitCode.OK
@@ -347,11 +350,7 @@ def test_a_connection_that_is_lost_at_the_command_after_the_switch_leaves_it_owe
     assert not any(state.owes_after for state in ten.states(2).values())
     # And on the way back.
     device.at = gone
-    if killed:
-        with pytest.raises(KilledError):
-            ten.rollback(2)
-    else:
-        assert ten.rollback(2).code is ExitCode.PARTIAL
+    ends_early(ten.rollback)
     device.at = len
     assert ten.rollback(2).code is ExitCode.OK
     assert device.steps.count(RESTART) == runs + 4

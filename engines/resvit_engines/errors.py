@@ -131,15 +131,15 @@ def interrupts_as_themselves() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "code", None) is not ExitCode.INTERRUPTED and _is_behind(KeyboardInterrupt, error):
+        told = isinstance(error, ResvitError) and error.code is ExitCode.INTERRUPTED
+        if not told and any(isinstance(item, KeyboardInterrupt) for item in chain_of(error)):
             raise KeyboardInterrupt from error
         raise
 
 
-def _is_behind(kind: type[BaseException], error: BaseException) -> bool:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, kind):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """An error, and one after the other those that it was raised from, or while they were handled."""
+    item: BaseException | None = error
+    while item is not None:
+        yield item
+        item = item.__cause__ or item.__context__

@@ -12,7 +12,7 @@ from torch import nn
 
 from resvit_calibrate.readers.user.code import module_from
 from resvit_calibrate.readers.user.torchvision_import import import_beside_torchvision
-from resvit_engines.errors import ResvitError
+from resvit_engines.errors import ResvitError, chain_of
 from resvit_engines.outside import expanded, leads_to_file
 from resvit_export.loading.libraries import import_timm
 from resvit_export.loading.spec import Scalar
@@ -90,10 +90,8 @@ def _nothing_downloaded(name: str) -> Iterator[None]:
     try:
         yield
     except ResvitError as error:
-        around: BaseException | None = error
-        while around is not None and type(around).__name__ not in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
-            around = around.__cause__ or around.__context__
-        if around is None:
+        offline = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+        if not any(type(item).__name__ in offline for item in chain_of(error)):
             raise
         hub = getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}"
         raise ResvitError(

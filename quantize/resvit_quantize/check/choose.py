@@ -132,8 +132,8 @@ def checked(
     tried = contest.tried()
     images = max(item.images for item in tried)
     decided = {node: own.value for node, own in taken.precisions.items() if node not in settings.precisions}
-    told = (images, not held.apart, tried, standing.name, standing.layers, standing.note, decided)
-    return built, HeldBackCheck(*told)
+    by_halves, layers, note = not held.apart, standing.layers, standing.note
+    return built, HeldBackCheck(images, by_halves, tried, standing.name, layers, note, decided)
 
 
 def _best(contest: Contest, held: HeldBack) -> _Standing:

@@ -149,7 +149,10 @@ class DamageEstimate:
         return found
 
     def together(self) -> dict[str, float]:
-        """Noise-to-signal power by precision with all quantised that the rules quantise."""
+        """Noise-to-signal power by precision with all quantised that the rules quantise.
+
+        0 where images count evenly: there it is not measured.
+        """
         return {
             precision: sum(noise / self.signal[name] for name, noise in by_output.items() if self.signal[name])
             for precision, by_output in self.noise.items()

@@ -182,22 +182,13 @@ class Tuned(Artifact):
     @property
     def speed(self) -> tuple[Ratio, float, float] | None:
         """How many times as fast as in floats it was measured to be, and the ms of both; None where it is in floats."""
-        record = self._choice
-        faster = record.optional("faster", record.record)
-        if faster is None:
-            return None
-        chosen, floats = record.numbers("ms", 0)
-        return Ratio.from_json(faster), chosen, floats
+        return _ratio_and_ms(self._choice.optional("faster", self._choice.record), self._choice)
 
     @property
     def best(self) -> tuple[Ratio, float, float] | None:
         """The same of the fastest placement that was tried, where none is faster than floats; None elsewhere."""
-        record = self._choice
-        best = record.optional("best", record.record)
-        if best is None:
-            return None
-        tried, floats = best.numbers("ms", 0)
-        return Ratio.from_json(best), tried, floats
+        best = self._choice.optional("best", self._choice.record)
+        return _ratio_and_ms(best, best)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -214,6 +205,14 @@ class Tuned(Artifact):
     def measured_times(self) -> File | None:
         """Layer times, as ``--measured-times`` takes them; None where none were told."""
         return self.file(MEASURED) if self.has(MEASURED) else None
+
+
+def _ratio_and_ms(ratio: Record | None, times: Record | None) -> tuple[Ratio, float, float] | None:
+    """A ratio, and the two times that ``times`` holds, in ms; None without them."""
+    if ratio is None or times is None:
+        return None
+    one, floats = times.numbers("ms", 0)
+    return Ratio.from_json(ratio), one, floats
 
 
 @dataclass(frozen=True)
